@@ -1,0 +1,119 @@
+"""Random projections ``W [M, D]`` whose rows are standard Gaussian vectors, one by one or coupled.
+
+Shape letters: D head width, M features (rows).
+
+References:
+  Choromanski et al., "Rethinking Attention with Performers", arXiv:2009.14794, section 2.4 and
+  appendix B (orthogonal features). Mezzadri, "How to generate random matrices from the classical
+  compact groups", arXiv:math-ph/0609050 (why QR needs the signs of the diagonal of R).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from fast_attention.array_types import Array, Float
+
+
+def iid_projection(key: Array, num_rows: int, dim: int) -> Float[Array, "M D"]:
+    """Draws ``num_rows`` independent rows from N(0, I).
+
+    Args:
+      key: a JAX random key.
+      num_rows: M, at least 1.
+      dim: D, at least 1.
+
+    Returns:
+      float32 ``[M, D]``.
+
+    Raises:
+      ValueError: if a size is below 1.
+    """
+    _check_sizes(num_rows, dim)
+    return jax.random.normal(key, (num_rows, dim), jnp.float32)
+
+
+def haar_orthogonal(key: Array, num_blocks: int, dim: int) -> Float[Array, "N D D"]:
+    """Draws independent orthogonal matrices, uniformly (Haar) distributed.
+
+    QR alone is not uniform: its sign convention fixes the signs of the diagonal of R, which are
+    moved into Q here.
+
+    Returns:
+      float32 ``[num_blocks, D, D]``.
+    """
+    gaussian = jax.random.normal(key, (num_blocks, dim, dim), jnp.float32)
+    q, r = jnp.linalg.qr(gaussian)
+    signs = jnp.where(jnp.diagonal(r, axis1=-2, axis2=-1) < 0, -1.0, 1.0)
+    return q * signs[:, None, :]
+
+
+def orthogonal_projection(
+    key: Array, num_rows: int, dim: int, *, scaling: float = 0.0
+) -> Float[Array, "M D"]:
+    """Draws rows that are orthogonal within each block of D, blocks being independent.
+
+    With ``scaling=0`` each row has the length of an independent Gaussian vector, so that every row
+    by itself is exactly N(0, I): kernel estimates are unbiased. With ``scaling=1`` every row has
+    length sqrt(D): lower variance, but the estimated kernel is the regularised softmax kernel
+    (arXiv:2009.14794, theorem 1).
+
+    Args:
+      key: a JAX random key; blocks and row lengths use independent keys split from it.
+      num_rows: M, any positive number; the last block is cut when D does not divide M.
+      dim: D.
+      scaling: 0 or 1.
+
+    Returns:
+      float32 ``[M, D]``.
+
+    Raises:
+      ValueError: if a size is below 1 or ``scaling`` is neither 0 nor 1.
+    """
+    _check_sizes(num_rows, dim)
+    if scaling not in (0, 1):
+        raise ValueError(
+            f"ortho_scaling must be 0 (row lengths of Gaussian vectors) or 1 (row length "
+            f"sqrt({dim})), got {scaling!r}."
+        )
+    block_key, length_key = jax.random.split(key)
+    num_blocks = -(-num_rows // dim)
+    rows = haar_orthogonal(block_key, num_blocks, dim).reshape(num_blocks * dim, dim)[:num_rows]
+    if scaling == 1:
+        return rows * jnp.sqrt(jnp.float32(dim))
+    lengths = jnp.linalg.norm(jax.random.normal(length_key, (num_rows, dim)), axis=1)
+    return rows * lengths[:, None]
+
+
+def orthogonal_sqrt_d_projection(key: Array, num_rows: int, dim: int) -> Float[Array, "M D"]:
+    """Orthogonal rows of length sqrt(D): :func:`orthogonal_projection` with ``scaling=1``."""
+    return orthogonal_projection(key, num_rows, dim, scaling=1.0)
+
+
+PROJECTIONS: dict[str, Callable[[Array, int, int], Array]] = {
+    "iid": iid_projection,
+    "orthogonal": orthogonal_projection,
+    "orthogonal_sqrt_d": orthogonal_sqrt_d_projection,
+}
+"""Projections by name; each takes a key, M and D."""
+
+
+def draw_projection(name: str, key: Array, num_rows: int, dim: int) -> Float[Array, "M D"]:
+    """Draws the projection called ``name``; see :data:`PROJECTIONS`.
+
+    Raises:
+      ValueError: for an unknown name, or sizes below 1.
+    """
+    if name not in PROJECTIONS:
+        raise ValueError(f"Unknown projection {name!r}; choose one of {sorted(PROJECTIONS)}.")
+    return PROJECTIONS[name](key, num_rows, dim)
+
+
+def _check_sizes(num_rows: int, dim: int) -> None:
+    if num_rows < 1 or dim < 1:
+        raise ValueError(
+            f"A projection needs at least one row and one column, got num_rows={num_rows} and "
+            f"dim={dim}."
+        )

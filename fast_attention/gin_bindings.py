@@ -1,0 +1,42 @@
+"""The one place where attention functions and kernels get their gin names.
+
+Import it (the protein language models do) to write, as with the original code::
+
+    FlaxModel.attention_fn = @make_fast_softmax_attention()
+    make_fast_generalized_attention.kernel_fn = @jshiftedelu
+"""
+
+from __future__ import annotations
+
+import gin
+import jax
+import jax.numpy as jnp
+
+from fast_attention.attention_fn import (
+    make_fast_generalized_attention,
+    make_fast_softmax_attention,
+)
+from fast_attention.feature_maps import elementwise
+
+KERNEL_NAMES = {
+    "jcos": jnp.cos,
+    "jsin": jnp.sin,
+    "jtanh": jnp.tanh,
+    "jsigmoid": jax.nn.sigmoid,
+    "jgelu": elementwise.exact_gelu,
+    "jrelu": elementwise.relu,
+    "jrequ": elementwise.squared_relu,
+    "jexp": jnp.exp,
+    "jidentity": elementwise.identity,
+    "jshiftedelu": elementwise.shifted_elu,
+}
+"""Kernels by the gin names of the original code (``jrelu`` was in its first version)."""
+
+make_fast_softmax_attention = gin.external_configurable(
+    make_fast_softmax_attention, "make_fast_softmax_attention"
+)
+make_fast_generalized_attention = gin.external_configurable(
+    make_fast_generalized_attention, "make_fast_generalized_attention"
+)
+for _name, _kernel in KERNEL_NAMES.items():
+    gin.external_configurable(_kernel, _name)

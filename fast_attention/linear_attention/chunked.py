@@ -1,0 +1,467 @@
+"""Linear attention in chunks on XLA: one ``lax.scan``, features made and used chunk by chunk.
+
+The forward pass carries the state; the backward pass recomputes each chunk from the inputs and the
+state saved at its start, in a reverse scan. No array of length T holds features, and no prefix is
+ever rebuilt by subtraction.
+
+Shape letters: B batch, T queries, S keys, H heads, K key/value heads, G = H / K, D head width,
+V value width, M features, C chunk.
+
+Reference: arXiv:2009.14794, section 2.5 (the prefix sums); the chunked form is that of Hua et al.,
+"Transformer Quality in Linear Time", arXiv:2202.10447, section 3.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fast_attention.array_types import Array
+from fast_attention.feature_maps.base import Features
+from fast_attention.linear_attention.chunk import (
+    Sight,
+    absorb_keys,
+    next_state,
+    pull_back_absorbed,
+    pull_back_causal,
+    read_causal,
+    read_state,
+)
+from fast_attention.linear_attention.inputs import (
+    Inputs,
+    Parts,
+    Plan,
+    finish,
+    inverse_slope,
+    safe_inverse,
+)
+from fast_attention.linear_attention.state import (
+    LinearAttentionState,
+    bias_features,
+    mask_features,
+)
+
+# Measured on one CPU core (H=8, D=64, M=256): shorter chunks pay for the loop and the state,
+# longer ones for the quadratic part and the cache.
+CAUSAL_CHUNK = 64
+BIDIRECTIONAL_CHUNK = 128
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attend(plan: Plan, inputs: Inputs) -> tuple[Array | Parts, LinearAttentionState]:
+    """Computes linear attention and the state after the last key.
+
+    Args:
+      plan: static choices.
+      inputs: arrays, see :class:`Inputs`.
+
+    Returns:
+      ``[B, T, H, V]`` in the computing type, or :class:`Parts` if asked for, and the state.
+    """
+    return _forward(plan, inputs)[0]
+
+
+def _forward(plan: Plan, inputs: Inputs) -> tuple[tuple[Any, LinearAttentionState], Any]:
+    if plan.causal:
+        return _causal_forward(plan, inputs)
+    return _bidirectional_forward(plan, inputs)
+
+
+def _backward(plan: Plan, residuals: Any, cotangents: Any) -> tuple[Inputs]:
+    backward = _causal_backward if plan.causal else _bidirectional_backward
+    return (backward(plan, residuals, cotangents),)
+
+
+attend.defvjp(_forward, _backward)
+
+
+# Causal.
+
+
+def _causal_forward(plan: Plan, inputs: Inputs):
+    length = inputs.query.shape[1]
+    size = min(plan.chunk_size or CAUSAL_CHUNK, length)
+
+    def body(carry, start, size):
+        state, out = carry
+        queries, keys, value = _features(plan, inputs, start, size)
+        sight = _sight(inputs, start, size)
+        read = read_causal(state, queries, keys, value, sight, plan.precision)
+        parts = Parts(read.numerator, read.denominator, read.log_scale)
+        out = _write_output(plan, out, parts, start)
+        absorbed = absorb_keys(state, keys, sight)
+        after = next_state(state, absorbed, value, plan.precision)
+        return (after, out), state
+
+    (state, out), saved = _scan_chunks(
+        body, (inputs.state, _empty_output(plan, inputs)), length, size, plan.unroll
+    )
+    return (out, state), (inputs, out, saved)
+
+
+def _causal_backward(plan: Plan, residuals: Any, cotangents: Any) -> Inputs:
+    inputs, out, saved = residuals
+    d_out, d_state = cotangents
+    length = inputs.query.shape[1]
+    size = min(plan.chunk_size or CAUSAL_CHUNK, length)
+
+    def body(carry, start, size, state):
+        d_kv, d_k_sum, grads = carry
+        queries, pull_queries = _query_features(plan, inputs, start, size)
+        keys, value, pull_keys = _key_features(plan, inputs, start, size)
+        sight = _sight(inputs, start, size)
+        read = read_causal(state, queries, keys, value, sight, plan.precision)
+        parts = Parts(read.numerator, read.denominator, read.log_scale)
+        d_numerator, d_denominator = _parts_gradient(plan, inputs, parts, out, d_out, start, size)
+        chunk = pull_back_causal(
+            queries,
+            keys,
+            value,
+            read,
+            absorb_keys(state, keys, sight),
+            d_numerator,
+            d_denominator,
+            d_kv,
+            d_k_sum,
+            sight.enter,
+            plan.precision,
+        )
+        grads = _add_query_gradient(grads, pull_queries(chunk.queries), start)
+        grads = _add_key_gradient(grads, pull_keys(chunk.keys, chunk.value), start)
+        return chunk.kv, chunk.k_sum, grads
+
+    carry = (d_state.kv, d_state.k_sum, _zero_gradients(inputs))
+    d_kv, d_k_sum, grads = _scan_chunks_back(body, carry, saved, length, size, plan.unroll)
+    return _as_cotangent(inputs, grads, LinearAttentionState(d_kv, d_k_sum, None))
+
+
+# Bidirectional.
+
+
+def _bidirectional_forward(plan: Plan, inputs: Inputs):
+    chunk = plan.chunk_size or BIDIRECTIONAL_CHUNK
+    keys_length, queries_length = inputs.key.shape[1], inputs.query.shape[1]
+
+    def absorb(state, start, size):
+        keys, value, _ = _key_features(plan, inputs, start, size)
+        return next_state(state, absorb_keys(state, keys, None), value, plan.precision), None
+
+    state, _ = _scan_chunks(
+        absorb, inputs.state, keys_length, min(chunk, keys_length), plan.unroll
+    )
+
+    def read(out, start, size):
+        queries, _ = _query_features(plan, inputs, start, size)
+        return _write_output(plan, out, _read_parts(plan, state, queries), start), None
+
+    out, _ = _scan_chunks(
+        read,
+        _empty_output(plan, inputs),
+        queries_length,
+        min(chunk, queries_length),
+        plan.unroll,
+    )
+    return (out, state), (inputs, out, state)
+
+
+def _read_parts(plan: Plan, state: LinearAttentionState, queries: Features) -> Parts:
+    read = read_state(state.log_scale, queries)
+    numerator = jnp.einsum("bkrm,bkvm->bkrv", read.features, state.kv, precision=plan.precision)
+    denominator = (read.features * state.k_sum[..., None, :]).sum(-1)
+    return Parts(numerator, denominator, read.row_max)
+
+
+def _bidirectional_backward(plan: Plan, residuals: Any, cotangents: Any) -> Inputs:
+    inputs, out, state = residuals
+    d_out, d_state = cotangents
+    chunk = plan.chunk_size or BIDIRECTIONAL_CHUNK
+    keys_length, queries_length = inputs.key.shape[1], inputs.query.shape[1]
+
+    def read(carry, start, size, _):
+        d_kv, d_k_sum, grads = carry
+        queries, pull_queries = _query_features(plan, inputs, start, size)
+        read = read_state(state.log_scale, queries)
+        denominator = (read.features * state.k_sum[..., None, :]).sum(-1)
+        numerator = None
+        if plan.output == "parts":
+            numerator = denominator  # Only shapes matter: cotangents are given as they are.
+        parts = Parts(numerator, denominator, read.row_max)
+        d_numerator, d_denominator = _parts_gradient(plan, inputs, parts, out, d_out, start, size)
+        d_features = jnp.einsum(
+            "bkrv,bkvm->bkrm", d_numerator, state.kv, precision=plan.precision
+        )
+        d_features = d_features + d_denominator[..., None] * state.k_sum[..., None, :]
+        d_queries = queries.pull_back(read.shift, read.features, d_features)
+        d_kv = d_kv + jnp.einsum(
+            "bkrv,bkrm->bkvm", d_numerator, read.features, precision=plan.precision
+        )
+        d_k_sum = d_k_sum + (d_denominator[..., None] * read.features).sum(-2)
+        return d_kv, d_k_sum, _add_query_gradient(grads, pull_queries(d_queries), start)
+
+    carry = (d_state.kv, d_state.k_sum, _zero_gradients(inputs))
+    d_kv, d_k_sum, grads = _scan_chunks_back(
+        read, carry, (None, None), queries_length, min(chunk, queries_length), plan.unroll
+    )
+
+    def absorb(grads, start, size, _):
+        keys, value, pull_keys = _key_features(plan, inputs, start, size)
+        # The scale of the final state is an upper bound for every key: nothing overflows.
+        absorbed = absorb_keys(state, keys, None)
+        d_keys, d_value = pull_back_absorbed(absorbed, value, d_kv, d_k_sum, plan.precision)
+        return _add_key_gradient(grads, pull_keys(d_keys, d_value), start)
+
+    grads = _scan_chunks_back(
+        absorb, grads, (None, None), keys_length, min(chunk, keys_length), plan.unroll
+    )
+    if state.log_scale is not None:
+        decay = jnp.exp(inputs.state.log_scale - state.log_scale)
+        d_kv, d_k_sum = d_kv * decay[..., None, :], d_k_sum * decay
+    return _as_cotangent(inputs, grads, LinearAttentionState(d_kv, d_k_sum, None))
+
+
+# Loading and storing chunks. Slices are taken from the arrays as they lie, [B, T, H, D], and only
+# the slice is transposed: moving whole arrays first costs a quarter more time on CPU.
+
+
+def _load(x: Array, start: Array | int, size: int, dtype: Any = None) -> Array:
+    """Returns positions ``[start, start + size)`` of ``[B, T, K, ...]`` as ``[B, K, size, ...]``."""
+    piece = jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
+    piece = jnp.swapaxes(piece, 1, 2)
+    return piece if dtype is None else piece.astype(dtype)
+
+
+def _load_rows(inputs: Inputs, x: Array, start: Array | int, size: int, dtype: Any) -> Array:
+    """Returns ``[B, T, H, ...]`` as ``[B, K, G * size, ...]``: rows of one key head together."""
+    kv_heads = inputs.key.shape[2]
+    piece = jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
+    batch, _, heads, *rest = piece.shape
+    groups = heads // kv_heads
+    piece = piece.reshape(batch, size, kv_heads, groups, *rest)
+    piece = jnp.moveaxis(piece, 1, 3)
+    return piece.reshape(batch, kv_heads, groups * size, *rest).astype(dtype)
+
+
+def _unload_rows(rows: Array, size: int) -> Array:
+    """Inverse of :func:`_load_rows`: ``[B, K, G * size, ...]`` to ``[B, size, H, ...]``."""
+    batch, kv_heads, _, *rest = rows.shape
+    piece = jnp.moveaxis(rows.reshape(batch, kv_heads, -1, size, *rest), 3, 1)
+    return piece.reshape(batch, size, -1, *rest)
+
+
+def _store(buffer: Array, piece: Array, start: Array | int) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(buffer, piece.astype(buffer.dtype), start, axis=1)
+
+
+def _compute_dtype(inputs: Inputs) -> Any:
+    return inputs.state.kv.dtype
+
+
+def _query_features(plan: Plan, inputs: Inputs, start: Array | int, size: int):
+    rows = _load_rows(inputs, inputs.query, start, size, _compute_dtype(inputs))
+
+    def apply(rows, parameters):
+        return plan.feature_map.apply(
+            rows, parameters, is_query=True, exact_scale=plan.exact_scale
+        )
+
+    queries, pull = jax.vjp(apply, rows, inputs.parameters)
+
+    def pull_back(cotangent: Features):
+        d_rows, d_parameters = pull(cotangent)
+        return _unload_rows(d_rows, size), d_parameters
+
+    return queries, pull_back
+
+
+def _key_features(plan: Plan, inputs: Inputs, start: Array | int, size: int):
+    dtype = _compute_dtype(inputs)
+    key = _load(inputs.key, start, size, dtype)
+    value = _load(inputs.value, start, size, dtype)
+    mask = None
+    if inputs.key_mask is not None:
+        mask = _load(inputs.key_mask, start, size)
+        # Whatever lies in padding, nan and inf included, must not reach a product.
+        key = jnp.where(mask[..., None], key, 0)
+        value = jnp.where(mask[..., None], value, 0)
+    bias = None
+    if inputs.key_bias is not None:
+        bias = _load(inputs.key_bias, start, size, dtype)
+
+    def apply(key, parameters, bias):
+        features = plan.feature_map.apply(
+            key, parameters, is_query=False, exact_scale=plan.exact_scale
+        )
+        return mask_features(bias_features(features, bias), mask)
+
+    keys, pull = jax.vjp(apply, key, inputs.parameters, bias)
+
+    def pull_back(cotangent: Features, d_value: Array):
+        d_key, d_parameters, d_bias = pull(cotangent)
+        if mask is not None:
+            d_value = jnp.where(mask[..., None], d_value, 0)
+        return jnp.swapaxes(d_key, 1, 2), jnp.swapaxes(d_value, 1, 2), d_parameters, d_bias
+
+    return keys, value, pull_back
+
+
+def _features(plan: Plan, inputs: Inputs, start: Array | int, size: int):
+    queries, _ = _query_features(plan, inputs, start, size)
+    keys, value, _ = _key_features(plan, inputs, start, size)
+    return queries, keys, value
+
+
+def _sight(inputs: Inputs, start: Array | int, size: int) -> Sight:
+    groups = inputs.query.shape[2] // inputs.key.shape[2]
+    position = jnp.arange(size)
+    # The first key is read through the state.
+    pairs = (position[None, :] <= position[:, None]) & (position[None, :] > 0)
+    pairs = jnp.tile(pairs, (groups, 1))[None, None]
+    if inputs.segment_ids is None:
+        return Sight(pairs)
+    ids = jax.lax.dynamic_slice_in_dim(inputs.segment_ids, start, size, axis=1)
+    before = jax.lax.dynamic_slice_in_dim(
+        inputs.segment_ids, jnp.maximum(start - 1, 0), 1, axis=1
+    )[:, 0]
+    first, last = ids[:, 0], ids[:, -1]
+    rows = jnp.tile(ids, (1, groups))
+    return Sight(
+        pairs=pairs & (rows[:, None, :, None] == ids[:, None, None, :]),
+        state=(rows == first[:, None])[:, None],
+        carry=before == first,
+        keep=(before == first) & (first == last),
+        enter=(ids == last[:, None])[:, None],
+    )
+
+
+def _empty_output(plan: Plan, inputs: Inputs) -> Any:
+    shape = (*inputs.query.shape[:3], inputs.value.shape[-1])
+    dtype = _compute_dtype(inputs)
+    if plan.output != "parts":
+        return jnp.zeros(shape, jnp.result_type(inputs.query, inputs.key, inputs.value))
+    row = jnp.zeros(shape[:3], dtype)
+    scale = None if plan.feature_map.log_kind == "none" else row
+    return Parts(jnp.zeros(shape, dtype), row, scale)
+
+
+def _write_output(plan: Plan, out: Any, parts: Parts, start: Array | int) -> Any:
+    size = parts.denominator.shape[-1]
+    if plan.output != "parts":
+        chunk = finish(parts, plan.output, plan.epsilon)
+        groups = out.shape[2] // chunk.shape[1]
+        return _store(out, _unload_rows(chunk, size // groups), start)
+    groups = out.numerator.shape[2] // parts.numerator.shape[1]
+    return jax.tree.map(
+        lambda buffer, rows: _store(buffer, _unload_rows(rows, size // groups), start), out, parts
+    )
+
+
+def _parts_gradient(
+    plan: Plan, inputs: Inputs, parts: Parts, out: Any, d_out: Any, start: Array | int, size: int
+) -> tuple[Array, Array]:
+    """Returns the cotangents of a chunk's numerator and denominator."""
+    load = functools.partial(
+        _load_rows, inputs, start=start, size=size, dtype=_compute_dtype(inputs)
+    )
+    if plan.output == "parts":
+        return load(d_out.numerator), load(d_out.denominator)
+    d_rows = load(d_out)
+    if plan.output == "sum":
+        if parts.log_scale is not None:
+            d_rows = d_rows * jnp.exp(parts.log_scale)[..., None]
+        return d_rows, jnp.zeros_like(parts.denominator)
+    inverse = safe_inverse(parts.denominator, plan.epsilon)
+    slope = inverse_slope(parts.denominator, plan.epsilon)
+    return d_rows * inverse[..., None], (d_rows * load(out)).sum(-1) * slope
+
+
+# Gradients are written into buffers as long as the inputs, chunk by chunk.
+
+
+def _zero_gradients(inputs: Inputs) -> Inputs:
+    zeros = functools.partial(jax.tree.map, jnp.zeros_like)
+    return inputs._replace(
+        query=zeros(inputs.query),
+        key=zeros(inputs.key),
+        value=zeros(inputs.value),
+        parameters=zeros(inputs.parameters),
+        key_bias=zeros(inputs.key_bias),
+    )
+
+
+def _add_query_gradient(grads: Inputs, gradient: Any, start: Array | int) -> Inputs:
+    d_query, d_parameters = gradient
+    return grads._replace(
+        query=_store(grads.query, d_query, start),
+        parameters=jax.tree.map(jnp.add, grads.parameters, d_parameters),
+    )
+
+
+def _add_key_gradient(grads: Inputs, gradient: Any, start: Array | int) -> Inputs:
+    d_key, d_value, d_parameters, d_bias = gradient
+    if d_bias is not None:
+        d_bias = _store(grads.key_bias, jnp.swapaxes(d_bias, 1, 2), start)
+    return grads._replace(
+        key=_store(grads.key, d_key, start),
+        value=_store(grads.value, d_value, start),
+        parameters=jax.tree.map(jnp.add, grads.parameters, d_parameters),
+        key_bias=d_bias,
+    )
+
+
+def _as_cotangent(inputs: Inputs, grads: Inputs, d_state: LinearAttentionState) -> Inputs:
+    scale = inputs.state.log_scale
+    return grads._replace(
+        key_mask=None,
+        segment_ids=None,
+        state=LinearAttentionState(
+            d_state.kv, d_state.k_sum, None if scale is None else jnp.zeros_like(scale)
+        ),
+    )
+
+
+# Loops: whole chunks in a scan, then what is left over in one shorter chunk, without padding.
+
+
+def _scan_chunks(
+    body: Callable[[Any, Array | int, int], tuple[Any, Any]],
+    carry: Any,
+    length: int,
+    size: int,
+    unroll: int,
+) -> tuple[Any, tuple[Any, Any]]:
+    """Runs ``body(carry, start, size)`` over chunks; returns what it saved for each."""
+    count, rest = divmod(length, size) if size else (0, 0)
+    carry, saved = jax.lax.scan(
+        lambda carry, i: body(carry, i * size, size), carry, jnp.arange(count), unroll=unroll
+    )
+    if not rest:
+        return carry, (saved, None)
+    carry, last = body(carry, count * size, rest)
+    return carry, (saved, last)
+
+
+def _scan_chunks_back(
+    body: Callable[[Any, Array | int, int, Any], Any],
+    carry: Any,
+    saved: tuple[Any, Any],
+    length: int,
+    size: int,
+    unroll: int,
+) -> Any:
+    """Runs ``body(carry, start, size, saved)`` over the same chunks from last to first."""
+    count, rest = divmod(length, size) if size else (0, 0)
+    states, last = saved
+    if rest:
+        carry = body(carry, count * size, rest, last)
+    carry, _ = jax.lax.scan(
+        lambda carry, x: (body(carry, x[0] * size, size, x[1]), None),
+        carry,
+        (jnp.arange(count), states),
+        reverse=True,
+        unroll=unroll,
+    )
+    return carry

@@ -1,0 +1,126 @@
+"""Recurrent use of linear attention: read a prompt once, then one token at a time.
+
+Shape letters: B batch, T length, H heads, K key/value heads, D head width, V value width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from fast_attention.array_types import Array, Bool, Float
+from fast_attention.feature_maps.base import FeatureMap, Parameters
+from fast_attention.linear_attention.api import linear_attention
+from fast_attention.linear_attention.chunk import absorb_keys, next_state, read_state
+from fast_attention.linear_attention.inputs import Parts, finish
+from fast_attention.linear_attention.state import LinearAttentionState, key_features
+
+
+def prefill(
+    state: LinearAttentionState,
+    query: Float[Array, "*B T H D"],
+    key: Float[Array, "*B T K D"],
+    value: Float[Array, "*B T K V"],
+    *,
+    feature_map: FeatureMap,
+    parameters: Parameters,
+    key_mask: Bool[Array, "*B T"] | None = None,
+    normalize: bool = True,
+    epsilon: float = 0.0,
+    chunk_size: int | None = None,
+    implementation: str | None = None,
+    precision: jax.lax.PrecisionLike = None,
+) -> tuple[Float[Array, "*B T H V"], LinearAttentionState]:
+    """Reads T tokens causally after those already in ``state``.
+
+    Args:
+      state: what came before, as from :func:`~fast_attention.linear_attention.empty_state`.
+      query: ``[*B, T, H, D]``.
+      key: ``[*B, T, K, D]``.
+      value: ``[*B, T, K, V]``.
+      feature_map: the map.
+      parameters: its parameters.
+      key_mask: ``[*B, T]``; False is padding on either side of a shorter prompt.
+      normalize: as in :func:`linear_attention`.
+      epsilon: as there.
+      chunk_size: as there.
+      implementation: as there.
+      precision: as there.
+
+    Returns:
+      Outputs ``[*B, T, H, V]`` (unspecified at padding) and the state after the prompt.
+    """
+    return linear_attention(
+        query,
+        key,
+        value,
+        feature_map=feature_map,
+        parameters=parameters,
+        causal=True,
+        key_mask=key_mask,
+        initial_state=state,
+        return_state=True,
+        normalize=normalize,
+        epsilon=epsilon,
+        chunk_size=chunk_size,
+        implementation=implementation,
+        precision=precision,
+    )
+
+
+def step(
+    state: LinearAttentionState,
+    query: Float[Array, "*B H D"],
+    key: Float[Array, "*B K D"],
+    value: Float[Array, "*B K V"],
+    *,
+    feature_map: FeatureMap,
+    parameters: Parameters,
+    normalize: bool = True,
+    epsilon: float = 0.0,
+    precision: jax.lax.PrecisionLike = None,
+) -> tuple[Float[Array, "*B H V"], LinearAttentionState]:
+    """Adds one token to the state and reads it: time and memory independent of the past.
+
+    Args:
+      state: what came before.
+      query: ``[*B, H, D]``.
+      key: ``[*B, K, D]``.
+      value: ``[*B, K, V]``.
+      feature_map: the map.
+      parameters: its parameters.
+      normalize: divide by the sum of weights.
+      epsilon: guard of the denominator.
+      precision: of products of features and values.
+
+    Returns:
+      Output ``[*B, H, V]`` in the promoted type of the inputs, and the new state.
+    """
+    batch_shape, (heads, width), kv_heads = query.shape[:-2], query.shape[-2:], key.shape[-2]
+    batch, dtype = math.prod(batch_shape), state.kv.dtype
+    old = jax.tree.map(lambda x: x.reshape(batch, *x.shape[len(batch_shape) :]), state)
+    keys = key_features(
+        feature_map,
+        parameters,
+        key.astype(dtype).reshape(batch, kv_heads, 1, width),
+        exact_scale=not normalize,
+    )
+    # Rows of one key head are its group of query heads.
+    queries = feature_map.apply(
+        query.astype(dtype).reshape(batch, kv_heads, heads // kv_heads, width),
+        parameters,
+        is_query=True,
+        exact_scale=not normalize,
+    )
+    values = value.astype(dtype).reshape(batch, kv_heads, 1, value.shape[-1])
+    new = next_state(old, absorb_keys(old, keys, None), values, precision)
+    read = read_state(new.log_scale, queries)
+    numerator = jnp.einsum("bkrm,bkvm->bkrv", read.features, new.kv, precision=precision)
+    denominator = (read.features * new.k_sum[..., None, :]).sum(-1)
+    parts = Parts(numerator, denominator, read.row_max)
+    out = finish(parts, "mean" if normalize else "sum", epsilon)
+    out = out.reshape(*batch_shape, heads, value.shape[-1])
+    new = jax.tree.map(lambda x: x.reshape(*batch_shape, *x.shape[1:]), new)
+    return out.astype(jnp.result_type(query, key, value)), new

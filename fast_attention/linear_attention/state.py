@@ -1,0 +1,135 @@
+"""The recurrent state of linear attention: one mergeable summary of all keys seen.
+
+Shape letters: B batch, T length, H query heads, K key/value heads, D head width, V value width,
+M features.
+
+With log-features ``l_jm`` of key j and running maximum ``n_m = max_j l_jm`` the state holds
+``kv[v, m] = sum_j v_j exp(l_jm - n_m)`` and ``k_sum[m] = sum_j exp(l_jm - n_m)``, and a query with
+log-features ``l_m`` reads ``sum_m exp(l_m + n_m) kv[:, m] / sum_m exp(l_m + n_m) k_sum[m]``.
+Because ``k_sum >= 1`` wherever a key was seen, the largest term of the denominator is at least 1
+after its own maximum is taken out, whatever the norms.
+
+Reference: Katharopoulos et al., "Transformers are RNNs", arXiv:2006.16236, section 3.4; the running
+maximum is that of online softmax (Milakov and Gimelshein, arXiv:1805.02867), kept per feature.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from fast_attention.array_types import Array, Bool, Float
+from fast_attention.feature_maps.base import FeatureMap, Features, Parameters
+
+EMPTY_LOG_SCALE = -1e30
+"""``log_scale`` where no key was seen. Finite, so that no difference of two scales is nan."""
+
+MASKED_LOG = -3e30
+"""Log-feature of a key that must not be seen: below the scale of an empty state, hence exp = 0."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LinearAttentionState:
+    """Everything linear attention knows of the keys and values seen so far.
+
+    The true sums are ``kv * exp(log_scale)`` and ``k_sum * exp(log_scale)``; nothing depends on how
+    they are split, and no gradient flows through ``log_scale``.
+
+    Attributes:
+      kv: ``[*B, K, V, M]``, float32 (float64 for float64 inputs).
+      k_sum: ``[*B, K, M]``.
+      log_scale: ``[*B, K, M]`` for maps that give log-features, ``[*B, K, 1]`` for one scale a
+        position, None for maps without exponents.
+    """
+
+    kv: Float[Array, "*B K V M"]
+    k_sum: Float[Array, "*B K M"]
+    log_scale: Float[Array, "*B K N"] | None
+
+
+def empty_state(
+    feature_map: FeatureMap,
+    parameters: Parameters,
+    batch_shape: tuple[int, ...],
+    num_heads: int,
+    head_dim: int,
+    value_dim: int,
+    dtype: jnp.dtype = jnp.float32,
+) -> LinearAttentionState:
+    """Returns the state that has seen no key.
+
+    Args:
+      feature_map: the map that will be used.
+      parameters: its parameters.
+      batch_shape: ``*B``.
+      num_heads: K, key/value heads.
+      head_dim: D.
+      value_dim: V.
+      dtype: float32, or float64 for float64 inputs.
+    """
+    num_features = feature_map.num_features(parameters, head_dim)
+    shape = (*batch_shape, num_heads)
+    widths = {"feature": num_features, "position": 1}
+    width = widths.get(feature_map.log_kind)
+    return LinearAttentionState(
+        kv=jnp.zeros((*shape, value_dim, num_features), dtype),
+        k_sum=jnp.zeros((*shape, num_features), dtype),
+        log_scale=None if width is None else jnp.full((*shape, width), EMPTY_LOG_SCALE, dtype),
+    )
+
+
+def merge(left: LinearAttentionState, right: LinearAttentionState) -> LinearAttentionState:
+    """Returns the state that has seen the keys of both; associative and commutative.
+
+    Both sides are brought to the larger scale and added, as an online softmax does.
+    """
+    if left.log_scale is None or right.log_scale is None:
+        return LinearAttentionState(left.kv + right.kv, left.k_sum + right.k_sum, None)
+    scale = jax.lax.stop_gradient(jnp.maximum(left.log_scale, right.log_scale))
+    left_factor = jnp.exp(jax.lax.stop_gradient(left.log_scale) - scale)
+    right_factor = jnp.exp(jax.lax.stop_gradient(right.log_scale) - scale)
+    return LinearAttentionState(
+        kv=left.kv * left_factor[..., None, :] + right.kv * right_factor[..., None, :],
+        k_sum=left.k_sum * left_factor + right.k_sum * right_factor,
+        log_scale=scale,
+    )
+
+
+def key_features(
+    feature_map: FeatureMap,
+    parameters: Parameters,
+    key: Float[Array, "*B K T D"],
+    *,
+    key_mask: Bool[Array, "*B K T"] | None = None,
+    key_bias: Float[Array, "*B K T"] | None = None,
+    exact_scale: bool = False,
+) -> Features:
+    """Computes key features with the bias as a factor ``exp(bias)`` and masked keys removed."""
+    features = feature_map.apply(key, parameters, is_query=False, exact_scale=exact_scale)
+    return mask_features(bias_features(features, key_bias), key_mask)
+
+
+def bias_features(features: Features, key_bias: Array | None) -> Features:
+    """Multiplies features by ``exp(key_bias)``, in the logarithm."""
+    if key_bias is None:
+        return features
+    if features.log is None:
+        raise ValueError(
+            "A key bias multiplies features by exp(bias), which needs a map with log-features "
+            "or scales; call features.with_scale() first."
+        )
+    return Features(features.values, features.log + key_bias[..., None])
+
+
+def mask_features(features: Features, key_mask: Array | None) -> Features:
+    """Removes keys where ``key_mask`` is False: they contribute exactly nothing."""
+    if key_mask is None:
+        return features
+    visible = key_mask[..., None]
+    if features.log is None:
+        assert features.values is not None
+        return Features(jnp.where(visible, features.values, 0), None)
+    return Features(features.values, jnp.where(visible, features.log, MASKED_LOG))
