@@ -19,10 +19,10 @@ from fast_attention.array_types import Array
 from fast_attention.feature_maps.base import Features
 from fast_attention.linear_attention.state import EMPTY_LOG_SCALE, LinearAttentionState
 
-# Query and key features are each kept this many nats above their maxima inside a chunk, so that
-# their product uses float32's range on both sides of 1: pairs whose features hardly overlap (opposed
-# queries and keys of squared norm 200) still have a product that does not underflow.
-HEADROOM = 25.0
+# Keys inside a chunk are kept this many nats above their own maximum, so that their products with
+# queries (at most 1) use float32's range on both sides of 1: a pair whose features hardly overlap
+# (opposed queries and keys of squared norm 200) still has a product that does not underflow.
+HEADROOM = 40.0
 
 LARGEST_EXPONENT = 87.0
 
@@ -35,15 +35,15 @@ class Sight(NamedTuple):
         is excluded, it is read through the state.
       state: bool ``[B, 1, R]``: row may read the state and the first key.
       carry: bool ``[B]``: the state before the chunk is still read in it (no new segment).
-      keep: bool ``[B]``: the state before the chunk outlives it.
-      enter: bool ``[B, 1, C]``: key enters the state after the chunk.
+      keep: bool ``[B]``: the state with the first key outlives the chunk.
+      enter: bool, broadcastable to ``[B, K, C]``: key is added to the state after the first one.
     """
 
     pairs: Array
+    enter: Array
     state: Array | None = None
     carry: Array | None = None
     keep: Array | None = None
-    enter: Array | None = None
 
 
 class Absorbed(NamedTuple):
@@ -78,29 +78,40 @@ class Read(NamedTuple):
     row_max: Array | None
 
 
-def absorb_keys(state: LinearAttentionState, keys: Features, sight: Sight | None) -> Absorbed:
-    """Brings key features to the scale the state has after these keys."""
-    enter = None if sight is None else sight.enter
+def absorb_keys(
+    state: LinearAttentionState,
+    keys: Features,
+    enter: Array | None = None,
+    keep: Array | None = None,
+) -> Absorbed:
+    """Brings key features to the scale the state has after these keys.
+
+    Args:
+      state: the state before them.
+      keys: their features.
+      enter: which keys to add, see :class:`Sight`; None for all.
+      keep: where the state before survives, ``[B]``; None for everywhere.
+    """
     if keys.log is None:
         assert keys.values is not None
         features, decay = keys.values, None
         if enter is not None:
             features = jnp.where(enter[..., None], features, 0)
-        if sight is not None and sight.keep is not None:
-            decay = sight.keep[:, None, None].astype(features.dtype)
+        if keep is not None:
+            decay = keep[:, None, None].astype(features.dtype)
         return Absorbed(Features(features, None), features, None, decay, None)
     assert state.log_scale is not None
     before, log = state.log_scale, keys.log
-    if sight is not None and sight.keep is not None:
-        before = jnp.where(sight.keep[:, None, None], before, EMPTY_LOG_SCALE)
+    if keep is not None:
+        before = jnp.where(keep[:, None, None], before, EMPTY_LOG_SCALE)
     if enter is not None:
         log = jnp.where(enter[..., None], log, -jnp.inf)
     log_scale = jnp.maximum(before, log.max(axis=-2))
     shift = -log_scale[..., None, :]
     decay = jnp.exp(before - log_scale)
-    if sight is not None and sight.keep is not None:
+    if keep is not None:
         # An empty scale on both sides would give exp(0).
-        decay = jnp.where(sight.keep[:, None, None], decay, 0)
+        decay = jnp.where(keep[:, None, None], decay, 0)
     source = Features(keys.values, log)
     return Absorbed(source, source.shift(shift), shift, decay, log_scale)
 
@@ -147,8 +158,8 @@ class CausalRead(NamedTuple):
       first_key: features of the first key on the scale of ``first``, ``[B, K, M]``.
       read: queries on that scale.
       gain: g, ``[B, K, R]``, or None for 1.
-      query, key: features inside the chunk, ``[B, K, R, M]`` and ``[B, K, C, M]``.
-      query_shift, key_shift: what was added to their logarithms, or None.
+      key: features of keys inside the chunk, ``[B, K, C, M]``.
+      key_shift: what was added to their logarithms, or None.
       factor: weights over products of features, ``[B, K, R, C]``; 0 where a key is not seen.
       weights: w, ``[B, K, R, C]``.
     """
@@ -161,9 +172,7 @@ class CausalRead(NamedTuple):
     first_key: Array
     read: Read
     gain: Array | None
-    query: Array
     key: Array
-    query_shift: Array | None
     key_shift: Array | None
     factor: Array
     weights: Array
@@ -181,51 +190,59 @@ def read_causal(
 
     Every row sees the first key (or has no past at all), so a row's largest term over state and
     first key is exactly 1 and no denominator can vanish. With one key a chunk this is the
-    recurrence.
+    recurrence. Later keys are scaled per feature by the same state, and by their own largest
+    feature on that scale, which goes into the weights; each row's weights are then brought below 1
+    by the largest pair the row itself sees.
     """
     first, old, first_key = _with_first_key(state, keys, value, sight)
-    read = read_state(first.log_scale, queries)
+    scale = None
+    if first.log_scale is not None:
+        # Where nothing was seen yet the scale says nothing: 0 leaves logarithms as they are.
+        scale = jnp.where(first.log_scale > 0.5 * EMPTY_LOG_SCALE, first.log_scale, 0)
+    read = read_state(scale, queries)
     inter = jnp.einsum("bkrm,bkvm->bkrv", read.features, first.kv, precision=precision)
-    inter_sum = (read.features * first.k_sum[..., None, :]).sum(-1)
-    if queries.log is None or keys.log is None:
-        query, key = queries.shift(None), keys.shift(None)
-        query_shift = key_shift = log_scale = None
-        products = jnp.einsum("bkrm,bkcm->bkrc", query, key, precision=precision)
+    # Row sums are written as products: XLA on CPU fuses a plain sum with the exponentials before it
+    # and evaluates them a second time, element by element.
+    inter_sum = jnp.einsum("bkrm,bkm->bkr", read.features, first.k_sum, precision=precision)
+    if scale is None or first.log_scale is None or keys.log is None:
+        key, key_shift, log_scale = keys.shift(None), None, None
+        products = jnp.einsum("bkrm,bkcm->bkrc", read.features, key, precision=precision)
         factor = jnp.broadcast_to(sight.pairs, products.shape).astype(products.dtype)
         gain = None if sight.state is None else sight.state.astype(products.dtype)
     else:
-        headroom = HEADROOM if queries.values is None else 0.0
-        query_max, key_max = queries.log.max(-1), keys.log.max(-1)
-        query_shift, key_shift = headroom - query_max[..., None], headroom - key_max[..., None]
-        query, key = queries.shift(query_shift), keys.shift(key_shift)
-        products = jnp.einsum("bkrm,bkcm->bkrc", query, key, precision=precision)
-        exponent = query_max[..., :, None] + key_max[..., None, :] - 2 * headroom
+        headroom = HEADROOM if keys.values is None else 0.0
+        key_max = (keys.log - scale[..., None, :]).max(-1)
+        key_shift = headroom - scale[..., None, :] - key_max[..., None]
+        key = keys.shift(key_shift)
+        products = jnp.einsum("bkrm,bkcm->bkrc", read.features, key, precision=precision)
+        exponent = key_max[..., None, :] - headroom
         logs = jnp.where(sight.pairs, jnp.log(jnp.abs(products)) + exponent, -jnp.inf)
-        assert read.row_max is not None
-        past = read.row_max
+        # What rows read from the state is at most about 1, if there is a state to read.
+        empty = jnp.all(first.log_scale <= 0.5 * EMPTY_LOG_SCALE, axis=-1, keepdims=True)
+        past = jnp.where(empty, EMPTY_LOG_SCALE, jnp.zeros_like(key_max[..., :1]))
         if sight.state is not None:
             past = jnp.where(sight.state, past, EMPTY_LOG_SCALE)
-        log_scale = jnp.maximum(past, logs.max(-1))
-        factor = jnp.exp(jnp.minimum(exponent - log_scale[..., None], LARGEST_EXPONENT))
+        row_max = jnp.maximum(past, logs.max(-1))
+        factor = jnp.exp(jnp.minimum(exponent - row_max[..., None], LARGEST_EXPONENT))
         factor = jnp.where(sight.pairs, factor, 0)
-        gain = jnp.exp(past - log_scale)
+        gain = jnp.exp(past - row_max)
         if sight.state is not None:
             gain = jnp.where(sight.state, gain, 0)
+        assert read.row_max is not None
+        log_scale = read.row_max + row_max
     weights = products * factor
     if gain is not None:
         inter, inter_sum = inter * gain[..., None], inter_sum * gain
     return CausalRead(
         numerator=inter + jnp.einsum("bkrc,bkcv->bkrv", weights, value, precision=precision),
-        denominator=inter_sum + weights.sum(-1),
+        denominator=inter_sum + _row_sums(weights, precision),
         log_scale=log_scale,
         first=first,
         old=old,
         first_key=first_key,
         read=read,
         gain=gain,
-        query=query,
         key=key,
-        query_shift=query_shift,
         key_shift=key_shift,
         factor=factor,
         weights=weights,
@@ -290,7 +307,7 @@ def pull_back_causal(
       keys: features given to it.
       value: values given to it.
       read: what it returned.
-      absorbed: what :func:`absorb_keys` returned for the same chunk.
+      absorbed: what :func:`absorb_keys` returned for the keys after the first.
       d_numerator: cotangent of ``read.numerator``.
       d_denominator: cotangent of ``read.denominator``.
       d_kv: cotangent of ``kv`` after the chunk.
@@ -308,8 +325,8 @@ def pull_back_causal(
     # Inside the chunk.
     d_weights = einsum("bkrv,bkcv->bkrc", d_numerator, value) + d_denominator[..., None]
     d_products = d_weights * read.factor
-    d_query = einsum("bkrc,bkcm->bkrm", d_products, read.key)
-    d_key = einsum("bkrc,bkrm->bkcm", d_products, read.query)
+    d_read = einsum("bkrc,bkcm->bkrm", d_products, read.key)
+    d_key = einsum("bkrc,bkrm->bkcm", d_products, read.read.features)
     d_value = einsum("bkrc,bkrv->bkcv", read.weights, d_numerator)
 
     # What rows read from the state and the first key.
@@ -317,30 +334,27 @@ def pull_back_causal(
         d_numerator = d_numerator * read.gain[..., None]
         d_denominator = d_denominator * read.gain
     first = read.first
-    d_read = einsum("bkrv,bkvm->bkrm", d_numerator, first.kv)
+    d_read = d_read + einsum("bkrv,bkvm->bkrm", d_numerator, first.kv)
     d_read = d_read + d_denominator[..., None] * first.k_sum[..., None, :]
-    d_first_kv = einsum("bkrv,bkrm->bkvm", d_numerator, read.read.features)
-    d_first_sum = (d_denominator[..., None] * read.read.features).sum(-2)
-    d_first_key = (value[..., 0, :, None] * d_first_kv).sum(-2) + d_first_sum
-    d_first_value = (d_first_kv * read.first_key[..., None, :]).sum(-1)
 
-    # What entered the state.
+    # What entered the state after the first key.
     d_entered, d_entered_value = pull_back_absorbed(
         absorbed, value, d_kv, d_k_sum, precision, enter
     )
-
-    before_kv, before_sum = d_first_kv, d_first_sum
-    if read.old is not None:
-        before_kv, before_sum = before_kv * read.old[..., None, :], before_sum * read.old
     if absorbed.decay is not None:
         d_kv, d_k_sum = d_kv * absorbed.decay[..., None, :], d_k_sum * absorbed.decay
 
+    # The state with the first key: read by rows, and kept.
+    d_first_kv = d_kv + einsum("bkrv,bkrm->bkvm", d_numerator, read.read.features)
+    d_first_sum = d_k_sum + einsum("bkr,bkrm->bkm", d_denominator, read.read.features)
+    d_first_key = einsum("bkv,bkvm->bkm", value[..., 0, :], d_first_kv) + d_first_sum
+    d_first_value = einsum("bkvm,bkm->bkv", d_first_kv, read.first_key)
+    if read.old is not None:
+        d_first_kv, d_first_sum = d_first_kv * read.old[..., None, :], d_first_sum * read.old
+
     first_shift = None if first.log_scale is None else -first.log_scale[..., None, :]
     return ChunkGradients(
-        queries=_add(
-            queries.pull_back(read.query_shift, read.query, d_query),
-            queries.pull_back(read.read.shift, read.read.features, d_read),
-        ),
+        queries=queries.pull_back(read.read.shift, read.read.features, d_read),
         keys=_add_first(
             _add(
                 keys.pull_back(read.key_shift, read.key, d_key),
@@ -350,9 +364,9 @@ def pull_back_causal(
                 first_shift, read.first_key[..., None, :], d_first_key[..., None, :]
             ),
         ),
-        value=(d_value + d_entered_value).at[..., 0, :].add(d_first_value),
-        kv=before_kv + d_kv,
-        k_sum=before_sum + d_k_sum,
+        value=d_value + d_entered_value + _in_first_row(d_first_value[..., None, :], value.shape[-2]),
+        kv=d_first_kv,
+        k_sum=d_first_sum,
     )
 
 
@@ -373,6 +387,10 @@ def pull_back_absorbed(
     return absorbed.source.pull_back(absorbed.shift, absorbed.features, d_features), d_value
 
 
+def _row_sums(x: Array, precision: jax.lax.PrecisionLike) -> Array:
+    return jnp.einsum("bkrc,c->bkr", x, jnp.ones(x.shape[-1:], x.dtype), precision=precision)
+
+
 def _add(left: Features, right: Features) -> Features:
     return jax.tree.map(jnp.add, left, right)
 
@@ -382,4 +400,10 @@ def _first(features: Features) -> Features:
 
 
 def _add_first(features: Features, first: Features) -> Features:
-    return jax.tree.map(lambda x, y: x.at[..., :1, :].add(y), features, first)
+    return jax.tree.map(lambda x, y: x + _in_first_row(y, x.shape[-2]), features, first)
+
+
+def _in_first_row(x: Array, rows: int) -> Array:
+    """Pads ``[..., 1, N]`` with zero rows; unlike an indexed update it fuses with what follows."""
+    is_first = jnp.arange(rows) == 0
+    return jnp.where(is_first[:, None].reshape((1,) * (x.ndim - 2) + (rows, 1)), x, 0)

@@ -62,13 +62,13 @@ def attend(plan: Plan, inputs: Inputs) -> tuple[Array | Parts, LinearAttentionSt
     Returns:
       ``[B, T, H, V]`` in the computing type, or :class:`Parts` if asked for, and the state.
     """
-    return _forward(plan, inputs)[0]
+    forward = _causal_forward if plan.causal else _bidirectional_forward
+    return forward(plan, inputs, save=False)[0]
 
 
 def _forward(plan: Plan, inputs: Inputs) -> tuple[tuple[Any, LinearAttentionState], Any]:
-    if plan.causal:
-        return _causal_forward(plan, inputs)
-    return _bidirectional_forward(plan, inputs)
+    forward = _causal_forward if plan.causal else _bidirectional_forward
+    return forward(plan, inputs, save=True)
 
 
 def _backward(plan: Plan, residuals: Any, cotangents: Any) -> tuple[Inputs]:
@@ -82,7 +82,7 @@ attend.defvjp(_forward, _backward)
 # Causal.
 
 
-def _causal_forward(plan: Plan, inputs: Inputs):
+def _causal_forward(plan: Plan, inputs: Inputs, *, save: bool):
     length = inputs.query.shape[1]
     size = min(plan.chunk_size or CAUSAL_CHUNK, length)
 
@@ -93,9 +93,9 @@ def _causal_forward(plan: Plan, inputs: Inputs):
         read = read_causal(state, queries, keys, value, sight, plan.precision)
         parts = Parts(read.numerator, read.denominator, read.log_scale)
         out = _write_output(plan, out, parts, start)
-        absorbed = absorb_keys(state, keys, sight)
-        after = next_state(state, absorbed, value, plan.precision)
-        return (after, out), state
+        absorbed = absorb_keys(read.first, keys, sight.enter, sight.keep)
+        after = next_state(read.first, absorbed, value, plan.precision)
+        return (after, out), (state if save else None)
 
     (state, out), saved = _scan_chunks(
         body, (inputs.state, _empty_output(plan, inputs)), length, size, plan.unroll
@@ -122,7 +122,7 @@ def _causal_backward(plan: Plan, residuals: Any, cotangents: Any) -> Inputs:
             keys,
             value,
             read,
-            absorb_keys(state, keys, sight),
+            absorb_keys(read.first, keys, sight.enter, sight.keep),
             d_numerator,
             d_denominator,
             d_kv,
@@ -142,13 +142,14 @@ def _causal_backward(plan: Plan, residuals: Any, cotangents: Any) -> Inputs:
 # Bidirectional.
 
 
-def _bidirectional_forward(plan: Plan, inputs: Inputs):
+def _bidirectional_forward(plan: Plan, inputs: Inputs, *, save: bool):
+    del save  # The final state is all the backward pass needs.
     chunk = plan.chunk_size or BIDIRECTIONAL_CHUNK
     keys_length, queries_length = inputs.key.shape[1], inputs.query.shape[1]
 
     def absorb(state, start, size):
         keys, value, _ = _key_features(plan, inputs, start, size)
-        return next_state(state, absorb_keys(state, keys, None), value, plan.precision), None
+        return next_state(state, absorb_keys(state, keys), value, plan.precision), None
 
     state, _ = _scan_chunks(
         absorb, inputs.state, keys_length, min(chunk, keys_length), plan.unroll
@@ -171,7 +172,7 @@ def _bidirectional_forward(plan: Plan, inputs: Inputs):
 def _read_parts(plan: Plan, state: LinearAttentionState, queries: Features) -> Parts:
     read = read_state(state.log_scale, queries)
     numerator = jnp.einsum("bkrm,bkvm->bkrv", read.features, state.kv, precision=plan.precision)
-    denominator = (read.features * state.k_sum[..., None, :]).sum(-1)
+    denominator = jnp.einsum("bkrm,bkm->bkr", read.features, state.k_sum, precision=plan.precision)
     return Parts(numerator, denominator, read.row_max)
 
 
@@ -185,7 +186,9 @@ def _bidirectional_backward(plan: Plan, residuals: Any, cotangents: Any) -> Inpu
         d_kv, d_k_sum, grads = carry
         queries, pull_queries = _query_features(plan, inputs, start, size)
         read = read_state(state.log_scale, queries)
-        denominator = (read.features * state.k_sum[..., None, :]).sum(-1)
+        denominator = jnp.einsum(
+            "bkrm,bkm->bkr", read.features, state.k_sum, precision=plan.precision
+        )
         numerator = None
         if plan.output == "parts":
             numerator = denominator  # Only shapes matter: cotangents are given as they are.
@@ -199,7 +202,9 @@ def _bidirectional_backward(plan: Plan, residuals: Any, cotangents: Any) -> Inpu
         d_kv = d_kv + jnp.einsum(
             "bkrv,bkrm->bkvm", d_numerator, read.features, precision=plan.precision
         )
-        d_k_sum = d_k_sum + (d_denominator[..., None] * read.features).sum(-2)
+        d_k_sum = d_k_sum + jnp.einsum(
+            "bkr,bkrm->bkm", d_denominator, read.features, precision=plan.precision
+        )
         return d_kv, d_k_sum, _add_query_gradient(grads, pull_queries(d_queries), start)
 
     carry = (d_state.kv, d_state.k_sum, _zero_gradients(inputs))
@@ -210,7 +215,7 @@ def _bidirectional_backward(plan: Plan, residuals: Any, cotangents: Any) -> Inpu
     def absorb(grads, start, size, _):
         keys, value, pull_keys = _key_features(plan, inputs, start, size)
         # The scale of the final state is an upper bound for every key: nothing overflows.
-        absorbed = absorb_keys(state, keys, None)
+        absorbed = absorb_keys(state, keys)
         d_keys, d_value = pull_back_absorbed(absorbed, value, d_kv, d_k_sum, plan.precision)
         return _add_key_gradient(grads, pull_keys(d_keys, d_value), start)
 
@@ -320,8 +325,9 @@ def _sight(inputs: Inputs, start: Array | int, size: int) -> Sight:
     # The first key is read through the state.
     pairs = (position[None, :] <= position[:, None]) & (position[None, :] > 0)
     pairs = jnp.tile(pairs, (groups, 1))[None, None]
+    later = (position > 0)[None, None]
     if inputs.segment_ids is None:
-        return Sight(pairs)
+        return Sight(pairs, later)
     ids = jax.lax.dynamic_slice_in_dim(inputs.segment_ids, start, size, axis=1)
     before = jax.lax.dynamic_slice_in_dim(
         inputs.segment_ids, jnp.maximum(start - 1, 0), 1, axis=1
@@ -332,8 +338,8 @@ def _sight(inputs: Inputs, start: Array | int, size: int) -> Sight:
         pairs=pairs & (rows[:, None, :, None] == ids[:, None, None, :]),
         state=(rows == first[:, None])[:, None],
         carry=before == first,
-        keep=(before == first) & (first == last),
-        enter=(ids == last[:, None])[:, None],
+        keep=first == last,
+        enter=later & (ids == last[:, None])[:, None],
     )
 
 
@@ -375,7 +381,7 @@ def _parts_gradient(
         return d_rows, jnp.zeros_like(parts.denominator)
     inverse = safe_inverse(parts.denominator, plan.epsilon)
     slope = inverse_slope(parts.denominator, plan.epsilon)
-    return d_rows * inverse[..., None], (d_rows * load(out)).sum(-1) * slope
+    return d_rows * inverse[..., None], jnp.einsum("bkrv,bkrv->bkr", d_rows, load(out)) * slope
 
 
 # Gradients are written into buffers as long as the inputs, chunk by chunk.
@@ -383,10 +389,12 @@ def _parts_gradient(
 
 def _zero_gradients(inputs: Inputs) -> Inputs:
     zeros = functools.partial(jax.tree.map, jnp.zeros_like)
+    # Every entry is overwritten. Different fillings keep XLA from making one array of zeros and
+    # copying it three times.
     return inputs._replace(
-        query=zeros(inputs.query),
-        key=zeros(inputs.key),
-        value=zeros(inputs.value),
+        query=jnp.full_like(inputs.query, 1),
+        key=jnp.full_like(inputs.key, 2),
+        value=jnp.full_like(inputs.value, 3),
         parameters=zeros(inputs.parameters),
         key_bias=zeros(inputs.key_bias),
     )

@@ -115,7 +115,7 @@ def step(
         exact_scale=not normalize,
     )
     values = value.astype(dtype).reshape(batch, kv_heads, 1, value.shape[-1])
-    new = next_state(old, absorb_keys(old, keys, None), values, precision)
+    new = next_state(old, absorb_keys(old, keys), values, precision)
     read = read_state(new.log_scale, queries)
     numerator = jnp.einsum("bkrm,bkvm->bkrv", read.features, new.kv, precision=precision)
     denominator = (read.features * new.k_sum[..., None, :]).sum(-1)
