@@ -1,10 +1,10 @@
 """Efficient attention for JAX and Flax: linear-time attention that drops into Flax's layers."""
 
-from fast_attention.attention_fn import FastAttention as FastAttention
 from fast_attention.attention_fn import (
     make_fast_generalized_attention as make_fast_generalized_attention,
 )
 from fast_attention.attention_fn import make_fast_softmax_attention as make_fast_softmax_attention
+from fast_attention.fast_attention_fn import FastAttention as FastAttention
 from fast_attention.linear_attention import LinearAttentionState as LinearAttentionState
 from fast_attention.linear_attention import linear_attention as linear_attention
 

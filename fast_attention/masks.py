@@ -11,6 +11,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from fast_attention.array_types import Array, Bool, Float
 
@@ -54,7 +55,7 @@ def key_mask_from_mask(
     """
     full = (*batch_shape, num_heads, num_queries, num_keys)
     _check_broadcast("mask", mask.shape, full)
-    concrete = not isinstance(mask, jax.core.Tracer)
+    concrete = not isinstance(mask, Tracer)
     if concrete and mask.dtype != jnp.bool_ and not np.isin(np.asarray(mask), (0, 1)).all():
         raise ValueError(
             "mask must hold booleans or the numbers 0 and 1 (1 = may see), got other values; an "
@@ -103,7 +104,7 @@ def split_bias(
     """
     full = (*batch_shape, num_heads, num_queries, num_keys)
     _check_broadcast("bias", bias.shape, full)
-    concrete = not isinstance(bias, jax.core.Tracer)
+    concrete = not isinstance(bias, Tracer)
     bias = bias.reshape((1,) * (len(full) - bias.ndim) + bias.shape)
     if bias.shape[-2] != 1:
         if not concrete or not bool((bias == bias[..., :1, :]).all()):

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
 from fast_attention.array_types import Array, Float
 
 Parameters = Any

@@ -12,9 +12,15 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from fast_attention.array_types import Array, Float
 
-from fast_attention.feature_maps.base import FeatureMap, Features, LogKind, project
+from fast_attention.array_types import Array, Float
+from fast_attention.feature_maps.base import (
+    FeatureMap,
+    Features,
+    LogKind,
+    Parameters,
+    project,
+)
 from fast_attention.feature_maps.projections import draw_projection
 
 Kernel = Callable[[Array], Array]
@@ -125,7 +131,7 @@ class ElementwiseFeatures(FeatureMap):
             return None
         return draw_projection(self.projection, key, self.num_rows, head_dim)
 
-    def num_features(self, parameters: Array | None, head_dim: int) -> int:
+    def num_features(self, parameters: Parameters, head_dim: int) -> int:
         """Returns M: rows of W, or D without a projection."""
         return head_dim if parameters is None else parameters.shape[-2]
 
@@ -229,7 +235,7 @@ class IdentityFeatures(FeatureMap):
         """There are no parameters."""
         del key, head_dim
 
-    def num_features(self, parameters: None, head_dim: int) -> int:
+    def num_features(self, parameters: Parameters, head_dim: int) -> int:
         """Returns D: the inputs are the features."""
         del parameters
         return head_dim

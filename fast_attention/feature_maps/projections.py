@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+
 from fast_attention.array_types import Array, Float
 
 
@@ -83,7 +84,7 @@ def orthogonal_projection(
     rows = haar_orthogonal(block_key, num_blocks, dim).reshape(num_blocks * dim, dim)[:num_rows]
     if scaling == 1:
         return rows * jnp.sqrt(jnp.float32(dim))
-    lengths = jnp.linalg.norm(jax.random.normal(length_key, (num_rows, dim)), axis=1)
+    lengths = jnp.linalg.norm(jax.random.normal(length_key, (num_rows, dim), jnp.float32), axis=1)
     return rows * lengths[:, None]
 
 

@@ -17,9 +17,15 @@ import math
 from typing import ClassVar
 
 import jax.numpy as jnp
-from fast_attention.array_types import Array, Float
 
-from fast_attention.feature_maps.base import FeatureMap, Features, LogKind, project
+from fast_attention.array_types import Array, Float
+from fast_attention.feature_maps.base import (
+    FeatureMap,
+    Features,
+    LogKind,
+    Parameters,
+    project,
+)
 from fast_attention.feature_maps.projections import draw_projection
 
 
@@ -41,7 +47,7 @@ class _ProjectedSoftmaxMap(FeatureMap):
         """Draws the projection ``[num_rows, head_dim]``."""
         return draw_projection(self.projection, key, self.num_rows, head_dim)
 
-    def num_features(self, parameters: Array, head_dim: int) -> int:
+    def num_features(self, parameters: Parameters, head_dim: int) -> int:
         """Returns M."""
         del head_dim
         return parameters.shape[-2] * self.features_per_row

@@ -2,8 +2,8 @@
 
 from fast_attention.linear_attention.api import IMPLEMENTATIONS as IMPLEMENTATIONS
 from fast_attention.linear_attention.api import linear_attention as linear_attention
+from fast_attention.linear_attention.decode import prefill as prefill
+from fast_attention.linear_attention.decode import step as step
 from fast_attention.linear_attention.state import LinearAttentionState as LinearAttentionState
 from fast_attention.linear_attention.state import empty_state as empty_state
 from fast_attention.linear_attention.state import merge as merge
-from fast_attention.linear_attention.decode import prefill as prefill
-from fast_attention.linear_attention.decode import step as step

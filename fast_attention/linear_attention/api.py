@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Literal, overload
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
 
 from fast_attention.array_types import Array, Bool, Float, Int
-from fast_attention.feature_maps.base import FeatureMap, Features, LogKind, Parameters
+from fast_attention.feature_maps.base import FeatureMap, Parameters
 from fast_attention.linear_attention import chunked, reference
-from fast_attention.linear_attention.inputs import (
-    Inputs,
-    Output,
-    Parts,
-    Plan,
-    finish,
-    merge_parts,
+from fast_attention.linear_attention.checks import (
+    broadcast_segments,
+    check_shapes,
+    check_state,
+    per_key,
+    promote_floating,
 )
+from fast_attention.linear_attention.inputs import Inputs, Plan
+from fast_attention.linear_attention.segments import attend_within_segments
 from fast_attention.linear_attention.state import LinearAttentionState, empty_state
+from fast_attention.linear_attention.wrapped_maps import match_scales, with_position_scale
 
-Implementation = Callable[[Plan, Inputs], tuple[Array | Parts, LinearAttentionState]]
+Implementation = Callable[[Plan, Inputs], Any]
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "chunked": chunked.attend,
@@ -149,19 +150,18 @@ def linear_attention(
     References:
       arXiv:2009.14794 (FAVOR+); arXiv:2006.16236 (linear attention and its state).
     """
-    _check_shapes(query, key, value, causal, segment_ids)
+    check_shapes(query, key, value, causal, segment_ids)
     for name, number in (("chunk_size", chunk_size), ("unroll", unroll)):
         if number is not None and number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}.")
-    if key_bias is not None and feature_map.log_kind == "none":
-        feature_map = _WithScale(inner=feature_map)
-        if initial_state is not None and initial_state.log_scale is None:
-            zeros = jnp.zeros_like(initial_state.k_sum[..., :1])
-            initial_state = dataclasses.replace(initial_state, log_scale=zeros)
+    if key_bias is not None:
+        feature_map = with_position_scale(feature_map)
+    feature_map, initial_state = match_scales(feature_map, initial_state)
 
     batch_shape = query.shape[:-3]
     batch = math.prod(batch_shape)
-    compute = jnp.promote_types(jnp.result_type(query, key, value), jnp.float32)
+    query, key, value = promote_floating(query, key, value)
+    compute = jnp.promote_types(query.dtype, jnp.float32)
     state = initial_state
     if state is None:
         state = empty_state(
@@ -173,17 +173,15 @@ def linear_attention(
             value.shape[-1],
             compute,
         )
-    _check_state(state, batch_shape, key, value)
+    check_state(state, batch_shape, key, value)
     inputs = Inputs(
         query=query.reshape(batch, *query.shape[-3:]),
         key=key.reshape(batch, *key.shape[-3:]),
         value=value.reshape(batch, *value.shape[-3:]),
         parameters=parameters,
-        key_mask=_per_key(key_mask, key, "key_mask"),
-        key_bias=_per_key(key_bias, key, "key_bias"),
-        segment_ids=None
-        if segment_ids is None
-        else jnp.broadcast_to(segment_ids, query.shape[:-2]).reshape(batch, -1),
+        key_mask=per_key(key_mask, key, "key_mask"),
+        key_bias=per_key(key_bias, key, "key_bias"),
+        segment_ids=None if segment_ids is None else broadcast_segments(segment_ids, query),
         state=jax.tree.map(
             lambda x: x.astype(compute).reshape(batch, *x.shape[len(batch_shape) :]), state
         ),
@@ -206,111 +204,18 @@ def linear_attention(
 
 def _run(
     plan: Plan, inputs: Inputs, names: tuple[str, ...]
-) -> tuple[Array, LinearAttentionState]:
+) -> tuple[Any, LinearAttentionState]:
     if inputs.segment_ids is not None and not plan.causal:
-        return _both_directions(plan, inputs, names)
+        return attend_within_segments(lambda plan, inputs: _run(plan, inputs, names), plan, inputs)
     errors: list[NotImplementedError] = []
     for name in names:
         try:
-            return IMPLEMENTATIONS[name](plan, inputs)  # pyright: ignore[reportReturnType]
+            return IMPLEMENTATIONS[name](plan, inputs)
         except NotImplementedError as error:
             if len(names) == 1:
                 raise
             errors.append(error)
     raise ExceptionGroup(f"No implementation of {names} can serve this call.", errors)
-
-
-def _both_directions(
-    plan: Plan, inputs: Inputs, names: tuple[str, ...]
-) -> tuple[Array, LinearAttentionState]:
-    """Attention within segments, both ways: one causal pass from each side, merged.
-
-    The second pass runs over the reversed sequence with keys moved on by one, so that it covers
-    exactly the keys after a position.
-    """
-    assert inputs.segment_ids is not None
-    one_way = dataclasses.replace(plan, causal=True, output="parts")
-    if plan.output == "sum":
-        # Parts carry their scale; the map must still give complete features.
-        one_way = dataclasses.replace(one_way, feature_map=_Complete(inner=plan.feature_map))
-    left, state = _run(one_way, inputs, names)
-    ids = jnp.flip(inputs.segment_ids, 1)
-    mask = jnp.ones((*ids.shape, 1), bool)
-    if inputs.key_mask is not None:
-        mask = jnp.flip(inputs.key_mask, 1)
-    same = ids[:, 1:] == ids[:, :-1]
-    mask = jnp.pad(mask[:, :-1] & same[:, :, None], ((0, 0), (1, 0), (0, 0)))
-
-    def moved(x: Array | None) -> Array | None:
-        if x is None:
-            return None
-        return jnp.pad(jnp.flip(x, 1)[:, :-1], ((0, 0), (1, 0)) + ((0, 0),) * (x.ndim - 2))
-
-    key, value = moved(inputs.key), moved(inputs.value)
-    assert key is not None and value is not None
-    right, _ = _run(
-        one_way,
-        inputs._replace(
-            query=jnp.flip(inputs.query, 1),
-            key=key,
-            value=value,
-            key_mask=mask,
-            key_bias=moved(inputs.key_bias),
-            segment_ids=ids,
-            state=_emptied(inputs.state),
-        ),
-        names,
-    )
-    right = jax.tree.map(lambda x: jnp.flip(x, 1), right)
-    assert isinstance(left, Parts)
-    out = finish(merge_parts(left, right), plan.output, plan.epsilon)
-    return out.astype(jnp.result_type(inputs.query, inputs.key, inputs.value)), state
-
-
-def _emptied(state: LinearAttentionState) -> LinearAttentionState:
-    scale = state.log_scale
-    return LinearAttentionState(
-        jnp.zeros_like(state.kv),
-        jnp.zeros_like(state.k_sum),
-        None if scale is None else jnp.full_like(scale, -1e30),
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Wrapped(FeatureMap):
-    inner: FeatureMap = dataclasses.field(kw_only=True)
-
-    def num_features(self, parameters: Parameters, head_dim: int) -> int:
-        return self.inner.num_features(parameters, head_dim)
-
-
-@dataclasses.dataclass(frozen=True)
-class _WithScale(_Wrapped):
-    """A map without exponents, given one log-scale a position to carry a key bias."""
-
-    log_kind: ClassVar[LogKind] = "position"
-
-    def apply(
-        self, x: Array, parameters: Parameters, *, is_query: bool, exact_scale: bool
-    ) -> Features:
-        features = self.inner.apply(
-            x, parameters, is_query=is_query, exact_scale=exact_scale
-        )
-        return Features(features.values, jnp.zeros_like(x[..., :1]))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Complete(_Wrapped):
-    """A map that never leaves out factors that cancel under normalisation."""
-
-    @property
-    def log_kind(self) -> LogKind:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.inner.log_kind
-
-    def apply(
-        self, x: Array, parameters: Parameters, *, is_query: bool, exact_scale: bool
-    ) -> Features:
-        return self.inner.apply(x, parameters, is_query=is_query, exact_scale=True)
 
 
 def _names(implementation: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -323,87 +228,3 @@ def _names(implementation: str | Sequence[str] | None) -> tuple[str, ...]:
             f"Unknown implementation {unknown}; choose from {sorted(IMPLEMENTATIONS)}."
         )
     return names
-
-
-def _per_key(x: Array | None, key: Array, name: str) -> Array | None:
-    """Brings ``[*B, S]`` or ``[*B, S, K or 1]`` to ``[B, S, K or 1]``."""
-    if x is None:
-        return None
-    shape = key.shape[:-2]
-    heads = 1
-    if x.ndim == len(shape) + 1:
-        heads = x.shape[-1]
-        target = (*shape, heads)
-    elif x.ndim == len(shape):
-        x, target = x[..., None], (*shape, 1)
-    else:
-        target = ()
-    if heads not in (1, key.shape[-2]) or not target:
-        raise ValueError(
-            f"{name} must have shape {shape} or {(*shape, key.shape[-2])} to go with key of shape "
-            f"{key.shape}, got {x.shape}."
-        )
-    try:
-        x = jnp.broadcast_to(x, target)
-    except ValueError as error:
-        raise ValueError(
-            f"{name} of shape {x.shape} cannot be broadcast to {target}, the leading shape of key."
-        ) from error
-    return x.reshape(math.prod(shape[:-1]), shape[-1], heads)
-
-
-def _check_shapes(
-    query: Array, key: Array, value: Array, causal: bool, segment_ids: Array | None
-) -> None:
-    shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
-    if min(query.ndim, key.ndim, value.ndim) < 3 or not query.ndim == key.ndim == value.ndim:
-        raise ValueError(
-            "query, key and value must all be [*B, length, heads, width] with the same number of "
-            f"axes, got {shapes}."
-        )
-    if query.shape[:-3] != key.shape[:-3] or key.shape[:-1] != value.shape[:-1]:
-        raise ValueError(
-            "query and key must agree in their batch axes, key and value in all axes but the "
-            f"last, got {shapes}."
-        )
-    if query.shape[-1] != key.shape[-1]:
-        raise ValueError(f"query and key must have the same width, got {shapes}.")
-    if 0 in query.shape or 0 in key.shape or 0 in value.shape:
-        raise ValueError(f"query, key and value must not be empty, got {shapes}.")
-    heads, kv_heads = query.shape[-2], key.shape[-2]
-    swapped = (
-        " Length comes before heads, [*B, length, heads, width]: are the two swapped?"
-        if query.shape[-3] != key.shape[-3]
-        else ""
-    )
-    if heads % kv_heads:
-        raise ValueError(
-            f"The number of query heads must be a multiple of that of key heads, got {heads} and "
-            f"{kv_heads} ({shapes}).{swapped}"
-        )
-    length, keys = query.shape[-3], key.shape[-3]
-    if causal and length != keys:
-        raise ValueError(
-            f"Causal attention needs as many keys as queries, got {keys} and {length}. To continue "
-            "a sequence pass the keys before it as initial_state; for a single query over a cache "
-            "use causal=False with a key_mask."
-        )
-    if segment_ids is not None and length != keys:
-        raise ValueError(
-            f"segment_ids are for self-attention, but there are {length} queries and {keys} keys; "
-            "use a key_mask."
-        )
-
-
-def _check_state(
-    state: LinearAttentionState, batch_shape: tuple[int, ...], key: Array, value: Array
-) -> None:
-    expected = (*batch_shape, key.shape[-2], value.shape[-1])
-    if state.kv.shape[:-1] != expected:
-        raise ValueError(
-            f"initial_state.kv must have shape {(*expected, 'M')} to go with key {key.shape} and "
-            f"value {value.shape}, got {state.kv.shape}."
-        )
-
-
-__all__ = ["IMPLEMENTATIONS", "Output", "linear_attention"]

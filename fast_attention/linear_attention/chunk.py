@@ -71,11 +71,13 @@ class Read(NamedTuple):
       features: queries times the scale of the state, ``[B, K, R, M]``.
       shift: what was added to their logarithms, ``[B, K, R, N]``, or None.
       row_max: largest logarithm in each row before the shift, ``[B, K, R]``, or None.
+      scale: of the state, 0 where it is empty, ``[B, K, 1, N]``, or None.
     """
 
     features: Array
     shift: Array | None
     row_max: Array | None
+    scale: Array | None
 
 
 def absorb_keys(
@@ -134,12 +136,13 @@ def next_state(
 def read_state(log_scale: Array | None, queries: Features) -> Read:
     """Brings queries to the scale of a state; each row's largest entry becomes 1."""
     if queries.log is None:
-        return Read(queries.shift(None), None, None)
+        return Read(queries.shift(None), None, None, None)
     assert log_scale is not None
-    scale = log_scale[..., None, :]
+    # Where nothing was seen yet the scale says nothing: 0 leaves logarithms as they are.
+    scale = jnp.where(log_scale > 0.5 * EMPTY_LOG_SCALE, log_scale, 0)[..., None, :]
     row_max = (queries.log + scale).max(axis=-1)
     shift = scale - row_max[..., None]
-    return Read(queries.shift(shift), shift, row_max)
+    return Read(queries.shift(shift), shift, row_max, scale)
 
 
 class CausalRead(NamedTuple):
@@ -195,24 +198,20 @@ def read_causal(
     by the largest pair the row itself sees.
     """
     first, old, first_key = _with_first_key(state, keys, value, sight)
-    scale = None
-    if first.log_scale is not None:
-        # Where nothing was seen yet the scale says nothing: 0 leaves logarithms as they are.
-        scale = jnp.where(first.log_scale > 0.5 * EMPTY_LOG_SCALE, first.log_scale, 0)
-    read = read_state(scale, queries)
+    read = read_state(first.log_scale, queries)
     inter = jnp.einsum("bkrm,bkvm->bkrv", read.features, first.kv, precision=precision)
     # Row sums are written as products: XLA on CPU fuses a plain sum with the exponentials before it
     # and evaluates them a second time, element by element.
     inter_sum = jnp.einsum("bkrm,bkm->bkr", read.features, first.k_sum, precision=precision)
-    if scale is None or first.log_scale is None or keys.log is None:
+    if read.scale is None or first.log_scale is None or keys.log is None:
         key, key_shift, log_scale = keys.shift(None), None, None
         products = jnp.einsum("bkrm,bkcm->bkrc", read.features, key, precision=precision)
         factor = jnp.broadcast_to(sight.pairs, products.shape).astype(products.dtype)
         gain = None if sight.state is None else sight.state.astype(products.dtype)
     else:
         headroom = HEADROOM if keys.values is None else 0.0
-        key_max = (keys.log - scale[..., None, :]).max(-1)
-        key_shift = headroom - scale[..., None, :] - key_max[..., None]
+        key_max = (keys.log - read.scale).max(-1)
+        key_shift = headroom - read.scale - key_max[..., None]
         key = keys.shift(key_shift)
         products = jnp.einsum("bkrm,bkcm->bkrc", read.features, key, precision=precision)
         exponent = key_max[..., None, :] - headroom
@@ -277,133 +276,5 @@ def _with_first_key(
     return LinearAttentionState(kv, k_sum + first_key, scale), old, first_key
 
 
-class ChunkGradients(NamedTuple):
-    """Cotangents of one causal chunk: features, values and the state before it."""
-
-    queries: Features
-    keys: Features
-    value: Array
-    kv: Array
-    k_sum: Array
-
-
-def pull_back_causal(
-    queries: Features,
-    keys: Features,
-    value: Array,
-    read: CausalRead,
-    absorbed: Absorbed,
-    d_numerator: Array,
-    d_denominator: Array,
-    d_kv: Array,
-    d_k_sum: Array,
-    enter: Array | None,
-    precision: jax.lax.PrecisionLike,
-) -> ChunkGradients:
-    """Pulls cotangents of a chunk's output and of the state after it back to its inputs.
-
-    Args:
-      queries: features given to :func:`read_causal`.
-      keys: features given to it.
-      value: values given to it.
-      read: what it returned.
-      absorbed: what :func:`absorb_keys` returned for the keys after the first.
-      d_numerator: cotangent of ``read.numerator``.
-      d_denominator: cotangent of ``read.denominator``.
-      d_kv: cotangent of ``kv`` after the chunk.
-      d_k_sum: cotangent of ``k_sum`` after the chunk.
-      enter: which keys entered the state, as in :class:`Sight`.
-      precision: of the matrix products.
-
-    Returns:
-      Cotangents of the inputs and of the state before the chunk.
-    """
-
-    def einsum(subscripts: str, *operands: Array) -> Array:
-        return jnp.einsum(subscripts, *operands, precision=precision)
-
-    # Inside the chunk.
-    d_weights = einsum("bkrv,bkcv->bkrc", d_numerator, value) + d_denominator[..., None]
-    d_products = d_weights * read.factor
-    d_read = einsum("bkrc,bkcm->bkrm", d_products, read.key)
-    d_key = einsum("bkrc,bkrm->bkcm", d_products, read.read.features)
-    d_value = einsum("bkrc,bkrv->bkcv", read.weights, d_numerator)
-
-    # What rows read from the state and the first key.
-    if read.gain is not None:
-        d_numerator = d_numerator * read.gain[..., None]
-        d_denominator = d_denominator * read.gain
-    first = read.first
-    d_read = d_read + einsum("bkrv,bkvm->bkrm", d_numerator, first.kv)
-    d_read = d_read + d_denominator[..., None] * first.k_sum[..., None, :]
-
-    # What entered the state after the first key.
-    d_entered, d_entered_value = pull_back_absorbed(
-        absorbed, value, d_kv, d_k_sum, precision, enter
-    )
-    if absorbed.decay is not None:
-        d_kv, d_k_sum = d_kv * absorbed.decay[..., None, :], d_k_sum * absorbed.decay
-
-    # The state with the first key: read by rows, and kept.
-    d_first_kv = d_kv + einsum("bkrv,bkrm->bkvm", d_numerator, read.read.features)
-    d_first_sum = d_k_sum + einsum("bkr,bkrm->bkm", d_denominator, read.read.features)
-    d_first_key = einsum("bkv,bkvm->bkm", value[..., 0, :], d_first_kv) + d_first_sum
-    d_first_value = einsum("bkvm,bkm->bkv", d_first_kv, read.first_key)
-    if read.old is not None:
-        d_first_kv, d_first_sum = d_first_kv * read.old[..., None, :], d_first_sum * read.old
-
-    first_shift = None if first.log_scale is None else -first.log_scale[..., None, :]
-    return ChunkGradients(
-        queries=queries.pull_back(read.read.shift, read.read.features, d_read),
-        keys=_add_first(
-            _add(
-                keys.pull_back(read.key_shift, read.key, d_key),
-                d_entered,
-            ),
-            _first(keys).pull_back(
-                first_shift, read.first_key[..., None, :], d_first_key[..., None, :]
-            ),
-        ),
-        value=d_value + d_entered_value + _in_first_row(d_first_value[..., None, :], value.shape[-2]),
-        kv=d_first_kv,
-        k_sum=d_first_sum,
-    )
-
-
-def pull_back_absorbed(
-    absorbed: Absorbed,
-    value: Array,
-    d_kv: Array,
-    d_k_sum: Array,
-    precision: jax.lax.PrecisionLike,
-    enter: Array | None = None,
-) -> tuple[Features, Array]:
-    """Returns cotangents of absorbed key features and of values, given those of the state."""
-    d_features = jnp.einsum("bkcv,bkvm->bkcm", value, d_kv, precision=precision)
-    d_value = jnp.einsum("bkcm,bkvm->bkcv", absorbed.features, d_kv, precision=precision)
-    d_features = d_features + d_k_sum[..., None, :]
-    if enter is not None:
-        d_features = jnp.where(enter[..., None], d_features, 0)
-    return absorbed.source.pull_back(absorbed.shift, absorbed.features, d_features), d_value
-
-
 def _row_sums(x: Array, precision: jax.lax.PrecisionLike) -> Array:
     return jnp.einsum("bkrc,c->bkr", x, jnp.ones(x.shape[-1:], x.dtype), precision=precision)
-
-
-def _add(left: Features, right: Features) -> Features:
-    return jax.tree.map(jnp.add, left, right)
-
-
-def _first(features: Features) -> Features:
-    return jax.tree.map(lambda x: x[..., :1, :], features)
-
-
-def _add_first(features: Features, first: Features) -> Features:
-    return jax.tree.map(lambda x, y: x + _in_first_row(y, x.shape[-2]), features, first)
-
-
-def _in_first_row(x: Array, rows: int) -> Array:
-    """Pads ``[..., 1, N]`` with zero rows; unlike an indexed update it fuses with what follows."""
-    is_first = jnp.arange(rows) == 0
-    return jnp.where(is_first[:, None].reshape((1,) * (x.ndim - 2) + (rows, 1)), x, 0)

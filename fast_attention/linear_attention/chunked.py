@@ -14,7 +14,6 @@ Reference: arXiv:2009.14794, section 2.5 (the prefix sums); the chunked form is 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,14 +22,12 @@ import jax.numpy as jnp
 from fast_attention.array_types import Array
 from fast_attention.feature_maps.base import Features
 from fast_attention.linear_attention.chunk import (
-    Sight,
     absorb_keys,
     next_state,
-    pull_back_absorbed,
-    pull_back_causal,
     read_causal,
     read_state,
 )
+from fast_attention.linear_attention.chunk_backward import pull_back_absorbed, pull_back_causal
 from fast_attention.linear_attention.inputs import (
     Inputs,
     Parts,
@@ -39,11 +36,17 @@ from fast_attention.linear_attention.inputs import (
     inverse_slope,
     safe_inverse,
 )
-from fast_attention.linear_attention.state import (
-    LinearAttentionState,
-    bias_features,
-    mask_features,
+from fast_attention.linear_attention.loops import scan_chunks, scan_chunks_back
+from fast_attention.linear_attention.slices import (
+    causal_sight,
+    compute_dtype,
+    key_features,
+    load_rows,
+    query_features,
+    store,
+    unload_rows,
 )
+from fast_attention.linear_attention.state import LinearAttentionState
 
 # Measured on one CPU core (H=8, D=64, M=256): shorter chunks pay for the loop and the state,
 # longer ones for the quadratic part and the cache.
@@ -88,8 +91,9 @@ def _causal_forward(plan: Plan, inputs: Inputs, *, save: bool):
 
     def body(carry, start, size):
         state, out = carry
-        queries, keys, value = _features(plan, inputs, start, size)
-        sight = _sight(inputs, start, size)
+        queries, _ = query_features(plan, inputs, start, size)
+        keys, value, _ = key_features(plan, inputs, start, size)
+        sight = causal_sight(inputs, start, size)
         read = read_causal(state, queries, keys, value, sight, plan.precision)
         parts = Parts(read.numerator, read.denominator, read.log_scale)
         out = _write_output(plan, out, parts, start)
@@ -97,7 +101,7 @@ def _causal_forward(plan: Plan, inputs: Inputs, *, save: bool):
         after = next_state(read.first, absorbed, value, plan.precision)
         return (after, out), (state if save else None)
 
-    (state, out), saved = _scan_chunks(
+    (state, out), saved = scan_chunks(
         body, (inputs.state, _empty_output(plan, inputs)), length, size, plan.unroll
     )
     return (out, state), (inputs, out, saved)
@@ -111,12 +115,13 @@ def _causal_backward(plan: Plan, residuals: Any, cotangents: Any) -> Inputs:
 
     def body(carry, start, size, state):
         d_kv, d_k_sum, grads = carry
-        queries, pull_queries = _query_features(plan, inputs, start, size)
-        keys, value, pull_keys = _key_features(plan, inputs, start, size)
-        sight = _sight(inputs, start, size)
+        queries, pull_queries = query_features(plan, inputs, start, size)
+        keys, value, pull_keys = key_features(plan, inputs, start, size)
+        sight = causal_sight(inputs, start, size)
         read = read_causal(state, queries, keys, value, sight, plan.precision)
-        parts = Parts(read.numerator, read.denominator, read.log_scale)
-        d_numerator, d_denominator = _parts_gradient(plan, inputs, parts, out, d_out, start, size)
+        d_numerator, d_denominator = _parts_gradient(
+            plan, inputs, read.denominator, read.log_scale, out, d_out, start, size
+        )
         chunk = pull_back_causal(
             queries,
             keys,
@@ -135,7 +140,7 @@ def _causal_backward(plan: Plan, residuals: Any, cotangents: Any) -> Inputs:
         return chunk.kv, chunk.k_sum, grads
 
     carry = (d_state.kv, d_state.k_sum, _zero_gradients(inputs))
-    d_kv, d_k_sum, grads = _scan_chunks_back(body, carry, saved, length, size, plan.unroll)
+    d_kv, d_k_sum, grads = scan_chunks_back(body, carry, saved, length, size, plan.unroll)
     return _as_cotangent(inputs, grads, LinearAttentionState(d_kv, d_k_sum, None))
 
 
@@ -148,18 +153,16 @@ def _bidirectional_forward(plan: Plan, inputs: Inputs, *, save: bool):
     keys_length, queries_length = inputs.key.shape[1], inputs.query.shape[1]
 
     def absorb(state, start, size):
-        keys, value, _ = _key_features(plan, inputs, start, size)
+        keys, value, _ = key_features(plan, inputs, start, size)
         return next_state(state, absorb_keys(state, keys), value, plan.precision), None
 
-    state, _ = _scan_chunks(
-        absorb, inputs.state, keys_length, min(chunk, keys_length), plan.unroll
-    )
+    state, _ = scan_chunks(absorb, inputs.state, keys_length, min(chunk, keys_length), plan.unroll)
 
     def read(out, start, size):
-        queries, _ = _query_features(plan, inputs, start, size)
+        queries, _ = query_features(plan, inputs, start, size)
         return _write_output(plan, out, _read_parts(plan, state, queries), start), None
 
-    out, _ = _scan_chunks(
+    out, _ = scan_chunks(
         read,
         _empty_output(plan, inputs),
         queries_length,
@@ -184,19 +187,15 @@ def _bidirectional_backward(plan: Plan, residuals: Any, cotangents: Any) -> Inpu
 
     def read(carry, start, size, _):
         d_kv, d_k_sum, grads = carry
-        queries, pull_queries = _query_features(plan, inputs, start, size)
+        queries, pull_queries = query_features(plan, inputs, start, size)
         read = read_state(state.log_scale, queries)
         denominator = jnp.einsum(
             "bkrm,bkm->bkr", read.features, state.k_sum, precision=plan.precision
         )
-        numerator = None
-        if plan.output == "parts":
-            numerator = denominator  # Only shapes matter: cotangents are given as they are.
-        parts = Parts(numerator, denominator, read.row_max)
-        d_numerator, d_denominator = _parts_gradient(plan, inputs, parts, out, d_out, start, size)
-        d_features = jnp.einsum(
-            "bkrv,bkvm->bkrm", d_numerator, state.kv, precision=plan.precision
+        d_numerator, d_denominator = _parts_gradient(
+            plan, inputs, denominator, read.row_max, out, d_out, start, size
         )
+        d_features = jnp.einsum("bkrv,bkvm->bkrm", d_numerator, state.kv, precision=plan.precision)
         d_features = d_features + d_denominator[..., None] * state.k_sum[..., None, :]
         d_queries = queries.pull_back(read.shift, read.features, d_features)
         d_kv = d_kv + jnp.einsum(
@@ -208,18 +207,18 @@ def _bidirectional_backward(plan: Plan, residuals: Any, cotangents: Any) -> Inpu
         return d_kv, d_k_sum, _add_query_gradient(grads, pull_queries(d_queries), start)
 
     carry = (d_state.kv, d_state.k_sum, _zero_gradients(inputs))
-    d_kv, d_k_sum, grads = _scan_chunks_back(
+    d_kv, d_k_sum, grads = scan_chunks_back(
         read, carry, (None, None), queries_length, min(chunk, queries_length), plan.unroll
     )
 
     def absorb(grads, start, size, _):
-        keys, value, pull_keys = _key_features(plan, inputs, start, size)
+        keys, value, pull_keys = key_features(plan, inputs, start, size)
         # The scale of the final state is an upper bound for every key: nothing overflows.
         absorbed = absorb_keys(state, keys)
         d_keys, d_value = pull_back_absorbed(absorbed, value, d_kv, d_k_sum, plan.precision)
         return _add_key_gradient(grads, pull_keys(d_keys, d_value), start)
 
-    grads = _scan_chunks_back(
+    grads = scan_chunks_back(
         absorb, grads, (None, None), keys_length, min(chunk, keys_length), plan.unroll
     )
     if state.log_scale is not None:
@@ -228,124 +227,9 @@ def _bidirectional_backward(plan: Plan, residuals: Any, cotangents: Any) -> Inpu
     return _as_cotangent(inputs, grads, LinearAttentionState(d_kv, d_k_sum, None))
 
 
-# Loading and storing chunks. Slices are taken from the arrays as they lie, [B, T, H, D], and only
-# the slice is transposed: moving whole arrays first costs a quarter more time on CPU.
-
-
-def _load(x: Array, start: Array | int, size: int, dtype: Any = None) -> Array:
-    """Returns positions ``[start, start + size)`` of ``[B, T, K, ...]`` as ``[B, K, size, ...]``."""
-    piece = jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
-    piece = jnp.swapaxes(piece, 1, 2)
-    return piece if dtype is None else piece.astype(dtype)
-
-
-def _load_rows(inputs: Inputs, x: Array, start: Array | int, size: int, dtype: Any) -> Array:
-    """Returns ``[B, T, H, ...]`` as ``[B, K, G * size, ...]``: rows of one key head together."""
-    kv_heads = inputs.key.shape[2]
-    piece = jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
-    batch, _, heads, *rest = piece.shape
-    groups = heads // kv_heads
-    piece = piece.reshape(batch, size, kv_heads, groups, *rest)
-    piece = jnp.moveaxis(piece, 1, 3)
-    return piece.reshape(batch, kv_heads, groups * size, *rest).astype(dtype)
-
-
-def _unload_rows(rows: Array, size: int) -> Array:
-    """Inverse of :func:`_load_rows`: ``[B, K, G * size, ...]`` to ``[B, size, H, ...]``."""
-    batch, kv_heads, _, *rest = rows.shape
-    piece = jnp.moveaxis(rows.reshape(batch, kv_heads, -1, size, *rest), 3, 1)
-    return piece.reshape(batch, size, -1, *rest)
-
-
-def _store(buffer: Array, piece: Array, start: Array | int) -> Array:
-    return jax.lax.dynamic_update_slice_in_dim(buffer, piece.astype(buffer.dtype), start, axis=1)
-
-
-def _compute_dtype(inputs: Inputs) -> Any:
-    return inputs.state.kv.dtype
-
-
-def _query_features(plan: Plan, inputs: Inputs, start: Array | int, size: int):
-    rows = _load_rows(inputs, inputs.query, start, size, _compute_dtype(inputs))
-
-    def apply(rows, parameters):
-        return plan.feature_map.apply(
-            rows, parameters, is_query=True, exact_scale=plan.exact_scale
-        )
-
-    queries, pull = jax.vjp(apply, rows, inputs.parameters)
-
-    def pull_back(cotangent: Features):
-        d_rows, d_parameters = pull(cotangent)
-        return _unload_rows(d_rows, size), d_parameters
-
-    return queries, pull_back
-
-
-def _key_features(plan: Plan, inputs: Inputs, start: Array | int, size: int):
-    dtype = _compute_dtype(inputs)
-    key = _load(inputs.key, start, size, dtype)
-    value = _load(inputs.value, start, size, dtype)
-    mask = None
-    if inputs.key_mask is not None:
-        mask = _load(inputs.key_mask, start, size)
-        # Whatever lies in padding, nan and inf included, must not reach a product.
-        key = jnp.where(mask[..., None], key, 0)
-        value = jnp.where(mask[..., None], value, 0)
-    bias = None
-    if inputs.key_bias is not None:
-        bias = _load(inputs.key_bias, start, size, dtype)
-
-    def apply(key, parameters, bias):
-        features = plan.feature_map.apply(
-            key, parameters, is_query=False, exact_scale=plan.exact_scale
-        )
-        return mask_features(bias_features(features, bias), mask)
-
-    keys, pull = jax.vjp(apply, key, inputs.parameters, bias)
-
-    def pull_back(cotangent: Features, d_value: Array):
-        d_key, d_parameters, d_bias = pull(cotangent)
-        if mask is not None:
-            d_value = jnp.where(mask[..., None], d_value, 0)
-        return jnp.swapaxes(d_key, 1, 2), jnp.swapaxes(d_value, 1, 2), d_parameters, d_bias
-
-    return keys, value, pull_back
-
-
-def _features(plan: Plan, inputs: Inputs, start: Array | int, size: int):
-    queries, _ = _query_features(plan, inputs, start, size)
-    keys, value, _ = _key_features(plan, inputs, start, size)
-    return queries, keys, value
-
-
-def _sight(inputs: Inputs, start: Array | int, size: int) -> Sight:
-    groups = inputs.query.shape[2] // inputs.key.shape[2]
-    position = jnp.arange(size)
-    # The first key is read through the state.
-    pairs = (position[None, :] <= position[:, None]) & (position[None, :] > 0)
-    pairs = jnp.tile(pairs, (groups, 1))[None, None]
-    later = (position > 0)[None, None]
-    if inputs.segment_ids is None:
-        return Sight(pairs, later)
-    ids = jax.lax.dynamic_slice_in_dim(inputs.segment_ids, start, size, axis=1)
-    before = jax.lax.dynamic_slice_in_dim(
-        inputs.segment_ids, jnp.maximum(start - 1, 0), 1, axis=1
-    )[:, 0]
-    first, last = ids[:, 0], ids[:, -1]
-    rows = jnp.tile(ids, (1, groups))
-    return Sight(
-        pairs=pairs & (rows[:, None, :, None] == ids[:, None, None, :]),
-        state=(rows == first[:, None])[:, None],
-        carry=before == first,
-        keep=first == last,
-        enter=later & (ids == last[:, None])[:, None],
-    )
-
-
 def _empty_output(plan: Plan, inputs: Inputs) -> Any:
     shape = (*inputs.query.shape[:3], inputs.value.shape[-1])
-    dtype = _compute_dtype(inputs)
+    dtype = compute_dtype(inputs)
     if plan.output != "parts":
         return jnp.zeros(shape, jnp.result_type(inputs.query, inputs.key, inputs.value))
     row = jnp.zeros(shape[:3], dtype)
@@ -358,29 +242,34 @@ def _write_output(plan: Plan, out: Any, parts: Parts, start: Array | int) -> Any
     if plan.output != "parts":
         chunk = finish(parts, plan.output, plan.epsilon)
         groups = out.shape[2] // chunk.shape[1]
-        return _store(out, _unload_rows(chunk, size // groups), start)
+        return store(out, unload_rows(chunk, size // groups), start)
     groups = out.numerator.shape[2] // parts.numerator.shape[1]
     return jax.tree.map(
-        lambda buffer, rows: _store(buffer, _unload_rows(rows, size // groups), start), out, parts
+        lambda buffer, rows: store(buffer, unload_rows(rows, size // groups), start), out, parts
     )
 
 
 def _parts_gradient(
-    plan: Plan, inputs: Inputs, parts: Parts, out: Any, d_out: Any, start: Array | int, size: int
+    plan: Plan,
+    inputs: Inputs,
+    denominator: Array,
+    log_scale: Array | None,
+    out: Any,
+    d_out: Any,
+    start: Array | int,
+    size: int,
 ) -> tuple[Array, Array]:
     """Returns the cotangents of a chunk's numerator and denominator."""
-    load = functools.partial(
-        _load_rows, inputs, start=start, size=size, dtype=_compute_dtype(inputs)
-    )
+    load = functools.partial(load_rows, inputs, start=start, size=size, dtype=compute_dtype(inputs))
     if plan.output == "parts":
         return load(d_out.numerator), load(d_out.denominator)
     d_rows = load(d_out)
     if plan.output == "sum":
-        if parts.log_scale is not None:
-            d_rows = d_rows * jnp.exp(parts.log_scale)[..., None]
-        return d_rows, jnp.zeros_like(parts.denominator)
-    inverse = safe_inverse(parts.denominator, plan.epsilon)
-    slope = inverse_slope(parts.denominator, plan.epsilon)
+        if log_scale is not None:
+            d_rows = d_rows * jnp.exp(log_scale)[..., None]
+        return d_rows, jnp.zeros_like(denominator)
+    inverse = safe_inverse(denominator, plan.epsilon)
+    slope = inverse_slope(denominator, plan.epsilon)
     return d_rows * inverse[..., None], jnp.einsum("bkrv,bkrv->bkr", d_rows, load(out)) * slope
 
 
@@ -403,7 +292,7 @@ def _zero_gradients(inputs: Inputs) -> Inputs:
 def _add_query_gradient(grads: Inputs, gradient: Any, start: Array | int) -> Inputs:
     d_query, d_parameters = gradient
     return grads._replace(
-        query=_store(grads.query, d_query, start),
+        query=store(grads.query, d_query, start),
         parameters=jax.tree.map(jnp.add, grads.parameters, d_parameters),
     )
 
@@ -411,10 +300,11 @@ def _add_query_gradient(grads: Inputs, gradient: Any, start: Array | int) -> Inp
 def _add_key_gradient(grads: Inputs, gradient: Any, start: Array | int) -> Inputs:
     d_key, d_value, d_parameters, d_bias = gradient
     if d_bias is not None:
-        d_bias = _store(grads.key_bias, jnp.swapaxes(d_bias, 1, 2), start)
+        assert grads.key_bias is not None
+        d_bias = store(grads.key_bias, jnp.swapaxes(d_bias, 1, 2), start)
     return grads._replace(
-        key=_store(grads.key, d_key, start),
-        value=_store(grads.value, d_value, start),
+        key=store(grads.key, d_key, start),
+        value=store(grads.value, d_value, start),
         parameters=jax.tree.map(jnp.add, grads.parameters, d_parameters),
         key_bias=d_bias,
     )
@@ -429,47 +319,3 @@ def _as_cotangent(inputs: Inputs, grads: Inputs, d_state: LinearAttentionState) 
             d_state.kv, d_state.k_sum, None if scale is None else jnp.zeros_like(scale)
         ),
     )
-
-
-# Loops: whole chunks in a scan, then what is left over in one shorter chunk, without padding.
-
-
-def _scan_chunks(
-    body: Callable[[Any, Array | int, int], tuple[Any, Any]],
-    carry: Any,
-    length: int,
-    size: int,
-    unroll: int,
-) -> tuple[Any, tuple[Any, Any]]:
-    """Runs ``body(carry, start, size)`` over chunks; returns what it saved for each."""
-    count, rest = divmod(length, size) if size else (0, 0)
-    carry, saved = jax.lax.scan(
-        lambda carry, i: body(carry, i * size, size), carry, jnp.arange(count), unroll=unroll
-    )
-    if not rest:
-        return carry, (saved, None)
-    carry, last = body(carry, count * size, rest)
-    return carry, (saved, last)
-
-
-def _scan_chunks_back(
-    body: Callable[[Any, Array | int, int, Any], Any],
-    carry: Any,
-    saved: tuple[Any, Any],
-    length: int,
-    size: int,
-    unroll: int,
-) -> Any:
-    """Runs ``body(carry, start, size, saved)`` over the same chunks from last to first."""
-    count, rest = divmod(length, size) if size else (0, 0)
-    states, last = saved
-    if rest:
-        carry = body(carry, count * size, rest, last)
-    carry, _ = jax.lax.scan(
-        lambda carry, x: (body(carry, x[0] * size, size, x[1]), None),
-        carry,
-        (jnp.arange(count), states),
-        reverse=True,
-        unroll=unroll,
-    )
-    return carry

@@ -16,6 +16,7 @@ from fast_attention.linear_attention.api import linear_attention
 from fast_attention.linear_attention.chunk import absorb_keys, next_state, read_state
 from fast_attention.linear_attention.inputs import Parts, finish
 from fast_attention.linear_attention.state import LinearAttentionState, key_features
+from fast_attention.linear_attention.wrapped_maps import match_scales
 
 
 def prefill(
@@ -100,7 +101,8 @@ def step(
     """
     batch_shape, (heads, width), kv_heads = query.shape[:-2], query.shape[-2:], key.shape[-2]
     batch, dtype = math.prod(batch_shape), state.kv.dtype
-    old = jax.tree.map(lambda x: x.reshape(batch, *x.shape[len(batch_shape) :]), state)
+    feature_map, matched = match_scales(feature_map, state)
+    old = jax.tree.map(lambda x: x.reshape(batch, *x.shape[len(batch_shape) :]), matched)
     keys = key_features(
         feature_map,
         parameters,

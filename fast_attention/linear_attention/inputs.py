@@ -85,9 +85,7 @@ class Parts(NamedTuple):
 def merge_parts(left: Parts, right: Parts) -> Parts:
     """Adds two attentions of the same queries over disjoint keys."""
     if left.log_scale is None or right.log_scale is None:
-        return Parts(
-            left.numerator + right.numerator, left.denominator + right.denominator, None
-        )
+        return Parts(left.numerator + right.numerator, left.denominator + right.denominator, None)
     scale = jax.lax.stop_gradient(jnp.maximum(left.log_scale, right.log_scale))
     left_factor = jnp.exp(jax.lax.stop_gradient(left.log_scale) - scale)
     right_factor = jnp.exp(jax.lax.stop_gradient(right.log_scale) - scale)

@@ -23,6 +23,7 @@ def attend(plan: Plan, inputs: Inputs) -> tuple[Array | Parts, LinearAttentionSt
     """
     groups = inputs.query.shape[2] // inputs.key.shape[2]
     heads_first = lambda x: jnp.swapaxes(x, 1, 2).astype(inputs.state.kv.dtype)  # noqa: E731
+    inputs = _without_padding(inputs)
     value = jnp.repeat(heads_first(inputs.value), groups, axis=1)
     queries = plan.feature_map.apply(
         heads_first(inputs.query).reshape(
@@ -71,6 +72,15 @@ def attend(plan: Plan, inputs: Inputs) -> tuple[Array | Parts, LinearAttentionSt
         return parts, final
     out_dtype = jnp.result_type(inputs.query, inputs.key, inputs.value)
     return finish(parts, plan.output, plan.epsilon).astype(out_dtype), final
+
+
+def _without_padding(inputs: Inputs) -> Inputs:
+    if inputs.key_mask is None:
+        return inputs
+    visible = inputs.key_mask[..., None]
+    return inputs._replace(
+        key=jnp.where(visible, inputs.key, 0), value=jnp.where(visible, inputs.value, 0)
+    )
 
 
 def _keys(plan: Plan, inputs: Inputs) -> Features:

@@ -15,7 +15,7 @@ maximum is that of online softmax (Milakov and Gimelshein, arXiv:1805.02867), ke
 
 from __future__ import annotations
 
-import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +30,7 @@ MASKED_LOG = -3e30
 """Log-feature of a key that must not be seen: below the scale of an empty state, hence exp = 0."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LinearAttentionState:
+class LinearAttentionState(NamedTuple):
     """Everything linear attention knows of the keys and values seen so far.
 
     The true sums are ``kv * exp(log_scale)`` and ``k_sum * exp(log_scale)``; nothing depends on how
@@ -86,8 +84,10 @@ def merge(left: LinearAttentionState, right: LinearAttentionState) -> LinearAtte
 
     Both sides are brought to the larger scale and added, as an online softmax does.
     """
-    if left.log_scale is None or right.log_scale is None:
+    if left.log_scale is None and right.log_scale is None:
         return LinearAttentionState(left.kv + right.kv, left.k_sum + right.k_sum, None)
+    left, right = with_scale(left), with_scale(right)
+    assert left.log_scale is not None and right.log_scale is not None
     scale = jax.lax.stop_gradient(jnp.maximum(left.log_scale, right.log_scale))
     left_factor = jnp.exp(jax.lax.stop_gradient(left.log_scale) - scale)
     right_factor = jnp.exp(jax.lax.stop_gradient(right.log_scale) - scale)
@@ -96,6 +96,13 @@ def merge(left: LinearAttentionState, right: LinearAttentionState) -> LinearAtte
         k_sum=left.k_sum * left_factor + right.k_sum * right_factor,
         log_scale=scale,
     )
+
+
+def with_scale(state: LinearAttentionState) -> LinearAttentionState:
+    """Writes out the scale 0 of a state that has none."""
+    if state.log_scale is not None:
+        return state
+    return state._replace(log_scale=jnp.zeros_like(state.k_sum[..., :1]))
 
 
 def key_features(
@@ -118,10 +125,12 @@ def bias_features(features: Features, key_bias: Array | None) -> Features:
         return features
     if features.log is None:
         raise ValueError(
-            "A key bias multiplies features by exp(bias), which needs a map with log-features "
-            "or scales; call features.with_scale() first."
+            "A key bias multiplies features by exp(bias), which needs a map with log-features or "
+            "scales; wrap the map in WithScale."
         )
-    return Features(features.values, features.log + key_bias[..., None])
+    # Not below the logarithm of a masked key: differences with -inf would be nan.
+    log = jnp.maximum(features.log + key_bias[..., None], MASKED_LOG)
+    return Features(features.values, log)
 
 
 def mask_features(features: Features, key_mask: Array | None) -> Features:

@@ -1,0 +1,364 @@
+"""The attention function itself: linear attention with the signature Flax calls.
+
+Shape letters: B batch, T queries, S keys, H heads, K key/value heads, D head width, V value width,
+M features.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fast_attention.array_types import Array, Bool, Float, Int
+from fast_attention.axes import attended_axes, fold_axes, unfold_axes
+from fast_attention.feature_maps import FeatureMap
+from fast_attention.linear_attention import (
+    LinearAttentionState,
+    empty_state,
+    linear_attention,
+    prefill,
+    step,
+)
+from fast_attention.masks import key_mask_from_mask, split_bias
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FastAttention:
+    """Linear attention with the signature of Flax's ``dot_product_attention``.
+
+    Immutable: nothing is kept between calls. Build it with :func:`make_fast_softmax_attention` or
+    :func:`make_fast_generalized_attention`.
+
+    Attributes:
+      feature_map: how queries and keys become features.
+      qkv_dim: head width D the projection is made for; None takes it from each call.
+      unidirectional: causal by construction.
+      renormalize: divide by the sum of weights.
+      epsilon: denominators are inverted as ``den / (den^2 + epsilon^2)``.
+      redraw_features: draw a new projection from ``dropout_rng`` where a call passes one.
+      seed: of the fixed projection.
+      projection_matrix: an explicit fixed projection ``[M, D]``.
+      chunk_size: positions handled at once, None for the default of the implementation.
+      unroll: chunks unrolled in the compiled loop.
+      implementation: of :func:`fast_attention.linear_attention`.
+      check_masks: check masks given under jit when the program runs.
+    """
+
+    feature_map: FeatureMap
+    qkv_dim: int | None = None
+    unidirectional: bool = False
+    renormalize: bool = True
+    epsilon: float = 0.0
+    redraw_features: bool = False
+    seed: int = 0
+    projection_matrix: Array | None = None
+    chunk_size: int | None = None
+    unroll: int = 1
+    implementation: str | None = None
+    check_masks: bool = False
+
+    def __call__(
+        self,
+        query: Float[Array, "*B T H D"],
+        key: Float[Array, "*B S K D"],
+        value: Float[Array, "*B S K V"],
+        bias: Array | None = None,
+        mask: Array | None = None,
+        broadcast_dropout: bool = True,
+        dropout_rng: Array | None = None,
+        dropout_rate: float = 0.0,
+        deterministic: bool = False,
+        dtype: Any = None,
+        precision: jax.lax.PrecisionLike = None,
+        module: Any = None,
+        is_causal: bool = False,
+        force_fp32_for_softmax: bool = False,
+        qk_attn_weights_einsum: Any = None,
+        attn_weights_value_einsum: Any = None,
+        input_positions: Array | None = None,
+        *,
+        axis: int | tuple[int, ...] | None = None,
+        key_mask: Bool[Array, ...] | None = None,
+        segment_ids: Int[Array, ...] | None = None,
+        projection: Float[Array, ...] | None = None,
+    ) -> Float[Array, "*B T H V"]:
+        """Computes attention.
+
+        Args:
+          query: ``[*B, T, H, D]``, any number of batch axes.
+          key: ``[*B, S, K, D]``, H a multiple of K.
+          value: ``[*B, S, K, V]``.
+          bias: broadcastable to ``[*B, H, T, S]`` and constant over queries: a factor
+            ``exp(bias)`` on keys. A bias that depends on the query raises.
+          mask: broadcastable to ``[*B, H, T, S]``, bool or 0/1: constant over queries (a key mask),
+            or padding x padding, times causality if the function is causal. See
+            :func:`fast_attention.masks.key_mask_from_mask`.
+          broadcast_dropout: drop the same keys for all of batch and heads.
+          dropout_rng: random key of dropout (and of a redrawn projection).
+          dropout_rate: whole keys are dropped from the numerator at this rate, the others scaled
+            by ``1 / (1 - rate)``: the column form of dropping attention weights.
+          deterministic: no dropout.
+          dtype: type of the computation's inputs and output; None promotes query, key and value.
+            Exponents, sums and the state are float32 at least.
+          precision: of products of features and values.
+          module: not None asks for attention weights to be recorded: raises, there are none.
+          is_causal: position t sees keys 0..t, as ``unidirectional``. Ignored for one query over
+            several keys (a cache), where the mask decides.
+          force_fp32_for_softmax: exponents are float32 at least, whether asked for or not.
+          qk_attn_weights_einsum: must be None.
+          attn_weights_value_einsum: must be None.
+          input_positions: must be None.
+          axis: attend over this axis, or over several at once, flattened in row-major order; other
+            axes before the heads are batch. None is the last axis before the heads. With several
+            axes, T and S in masks are the products of their lengths.
+          key_mask: ``[*B, S]`` (the shape of key without heads and width) or ``[*B, S, K]``,
+            True = visible.
+          segment_ids: as ``key_mask``, integers: attention stays within runs of equal ids.
+          projection: ``[M, D]``, or with leading head axes ``[K, M, D]``; used in place of the
+            fixed one. Layers that own their projection pass it here.
+
+        Returns:
+          ``[*B, T, H, V]``. Rows that see no key are 0.
+
+        Raises:
+          ValueError: for anything that cannot be honoured; the message says what to do instead.
+        """
+        del force_fp32_for_softmax  # Always so.
+        _refuse_unsupported(
+            module=module,
+            qk_attn_weights_einsum=qk_attn_weights_einsum,
+            attn_weights_value_einsum=attn_weights_value_einsum,
+            input_positions=input_positions,
+        )
+        _check_axes(query, key, value)
+        query, key, value = _promote(query, key, value, dtype)
+        axes = attended_axes(query.ndim, axis)
+        unfolded, unfolded_ndim = query.shape, query.ndim
+        query, key, value = (fold_axes(x, axes, trailing=2) for x in (query, key, value))
+        if key_mask is not None:
+            per_head = int(key_mask.ndim == unfolded_ndim - 1)
+            key_mask = fold_axes(key_mask, axes, trailing=per_head)
+            key_mask = key_mask if per_head else key_mask[..., None]
+        if segment_ids is not None:
+            segment_ids = fold_axes(segment_ids, axes, trailing=0)
+
+        _check_heads(query, key, value)
+        one_of_cache = query.shape[-3] == 1 < key.shape[-3]
+        causal = (self.unidirectional or is_causal) and not one_of_cache
+        key_mask, key_bias = self._key_mask_and_bias(query, key, mask, bias, key_mask, causal)
+        rng = None if deterministic else dropout_rng
+        if dropout_rate > 0 and not deterministic:
+            value = _drop_keys(value, rng, dropout_rate, broadcast_dropout)
+        out = linear_attention(
+            query,
+            key,
+            value,
+            feature_map=self.feature_map,
+            parameters=self._parameters(projection, rng, query.shape[-1]),
+            causal=causal,
+            key_mask=key_mask,
+            key_bias=key_bias,
+            segment_ids=segment_ids,
+            normalize=self.renormalize,
+            epsilon=self.epsilon,
+            chunk_size=self.chunk_size,
+            unroll=self.unroll,
+            implementation=self.implementation,
+            precision=precision,
+        )
+        return unfold_axes(out, axes, unfolded)
+
+    def draw_projection(self, key: Array, head_dim: int) -> Float[Array, "M D"] | None:
+        """Draws a projection ``[M, D]``, float32; None for a map without one."""
+        return self.feature_map.init(key, head_dim)
+
+    def init_state(
+        self,
+        batch_shape: tuple[int, ...],
+        num_kv_heads: int,
+        head_dim: int,
+        value_dim: int,
+        max_length: int | None = None,
+    ) -> LinearAttentionState:
+        """Returns the state before the first token; its size does not depend on ``max_length``."""
+        del max_length
+        parameters = jax.eval_shape(lambda: self._parameters(None, None, head_dim))
+        return empty_state(
+            self.feature_map, parameters, batch_shape, num_kv_heads, head_dim, value_dim
+        )
+
+    def prefill(
+        self,
+        state: LinearAttentionState,
+        query: Float[Array, "*B T H D"],
+        key: Float[Array, "*B T K D"],
+        value: Float[Array, "*B T K V"],
+        *,
+        key_mask: Bool[Array, "*B T"] | None = None,
+        projection: Float[Array, ...] | None = None,
+    ) -> tuple[Float[Array, "*B T H V"], LinearAttentionState]:
+        """Reads T tokens causally, continuing ``state``; padding (False) may be on either side."""
+        _check_heads(query, key, value)
+        return prefill(
+            state,
+            query,
+            key,
+            value,
+            feature_map=self.feature_map,
+            parameters=self._parameters(projection, None, query.shape[-1]),
+            key_mask=key_mask,
+            normalize=self.renormalize,
+            epsilon=self.epsilon,
+            chunk_size=self.chunk_size,
+            implementation=self.implementation,
+        )
+
+    def step(
+        self,
+        state: LinearAttentionState,
+        query: Float[Array, "*B H D"],
+        key: Float[Array, "*B K D"],
+        value: Float[Array, "*B K V"],
+        *,
+        projection: Float[Array, ...] | None = None,
+    ) -> tuple[Float[Array, "*B H V"], LinearAttentionState]:
+        """Reads one token: constant time and memory, however many came before."""
+        return step(
+            state,
+            query,
+            key,
+            value,
+            feature_map=self.feature_map,
+            parameters=self._parameters(projection, None, query.shape[-1]),
+            normalize=self.renormalize,
+            epsilon=self.epsilon,
+        )
+
+    def _key_mask_and_bias(
+        self,
+        query: Array,
+        key: Array,
+        mask: Array | None,
+        bias: Array | None,
+        key_mask: Array | None,
+        causal: bool,
+    ) -> tuple[Array | None, Array | None]:
+        sizes: dict[str, Any] = {
+            "batch_shape": query.shape[:-3],
+            "num_queries": query.shape[-3],
+            "num_keys": key.shape[-3],
+            "num_heads": query.shape[-2],
+            "num_kv_heads": key.shape[-2],
+        }
+        masks, key_bias = [], None
+        if key_mask is not None:
+            masks.append(key_mask.astype(bool))
+        if mask is not None:
+            masks.append(
+                key_mask_from_mask(
+                    jnp.asarray(mask), **sizes, causal=causal, check_traced=self.check_masks
+                )
+            )
+        if bias is not None:
+            key_bias, visible = split_bias(jnp.asarray(bias), **sizes)
+            masks.append(visible)
+        return (functools.reduce(jnp.logical_and, masks) if masks else None), key_bias
+
+    def _parameters(
+        self, projection: Array | None, rng: Array | None, head_dim: int
+    ) -> Array | None:
+        if self.qkv_dim is not None and head_dim != self.qkv_dim:
+            raise ValueError(
+                f"This attention function was made for heads of width qkv_dim={self.qkv_dim}, but "
+                f"queries and keys have width {head_dim}; qkv_dim is the width of one head, not "
+                "of all heads together. Build it with the right one, or with qkv_dim=None."
+            )
+        if projection is not None:
+            if projection.shape[-1] != head_dim:
+                raise ValueError(
+                    f"projection must be [features, head width] = [M, {head_dim}], got shape "
+                    f"{projection.shape}."
+                )
+            return projection
+        if self.redraw_features and rng is not None:
+            # Independent of the dropout mask drawn from the same key.
+            return self.feature_map.init(jax.random.fold_in(rng, 1), head_dim)
+        if self.projection_matrix is not None:
+            return self.projection_matrix
+        fixed = _fixed_projection(self.feature_map, self.seed, head_dim)
+        return None if fixed is None else jnp.asarray(fixed)
+
+
+@functools.lru_cache(maxsize=64)
+def _fixed_projection(feature_map: FeatureMap, seed: int, head_dim: int) -> np.ndarray | None:
+    """Draws the projection of a seed, once, as a constant also where a trace is going on."""
+    with jax.ensure_compile_time_eval():
+        drawn = feature_map.init(jax.random.key(seed), head_dim)
+        return None if drawn is None else np.asarray(drawn)
+
+
+def _promote(query: Array, key: Array, value: Array, dtype: Any) -> tuple[Array, Array, Array]:
+    if dtype is None:
+        dtype = jnp.result_type(query, key, value)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            dtype = jnp.promote_types(dtype, jnp.float32)
+    return query.astype(dtype), key.astype(dtype), value.astype(dtype)
+
+
+def _check_axes(query: Array, key: Array, value: Array) -> None:
+    if query.ndim < 3 or not query.ndim == key.ndim == value.ndim:
+        raise ValueError(
+            "query, key and value must all be [*batch, length, heads, width] with the same number "
+            f"of axes, got {query.shape}, {key.shape} and {value.shape}."
+        )
+
+
+def _check_heads(query: Array, key: Array, value: Array) -> None:
+    heads, kv_heads = query.shape[-2], key.shape[-2]
+    if heads % kv_heads or key.shape[:-1] != value.shape[:-1]:
+        raise ValueError(
+            "Length comes before heads, [*batch, length, heads, width], and the number of query "
+            f"heads is a multiple of that of key heads; got query {query.shape}, key {key.shape}, "
+            f"value {value.shape}. Are length and heads swapped?"
+        )
+
+
+def _refuse_unsupported(
+    module: Any,
+    qk_attn_weights_einsum: Any,
+    attn_weights_value_einsum: Any,
+    input_positions: Any,
+) -> None:
+    if module is not None:
+        raise ValueError(
+            "Recording attention weights (sow_weights=True) was asked for, but linear attention "
+            "never forms them. Use sow_weights=False."
+        )
+    if qk_attn_weights_einsum is not None or attn_weights_value_einsum is not None:
+        raise ValueError(
+            "Custom einsums for attention weights cannot be used: linear attention has no weight "
+            "matrix. Leave qk_attn_weights_einsum_cls and attn_weights_value_einsum_cls unset."
+        )
+    if input_positions is not None:
+        raise ValueError(
+            "input_positions cannot be used here. Rotate queries and keys before attention, for "
+            "example with fast_attention.layers.MultiHeadAttention(rotary=True)."
+        )
+
+
+def _drop_keys(value: Array, rng: Array | None, rate: float, broadcast: bool) -> Array:
+    if rng is None:
+        raise ValueError(
+            f"dropout_rate={rate} needs dropout_rng, a JAX random key; or pass deterministic=True."
+        )
+    if rate >= 1:
+        return jnp.zeros_like(value)
+    leading = (1,) * (value.ndim - 3) if broadcast else value.shape[:-3]
+    heads = 1 if broadcast else value.shape[-2]
+    keep = jax.random.bernoulli(rng, 1 - rate, (*leading, value.shape[-3], heads, 1))
+    return jnp.where(keep, value / (1 - rate), 0).astype(value.dtype)

@@ -1,0 +1,52 @@
+"""Loops over chunks: whole ones in a scan, what is left over in one shorter chunk, no padding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fast_attention.array_types import Array
+
+
+def scan_chunks(
+    body: Callable[[Any, Array | int, int], tuple[Any, Any]],
+    carry: Any,
+    length: int,
+    size: int,
+    unroll: int,
+) -> tuple[Any, tuple[Any, Any]]:
+    """Runs ``body(carry, start, size)`` over chunks; returns what it saved for each."""
+    count, rest = divmod(length, size) if size else (0, 0)
+    carry, saved = jax.lax.scan(
+        lambda carry, i: body(carry, i * size, size), carry, jnp.arange(count), unroll=unroll
+    )
+    if not rest:
+        return carry, (saved, None)
+    carry, last = body(carry, count * size, rest)
+    return carry, (saved, last)
+
+
+def scan_chunks_back(
+    body: Callable[[Any, Array | int, int, Any], Any],
+    carry: Any,
+    saved: tuple[Any, Any],
+    length: int,
+    size: int,
+    unroll: int,
+) -> Any:
+    """Runs ``body(carry, start, size, saved)`` over the same chunks from last to first."""
+    count, rest = divmod(length, size) if size else (0, 0)
+    states, last = saved
+    if rest:
+        carry = body(carry, count * size, rest, last)
+    carry, _ = jax.lax.scan(
+        lambda carry, x: (body(carry, x[0] * size, size, x[1]), None),
+        carry,
+        (jnp.arange(count), states),
+        reverse=True,
+        unroll=unroll,
+    )
+    return carry
