@@ -1,0 +1,25 @@
+"""Dense layers that treat all leading axes as one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flax import nnx
+
+from fast_attention.array_types import Array, Float
+
+
+class Linear(nnx.Linear):
+    """``nnx.Linear`` on inputs flattened to a matrix.
+
+    The values are the same. The gradient of the kernel is then a product of two matrices, where
+    with separate batch and length axes XLA on CPU transposes its operands, activation functions
+    fused into them, at several times the cost.
+    """
+
+    def __call__(self, inputs: Float[Array, "*B I"], out_sharding: Any = None) -> Array:
+        """Returns ``inputs @ kernel + bias``, ``[*B, O]``; with `out_sharding` not flattened."""
+        if out_sharding is not None:
+            return super().__call__(inputs, out_sharding=out_sharding)
+        out = super().__call__(inputs.reshape(-1, inputs.shape[-1]))
+        return out.reshape(*inputs.shape[:-1], out.shape[-1])

@@ -1,0 +1,108 @@
+"""Everything that shapes a Transformer, except the attention function."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from fast_attention.layers.feed_forward import ACTIVATIONS
+
+POSITIONS = ("learned", "sinusoidal", "rotary", "none")
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """Shape of a Transformer; the defaults are those of Google's protein_lm.
+
+    Attributes:
+      vocab_size: Tokens.
+      emb_dim: Width of the residual stream.
+      num_heads: Query heads.
+      num_kv_heads: Key/value heads, a divisor of `num_heads`; None is as many.
+      num_layers: Blocks.
+      qkv_dim: Width of all query heads together.
+      mlp_dim: Width inside the feed-forward layers.
+      max_len: Longest input with learned positions; others have no limit.
+      causal: Position t sees positions 0..t, whatever attention function is bound.
+      dropout_rate: Of embeddings, of what a layer adds, and inside feed-forward layers.
+      attention_dropout_rate: Of attention weights.
+      positions: 'learned' (at first sinusoids), 'sinusoidal', 'rotary' or 'none'.
+      tie_embeddings: Logits are products with the embeddings of the tokens, over sqrt(emb_dim).
+      shift_tokens: Half of the channels into every attention and feed-forward part come from the
+        position before; causal models only.
+      activation: A key of `fast_attention.layers.ACTIVATIONS`.
+      dtype: To compute in; parameters, logits and decoding states are float32.
+    """
+
+    vocab_size: int
+    emb_dim: int = 512
+    num_heads: int = 8
+    num_kv_heads: int | None = None
+    num_layers: int = 6
+    qkv_dim: int = 512
+    mlp_dim: int = 2048
+    max_len: int = 2048
+    causal: bool = True
+    dropout_rate: float = 0.1
+    attention_dropout_rate: float = 0.1
+    positions: str = "learned"
+    tie_embeddings: bool = False
+    shift_tokens: bool = False
+    activation: str = "gelu"
+    dtype: Any = jnp.float32
+
+    def __post_init__(self):
+        """Checks every field.
+
+        Raises:
+          ValueError: At a value that makes no model, saying what would.
+        """
+        for name in (
+            "vocab_size",
+            "emb_dim",
+            "num_heads",
+            "num_layers",
+            "qkv_dim",
+            "mlp_dim",
+            "max_len",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("dropout_rate", "attention_dropout_rate"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
+        if self.qkv_dim % self.num_heads:
+            raise ValueError(
+                f"qkv_dim={self.qkv_dim} is the width of all heads together: it must be a "
+                f"multiple of num_heads={self.num_heads}."
+            )
+        if self.kv_heads < 1 or self.num_heads % self.kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} must be a multiple of "
+                f"num_kv_heads={self.num_kv_heads}."
+            )
+        if self.positions not in POSITIONS:
+            raise ValueError(f"positions must be one of {POSITIONS}, got {self.positions!r}.")
+        if self.positions == "rotary" and self.head_dim % 2:
+            raise ValueError(
+                f"Rotary positions need heads of even width, but qkv_dim={self.qkv_dim} / "
+                f"num_heads={self.num_heads} = {self.head_dim}."
+            )
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(
+                f"activation must be one of {sorted(ACTIVATIONS)}, got {self.activation!r}."
+            )
+        if not jnp.issubdtype(self.dtype, jnp.floating):
+            raise ValueError(f"dtype must be a floating point type, got {self.dtype!r}.")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.qkv_dim // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads, also where `num_kv_heads` is None."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads

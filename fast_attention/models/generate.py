@@ -1,0 +1,254 @@
+"""Generation: read the prompt at once, then draw token after token from the model's state.
+
+Shape letters: B batch, P prompt length, N new tokens, V vocabulary, W tokens looked back at.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.core import Tracer
+
+from fast_attention.array_types import Array, Bool, Int
+from fast_attention.models import samplers
+from fast_attention.models.transformer import Transformer
+
+
+class _Options(NamedTuple):
+    """What the compiled program depends on."""
+
+    max_new_tokens: int
+    top_k: int | None
+    has_top_p: bool
+    has_penalty: bool
+    window: int
+    eos_token: int | None
+    pad_token: int
+    forbidden_tokens: tuple[int, ...]
+
+
+class _Numbers(NamedTuple):
+    """What it does not depend on."""
+
+    temperature: Array
+    top_p: Array
+    repetition_penalty: Array
+
+
+class _Loop(NamedTuple):
+    index: Array  # tokens drawn so far, 1 to N
+    tokens: Array  # [B, N]
+    token: Array  # [B], the last drawn, which the model has not read
+    history: Array  # [B, W], the last tokens, newest last; -1 where there was none
+    ended: Array  # [B]
+    state: Any
+
+
+def generate(
+    model: Transformer,
+    prompt: Int[Array, "B P"],
+    *,
+    key: Array,
+    max_new_tokens: int,
+    prompt_mask: Bool[Array, "B P"] | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    repetition_window: int | None = None,
+    eos_token: int | None = None,
+    pad_token: int | None = None,
+    forbidden_tokens: Sequence[int] = (),
+) -> Int[Array, "B N"]:
+    """Continues prompts, one token after another.
+
+    Logits are divided by the temperature, forbidden tokens removed, the repetition penalty, top-k
+    and top-p applied, in this order; then a token is drawn. With the recurrent state of linear
+    attention a token costs the same however long the text. The program is compiled once for
+    each shape of prompt and set of options; numbers such as the temperature may change freely.
+
+    Args:
+      model: A causal `Transformer` whose attention function decodes.
+      prompt: ``[B, P]`` ids, P at least 1.
+      key: Random key; equal keys give equal tokens. Token n of the output is drawn with
+        ``jax.random.fold_in(key, n)``.
+      max_new_tokens: N.
+      prompt_mask: ``[B, P]`` bool, False where a shorter prompt is padded, before or behind it.
+        Each row needs at least one token.
+      temperature: From 0 on; 0 takes the most likely token.
+      top_k: Draw among the k most likely tokens.
+      top_p: Draw among the most likely tokens that hold this much probability, in (0, 1].
+      repetition_penalty: Makes tokens that occurred less likely if above 1.
+      repetition_window: Tokens looked back at for that, prompt included; None is all.
+      eos_token: Ends a row.
+      pad_token: Fills ended rows; None is `eos_token`.
+      forbidden_tokens: Never drawn.
+
+    Returns:
+      int32 ``[B, N]``: the new tokens, an end-of-sequence token included.
+
+    Raises:
+      TypeError: If the model's attention function cannot decode.
+      ValueError: At an argument out of range, or more tokens than learned positions.
+    """
+    prompt = jnp.asarray(prompt)
+    _check(model, prompt, prompt_mask, max_new_tokens, eos_token, pad_token, repetition_window)
+    _check_filters(temperature, top_k, top_p, repetition_penalty, forbidden_tokens, model)
+    length = prompt.shape[1]
+    window = length + max_new_tokens
+    if repetition_window is not None:
+        window = min(window, repetition_window)
+    pad = pad_token if pad_token is not None else eos_token
+    options = _Options(
+        max_new_tokens=max_new_tokens,
+        top_k=top_k,
+        has_top_p=top_p is not None and top_p < 1,
+        has_penalty=repetition_penalty != 1,
+        window=window if repetition_penalty != 1 else 0,
+        eos_token=eos_token,
+        pad_token=0 if pad is None else pad,
+        forbidden_tokens=tuple(sorted(set(forbidden_tokens))),
+    )
+    numbers = _Numbers(
+        temperature=jnp.asarray(temperature, jnp.float32),
+        top_p=jnp.asarray(1.0 if top_p is None else top_p, jnp.float32),
+        repetition_penalty=jnp.asarray(repetition_penalty, jnp.float32),
+    )
+    graphdef, variables = nnx.split(model)
+    mask = None if prompt_mask is None else jnp.asarray(prompt_mask, bool)
+    return _generate(graphdef, variables, prompt, mask, key, numbers, options)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "options"))
+def _generate(
+    graphdef: Any,
+    variables: Any,
+    prompt: Array,
+    mask: Array | None,
+    key: Array,
+    numbers: _Numbers,
+    options: _Options,
+) -> Array:
+    model = nnx.merge(graphdef, variables)
+    batch, length = prompt.shape
+    steps = options.max_new_tokens
+    # The last token is drawn and never read.
+    state = model.init_state(batch, length + steps - 1)
+    logits, state = model.prefill(state, prompt, mask)
+    last, past = _ends(prompt, mask)
+    past = jnp.pad(past, ((0, 0), (options.window, 0)), constant_values=-1)
+    history = past[:, past.shape[1] - options.window :]
+    ended = jnp.zeros(batch, bool)
+
+    def draw(index: Array, logits: Array, history: Array, ended: Array) -> tuple[Array, ...]:
+        token = _draw(jax.random.fold_in(key, index), logits, history, numbers, options)
+        token = jnp.where(ended, options.pad_token, token)
+        history = jnp.concatenate([history, token[:, None]], axis=1)[:, 1:]
+        if options.eos_token is not None:
+            ended |= token == options.eos_token
+        return token, history, ended
+
+    def running(loop: _Loop) -> Array:
+        return (loop.index < steps) & ~jnp.all(loop.ended)
+
+    def advance(loop: _Loop) -> _Loop:
+        logits, state = model.step(loop.state, loop.token)
+        token, history, ended = draw(loop.index, logits, loop.history, loop.ended)
+        tokens = lax.dynamic_update_slice(loop.tokens, token[:, None], (0, loop.index))
+        return _Loop(loop.index + 1, tokens, token, history, ended, state)
+
+    index = jnp.zeros((), jnp.int32)
+    logits = jnp.take_along_axis(logits, last[:, None, None], axis=1)[:, 0]
+    token, history, ended = draw(index, logits, history, ended)
+    tokens = jnp.full((batch, steps), options.pad_token, jnp.int32).at[:, 0].set(token)
+    first = _Loop(index + 1, tokens, token, history, ended, state)
+    return lax.while_loop(running, advance, first).tokens
+
+
+def _ends(prompt: Array, mask: Array | None) -> tuple[Array, Array]:
+    """Index of each row's last token ``[B]``, and the tokens ``[B, P]`` behind -1 for padding."""
+    batch, length = prompt.shape
+    prompt = prompt.astype(jnp.int32)
+    if mask is None:
+        return jnp.full(batch, length - 1), prompt
+    order = jnp.argsort(mask, axis=1, stable=True)
+    past = jnp.take_along_axis(jnp.where(mask, prompt, -1), order, axis=1)
+    return length - 1 - jnp.argmax(mask[:, ::-1], axis=1), past
+
+
+def _draw(key: Array, logits: Array, history: Array, numbers: _Numbers, options: _Options) -> Array:
+    greedy = numbers.temperature == 0
+    logits = logits / jnp.where(greedy, 1, numbers.temperature)
+    logits = samplers.forbid_tokens(logits, options.forbidden_tokens)
+    if options.has_penalty:
+        logits = samplers.apply_repetition_penalty(logits, history, numbers.repetition_penalty)
+    if options.top_k is not None:
+        logits = samplers.keep_top_k(logits, options.top_k)
+    if options.has_top_p:
+        logits = samplers.keep_top_p(logits, numbers.top_p)
+    return samplers.sample_token(key, logits, jnp.where(greedy, 0.0, 1.0))
+
+
+def _check(
+    model: Transformer,
+    prompt: Array,
+    prompt_mask: Any,
+    max_new_tokens: int,
+    eos_token: int | None,
+    pad_token: int | None,
+    repetition_window: int | None,
+) -> None:
+    if prompt.ndim != 2 or prompt.shape[1] < 1 or not jnp.issubdtype(prompt.dtype, jnp.integer):
+        raise ValueError(
+            f"prompt must be integers [batch, length >= 1], got {prompt.dtype} {prompt.shape}: "
+            "start an empty prompt with a begin-of-sequence token."
+        )
+    if prompt_mask is not None:
+        mask = jnp.asarray(prompt_mask)
+        if mask.shape != prompt.shape:
+            raise ValueError(
+                f"prompt_mask must have the shape of the prompt, {prompt.shape}, got {mask.shape}."
+            )
+        if not isinstance(mask, Tracer) and not bool(mask.any(axis=1).all()):
+            raise ValueError("prompt_mask hides a whole row: each needs at least one token.")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
+    if repetition_window is not None and repetition_window < 1:
+        raise ValueError(
+            f"repetition_window must be at least 1, or None for all, got {repetition_window}."
+        )
+    size = model.config.vocab_size
+    for name, token in (("eos_token", eos_token), ("pad_token", pad_token)):
+        if token is not None and not 0 <= token < size:
+            raise ValueError(f"{name} must be a token, 0 to {size - 1}, got {token}.")
+
+
+def _check_filters(
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    repetition_penalty: float,
+    forbidden_tokens: Sequence[int],
+    model: Transformer,
+) -> None:
+    """Checks numbers that the program takes as arrays, and that the samplers cannot."""
+    if not temperature >= 0:
+        raise ValueError(f"temperature must be 0 or more, got {temperature}.")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, or None for all tokens, got {top_k}.")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p is the probability to keep, in (0, 1], got {top_p}.")
+    if not repetition_penalty > 0:
+        raise ValueError(f"repetition_penalty must be positive, got {repetition_penalty}.")
+    size = model.config.vocab_size
+    if any(not 0 <= t < size for t in forbidden_tokens) or len(set(forbidden_tokens)) >= size:
+        raise ValueError(
+            f"forbidden_tokens must be some, not all, of 0 to {size - 1}, "
+            f"got {tuple(forbidden_tokens)}."
+        )

@@ -1,0 +1,133 @@
+"""Sequences given by a caller, and parts of corpora, in the form that the data pipeline takes.
+
+Shape letters: B batch, T length, N sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fast_attention.protein_lm import data
+from fast_attention.protein_lm.corpus import Corpus
+from fast_attention.protein_lm.domains import DiscreteDomain
+from fast_attention.protein_lm.vocabulary import Vocabulary
+
+
+def is_batch(xs: Any) -> bool:
+    """Whether `xs` is one batch of the form of `data.make_dataset`."""
+    return isinstance(xs, Mapping) and "inputs" in xs
+
+
+def as_corpus(sequences: Iterable[Any], domain: DiscreteDomain) -> Corpus:
+    """Gathers sequences into a corpus.
+
+    Padding and end tokens at the end of a row of ids are dropped. A sequence is then taken to be
+    whole, and gets one end token, unless it fills the domain's length without one.
+
+    Args:
+      sequences: Strings, or rows of ids (an integer array [N, T] or lists of any lengths).
+      domain: Gives the vocabulary and the greatest length.
+
+    Raises:
+      KeyError: At a letter that the vocabulary lacks.
+      ValueError: If there is no sequence, one is empty or longer than the domain allows, or one
+        has a special token other than at its end.
+    """
+    vocab = domain.vocab
+    rows = []
+    for number, sequence in enumerate(sequences):
+        ids = np.asarray(vocab.encode(sequence) if isinstance(sequence, str) else sequence)
+        ended = np.isin(ids, [token for token in (vocab.eos, vocab.pad) if token is not None])
+        length = int(np.argmax(ended)) if ended.any() else len(ids)
+        body = ids[:length]
+        if not ended[length:].all() or not np.isin(body, vocab.ordinary_ids).all() or not length:
+            raise ValueError(
+                f"sequence {number} must be one or more of the ids {vocab.ordinary_ids[0]} .. "
+                f"{vocab.ordinary_ids[-1]}, then nothing but end or padding tokens; got "
+                f"{ids.tolist()}"
+            )
+        if length > domain.length:
+            raise ValueError(
+                f"sequence {number} has {length} residues, more than the {domain.length} of the "
+                "domain: crop it first"
+            )
+        if vocab.eos is not None and (length < domain.length or ended.any()):
+            body = np.append(body, vocab.eos)
+        rows.append(body.astype(np.uint8))
+    if not rows:
+        raise ValueError("no sequence was given")
+    return Corpus(np.concatenate(rows), np.cumsum([0, *map(len, rows)], dtype=np.int64))
+
+
+def select(corpus: Corpus, proteins: Sequence[int] | np.ndarray) -> Corpus:
+    """The corpus of some proteins, in the given order."""
+    rows = [corpus.tokens[corpus.offsets[i] : corpus.offsets[i + 1]] for i in proteins]
+    return Corpus(np.concatenate(rows), np.cumsum([0, *map(len, rows)], dtype=np.int64))
+
+
+def spread(corpus: Corpus, number: int | None) -> Corpus:
+    """At most `number` proteins, evenly spaced through the corpus; None takes all."""
+    if number is None or number >= len(corpus):
+        return corpus
+    return select(corpus, np.linspace(0, len(corpus) - 1, number).round().astype(int))
+
+
+def crop(corpus: Corpus, length: int) -> Corpus:
+    """The first `length` tokens of every protein."""
+    lengths = corpus.lengths
+    within = np.arange(len(corpus.tokens)) - np.repeat(corpus.offsets[:-1], lengths)
+    offsets = np.cumsum([0, *np.minimum(lengths, length)], dtype=np.int64)
+    return Corpus(corpus.tokens[within < length], offsets)
+
+
+def as_batches(xs: Any) -> Iterable[Mapping[str, Any]] | None:
+    """The batches that `xs` is or holds, or None where it holds sequences.
+
+    Args:
+      xs: One batch, several, an iterator (taken to be of batches), or sequences.
+    """
+    if is_batch(xs):
+        return [xs]
+    if isinstance(xs, Iterator):
+        return xs
+    if isinstance(xs, Iterable) and is_batch(next(iter(xs), None)):
+        return xs
+    return None
+
+
+def in_order(corpus: Corpus, domain: DiscreteDomain, objective: str) -> data.Batch:
+    """One batch of all proteins, one a row in their order, with nothing masked."""
+    dataset = data.make_dataset(
+        corpus,
+        domain,
+        length=int(corpus.lengths.max()),
+        batch_size=len(corpus),
+        seed=0,
+        pack=False,
+        shuffle=False,
+        num_epochs=1,
+        crop="start",
+    )
+    batch = next(iter(dataset))
+    return batch if objective == "causal" else batch | {"inputs": batch["targets"]}
+
+
+def unpacked(ids: np.ndarray, vocab: Vocabulary) -> data.Batch:
+    """The batch of rows that hold one sequence each, for scoring.
+
+    Args:
+      ids: int [N, T]; a row ends at its first end token, or before its first padding token.
+      vocab: Says which those are.
+    """
+    before = np.cumsum(ids == vocab.eos, axis=1) - (ids == vocab.eos)
+    visible = (before == 0) & (ids != vocab.pad)
+    return {
+        "inputs": ids,
+        "targets": ids,
+        "weights": visible.astype(np.float32),
+        "segment_ids": visible.astype(np.int32),
+        "positions": np.where(visible, np.arange(ids.shape[1])[None], 0).astype(np.int32),
+    }

@@ -1,0 +1,244 @@
+"""From FASTA files to batches of numbers, for training and for evaluation.
+
+Every batch is a dictionary of arrays ``[B, L]``:
+
+| key | dtype | content |
+| --- | --- | --- |
+| ``inputs`` | int32 | what the model is given |
+| ``targets`` | int32 | what it must predict at the same position |
+| ``weights`` | float32 | 1 where the prediction counts, else 0 |
+| ``segment_ids`` | int32 | 1, 2, ... for the proteins of a row, 0 at padding |
+| ``positions`` | int32 | 0, 1, ... within each protein |
+
+Causal objective: a protein ``x1 .. xn`` has targets ``x1 .. xn EOS`` and inputs ``BOS x1 .. xn``.
+Masked objective: targets ``x1 .. xn EOS``, inputs the same with some residues corrupted, and
+weights at those. A cropped protein has no EOS unless the crop reaches its end; the inputs of a
+crop begin with BOS, and its positions with 0, wherever it starts.
+
+Letters: B batch, L row length.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+
+from fast_attention.protein_lm.corpus import Corpus, FastaPaths, load_corpus
+from fast_attention.protein_lm.corpus import bundled_corpus as bundled_corpus
+from fast_attention.protein_lm.domains import DiscreteDomain, domain_to_bos
+from fast_attention.protein_lm.masking import MaskingConfig, mask_tokens
+from fast_attention.protein_lm.packing import EpochPlanner, PackedRows, Pieces, fill_rows
+
+Batch = dict[str, np.ndarray]
+
+# Seeds of unlike draws differ in this number (that of packing.py is 1).
+_TRAIN_MASKS, _EVAL_MASKS = 2, 3
+
+
+def make_dataset(
+    fasta: FastaPaths | Corpus,
+    domain: DiscreteDomain,
+    *,
+    length: int,
+    batch_size: int,
+    seed: int,
+    pack: bool = True,
+    shuffle: bool = True,
+    num_epochs: int | None = None,
+    objective: str = "causal",
+    crop: str = "random",
+    masking: MaskingConfig | None = None,
+) -> grain.IterDataset[Batch]:
+    """Returns the batches of a training run.
+
+    Batch i is a function of the arguments and of i alone. The iterator of the result therefore
+    has a state of one number: ``set_state(state)`` continues at once, in any process, with the
+    batch that would have come next after ``state = get_state()``.
+
+    Proteins take other rows, and long ones are cropped elsewhere, in every epoch. Without end
+    (``num_epochs=None``) a batch may hold the last rows of one epoch and the first of the next;
+    otherwise the last batch is filled up with rows of padding, of weight 0.
+
+    Args:
+      fasta: one FASTA file or several, or proteins already loaded by ``load_corpus``.
+      domain: gives the vocabulary. Rows are padded with its padding token; failing that with its
+        end token; failing both with 0.
+      length: L; longer proteins are cropped.
+      batch_size: B.
+      seed: a number from 0 on, the seed of every choice.
+      pack: whether several proteins share a row.
+      shuffle: whether the order changes from epoch to epoch.
+      num_epochs: how often every protein is seen; None never stops.
+      objective: ``"causal"`` or ``"masked"``.
+      crop: whether long proteins are cropped at ``"random"`` places or at their ``"start"``.
+      masking: shares of the masked objective; None takes the defaults of ``MaskingConfig``.
+
+    Raises:
+      FastaError: if a file cannot be read.
+      ValueError: if an argument is out of its range, or the vocabulary lacks a mask token that
+        the objective needs.
+    """
+    _check(objective=(objective, ("causal", "masked")), crop=(crop, ("random", "start")))
+    _check_numbers(length, batch_size, seed)
+    _check_masking(objective, domain, masking)
+    if num_epochs is not None and num_epochs < 1:
+        raise ValueError(f"num_epochs must be at least 1, or None, but got {num_epochs}.")
+    corpus = _load(fasta, domain)
+    planner = EpochPlanner(
+        corpus, length, seed=seed, pack=pack, shuffle=shuffle, random_crop=crop == "random"
+    )
+    num_rows = sys.maxsize if num_epochs is None else num_epochs * planner.num_rows
+    pad = _pad_token(domain)
+
+    def batch_at(index: int) -> Batch:
+        first = index * batch_size
+        pieces = planner.pieces(first, min(batch_size, num_rows - first))
+        rows = fill_rows(corpus, pieces, (batch_size, length), pad)
+        if objective == "causal":
+            return _causal_batch(rows, domain)
+        draws = np.random.default_rng([seed, _TRAIN_MASKS, index])
+        return _masked_batch(rows, domain, draws.random((2, batch_size, length)), masking)
+
+    return (
+        grain.MapDataset.range(-(-num_rows // batch_size))
+        .map(batch_at)
+        # One batch takes about a millisecond: a single thread is far ahead of any model.
+        .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
+    )
+
+
+def eval_batches(
+    fasta: FastaPaths | Corpus,
+    domain: DiscreteDomain,
+    *,
+    length: int,
+    batch_size: int,
+    objective: str = "causal",
+    seed: int = 0,
+    masking: MaskingConfig | None = None,
+    score_eos: bool = True,
+) -> Iterator[Batch]:
+    """Yields every protein once, one a row, cropped to its first ``length`` tokens.
+
+    The longest come first. Rows have one of three lengths, ``length``, a half and a quarter of
+    it, whichever the longest protein of the batch needs, so that a compiled model is compiled at
+    most three times. Rows missing in the last batch are padding, of weight 0.
+
+    What is masked in a protein depends on ``seed`` and on the protein's place in the files, and
+    not on ``batch_size`` or on the other proteins.
+
+    Args:
+      fasta: one FASTA file or several, or proteins already loaded by ``load_corpus``.
+      domain: gives the vocabulary, as in ``make_dataset``.
+      length: the most tokens of a protein, its end token included.
+      batch_size: B.
+      objective: ``"causal"`` or ``"masked"``.
+      seed: a number from 0 on, the seed of the masks.
+      masking: shares of the masked objective; None takes the defaults of ``MaskingConfig``.
+      score_eos: whether the end token has weight too; with False only residues count.
+
+    Raises:
+      FastaError: if a file cannot be read.
+      ValueError: if an argument is out of its range, or the vocabulary lacks a mask token that
+        the objective needs.
+    """
+    _check(objective=(objective, ("causal", "masked")))
+    _check_numbers(length, batch_size, seed)
+    _check_masking(objective, domain, masking)
+    corpus = _load(fasta, domain)
+    return _eval_batches(corpus, domain, length, batch_size, objective, seed, masking, score_eos)
+
+
+def _eval_batches(
+    corpus: Corpus,
+    domain: DiscreteDomain,
+    length: int,
+    batch_size: int,
+    objective: str,
+    seed: int,
+    masking: MaskingConfig | None,
+    score_eos: bool,
+) -> Iterator[Batch]:
+    lengths = np.minimum(corpus.lengths, length)
+    order = np.argsort(-lengths, kind="stable")
+    buckets = [-(-length // 4), -(-length // 2), length]
+    for first in range(0, len(order), batch_size):
+        proteins = order[first : first + batch_size]
+        pieces = Pieces(
+            proteins, np.zeros_like(proteins), lengths[proteins], np.arange(len(proteins))
+        )
+        width = next(bucket for bucket in buckets if bucket >= pieces.lengths[0])
+        rows = fill_rows(corpus, pieces, (batch_size, width), _pad_token(domain))
+        if objective == "causal":
+            batch = _causal_batch(rows, domain)
+        else:
+            draws = np.zeros((2, batch_size, width))
+            for row, protein in enumerate(proteins.tolist()):
+                size = lengths[protein]
+                generator = np.random.default_rng([seed, _EVAL_MASKS, protein])
+                draws[:, row, :size] = generator.random((2, size))
+            batch = _masked_batch(rows, domain, draws, masking)
+        if not score_eos:
+            batch["weights"] *= batch["targets"] != domain.vocab.eos
+        yield batch
+
+
+def _causal_batch(rows: PackedRows, domain: DiscreteDomain) -> Batch:
+    inputs = np.roll(rows.tokens, 1, axis=1)
+    inputs[rows.positions == 0] = domain_to_bos(domain)
+    visible = rows.segment_ids > 0
+    return {
+        "inputs": np.where(visible, inputs, rows.tokens),
+        "targets": rows.tokens,
+        "weights": visible.astype(np.float32),
+        "segment_ids": rows.segment_ids,
+        "positions": rows.positions,
+    }
+
+
+def _masked_batch(
+    rows: PackedRows, domain: DiscreteDomain, draws: np.ndarray, masking: MaskingConfig | None
+) -> Batch:
+    inputs, chosen = mask_tokens(rows.tokens, rows.segment_ids, domain.vocab, draws, masking)
+    return {
+        "inputs": inputs,
+        "targets": rows.tokens,
+        "weights": chosen.astype(np.float32),
+        "segment_ids": rows.segment_ids,
+        "positions": rows.positions,
+    }
+
+
+def _load(fasta: FastaPaths | Corpus, domain: DiscreteDomain) -> Corpus:
+    return fasta if isinstance(fasta, Corpus) else load_corpus(fasta, domain)
+
+
+def _pad_token(domain: DiscreteDomain) -> int:
+    vocab = domain.vocab
+    return next((token for token in (vocab.pad, vocab.eos) if token is not None), 0)
+
+
+def _check(**choices: tuple[str, tuple[str, ...]]) -> None:
+    for name, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, but got {value!r}.")
+
+
+def _check_numbers(length: int, batch_size: int, seed: int) -> None:
+    for name, value, least in (("length", length, 1), ("batch_size", batch_size, 1)):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, but got {value}.")
+    if seed < 0:
+        raise ValueError(f"seed must be 0 or more, but got {seed}.")
+
+
+def _check_masking(objective: str, domain: DiscreteDomain, masking: MaskingConfig | None) -> None:
+    if objective == "causal" and masking is not None:
+        raise ValueError("masking is for objective='masked'; leave it out for 'causal'.")
+    if objective == "masked" and domain.vocab.mask is None:
+        raise ValueError(
+            "objective='masked' needs a mask token: build the domain with include_mask=True."
+        )

@@ -1,0 +1,286 @@
+"""FlaxModel: what the causal and the masked language model have in common.
+
+Shape letters: B batch, T length, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ClassVar
+
+import jax
+from flax import nnx
+
+from fast_attention.models.config import TransformerConfig
+from fast_attention.models.transformer import Transformer
+from fast_attention.protein_lm import batches, data, metrics, optimizer, train_state
+from fast_attention.protein_lm.corpus import Corpus
+from fast_attention.protein_lm.domains import DiscreteDomain
+from fast_attention.protein_lm.masking import MaskingConfig
+
+
+class FlaxModel:
+    """A language model over the sequences of a domain; make a `FlaxLM` or a `FlaxBERT`.
+
+    A thin facade: the arrays are in `state`, and the work is done by the pure, jitted functions
+    `initialize`, `train_step`, `eval_step` and `score_step`.
+
+    Attributes:
+      domain: Vocabulary and greatest length.
+      config: Of the Transformer.
+      masking: How residues are corrupted; None for a causal model.
+      random_seed: As given.
+      schedule: Learning rate of each step.
+      mesh: All devices; batches are split over them.
+      graphdef: Structure of the Transformer.
+      initialize: ``key -> TrainState``.
+      train_step: ``(state, batch) -> (state, sums)``; donates the state.
+      eval_step: ``(parameters, variables, batch, packed) -> sums``.
+      score_step: ``(parameters, variables, batch, packed) -> logits``.
+    """
+
+    objective: ClassVar[str]
+
+    def __init__(
+        self,
+        domain: DiscreteDomain,
+        *,
+        attention_fn: Callable[..., Any] | None = None,
+        model_cls: Callable[..., nnx.Module] = Transformer,
+        random_seed: int = 0,
+        batch_size: int = 32,
+        learning_rate: float | optimizer.Schedule = 1e-3,
+        weight_decay: float = 0.1,
+        grad_clip: float | None = None,
+        beta1: float = 0.9,
+        beta2: float = 0.98,
+        epsilon: float = 1e-9,
+        **model_kwargs: Any,
+    ):
+        """Builds the model; its parameters are made when `state` is first read.
+
+        Args:
+          domain: What is modelled.
+          attention_fn: Replaces exact attention in every layer, for instance the result of
+            ``make_fast_softmax_attention()``; None is exact attention.
+          model_cls: Called as ``model_cls(config, attention_fn, rngs=rngs)``.
+          random_seed: Of parameters, dropout, masks and, by default, samples.
+          batch_size: Rows per batch in `fit` and `evaluate`, unless they are told.
+          learning_rate: A number, or a function from a step to a number.
+          weight_decay: AdamW's, on matrices other than embeddings.
+          grad_clip: Largest global norm of a gradient; None does not clip.
+          beta1: AdamW's.
+          beta2: AdamW's.
+          epsilon: AdamW's.
+          **model_kwargs: Fields of `TransformerConfig`, ``max_len`` among them (by default the
+            domain's length).
+
+        Raises:
+          TypeError: At a keyword that `TransformerConfig` does not have.
+        """
+        if not hasattr(self, "objective"):
+            raise TypeError("FlaxModel is what FlaxLM and FlaxBERT share: make one of them")
+        self.domain = domain
+        self.masking: MaskingConfig | None = None
+        self.random_seed = random_seed
+        self.batch_size = batch_size
+        self.config = _make_config(self.objective == "causal", domain, model_kwargs)
+        self.schedule: optimizer.Schedule = (
+            learning_rate
+            if callable(learning_rate)
+            else optimizer.create_learning_rate_scheduler("constant", learning_rate)
+        )
+        self._optimizer = optimizer.create_optimizer(
+            self.schedule,
+            weight_decay=weight_decay,
+            grad_clip=grad_clip,
+            beta1=beta1,
+            beta2=beta2,
+            epsilon=epsilon,
+        )
+
+        def build(rngs: nnx.Rngs) -> nnx.Module:
+            return model_cls(self.config, attention_fn, rngs=rngs)
+
+        abstract = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
+        self.graphdef, _, _ = train_state.split_model(abstract)
+        self.mesh = train_state.data_mesh()
+        self.initialize = train_state.make_initializer(build, self._optimizer)
+        self.train_step = train_state.make_train_step(self.graphdef, self._optimizer)
+        self.eval_step = train_state.make_eval_step(self.graphdef)
+        self.score_step = train_state.make_score(self.graphdef)
+        self._state: train_state.TrainState | None = None
+
+    @property
+    def state(self) -> train_state.TrainState:
+        """All arrays; made from `random_seed` when first read."""
+        state = self._state
+        if state is None:
+            state = self.initialize(jax.random.key(self.random_seed))
+            state = self._state = train_state.replicate(state, self.mesh)
+        return state
+
+    @state.setter
+    def state(self, state: train_state.TrainState) -> None:
+        self._state = state
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens of a sequence: the domain's length, or fewer learned positions."""
+        learned = self.config.positions == "learned"
+        return min(self.domain.length, self.config.max_len) if learned else self.domain.length
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of trained scalars."""
+        abstract = jax.eval_shape(self.initialize, jax.random.key(0))
+        return sum(leaf.size for leaf in jax.tree.leaves(abstract.parameters))
+
+    def set_parameters(self, parameters: Any, variables: Any) -> None:
+        """Replaces the model's arrays; step, optimiser and randomness start anew."""
+        key = jax.random.key(self.random_seed)
+        state = train_state.make_state(parameters, variables, self._optimizer, key)
+        self.state = train_state.replicate(state, self.mesh)
+
+    def fit(
+        self,
+        xs: Any,
+        epochs: int = 1,
+        batch_size: int | None = None,
+        max_steps: int = 10**6,
+    ) -> dict[str, Any]:
+        """Trains on some sequences.
+
+        Args:
+          xs: Strings, rows of ids (see `batches.as_corpus`), or batches of the form of
+            `data.make_dataset`.
+          epochs: How often to go through `xs`; 1 for an iterator of batches.
+          batch_size: Rows per batch; None takes the model's.
+          max_steps: Steps after which to stop.
+
+        Returns:
+          ``last`` and ``average`` metrics of the batches, ``steps`` and ``seconds``.
+
+        Raises:
+          FloatingPointError: If the loss or the gradient is not finite.
+          ValueError: If there is nothing to train on, or an iterator should be repeated.
+        """
+        began = time.perf_counter()
+        sums = []
+        for batch in itertools.islice(self._training_batches(xs, epochs, batch_size), max_steps):
+            self.state, batch_sums = self.train_step(
+                self.state, train_state.shard_batch(batch, self.mesh)
+            )
+            sums.append(batch_sums)
+        if not sums:
+            raise ValueError("no step was taken: there is no batch, or epochs or max_steps is 0")
+        sums = jax.device_get(sums)
+        metrics.check_finite(sums)
+        return {
+            "last": metrics.combine_metrics(sums[-1:]),
+            "average": metrics.combine_metrics(sums),
+            "steps": len(sums),
+            "seconds": time.perf_counter() - began,
+        }
+
+    def evaluate(
+        self, xs: Any, *, batch_size: int | None = None, seed: int = 0
+    ) -> dict[str, float]:
+        """Mean loss, perplexity and accuracy.
+
+        Args:
+          xs: As for `fit`, or a `Corpus`.
+          batch_size: Rows per batch; None takes the model's. It does not change the result.
+          seed: Of the masks of a masked model.
+
+        Raises:
+          ValueError: If nothing is to be predicted.
+        """
+        found = batches.as_batches(xs)
+        if found is None:
+            corpus = xs if isinstance(xs, Corpus) else batches.as_corpus(xs, self.domain)
+            found = data.eval_batches(
+                corpus,
+                self.domain,
+                length=int(corpus.lengths.max()),
+                batch_size=batch_size or self.batch_size,
+                objective=self.objective,
+                seed=seed,
+                masking=self.masking,
+            )
+        return metrics.combine_metrics(self.batch_sums(found))
+
+    def batch_sums(self, found: Iterable[train_state.Batch]) -> list[metrics.Sums]:
+        """`metrics.token_sums` of each batch, on the host."""
+        state = self.state
+        sums = [
+            self.eval_step(
+                state.parameters,
+                state.variables,
+                train_state.shard_batch(batch, self.mesh),
+                packed=train_state.is_packed(batch),
+            )
+            for batch in found
+        ]
+        return jax.device_get(sums)
+
+    def score(self, xs: Any) -> jax.Array:
+        """Logits, float32 [B, T, V].
+
+        Args:
+          xs: One batch, or sequences as for `fit`: then T is the length of the longest, its end
+            token included, and nothing is masked. Those of a causal model at t come from
+            the residues before t.
+        """
+        batch = xs
+        if not batches.is_batch(xs):
+            corpus = batches.as_corpus(xs, self.domain)
+            batch = batches.in_order(corpus, self.domain, self.objective)
+        state = self.state
+        return self.score_step(
+            state.parameters,
+            state.variables,
+            train_state.shard_batch(batch, self.mesh),
+            packed=train_state.is_packed(batch),
+        )
+
+    def _training_batches(
+        self, xs: Any, epochs: int, batch_size: int | None
+    ) -> Iterator[train_state.Batch]:
+        found = batches.as_batches(xs)
+        if found is not None:
+            if epochs != 1 and isinstance(xs, Iterator):
+                raise ValueError(f"an iterator can be read once, but epochs is {epochs}")
+            return itertools.chain.from_iterable(itertools.repeat(found, epochs))
+        corpus = batches.as_corpus(xs, self.domain)
+        return iter(
+            data.make_dataset(
+                corpus,
+                self.domain,
+                length=int(corpus.lengths.max()),
+                batch_size=batch_size or self.batch_size,
+                seed=self.random_seed + int(self.state.step),
+                pack=False,
+                num_epochs=epochs,
+                objective=self.objective,
+                masking=self.masking,
+            )
+        )
+
+
+def _make_config(
+    causal: bool, domain: DiscreteDomain, model_kwargs: dict[str, Any]
+) -> TransformerConfig:
+    known = {field.name for field in dataclasses.fields(TransformerConfig)}
+    known -= {"vocab_size", "causal"}
+    for name in model_kwargs:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"there are {sorted(known)}"
+            raise TypeError(f"the model has no parameter {name!r}: {hint}")
+    options: dict[str, Any] = {"max_len": domain.length} | model_kwargs
+    return TransformerConfig(vocab_size=domain.vocab_size, causal=causal, **options)

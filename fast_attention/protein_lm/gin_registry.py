@@ -1,0 +1,78 @@
+"""The gin names of the protein language models, and how a configuration is put together."""
+
+from __future__ import annotations
+
+import functools
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import gin
+
+from fast_attention import gin_bindings as gin_bindings
+from fast_attention.protein_lm import domains, models, optimizer, train
+
+# What holds unless a configuration says otherwise.
+_DEFAULTS = """
+experiment.model_cls = @FlaxLM
+FlaxModel.domain = @make_protein_domain()
+"""
+
+
+@functools.cache
+def register() -> None:
+    """Registers the names, once.
+
+    What is bound to ``FlaxModel`` holds for ``FlaxLM`` and ``FlaxBERT``, unless the same
+    parameter is bound to these.
+    """
+    for target in (models.FlaxModel, models.FlaxLM, models.FlaxBERT):
+        # gin changes the constructors of classes in place, so that the subclasses inherit what
+        # is bound to FlaxModel.
+        gin.configurable(target, module="protein_lm")
+    for target in (domains.make_protein_domain, optimizer.create_learning_rate_scheduler):
+        gin.configurable(target, module="protein_lm")
+    gin.external_configurable(train.run_experiment, "experiment", module="protein_lm")
+
+
+def configure(files: Sequence[str | Path] = (), bindings: Sequence[str] = ()) -> None:
+    """Replaces the configuration of this process.
+
+    Args:
+      files: gin files. What they include is looked for beside them, and then as gin does.
+      bindings: Lines that come after the files and win over them.
+
+    Raises:
+      OSError: If a file cannot be read.
+      SyntaxError: If a line is not gin.
+      ValueError: If a name or a parameter is unknown, or a file includes itself.
+    """
+    register()
+    gin.clear_config()
+    gin.parse_config(_DEFAULTS)
+    for file in files:
+        _parse_file(Path(file), ())
+    gin.parse_config_files_and_bindings([], list(bindings))
+
+
+def _parse_file(path: Path, includers: tuple[Path, ...]) -> None:
+    """Parses a file part by part, so that what it includes takes its turn."""
+    if path in includers:
+        raise ValueError(f"{path} includes itself, by way of {', '.join(map(str, includers))}")
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    begin = 0
+    for number, line in enumerate(lines):
+        included = re.match(r"""include\s+(['"])(.+?)\1""", line)
+        if included and (beside := path.parent / included[2]).is_file():
+            _parse_part(path, lines, begin, number)
+            _parse_file(beside, (*includers, path))
+            begin = number + 1
+    _parse_part(path, lines, begin, len(lines))
+
+
+def _parse_part(path: Path, lines: list[str], begin: int, end: int) -> None:
+    # gin names the file and the line of an error: empty lines keep the count right.
+    part = io.StringIO("\n" * begin + "".join(lines[begin:end]))
+    part.name = str(path)  # pyright: ignore[reportAttributeAccessIssue]
+    gin.parse_config(part)

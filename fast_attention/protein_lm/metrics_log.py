@@ -1,0 +1,67 @@
+"""The record of a run: ``metrics.jsonl`` and TensorBoard, without duplicates after a resume."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+import tensorboardX
+
+from fast_attention.protein_lm.run_folder import RunFolder, write_file
+
+Row = dict[str, Any]
+
+
+class MetricsLog:
+    """Appends rows to both records; made by `open_metrics_log`."""
+
+    def __init__(self, lines: TextIO, board: tensorboardX.SummaryWriter):
+        """Takes what it writes to: an open ``metrics.jsonl`` and a TensorBoard writer."""
+        self._lines = lines
+        self._board = board
+
+    def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        """Writes one row: figures of `split` after `step` steps."""
+        self._lines.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+        self._lines.flush()
+        for name, value in values.items():
+            if math.isfinite(value):
+                self._board.add_scalar(f"{split}/{name}", value, step)
+        self._board.flush()
+
+
+@contextmanager
+def open_metrics_log(folder: RunFolder, step: int) -> Iterator[MetricsLog]:
+    """Opens the records of a run that continues after `step`.
+
+    Rows of later steps, left by a run that was killed after its last checkpoint, are dropped, and
+    so is a last line that was not written to its end.
+
+    Args:
+      folder: The run's.
+      step: Step of the checkpoint that training continues from; 0 starts anew.
+
+    Yields:
+      The log.
+    """
+    kept = [row for row in read_metrics(folder.metrics) if row["step"] <= step]
+    write_file(folder.metrics, "".join(json.dumps(row) + "\n" for row in kept))
+    board = tensorboardX.SummaryWriter(str(folder.tensorboard), purge_step=step + 1)
+    with open(folder.metrics, "a", encoding="utf-8") as lines:
+        try:
+            yield MetricsLog(lines, board)
+        finally:
+            board.close()
+
+
+def read_metrics(path: Path) -> list[Row]:
+    """Reads the whole lines of ``metrics.jsonl``; a missing file has none."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    return [json.loads(line) for line in whole.splitlines()]

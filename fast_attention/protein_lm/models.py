@@ -1,0 +1,183 @@
+"""The two protein language models: FlaxLM (causal) and FlaxBERT (masked).
+
+Shape letters: B batch, T length, V vocabulary, P prompt length, L greatest length.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from fast_attention.models.generate import generate
+from fast_attention.models.samplers import forbid_tokens, sample_token
+from fast_attention.protein_lm import batches
+from fast_attention.protein_lm.flax_model import FlaxModel as FlaxModel
+from fast_attention.protein_lm.masking import MaskingConfig
+
+
+class FlaxLM(FlaxModel):
+    """Predicts each residue from those before it.
+
+    Attention is causal whatever ``attention_fn`` is bound. Parameters are those of `FlaxModel`.
+    """
+
+    objective = "causal"
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        """Takes the parameters of `FlaxModel`.
+
+        Raises:
+          ValueError: If the vocabulary has no begin token.
+        """
+        super().__init__(*args, **kwargs)
+        self._bos()
+
+    def sample(self, num_samples: int, rng: jax.Array | None = None, **options: Any) -> np.ndarray:
+        """Draws sequences.
+
+        Args:
+          num_samples: B.
+          rng: Key of the draw; None makes it from `random_seed`.
+          **options: As for `sample_with_prompt`.
+
+        Returns:
+          ids, int32 [B, L], with padding only after the end token.
+
+        Raises:
+          ValueError: As for `sample_with_prompt`.
+        """
+        return self.sample_with_prompt(np.full((num_samples, 1), self._bos()), rng, **options)
+
+    def sample_with_prompt(
+        self,
+        prompt: Any,
+        rng: jax.Array | None = None,
+        *,
+        max_length: int | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        repetition_window: int | None = None,
+    ) -> np.ndarray:
+        """Continues sequences, at a cost per residue that does not grow with their length.
+
+        That holds for attention with a recurrent state; exact attention keeps all keys. Begin,
+        padding and mask tokens are never drawn.
+
+        Args:
+          prompt: ids [B, P], all of one length, each beginning with the begin token.
+          rng: Key of the draw; None makes it from `random_seed`.
+          max_length: L, residues of the prompt included; None takes the most that
+            the model can write.
+          temperature: Divides the logits; 0 takes the most probable token.
+          top_k: Draw among so many most probable tokens.
+          top_p: Draw among the fewest tokens that together have this probability.
+          repetition_penalty: Above 1 makes tokens drawn lately less probable.
+          repetition_window: How many tokens back that looks; None looks at all.
+
+        Returns:
+          ids, int32 [B, L]: the sequences without the begin token, with padding only after the
+          end token.
+
+        Raises:
+          ValueError: If a prompt does not begin with the begin token or leaves no room.
+        """
+        prompt = np.asarray(prompt, np.int32)
+        bos = self._bos()
+        if prompt.ndim != 2 or prompt.shape[1] < 1 or (prompt[:, 0] != bos).any():
+            raise ValueError(
+                f"expected prompts [B, P] that begin with the begin token, {bos}; got {prompt}"
+            )
+        if not np.isin(prompt[:, 1:], self.domain.vocab.ordinary_ids).all():
+            raise ValueError(f"a prompt must hold residues after the begin token; got {prompt}")
+        length = self.max_length if max_length is None else max_length
+        new = length + 1 - prompt.shape[1]
+        if new < 1 or length > self.max_length:
+            raise ValueError(
+                f"max_length is {length}; it must be at most {self.max_length}, as many as the "
+                f"model can write, and more than the {prompt.shape[1] - 1} residues of the prompt"
+            )
+        vocab = self.domain.vocab
+        never = [token for token in (vocab.bos, vocab.pad, vocab.mask) if token is not None]
+        drawn = generate(
+            nnx.merge(self.graphdef, self.state.parameters, self.state.variables),
+            jnp.asarray(prompt),
+            key=jax.random.key(self.random_seed) if rng is None else rng,
+            max_new_tokens=new,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            repetition_window=repetition_window,
+            eos_token=vocab.eos,
+            pad_token=vocab.eos if vocab.pad is None else vocab.pad,
+            forbidden_tokens=never,
+        )
+        return np.concatenate([prompt[:, 1:], np.asarray(drawn)], axis=1)
+
+    def _bos(self) -> int:
+        if self.domain.vocab.bos is None:
+            raise ValueError("FlaxLM needs a begin token: make the domain with include_bos=True")
+        return self.domain.vocab.bos
+
+
+class FlaxBERT(FlaxModel):
+    """Predicts hidden residues from those on both sides (arXiv:1810.04805).
+
+    The loss counts chosen residues only. Beside those here, it has the parameters of `FlaxModel`.
+    """
+
+    objective = "masked"
+
+    def __init__(
+        self,
+        *args: Any,
+        mask_rate: float = 0.15,
+        mask_token_proportion: float = 0.8,
+        random_token_proportion: float = 0.1,
+        **kwargs: Any,
+    ):
+        """Builds the model.
+
+        Args:
+          *args: See `FlaxModel`.
+          mask_rate: Share of the residues that are chosen.
+          mask_token_proportion: Share of the chosen that the mask token hides.
+          random_token_proportion: Share of the chosen replaced by a random residue; the rest
+            stays as it is.
+          **kwargs: See `FlaxModel`.
+
+        Raises:
+          ValueError: If a share is out of [0, 1] or the vocabulary has no mask token.
+        """
+        super().__init__(*args, **kwargs)
+        self.masking = MaskingConfig(mask_rate, mask_token_proportion, random_token_proportion)
+        if self.domain.vocab.mask is None:
+            raise ValueError("FlaxBERT needs a mask token: make the domain with include_mask=True")
+
+    def sample(
+        self, masked: Any, rng: jax.Array | None = None, *, temperature: float = 1.0
+    ) -> np.ndarray:
+        """Fills in mask tokens, each independently of the others.
+
+        Args:
+          masked: ids [B, T], with mask tokens where residues are to be drawn, and padding or end
+            tokens at the ends of rows.
+          rng: Key of the draw; None makes it from `random_seed`.
+          temperature: Divides the logits; 0 takes the most probable residue.
+
+        Returns:
+          ids, int32 [B, T]: residues in place of mask tokens, all else as it was.
+        """
+        vocab = self.domain.vocab
+        masked = np.asarray(masked, np.int32)
+        logits = self.score(batches.unpacked(masked, vocab))
+        logits = forbid_tokens(logits.reshape(-1, logits.shape[-1]), tuple(vocab.special_ids))
+        key = jax.random.key(self.random_seed) if rng is None else rng
+        drawn = np.asarray(sample_token(key, logits, temperature)).reshape(masked.shape)
+        return np.where(masked == vocab.mask, drawn, masked)

@@ -1,0 +1,42 @@
+"""The learning curve as a picture."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from fast_attention.protein_lm.run_folder import write_file
+
+
+def plot_learning_curve(
+    path: Path, rows: Sequence[Mapping[str, Any]], references: Mapping[str, float] | None = None
+) -> None:
+    """Draws perplexity against training steps.
+
+    Args:
+      path: The picture, PNG.
+      rows: Rows of ``metrics.jsonl`` with ``step``, ``split`` and ``perplexity``.
+      references: Perplexities to draw as level lines, by name.
+    """
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for split in dict.fromkeys(row["split"] for row in rows):
+        points = [(row["step"], row["perplexity"]) for row in rows if row["split"] == split]
+        axes.plot(*zip(*points, strict=True), label=split, marker="o", markersize=2)
+    for (name, value), style in zip((references or {}).items(), ("--", "-.", ":"), strict=False):
+        axes.axhline(value, color="gray", linestyle=style, linewidth=1, label=f"{name} {value:.2f}")
+    axes.set_xlabel("training step")
+    axes.set_ylabel("perplexity per token")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    write_file(path, picture.getvalue())

@@ -1,0 +1,137 @@
+"""The folder of one training run: what lies where, and how files get there whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+from pathlib import Path
+
+from fast_attention.protein_lm.domains import DiscreteDomain
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """Names of the files of a run.
+
+    Attributes:
+      path: The folder.
+    """
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The gin configuration, every parameter that was used with its value."""
+        return self.path / "config.gin"
+
+    @property
+    def vocabulary(self) -> Path:
+        """Tokens in the order of their ids, and the ids of the special ones."""
+        return self.path / "vocabulary.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints, one per step that was kept."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object per line: training and validation figures."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """The same figures for TensorBoard."""
+        return self.path / "tensorboard"
+
+    @property
+    def baselines(self) -> Path:
+        """Unigram and bigram of the training proteins."""
+        return self.path / "baselines.npz"
+
+    @property
+    def curve(self) -> Path:
+        """The picture of the learning curve."""
+        return self.path / "curve.png"
+
+    @property
+    def result(self) -> Path:
+        """What a finished run reached; its presence says that the run is finished."""
+        return self.path / "result.json"
+
+
+class RunError(RuntimeError):
+    """A run cannot be started, resumed or read; the message says why and what to do."""
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Writes a file that appears under its name only when it is whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def claim(folder: RunFolder, config: str, domain: DiscreteDomain) -> None:
+    """Writes the configuration and the vocabulary, or checks that a resumed run has the same.
+
+    Args:
+      folder: Created when absent.
+      config: The operative gin configuration of the run about to start.
+      domain: Whose vocabulary the run uses.
+
+    Raises:
+      RunError: If the folder holds a run of another configuration.
+    """
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise RunError(f"{folder.path} is not a folder: give the run a folder of its own") from None
+    if folder.config.exists():
+        before, now = _settings(folder.config.read_text(encoding="utf-8")), _settings(config)
+        changes = [
+            line
+            for line in difflib.unified_diff(before, now, lineterm="", n=0)
+            if line[:1] in "+-" and line[:3] not in ("+++", "---")
+        ]
+        if changes:
+            raise RunError(
+                f"{folder.path} holds a run with other settings (- there, + asked for now):\n  "
+                + "\n  ".join(changes)
+                + "\ngive another --work_dir, or the settings of that run to resume it"
+            )
+        return
+    write_file(folder.vocabulary, json.dumps(describe_vocabulary(domain), indent=1) + "\n")
+    write_file(folder.config, config)
+
+
+def _settings(config: str) -> list[str]:
+    lines = (line.strip() for line in config.splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def describe_vocabulary(domain: DiscreteDomain) -> dict:
+    """The vocabulary as JSON: ``tokens`` in the order of their ids, special ids, ``length``."""
+    vocab = domain.vocab
+    return {
+        "tokens": vocab.tokens,
+        "bos": vocab.bos,
+        "eos": vocab.eos,
+        "pad": vocab.pad,
+        "mask": vocab.mask,
+        "length": domain.length,
+    }
+
+
+def check_vocabulary(folder: RunFolder, domain: DiscreteDomain) -> None:
+    """Raises RunError if the run was trained with other tokens than `domain` has."""
+    stored = json.loads(folder.vocabulary.read_text(encoding="utf-8"))
+    if stored != describe_vocabulary(domain):
+        raise RunError(
+            f"{folder.vocabulary} does not agree with {folder.config}: the run's folder was "
+            "changed after training, so that ids no longer mean the same residues"
+        )

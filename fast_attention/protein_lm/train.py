@@ -1,0 +1,217 @@
+"""A training run: from FASTA files to a folder with a trained model and what it reached."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import gin
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from fast_attention.protein_lm import (
+    batches,
+    checkpoints,
+    data,
+    evaluation,
+    metrics,
+    metrics_log,
+    plots,
+    report,
+    run_folder,
+    sampling,
+    training_loop,
+)
+from fast_attention.protein_lm.corpus import bundled_corpus, load_corpus
+from fast_attention.protein_lm.flax_model import FlaxModel
+from fast_attention.protein_lm.models import FlaxLM
+from fast_attention.protein_lm.run_folder import RunFolder
+from fast_attention.protein_lm.train_state import TrainState
+
+
+def run_experiment(
+    work_dir: str,
+    *,
+    model_cls: Callable[[], FlaxModel] = FlaxLM,
+    train_files: str | Sequence[str] | None = None,
+    valid_files: str | Sequence[str] | None = None,
+    test_files: str | Sequence[str] | None = None,
+    batch_size_per_device: int = 128,
+    max_train_steps: int = 10**6,
+    epochs: int | None = None,
+    max_train_length: int = 512,
+    max_eval_length: int | None = None,
+    pack_sequences: bool = True,
+    data_seed: int = 0,
+    train_summary_frequency: int = 100,
+    eval_frequency: int = 500,
+    num_eval_steps: int | None = None,
+    checkpoint_frequency: int = 10000,
+    checkpoints_to_keep: int = 3,
+    num_samples: int = 3,
+    max_sample_length: int | None = None,
+) -> dict[str, Any]:
+    """Trains a model, or resumes its training, and reports what it reached.
+
+    A run that was stopped, by whatever means, goes on from its last checkpoint when it is started
+    again on the same folder, and takes the same steps as if it had not been stopped. A finished
+    run only tells again what it reached.
+
+    Args:
+      work_dir: The run's folder, see `run_folder.RunFolder`.
+      model_cls: Makes the model.
+      train_files: FASTA files to train on; None takes the bundled corpus.
+      valid_files: FASTA files of the validations during training. None takes the bundled ones
+        where training uses the bundled corpus, and otherwise does not validate.
+      test_files: FASTA files of the evaluation at the end; None takes the bundled ones where
+        training uses the bundled corpus, and otherwise `valid_files`.
+      batch_size_per_device: Rows of a batch on each device.
+      max_train_steps: Steps after which training ends.
+      epochs: Passes through the training data after which training ends; None is no such end.
+      max_train_length: Tokens of a row.
+      max_eval_length: Tokens of a protein that a validation looks at; None is all that the model
+        has room for.
+      pack_sequences: Whether several proteins share a row.
+      data_seed: Of order, crops and masks.
+      train_summary_frequency: Steps between rows of training metrics.
+      eval_frequency: Steps between validations.
+      num_eval_steps: Batches of a validation, of proteins spread evenly over the files; None
+        takes all proteins.
+      checkpoint_frequency: Steps between checkpoints.
+      checkpoints_to_keep: The newest so many are kept.
+      num_samples: Proteins to sample at the end, by a causal model.
+      max_sample_length: Most residues of those; None is what the model has room for.
+
+    Returns:
+      The content of ``result.json``.
+
+    Raises:
+      FastaError: If a file cannot be read.
+      FloatingPointError: If training diverges.
+      RunError: If the folder holds another run.
+      ValueError: If a number is out of its range.
+    """
+    folder = RunFolder(Path(work_dir))
+    times = training_loop.Times(
+        max_train_steps, train_summary_frequency, eval_frequency, checkpoint_frequency
+    )
+    if train_files is None:
+        train_files = str(bundled_corpus("train"))
+        valid_files = valid_files or str(bundled_corpus("valid"))
+        test_files = test_files or str(bundled_corpus("test"))
+    test_files = test_files or valid_files
+
+    model = model_cls()
+    if max_train_length > model.max_length:
+        raise ValueError(
+            f"experiment.max_train_length is {max_train_length}, more than the "
+            f"{model.max_length} tokens of the model: lower it, or raise "
+            "make_protein_domain.length (and FlaxModel.max_len, if that is set)"
+        )
+    batch_size = batch_size_per_device * model.mesh.size
+    dataset = data.make_dataset(
+        train_files,
+        model.domain,
+        length=max_train_length,
+        batch_size=batch_size,
+        seed=data_seed,
+        pack=pack_sequences,
+        num_epochs=epochs,
+        objective=model.objective,
+        masking=model.masking,
+    )
+    validate = None
+    if valid_files is not None:
+        validate = _make_validation(model, valid_files, max_eval_length, num_eval_steps)
+
+    run_folder.claim(folder, gin.operative_config_str(), model.domain)
+    for name in _unused_settings():
+        print(f"warning: nothing uses the setting {name}", file=sys.stderr)
+    if folder.result.exists():
+        result = json.loads(folder.result.read_text(encoding="utf-8"))
+        print(f"the run in {folder.path} is finished\n\n{report.format_report(result, folder)}")
+        return result
+    ngrams = evaluation.fit_baselines(train_files)
+    evaluation.save_baselines(folder.baselines, ngrams)
+
+    iterator = iter(dataset)
+    with checkpoints.open_checkpoints(folder.checkpoints, keep=checkpoints_to_keep) as manager:
+        found = checkpoints.restore(manager, abstract_state(model))
+        if found is None:
+            state, progress = model.state, checkpoints.Progress(iterator.get_state(), 0, 0.0)
+        else:
+            state, progress = found
+            iterator.set_state(progress.iterator)
+            print(f"resuming the run in {folder.path} after step {int(state.step)}")
+        with metrics_log.open_metrics_log(folder, int(state.step)) as log:
+            model.state, progress = training_loop.train_loop(
+                model, state, progress, iterator, times, log, manager, validate
+            )
+
+    result = {
+        "model": type(model).__name__,
+        "parameters": model.num_parameters,
+        "steps": int(model.state.step),
+        "tokens": progress.tokens,
+        "seconds": progress.seconds,
+        "evaluation": test_files and evaluation.evaluate_on(model, test_files, ngrams),
+        "samples": _sample(model, num_samples, max_sample_length),
+    }
+    _draw(folder, result)
+    run_folder.write_file(folder.result, json.dumps(result, indent=1) + "\n")
+    print(report.format_report(result, folder))
+    return result
+
+
+def abstract_state(model: FlaxModel) -> TrainState:
+    """Shapes, dtypes and placement of the arrays that a checkpoint of `model` must hold."""
+    state = jax.eval_shape(model.initialize, jax.random.key(0))
+    return checkpoints.abstract_like(state, NamedSharding(model.mesh, PartitionSpec()))
+
+
+def _unused_settings() -> list[str]:
+    found = [
+        set(re.findall(r"^([\w./]+\.\w+) =", text, flags=re.MULTILINE))
+        for text in (gin.config_str(), gin.operative_config_str())
+    ]
+    return sorted(found[0] - found[1])
+
+
+def _make_validation(
+    model: FlaxModel, files: str | Sequence[str], length: int | None, num_steps: int | None
+) -> Callable[[TrainState], dict[str, float]]:
+    corpus = load_corpus(files, model.domain)
+    number = None if num_steps is None else num_steps * model.batch_size
+    found = list(
+        data.eval_batches(
+            batches.spread(corpus, number),
+            model.domain,
+            length=min(length or model.max_length, model.max_length),
+            batch_size=model.batch_size,
+            objective=model.objective,
+            masking=model.masking,
+        )
+    )
+
+    def validate(state: TrainState) -> dict[str, float]:
+        model.state = state
+        return metrics.combine_metrics(model.batch_sums(found))
+
+    return validate
+
+
+def _sample(model: FlaxModel, number: int, max_length: int | None) -> list[str]:
+    if not isinstance(model, FlaxLM) or not number:
+        return []
+    records = sampling.sample_proteins(model, number, max_length=max_length)
+    return [record.sequence for record in records]
+
+
+def _draw(folder: RunFolder, result: dict[str, Any]) -> None:
+    scores = result["evaluation"]["scores"][1:] if result["evaluation"] else []
+    references = {row["name"]: row["perplexity"] for row in scores}
+    plots.plot_learning_curve(folder.curve, metrics_log.read_metrics(folder.metrics), references)

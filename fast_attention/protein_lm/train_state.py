@@ -1,0 +1,184 @@
+"""What training carries from step to step, and the pure, jitted functions that advance it.
+
+Shape letters: B batch, T length, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from fast_attention.protein_lm import metrics
+
+Batch = Mapping[str, Any]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that a training step reads and writes: arrays, or their shapes and dtypes.
+
+    Attributes:
+      step: int32 scalar, the number of steps taken.
+      parameters: Nested dict of what the optimiser changes.
+      variables: Nested dict of the model's other arrays, attention projections among them.
+      opt_state: The optimiser's own.
+      key: Root of all randomness; step s uses ``fold_in(key, s)``.
+    """
+
+    step: Any
+    parameters: Any
+    variables: Any
+    opt_state: Any
+    key: Any
+
+
+def split_model(model: nnx.Module) -> tuple[Any, Any, Any]:
+    """Splits a module into its structure and two nested dicts, parameters and the rest."""
+    graphdef, parameters, variables = nnx.split(model, nnx.Param, ...)
+    return graphdef, nnx.to_pure_dict(parameters), nnx.to_pure_dict(variables)
+
+
+def make_state(
+    parameters: Any, variables: Any, optimizer: optax.GradientTransformation, key: jax.Array
+) -> TrainState:
+    """The state of step 0 for given arrays of a model."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        parameters=parameters,
+        variables=variables,
+        opt_state=optimizer.init(parameters),
+        key=key,
+    )
+
+
+def make_initializer(
+    build: Callable[[nnx.Rngs], nnx.Module], optimizer: optax.GradientTransformation
+) -> Callable[[jax.Array], TrainState]:
+    """Makes the jitted function from a random key to the state of step 0.
+
+    Args:
+      build: Makes the model.
+      optimizer: Whose state starts empty.
+    """
+
+    @jax.jit
+    def initialize(key: jax.Array) -> TrainState:
+        model_key, train_key = jax.random.split(key)
+        _, parameters, variables = split_model(build(nnx.Rngs(model_key)))
+        return make_state(parameters, variables, optimizer, train_key)
+
+    return initialize
+
+
+def make_train_step(
+    graphdef: Any, optimizer: optax.GradientTransformation
+) -> Callable[[TrainState, Batch], tuple[TrainState, metrics.Sums]]:
+    """Makes the jitted step ``(state, batch) -> (state, sums)``.
+
+    The loss is the mean cross-entropy over the batch's weights. The state passed in is donated:
+    its buffers are reused and must not be read again.
+
+    Args:
+      graphdef: Structure of the model.
+      optimizer: Updates the parameters.
+
+    Returns:
+      A function whose batch holds ``inputs``, ``targets``, ``weights``, ``segment_ids`` and
+      ``positions``, each [B, T], and whose second result is `metrics.token_sums` with
+      ``gradient_norm`` (before clipping) added.
+    """
+
+    def loss(parameters: Any, state: TrainState, batch: Batch) -> Any:
+        model = nnx.merge(graphdef, parameters, state.variables)
+        logits = model(
+            batch["inputs"],
+            positions=batch["positions"],
+            segment_ids=batch["segment_ids"],
+            deterministic=False,
+            rngs=nnx.Rngs(jax.random.fold_in(state.key, state.step)),
+        )
+        sums = metrics.token_sums(logits, batch["targets"], batch["weights"])
+        _, _, variables = split_model(model)
+        return sums["loss"] / jnp.maximum(sums["denominator"], 1.0), (sums, variables)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, metrics.Sums]:
+        gradient, (sums, variables) = jax.grad(loss, has_aux=True)(state.parameters, state, batch)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.parameters)
+        new_state = TrainState(
+            step=state.step + 1,
+            parameters=optax.apply_updates(state.parameters, updates),
+            variables=variables,
+            opt_state=opt_state,
+            key=state.key,
+        )
+        return new_state, sums | {"gradient_norm": optax.tree.norm(gradient)}
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def make_forward(graphdef: Any) -> Callable[..., jax.Array]:
+    """Makes the deterministic ``(parameters, variables, batch, packed) -> logits [B, T, V]``.
+
+    With ``packed=False`` a row holds one sequence and padding at its end, so that padding is a
+    key mask, which costs less than segments.
+    """
+
+    def forward(parameters: Any, variables: Any, batch: Batch, packed: bool) -> jax.Array:
+        model = nnx.merge(graphdef, parameters, variables)
+        segment_ids = jnp.asarray(batch["segment_ids"])
+        return model(
+            batch["inputs"],
+            positions=batch["positions"],
+            segment_ids=segment_ids if packed else None,
+            key_mask=None if packed else segment_ids > 0,
+            deterministic=True,
+        )
+
+    return forward
+
+
+def make_score(graphdef: Any) -> Callable[..., jax.Array]:
+    """Makes the jitted `make_forward`."""
+    return jax.jit(make_forward(graphdef), static_argnames="packed")
+
+
+def make_eval_step(graphdef: Any) -> Callable[..., metrics.Sums]:
+    """Makes the jitted ``(parameters, variables, batch, packed) -> metrics.token_sums``."""
+    forward = make_forward(graphdef)
+
+    def step(parameters: Any, variables: Any, batch: Batch, packed: bool) -> metrics.Sums:
+        logits = forward(parameters, variables, batch, packed)
+        return metrics.token_sums(logits, batch["targets"], batch["weights"])
+
+    return jax.jit(step, static_argnames="packed")
+
+
+def is_packed(batch: Batch) -> bool:
+    """Whether a row of a host batch holds more than one sequence."""
+    return int(np.max(np.asarray(batch["segment_ids"]), initial=0)) > 1
+
+
+def data_mesh() -> Mesh:
+    """A mesh of all devices along one axis, ``data``, over which batches are split."""
+    return Mesh(np.asarray(jax.devices()), ("data",))
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Places a copy of every array on every device."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def shard_batch(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
+    """Splits the rows of a batch over the devices, or copies it where they do not divide it."""
+    rows = len(batch["inputs"])
+    spec = PartitionSpec() if rows % mesh.size else PartitionSpec("data")
+    return jax.device_put(dict(batch), NamedSharding(mesh, spec))

@@ -1,0 +1,127 @@
+"""Huge norms, opposed queries and keys, half precision: everything stays finite and exact."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fast_attention.feature_maps import PositiveFeatures, TrigonometricFeatures
+from fast_attention.linear_attention import IMPLEMENTATIONS, linear_attention
+from fast_attention.linear_attention.inputs import Inputs, Plan
+from fast_attention.linear_attention.state import empty_state
+from tests.linear_attention import cases
+
+B, T, K, D, M, CHUNK = 2, 24, 2, 16, 32, 8
+MAP = PositiveFeatures(M)
+HUGE = 200 * D**0.5  # A squared norm of 200 after scaling by D^(-1/4).
+
+
+def sphere(seed, squared_norm):
+    x = cases.draw(seed, B, T, K, D)
+    return x * np.sqrt(squared_norm) / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def scenario(name):
+    """Queries, keys and values of RANDOM norms at the edges of float32's exponent."""
+    q, k = sphere(0, 4.0), sphere(1, 4.0)
+    if name in ("big", "opposed", "aligned"):
+        q, k = sphere(0, HUGE), sphere(1, HUGE)
+    if name == "opposed":
+        q = -k
+    if name == "aligned":
+        q = k
+    first = np.arange(T)[None, :, None, None] < T // 2
+    if name == "big then tiny":
+        k = np.where(first, sphere(1, HUGE), sphere(2, 1e-4))
+    if name == "tiny then big":
+        k = np.where(first, sphere(2, 1e-4), sphere(1, HUGE))
+    return q, k, cases.draw(3, B, T, K, 4)
+
+
+SCENARIOS = ["normal", "big", "opposed", "aligned", "big then tiny", "tiny then big"]
+
+
+@functools.cache
+def attend(implementation, causal, chunk=CHUNK):
+    return cases.compiled(
+        functools.partial(
+            linear_attention,
+            feature_map=MAP,
+            causal=causal,
+            chunk_size=chunk,
+            implementation=implementation,
+        )
+    )
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("causal", "chunk"), [(True, CHUNK), (True, 1), (False, CHUNK)])
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_within_1e_5_of_float64(name, causal, chunk, implementation):
+    projection = MAP.init(jax.random.key(0), D)
+    x = [jnp.asarray(part, jnp.float32) for part in scenario(name)]
+    out = attend(implementation, causal, chunk)(*x, parameters=projection)
+    with jax.enable_x64(True):
+        exact = [part.astype(jnp.float64) for part in x]
+        expected = attend("reference", causal)(*exact, parameters=projection)
+        assert expected.dtype == jnp.float64
+    # Exponents near 200 have a float32 spacing of 1.5e-5.
+    tolerance = 1e-5 if name in ("normal", "tiny then big") else 1e-4
+    cases.assert_close(out, expected, tolerance)
+
+
+@pytest.mark.parametrize("feature_map", [MAP, TrigonometricFeatures(M)], ids=["pos", "trig"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_denominators_are_at_least_one(causal, feature_map):
+    """Of positive maps where a key is visible; those of signed maps are finite."""
+    projection = feature_map.init(jax.random.key(0), D)
+    plan = Plan(feature_map=feature_map, causal=causal, output="parts", chunk_size=CHUNK)
+    visible = jnp.ones((B, T, 1), bool).at[:, :3].set(False)
+
+    @cases.compiled
+    def parts_of(q, k, v):
+        state = empty_state(feature_map, projection, (B,), K, D, 4)
+        inputs = Inputs(q, k, v, projection, visible, None, None, state)
+        return IMPLEMENTATIONS["chunked"](plan, inputs)
+
+    for name in SCENARIOS:
+        parts, state = parts_of(*(jnp.asarray(x, jnp.float32) for x in scenario(name)))
+        assert np.isfinite(parts.numerator).all()
+        assert np.isfinite(parts.denominator).all()
+        if not feature_map.signed:
+            unseen = 3 if causal else 0
+            assert not np.asarray(parts.denominator[:, :unseen]).any()
+            assert np.asarray(parts.denominator[:, unseen:]).min() >= 1 - 1e-5
+            assert np.asarray(state.k_sum).min() >= 1 - 1e-5
+
+
+@pytest.mark.parametrize(
+    ("dtype", "causal"), [(jnp.bfloat16, True), (jnp.float16, True), (jnp.float16, False)]
+)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_inputs_times_100_stay_finite(dtype, causal, implementation):
+    projection = MAP.init(jax.random.key(0), D)
+    q, k, v = (jnp.asarray(100 * x, dtype) for x in scenario("normal"))
+
+    def loss(q, k, v, projection):
+        out = linear_attention(
+            q,
+            k,
+            v,
+            feature_map=MAP,
+            parameters=projection,
+            causal=causal,
+            chunk_size=CHUNK,
+            implementation=implementation,
+        )
+        return jnp.sum(out.astype(jnp.float32) ** 2) * 1e-4, out
+
+    grads, out = cases.compiled(jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True))(
+        q, k, v, projection
+    )
+    assert out.dtype == dtype
+    for x in (out, *grads):
+        assert np.isfinite(np.asarray(x, np.float32)).all()
+    assert np.abs(np.asarray(out, np.float32)).max() <= 1.01 * np.abs(np.asarray(v, np.float32)).max()

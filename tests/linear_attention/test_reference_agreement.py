@@ -1,0 +1,162 @@
+"""Every implementation computes the same as the quadratic definition, gradients included."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from fast_attention.linear_attention import IMPLEMENTATIONS, linear_attention
+from tests.linear_attention import cases
+
+OTHERS = [name for name in IMPLEMENTATIONS if name != "reference"]
+
+
+def everything(name, dtype, *, causal, length=cases.T, keys=None):
+    """Arguments with padding, a bias, an initial state and, if causal, segments."""
+    q, k, v = cases.qkv(length=length, keys=keys, dtype=dtype)
+    parameters = cases.parameters_of(name, dtype)
+    size = k.shape[1]
+    bias = jnp.asarray(cases.draw(4, cases.B, size, cases.K), dtype)
+    _, k0, v0 = cases.qkv(1, length=3, dtype=dtype)
+    # Its bias gives the state of a map without exponents a scale too.
+    _, state = linear_attention(
+        k0,
+        k0,
+        v0,
+        feature_map=cases.MAPS[name],
+        parameters=parameters,
+        key_bias=bias[:, :3],
+        return_state=True,
+        implementation="reference",
+    )
+    smooth = {
+        "query": q,
+        "key": k,
+        "value": v,
+        "parameters": parameters,
+        "key_bias": bias,
+        "kv": state.kv,
+        "k_sum": state.k_sum,
+    }
+    # Position 0 of row 0 and the first key of a later chunk are padding.
+    mask = jnp.ones((cases.B, size), bool).at[0, :1].set(False).at[1, 8:10].set(False)
+    fixed = {"key_mask": mask.at[0, -1].set(False), "initial_state": state}
+    if causal:
+        ids = [[0] * 3 + [1] * 6 + [5] * (length - 9), [2] * length]
+        fixed["segment_ids"] = jnp.asarray(ids)
+    return smooth, fixed
+
+
+def both(implementation, smooth, fixed, *, unroll=1, chunk_size=cases.CHUNK, **options):
+    actual = functools.partial(
+        cases.gradients,
+        implementation=implementation,
+        chunk_size=chunk_size,
+        unroll=unroll,
+        **options,
+    )
+    expected = functools.partial(cases.gradients, implementation="reference", **options)
+    return cases.compiled(actual)(smooth, fixed), cases.compiled(expected)(smooth, fixed)
+
+
+@pytest.mark.parametrize("implementation", OTHERS)
+@pytest.mark.parametrize(
+    ("name", "causal"),
+    [("positive", True), ("trigonometric", True), ("relu", True), ("positive", False)],
+)
+def test_with_everything_at_once(name, causal, implementation):
+    with jax.enable_x64(True):
+        smooth, fixed = everything(
+            name, jnp.float64, causal=causal, keys=None if causal else cases.T - 3
+        )
+        actual, expected = both(
+            implementation, smooth, fixed, causal=causal, feature_map=cases.MAPS[name]
+        )
+        assert actual[0][0].dtype == jnp.float64
+        cases.assert_close(actual, expected, 1e-9)
+
+
+@pytest.mark.parametrize("implementation", OTHERS)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("hyperbolic", {"causal": True, "chunk_size": 1, "unroll": 2}),
+        ("elu+1", {"causal": True, "chunk_size": 16}),
+        ("exp", {"causal": True, "normalize": False}),
+        ("trigonometric", {"causal": False, "normalize": False}),
+        ("relu", {"causal": False, "epsilon": 0.5, "unroll": 2}),
+    ],
+)
+def test_with_nothing_optional(name, options, implementation):
+    with jax.enable_x64(True):
+        length = options.get("chunk_size", cases.T - 1) + 1  # Whole chunks, and one more.
+        q, k, v = cases.qkv(length=max(length, 5), dtype=jnp.float64)
+        smooth = {
+            "query": q,
+            "key": k,
+            "value": v,
+            "parameters": cases.parameters_of(name, jnp.float64),
+        }
+        actual, expected = both(
+            implementation, smooth, {}, feature_map=cases.MAPS[name], **options
+        )
+        cases.assert_close(actual, expected, 1e-9)
+
+
+@pytest.mark.parametrize("implementation", OTHERS)
+def test_segments_in_both_directions_with_everything(implementation):
+    with jax.enable_x64(True):
+        smooth, fixed = everything("positive", jnp.float64, causal=True)
+        actual, expected = both(
+            implementation, smooth, fixed, causal=False, feature_map=cases.MAPS["positive"]
+        )
+        cases.assert_close(actual, expected, 1e-9)
+
+
+@pytest.mark.parametrize("implementation", OTHERS)
+@pytest.mark.parametrize(
+    ("chunk", "length"),
+    [(1, 1), (1, 2), (4, 3), (4, 4), (4, 5), (16, 15), (16, 37)],
+)
+def test_any_length_and_chunk_size(chunk, length, implementation):
+    with jax.enable_x64(True):
+        q, k, v = cases.qkv(length=length, dtype=jnp.float64)
+        parameters = cases.parameters_of("positive", jnp.float64)
+        attend = functools.partial(
+            linear_attention, feature_map=cases.MAPS["positive"], parameters=parameters, causal=True
+        )
+        actual = cases.compiled(
+            functools.partial(attend, chunk_size=chunk, implementation=implementation)
+        )(q, k, v)
+        expected = cases.compiled(functools.partial(attend, implementation="reference"))(q, k, v)
+        cases.assert_close(actual, expected, 1e-10)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_lower_precision_against_float64(dtype, implementation):
+    """The reference in float64 sees the same rounded inputs."""
+    tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
+    smooth, fixed = everything("positive", dtype, causal=True)
+    smooth["parameters"] = cases.parameters_of("positive")
+    options = {"causal": True, "feature_map": cases.MAPS["positive"]}
+    (out, *sums), grads = cases.compiled(
+        functools.partial(
+            cases.gradients, implementation=implementation, chunk_size=cases.CHUNK, **options
+        )
+    )(smooth, fixed)
+    assert out.dtype == dtype
+    assert all(x.dtype == jnp.float32 for x in sums)
+    assert {name: x.dtype for name, x in grads.items()} == {
+        name: x.dtype for name, x in smooth.items()
+    }
+    with jax.enable_x64(True):
+        exact = jax.tree.map(
+            lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x,
+            (smooth, fixed),
+        )
+        expected = cases.compiled(
+            functools.partial(cases.gradients, implementation="reference", **options)
+        )(*exact)
+    cases.assert_close(((out, *sums), grads), expected, tolerance)

@@ -1,0 +1,99 @@
+from pathlib import Path
+
+import gin
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from fast_attention.protein_lm import cli
+from fast_attention.protein_lm.corpus import bundled_corpus
+
+TINY_CONFIG = """
+experiment.batch_size_per_device = 4
+experiment.max_train_steps = 12
+experiment.max_train_length = 64
+experiment.train_summary_frequency = 3
+experiment.eval_frequency = 6
+experiment.num_eval_steps = 1
+experiment.checkpoint_frequency = 4
+experiment.checkpoints_to_keep = 2
+make_protein_domain.length = 64
+FlaxModel.emb_dim = 32
+FlaxModel.num_heads = 2
+FlaxModel.num_layers = 2
+FlaxModel.qkv_dim = 32
+FlaxModel.mlp_dim = 64
+FlaxModel.batch_size = 16
+FlaxModel.grad_clip = 1.0
+FlaxModel.attention_fn = @make_fast_softmax_attention()
+make_fast_softmax_attention.nb_features = 16
+FlaxModel.learning_rate = @create_learning_rate_scheduler()
+create_learning_rate_scheduler.factors = 'constant * linear_warmup * cosine_decay'
+create_learning_rate_scheduler.base_learning_rate = 0.003
+create_learning_rate_scheduler.warmup_steps = 4
+create_learning_rate_scheduler.steps_per_cycle = 100
+"""
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _compile_once(tmp_path_factory):
+    """Equal models are compiled once, also by the processes that tests start."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in options.items():
+            patch.setenv(name.upper(), str(value))
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(autouse=True)
+def _no_gin_configuration():
+    yield
+    gin.clear_config()
+
+
+@pytest.fixture(scope="session")
+def tiny_fasta() -> str:
+    return str(bundled_corpus("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "tiny.gin"
+    path.write_text(TINY_CONFIG)
+    return path
+
+
+@pytest.fixture(scope="session")
+def train_arguments(tiny_config, tiny_fasta):
+    """From a run's folder and more settings to the arguments of ``protein-lm train``."""
+
+    def arguments(folder: Path, *bindings: str) -> list[str]:
+        files = [f"--{name}fasta={tiny_fasta}" for name in ("", "valid_")]
+        settings = [f"--gin_bindings={binding}" for binding in bindings]
+        return ["train", f"--gin_file={tiny_config}", f"--work_dir={folder}", *files, *settings]
+
+    return arguments
+
+
+@pytest.fixture(scope="session")
+def lm_run(tmp_path_factory, train_arguments) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "lm"
+    assert cli.main(train_arguments(folder)) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bert_run(tmp_path_factory, train_arguments) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "bert"
+    assert cli.main(train_arguments(folder, "experiment.model_cls = @FlaxBERT")) == 0
+    return folder

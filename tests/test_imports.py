@@ -1,0 +1,69 @@
+"""What importing the package loads, and that it stands alone."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import fast_attention
+
+PACKAGE = pathlib.Path(fast_attention.__file__).parent
+HEAVY = ["gin", "grain", "matplotlib", "optax", "orbax", "tensorboardX", "tqdm"]
+CORE = [
+    "fast_attention",
+    "fast_attention.array_types",
+    "fast_attention.attention_fn",
+    "fast_attention.axes",
+    "fast_attention.masks",
+    *(
+        f"fast_attention.{folder}.{path.stem}"
+        for folder in ("feature_maps", "linear_attention")
+        for path in sorted((PACKAGE / folder).glob("[!_]*.py"))
+    ),
+]
+
+
+def loaded_after(code):
+    """Returns the top-level modules a fresh interpreter holds after ``code``."""
+    names = "sorted({name.partition('.')[0] for name in sys.modules})"
+    result = subprocess.run(
+        [sys.executable, "-c", f"import json, sys\n{code}\nprint(json.dumps({names}))"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=PACKAGE.parent,
+    )
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_the_core_needs_jax_and_numpy_alone():
+    loaded = loaded_after("\n".join(f"import {name}" for name in CORE))
+    assert "jax" in loaded
+    assert not {*HEAVY, "flax"} & set(loaded)
+
+
+def test_import_runs_no_computation():
+    """A backend started at import would take the accelerator before the user can choose."""
+    code = "import fast_attention, jax._src.xla_bridge as bridge\nassert not bridge._backends"
+    loaded_after(code)
+
+
+def test_arrows_point_down():
+    """Nothing in the core imports from the layers, models or applications above it."""
+    for folder in ("feature_maps", "linear_attention"):
+        for path in (PACKAGE / folder).glob("*.py"):
+            source = path.read_text()
+            for above in ("layers", "models", "protein_lm", "attention_fn", "flax"):
+                assert f"import {above}" not in source
+                assert f"fast_attention.{above}" not in source
+    for path in (PACKAGE / "feature_maps").glob("*.py"):
+        assert "fast_attention.linear_attention" not in path.read_text()
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.stem)
+def test_no_module_reaches_outside_the_package(path):
+    source = path.read_text()
+    for forbidden in ("/work", "shared/", "/tmp", "/home", "sys.path"):
+        assert forbidden not in source

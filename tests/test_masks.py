@@ -1,0 +1,126 @@
+"""Which masks and biases linear attention takes, and what it makes of them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fast_attention.masks import key_mask_from_mask, split_bias
+
+B, T, H, K = 2, 5, 4, 2
+SIZES = {
+    "batch_shape": (B,),
+    "num_queries": T,
+    "num_keys": T,
+    "num_heads": H,
+    "num_kv_heads": K,
+}
+PADDING = np.array([[True] * 5, [True, True, True, False, False]])
+KEYS = PADDING[:, None, None, :]
+PAIRS = PADDING[:, None, :, None] & KEYS
+CAUSAL = np.tril(np.ones((T, T), bool))
+
+
+def keys_of(mask, *, causal=False, **changes):
+    return np.asarray(key_mask_from_mask(jnp.asarray(mask), causal=causal, **{**SIZES, **changes}))
+
+
+@pytest.mark.parametrize("dtype", [bool, np.float32, np.int32])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        KEYS,
+        PAIRS,
+        np.broadcast_to(KEYS, (B, H, 1, T)),
+        np.broadcast_to(PAIRS, (B, H, T, T)),
+        np.broadcast_to(KEYS, (B, 1, T, T)),
+    ],
+    ids=["keys", "pairs", "keys per head", "pairs per head", "repeated"],
+)
+def test_padding_in_every_form(mask, causal, dtype):
+    keys = keys_of(mask.astype(dtype), causal=causal)
+    assert keys.dtype == bool
+    np.testing.assert_array_equal(keys, np.broadcast_to(PADDING[..., None], keys.shape))
+
+
+@pytest.mark.parametrize("mask", [CAUSAL, CAUSAL & KEYS, CAUSAL & PAIRS])
+def test_a_causal_factor_needs_causal_attention(mask):
+    seen = PADDING if mask.ndim == 4 else np.ones((B, T), bool)
+    np.testing.assert_array_equal(keys_of(mask, causal=True)[..., 0], seen)
+    with pytest.raises(ValueError, match="unidirectional=True"):
+        keys_of(mask)
+
+
+def test_heads_may_differ_where_they_share_no_keys():
+    per_head = np.random.default_rng(0).random((B, K, 1, T)) < 0.5
+    mask = np.repeat(per_head, H // K, axis=1)
+    np.testing.assert_array_equal(keys_of(mask).swapaxes(1, 2), per_head[:, :, 0])
+    mask[0, 0, 0, 0] ^= True
+    with pytest.raises(ValueError, match="share a key head"):
+        keys_of(mask)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (np.ones((T, T + 1), bool), r"broadcastable to .* = \(2, 4, 5, 5\), got shape \(5, 6\)"),
+        (np.ones((1, B, H, T, T), bool), "broadcastable"),
+        (np.random.default_rng(0).random((T, T)) < 0.5, "cannot be honoured"),
+        (np.triu(np.ones((T, T), bool)), "cannot be honoured"),
+        (np.where(CAUSAL, 0.0, -1e9), "additive mask goes into bias"),
+        (np.eye(T, dtype=bool), "cannot be honoured|unidirectional"),
+    ],
+)
+@pytest.mark.parametrize("causal", [False, True])
+def test_refused(mask, message, causal):
+    with pytest.raises(ValueError, match=message):
+        keys_of(mask, causal=causal)
+
+
+def test_one_query_over_a_cache():
+    mask = np.arange(T) < 3
+    keys = keys_of(mask[None, None, None], num_queries=1)
+    np.testing.assert_array_equal(keys[..., 0], np.broadcast_to(mask, (B, T)))
+
+
+def test_traced_masks_are_trusted_unless_checked():
+    random = jnp.asarray(np.random.default_rng(0).random((T, T)) < 0.5)
+    traced = jax.jit(lambda mask: key_mask_from_mask(mask, causal=False, **SIZES))
+    np.testing.assert_array_equal(traced(random)[0, :, 0], random.any(0))
+    checked = jax.jit(
+        lambda mask: key_mask_from_mask(mask, causal=False, check_traced=True, **SIZES)
+    )
+    np.testing.assert_array_equal(checked(PAIRS)[..., 0], PADDING)
+    jax.effects_barrier()
+    with pytest.raises(Exception, match="neither constant over queries"):
+        jax.block_until_ready(checked(random))
+        jax.effects_barrier()
+
+
+@pytest.mark.parametrize("low", [-np.inf, np.finfo(np.float32).min])
+def test_biases_that_mask(low):
+    bias = np.where(KEYS, 0.5, low).astype(np.float32)
+    values, visible = split_bias(jnp.asarray(bias), **SIZES)
+    np.testing.assert_array_equal(visible[..., 0], PADDING)
+    np.testing.assert_array_equal(values[..., 0], np.where(PADDING, 0.5, 0))
+
+
+def test_bias_constant_over_queries():
+    bias = np.random.default_rng(0).normal(size=(B, 1, 1, T)).astype(np.float32)
+    for given in (bias, np.broadcast_to(bias, (B, H, T, T))):
+        values, visible = split_bias(jnp.asarray(given), **SIZES)
+        assert visible.all()
+        np.testing.assert_array_equal(
+            np.broadcast_to(values, (B, T, K)), np.repeat(bias[:, 0, 0, :, None], K, -1)
+        )
+
+
+def test_bias_that_depends_on_the_query():
+    bias = jnp.asarray(np.random.default_rng(0).normal(size=(T, T)))
+    with pytest.raises(ValueError, match="depends on the query"):
+        split_bias(bias, **SIZES)
+    with pytest.raises(ValueError, match="depends on the query"):
+        jax.jit(lambda bias: split_bias(bias, **SIZES))(bias)
+    with pytest.raises(ValueError, match="bias must be broadcastable"):
+        split_bias(bias[:, :3], **SIZES)
