@@ -24,7 +24,7 @@ from fast_attention.linear_attention import (
     prefill,
     step,
 )
-from fast_attention.masks import key_mask_from_mask, split_bias
+from fast_attention.masks import key_bias_from_bias, key_mask_from_mask
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -260,13 +260,10 @@ class FastAttention:
             masks.append(key_mask.astype(bool))
         if mask is not None:
             masks.append(
-                key_mask_from_mask(
-                    jnp.asarray(mask), **sizes, causal=causal, check_traced=self.check_masks
-                )
+                key_mask_from_mask(mask, **sizes, causal=causal, check_traced=self.check_masks)
             )
         if bias is not None:
-            key_bias, visible = split_bias(jnp.asarray(bias), **sizes)
-            masks.append(visible)
+            key_bias = key_bias_from_bias(bias, **sizes)
         return (functools.reduce(jnp.logical_and, masks) if masks else None), key_bias
 
     def _parameters(

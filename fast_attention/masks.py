@@ -8,6 +8,8 @@ Shape letters: B batch, T queries, S keys, H heads, K key/value heads.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,12 +17,9 @@ from jax.core import Tracer
 
 from fast_attention.array_types import Array, Bool, Float
 
-# Biases this low stand for "masked" (float32's most negative number is a common choice).
-MASKING_BIAS = -1e20
-
 
 def key_mask_from_mask(
-    mask: Array,
+    mask: Array | np.ndarray,
     *,
     batch_shape: tuple[int, ...],
     num_queries: int,
@@ -55,38 +54,41 @@ def key_mask_from_mask(
     """
     full = (*batch_shape, num_heads, num_queries, num_keys)
     _check_broadcast("mask", mask.shape, full)
-    concrete = not isinstance(mask, Tracer)
-    if concrete and mask.dtype != jnp.bool_ and not np.isin(np.asarray(mask), (0, 1)).all():
+    traced = isinstance(mask, Tracer)
+    # A concrete mask is looked at with numpy: jax would stage even its operations inside jit.
+    xp = jnp if traced else np
+    visible = xp.asarray(mask)
+    if not traced and visible.dtype != bool and not np.isin(visible, (0, 1)).all():
         raise ValueError(
             "mask must hold booleans or the numbers 0 and 1 (1 = may see), got other values; an "
             "additive mask goes into bias."
         )
-    visible = mask.astype(jnp.bool_)
-    visible = visible.reshape((1,) * (len(full) - mask.ndim) + mask.shape)
+    visible = visible.astype(bool)
+    visible = visible.reshape((1,) * (len(full) - visible.ndim) + visible.shape)
     if visible.shape[-2] == 1:
         keys = visible[..., 0, :]
     else:
         keys = visible.any(axis=-2)
-        expressible = _expressible(visible, keys, causal)
-        if concrete and not bool(expressible):
+        expressible = _expressible(xp, visible, keys, causal)
+        if not traced and not expressible:
             raise ValueError(_explain(np.asarray(visible), causal))
-        if not concrete and check_traced:
+        if traced and check_traced:
             jax.debug.callback(_raise_unless, expressible)
-    keys = _per_kv_head(keys, num_heads, num_kv_heads, concrete)
-    keys = jnp.broadcast_to(keys, (*batch_shape, keys.shape[-2], num_keys))
+    keys = _per_kv_head(keys, num_heads, num_kv_heads, traced)
+    keys = jnp.broadcast_to(jnp.asarray(keys), (*batch_shape, keys.shape[-2], num_keys))
     return jnp.swapaxes(keys, -1, -2)
 
 
-def split_bias(
-    bias: Array,
+def key_bias_from_bias(
+    bias: Array | np.ndarray,
     *,
     batch_shape: tuple[int, ...],
     num_queries: int,
     num_keys: int,
     num_heads: int,
     num_kv_heads: int,
-) -> tuple[Float[Array, "*B S K"], Bool[Array, "*B S K"]]:
-    """Splits a bias that is constant over queries into finite key biases and a key mask.
+) -> Float[Array, "*B S K"]:
+    """Turns a Flax bias that is constant over queries into a bias of keys.
 
     Args:
       bias: broadcastable to ``[*B, H, T, S]``.
@@ -97,17 +99,18 @@ def split_bias(
       num_kv_heads: K.
 
     Returns:
-      The biases, 0 where masked, and the mask; ``[*B, S, K]`` or ``[*B, S, 1]``.
+      ``[*B, S, K]`` or ``[*B, S, 1]``.
 
     Raises:
       ValueError: for a shape that does not broadcast, or a bias that depends on the query.
     """
     full = (*batch_shape, num_heads, num_queries, num_keys)
     _check_broadcast("bias", bias.shape, full)
-    concrete = not isinstance(bias, Tracer)
-    bias = bias.reshape((1,) * (len(full) - bias.ndim) + bias.shape)
-    if bias.shape[-2] != 1:
-        if not concrete or not bool((bias == bias[..., :1, :]).all()):
+    traced = isinstance(bias, Tracer)
+    values = bias if traced else np.asarray(bias)
+    values = values.reshape((1,) * (len(full) - values.ndim) + values.shape)
+    if values.shape[-2] != 1:
+        if traced or not (values == values[..., :1, :]).all():
             raise ValueError(
                 f"bias of shape {bias.shape} depends on the query: linear attention has no "
                 "query-by-key matrix to add it to. Give a bias with a query axis of length 1 (it "
@@ -115,12 +118,10 @@ def split_bias(
                 "padding by mask or key_mask, and positions by rotating queries and keys; or use "
                 "exact attention (make_softmax_attention)."
             )
-        bias = bias[..., :1, :]
-    keys = _per_kv_head(bias[..., 0, :], num_heads, num_kv_heads, concrete)
-    keys = jnp.broadcast_to(keys, (*batch_shape, keys.shape[-2], num_keys))
-    keys = jnp.swapaxes(keys, -1, -2)
-    visible = keys > MASKING_BIAS
-    return jnp.where(visible, keys, 0), visible
+        values = values[..., :1, :]
+    keys = _per_kv_head(values[..., 0, :], num_heads, num_kv_heads, traced)
+    keys = jnp.broadcast_to(jnp.asarray(keys), (*batch_shape, keys.shape[-2], num_keys))
+    return jnp.swapaxes(keys, -1, -2)
 
 
 def _check_broadcast(name: str, shape: tuple[int, ...], full: tuple[int, ...]) -> None:
@@ -134,15 +135,14 @@ def _check_broadcast(name: str, shape: tuple[int, ...], full: tuple[int, ...]) -
         )
 
 
-def _expressible(visible: Array, keys: Array, causal: bool) -> Array:
+def _expressible(xp: Any, visible: Any, keys: Any, causal: bool) -> Any:
     """Whether rows, where not entirely masked, show the key mask (times causality)."""
     rows, columns = visible.shape[-2:]
-    expected = jnp.broadcast_to(keys[..., None, :], visible.shape)
+    expected = xp.broadcast_to(keys[..., None, :], visible.shape)
     unused = ~visible.any(axis=-1, keepdims=True)
     fits = (unused | (visible == expected)).all()
     if causal and rows == columns:
-        lower = jnp.tril(jnp.ones((rows, columns), jnp.bool_))
-        lower = lower.reshape((1,) * (visible.ndim - 2) + lower.shape)
+        lower = np.tri(rows, dtype=bool).reshape((1,) * (visible.ndim - 2) + (rows, rows))
         fits = fits | (unused | (visible == (expected & lower))).all()
     return fits
 
@@ -172,12 +172,12 @@ def _raise_unless(expressible: Array) -> None:
         )
 
 
-def _per_kv_head(keys: Array, heads: int, kv_heads: int, concrete: bool) -> Array:
+def _per_kv_head(keys: Any, heads: int, kv_heads: int, traced: bool) -> Any:
     """Brings ``[..., H or 1, S]`` to ``[..., K or 1, S]``."""
     if keys.shape[-2] == 1 or heads == kv_heads:
         return keys
     grouped = keys.reshape(*keys.shape[:-2], kv_heads, heads // kv_heads, keys.shape[-1])
-    if not concrete or not bool((grouped == grouped[..., :1, :]).all()):
+    if traced or not (grouped == grouped[..., :1, :]).all():
         raise ValueError(
             f"A mask or bias that differs by head must be the same for all {heads // kv_heads} "
             f"query heads that share a key head; give it with one head axis of length 1, or pass "

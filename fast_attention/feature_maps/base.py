@@ -44,12 +44,17 @@ class Features(NamedTuple):
         if self.log is None:
             return Features(cotangent if amount is None else cotangent * jnp.exp(amount), None)
         if self.values is None:
-            return Features(None, shifted * cotangent)
+            return Features(None, _product(shifted, cotangent))
         scale = jnp.exp(self.log if amount is None else self.log + amount)
-        d_log = shifted * cotangent
+        d_log = _product(shifted, cotangent)
         if self.log.shape[-1] == 1:
             d_log = d_log.sum(-1, keepdims=True)
         return Features(cotangent * scale, d_log)
+
+
+def _product(shifted: Array, cotangent: Array) -> Array:
+    # A feature that underflowed has no gradient, also where its cotangent overflowed.
+    return jnp.where(shifted == 0, 0, shifted * cotangent)
 
 
 @dataclasses.dataclass(frozen=True)

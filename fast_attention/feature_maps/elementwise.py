@@ -72,7 +72,9 @@ KERNELS: dict[str, Kernel] = {
 }
 """Elementwise kernels by name."""
 
-_SIGNED = frozenset({exact_gelu, jnp.tanh, jnp.cos, jnp.sin, identity})
+_SIGNED = frozenset(
+    {exact_gelu, jax.nn.gelu, jax.nn.silu, jax.nn.elu, jnp.tanh, jnp.cos, jnp.sin, identity}
+)
 _EXPONENTIAL = frozenset({jnp.exp})
 
 
@@ -84,7 +86,7 @@ def resolve_kernel(kernel: str | Kernel) -> Kernel:
       TypeError: for anything else.
     """
     if callable(kernel):
-        return kernel
+        return _unwrapped(kernel)
     if not isinstance(kernel, str):
         raise TypeError(
             f"A kernel is an elementwise function or one of the names {sorted(KERNELS)}, got "
@@ -93,6 +95,15 @@ def resolve_kernel(kernel: str | Kernel) -> Kernel:
     if kernel not in KERNELS:
         raise ValueError(f"Unknown kernel {kernel!r}; choose one of {sorted(KERNELS)}.")
     return KERNELS[kernel]
+
+
+def _unwrapped(kernel: Kernel) -> Kernel:
+    """Returns the known kernel inside a wrapper (gin puts one around every configurable)."""
+    known = {*KERNELS.values(), *_SIGNED}
+    inner: Kernel | None = kernel
+    while inner is not None and inner not in known:
+        inner = getattr(inner, "__wrapped__", None)
+    return kernel if inner is None else inner
 
 
 def is_signed(kernel: Kernel) -> bool:

@@ -18,6 +18,7 @@ from fast_attention.linear_attention.checks import (
     check_state,
     per_key,
     promote_floating,
+    split_bias,
 )
 from fast_attention.linear_attention.inputs import Inputs, Plan
 from fast_attention.linear_attention.segments import attend_within_segments
@@ -125,6 +126,7 @@ def linear_attention(
       key_mask: ``[*B, S]`` or ``[*B, S, K]``; a key where it is False contributes nothing, neither
         to outputs nor to the state, whatever it holds.
       key_bias: ``[*B, S]`` or ``[*B, S, K]``; multiplies the weights of a key by ``exp(bias)``.
+        Biases of -1e4 and less mask the key.
       segment_ids: ``[*B, T]``, self-attention only: positions see their own run of equal ids.
         A new run starts from an empty state.
       initial_state: keys seen before the first one; with segments it belongs to the first run.
@@ -174,13 +176,16 @@ def linear_attention(
             compute,
         )
     check_state(state, batch_shape, key, value)
+    key_bias, key_mask = split_bias(
+        per_key(key_bias, key, "key_bias"), per_key(key_mask, key, "key_mask")
+    )
     inputs = Inputs(
         query=query.reshape(batch, *query.shape[-3:]),
         key=key.reshape(batch, *key.shape[-3:]),
         value=value.reshape(batch, *value.shape[-3:]),
         parameters=parameters,
-        key_mask=per_key(key_mask, key, "key_mask"),
-        key_bias=per_key(key_bias, key, "key_bias"),
+        key_mask=key_mask,
+        key_bias=key_bias,
         segment_ids=None if segment_ids is None else broadcast_segments(segment_ids, query),
         state=jax.tree.map(
             lambda x: x.astype(compute).reshape(batch, *x.shape[len(batch_shape) :]), state
@@ -202,9 +207,7 @@ def linear_attention(
     return out, jax.tree.map(lambda x: x.reshape(*batch_shape, *x.shape[1:]), state)
 
 
-def _run(
-    plan: Plan, inputs: Inputs, names: tuple[str, ...]
-) -> tuple[Any, LinearAttentionState]:
+def _run(plan: Plan, inputs: Inputs, names: tuple[str, ...]) -> tuple[Any, LinearAttentionState]:
     if inputs.segment_ids is not None and not plan.causal:
         return attend_within_segments(lambda plan, inputs: _run(plan, inputs, names), plan, inputs)
     errors: list[NotImplementedError] = []

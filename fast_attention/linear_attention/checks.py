@@ -18,8 +18,22 @@ def promote_floating(query: Array, key: Array, value: Array) -> tuple[Array, Arr
     return query.astype(dtype), key.astype(dtype), value.astype(dtype)
 
 
+# Biases this low stand for "masked" (-1e9, the most negative float16 and float32 are common), and
+# weights exp(bias) of larger sizes could not be told apart in float32.
+LARGEST_BIAS = 1e4
+
+
+def split_bias(key_bias: Array | None, key_mask: Array | None) -> tuple[Array | None, Array | None]:
+    """Moves biases that stand for "masked" into the mask and limits the others."""
+    if key_bias is None:
+        return None, key_mask
+    visible = key_bias > -LARGEST_BIAS
+    key_mask = visible if key_mask is None else key_mask & visible
+    return jnp.clip(key_bias, -LARGEST_BIAS, LARGEST_BIAS), key_mask
+
+
 def broadcast_segments(segment_ids: Array, query: Array) -> Array:
-    """Brings segment ids to ``[B, T]``."""
+    """Brings segment ids to ``[B, T]``, and numbers the runs: ids may come again later."""
     shape = query.shape[:-2]
     try:
         ids = jnp.broadcast_to(segment_ids, shape)
@@ -28,7 +42,9 @@ def broadcast_segments(segment_ids: Array, query: Array) -> Array:
             f"segment_ids must have the shape {shape} of query without heads and width, got "
             f"{segment_ids.shape}."
         ) from error
-    return ids.reshape(math.prod(shape[:-1]), shape[-1])
+    ids = ids.reshape(math.prod(shape[:-1]), shape[-1])
+    new_run = jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)))
+    return jnp.cumsum(new_run, axis=1)
 
 
 def per_key(x: Array | None, key: Array, name: str) -> Array | None:

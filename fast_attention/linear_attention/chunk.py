@@ -24,7 +24,7 @@ from fast_attention.linear_attention.state import EMPTY_LOG_SCALE, LinearAttenti
 # (opposed queries and keys of squared norm 200) still has a product that does not underflow.
 HEADROOM = 40.0
 
-LARGEST_EXPONENT = 87.0
+LARGEST_EXPONENT = 80.0
 
 
 class Sight(NamedTuple):
@@ -223,7 +223,7 @@ def read_causal(
             past = jnp.where(sight.state, past, EMPTY_LOG_SCALE)
         row_max = jnp.maximum(past, logs.max(-1))
         factor = jnp.exp(jnp.minimum(exponent - row_max[..., None], LARGEST_EXPONENT))
-        factor = jnp.where(sight.pairs, factor, 0)
+        factor = jnp.where(sight.pairs & (products != 0), factor, 0)
         gain = jnp.exp(past - row_max)
         if sight.state is not None:
             gain = jnp.where(sight.state, gain, 0)

@@ -128,9 +128,7 @@ def bias_features(features: Features, key_bias: Array | None) -> Features:
             "A key bias multiplies features by exp(bias), which needs a map with log-features or "
             "scales; wrap the map in WithScale."
         )
-    # Not below the logarithm of a masked key: differences with -inf would be nan.
-    log = jnp.maximum(features.log + key_bias[..., None], MASKED_LOG)
-    return Features(features.values, log)
+    return Features(features.values, features.log + key_bias[..., None])
 
 
 def mask_features(features: Features, key_mask: Array | None) -> Features:
