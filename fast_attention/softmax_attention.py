@@ -153,7 +153,7 @@ class SoftmaxAttention:
             key,
             value,
             Extras(bias, mask, key_mask, first, last, dropout_rng if drop else None),
-            Choices(causal, 0, dropout_rate, broadcast_dropout, precision),
+            Choices(causal, dropout_rate, broadcast_dropout, precision),
         )
         return unfold_axes(out, axes, unfolded)
 
@@ -247,7 +247,8 @@ class SoftmaxAttention:
             state.key.astype(query.dtype),
             state.value.astype(query.dtype),
             Extras(key_mask=state.visible),
-            Choices(causal=True, first_query=used),
+            Choices(causal=True),
+            used,
         )
         return jnp.where(state.length <= room, out, jnp.nan).astype(query.dtype), state
 

@@ -42,18 +42,16 @@ _MOST_STAGES = 16
 
 
 class Choices(NamedTuple):
-    """What does not depend on the row; all but `first_query` is static.
+    """What is known when the program is compiled.
 
     Attributes:
       causal: a query sees the keys up to its own position.
-      first_query: position of the first query among the keys; may be traced.
       dropout_rate: of the weights.
       share_dropout: the batch and the heads share the dropped weights.
       precision: of both products.
     """
 
     causal: bool
-    first_query: int | Array = 0
     dropout_rate: float = 0.0
     share_dropout: bool = True
     precision: jax.lax.PrecisionLike = None
@@ -79,12 +77,14 @@ class Extras(NamedTuple):
     dropout_key: Array | None = None
 
 
+@functools.partial(jax.jit, static_argnames=("choices", "tiling"))
 def blocked_attention(
     query: Array,
     key: Array,
     value: Array,
     extras: Extras,
     choices: Choices,
+    first_query: Array | None = None,
     tiling: Tiling | None = None,
 ) -> Array:
     """Attends, row after row and block after block.
@@ -95,6 +95,7 @@ def blocked_attention(
       value: ``[*B, S, K, V]``, the type of `query`.
       extras: arrays that broadcast to their full shapes; one dropout key for all.
       choices: see there.
+      first_query: int32 scalar, position of the first query among the keys; None is 0.
       tiling: None is the platform's.
 
     Returns:
@@ -108,15 +109,15 @@ def blocked_attention(
     rows = math.prod(batch_shape)
     if tiling is None:
         tiling = _CPU_TILING if jax.default_backend() == "cpu" else _DEVICE_TILING
-    smallest = min(length, tiling.smallest)
-    at_once = max(1, tiling.rows // max(1, heads * smallest * key_length))
+    smallest = tiling.smallest
+    at_once = max(1, tiling.rows // max(1, heads * min(length, smallest) * key_length))
     block = max(smallest, tiling.block // max(1, at_once * heads * key_length))
     shared, own = _split_extras(extras, batch_shape, (heads, length, key_length), choices)
 
     def attend(row: tuple[Array, Array, Array, Extras]) -> Array:
         query, key, value, own = row
         merged = Extras(*(b if a is None else a for a, b in zip(own, shared, strict=True)))
-        return _attend_row(query, key, value, merged, choices, block, tiling.smallest)
+        return _attend_row(query, key, value, merged, choices, first_query, block, smallest)
 
     operands = (
         query.reshape(rows, length, kv_heads, heads // kv_heads, -1),
@@ -194,6 +195,7 @@ def _attend_row(
     value: Array,
     extras: Extras,
     choices: Choices,
+    first_query: Array | None,
     block: int,
     smallest: int,
 ) -> Array:
@@ -202,7 +204,7 @@ def _attend_row(
     # Heads in front: products and their gradients run several times faster than across heads.
     query = jnp.transpose(query, (1, 2, 0, 3))
     key, value = jnp.swapaxes(key, 0, 1), jnp.swapaxes(value, 0, 1)
-    aligned = choices.causal and isinstance(choices.first_query, int)
+    aligned = choices.causal and first_query is None
     stages = max(1, min(_MOST_STAGES, length // smallest)) if aligned else 1
     size = max(1, math.ceil(length / stages))
     parts = []
@@ -212,7 +214,8 @@ def _attend_row(
 
         def attend(start: int | Array, queries: int, keys: int = keys) -> Array:
             part = functools.partial(_attend_block, queries=queries, keys=keys, choices=choices)
-            return jax.checkpoint(part)(query, key, value, extras, start)
+            position = start if first_query is None else first_query + start
+            return jax.checkpoint(part)(query, key, value, extras, start, position)
 
         blocks = (stop - start) // block
         if blocks > 1:
@@ -231,12 +234,13 @@ def _attend_block(
     value: Array,
     extras: Extras,
     start: int | Array,
+    position: int | Array,
     *,
     queries: int,
     keys: int,
     choices: Choices,
 ) -> Array:
-    """Attends from the queries at ``start ..`` to the first keys.
+    """Attends from the queries at ``start ..``, which stand at `position`, to the first keys.
 
     Query ``[K, G, T, D]``, key ``[K, S, D]``, value ``[K, S, V]``, output ``[K, G, C, V]``.
     """
@@ -265,14 +269,14 @@ def _attend_block(
     if extras.key_mask is not None:
         conditions.append(extras.key_mask[None, None, None, :keys].astype(bool))
     # Bounds on an iota cost nothing, where comparing segments costs as much as the products.
-    position = jnp.arange(keys)[None]
+    key_position = jnp.arange(keys)[None]
     if extras.first_key is not None:
-        conditions.append((of_queries(extras.first_key)[:, None] <= position)[None, None])
+        conditions.append((of_queries(extras.first_key)[:, None] <= key_position)[None, None])
     if extras.last_key is not None:
-        conditions.append((of_queries(extras.last_key)[:, None] >= position)[None, None])
+        conditions.append((of_queries(extras.last_key)[:, None] >= key_position)[None, None])
     if choices.causal:
-        own = choices.first_query + start + jnp.arange(queries)
-        conditions.append((own[:, None] >= position)[None, None])
+        own = position + jnp.arange(queries)
+        conditions.append((own[:, None] >= key_position)[None, None])
     if conditions:
         scores = jnp.where(functools.reduce(jnp.logical_and, conditions), scores, -jnp.inf)
     largest = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))

@@ -80,7 +80,7 @@ def test_bias_is_a_factor_on_keys(make):
 
 
 def test_many_features_are_softmax_attention_with_its_bias():
-    q, k, v = (0.5 * x for x in QKV)
+    q, k, v = (0.5 * x for x in (QKV[0], QKV[1], draw(2, B, T, H, D)))
     bias = draw(3, B, 1, 1, T)
     attention = make_fast_softmax_attention(D, nb_features=4096)
     expected = jax.nn.dot_product_attention(q, k, v, jnp.broadcast_to(bias, (B, H, T, T)))
@@ -284,6 +284,27 @@ def test_unknown_keywords_are_type_errors():
 def test_options_that_make_no_sense(make, options, message):
     with pytest.raises(ValueError, match=message):
         make(**options)
+
+
+@pytest.mark.parametrize("array", [jnp.asarray, np.asarray])
+def test_constants_under_jit_are_checked_as_outside(array):
+    """A mask that a jitted function closes over is as concrete as any."""
+    q, k, v = QKV
+
+    @jax.jit
+    def attend(q):
+        biased = softmax()(q, k, v, bias=zeros)
+        grouped = softmax()(q, k[:, :, :2], v[:, :, :2], mask=heads)
+        return softmax()(q, k, v, mask=pairs), biased, grouped
+
+    pairs, heads = array(PAIRS), array(np.repeat(KEYS, H, 1))
+    zeros = array(np.zeros((1, 1, T, T), np.float32))
+    np.testing.assert_allclose(
+        attend(q)[0], softmax()(q, k, v, key_mask=jnp.asarray(PADDING)), rtol=1e-5, atol=1e-6
+    )
+    causal = array(CAUSAL)
+    with pytest.raises(ValueError, match="unidirectional=True"):
+        jax.jit(lambda q: softmax()(q, k, v, mask=causal))(q)
 
 
 def test_check_masks_finds_a_bad_mask_under_jit():

@@ -60,9 +60,10 @@ def test_variance_is_that_of_the_formula(make):
 
 
 def test_orthogonal_rows_have_smaller_variance():
-    x = jnp.full(16, 0.4)
+    x = jnp.full(16, 0.25)
     iid, orthogonal = (
-        kernels(PositiveFeatures(16, name), x, x, draws=8000).var() for name in ("iid", "orthogonal")
+        kernels(PositiveFeatures(16, name), x, x, draws=8000).var()
+        for name in ("iid", "orthogonal")
     )
     assert orthogonal < 0.9 * iid
 

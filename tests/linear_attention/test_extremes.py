@@ -124,4 +124,6 @@ def test_inputs_times_100_stay_finite(dtype, causal, implementation):
     assert out.dtype == dtype
     for x in (out, *grads):
         assert np.isfinite(np.asarray(x, np.float32)).all()
-    assert np.abs(np.asarray(out, np.float32)).max() <= 1.01 * np.abs(np.asarray(v, np.float32)).max()
+    assert (
+        np.abs(np.asarray(out, np.float32)).max() <= 1.01 * np.abs(np.asarray(v, np.float32)).max()
+    )

@@ -98,9 +98,7 @@ def test_with_nothing_optional(name, options, implementation):
             "value": v,
             "parameters": cases.parameters_of(name, jnp.float64),
         }
-        actual, expected = both(
-            implementation, smooth, {}, feature_map=cases.MAPS[name], **options
-        )
+        actual, expected = both(implementation, smooth, {}, feature_map=cases.MAPS[name], **options)
         cases.assert_close(actual, expected, 1e-9)
 
 

@@ -34,9 +34,7 @@ def random_state(seed, scaled):
         empty = scale == -1e30
         x, k_sum = np.where(empty[:, None], 0, x), np.where(empty, 0, k_sum)
         scale = jnp.asarray(scale, jnp.float32)
-    return LinearAttentionState(
-        jnp.asarray(x, jnp.float32), jnp.asarray(k_sum, jnp.float32), scale
-    )
+    return LinearAttentionState(jnp.asarray(x, jnp.float32), jnp.asarray(k_sum, jnp.float32), scale)
 
 
 @settings(max_examples=15, deadline=None)
@@ -169,9 +167,7 @@ def test_functions_of_the_core_take_any_batch_axes():
     feature_map = cases.MAPS["positive"]
     options = {"feature_map": feature_map, "parameters": cases.parameters_of("positive")}
     q, k, v = (x[0] for x in cases.qkv(length=4))
-    state = empty_state(
-        feature_map, options["parameters"], (), cases.K, cases.D, cases.V
-    )
+    state = empty_state(feature_map, options["parameters"], (), cases.K, cases.D, cases.V)
     whole = linear_attention(q, k, v, causal=True, implementation="reference", **options)
     out, state = prefill(state, q[:3], k[:3], v[:3], implementation="reference", **options)
     cases.assert_close(out, whole[:3], 1e-5)

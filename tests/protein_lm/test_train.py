@@ -112,6 +112,7 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(train_arguments, tmp_pa
         return train_arguments(
             folder,
             "experiment.max_train_steps = 150",
+            "experiment.num_samples = 0",
             "experiment.checkpoint_frequency = 10",
             "experiment.train_summary_frequency = 5",
             "experiment.eval_frequency = 40",
