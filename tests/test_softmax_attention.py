@@ -5,6 +5,7 @@ import functools
 import flax.linen
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from flax import nnx
@@ -93,20 +94,23 @@ def test_no_tiling_changes_a_value(length, tiling, causal, restricted):
     visible = (key_mask[:, None, :] & (ids[:, :, None] == ids[:, None, :]))[:, None]
     if causal:
         visible = visible & tril(length)[None, None]
-    first, last = run_bounds(jnp.asarray(ids))
-    extras = Extras(key_mask=jnp.asarray(key_mask), first_key=first, last_key=last)
-    out = blocked_attention(*arrays, extras, Choices(causal), tiling=Tiling(rows, block, smallest))
+    extras = Extras()
+    if restricted:
+        first, last = run_bounds(jnp.asarray(ids))
+        extras = Extras(key_mask=jnp.asarray(key_mask), first_key=first, last_key=last)
+    out = blocked_attention(*arrays, extras, Choices(causal), tiling=tiling)
     close(out, definition(*arrays, visible=visible))
 
 
-@pytest.mark.parametrize("shape", [(1, 11), (11, 11), (3, 4, 1, 11), (3, 1, 11, 1)])
+@pytest.mark.parametrize("shape", [(1, 7), (7, 7), (3, 4, 1, 7), (3, 1, 7, 1)])
 def test_masks_and_biases_of_any_shape(shape):
-    arrays = inputs(3, kv_heads=2)
+    arrays = inputs(3, length=7, kv_heads=2)
+    tiling = Tiling(rows=1, block=4 * 7 * 3, smallest=3)
     mask = jax.random.bernoulli(jax.random.key(1), 0.6, shape)
     bias = jax.random.normal(jax.random.key(2), shape)
 
     def attend(bias, *arrays):
-        return blocked_attention(*arrays, Extras(bias, mask), Choices(False), tiling=SMALL)
+        return blocked_attention(*arrays, Extras(bias, mask), Choices(False), tiling=tiling)
 
     def expected(bias, *arrays):
         return definition(*arrays, visible=mask, bias=bias)
@@ -213,12 +217,18 @@ def test_low_precision_inputs_are_summed_in_float32():
 
 def test_memory_does_not_grow_with_the_square_of_the_length():
     def temporary_bytes(length):
-        arrays = inputs(1, length=length, heads=4, kv_heads=4, width=16, value_width=16)
-        gradient = jax.jit(functools.partial(gradients, make_softmax_attention(True)))
+        arrays = inputs(1, length=length, heads=2, kv_heads=2, width=16, value_width=16)
+        attend = functools.partial(
+            blocked_attention,
+            extras=Extras(),
+            choices=Choices(causal=False),
+            tiling=Tiling(rows=1, block=2 * 64 * 2048, smallest=64),
+        )
+        gradient = jax.jit(functools.partial(gradients, attend))
         return gradient.lower(*arrays).compile().memory_analysis().temp_size_in_bytes
 
-    short, long = temporary_bytes(4096), temporary_bytes(8192)
-    assert long < 8192 * 8192 * 4
+    short, long = temporary_bytes(2048), temporary_bytes(4096)
+    assert long < 4096 * 4096 * 4 / 4
     assert long < 3 * short
 
 
@@ -347,7 +357,9 @@ def test_what_cannot_be_honoured_is_an_error(options, message):
         make_softmax_attention()(*inputs(2), **options)
 
 
-def test_shapes_that_do_not_fit_are_errors():
+def test_shapes_that_do_not_fit_are_errors(monkeypatch):
+    # Outside the tests nothing but our own checks stands between a shape and the user.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     query, key, value = inputs(2)
     attend = make_softmax_attention()
     with pytest.raises(ValueError, match="must divide"):

@@ -79,7 +79,10 @@ def test_masked_is_truncated(kind, causal, implementation):
         )
         outputs = []
         for content in (0.3, 1e4, jnp.inf, jnp.nan):
-            fill = functools.partial(jnp.where, visible[..., None, None], y=content)
+
+            def fill(x, content=content, visible=visible):
+                return jnp.where(visible[..., None, None], x, content)
+
             queries = fill(q) if np.isfinite(content) else q
             out, (*grads, d_parameters) = function(
                 queries, fill(k), fill(v), parameters, visible, cotangent
