@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 def main() -> None:
     """Prints one line a case: milliseconds, the ratio to the baseline, temporary memory."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Causal linear attention on one core.")
     parser.add_argument("--length", type=int, default=4096, help="tokens (4096)")
     parser.add_argument("--repeats", type=int, default=9, help="timed runs of each case (9)")
     options = parser.parse_args()
@@ -73,8 +73,10 @@ def _compile(length: int) -> dict[str, Callable[[], object]]:
             cases[f"{name} {kind}"] = lambda program=program: jax.block_until_ready(
                 program(*arrays)
             )
-            memory = program.memory_analysis().temp_size_in_bytes / 2**20
-            print(f"{name + ' ' + kind:16s} {memory:8.1f} MiB of temporaries")
+            memory = program.memory_analysis()
+            assert memory is not None
+            size = memory.temp_size_in_bytes / 2**20
+            print(f"{name + ' ' + kind:16s} {size:8.1f} MiB of temporaries")
     return cases
 
 
