@@ -60,8 +60,9 @@ def make_fast_softmax_attention(
       qkv_dim: width D of one head's queries and keys; None takes it from each call.
       renormalize_attention: divide by the sum of weights; if False return
         ``sum_s phi(q_t) . phi(k_s) v_s`` at its true scale.
-      numerical_stabilizer: guard of the denominator, in units of its largest term; nothing is added
-        to features, as positive denominators are at least 1 in these units.
+      numerical_stabilizer: for trigonometric features, denominators up to this size (in units of
+        the largest key scale) are inverted as ``den / stabilizer^2``. Positive features need no
+        guard and get none, and nothing is added to features.
       nb_features: rows of the projection, any positive number ("hyperbolic": features, even).
       ortho_features: orthogonal blocks of rows; else independent rows.
       ortho_scaling: row lengths, 0: of Gaussian vectors (unbiased), 1: sqrt(D).
@@ -110,7 +111,7 @@ def make_fast_softmax_attention(
         qkv_dim=qkv_dim,
         unidirectional=unidirectional,
         renormalize=renormalize_attention,
-        epsilon=numerical_stabilizer or (SIGNED_GUARD if feature_map.signed else 0.0),
+        epsilon=_guard(feature_map, numerical_stabilizer),
         redraw_features=redraw_features,
         seed=seed,
         projection_matrix=_check_projection(projection_matrix, qkv_dim),
@@ -146,8 +147,8 @@ def make_fast_generalized_attention(
     Args:
       qkv_dim: width D of one head's queries and keys; None takes it from each call.
       renormalize_attention: divide by the sum of weights.
-      numerical_stabilizer: guard of the denominator; signed kernels have one of 1e-6 where 0 is
-        given.
+      numerical_stabilizer: for signed kernels, denominators up to this size are inverted as
+        ``den / stabilizer^2`` (0 stands for 1e-6); nonnegative kernels are divided exactly.
       nb_features: rows of the projection; unused by "deterministic" features, which have D.
       features_type: "deterministic": f on the vectors themselves; "iid", "ortho": f on their
         projections.
@@ -192,7 +193,7 @@ def make_fast_generalized_attention(
         qkv_dim=qkv_dim,
         unidirectional=unidirectional,
         renormalize=renormalize_attention,
-        epsilon=numerical_stabilizer or (SIGNED_GUARD if feature_map.signed else 0.0),
+        epsilon=_guard(feature_map, numerical_stabilizer),
         redraw_features=redraw_features and not deterministic,
         seed=seed,
         projection_matrix=_check_projection(projection_matrix, qkv_dim),
@@ -201,6 +202,11 @@ def make_fast_generalized_attention(
         implementation=implementation,
         check_masks=check_masks,
     )
+
+
+def _guard(feature_map: FeatureMap, numerical_stabilizer: float) -> float:
+    """Denominators of nonnegative features are divided by exactly; only signed ones can vanish."""
+    return (numerical_stabilizer or SIGNED_GUARD) if feature_map.signed else 0.0
 
 
 def _projection_name(orthogonal: bool, scaling: float) -> str:

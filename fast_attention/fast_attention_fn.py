@@ -39,7 +39,7 @@ class FastAttention:
       qkv_dim: head width D the projection is made for; None takes it from each call.
       unidirectional: causal by construction.
       renormalize: divide by the sum of weights.
-      epsilon: denominators are inverted as ``den / (den^2 + epsilon^2)``.
+      epsilon: denominators up to this size are inverted as ``den / epsilon^2``.
       redraw_features: draw a new projection from ``dropout_rng`` where a call passes one.
       seed: of the fixed projection.
       projection_matrix: an explicit fixed projection ``[M, D]``.

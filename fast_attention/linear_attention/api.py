@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, overload
@@ -133,8 +134,8 @@ def linear_attention(
       return_state: also return the state after the last key (of the last run). With
         ``initial_state`` it cuts a sequence in two: both are differentiable.
       normalize: divide by the sum of weights; if False return the numerator at its true scale.
-      epsilon: denominators are inverted as ``den / (den^2 + epsilon^2)``. Not needed for positive
-        maps; for signed ones it bounds outputs where a denominator vanishes.
+      epsilon: denominators up to this size are inverted as ``den / epsilon^2``. Not needed for
+        positive maps; for signed ones it bounds outputs where a denominator vanishes.
       chunk_size: positions handled at once (1: token by token); None for the implementation's own.
       unroll: chunks unrolled in the compiled loop.
       implementation: a name of :data:`IMPLEMENTATIONS`, several to try in order, or None for the
@@ -200,11 +201,19 @@ def linear_attention(
         unroll=unroll,
         precision=precision,
     )
-    out, state = _run(plan, inputs, _names(implementation))
+    out, state = _compiled(plan, inputs, _names(implementation))
     out = out.reshape(*batch_shape, *out.shape[1:])
     if not return_state:
         return out
     return out, jax.tree.map(lambda x: x.reshape(*batch_shape, *x.shape[1:]), state)
+
+
+# Compiled as one: called outside jit, the loops inside would be compiled anew in every call.
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _compiled(
+    plan: Plan, inputs: Inputs, names: tuple[str, ...]
+) -> tuple[Any, LinearAttentionState]:
+    return _run(plan, inputs, names)
 
 
 def _run(plan: Plan, inputs: Inputs, names: tuple[str, ...]) -> tuple[Any, LinearAttentionState]:

@@ -24,7 +24,7 @@ class Plan:
       causal: position t sees keys 0..t.
       output: "mean" divides by the sum of weights; "sum" returns the numerator at its true scale;
         "parts" returns numerator, denominator and their common log-scale, to be merged.
-      epsilon: denominators are inverted as ``den / (den^2 + epsilon^2)``.
+      epsilon: denominators not above it in size are inverted as ``den / epsilon^2``.
       chunk_size: positions handled at once, None for the implementation's own choice.
       unroll: chunks unrolled in the compiled loop.
       precision: of the products of features with values (exponents are always exact).
@@ -106,11 +106,15 @@ def finish(parts: Parts, output: Output, epsilon: float) -> Array:
 
 
 def safe_inverse(denominator: Array, epsilon: float) -> Array:
-    """``den / (den^2 + epsilon^2)``: smooth, never flips a sign, 0 where nothing is seen."""
+    """``1 / den``, and ``den / epsilon^2`` where ``|den| <= epsilon``; 0 where nothing is seen.
+
+    Continuous, bounded by ``1 / epsilon``, and never flips a sign.
+    """
     seen = denominator != 0
-    safe = jnp.where(seen, denominator, 1)
-    inverse = 1 / (safe + epsilon**2 / safe) if epsilon else 1 / safe
-    return jnp.where(seen, inverse, 0)
+    inverse = jnp.where(seen, 1 / jnp.where(seen, denominator, 1), 0)
+    if not epsilon:
+        return inverse
+    return jnp.where(jnp.abs(denominator) > epsilon, inverse, denominator / epsilon**2)
 
 
 def inverse_slope(denominator: Array, epsilon: float) -> Array:
@@ -119,9 +123,5 @@ def inverse_slope(denominator: Array, epsilon: float) -> Array:
     Derivatives of ``y = num * safe_inverse(den)`` with respect to den are ``y`` times this.
     """
     seen = denominator != 0
-    safe = jnp.where(seen, denominator, 1)
-    slope = -1 / safe
-    if epsilon:
-        squared = epsilon**2
-        slope = slope * (safe * safe - squared) / (safe * safe + squared)
-    return jnp.where(seen, slope, 0)
+    slope = jnp.where(seen, -1 / jnp.where(seen, denominator, 1), 0)
+    return jnp.where(jnp.abs(denominator) > epsilon, slope, -slope) if epsilon else slope
