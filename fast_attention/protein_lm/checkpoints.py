@@ -17,11 +17,13 @@ class Progress(NamedTuple):
 
     Attributes:
       iterator: State of the data iterator after the batch of the last step.
+      batch_size: Rows of a batch, over all devices.
       tokens: Tokens trained on.
       seconds: Time spent training, over all resumptions.
     """
 
     iterator: Any
+    batch_size: int
     tokens: int
     seconds: float
 

@@ -52,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except KeyboardInterrupt:
-        print(f"\nprotein-lm {options.command}: stopped", file=sys.stderr)
+        remedy = ", and the same command goes on" if options.command == "train" else ""
+        print(f"\nprotein-lm {options.command}: stopped{remedy}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of our output has gone; writing there again at exit would fail, too.

@@ -29,8 +29,8 @@ class LoadedRun(NamedTuple):
 def load_run(run_dir: str | Path) -> LoadedRun:
     """Reads the newest checkpoint of a run.
 
-    gin knows one configuration per process: that of the run replaces it. A model made before is
-    not changed by that.
+    gin knows one configuration per process, and it is empty afterwards: what the run had bound must
+    not reach models made later. A model made before is not changed.
 
     Args:
       run_dir: A folder written by ``protein-lm train``.
@@ -44,8 +44,11 @@ def load_run(run_dir: str | Path) -> LoadedRun:
             f"{folder.path} is not the folder of a run: it has no {folder.config.name}; give the "
             "--work_dir of a 'protein-lm train'"
         )
-    gin_registry.configure([folder.config])
-    model = gin.get_bindings("experiment")["model_cls"]()
+    try:
+        gin_registry.configure([folder.config])
+        model = gin.get_bindings("experiment")["model_cls"]()
+    finally:
+        gin.clear_config()
     run_folder.check_vocabulary(folder, model.domain)
     step, parameters, variables = checkpoints.restore_model(
         folder.checkpoints, train.abstract_state(model)

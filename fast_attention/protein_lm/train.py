@@ -29,7 +29,7 @@ from fast_attention.protein_lm import (
 from fast_attention.protein_lm.corpus import bundled_corpus, load_corpus
 from fast_attention.protein_lm.flax_model import FlaxModel
 from fast_attention.protein_lm.models import FlaxLM
-from fast_attention.protein_lm.run_folder import RunFolder
+from fast_attention.protein_lm.run_folder import RunError, RunFolder
 from fast_attention.protein_lm.train_state import TrainState
 
 
@@ -92,7 +92,7 @@ def run_experiment(
     Raises:
       FastaError: If a file cannot be read.
       FloatingPointError: If training diverges.
-      RunError: If the folder holds another run.
+      RunError: If the folder holds another run, or one of another number of devices.
       ValueError: If a number is out of its range.
     """
     folder = RunFolder(Path(work_dir))
@@ -142,9 +142,11 @@ def run_experiment(
     with checkpoints.open_checkpoints(folder.checkpoints, keep=checkpoints_to_keep) as manager:
         found = checkpoints.restore(manager, abstract_state(model))
         if found is None:
-            state, progress = model.state, checkpoints.Progress(iterator.get_state(), 0, 0.0)
+            state = model.state
+            progress = checkpoints.Progress(iterator.get_state(), batch_size, 0, 0.0)
         else:
             state, progress = found
+            _check_batch_size(folder, progress.batch_size, batch_size)
             iterator.set_state(progress.iterator)
             print(f"resuming the run in {folder.path} after step {int(state.step)}")
         with metrics_log.open_metrics_log(folder, int(state.step)) as log:
@@ -171,6 +173,15 @@ def abstract_state(model: FlaxModel) -> TrainState:
     """Shapes, dtypes and placement of the arrays that a checkpoint of `model` must hold."""
     state = jax.eval_shape(model.initialize, jax.random.key(0))
     return checkpoints.abstract_like(state, NamedSharding(model.mesh, PartitionSpec()))
+
+
+def _check_batch_size(folder: RunFolder, before: int, now: int) -> None:
+    if before != now:
+        raise RunError(
+            f"the run in {folder.path} was trained with batches of {before} rows, but with the "
+            f"device count of this machine ({jax.device_count()}) they have {now}: resume it on "
+            "as many devices as before"
+        )
 
 
 def _unused_settings() -> list[str]:

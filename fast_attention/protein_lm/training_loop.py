@@ -133,10 +133,10 @@ def train_loop(
             save = step > saved and (last or step % times.checkpoint == 0)
             if interval.sums and (evaluate or save or step % times.summary == 0):
                 values, seconds = interval.close()
-                progress = checkpoints.Progress(
-                    iterator.get_state(),
-                    progress.tokens + interval.tokens,
-                    progress.seconds + seconds,
+                progress = progress._replace(
+                    iterator=iterator.get_state(),
+                    tokens=progress.tokens + interval.tokens,
+                    seconds=progress.seconds + seconds,
                 )
                 values["learning_rate"] = float(model.schedule(step - 1))
                 values |= {"tokens": progress.tokens, "seconds": progress.seconds}

@@ -2,6 +2,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gin
 import jax
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ def at_step(model, step: int):
 
 def test_a_checkpoint_holds_everything(model, tmp_path):
     state = at_step(model, 7)
-    progress = Progress({"next_index": 7, "nested": {"list": [1, 2]}}, 12345, 1.25)
+    progress = Progress({"next_index": 7, "nested": {"list": [1, 2]}}, 8, 12345, 1.25)
     with checkpoints.open_checkpoints(tmp_path) as manager:
         assert checkpoints.restore(manager, train.abstract_state(model)) is None
         checkpoints.save(manager, state, progress)
@@ -53,8 +54,8 @@ def test_a_checkpoint_holds_everything(model, tmp_path):
 def test_the_newest_are_kept_and_the_newest_of_them_is_read(model, tmp_path):
     with checkpoints.open_checkpoints(tmp_path, keep=2) as manager:
         for step in (1, 2, 5):
-            checkpoints.save(manager, at_step(model, step), Progress(None, step, 0.0))
-        checkpoints.save(manager, at_step(model, 5), Progress(None, 99, 0.0))
+            checkpoints.save(manager, at_step(model, step), Progress(None, 8, step, 0.0))
+        checkpoints.save(manager, at_step(model, 5), Progress(None, 8, 99, 0.0))
     with checkpoints.open_checkpoints(tmp_path, keep=2) as manager:
         assert sorted(manager.all_steps()) == [2, 5]
         found = checkpoints.restore(manager, train.abstract_state(model))
@@ -65,7 +66,7 @@ def test_the_newest_are_kept_and_the_newest_of_them_is_read(model, tmp_path):
 @pytest.mark.parametrize("options", [{"mlp_dim": 16}, {"num_layers": 2}, {"emb_dim": 16}])
 def test_a_checkpoint_of_another_model_is_refused(model, tmp_path, options):
     with checkpoints.open_checkpoints(tmp_path) as manager:
-        checkpoints.save(manager, at_step(model, 1), Progress(None, 0, 0.0))
+        checkpoints.save(manager, at_step(model, 1), Progress(None, 8, 0, 0.0))
         abstract = train.abstract_state(make(**options))
         with pytest.raises(RunError, match="does not fit"):
             checkpoints.restore(manager, abstract)
@@ -85,7 +86,7 @@ with checkpoints.open_checkpoints(pathlib.Path(sys.argv[1]), keep=2) as manager:
     while True:
         step += 1
         state = checkpoints.TrainState(jnp.int32(step), arrays, {}, {}, jnp.zeros(2))
-        checkpoints.save(manager, state, checkpoints.Progress(step, step, 0.0))
+        checkpoints.save(manager, state, checkpoints.Progress(step, 8, step, 0.0))
         print("saved", step, flush=True)
 """
 
@@ -120,7 +121,7 @@ with checkpoints.open_checkpoints(pathlib.Path(sys.argv[1]), keep=2) as manager:
             assert found[1].tokens == int(found[0].step) in (newest, newest + 1)
     assert cut_short
     with checkpoints.open_checkpoints(tmp_path, keep=2) as manager:
-        checkpoints.save(manager, state(1000), Progress(None, 0, 0.0))
+        checkpoints.save(manager, state(1000), Progress(None, 8, 0, 0.0))
     assert not any("tmp" in path.name for path in tmp_path.iterdir())
 
 
@@ -138,6 +139,7 @@ def test_a_run_is_read_back(lm_run):
     assert (step, folder.path) == (12, lm_run)
     assert model.domain.length == 64
     again = load_run(lm_run).model
+    assert not gin.config_str()
     proteins = ["MKTAYIAK"]
     np.testing.assert_array_equal(model.score(proteins), again.score(proteins))
 

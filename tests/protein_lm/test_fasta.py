@@ -128,6 +128,23 @@ def test_the_alphabet_can_be_narrowed(tmp_path):
         (gzip.compress(TEXT) + b"garble", "cut off or damaged"),
         (gzip.compress(TEXT)[:12] + b"\xff" * 40, "cut off or damaged"),
     ],
+    ids=[
+        "nothing",
+        "blank",
+        "gzip_of_nothing",
+        "residues_first",
+        "table",
+        "almost_gzip",
+        "no_residues",
+        "only_a_stop",
+        "no_residues_at_the_end",
+        "gzip_without_its_end",
+        "gzip_of_a_few_bytes",
+        "gzip_without_its_head",
+        "gzip_checksum",
+        "gzip_and_more",
+        "gzip_garbled",
+    ],
 )
 def test_broken_files_are_named(tmp_path, content, message):
     with pytest.raises(FastaError, match=rf"a\.fasta.*{message}"):

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -94,6 +95,7 @@ def test_an_interrupted_run_resumes_as_if_nothing_had_happened(
     assert steps_of(tmp_path, "train")[-1] == 12
     with open(tmp_path / "metrics.jsonl", "a") as lines:
         lines.write('{"step": 13, "spl')
+    assert "same command" in capsys.readouterr().err
     assert cli.main(train_arguments(tmp_path)) == 0
     assert "after step 8" in capsys.readouterr().out
     assert losses(tmp_path) == losses(lm_run)
@@ -101,6 +103,16 @@ def test_an_interrupted_run_resumes_as_if_nothing_had_happened(
     for result in results:
         assert result.pop("seconds") > 0
     assert results[0] == results[1]
+
+
+def test_another_number_of_devices_is_refused(lm_run, train_arguments, tmp_path):
+    """Its batches would be others: the process that resumes has one device, this one four."""
+    shutil.copytree(lm_run, tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    process = start(train_arguments(tmp_path / "run"))
+    _, told = process.communicate()
+    assert process.returncode == 1
+    assert "16 rows" in told and "device count of this machine (1)" in told
 
 
 def test_a_killed_run_resumes_as_if_nothing_had_happened(train_arguments, tmp_path):
