@@ -1,4 +1,4 @@
-"""The backward pass of one chunk of linear attention; see :mod:`.chunk` for layout and letters."""
+"""The backward pass of one chunk; see :mod:`.chunk_state` for layout and letters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from fast_attention.array_types import Array
 from fast_attention.feature_maps.base import Features
-from fast_attention.linear_attention.chunk import Absorbed, CausalRead
+from fast_attention.linear_attention.chunk_causal import CausalRead, first_key_features
+from fast_attention.linear_attention.chunk_state import Absorbed
 
 
 class ChunkGradients(NamedTuple):
@@ -44,7 +45,7 @@ def pull_back_causal(
       read: what it returned.
       absorbed: what :func:`absorb_keys` returned for the keys after the first.
       d_numerator: cotangent of ``read.numerator``.
-      d_denominator: cotangent of ``read.denominator``.
+      d_denominator: cotangent of ``read.kept.denominator``.
       d_kv: cotangent of ``kv`` after the chunk.
       d_k_sum: cotangent of ``k_sum`` after the chunk.
       enter: which keys entered the state, as in :class:`Sight`.
@@ -68,7 +69,8 @@ def pull_back_causal(
     if read.gain is not None:
         d_numerator = d_numerator * read.gain[..., None]
         d_denominator = d_denominator * read.gain
-    first = read.first
+    first, old = read.kept.first, read.kept.old
+    first_key = first_key_features(first, keys)
     d_read = d_read + einsum("bkrv,bkvm->bkrm", d_numerator, first.kv)
     d_read = d_read + d_denominator[..., None] * first.k_sum[..., None, :]
 
@@ -83,9 +85,12 @@ def pull_back_causal(
     d_first_kv = d_kv + einsum("bkrv,bkrm->bkvm", d_numerator, read.read.features)
     d_first_sum = d_k_sum + einsum("bkr,bkrm->bkm", d_denominator, read.read.features)
     d_first_key = einsum("bkv,bkvm->bkm", value[..., 0, :], d_first_kv) + d_first_sum
-    d_first_value = einsum("bkvm,bkm->bkv", d_first_kv, read.first_key)
-    if read.old is not None:
-        d_first_kv, d_first_sum = d_first_kv * read.old[..., None, :], d_first_sum * read.old
+    d_first_value = einsum("bkvm,bkm->bkv", d_first_kv, first_key)
+    if old is not None:
+        d_first_kv, d_first_sum = (
+            d_first_kv * old[..., None, :],
+            d_first_sum * old,
+        )
 
     first_shift = None if first.log_scale is None else -first.log_scale[..., None, :]
     return ChunkGradients(
@@ -95,9 +100,7 @@ def pull_back_causal(
                 keys.pull_back(read.key_shift, read.key, d_key),
                 d_entered,
             ),
-            _first(keys).pull_back(
-                first_shift, read.first_key[..., None, :], d_first_key[..., None, :]
-            ),
+            _first(keys).pull_back(first_shift, first_key[..., None, :], d_first_key[..., None, :]),
         ),
         value=d_value
         + d_entered_value

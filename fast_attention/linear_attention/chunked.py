@@ -21,13 +21,15 @@ import jax.numpy as jnp
 
 from fast_attention.array_types import Array
 from fast_attention.feature_maps.base import Features
-from fast_attention.linear_attention.chunk import (
-    absorb_keys,
-    next_state,
-    read_causal,
-    read_state,
-)
 from fast_attention.linear_attention.chunk_backward import pull_back_absorbed, pull_back_causal
+from fast_attention.linear_attention.chunk_causal import read_causal, read_causal_again
+from fast_attention.linear_attention.chunk_state import absorb_keys, next_state, read_state
+from fast_attention.linear_attention.gradients import (
+    add_key_gradient,
+    add_query_gradient,
+    as_cotangent,
+    zero_gradients,
+)
 from fast_attention.linear_attention.inputs import (
     Inputs,
     Parts,
@@ -95,11 +97,12 @@ def _causal_forward(plan: Plan, inputs: Inputs, *, save: bool):
         keys, value, _ = key_features(plan, inputs, start, size)
         sight = causal_sight(inputs, start, size)
         read = read_causal(state, queries, keys, value, sight, plan.precision)
-        parts = Parts(read.numerator, read.denominator, read.log_scale)
+        first = read.kept.first
+        parts = Parts(read.numerator, read.kept.denominator, read.log_scale)
         out = _write_output(plan, out, parts, start)
-        absorbed = absorb_keys(read.first, keys, sight.enter, sight.keep)
-        after = next_state(read.first, absorbed, value, plan.precision)
-        return (after, out), (state if save else None)
+        absorbed = absorb_keys(first, keys, sight.enter, sight.keep)
+        after = next_state(first, absorbed, value, plan.precision)
+        return (after, out), ((read.kept, absorbed.log_scale) if save else None)
 
     (state, out), saved = scan_chunks(
         body, (inputs.state, _empty_output(plan, inputs)), length, size, plan.unroll
@@ -113,21 +116,22 @@ def _causal_backward(plan: Plan, residuals: Any, cotangents: Any) -> Inputs:
     length = inputs.query.shape[1]
     size = min(plan.chunk_size or CAUSAL_CHUNK, length)
 
-    def body(carry, start, size, state):
+    def body(carry, start, size, saved):
+        kept, log_scale = saved
         d_kv, d_k_sum, grads = carry
         queries, pull_queries = query_features(plan, inputs, start, size)
         keys, value, pull_keys = key_features(plan, inputs, start, size)
         sight = causal_sight(inputs, start, size)
-        read = read_causal(state, queries, keys, value, sight, plan.precision)
+        read = read_causal_again(kept, queries, keys, value, sight, plan.precision)
         d_numerator, d_denominator = _parts_gradient(
-            plan, inputs, read.denominator, read.log_scale, out, d_out, start, size
+            plan, inputs, kept.denominator, read.log_scale, out, d_out, start, size
         )
         chunk = pull_back_causal(
             queries,
             keys,
             value,
             read,
-            absorb_keys(read.first, keys, sight.enter, sight.keep),
+            absorb_keys(kept.first, keys, sight.enter, sight.keep, log_scale),
             d_numerator,
             d_denominator,
             d_kv,
@@ -135,13 +139,13 @@ def _causal_backward(plan: Plan, residuals: Any, cotangents: Any) -> Inputs:
             sight.enter,
             plan.precision,
         )
-        grads = _add_query_gradient(grads, pull_queries(chunk.queries), start)
-        grads = _add_key_gradient(grads, pull_keys(chunk.keys, chunk.value), start)
+        grads = add_query_gradient(grads, pull_queries(chunk.queries), start)
+        grads = add_key_gradient(grads, pull_keys(chunk.keys, chunk.value), start)
         return chunk.kv, chunk.k_sum, grads
 
-    carry = (d_state.kv, d_state.k_sum, _zero_gradients(inputs))
+    carry = (d_state.kv, d_state.k_sum, zero_gradients(inputs))
     d_kv, d_k_sum, grads = scan_chunks_back(body, carry, saved, length, size, plan.unroll)
-    return _as_cotangent(inputs, grads, LinearAttentionState(d_kv, d_k_sum, None))
+    return as_cotangent(inputs, grads, LinearAttentionState(d_kv, d_k_sum, None))
 
 
 # Bidirectional.
@@ -204,9 +208,9 @@ def _bidirectional_backward(plan: Plan, residuals: Any, cotangents: Any) -> Inpu
         d_k_sum = d_k_sum + jnp.einsum(
             "bkr,bkrm->bkm", d_denominator, read.features, precision=plan.precision
         )
-        return d_kv, d_k_sum, _add_query_gradient(grads, pull_queries(d_queries), start)
+        return d_kv, d_k_sum, add_query_gradient(grads, pull_queries(d_queries), start)
 
-    carry = (d_state.kv, d_state.k_sum, _zero_gradients(inputs))
+    carry = (d_state.kv, d_state.k_sum, zero_gradients(inputs))
     d_kv, d_k_sum, grads = scan_chunks_back(
         read, carry, (None, None), queries_length, min(chunk, queries_length), plan.unroll
     )
@@ -216,7 +220,7 @@ def _bidirectional_backward(plan: Plan, residuals: Any, cotangents: Any) -> Inpu
         # The scale of the final state is an upper bound for every key: nothing overflows.
         absorbed = absorb_keys(state, keys)
         d_keys, d_value = pull_back_absorbed(absorbed, value, d_kv, d_k_sum, plan.precision)
-        return _add_key_gradient(grads, pull_keys(d_keys, d_value), start)
+        return add_key_gradient(grads, pull_keys(d_keys, d_value), start)
 
     grads = scan_chunks_back(
         absorb, grads, (None, None), keys_length, min(chunk, keys_length), plan.unroll
@@ -224,7 +228,7 @@ def _bidirectional_backward(plan: Plan, residuals: Any, cotangents: Any) -> Inpu
     if state.log_scale is not None:
         decay = jnp.exp(inputs.state.log_scale - state.log_scale)
         d_kv, d_k_sum = d_kv * decay[..., None, :], d_k_sum * decay
-    return _as_cotangent(inputs, grads, LinearAttentionState(d_kv, d_k_sum, None))
+    return as_cotangent(inputs, grads, LinearAttentionState(d_kv, d_k_sum, None))
 
 
 def _empty_output(plan: Plan, inputs: Inputs) -> Any:
@@ -271,51 +275,3 @@ def _parts_gradient(
     inverse = safe_inverse(denominator, plan.epsilon)
     slope = inverse_slope(denominator, plan.epsilon)
     return d_rows * inverse[..., None], jnp.einsum("bkrv,bkrv->bkr", d_rows, load(out)) * slope
-
-
-# Gradients are written into buffers as long as the inputs, chunk by chunk.
-
-
-def _zero_gradients(inputs: Inputs) -> Inputs:
-    zeros = functools.partial(jax.tree.map, jnp.zeros_like)
-    # Every entry is overwritten. Different fillings keep XLA from making one array of zeros and
-    # copying it three times.
-    return inputs._replace(
-        query=jnp.full_like(inputs.query, 1),
-        key=jnp.full_like(inputs.key, 2),
-        value=jnp.full_like(inputs.value, 3),
-        parameters=zeros(inputs.parameters),
-        key_bias=zeros(inputs.key_bias),
-    )
-
-
-def _add_query_gradient(grads: Inputs, gradient: Any, start: Array | int) -> Inputs:
-    d_query, d_parameters = gradient
-    return grads._replace(
-        query=store(grads.query, d_query, start),
-        parameters=jax.tree.map(jnp.add, grads.parameters, d_parameters),
-    )
-
-
-def _add_key_gradient(grads: Inputs, gradient: Any, start: Array | int) -> Inputs:
-    d_key, d_value, d_parameters, d_bias = gradient
-    if d_bias is not None:
-        assert grads.key_bias is not None
-        d_bias = store(grads.key_bias, jnp.swapaxes(d_bias, 1, 2), start)
-    return grads._replace(
-        key=store(grads.key, d_key, start),
-        value=store(grads.value, d_value, start),
-        parameters=jax.tree.map(jnp.add, grads.parameters, d_parameters),
-        key_bias=d_bias,
-    )
-
-
-def _as_cotangent(inputs: Inputs, grads: Inputs, d_state: LinearAttentionState) -> Inputs:
-    scale = inputs.state.log_scale
-    return grads._replace(
-        key_mask=None,
-        segment_ids=None,
-        state=LinearAttentionState(
-            d_state.kv, d_state.k_sum, None if scale is None else jnp.zeros_like(scale)
-        ),
-    )

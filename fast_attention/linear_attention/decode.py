@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from fast_attention.array_types import Array, Bool, Float
 from fast_attention.feature_maps.base import FeatureMap, Parameters
 from fast_attention.linear_attention.api import linear_attention
-from fast_attention.linear_attention.chunk import absorb_keys, next_state, read_state
+from fast_attention.linear_attention.chunk_state import absorb_keys, next_state, read_state
 from fast_attention.linear_attention.inputs import Parts, finish
 from fast_attention.linear_attention.state import LinearAttentionState, key_features
 from fast_attention.linear_attention.wrapped_maps import match_scales

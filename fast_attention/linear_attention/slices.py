@@ -1,4 +1,4 @@
-"""Chunks of the inputs in the layout of :mod:`.chunk`, and chunks of outputs back in place.
+"""Chunks of the inputs in the layout of :mod:`.chunk_state`, and chunks of outputs back in place.
 
 Slices are taken from the arrays as they lie, ``[B, T, H, D]``, and only the slice is transposed:
 moving whole arrays first costs a quarter more time on CPU.
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from fast_attention.array_types import Array
 from fast_attention.feature_maps.base import Features
-from fast_attention.linear_attention.chunk import Sight
+from fast_attention.linear_attention.chunk_causal import Sight
 from fast_attention.linear_attention.inputs import Inputs, Plan
 from fast_attention.linear_attention.state import bias_features, mask_features
 
