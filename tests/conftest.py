@@ -3,6 +3,7 @@ import os
 import hypothesis
 import jax
 import matplotlib
+import pytest
 
 if not os.environ.get("JAX_PLATFORMS"):
     jax.config.update("jax_platforms", "cpu")
@@ -16,3 +17,21 @@ matplotlib.use("Agg")
 # The first example of a property compiles, so that no deadline suits all of them.
 hypothesis.settings.register_profile("fast_attention", deadline=None, max_examples=20)
 hypothesis.settings.load_profile("fast_attention")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _compile_once(tmp_path_factory):
+    """Equal programs are compiled once, by whichever worker or started process comes first."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    options = {
+        "jax_compilation_cache_dir": str(folder / "compiled"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in options.items():
+            patch.setenv(name.upper(), str(value))
+            jax.config.update(name, value)
+        yield

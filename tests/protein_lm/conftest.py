@@ -1,9 +1,7 @@
 from pathlib import Path
 
 import gin
-import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from fast_attention.protein_lm import cli
 from fast_attention.protein_lm.corpus import bundled_corpus
@@ -33,26 +31,6 @@ create_learning_rate_scheduler.base_learning_rate = 0.003
 create_learning_rate_scheduler.warmup_steps = 4
 create_learning_rate_scheduler.steps_per_cycle = 100
 """
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _compile_once(tmp_path_factory):
-    """Equal models are compiled once, also by the processes that tests start."""
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in options.items():
-            patch.setenv(name.upper(), str(value))
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(autouse=True)
