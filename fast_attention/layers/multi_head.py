@@ -250,19 +250,17 @@ class MultiHeadAttention(nnx.Module):
         names = _keywords(self.attention_fn)
         if names is None:
             return options
-        conditions = []
+        mask: Any = True
         if "key_mask" in options and "key_mask" not in names:
-            conditions.append(options.pop("key_mask")[:, None, None, :])
+            mask &= options.pop("key_mask")[:, None, None, :]
         if "segment_ids" in options and "segment_ids" not in names:
             ids = options.pop("segment_ids")
-            conditions.append(ids[:, None, :, None] == ids[:, None, None, :])
+            runs = jnp.cumsum(jnp.diff(ids, axis=1, prepend=ids[:, :1]) != 0, axis=1)
+            mask &= runs[:, None, :, None] == runs[:, None, None, :]
         if "is_causal" in options and "is_causal" not in names:
             options.pop("is_causal")
-            conditions.append(jnp.tri(length, dtype=bool)[None, None])
-        for condition in conditions:
-            mask = options.get("mask", True)
-            options["mask"] = jnp.logical_and(mask, condition)
-        return options
+            mask &= jnp.tri(length, dtype=bool)[None, None]
+        return options if mask is True else options | {"mask": mask}
 
     def _decoder(self) -> Any:
         if not self.causal and not getattr(self.attention_fn, "unidirectional", False):

@@ -99,11 +99,14 @@ class LearnedPositions(nnx.Module):
         """
         table = self.table[...]
         if not isinstance(positions, Tracer):
-            low, high = int(jnp.min(positions, initial=0)), int(jnp.max(positions, initial=0))
+            known = np.asarray(positions)  # Under jit, jax would make even a constant unknown.
+            low, high = known.min(initial=0), known.max(initial=0)
             if low < 0 or high >= len(table):
                 raise ValueError(
                     f"Positions {low} to {high} are not all in the learned table of max_len="
                     f"{len(table)}: use shorter inputs, a larger max_len, or positions without a "
                     "table ('rotary', 'sinusoidal')."
                 )
-        return jnp.take(table, positions, axis=0, mode="fill", fill_value=jnp.nan)
+        index = jnp.asarray(positions, jnp.int32)
+        index = jnp.where(index < 0, len(table), index)  # Negative ones would count from the end.
+        return jnp.take(table, index, axis=0, mode="fill", fill_value=jnp.nan)

@@ -33,7 +33,7 @@ class TransformerConfig:
       shift_tokens: Half of the channels into every attention and feed-forward part come from the
         position before; causal models only.
       activation: A key of `fast_attention.layers.ACTIVATIONS`.
-      dtype: To compute in; parameters, logits and decoding states are float32.
+      dtype: To compute in; parameters, logits and decoding states of attention are float32.
     """
 
     vocab_size: int

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jax.core import Tracer
@@ -75,7 +76,7 @@ def generate(
 
     Args:
       model: A causal `Transformer` whose attention function decodes.
-      prompt: ``[B, P]`` ids, P at least 1.
+      prompt: ``[B, P]`` ids, P at least 1; padding may be any integers.
       key: Random key; equal keys give equal tokens. Token n of the output is drawn with
         ``jax.random.fold_in(key, n)``.
       max_new_tokens: N.
@@ -137,6 +138,8 @@ def _generate(
 ) -> Array:
     model = nnx.merge(graphdef, variables)
     batch, length = prompt.shape
+    if mask is not None:
+        prompt = jnp.where(mask, prompt, 0)  # Padding may be no token at all.
     steps = options.max_new_tokens
     # The last token is drawn and never read.
     state = model.init_state(batch, length + steps - 1)
@@ -215,7 +218,7 @@ def _check(
             raise ValueError(
                 f"prompt_mask must have the shape of the prompt, {prompt.shape}, got {mask.shape}."
             )
-        if not isinstance(mask, Tracer) and not bool(mask.any(axis=1).all()):
+        if not isinstance(prompt_mask, Tracer) and not np.asarray(prompt_mask).any(1).all():
             raise ValueError("prompt_mask hides a whole row: each needs at least one token.")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
@@ -224,6 +227,12 @@ def _check(
             f"repetition_window must be at least 1, or None for all, got {repetition_window}."
         )
     size = model.config.vocab_size
+    if not isinstance(prompt, Tracer) and not isinstance(prompt_mask, Tracer):
+        shown = np.asarray(prompt)
+        shown = shown if prompt_mask is None else shown[np.asarray(prompt_mask, bool)]
+        low, high = shown.min(initial=0), shown.max(initial=0)
+        if low < 0 or high >= size:
+            raise ValueError(f"prompt must hold tokens, 0 to {size - 1}, got {low} to {high}.")
     for name, token in (("eos_token", eos_token), ("pad_token", pad_token)):
         if token is not None and not 0 <= token < size:
             raise ValueError(f"{name} must be a token, 0 to {size - 1}, got {token}.")

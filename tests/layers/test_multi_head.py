@@ -1,0 +1,204 @@
+"""Multi-head attention against one head and one position at a time, and the laws of its state."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from fast_attention import make_fast_softmax_attention
+from fast_attention.layers import MultiHeadAttention, Projection, redraw
+from tests.layers import definitions
+from tests.layers.definitions import compiled, draw, filled
+
+B, T, M = 2, 7, 6
+X = draw(B, T, M)
+
+
+def build(attention_fn=None, *, num_heads=4, **options: Any):
+    options = {"qkv_features": 16, "num_kv_heads": 2} | options
+
+    def make():
+        return MultiHeadAttention(
+            M, num_heads, attention_fn=attention_fn, rngs=nnx.Rngs(0), **options
+        )
+
+    return filled(make)
+
+
+def fast(**options):
+    return make_fast_softmax_attention(nb_features=6, **options)
+
+
+def masks_only(query, key, value, mask=None):
+    """An attention function that knows nothing of causality, padding and segments."""
+    return nnx.dot_product_attention(query, key, value, mask=mask)
+
+
+def estimate(module):
+    """The kernel of positive features with the module's own projection."""
+    rows = definitions.array(module.projection)
+
+    def features(x):
+        x = x / len(x) ** 0.25
+        return np.exp(rows @ x - x @ x / 2)
+
+    return lambda query, key: features(query) @ features(key)
+
+
+FUNCTIONS = {"exact": None, "flax": nnx.dot_product_attention, "masks_only": masks_only}
+
+
+@pytest.mark.parametrize("rotary", [False, True])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_equals_the_definition_with_grouped_queries_segments_and_hidden_keys(name, rotary):
+    options = {"causal": rotary, "rotary": rotary}
+    layer = build(FUNCTIONS[name], use_bias=rotary, **options)
+    # The last run has the id of the first one and is another sequence all the same.
+    ids = np.array([[1, 1, 1, 2, 2, 1, 1], [3, 3, 3, 3, 3, 3, 3]])
+    shown = np.array([[True, True, False, True, True, True, True], [True] * 5 + [False] * 2])
+    positions = np.array([[0, 1, 2, 0, 1, 0, 1], [4, 5, 6, 7, 8, 9, 10]])
+    runs = np.cumsum(np.diff(ids, prepend=0) != 0, axis=1)
+    visible = (runs[:, :, None] == runs[:, None, :]) & shown[:, None, :]
+
+    out = compiled(layer)(X, positions=positions, segment_ids=ids, key_mask=shown)
+    for row in range(B):
+        expected = definitions.attention(
+            layer, X[row], 4, positions=positions[row], visible=visible[row], **options
+        )
+        np.testing.assert_allclose(out[row][shown[row]], expected[shown[row]], atol=2e-6)
+
+
+def test_random_features_use_the_layers_own_projection_also_after_a_redraw():
+    layer = build(fast(), causal=True)
+    call = compiled(lambda layer: layer(X[:1])[0])
+
+    def define(layer):
+        return definitions.attention(layer, X[0], 4, causal=True, kernel=estimate(layer))
+
+    before = call(layer)
+    np.testing.assert_allclose(before, define(layer), atol=5e-6)
+    redraw(layer, nnx.Rngs(0))
+    after = call(layer)
+    np.testing.assert_allclose(after, define(layer), atol=5e-6)
+    assert np.max(np.abs(after - before)) > 0.01
+
+
+@pytest.mark.parametrize("name", ["exact", "fast"])
+def test_steps_from_an_empty_state_equal_the_whole_and_end_in_the_state_of_a_prefill(name):
+    layer = build(None if name == "exact" else fast(), causal=True, rotary=True)
+    places = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
+
+    def one_by_one(x):
+        def step(state, token):
+            x, place = token
+            out, state = layer.step(state, x, positions=place)
+            return state, out
+
+        tokens = jnp.swapaxes(x, 0, 1), places.T
+        state, out = jax.lax.scan(step, layer.init_state(B, T), tokens)
+        return jnp.swapaxes(out, 0, 1), state
+
+    @compiled
+    def three_ways(x):
+        return (
+            one_by_one(x),
+            layer.prefill(layer.init_state(B, T), x, positions=places),
+            layer(x),
+        )
+
+    (stepped, by_steps), (prefilled, by_prefill), whole = three_ways(X)
+    np.testing.assert_allclose(stepped, whole, atol=5e-6)
+    np.testing.assert_allclose(prefilled, whole, atol=5e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-6), by_steps, by_prefill)
+
+
+def test_gradients_reach_every_parameter_and_not_the_projection():
+    layer = build(fast(), causal=True, rotary=True)
+
+    @compiled
+    @nnx.grad
+    def gradient(layer):
+        return jnp.sum(layer(X) ** 2)
+
+    leaves = {jax.tree_util.keystr(path): x for path, x in nnx.to_flat_state(gradient(layer))}
+    assert len(leaves) == 4
+    assert all(np.all(np.isfinite(x[...])) and np.all(x[...] != 0) for x in leaves.values())
+
+
+def test_dropout_follows_its_key_differs_between_rows_and_is_off_when_deterministic():
+    layer, without = build(dropout_rate=0.5), build()
+    x = np.broadcast_to(X[:1], X.shape)
+
+    @compiled
+    def dropped(seed):
+        return layer(x, deterministic=False, rngs=nnx.Rngs(dropout=jax.random.key(seed)))
+
+    first, other = dropped(0), dropped(1)
+    np.testing.assert_array_equal(first, dropped(0))
+    assert np.all(np.abs(first - other).max((1, 2)) > 0.1)
+    assert np.max(np.abs(first[0] - first[1])) > 0.1
+    np.testing.assert_array_equal(layer(x), without(x, deterministic=False))
+    with pytest.raises(ValueError, match="dropout_rate=0.5 needs rngs"):
+        layer(x, deterministic=False)
+
+
+@pytest.mark.parametrize("name", ["exact", "fast"])
+def test_computes_in_its_dtype_and_keeps_a_float32_state(name):
+    layer = build(None if name == "exact" else fast(), causal=True, dtype=jnp.bfloat16)
+    assert jax.eval_shape(layer, X).dtype == jnp.bfloat16
+    state = jax.eval_shape(lambda: layer.init_state(B, T))
+    out, after = jax.eval_shape(layer.step, state, X[:, 0])
+    assert out.dtype == jnp.bfloat16
+    assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, state)
+    assert all(x.dtype != jnp.bfloat16 for x in jax.tree.leaves((after, nnx.state(layer))))
+
+
+def test_every_layer_of_a_stack_is_redrawn_by_itself():
+    stack = build(fast())
+    stack.projection = Projection(jnp.zeros((3, 6, 4)))
+    nnx.jit(redraw)(stack, nnx.Rngs(1))
+    drawn = np.asarray(stack.projection[...])
+    assert drawn.shape == (3, 6, 4) and np.all(drawn.any((1, 2)))
+    assert len({x.tobytes() for x in drawn}) == 3
+
+
+def test_exact_attention_has_no_projection_and_a_redraw_leaves_it_alone():
+    layer = build()
+    before = jax.tree.leaves(nnx.state(layer))
+    redraw(layer, nnx.Rngs(1))
+    assert layer.projection is None and not nnx.state(layer, Projection)
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.leaves(nnx.state(layer)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"qkv_features": 10}, "qkv_features=10 must be a multiple of num_heads=4"),
+        ({"num_heads": 0}, "num_heads=0"),
+        ({"num_kv_heads": 3}, "num_heads=4 must be a multiple of num_kv_heads=3"),
+        ({"num_kv_heads": 0}, "num_kv_heads=0"),
+    ],
+)
+def test_heads_that_do_not_divide_are_an_error(options, message):
+    with pytest.raises(ValueError, match=message):
+        build(**options)
+
+
+def test_what_cannot_decode_says_why():
+    with pytest.raises(ValueError, match="causal=True"):
+        build().init_state(B, T)
+    assert build(fast(unidirectional=True)).init_state(B, T) is not None
+    with pytest.raises(TypeError, match="masks_only.* cannot decode"):
+        build(masks_only, causal=True).init_state(B, T)
+
+
+def test_decoding_with_rotation_needs_positions():
+    layer = build(causal=True, rotary=True)
+    state = layer.init_state(B, T)
+    with pytest.raises(ValueError, match="need positions="):
+        layer.prefill(state, X)
+    with pytest.raises(ValueError, match="need positions="):
+        layer.step(state, X[:, 0])

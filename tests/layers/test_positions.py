@@ -1,0 +1,92 @@
+"""Positions against their formulas, and the laws of rotation and of the learned table."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from fast_attention.layers import LearnedPositions, rotate, sinusoids
+from tests.layers import definitions
+from tests.layers.definitions import compiled, draw
+
+# Packed rows: positions start again, and far ones have large angles.
+POSITIONS = np.array([[0, 1, 2, 0, 1], [7, 300, 0, 2, 1]])
+
+
+@pytest.mark.parametrize("features", [1, 6, 7])
+def test_sinusoids_equal_the_definition(features):
+    out = jax.jit(sinusoids, static_argnums=1)(POSITIONS, features)
+    assert out.shape == (*POSITIONS.shape, features) and out.dtype == jnp.float32
+    expected = definitions.sinusoids(POSITIONS.ravel(), features)
+    np.testing.assert_allclose(out, expected.reshape(out.shape), atol=2e-6)
+
+
+@pytest.mark.parametrize("base", [10000.0, 50.0])
+def test_rotation_equals_complex_multiplication(base):
+    x = draw(2, 5, 3, 6)
+    out = compiled(rotate)(x, POSITIONS, base)
+    expected = [definitions.rotate(*row, base) for row in zip(x, POSITIONS, strict=True)]
+    np.testing.assert_allclose(out, expected, atol=6e-6)
+
+
+def test_rotated_products_depend_on_distances_alone():
+    query, key = draw(2, 1, 4, 1, 8)
+
+    @compiled
+    def products(start):
+        positions = jnp.arange(4)[None] + start
+        turned = [rotate(x, positions)[0, :, 0] for x in (query, key)]
+        return turned[0] @ turned[1].T
+
+    np.testing.assert_allclose(products(37), products(0), atol=5e-6)
+    assert np.max(np.abs(products(0) - query[0, :, 0] @ key[0, :, 0].T)) > 0.5
+
+
+def test_one_token_a_row_is_rotated_by_its_own_position():
+    x = draw(3, 2, 4)
+    positions = jnp.array([0, 4, 9])
+    out = compiled(rotate)(x, positions)
+    np.testing.assert_allclose(out, definitions.rotate(x, positions), atol=1e-6)
+    np.testing.assert_array_equal(out[0], x[0])
+
+
+def test_rotation_keeps_the_dtype():
+    x = jnp.ones((1, 2, 1, 4), jnp.bfloat16)
+    assert jax.eval_shape(rotate, x, jnp.ones((1, 2), int)).dtype == jnp.bfloat16
+
+
+def test_an_odd_width_cannot_be_rotated():
+    with pytest.raises(ValueError, match="D must be even, got 5"):
+        rotate(jnp.ones((1, 2, 1, 5)), jnp.zeros((1, 2), int))
+
+
+def test_learned_positions_are_sinusoids_at_first_and_parameters_after():
+    layer = LearnedPositions(5, 6)
+    places = jnp.array([[4, 0, 2, 2]])
+    expected = definitions.sinusoids([4, 0, 2, 2], 6)
+    np.testing.assert_allclose(layer(places)[0], expected, atol=1e-6)
+
+    @compiled
+    @nnx.grad
+    def gradient(layer):
+        return jnp.sum(layer(places))
+
+    counts = np.array([1.0, 0, 2, 0, 1])[:, None]
+    np.testing.assert_array_equal(gradient(layer).table[...], np.tile(counts, 6))
+
+
+@pytest.mark.parametrize(
+    ("places", "message"), [([[0, 5]], "Positions 0 to 5.*max_len=5"), ([[-1, 2]], "Positions -1")]
+)
+def test_positions_outside_the_table_are_an_error_or_nan_but_never_another_row(places, message):
+    layer, places = LearnedPositions(5, 3), jnp.array(places)
+    with pytest.raises(ValueError, match=message):
+        layer(places)
+    out = np.asarray(compiled(layer)(places))
+    outside = (np.asarray(places) < 0) | (np.asarray(places) >= 5)
+    assert np.isnan(out[outside]).all() and np.isfinite(out[~outside]).all()
+
+
+def test_no_positions_are_no_error():
+    assert LearnedPositions(5, 3)(jnp.zeros((2, 0), int)).shape == (2, 0, 3)
