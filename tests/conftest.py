@@ -9,6 +9,8 @@ if not os.environ.get("JAX_PLATFORMS"):
     jax.config.update("jax_platforms", "cpu")
 # Sharding tests need several devices; a CPU can stand for four.
 jax.config.update("jax_num_cpu_devices", 4)
+# On fewer cores than devices, steps in flight can starve a collective until XLA ends the process.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
 # A silent broadcast of [T] against [B, T] is a bug more often than a wish.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -21,12 +23,9 @@ hypothesis.settings.load_profile("fast_attention")
 
 @pytest.fixture(autouse=True, scope="session")
 def _compile_once(tmp_path_factory):
-    """Equal programs are compiled once, by whichever worker or started process comes first."""
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
+    """Equal programs are compiled once, also by the processes that tests start."""
     options = {
-        "jax_compilation_cache_dir": str(folder / "compiled"),
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }

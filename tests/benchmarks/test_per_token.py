@@ -17,8 +17,13 @@ def test_baseline_agrees_with_linear_attention():
         0.5 * jax.random.normal(key, (2, 9, 2, 8)) for key in jax.random.split(jax.random.key(1), 3)
     ]
 
-    def loss(function):
-        return jax.jit(jax.grad(lambda *x: (function(*x) ** 2).sum(), argnums=(0, 1, 2)))
+    def with_gradients(function):
+        def loss(*arrays):
+            out = function(*arrays)
+            return (out**2).sum(), out
+
+        gradients, out = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*arrays)
+        return out, *gradients
 
     def ours(q, k, v):
         return linear_attention(
@@ -28,6 +33,7 @@ def test_baseline_agrees_with_linear_attention():
     def theirs(q, k, v):
         return per_token.attention(q, k, v, projection)
 
-    np.testing.assert_allclose(ours(*arrays), theirs(*arrays), rtol=1e-4, atol=1e-5)
-    for a, b in zip(loss(ours)(*arrays), loss(theirs)(*arrays), strict=True):
+    found, expected = with_gradients(ours), with_gradients(theirs)
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-4, atol=1e-5)
+    for a, b in zip(found[1:], expected[1:], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)

@@ -202,7 +202,7 @@ def test_redrawing_follows_the_dropout_key_and_stops_at_evaluation(host):
 # Transformations
 
 
-def test_eager_vmap_remat_and_scan_change_nothing(host):
+def test_eager_and_vmap_change_nothing(host):
     parameters, compiled, _ = pair(host, SOFTMAX, unidirectional=True)
     _, apply = host.build(SOFTMAX.make(unidirectional=True))
     x, mask = inputs(), jnp.arange(LENGTH)[None, None, None] < 8
@@ -211,25 +211,10 @@ def test_eager_vmap_remat_and_scan_change_nothing(host):
     assert_close(apply(parameters, x, mask=mask), expected)
     assert_close(jax.vmap(lambda row: compiled(parameters, row, mask=mask[0]))(x), expected)
 
-    def twice(block):
-        return jax.jit(jax.grad(lambda x: jnp.sum(block(block(x)) ** 2)))(x)
 
-    plain = twice(lambda x: apply(parameters, x, mask=mask))
-    saved = twice(jax.checkpoint(lambda x: apply(parameters, x, mask=mask)))
-    assert_close(saved, plain, tolerance=1e-4)
-
-    def scanned(x):
-        stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), parameters)
-        last, _ = jax.lax.scan(lambda x, layer: (apply(layer, x, mask=mask), None), x, stacked)
-        return jnp.sum(last**2)
-
-    assert_close(jax.jit(jax.grad(scanned))(x), plain, tolerance=1e-4)
-
-
-@directions
-def test_no_tracer_leaks(host, unidirectional):
+def test_no_tracer_leaks(host):
     parameters, apply = host.build(
-        SOFTMAX.make(unidirectional=unidirectional, projection_matrix=None), dropout_rate=0.1
+        SOFTMAX.make(unidirectional=True, projection_matrix=None), dropout_rate=0.1
     )
     mask = jnp.arange(LENGTH)[None, None, None] < 8
 
