@@ -120,6 +120,8 @@ class SoftmaxAttention:
             input_positions=input_positions,
             projection=projection,
         )
+        if segment_ids is not None:
+            segment_ids = _of_queries("segment_ids", segment_ids, query)
         dtype = jnp.result_type(query, key, value, float) if dtype is None else dtype
         query, key, value = (x.astype(dtype) for x in (query, key, value))
         axes, unfolded = attended_axes(query.ndim, axis), query.shape
@@ -294,6 +296,15 @@ def _refuse(**options: Any) -> None:
                 f"Exact attention does not take {name}: leave it out"
                 + (f" ({advice[name]})." if name in advice else ".")
             )
+
+
+def _of_queries(name: str, x: Array, query: Array) -> Array:
+    shape = query.shape[:-2]
+    if x.ndim != len(shape) or any(n not in (1, m) for n, m in zip(x.shape, shape, strict=True)):
+        raise ValueError(
+            f"{name} must have the shape of query without heads and width, {shape}, got {x.shape}."
+        )
+    return jnp.broadcast_to(x, shape)
 
 
 def _check_shapes(query: Array, key: Array, value: Array) -> None:

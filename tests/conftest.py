@@ -11,6 +11,8 @@ if not os.environ.get("JAX_PLATFORMS"):
 jax.config.update("jax_num_cpu_devices", 4)
 # On fewer cores than devices, steps in flight can starve a collective until XLA ends the process.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
+# Most of the time of the suite is XLA's; where its optimisations matter, `optimized` has them back.
+jax.config.update("jax_disable_most_optimizations", True)
 # A silent broadcast of [T] against [B, T] is a bug more often than a wish.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -28,9 +30,18 @@ def _compile_once(tmp_path_factory):
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
+        "jax_disable_most_optimizations": True,
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in options.items():
             patch.setenv(name.upper(), str(value))
             jax.config.update(name, value)
         yield
+
+
+@pytest.fixture(scope="module")
+def optimized():
+    """Programs are compiled as users have them."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)

@@ -12,6 +12,8 @@ from tests.fixtures.compare import close
 from tests.fixtures.kernels import kernel
 from tests.fixtures.registry import NOT_BUILT, PASSED, run_file
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 FOLDER = Path(__file__).parent / "data" / "fixtures"
 FILES = fixture_files(FOLDER)
 # Packages whose models later work rebuilds; a file that starts to pass leaves this list.

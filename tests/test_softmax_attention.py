@@ -351,6 +351,8 @@ def test_leaks_no_tracer_under_jit_grad_vmap_and_remat():
         ({"qk_attn_weights_einsum": jnp.einsum}, "does not take qk_attn_weights_einsum"),
         ({"mask": jnp.ones((3, 11), bool)}, "mask must broadcast"),
         ({"key_mask": jnp.ones((2, 10), bool)}, "key_mask must broadcast"),
+        ({"segment_ids": jnp.ones((2, 10), int)}, r"segment_ids must .* \(2, 11\), got \(2, 10\)"),
+        ({"segment_ids": jnp.ones(11, int)}, "segment_ids must have the shape"),
         ({"axis": 2}, "axis must name"),
     ],
 )
