@@ -7,10 +7,6 @@ import pytest
 
 if not os.environ.get("JAX_PLATFORMS"):
     jax.config.update("jax_platforms", "cpu")
-# Sharding tests need several devices; a CPU can stand for four.
-jax.config.update("jax_num_cpu_devices", 4)
-# On fewer cores than devices, steps in flight can starve a collective until XLA ends the process.
-jax.config.update("jax_cpu_enable_async_dispatch", False)
 # Most of the time of the suite is XLA's; where its optimisations matter, `optimized` has them back.
 jax.config.update("jax_disable_most_optimizations", True)
 # A silent broadcast of [T] against [B, T] is a bug more often than a wish.

@@ -40,6 +40,8 @@ def test_gradients_are_products_of_matrices():
     np.testing.assert_allclose(by_x, cotangent @ np.asarray(layer.kernel[...]).T, atol=1e-6)
 
 
+@pytest.mark.devices
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
 def test_an_output_sharding_is_honoured_on_the_unflattened_output():
     mesh = jax.make_mesh((2,), ("length",), axis_types=(AxisType.Explicit,))
     spec = PartitionSpec(None, "length", None)

@@ -206,6 +206,7 @@ def test_under_every_transformation(implementation):
     cases.assert_close((value, grads), expected, 1e-4)
 
 
+@pytest.mark.devices
 @pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
 def test_sharded_batch_is_one_device():
     q, k, v = cases.qkv(length=4, batch=4)

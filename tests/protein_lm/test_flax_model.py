@@ -46,6 +46,7 @@ def packed_batch(second: str):
     }
 
 
+@pytest.mark.devices
 def test_training_resumes_from_its_state():
     """Two fits are one; a step depends on nothing but the state and the batch."""
     batches = [packed_batch(second) for second in ("ACDEF", "WWHHG", "LLLLL", "ACDEF")]

@@ -108,13 +108,13 @@ def test_an_interrupted_run_resumes_as_if_nothing_had_happened(
 
 
 def test_another_number_of_devices_is_refused(lm_run, train_arguments, tmp_path):
-    """Its batches would be others: the process that resumes has one device, this one four."""
+    """Its batches would be others."""
     shutil.copytree(lm_run, tmp_path / "run")
     (tmp_path / "run" / "result.json").unlink()
-    process = start(train_arguments(tmp_path / "run"))
+    process = start(train_arguments(tmp_path / "run"), JAX_NUM_CPU_DEVICES="2")
     _, told = process.communicate()
     assert process.returncode == 1
-    assert "16 rows" in told and "device count of this machine (1)" in told
+    assert "4 rows" in told and "device count of this machine (2)" in told
 
 
 def test_a_killed_run_resumes_as_if_nothing_had_happened(train_arguments, tmp_path):
@@ -166,14 +166,14 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(train_arguments, tmp_pa
     assert steps_of(killed, "train") == list(range(5, 101, 5))
 
 
-def start(arguments: list[str]) -> subprocess.Popen:
+def start(arguments: list[str], **environment: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "fast_attention.protein_lm", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         cwd=Path(__file__).parents[2],
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
     )
 
 
