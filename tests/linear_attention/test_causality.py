@@ -11,6 +11,9 @@ from fast_attention import make_fast_generalized_attention, make_fast_softmax_at
 from fast_attention.linear_attention import IMPLEMENTATIONS
 from tests.linear_attention import cases
 
+# Rounding and memory are those of programs as users have them.
+pytestmark = pytest.mark.usefixtures("optimized")
+
 T = 18
 softmax = functools.partial(
     make_fast_softmax_attention, cases.D, nb_features=cases.M, unidirectional=True

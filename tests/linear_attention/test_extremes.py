@@ -13,6 +13,9 @@ from fast_attention.linear_attention.inputs import Inputs, Plan
 from fast_attention.linear_attention.state import empty_state
 from tests.linear_attention import cases
 
+# Rounding and memory are those of programs as users have them.
+pytestmark = pytest.mark.usefixtures("optimized")
+
 B, T, K, D, M, CHUNK = 2, 24, 2, 16, 32, 8
 MAP = PositiveFeatures(M)
 HUGE = 200 * D**0.5  # A squared norm of 200 after scaling by D^(-1/4).

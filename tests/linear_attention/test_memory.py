@@ -8,6 +8,9 @@ from fast_attention.feature_maps import PositiveFeatures
 from fast_attention.linear_attention import linear_attention
 from tests.linear_attention import cases
 
+# Rounding and memory are those of programs as users have them.
+pytestmark = pytest.mark.usefixtures("optimized")
+
 T, H, D, M = 4096, 2, 64, 128
 FLOAT = 4
 

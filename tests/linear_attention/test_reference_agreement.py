@@ -9,6 +9,9 @@ import pytest
 from fast_attention.linear_attention import IMPLEMENTATIONS, linear_attention
 from tests.linear_attention import cases
 
+# Rounding and memory are those of programs as users have them.
+pytestmark = pytest.mark.usefixtures("optimized")
+
 OTHERS = [name for name in IMPLEMENTATIONS if name != "reference"]
 
 
