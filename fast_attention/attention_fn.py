@@ -28,6 +28,8 @@ from fast_attention.feature_maps import (
     elementwise_map,
 )
 from fast_attention.feature_maps.elementwise import Kernel, relu
+from fast_attention.linear_attention.checks import check_saved_states
+from fast_attention.linear_attention.inputs import SavedStates
 
 Estimator = Literal["favor+", "hyperbolic", "trigonometric"]
 
@@ -52,6 +54,7 @@ def make_fast_softmax_attention(
     projection_matrix: Array | None = None,
     chunk_size: int | None = None,
     implementation: str | None = None,
+    saved_states: SavedStates | None = None,
     check_masks: bool = False,
 ) -> FastAttention:
     """Returns an attention function that estimates softmax attention in linear time (FAVOR+).
@@ -78,6 +81,7 @@ def make_fast_softmax_attention(
       projection_matrix: an explicit fixed projection ``[M, D]``.
       chunk_size: positions handled at once; None for the implementation's own.
       implementation: see :func:`fast_attention.linear_attention`.
+      saved_states: "all" or a "few" (less memory in the backward pass), see there.
       check_masks: check masks given under jit when the program runs (debugging).
 
     Raises:
@@ -91,6 +95,7 @@ def make_fast_softmax_attention(
             f"{estimator!r} was asked for; give only one of the two."
         )
     _check_options(nb_features, numerical_stabilizer, lax_scan_unroll, chunk_size, qkv_dim)
+    check_saved_states(saved_states)
     projection = _projection_name(ortho_features, ortho_scaling)
     if estimator == "favor+":
         feature_map: FeatureMap = PositiveFeatures(nb_features, projection)
@@ -118,6 +123,7 @@ def make_fast_softmax_attention(
         chunk_size=chunk_size,
         unroll=lax_scan_unroll,
         implementation=implementation,
+        saved_states=saved_states,
         check_masks=check_masks,
     )
 
@@ -140,6 +146,7 @@ def make_fast_generalized_attention(
     projection_matrix: Array | None = None,
     chunk_size: int | None = None,
     implementation: str | None = None,
+    saved_states: SavedStates | None = None,
     check_masks: bool = False,
 ) -> FastAttention:
     """Returns linear attention with the kernel ``phi(q) . phi(k)``, ``phi(x) = f(W x) + epsilon``.
@@ -165,12 +172,14 @@ def make_fast_generalized_attention(
       projection_matrix: an explicit fixed projection ``[M, D]``, for "iid" and "ortho".
       chunk_size: positions handled at once; None for the implementation's own.
       implementation: see :func:`fast_attention.linear_attention`.
+      saved_states: "all" or a "few" (less memory in the backward pass), see there.
       check_masks: check masks given under jit when the program runs (debugging).
 
     Raises:
       ValueError: for options that do not fit together or are out of range.
     """
     _check_options(nb_features, numerical_stabilizer, lax_scan_unroll, chunk_size, qkv_dim)
+    check_saved_states(saved_states)
     if features_type not in ("deterministic", "iid", "ortho"):
         raise ValueError(
             f"features_type must be 'deterministic', 'iid' or 'ortho', got {features_type!r}."
@@ -200,6 +209,7 @@ def make_fast_generalized_attention(
         chunk_size=chunk_size,
         unroll=lax_scan_unroll,
         implementation=implementation,
+        saved_states=saved_states,
         check_masks=check_masks,
     )
 

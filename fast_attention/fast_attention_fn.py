@@ -24,6 +24,7 @@ from fast_attention.linear_attention import (
     prefill,
     step,
 )
+from fast_attention.linear_attention.inputs import SavedStates
 from fast_attention.masks import key_bias_from_bias, key_mask_from_mask
 
 
@@ -46,6 +47,7 @@ class FastAttention:
       chunk_size: positions handled at once, None for the default of the implementation.
       unroll: chunks unrolled in the compiled loop.
       implementation: of :func:`fast_attention.linear_attention`.
+      saved_states: of the same.
       check_masks: check masks given under jit when the program runs.
     """
 
@@ -60,6 +62,7 @@ class FastAttention:
     chunk_size: int | None = None
     unroll: int = 1
     implementation: str | None = None
+    saved_states: SavedStates | None = None
     check_masks: bool = False
 
     def __call__(
@@ -169,6 +172,7 @@ class FastAttention:
             chunk_size=self.chunk_size,
             unroll=self.unroll,
             implementation=self.implementation,
+            saved_states=self.saved_states,
             precision=precision,
         )
         return unfold_axes(out, axes, unfolded)

@@ -271,6 +271,11 @@ def test_unknown_keywords_are_type_errors():
         (softmax, {"ortho_scaling": 0.5}, "ortho_scaling must be 0 .* or 1"),
         (softmax, {"nb_features": 0}, "nb_features must be a positive whole number, got 0"),
         (softmax, {"chunk_size": 1.5}, "chunk_size must be a positive whole number"),
+        (
+            softmax,
+            {"saved_states": "none"},
+            "'all', 'few' or None, got 'none'",
+        ),
         (softmax, {"lax_scan_unroll": 0}, "lax_scan_unroll"),
         (softmax, {"numerical_stabilizer": -1.0}, "at least 0, got -1"),
         (softmax, {"projection_matrix": jnp.ones((4, 7))}, r"= \[M, 8\], got shape \(4, 7\)"),

@@ -15,13 +15,14 @@ from fast_attention.feature_maps.base import FeatureMap, Parameters
 from fast_attention.linear_attention import chunked, reference
 from fast_attention.linear_attention.checks import (
     broadcast_segments,
+    check_saved_states,
     check_shapes,
     check_state,
     per_key,
     promote_floating,
     split_bias,
 )
-from fast_attention.linear_attention.inputs import Inputs, Plan
+from fast_attention.linear_attention.inputs import Inputs, Plan, SavedStates
 from fast_attention.linear_attention.segments import attend_within_segments
 from fast_attention.linear_attention.state import LinearAttentionState, empty_state
 from fast_attention.linear_attention.wrapped_maps import match_scales, with_position_scale
@@ -55,6 +56,7 @@ def linear_attention(
     epsilon: float = ...,
     chunk_size: int | None = ...,
     unroll: int = ...,
+    saved_states: SavedStates | None = ...,
     implementation: str | Sequence[str] | None = ...,
     precision: jax.lax.PrecisionLike = ...,
 ) -> Array: ...
@@ -78,6 +80,7 @@ def linear_attention(
     epsilon: float = ...,
     chunk_size: int | None = ...,
     unroll: int = ...,
+    saved_states: SavedStates | None = ...,
     implementation: str | Sequence[str] | None = ...,
     precision: jax.lax.PrecisionLike = ...,
 ) -> tuple[Array, LinearAttentionState]: ...
@@ -100,6 +103,7 @@ def linear_attention(
     epsilon: float = 0.0,
     chunk_size: int | None = None,
     unroll: int = 1,
+    saved_states: SavedStates | None = None,
     implementation: str | Sequence[str] | None = None,
     precision: jax.lax.PrecisionLike = None,
 ) -> Array | tuple[Array, LinearAttentionState]:
@@ -138,6 +142,10 @@ def linear_attention(
         positive maps; for signed ones it bounds outputs where a denominator vanishes.
       chunk_size: positions handled at once (1: token by token); None for the implementation's own.
       unroll: chunks unrolled in the compiled loop.
+      saved_states: what the backward pass of causal attention finds when it starts: "all" states
+        between chunks (``T K V M / C`` numbers), or a "few", about the square root of that many
+        chunks, from which it computes the others again, group by group; None for "all" of short
+        sequences and a "few" of long ones.
       implementation: a name of :data:`IMPLEMENTATIONS`, several to try in order, or None for the
         best of the platform.
       precision: of products of features and values; exponents are computed at the highest.
@@ -157,6 +165,7 @@ def linear_attention(
     for name, number in (("chunk_size", chunk_size), ("unroll", unroll)):
         if number is not None and number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}.")
+    check_saved_states(saved_states)
     if key_bias is not None:
         feature_map = with_position_scale(feature_map)
     feature_map, initial_state = match_scales(feature_map, initial_state)
@@ -199,6 +208,7 @@ def linear_attention(
         epsilon=epsilon,
         chunk_size=chunk_size,
         unroll=unroll,
+        saved_states=saved_states,
         precision=precision,
     )
     out, state = _compiled(plan, inputs, _names(implementation))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from fast_attention.array_types import Array
 from fast_attention.feature_maps.base import Features
-from fast_attention.linear_attention.chunk_causal import CausalRead, first_key_features
+from fast_attention.linear_attention.chunk_causal import CausalRead, Past, first_key_features
 from fast_attention.linear_attention.chunk_state import Absorbed
 
 
@@ -27,6 +27,7 @@ def pull_back_causal(
     queries: Features,
     keys: Features,
     value: Array,
+    past: Past,
     read: CausalRead,
     absorbed: Absorbed,
     d_numerator: Array,
@@ -42,7 +43,8 @@ def pull_back_causal(
       queries: features given to :func:`read_causal`.
       keys: features given to it.
       value: values given to it.
-      read: what it returned.
+      past: the state read.
+      read: what :func:`read_causal` returned.
       absorbed: what :func:`absorb_keys` returned for the keys after the first.
       d_numerator: cotangent of ``read.numerator``.
       d_denominator: cotangent of ``read.kept.denominator``.
@@ -69,7 +71,7 @@ def pull_back_causal(
     if read.gain is not None:
         d_numerator = d_numerator * read.gain[..., None]
         d_denominator = d_denominator * read.gain
-    first, old = read.kept.first, read.kept.old
+    first, old = past.first, past.old
     first_key = first_key_features(first, keys)
     d_read = d_read + einsum("bkrv,bkvm->bkrm", d_numerator, first.kv)
     d_read = d_read + d_denominator[..., None] * first.k_sum[..., None, :]

@@ -42,20 +42,30 @@ class Sight(NamedTuple):
     keep: Array | None = None
 
 
-class Kept(NamedTuple):
-    """What the backward pass keeps of a causal chunk: the state its rows read, and constants.
+class Past(NamedTuple):
+    """The state that the rows of a causal chunk read, and its scales.
 
     Attributes:
       first: the state with the chunk's first key added.
       old: factor on the state before, ``[B, K, N]``, or None for 1.
+      log_scale: scale of the state after the chunk, ``[B, K, N]``, or None.
+    """
+
+    first: LinearAttentionState
+    old: Array | None
+    log_scale: Array | None
+
+
+class Kept(NamedTuple):
+    """What the backward pass keeps of the rows and keys of a causal chunk.
+
+    Attributes:
       row_max: as in :class:`Read`.
       key_max: largest feature of each key on the scale of ``first``, ``[B, K, C]``, or None.
       pair_max: largest weight of each row in units of ``row_max``, ``[B, K, R]``, or None.
       denominator: ``[B, K, R]``.
     """
 
-    first: LinearAttentionState
-    old: Array | None
     row_max: Array | None
     key_max: Array | None
     pair_max: Array | None
@@ -72,7 +82,7 @@ class CausalRead(NamedTuple):
     Attributes:
       numerator: ``[B, K, R, V]``.
       log_scale: ``[B, K, R]`` or None.
-      kept: the state read, the denominator, and maxima.
+      kept: the denominator, and maxima.
       read: queries on the scale of that state.
       gain: g, ``[B, K, R]``, or None for 1.
       key: features of keys inside the chunk, ``[B, K, C, M]``.
@@ -93,12 +103,13 @@ class CausalRead(NamedTuple):
 
 
 def read_causal(
-    state: LinearAttentionState,
+    first: LinearAttentionState,
     queries: Features,
     keys: Features,
     value: Array,
     sight: Sight,
     precision: jax.lax.PrecisionLike,
+    kept: Kept | None = None,
 ) -> CausalRead:
     """Reads a chunk causally: the state and the first key together, later keys pair by pair.
 
@@ -107,33 +118,16 @@ def read_causal(
     recurrence. Later keys are scaled per feature by the same state, and by their own largest
     feature on that scale, which goes into the weights; each row's weights are then brought below 1
     by the largest pair the row itself sees.
+
+    Args:
+      first: the state with the chunk's first key, as from :func:`add_first_key`.
+      queries: features.
+      keys: features.
+      value: ``[B, K, C, V]``.
+      sight: who sees whom.
+      precision: of the matrix products.
+      kept: of an earlier call; maxima are not looked for again.
     """
-    first, old = _with_first_key(state, keys, value, sight)
-    return _read_causal(first, old, None, queries, keys, value, sight, precision)
-
-
-def read_causal_again(
-    kept: Kept,
-    queries: Features,
-    keys: Features,
-    value: Array,
-    sight: Sight,
-    precision: jax.lax.PrecisionLike,
-) -> CausalRead:
-    """Repeats :func:`read_causal` without looking for maxima again."""
-    return _read_causal(kept.first, kept.old, kept, queries, keys, value, sight, precision)
-
-
-def _read_causal(
-    first: LinearAttentionState,
-    old: Array | None,
-    kept: Kept | None,
-    queries: Features,
-    keys: Features,
-    value: Array,
-    sight: Sight,
-    precision: jax.lax.PrecisionLike,
-) -> CausalRead:
     read = read_state(first.log_scale, queries, None if kept is None else kept.row_max)
     inter = jnp.einsum("bkrm,bkvm->bkrv", read.features, first.kv, precision=precision)
     # Row sums are written as products: XLA on CPU fuses a plain sum with the exponentials before it
@@ -176,7 +170,7 @@ def _read_causal(
         inter, inter_sum = inter * gain[..., None], inter_sum * gain
     if kept is None:
         denominator = inter_sum + _row_sums(weights, precision)
-        kept = Kept(first, old, read.row_max, key_max, pair_max, denominator)
+        kept = Kept(read.row_max, key_max, pair_max, denominator)
     return CausalRead(
         numerator=inter + jnp.einsum("bkrc,bkcv->bkrv", weights, value, precision=precision),
         log_scale=log_scale,
@@ -200,7 +194,7 @@ def first_key_features(first: LinearAttentionState, keys: Features) -> Array:
     return Features(values, log).shift(-first.log_scale[..., None, :])[..., 0, :]
 
 
-def _with_first_key(
+def add_first_key(
     state: LinearAttentionState, keys: Features, value: Array, sight: Sight
 ) -> tuple[LinearAttentionState, Array | None]:
     """Returns the state with the chunk's first key, and the factor on the one before."""

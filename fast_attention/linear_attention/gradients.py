@@ -6,29 +6,46 @@ Shape letters: B batch, T length, C chunk.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from fast_attention.array_types import Array
-from fast_attention.linear_attention.inputs import Inputs
+from fast_attention.linear_attention.inputs import Inputs, Plan
 from fast_attention.linear_attention.slices import store
 from fast_attention.linear_attention.state import LinearAttentionState
 
 
-def zero_gradients(inputs: Inputs) -> Inputs:
-    """Returns buffers for the gradients, and zeros where they are sums."""
+def gradient_buffers(
+    plan: Plan, inputs: Inputs, out: Any, d_out: Any
+) -> tuple[Inputs, Callable[[Inputs], tuple[Any, Any]]]:
+    """Returns buffers for gradients, and a function from them to the output and its cotangent.
+
+    Where shapes and types agree, gradients are written over what is not read again: that of a chunk
+    of queries over the cotangent of their outputs, that of keys over the outputs. Fresh memory is
+    the dearest thing in the backward pass.
+    """
+    reused_d_out, reused_out = (
+        plan.output != "parts" and old.shape == new.shape and old.dtype == new.dtype
+        for old, new in ((d_out, inputs.query), (out, inputs.key))
+    )
     zeros = functools.partial(jax.tree.map, jnp.zeros_like)
     # Every entry is overwritten. Different fillings keep XLA from making one array of zeros and
     # copying it three times.
-    return inputs._replace(
-        query=jnp.full_like(inputs.query, 1),
-        key=jnp.full_like(inputs.key, 2),
+    buffers = inputs._replace(
+        query=d_out if reused_d_out else jnp.full_like(inputs.query, 1),
+        key=out if reused_out else jnp.full_like(inputs.key, 2),
         value=jnp.full_like(inputs.value, 3),
         parameters=zeros(inputs.parameters),
         key_bias=zeros(inputs.key_bias),
     )
+
+    def outputs_in(grads: Inputs) -> tuple[Any, Any]:
+        return grads.key if reused_out else out, grads.query if reused_d_out else d_out
+
+    return buffers, outputs_in
 
 
 def add_query_gradient(grads: Inputs, gradient: Any, start: Array | int) -> Inputs:

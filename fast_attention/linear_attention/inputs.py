@@ -14,6 +14,8 @@ from fast_attention.linear_attention.state import LinearAttentionState
 
 Output = Literal["mean", "sum", "parts"]
 
+SavedStates = Literal["all", "few"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -27,6 +29,8 @@ class Plan:
       epsilon: denominators not above it in size are inverted as ``den / epsilon^2``.
       chunk_size: positions handled at once, None for the implementation's own choice.
       unroll: chunks unrolled in the compiled loop.
+      saved_states: "all" states between chunks are kept for the backward pass, or a "few"; None
+        for the implementation's own choice.
       precision: of the products of features with values (exponents are always exact).
     """
 
@@ -36,6 +40,7 @@ class Plan:
     epsilon: float = 0.0
     chunk_size: int | None = None
     unroll: int = 1
+    saved_states: SavedStates | None = None
     precision: jax.lax.PrecisionLike = None
 
     @property

@@ -1,4 +1,8 @@
-"""Loops over chunks: whole ones in a scan, what is left over in one shorter chunk, no padding."""
+"""Loops over chunks: whole ones in a scan, what is left over in one shorter chunk, no padding.
+
+A loop may be cut into groups of chunks, each run by a loop of its own, so that something is saved
+once a group.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +21,19 @@ def scan_chunks(
     length: int,
     size: int,
     unroll: int,
+    offset: Array | int = 0,
 ) -> tuple[Any, tuple[Any, Any]]:
-    """Runs ``body(carry, start, size)`` over chunks; returns what it saved for each."""
+    """Runs ``body(carry, start, size)`` over chunks from ``offset``; returns what each saved."""
     count, rest = divmod(length, size) if size else (0, 0)
     carry, saved = jax.lax.scan(
-        lambda carry, i: body(carry, i * size, size), carry, jnp.arange(count), unroll=unroll
+        lambda carry, i: body(carry, offset + i * size, size),
+        carry,
+        jnp.arange(count),
+        unroll=unroll,
     )
     if not rest:
         return carry, (saved, None)
-    carry, last = body(carry, count * size, rest)
+    carry, last = body(carry, offset + count * size, rest)
     return carry, (saved, last)
 
 
@@ -36,14 +44,15 @@ def scan_chunks_back(
     length: int,
     size: int,
     unroll: int,
+    offset: Array | int = 0,
 ) -> Any:
     """Runs ``body(carry, start, size, saved)`` over the same chunks from last to first."""
     count, rest = divmod(length, size) if size else (0, 0)
     states, last = saved
     if rest:
-        carry = body(carry, count * size, rest, last)
+        carry = body(carry, offset + count * size, rest, last)
     carry, _ = jax.lax.scan(
-        lambda carry, x: (body(carry, x[0] * size, size, x[1]), None),
+        lambda carry, x: (body(carry, offset + x[0] * size, size, x[1]), None),
         carry,
         (jnp.arange(count), states),
         reverse=True,

@@ -1,0 +1,110 @@
+"""Bidirectional linear attention in chunks: all keys into one state, which every query reads.
+
+Shape letters: B batch, T queries, S keys, C chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from fast_attention.feature_maps.base import Features
+from fast_attention.linear_attention.chunk_backward import pull_back_absorbed
+from fast_attention.linear_attention.chunk_state import absorb_keys, next_state, read_state
+from fast_attention.linear_attention.gradients import (
+    add_key_gradient,
+    add_query_gradient,
+    as_cotangent,
+    gradient_buffers,
+)
+from fast_attention.linear_attention.inputs import Inputs, Parts, Plan
+from fast_attention.linear_attention.loops import scan_chunks, scan_chunks_back
+from fast_attention.linear_attention.outputs import empty_output, parts_gradient, write_output
+from fast_attention.linear_attention.slices import key_features, query_features
+from fast_attention.linear_attention.state import LinearAttentionState
+
+CHUNK = 128
+
+
+def forward(plan: Plan, inputs: Inputs, *, save: bool):
+    """Returns output and final state, and what :func:`backward` needs: the final state."""
+    del save
+    chunk = plan.chunk_size or CHUNK
+    keys_length, queries_length = inputs.key.shape[1], inputs.query.shape[1]
+
+    def absorb(state, start, size):
+        keys, value, _ = key_features(plan, inputs, start, size)
+        return next_state(state, absorb_keys(state, keys), value, plan.precision), None
+
+    state, _ = scan_chunks(absorb, inputs.state, keys_length, min(chunk, keys_length), plan.unroll)
+
+    def read(out, start, size):
+        queries, _ = query_features(plan, inputs, start, size)
+        return write_output(plan, out, _read_parts(plan, state, queries), start), None
+
+    out, _ = scan_chunks(
+        read,
+        empty_output(plan, inputs),
+        queries_length,
+        min(chunk, queries_length),
+        plan.unroll,
+    )
+    return (out, state), (inputs, out, state)
+
+
+def _read_parts(plan: Plan, state: LinearAttentionState, queries: Features) -> Parts:
+    read = read_state(state.log_scale, queries)
+    numerator = jnp.einsum("bkrm,bkvm->bkrv", read.features, state.kv, precision=plan.precision)
+    denominator = jnp.einsum("bkrm,bkm->bkr", read.features, state.k_sum, precision=plan.precision)
+    return Parts(numerator, denominator, read.row_max)
+
+
+def backward(plan: Plan, residuals: Any, cotangents: Any) -> Inputs:
+    """Returns the gradient of every float array in ``inputs``."""
+    inputs, out, state = residuals
+    d_out, d_state = cotangents
+    chunk = plan.chunk_size or CHUNK
+    keys_length, queries_length = inputs.key.shape[1], inputs.query.shape[1]
+    buffers, outputs_in = gradient_buffers(plan, inputs, out, d_out)
+
+    def read(carry, start, size, _):
+        d_kv, d_k_sum, grads = carry
+        queries, pull_queries = query_features(plan, inputs, start, size)
+        read = read_state(state.log_scale, queries)
+        denominator = jnp.einsum(
+            "bkrm,bkm->bkr", read.features, state.k_sum, precision=plan.precision
+        )
+        d_numerator, d_denominator = parts_gradient(
+            plan, inputs, denominator, read.row_max, *outputs_in(grads), start, size
+        )
+        d_features = jnp.einsum("bkrv,bkvm->bkrm", d_numerator, state.kv, precision=plan.precision)
+        d_features = d_features + d_denominator[..., None] * state.k_sum[..., None, :]
+        d_queries = queries.pull_back(read.shift, read.features, d_features)
+        d_kv = d_kv + jnp.einsum(
+            "bkrv,bkrm->bkvm", d_numerator, read.features, precision=plan.precision
+        )
+        d_k_sum = d_k_sum + jnp.einsum(
+            "bkr,bkrm->bkm", d_denominator, read.features, precision=plan.precision
+        )
+        return d_kv, d_k_sum, add_query_gradient(grads, pull_queries(d_queries), start)
+
+    carry = (d_state.kv, d_state.k_sum, buffers)
+    d_kv, d_k_sum, grads = scan_chunks_back(
+        read, carry, (None, None), queries_length, min(chunk, queries_length), plan.unroll
+    )
+
+    def absorb(grads, start, size, _):
+        keys, value, pull_keys = key_features(plan, inputs, start, size)
+        # The scale of the final state is an upper bound for every key: nothing overflows.
+        absorbed = absorb_keys(state, keys)
+        d_keys, d_value = pull_back_absorbed(absorbed, value, d_kv, d_k_sum, plan.precision)
+        return add_key_gradient(grads, pull_keys(d_keys, d_value), start)
+
+    grads = scan_chunks_back(
+        absorb, grads, (None, None), keys_length, min(chunk, keys_length), plan.unroll
+    )
+    if state.log_scale is not None:
+        decay = jnp.exp(inputs.state.log_scale - state.log_scale)
+        d_kv, d_k_sum = d_kv * decay[..., None, :], d_k_sum * decay
+    return as_cotangent(inputs, grads, LinearAttentionState(d_kv, d_k_sum, None))
