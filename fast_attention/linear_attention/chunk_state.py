@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from fast_attention.array_types import Array
 from fast_attention.feature_maps.base import Features
+from fast_attention.linear_attention.reductions import row_max
 from fast_attention.linear_attention.state import EMPTY_LOG_SCALE, LinearAttentionState
 
 
@@ -110,17 +111,17 @@ def next_state(
     )
 
 
-def read_state(log_scale: Array | None, queries: Features, row_max: Array | None = None) -> Read:
+def read_state(log_scale: Array | None, queries: Features, largest: Array | None = None) -> Read:
     """Brings queries to the scale of a state; each row's largest entry becomes 1.
 
-    ``row_max`` is computed unless it is given.
+    That ``largest`` entry, the row's ``row_max``, is looked for unless it is given.
     """
     if queries.log is None:
         return Read(queries.shift(None), None, None, None)
     assert log_scale is not None
     # Where nothing was seen yet the scale says nothing: 0 leaves logarithms as they are.
     scale = jnp.where(log_scale > 0.5 * EMPTY_LOG_SCALE, log_scale, 0)[..., None, :]
-    if row_max is None:
-        row_max = (queries.log + scale).max(axis=-1)
-    shift = scale - row_max[..., None]
-    return Read(queries.shift(shift), shift, row_max, scale)
+    if largest is None:
+        largest = row_max(queries.log + scale)
+    shift = scale - largest[..., None]
+    return Read(queries.shift(shift), shift, largest, scale)

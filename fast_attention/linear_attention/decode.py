@@ -15,6 +15,7 @@ from fast_attention.feature_maps.base import FeatureMap, Parameters
 from fast_attention.linear_attention.api import linear_attention
 from fast_attention.linear_attention.chunk_state import absorb_keys, next_state, read_state
 from fast_attention.linear_attention.inputs import Parts, finish
+from fast_attention.linear_attention.reductions import row_sum
 from fast_attention.linear_attention.state import LinearAttentionState, key_features
 from fast_attention.linear_attention.wrapped_maps import match_scales
 
@@ -120,7 +121,7 @@ def step(
     new = next_state(old, absorb_keys(old, keys), values, precision)
     read = read_state(new.log_scale, queries)
     numerator = jnp.einsum("bkrm,bkvm->bkrv", read.features, new.kv, precision=precision)
-    denominator = (read.features * new.k_sum[..., None, :]).sum(-1)
+    denominator = row_sum(read.features * new.k_sum[..., None, :])
     parts = Parts(numerator, denominator, read.row_max)
     out = finish(parts, "mean" if normalize else "sum", epsilon)
     out = out.reshape(*batch_shape, heads, value.shape[-1])

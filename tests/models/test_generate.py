@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from fast_attention import make_fast_softmax_attention
 from fast_attention.models import Transformer, TransformerConfig, generate
 from tests.layers.definitions import compiled, filled
 
@@ -20,7 +21,7 @@ KEY = jax.random.key(3)
 
 
 @functools.cache
-def build(positions="learned", causal=True):
+def build(positions="learned", causal=True, attention_fn=None):
     config = TransformerConfig(
         vocab_size=V,
         emb_dim=8,
@@ -32,7 +33,7 @@ def build(positions="learned", causal=True):
         causal=causal,
         positions=positions,
     )
-    return filled(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    return filled(lambda: Transformer(config, rngs=nnx.Rngs(0), attention_fn=attention_fn))
 
 
 @functools.cache
@@ -181,3 +182,18 @@ def test_a_prompt_is_integers_with_at_least_one_token(prompt, message):
 def test_only_causal_models_generate():
     with pytest.raises(ValueError, match="causal=True"):
         generate(build(causal=False), jnp.ones((1, 2), int), key=KEY, max_new_tokens=1)
+
+
+@pytest.mark.parametrize("positions", ["rotary", "sinusoidal"])
+def test_a_hundred_thousand_tokens_take_no_more_memory_than_a_hundred(positions):
+    model = build(positions, attention_fn=make_fast_softmax_attention(nb_features=8))
+    prompt = jnp.asarray([PROMPTS[0]])
+
+    def memory(number):
+        program = jax.jit(lambda key: generate(model, prompt, key=key, max_new_tokens=number))
+        used = program.lower(KEY).compile().memory_analysis()
+        return used.temp_size_in_bytes + used.output_size_in_bytes
+
+    tokens = 4 * 100_000
+    # The tokens themselves, written once and returned.
+    assert memory(100_000) - memory(100) <= 2 * tokens
