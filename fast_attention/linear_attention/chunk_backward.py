@@ -11,6 +11,7 @@ from fast_attention.array_types import Array
 from fast_attention.feature_maps.base import Features
 from fast_attention.linear_attention.chunk_causal import CausalRead, Past, first_key_features
 from fast_attention.linear_attention.chunk_state import Absorbed
+from fast_attention.linear_attention.products import Einsum, sums
 
 
 class ChunkGradients(NamedTuple):
@@ -35,7 +36,7 @@ def pull_back_causal(
     d_kv: Array,
     d_k_sum: Array,
     enter: Array | None,
-    precision: jax.lax.PrecisionLike,
+    einsum: Einsum,
 ) -> ChunkGradients:
     """Pulls cotangents of a chunk's output and of the state after it back to its inputs.
 
@@ -51,15 +52,11 @@ def pull_back_causal(
       d_kv: cotangent of ``kv`` after the chunk.
       d_k_sum: cotangent of ``k_sum`` after the chunk.
       enter: which keys entered the state, as in :class:`Sight`.
-      precision: of the matrix products.
+      einsum: the matrix products.
 
     Returns:
       Cotangents of the inputs and of the state before the chunk.
     """
-
-    def einsum(subscripts: str, *operands: Array) -> Array:
-        return jnp.einsum(subscripts, *operands, precision=precision)
-
     # Inside the chunk.
     d_weights = einsum("bkrv,bkcv->bkrc", d_numerator, value) + d_denominator[..., None]
     d_products = d_weights * read.factor
@@ -73,21 +70,20 @@ def pull_back_causal(
         d_denominator = d_denominator * read.gain
     first, old = past.first, past.old
     first_key = first_key_features(first, keys)
-    d_read = d_read + einsum("bkrv,bkvm->bkrm", d_numerator, first.kv)
+    # Numerator and denominator nearly cancel here: rounding one of them would show.
+    d_read = d_read + einsum("bkrv,bkvm->bkrm", d_numerator, first.kv, rounded=False)
     d_read = d_read + d_denominator[..., None] * first.k_sum[..., None, :]
 
     # What entered the state after the first key.
-    d_entered, d_entered_value = pull_back_absorbed(
-        absorbed, value, d_kv, d_k_sum, precision, enter
-    )
+    d_entered, d_entered_value = pull_back_absorbed(absorbed, value, d_kv, d_k_sum, einsum, enter)
     if absorbed.decay is not None:
         d_kv, d_k_sum = d_kv * absorbed.decay[..., None, :], d_k_sum * absorbed.decay
 
     # The state with the first key: read by rows, and kept.
     d_first_kv = d_kv + einsum("bkrv,bkrm->bkvm", d_numerator, read.read.features)
-    d_first_sum = d_k_sum + einsum("bkr,bkrm->bkm", d_denominator, read.read.features)
-    d_first_key = einsum("bkv,bkvm->bkm", value[..., 0, :], d_first_kv) + d_first_sum
-    d_first_value = einsum("bkvm,bkm->bkv", d_first_kv, first_key)
+    d_first_sum = d_k_sum + sums("bkr,bkrm->bkm", d_denominator, read.read.features)
+    d_first_key = sums("bkv,bkvm->bkm", value[..., 0, :], d_first_kv) + d_first_sum
+    d_first_value = sums("bkvm,bkm->bkv", d_first_kv, first_key)
     if old is not None:
         d_first_kv, d_first_sum = (
             d_first_kv * old[..., None, :],
@@ -117,12 +113,12 @@ def pull_back_absorbed(
     value: Array,
     d_kv: Array,
     d_k_sum: Array,
-    precision: jax.lax.PrecisionLike,
+    einsum: Einsum,
     enter: Array | None = None,
 ) -> tuple[Features, Array]:
     """Returns cotangents of absorbed key features and of values, given those of the state."""
-    d_features = jnp.einsum("bkcv,bkvm->bkcm", value, d_kv, precision=precision)
-    d_value = jnp.einsum("bkcm,bkvm->bkcv", absorbed.features, d_kv, precision=precision)
+    d_features = einsum("bkcv,bkvm->bkcm", value, d_kv)
+    d_value = einsum("bkcm,bkvm->bkcv", absorbed.features, d_kv)
     d_features = d_features + d_k_sum[..., None, :]
     if enter is not None:
         d_features = jnp.where(enter[..., None], d_features, 0)

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from fast_attention.array_types import Array
 from fast_attention.feature_maps.base import Features
 from fast_attention.linear_attention.chunk_state import Read, read_state
+from fast_attention.linear_attention.products import Einsum, sums
 from fast_attention.linear_attention.state import EMPTY_LOG_SCALE, LinearAttentionState
 
 # Keys inside a chunk are kept this many nats above their own maximum, so that their products with
@@ -108,7 +108,7 @@ def read_causal(
     keys: Features,
     value: Array,
     sight: Sight,
-    precision: jax.lax.PrecisionLike,
+    einsum: Einsum,
     kept: Kept | None = None,
 ) -> CausalRead:
     """Reads a chunk causally: the state and the first key together, later keys pair by pair.
@@ -125,18 +125,18 @@ def read_causal(
       keys: features.
       value: ``[B, K, C, V]``.
       sight: who sees whom.
-      precision: of the matrix products.
+      einsum: the matrix products.
       kept: of an earlier call; maxima are not looked for again.
     """
     read = read_state(first.log_scale, queries, None if kept is None else kept.row_max)
-    inter = jnp.einsum("bkrm,bkvm->bkrv", read.features, first.kv, precision=precision)
+    inter = einsum("bkrm,bkvm->bkrv", read.features, first.kv)
     # Row sums are written as products: XLA on CPU fuses a plain sum with the exponentials before it
     # and evaluates them a second time, element by element.
-    inter_sum = jnp.einsum("bkrm,bkm->bkr", read.features, first.k_sum, precision=precision)
+    inter_sum = sums("bkrm,bkm->bkr", read.features, first.k_sum)
     if read.scale is None or first.log_scale is None or keys.log is None:
         key_max, pair_max, key_shift, log_scale = None, None, None, None
         key = keys.shift(None)
-        products = jnp.einsum("bkrm,bkcm->bkrc", read.features, key, precision=precision)
+        products = einsum("bkrm,bkcm->bkrc", read.features, key)
         factor = jnp.broadcast_to(sight.pairs, products.shape).astype(products.dtype)
         gain = None if sight.state is None else sight.state.astype(products.dtype)
     else:
@@ -145,7 +145,7 @@ def read_causal(
         assert key_max is not None
         key_shift = headroom - read.scale - key_max[..., None]
         key = keys.shift(key_shift)
-        products = jnp.einsum("bkrm,bkcm->bkrc", read.features, key, precision=precision)
+        products = einsum("bkrm,bkcm->bkrc", read.features, key)
         exponent = key_max[..., None, :] - headroom
         # What rows read from the state is at most about 1, if there is a state to read.
         empty = jnp.all(first.log_scale <= 0.5 * EMPTY_LOG_SCALE, axis=-1, keepdims=True)
@@ -169,10 +169,10 @@ def read_causal(
     if gain is not None:
         inter, inter_sum = inter * gain[..., None], inter_sum * gain
     if kept is None:
-        denominator = inter_sum + _row_sums(weights, precision)
+        denominator = inter_sum + _row_sums(weights)
         kept = Kept(read.row_max, key_max, pair_max, denominator)
     return CausalRead(
-        numerator=inter + jnp.einsum("bkrc,bkcv->bkrv", weights, value, precision=precision),
+        numerator=inter + einsum("bkrc,bkcv->bkrv", weights, value),
         log_scale=log_scale,
         kept=kept,
         read=read,
@@ -219,5 +219,5 @@ def add_first_key(
     return LinearAttentionState(kv, k_sum + first_key, scale), old
 
 
-def _row_sums(x: Array, precision: jax.lax.PrecisionLike) -> Array:
-    return jnp.einsum("bkrc,c->bkr", x, jnp.ones(x.shape[-1:], x.dtype), precision=precision)
+def _row_sums(x: Array) -> Array:
+    return sums("bkrc,c->bkr", x, jnp.ones(x.shape[-1:], x.dtype))

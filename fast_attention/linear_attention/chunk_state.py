@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from fast_attention.array_types import Array
 from fast_attention.feature_maps.base import Features
+from fast_attention.linear_attention.products import Einsum
 from fast_attention.linear_attention.reductions import row_max
 from fast_attention.linear_attention.state import EMPTY_LOG_SCALE, LinearAttentionState
 
@@ -97,10 +97,10 @@ def absorb_keys(
 
 
 def next_state(
-    state: LinearAttentionState, absorbed: Absorbed, value: Array, precision: jax.lax.PrecisionLike
+    state: LinearAttentionState, absorbed: Absorbed, value: Array, einsum: Einsum
 ) -> LinearAttentionState:
     """Returns the state after a chunk of keys."""
-    kv = jnp.einsum("bkcv,bkcm->bkvm", value, absorbed.features, precision=precision)
+    kv = einsum("bkcv,bkcm->bkvm", value, absorbed.features)
     k_sum = absorbed.features.sum(axis=-2)
     if absorbed.decay is None:
         return LinearAttentionState(state.kv + kv, state.k_sum + k_sum, absorbed.log_scale)

@@ -21,6 +21,7 @@ from fast_attention.linear_attention.gradients import (
 from fast_attention.linear_attention.inputs import Inputs, Parts, Plan
 from fast_attention.linear_attention.loops import scan_chunks, scan_chunks_back
 from fast_attention.linear_attention.outputs import empty_output, parts_gradient, write_output
+from fast_attention.linear_attention.products import Einsum, einsum_of, sums
 from fast_attention.linear_attention.slices import key_features, query_features
 from fast_attention.linear_attention.state import LinearAttentionState
 
@@ -32,16 +33,17 @@ def forward(plan: Plan, inputs: Inputs, *, save: bool):
     del save
     chunk = plan.chunk_size or CHUNK
     keys_length, queries_length = inputs.key.shape[1], inputs.query.shape[1]
+    einsum = einsum_of(plan, inputs)
 
     def absorb(state, start, size):
         keys, value, _ = key_features(plan, inputs, start, size)
-        return next_state(state, absorb_keys(state, keys), value, plan.precision), None
+        return next_state(state, absorb_keys(state, keys), value, einsum), None
 
     state, _ = scan_chunks(absorb, inputs.state, keys_length, min(chunk, keys_length), plan.unroll)
 
     def read(out, start, size):
         queries, _ = query_features(plan, inputs, start, size)
-        return write_output(plan, out, _read_parts(plan, state, queries), start), None
+        return write_output(plan, out, _read_parts(state, queries, einsum), start), None
 
     out, _ = scan_chunks(
         read,
@@ -53,10 +55,10 @@ def forward(plan: Plan, inputs: Inputs, *, save: bool):
     return (out, state), (inputs, out, state)
 
 
-def _read_parts(plan: Plan, state: LinearAttentionState, queries: Features) -> Parts:
+def _read_parts(state: LinearAttentionState, queries: Features, einsum: Einsum) -> Parts:
     read = read_state(state.log_scale, queries)
-    numerator = jnp.einsum("bkrm,bkvm->bkrv", read.features, state.kv, precision=plan.precision)
-    denominator = jnp.einsum("bkrm,bkm->bkr", read.features, state.k_sum, precision=plan.precision)
+    numerator = einsum("bkrm,bkvm->bkrv", read.features, state.kv)
+    denominator = sums("bkrm,bkm->bkr", read.features, state.k_sum)
     return Parts(numerator, denominator, read.row_max)
 
 
@@ -66,27 +68,23 @@ def backward(plan: Plan, residuals: Any, cotangents: Any) -> Inputs:
     d_out, d_state = cotangents
     chunk = plan.chunk_size or CHUNK
     keys_length, queries_length = inputs.key.shape[1], inputs.query.shape[1]
+    einsum = einsum_of(plan, inputs)
     buffers, outputs_in = gradient_buffers(plan, inputs, out, d_out)
 
     def read(carry, start, size, _):
         d_kv, d_k_sum, grads = carry
         queries, pull_queries = query_features(plan, inputs, start, size)
         read = read_state(state.log_scale, queries)
-        denominator = jnp.einsum(
-            "bkrm,bkm->bkr", read.features, state.k_sum, precision=plan.precision
-        )
+        denominator = sums("bkrm,bkm->bkr", read.features, state.k_sum)
         d_numerator, d_denominator = parts_gradient(
             plan, inputs, denominator, read.row_max, *outputs_in(grads), start, size
         )
-        d_features = jnp.einsum("bkrv,bkvm->bkrm", d_numerator, state.kv, precision=plan.precision)
+        # Numerator and denominator nearly cancel here: rounding one of them would show.
+        d_features = einsum("bkrv,bkvm->bkrm", d_numerator, state.kv, rounded=False)
         d_features = d_features + d_denominator[..., None] * state.k_sum[..., None, :]
         d_queries = queries.pull_back(read.shift, read.features, d_features)
-        d_kv = d_kv + jnp.einsum(
-            "bkrv,bkrm->bkvm", d_numerator, read.features, precision=plan.precision
-        )
-        d_k_sum = d_k_sum + jnp.einsum(
-            "bkr,bkrm->bkm", d_denominator, read.features, precision=plan.precision
-        )
+        d_kv = d_kv + einsum("bkrv,bkrm->bkvm", d_numerator, read.features)
+        d_k_sum = d_k_sum + sums("bkr,bkrm->bkm", d_denominator, read.features)
         return d_kv, d_k_sum, add_query_gradient(grads, pull_queries(d_queries), start)
 
     carry = (d_state.kv, d_state.k_sum, buffers)
@@ -98,7 +96,7 @@ def backward(plan: Plan, residuals: Any, cotangents: Any) -> Inputs:
         keys, value, pull_keys = key_features(plan, inputs, start, size)
         # The scale of the final state is an upper bound for every key: nothing overflows.
         absorbed = absorb_keys(state, keys)
-        d_keys, d_value = pull_back_absorbed(absorbed, value, d_kv, d_k_sum, plan.precision)
+        d_keys, d_value = pull_back_absorbed(absorbed, value, d_kv, d_k_sum, einsum)
         return add_key_gradient(grads, pull_keys(d_keys, d_value), start)
 
     grads = scan_chunks_back(

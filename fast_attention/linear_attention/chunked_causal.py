@@ -25,6 +25,7 @@ from fast_attention.linear_attention.gradients import (
 from fast_attention.linear_attention.inputs import Inputs, Parts, Plan
 from fast_attention.linear_attention.loops import scan_chunks, scan_chunks_back
 from fast_attention.linear_attention.outputs import empty_output, parts_gradient, write_output
+from fast_attention.linear_attention.products import einsum_of
 from fast_attention.linear_attention.slices import causal_sight, key_features, query_features
 from fast_attention.linear_attention.state import LinearAttentionState
 
@@ -39,6 +40,7 @@ FEW_CHUNKS = 64
 def forward(plan: Plan, inputs: Inputs, *, save: bool):
     """Returns output and final state, and what :func:`backward` needs if ``save``."""
     length, size, group = _sizes(plan, inputs)
+    einsum = einsum_of(plan, inputs)
 
     def chunk(carry, start, size):
         state, out = carry
@@ -46,12 +48,12 @@ def forward(plan: Plan, inputs: Inputs, *, save: bool):
         keys, value, _ = key_features(plan, inputs, start, size)
         sight = causal_sight(inputs, start, size)
         first, old = add_first_key(state, keys, value, sight)
-        read = read_causal(first, queries, keys, value, sight, plan.precision)
+        read = read_causal(first, queries, keys, value, sight, einsum)
         out = write_output(
             plan, out, Parts(read.numerator, read.kept.denominator, read.log_scale), start
         )
         absorbed = absorb_keys(first, keys, sight.enter, sight.keep)
-        after = next_state(first, absorbed, value, plan.precision)
+        after = next_state(first, absorbed, value, einsum)
         if not save:
             return (after, out), None
         past = Past(first, old, absorbed.log_scale)
@@ -75,6 +77,7 @@ def backward(plan: Plan, residuals: Any, cotangents: Any) -> Inputs:
     inputs, out, saved = residuals
     d_out, d_state = cotangents
     length, size, group = _sizes(plan, inputs)
+    einsum = einsum_of(plan, inputs)
     buffers, outputs_in = gradient_buffers(plan, inputs, out, d_out)
 
     def rerun(state, start, size):
@@ -83,7 +86,7 @@ def backward(plan: Plan, residuals: Any, cotangents: Any) -> Inputs:
         first, old = add_first_key(state, keys, value, sight)
         absorbed = absorb_keys(first, keys, sight.enter, sight.keep)
         past = Past(first, old, absorbed.log_scale)
-        return next_state(first, absorbed, value, plan.precision), past
+        return next_state(first, absorbed, value, einsum), past
 
     def chunk(carry, start, size, saved):
         kept, past = saved
@@ -91,7 +94,7 @@ def backward(plan: Plan, residuals: Any, cotangents: Any) -> Inputs:
         queries, pull_queries = query_features(plan, inputs, start, size)
         keys, value, pull_keys = key_features(plan, inputs, start, size)
         sight = causal_sight(inputs, start, size)
-        read = read_causal(past.first, queries, keys, value, sight, plan.precision, kept)
+        read = read_causal(past.first, queries, keys, value, sight, einsum, kept)
         d_numerator, d_denominator = parts_gradient(
             plan, inputs, kept.denominator, read.log_scale, *outputs_in(grads), start, size
         )
@@ -107,7 +110,7 @@ def backward(plan: Plan, residuals: Any, cotangents: Any) -> Inputs:
             d_kv,
             d_k_sum,
             sight.enter,
-            plan.precision,
+            einsum,
         )
         grads = add_query_gradient(grads, pull_queries(pulled.queries), start)
         grads = add_key_gradient(grads, pull_keys(pulled.keys, pulled.value), start)

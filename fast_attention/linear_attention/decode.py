@@ -5,6 +5,7 @@ Shape letters: B batch, T length, H heads, K key/value heads, D head width, V va
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -118,9 +119,10 @@ def step(
         exact_scale=not normalize,
     )
     values = value.astype(dtype).reshape(batch, kv_heads, 1, value.shape[-1])
-    new = next_state(old, absorb_keys(old, keys), values, precision)
+    einsum = functools.partial(jnp.einsum, precision=precision)
+    new = next_state(old, absorb_keys(old, keys), values, einsum)
     read = read_state(new.log_scale, queries)
-    numerator = jnp.einsum("bkrm,bkvm->bkrv", read.features, new.kv, precision=precision)
+    numerator = einsum("bkrm,bkvm->bkrv", read.features, new.kv)
     denominator = row_sum(read.features * new.k_sum[..., None, :])
     parts = Parts(numerator, denominator, read.row_max)
     out = finish(parts, "mean" if normalize else "sum", epsilon)
