@@ -148,7 +148,9 @@ def linear_attention(
         sequences and a "few" of long ones.
       implementation: a name of :data:`IMPLEMENTATIONS`, several to try in order, or None for the
         best of the platform.
-      precision: of products of features and values; exponents are computed at the highest.
+      precision: of products of features and values. By default those of bfloat16 inputs round
+        their operands to bfloat16 and add in float32; "highest" computes them in float32, as
+        exponents always are.
 
     Returns:
       ``[*B, T, H, V]`` in the promoted type of query, key and value; a row that sees no key is 0.

@@ -29,7 +29,8 @@ def einsum_of(plan: Plan, inputs: Inputs) -> Einsum:
     float16 has too small a range for weights inside a chunk: its products are those of float32.
     Exponents, maxima and :data:`sums` are never rounded.
     """
-    low = inputs.query.dtype == jnp.bfloat16 and plan.precision in (None, jax.lax.Precision.DEFAULT)
+    default = plan.precision in (None, "default", jax.lax.Precision.DEFAULT)
+    low = default and inputs.query.dtype == jnp.bfloat16
 
     def einsum(subscripts: str, *operands: Array, rounded: bool = True) -> Array:
         if low and rounded:
