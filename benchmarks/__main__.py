@@ -96,7 +96,7 @@ def run(options: argparse.Namespace, preset: Preset, platform: str, command: str
         rows=tuple(rows),
     )
     results.save(options.output / report.RESULTS)
-    print(f"Results are in {options.output}.")
+    print(report.ratios(results) + f"All samples, tables and pictures: {options.output}")
     report.write_page([results], options.output / "table.md", options.output, str(options.output))
 
 

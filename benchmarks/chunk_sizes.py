@@ -8,8 +8,8 @@ FAVOR+ on the present platform and rewrites the platform's rows in
 from __future__ import annotations
 
 import argparse
-import math
 import shlex
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +27,9 @@ SHAPES = {
 CHUNKS = {"cpu": (32, 64, 128, 256), "gpu": (64, 128, 256, 512, 1024)}
 UNROLLS = (1, 2)
 LENGTH = {"cpu": 2048, "gpu": 16384}
+
+TIE = 0.03
+"""Differences up to this part cannot be told from noise."""
 
 Candidate = tuple[int, int]
 """Chunk and unroll."""
@@ -119,11 +122,23 @@ def measure(
 
 
 def best(times: Sequence[Mapping[Candidate, float]]) -> Candidate:
-    """Returns the candidate with the least geometric mean over shapes, relative to their best."""
+    """Returns the simplest candidate that is as fast as any.
+
+    Candidates are judged by the geometric mean, over shapes, of their time over the shape's best.
+    Of those within :data:`TIE` of the fastest, the one with the least unrolling and then the
+    smallest chunk is taken: it compiles faster and needs less memory.
+    """
     common = set.intersection(*(set(shape) for shape in times))
+    costs = {
+        candidate: statistics.geometric_mean(
+            shape[candidate] / min(shape.values()) for shape in times
+        )
+        for candidate in common
+    }
+    limit = (1 + TIE) * min(costs.values())
     return min(
-        sorted(common),
-        key=lambda c: sum(math.log(shape[c] / min(shape.values())) for shape in times),
+        (candidate for candidate, cost in costs.items() if cost <= limit),
+        key=lambda c: (c[1], c[0]),
     )
 
 

@@ -10,7 +10,6 @@ from typing import Any
 from benchmarks.programs import BACKWARD, FORWARD
 from benchmarks.results import CaseInfo, Results, Row
 from benchmarks.settings import Setting
-from benchmarks.tables import KINDS
 
 # Okabe and Ito's colours, told apart with any colour vision; the markers do without any.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -23,7 +22,7 @@ def picture_names(results: Results) -> dict[str, str]:
     names = {}
     for shape in results.shapes():
         start = f"{results.machine['platform']}-d{shape.head_dim}"
-        for kind in KINDS:
+        for kind in results.kinds():
             names[f"{start}-time-{kind}.png"] = f"time of {kind} attention, D={shape.head_dim}"
         names[f"{start}-memory.png"] = f"memory of forward and gradients, D={shape.head_dim}"
     return names
@@ -45,13 +44,13 @@ def draw(results: Results, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for shape in results.shapes():
         start = f"{results.machine['platform']}-d{shape.head_dim}"
-        for kind in KINDS:
+        for kind in results.kinds():
             panels = [(f"{kind}, {m}", kind, m) for m in (FORWARD, BACKWARD)]
             figure = _figure(
                 figure_class, results, shape, panels, "seconds", lambda row: row.seconds
             )
             figure.savefig(folder / f"{start}-time-{kind}.png", dpi=130)
-        panels = [(f"{kind}, f+b", kind, BACKWARD) for kind in KINDS]
+        panels = [(f"{kind}, f+b", kind, BACKWARD) for kind in results.kinds()]
         figure = _figure(figure_class, results, shape, panels, "MiB", _mebibytes)
         figure.savefig(folder / f"{start}-memory.png", dpi=130)
 
@@ -71,7 +70,7 @@ def _figure(
     figure = figure_class(figsize=(12, 4.8), layout="constrained")
     handles = {}
     for axes, (title, kind, measure) in zip(
-        figure.subplots(1, len(panels), sharey=True), panels, strict=True
+        figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True
     ):
         for info in results.cases:
             points = [

@@ -7,7 +7,7 @@ other). Measures nothing.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks import tables
@@ -67,6 +67,12 @@ def write_page(runs: Sequence[Results], page: Path, images: Path, folders: str) 
         draw(results, images)
 
 
+def ratios(results: Results) -> str:
+    """Returns the tables of ratios alone, for the console."""
+    parts = [_tables(results, shape, tables.ratio_table) for shape in results.shapes()]
+    return "\n".join(line for part in parts for line in part)
+
+
 def _section(results: Results, prefix: Path) -> list[str]:
     machine = results.machine
     name = machine["cpu"] if machine["platform"] == "cpu" else machine["device"]
@@ -95,19 +101,27 @@ def _shape(results: Results, shape: Setting) -> list[str]:
         ("Times in ms, and their spread", tables.time_table),
         ("Memory in MiB", tables.memory_table),
     )
-    measures = [measure for measure in MEASURES if results.lengths(measure, shape)]
     parts = []
     for heading, make in sections:
-        parts.append(f"### {heading}, {title}\n")
-        for kind in tables.KINDS:
-            for measure in measures:
-                parts.append(f"{kind.capitalize()}, {measure}:\n")
-                parts.append(make(results, kind, measure, shape))
-    for kind in tables.KINDS:
+        parts += [f"### {heading}, {title}\n", *_tables(results, shape, make)]
+    for kind in results.kinds():
         lines = tables.crossovers(results, kind, shape)
         if lines.strip():
             parts += [f"Crossover, {kind}: our fastest FAVOR+ is\n", lines]
     return parts
+
+
+def _tables(
+    results: Results, shape: Setting, make: Callable[[Results, str, str, Setting], str]
+) -> list[str]:
+    """Returns a table for each kind of attention and measure, each with a line that names it."""
+    return [
+        part
+        for kind in results.kinds()
+        for measure in MEASURES
+        if results.lengths(measure, shape)
+        for part in (f"{kind.capitalize()}, {measure}:\n", make(results, kind, measure, shape))
+    ]
 
 
 if __name__ == "__main__":

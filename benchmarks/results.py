@@ -70,6 +70,11 @@ class Results:
         rows = [row for row in self.rows if row.measure != DECODE]
         return tuple(dict.fromkeys(dataclasses.replace(row.setting, length=0) for row in rows))
 
+    def kinds(self) -> tuple[str, ...]:
+        """Returns the kinds of attention that cases were measured of, causal first."""
+        found = {info.attention for info in self.cases}
+        return tuple(kind for kind in ("causal", "bidirectional") if kind in found)
+
     def lengths(self, measure: str, shape: Setting) -> tuple[int, ...]:
         """Returns the lengths at which a measure was taken of a shape, ascending."""
         return tuple(sorted({row.setting.length for row in self.of(measure, shape)}))

@@ -12,8 +12,6 @@ from benchmarks.settings import Setting
 from benchmarks.targets import TARGETS, Target
 from benchmarks.timing import spread
 
-KINDS = ("causal", "bidirectional")
-
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Returns a Markdown table; all columns but the first are aligned to the right."""
