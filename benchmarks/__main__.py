@@ -1,7 +1,8 @@
 """Measures attention: ``python -m benchmarks`` (``--quick`` for a look in under two minutes).
 
-Writes ``results.json`` (every sample), ``table.md`` and pictures into ``--output``. On a CPU one
-core is used, on an accelerator larger shapes in bfloat16 are measured; see ``--help``.
+Writes ``results.json`` (every sample), ``table.md`` and pictures into ``--output``. On a CPU the
+process keeps to one core, the first it may use (``taskset -c 1 python -m benchmarks`` takes another
+one); on an accelerator larger shapes in bfloat16 are measured.
 """
 
 from __future__ import annotations
@@ -19,7 +20,19 @@ from benchmarks.settings import Setting
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """What is measured unless options say otherwise."""
+    """What is measured unless options say otherwise.
+
+    Attributes:
+      lengths: T.
+      heads: H.
+      head_dims: D, one after the other.
+      dtype: of the inputs.
+      repeats: samples of a program.
+      seconds: for the samples of a program.
+      batches: sequences decoded at once.
+      pasts: tokens before a decoding step.
+      cached: tokens in the cache of exact attention's step.
+    """
 
     lengths: tuple[int, ...]
     heads: int
@@ -27,6 +40,7 @@ class Preset:
     dtype: str
     repeats: int
     seconds: float
+    batches: tuple[int, ...]
     pasts: tuple[int, ...]
     cached: tuple[int, ...]
 
@@ -38,6 +52,7 @@ CPU = Preset(
     dtype="float32",
     repeats=7,
     seconds=60.0,
+    batches=(1, 8),
     pasts=(0, 100_000),
     cached=(1024, 8192),
 )
@@ -48,7 +63,14 @@ GPU = dataclasses.replace(
     head_dims=(64, 128),
     dtype="bfloat16",
 )
-QUICK = {"repeats": 3, "seconds": 5.0, "head_dims": (64,), "pasts": (0, 4096), "cached": (1024,)}
+QUICK = {
+    "head_dims": (64,),
+    "repeats": 3,
+    "seconds": 3.0,
+    "batches": (1,),
+    "pasts": (0, 4096),
+    "cached": (1024,),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -89,7 +111,9 @@ def run(options: argparse.Namespace, preset: Preset, platform: str, command: str
         measures = [measure for measure in options.measures if measure != DECODE]
         rows += suite.measure_lengths(chosen, shape, options.lengths, measures, limits)
         if DECODE in options.measures and not options.only:
-            rows += decode.measure_decoding(shape, (1, 8), preset.pasts, preset.cached, limits)
+            rows += decode.measure_decoding(
+                shape, preset.batches, preset.pasts, preset.cached, limits
+            )
     results = Results(
         machine=environment.describe_machine(platform, command.strip()),
         cases=(*(case.info for case in chosen), *decode.DECODE_CASES),

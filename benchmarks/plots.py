@@ -56,7 +56,7 @@ def draw(results: Results, folder: Path) -> None:
 
 
 def _mebibytes(row: Row) -> float | None:
-    return None if row.memory is None else row.memory / 2**20
+    return None if row.memory is None or not row.samples else row.memory / 2**20
 
 
 def _figure(
@@ -102,10 +102,13 @@ def _style(results: Results, info: CaseInfo) -> dict[str, Any]:
     if info.attention is None:
         line = ":" if info.name == "identity" else "-."
         return {"color": GREY, "linestyle": line, "marker": "", "linewidth": 2}
-    kinds = dict.fromkeys(
-        (other.name.partition("/")[2], other.label) for other in results.cases if other.attention
+    drawn = {row.case for row in results.rows if row.samples}
+    mechanisms = dict.fromkeys(
+        other.name.partition("/")[2]
+        for other in results.cases
+        if other.attention is not None and other.name in drawn
     )
-    place = list(kinds).index((info.name.partition("/")[2], info.label))
+    place = list(mechanisms).index(info.name.partition("/")[2])
     return {
         "color": COLOURS[place % len(COLOURS)],
         "marker": MARKERS[place % len(MARKERS)],

@@ -35,7 +35,7 @@ def compile_sdpa(inputs: Inputs, measure: str, *, causal: bool) -> Program:
 
 
 def compile_performer(inputs: Inputs, measure: str, *, causal: bool) -> Program:
-    """FAVOR+ by ``performer_pytorch.FastAttention``, with a projection that stays as it is."""
+    """FAVOR+ by ``performer_pytorch.FastAttention``, with a projection of its own."""
     torch = importlib.import_module("torch")
     peer = importlib.import_module("performer_pytorch")
     setting = inputs.setting
@@ -43,7 +43,6 @@ def compile_performer(inputs: Inputs, measure: str, *, causal: bool) -> Program:
         dim_heads=setting.head_dim,
         nb_features=setting.features,
         causal=causal,
-        feature_redraw_interval=None,
     ).to(_device(), getattr(torch, setting.dtype))
     return _compile(attention, inputs.qkv, inputs, measure, heads_first=True)
 
