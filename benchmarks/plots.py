@@ -56,7 +56,7 @@ def draw(results: Results, folder: Path) -> None:
 
 
 def _mebibytes(row: Row) -> float | None:
-    return None if row.memory is None or not row.samples else row.memory / 2**20
+    return None if row.memory is None else row.memory / 2**20
 
 
 def _figure(
@@ -102,7 +102,7 @@ def _style(results: Results, info: CaseInfo) -> dict[str, Any]:
     if info.attention is None:
         line = ":" if info.name == "identity" else "-."
         return {"color": GREY, "linestyle": line, "marker": "", "linewidth": 2}
-    drawn = {row.case for row in results.rows if row.samples}
+    drawn = {row.case for row in results.rows if row.samples or row.memory is not None}
     mechanisms = dict.fromkeys(
         other.name.partition("/")[2]
         for other in results.cases
