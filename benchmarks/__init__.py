@@ -1,1 +1,1 @@
-"""Measurements of speed; run one with ``python -m benchmarks.causal``."""
+"""Measurements of speed and memory; ``python -m benchmarks --help``."""

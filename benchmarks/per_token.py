@@ -22,14 +22,15 @@ def attention(
     projection: Float[Array, "M D"],
 ) -> Float[Array, "B T H V"]:
     """Causal attention with positive features, one token after the other."""
-    query = jnp.moveaxis(_features(query, projection, is_query=True), 1, 0)
-    key = jnp.moveaxis(_features(key, projection, is_query=False), 1, 0)
+    query = jnp.moveaxis(softmax_features(query, projection, is_query=True), 1, 0)
+    key = jnp.moveaxis(softmax_features(key, projection, is_query=False), 1, 0)
     numerator = _numerator(query, key, jnp.moveaxis(value, 1, 0))
     denominator = _denominator(query, key)
     return jnp.moveaxis(numerator / denominator[..., None], 0, 1)
 
 
-def _features(x: Array, projection: Array, *, is_query: bool) -> Array:
+def softmax_features(x: Array, projection: Array, *, is_query: bool) -> Array:
+    """Positive features ``[B, T, H, M]`` of a whole sequence; the largest of all keys is 1."""
     x = x * x.shape[-1] ** -0.25
     logs = jnp.einsum("bthd,md->bthm", x, projection)
     axes = (-1,) if is_query else (1, 3)
