@@ -55,7 +55,7 @@ def linear_attention(
     normalize: bool = ...,
     epsilon: float = ...,
     chunk_size: int | None = ...,
-    unroll: int = ...,
+    unroll: int | None = ...,
     saved_states: SavedStates | None = ...,
     implementation: str | Sequence[str] | None = ...,
     precision: jax.lax.PrecisionLike = ...,
@@ -79,7 +79,7 @@ def linear_attention(
     normalize: bool = ...,
     epsilon: float = ...,
     chunk_size: int | None = ...,
-    unroll: int = ...,
+    unroll: int | None = ...,
     saved_states: SavedStates | None = ...,
     implementation: str | Sequence[str] | None = ...,
     precision: jax.lax.PrecisionLike = ...,
@@ -102,7 +102,7 @@ def linear_attention(
     normalize: bool = True,
     epsilon: float = 0.0,
     chunk_size: int | None = None,
-    unroll: int = 1,
+    unroll: int | None = None,
     saved_states: SavedStates | None = None,
     implementation: str | Sequence[str] | None = None,
     precision: jax.lax.PrecisionLike = None,
@@ -140,8 +140,9 @@ def linear_attention(
       normalize: divide by the sum of weights; if False return the numerator at its true scale.
       epsilon: denominators up to this size are inverted as ``den / epsilon^2``. Not needed for
         positive maps; for signed ones it bounds outputs where a denominator vanishes.
-      chunk_size: positions handled at once (1: token by token); None for the implementation's own.
-      unroll: chunks unrolled in the compiled loop.
+      chunk_size: positions handled at once (1: token by token); None for what was measured to be
+        the fastest, see :mod:`.chunk_table`.
+      unroll: chunks unrolled in the compiled loop; None for the same.
       saved_states: what the backward pass of causal attention finds when it starts: "all" states
         between chunks (``T K V M / C`` numbers), or a "few", about the square root of that many
         chunks, from which it computes the others again, group by group; None for "all" of short

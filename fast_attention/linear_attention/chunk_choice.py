@@ -6,7 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import jax
+
 from fast_attention.linear_attention.chunk_table import CHUNKS
+from fast_attention.linear_attention.inputs import Inputs, Plan
 
 FALLBACK = "cpu"
 """Platform whose rows serve one that has none."""
@@ -50,3 +53,10 @@ def chunk_choice(
             nearest = min(measured, key=lambda m: abs(math.log(m / num_features)))
             return ChunkChoice(*chunks[name, causal, nearest])
     raise ValueError(f"The table has no row of {platform} or {FALLBACK} with causal={causal}.")
+
+
+def planned_chunk(plan: Plan, inputs: Inputs) -> ChunkChoice:
+    """Returns what the plan asks for, completed by the choice for the platform JAX runs on."""
+    features = plan.feature_map.num_features(inputs.parameters, inputs.key.shape[-1])
+    chosen = chunk_choice(jax.default_backend(), plan.causal, features)
+    return ChunkChoice(plan.chunk_size or chosen.chunk_size, plan.unroll or chosen.unroll)

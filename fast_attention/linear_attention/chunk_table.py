@@ -8,7 +8,7 @@ CHUNKS = {
     ("cpu", False, 256): (128, 1),
     ("cpu", True, 256): (64, 1),
     ("gpu", False, 256): (512, 1),
-    ("gpu", True, 256): (128, 1),
+    ("gpu", True, 256): (256, 1),
 }
 
 MEASURED = {

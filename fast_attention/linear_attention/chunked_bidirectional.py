@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from fast_attention.feature_maps.base import Features
 from fast_attention.linear_attention.chunk_backward import pull_back_absorbed
+from fast_attention.linear_attention.chunk_choice import planned_chunk
 from fast_attention.linear_attention.chunk_state import absorb_keys, next_state, read_state
 from fast_attention.linear_attention.gradients import (
     add_key_gradient,
@@ -25,13 +26,11 @@ from fast_attention.linear_attention.products import Einsum, einsum_of, sums
 from fast_attention.linear_attention.slices import key_features, query_features
 from fast_attention.linear_attention.state import LinearAttentionState
 
-CHUNK = 128
-
 
 def forward(plan: Plan, inputs: Inputs, *, save: bool):
     """Returns output and final state, and what :func:`backward` needs: the final state."""
     del save
-    chunk = plan.chunk_size or CHUNK
+    chunk, unroll = planned_chunk(plan, inputs)
     keys_length, queries_length = inputs.key.shape[1], inputs.query.shape[1]
     einsum = einsum_of(plan, inputs)
 
@@ -39,7 +38,7 @@ def forward(plan: Plan, inputs: Inputs, *, save: bool):
         keys, value, _ = key_features(plan, inputs, start, size)
         return next_state(state, absorb_keys(state, keys), value, einsum), None
 
-    state, _ = scan_chunks(absorb, inputs.state, keys_length, min(chunk, keys_length), plan.unroll)
+    state, _ = scan_chunks(absorb, inputs.state, keys_length, min(chunk, keys_length), unroll)
 
     def read(out, start, size):
         queries, _ = query_features(plan, inputs, start, size)
@@ -50,7 +49,7 @@ def forward(plan: Plan, inputs: Inputs, *, save: bool):
         empty_output(plan, inputs),
         queries_length,
         min(chunk, queries_length),
-        plan.unroll,
+        unroll,
     )
     return (out, state), (inputs, out, state)
 
@@ -66,7 +65,7 @@ def backward(plan: Plan, residuals: Any, cotangents: Any) -> Inputs:
     """Returns the gradient of every float array in ``inputs``."""
     inputs, out, state = residuals
     d_out, d_state = cotangents
-    chunk = plan.chunk_size or CHUNK
+    chunk, unroll = planned_chunk(plan, inputs)
     keys_length, queries_length = inputs.key.shape[1], inputs.query.shape[1]
     einsum = einsum_of(plan, inputs)
     buffers, outputs_in = gradient_buffers(plan, inputs, out, d_out)
@@ -89,7 +88,7 @@ def backward(plan: Plan, residuals: Any, cotangents: Any) -> Inputs:
 
     carry = (d_state.kv, d_state.k_sum, buffers)
     d_kv, d_k_sum, grads = scan_chunks_back(
-        read, carry, (None, None), queries_length, min(chunk, queries_length), plan.unroll
+        read, carry, (None, None), queries_length, min(chunk, queries_length), unroll
     )
 
     def absorb(grads, start, size, _):
@@ -100,7 +99,7 @@ def backward(plan: Plan, residuals: Any, cotangents: Any) -> Inputs:
         return add_key_gradient(grads, pull_keys(d_keys, d_value), start)
 
     grads = scan_chunks_back(
-        absorb, grads, (None, None), keys_length, min(chunk, keys_length), plan.unroll
+        absorb, grads, (None, None), keys_length, min(chunk, keys_length), unroll
     )
     if state.log_scale is not None:
         decay = jnp.exp(inputs.state.log_scale - state.log_scale)

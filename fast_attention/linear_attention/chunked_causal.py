@@ -15,6 +15,7 @@ from typing import Any
 
 from fast_attention.linear_attention.chunk_backward import pull_back_causal
 from fast_attention.linear_attention.chunk_causal import Past, add_first_key, read_causal
+from fast_attention.linear_attention.chunk_choice import planned_chunk
 from fast_attention.linear_attention.chunk_state import absorb_keys, next_state
 from fast_attention.linear_attention.gradients import (
     add_key_gradient,
@@ -29,17 +30,13 @@ from fast_attention.linear_attention.products import einsum_of
 from fast_attention.linear_attention.slices import causal_sight, key_features, query_features
 from fast_attention.linear_attention.state import LinearAttentionState
 
-# Measured on one CPU core (H=8, D=64, M=256): shorter chunks pay for the loop and the state,
-# longer ones for the quadratic part and the cache.
-CHUNK = 64
-
 # Up to this many chunks all states are kept unless the caller says otherwise.
 FEW_CHUNKS = 64
 
 
 def forward(plan: Plan, inputs: Inputs, *, save: bool):
     """Returns output and final state, and what :func:`backward` needs if ``save``."""
-    length, size, group = _sizes(plan, inputs)
+    length, size, group, unroll = _sizes(plan, inputs)
     einsum = einsum_of(plan, inputs)
 
     def chunk(carry, start, size):
@@ -61,14 +58,14 @@ def forward(plan: Plan, inputs: Inputs, *, save: bool):
 
     def group_of_chunks(carry, start, length):
         state, _ = carry
-        carry, kept = scan_chunks(chunk, carry, length, size, plan.unroll, start)
+        carry, kept = scan_chunks(chunk, carry, length, size, unroll, start)
         return carry, (state, kept)
 
     carry = (inputs.state, empty_output(plan, inputs))
     if group and save:
         (state, out), saved = scan_chunks(group_of_chunks, carry, length, group, 1)
     else:
-        (state, out), saved = scan_chunks(chunk, carry, length, size, plan.unroll)
+        (state, out), saved = scan_chunks(chunk, carry, length, size, unroll)
     return (out, state), (inputs, out, saved)
 
 
@@ -76,7 +73,7 @@ def backward(plan: Plan, residuals: Any, cotangents: Any) -> Inputs:
     """Returns the gradient of every float array in ``inputs``."""
     inputs, out, saved = residuals
     d_out, d_state = cotangents
-    length, size, group = _sizes(plan, inputs)
+    length, size, group, unroll = _sizes(plan, inputs)
     einsum = einsum_of(plan, inputs)
     buffers, outputs_in = gradient_buffers(plan, inputs, out, d_out)
 
@@ -118,30 +115,31 @@ def backward(plan: Plan, residuals: Any, cotangents: Any) -> Inputs:
 
     def group_of_chunks(carry, start, length, saved):
         state, kept = saved
-        _, pasts = scan_chunks(rerun, state, length, size, plan.unroll, start)
+        _, pasts = scan_chunks(rerun, state, length, size, unroll, start)
         whole, rest = zip(kept, pasts, strict=True)
         both = whole, (None if kept[1] is None else rest)
-        return scan_chunks_back(chunk, carry, both, length, size, plan.unroll, start)
+        return scan_chunks_back(chunk, carry, both, length, size, unroll, start)
 
     carry = (d_state.kv, d_state.k_sum, buffers)
     if group:
         carry = scan_chunks_back(group_of_chunks, carry, saved, length, group, 1)
     else:
-        carry = scan_chunks_back(chunk, carry, saved, length, size, plan.unroll)
+        carry = scan_chunks_back(chunk, carry, saved, length, size, unroll)
     d_kv, d_k_sum, grads = carry
     return as_cotangent(inputs, grads, LinearAttentionState(d_kv, d_k_sum, None))
 
 
-def _sizes(plan: Plan, inputs: Inputs) -> tuple[int, int, int]:
-    """Returns length, chunk size, and positions in a group, 0 where all states are kept."""
+def _sizes(plan: Plan, inputs: Inputs) -> tuple[int, int, int, int]:
+    """Returns length, chunk size, positions in a group (0: all states are kept), and unroll."""
     length = inputs.query.shape[1]
-    size = min(plan.chunk_size or CHUNK, length)
+    size, unroll = planned_chunk(plan, inputs)
+    size = min(size, length)
     count = length // size if size else 0
     few = plan.saved_states == "few" or (plan.saved_states is None and count > FEW_CHUNKS)
     if not few or count < 2:
-        return length, size, 0
+        return length, size, 0, unroll
     # Near the square root as many states are kept as are computed again at a time; a divisor
     # leaves no shorter last group, which would be compiled by itself.
     root = math.isqrt(count - 1) + 1
     group = next((n for n in range(root, 2 * root) if count % n == 0), root)
-    return length, size, group * size
+    return length, size, group * size, unroll

@@ -28,7 +28,7 @@ class Plan:
         "parts" returns numerator, denominator and their common log-scale, to be merged.
       epsilon: denominators not above it in size are inverted as ``den / epsilon^2``.
       chunk_size: positions handled at once, None for the implementation's own choice.
-      unroll: chunks unrolled in the compiled loop.
+      unroll: chunks unrolled in the compiled loop, None for the same.
       saved_states: "all" states between chunks are kept for the backward pass, or a "few"; None
         for the implementation's own choice.
       precision: of the products of features with values (exponents are always exact).
@@ -39,7 +39,7 @@ class Plan:
     output: Output = "mean"
     epsilon: float = 0.0
     chunk_size: int | None = None
-    unroll: int = 1
+    unroll: int | None = None
     saved_states: SavedStates | None = None
     precision: jax.lax.PrecisionLike = None
 
