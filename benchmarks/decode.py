@@ -26,7 +26,7 @@ CALL = CaseInfo("decode/call", "state, one jitted call", ours=True)
 CACHE = CaseInfo("decode/kv-cache", "exact attention over a cache (jax.nn, reads it only)")
 DECODE_CASES = (SCAN, CALL, CACHE)
 
-SCANNED = 256
+SCANNED = 2048
 """Tokens of one scan."""
 
 BLOCK = 2048
