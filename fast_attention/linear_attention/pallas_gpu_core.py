@@ -14,7 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from fast_attention.array_types import Array
-from fast_attention.linear_attention.pallas_gpu_forward import State, forward, forward_memory
+from fast_attention.linear_attention.pallas_gpu_backward import Cotangents, Given, backward_memory
+from fast_attention.linear_attention.pallas_gpu_backward_keys import key_gradients
+from fast_attention.linear_attention.pallas_gpu_backward_queries import query_gradients
+from fast_attention.linear_attention.pallas_gpu_forward import State, forward
 from fast_attention.linear_attention.pallas_gpu_program import (
     SHARED_BYTES,
     Operands,
@@ -105,7 +108,39 @@ def _forward(choices: Choices, arguments: Arguments) -> tuple[Attended, Any]:
 
 
 def _backward(choices: Choices, residuals: Any, cotangents: Attended) -> tuple[Arguments]:
-    raise NotImplementedError
+    arguments, maxima, after = residuals
+    sizes = sizes_of(choices, arguments)
+    operands, state = _operands(sizes, arguments)
+    given = Given(operands, after, None, maxima, _cotangents(sizes, cotangents))
+    if choices.causal:
+        initial = jnp.repeat(state.log_scale, sizes.groups, axis=1)[:, :, None]
+        before = jnp.concatenate([initial, maxima.scales[:, :, :-1]], axis=2)
+        given = given._replace(state=state, before=before)
+    queries = query_gradients(sizes, given, causal=choices.causal)
+    if not choices.causal:
+        d_kv, d_k_sum, _ = queries.state
+        given = given._replace(cotangents=given.cotangents._replace(kv=d_kv, k_sum=d_k_sum))
+    keys = key_gradients(sizes, given, causal=choices.causal)
+    d_kv, d_k_sum, _ = keys.state
+    if not choices.causal:
+        decay = jnp.exp(jnp.repeat(state.log_scale, sizes.groups, axis=1) - after.log_scale)
+        d_kv, d_k_sum = d_kv * decay[..., None], d_k_sum * decay
+    d_weights = (queries.weights + keys.weights)[:, :, : sizes.real_features]
+    return (
+        Arguments(
+            query=_like(arguments.query, queries.query),
+            key=_like(arguments.key, _sum_groups(keys.key, sizes.groups, 2)),
+            value=_like(arguments.value, _sum_groups(keys.value, sizes.groups, 2)),
+            key_log=_like(arguments.key_log, _sum_groups(keys.key_log, sizes.groups, 1)),
+            weights=_like(
+                arguments.weights,
+                _sum_shared(_sum_groups(d_weights, sizes.groups, 1), arguments.weights.shape),
+            ),
+            kv=_like(arguments.kv, jnp.swapaxes(_sum_groups(d_kv, sizes.groups, 1), -1, -2)),
+            k_sum=_like(arguments.k_sum, _sum_groups(d_k_sum, sizes.groups, 1)),
+            log_scale=jnp.zeros_like(arguments.log_scale),
+        ),
+    )
 
 
 attend_with_kernels.defvjp(_forward, _backward)
@@ -119,7 +154,7 @@ def check_shared_memory(choices: Choices, arguments: Arguments) -> None:
     """
     sizes = sizes_of(choices, arguments)
     input_parts = 1 if arguments.query.dtype == jnp.bfloat16 else 3
-    needed = shared_bytes(forward_memory(sizes, input_parts))
+    needed = shared_bytes(backward_memory(sizes, input_parts))
     if needed > SHARED_BYTES:
         raise NotImplementedError(
             f"The GPU kernels would need {needed} bytes of shared memory for head width "
@@ -162,6 +197,37 @@ def _operands(sizes: Sizes, arguments: Arguments) -> tuple[Operands, State]:
         _pad(arguments.log_scale, {2: EMPTY_LOG_SCALE}),
     )
     return operands, state
+
+
+def _cotangents(sizes: Sizes, cotangents: Attended) -> Cotangents:
+    d_kv, d_k_sum, _ = cotangents.state
+    # The heads of a group end with the same state; the first of them takes its cotangent.
+    first = jnp.arange(sizes.heads) % sizes.groups == 0
+    d_kv = jnp.where(first[:, None, None], jnp.repeat(d_kv, sizes.groups, axis=1), 0)
+    d_k_sum = jnp.where(first[:, None], jnp.repeat(d_k_sum, sizes.groups, axis=1), 0)
+    return Cotangents(
+        numerator=tuple(split(_pad(cotangents.numerator, {1: 0, 3: 0}), sizes.parts)),
+        denominator=_pad(cotangents.denominator, {2: 0}),
+        kv=jnp.swapaxes(_pad(d_kv, {2: 0, 3: 0}), -1, -2),
+        k_sum=_pad(d_k_sum, {2: 0}),
+    )
+
+
+def _sum_groups(x: Array, groups: int, axis: int) -> Array:
+    """Adds up the query heads that share a key head."""
+    shape = (*x.shape[:axis], x.shape[axis] // groups, groups, *x.shape[axis + 1 :])
+    return x.reshape(shape).sum(axis + 1)
+
+
+def _sum_shared(x: Array, shape: tuple[int, ...]) -> Array:
+    """Adds up what batch rows and heads share, ``[B, K, ...]`` to ``[B or 1, K or 1, ...]``."""
+    axes = tuple(i for i in range(2) if shape[i] == 1)
+    return x.sum(axes, keepdims=True)
+
+
+def _like(x: Array, gradient: Array) -> Array:
+    """Cuts a gradient to the sizes before padding, in the type of ``x``."""
+    return jax.lax.slice(gradient, (0,) * x.ndim, x.shape).astype(x.dtype)
 
 
 def _padded(size: int) -> int:

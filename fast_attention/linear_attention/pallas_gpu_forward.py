@@ -76,9 +76,7 @@ class Result(NamedTuple):
     maxima: Maxima
 
 
-def forward(
-    sizes: Sizes, operands: Operands, state: State, *, causal: bool
-) -> Result:
+def forward(sizes: Sizes, operands: Operands, state: State, *, causal: bool) -> Result:
     """Computes attention up to its division.
 
     Args:
@@ -109,7 +107,7 @@ def forward(
     def body(tiles: Tiles, inputs: Any, out: Result, shared: dict[str, Any]) -> None:
         operands, state = inputs
         program = Program(tiles, sizes, operands, shared)
-        _copy_state(program, state, out.state)
+        copy_state(program, state, out.state, program.key_head)
         (_causal if causal else _bidirectional)(program, out)
 
     return launch(body, sizes, (operands, state), outputs, forward_memory(sizes, len(operands.key)))
@@ -123,8 +121,8 @@ def forward_memory(sizes: Sizes, input_parts: int) -> dict[str, tuple[int, int] 
         "key": (input_parts, sizes.head_dim),
         "value": (value_parts, sizes.value_dim),
         "weights": (3, sizes.head_dim),
-        "left": (sizes.parts, TILE),
-        "right": (sizes.parts, TILE),
+        "features": (sizes.parts, TILE),
+        "pairs": (sizes.parts, TILE),
         "state": (sizes.parts, sizes.value_dim),
         "stage": (0, sizes.value_dim),
         "key_log": TILE,
@@ -139,19 +137,15 @@ def forward_memory(sizes: Sizes, input_parts: int) -> dict[str, tuple[int, int] 
     }
 
 
-def _copy_state(program: Program, source: State, destination: State) -> None:
-    """Copies the initial state of the key head to where the program works on its own."""
-    shared, b, h, k = program.shared, program.batch, program.head, program.key_head
+def copy_state(program: Program, source: State, destination: State, head: Array) -> None:
+    """Copies a head of a state (or its cotangent) to where the program works on its own."""
+    tiles, stages = program.tiles, [program.shared[x] for x in ("stage", "k_sum", "scale")]
 
     def body(tile: Array, _: Any) -> None:
-        here = piece(tile)
-        stages = (shared["stage"], shared["k_sum"], shared["scale"])
-        program.tiles.fetch(
-            *((x.at[b, k, here], stage) for x, stage in zip(source, stages, strict=True))
-        )
-        program.tiles.send(
-            *((stage, x.at[b, h, here]) for x, stage in zip(destination, stages, strict=True))
-        )
+        b, h, here = program.batch, program.head, piece(tile)
+        triples = list(zip(source, destination, stages, strict=True))
+        tiles.fetch(*((x.at[b, head, here], y) for x, _, y in triples if x is not None))
+        tiles.send(*((y, x.at[b, h, here]) for _, x, y in triples if x is not None))
 
     program.over_tiles(body)
 
@@ -172,15 +166,15 @@ def absorb(program: Program, state: State, tile: Array, logs: Array, kv: Array) 
     scale, k_sum = tiles.columns(shared["scale"]), tiles.columns(shared["k_sum"])
     next_scale = jnp.maximum(scale, jnp.max(logs, axis=0))
     features = jnp.exp(logs - spread_columns(next_scale))
-    tiles.store(shared["right"], features)
+    tiles.store(shared["features"], features)
     shared["next_scale"][...] = next_scale
     shared["k_sum"][...] = k_sum * jnp.exp(scale - next_scale) + jnp.sum(features, axis=0)
     decay = jnp.exp(tiles.rows(shared["scale"]) - tiles.rows(shared["next_scale"]))
     kv = kv * spread_rows(decay, program.sizes.value_dim)
     kv = kv + tiles.matmul(
-        shared["right"], shared["value"], transpose_left=True, order=program.sizes.parts
+        shared["features"], shared["value"], transpose_left=True, order=program.sizes.parts
     )
-    program.write_matrix(state.kv.at[b, h, here], kv, "stage")
+    program.write_matrix(state.kv.at[b, h, here], kv)
     tiles.send(
         (shared["k_sum"], state.k_sum.at[b, h, here]),
         (shared["next_scale"], state.log_scale.at[b, h, here]),
@@ -232,15 +226,17 @@ def _causal_chunk(program: Program, out: Result, chunk: Array) -> None:
         first = tiles.columns(shared["first"])
         shift = spread_columns(visible_scale(first))
         key_logs = program.key_logs(tile)
-        tiles.store(shared["right"], jnp.exp(key_logs - shift - spread_rows(key_shift)))
+        tiles.store(shared["features"], jnp.exp(key_logs - shift - spread_rows(key_shift)))
         queries = jnp.exp(program.query_logs(tile) + shift - spread_rows(row_max))
-        tiles.store(shared["left"], queries)
-        products = products + tiles.matmul(shared["left"], shared["right"], transpose_right=True)
+        tiles.store(shared["pairs"], queries)
+        products = products + tiles.matmul(
+            shared["pairs"], shared["features"], transpose_right=True
+        )
         k_sum = tiles.columns(shared["k_sum"]) * jnp.exp(tiles.columns(shared["scale"]) - first)
         denominator = denominator + jnp.sum(queries * spread_columns(k_sum), axis=1)
-        kv = program.read_matrix(out.state.kv.at[b, h, piece(tile)], "stage")
+        kv = program.read_matrix(out.state.kv.at[b, h, piece(tile)])
         tiles.store(shared["state"], kv * first_decay(program))
-        numerator = numerator + tiles.matmul(shared["left"], shared["state"])
+        numerator = numerator + tiles.matmul(shared["pairs"], shared["state"])
         absorb(program, out.state, tile, key_logs, kv)
         tiles.send((shared["next_scale"], maxima.scales.at[b, h, chunk, piece(tile)]))
         return products, numerator, denominator
@@ -258,9 +254,9 @@ def _causal_chunk(program: Program, out: Result, chunk: Array) -> None:
     weights = products * jnp.exp(jnp.minimum(shift - spread_rows(pair_max), LARGEST_EXPONENT))
     weights = jnp.where(pairs & (products > 0), weights, 0.0)
     gain = jnp.exp(past - pair_max)
-    tiles.store(shared["left"], weights)
+    tiles.store(shared["pairs"], weights)
     numerator = numerator * spread_rows(gain, sizes.value_dim)
-    numerator = numerator + tiles.matmul(shared["left"], shared["value"], order=sizes.parts)
+    numerator = numerator + tiles.matmul(shared["pairs"], shared["value"], order=sizes.parts)
     shared["denominator"][...] = denominator * gain + jnp.sum(weights, axis=1)
     shared["pair_max"][...] = pair_max
     here = piece(chunk)
@@ -270,7 +266,7 @@ def _causal_chunk(program: Program, out: Result, chunk: Array) -> None:
         (shared["pair_max"], maxima.pair_max.at[b, h, here]),
         (shared["key_shift"], maxima.key_shift.at[b, h, here]),
     )
-    program.write_matrix(out.numerator.at[b, here, h], numerator, "stage")
+    program.write_matrix(out.numerator.at[b, here, h], numerator)
 
 
 def first_decay(program: Program) -> Array:
@@ -294,7 +290,7 @@ def _bidirectional(program: Program, out: Result) -> None:
         def absorb_tile(tile: Array, _: Any) -> None:
             program.fetch_weights(tile)
             fetch_state_vectors(program, out.state, tile)
-            kv = program.read_matrix(out.state.kv.at[b, h, piece(tile)], "stage")
+            kv = program.read_matrix(out.state.kv.at[b, h, piece(tile)])
             absorb(program, out.state, tile, program.key_logs(tile), kv)
 
         program.over_tiles(absorb_tile)
@@ -318,11 +314,11 @@ def _bidirectional(program: Program, out: Result) -> None:
         def read(tile: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             numerator, denominator = carry
             queries = jnp.exp(scaled(tile) - spread_rows(row_max))
-            tiles.store(shared["left"], queries)
+            tiles.store(shared["pairs"], queries)
             k_sum = spread_columns(tiles.columns(shared["k_sum"]))
-            kv = program.read_matrix(out.state.kv.at[b, h, piece(tile)], "stage")
+            kv = program.read_matrix(out.state.kv.at[b, h, piece(tile)])
             tiles.store(shared["state"], kv)
-            numerator = numerator + tiles.matmul(shared["left"], shared["state"])
+            numerator = numerator + tiles.matmul(shared["pairs"], shared["state"])
             return numerator, denominator + jnp.sum(queries * k_sum, axis=1)
 
         numerator, denominator = program.over_tiles(
@@ -335,6 +331,6 @@ def _bidirectional(program: Program, out: Result) -> None:
             (shared["denominator"], out.denominator.at[b, h, here]),
             (shared["row_max"], out.maxima.row_max.at[b, h, here]),
         )
-        program.write_matrix(out.numerator.at[b, here, h], numerator, "stage")
+        program.write_matrix(out.numerator.at[b, here, h], numerator)
 
     loop(sizes.queries // TILE, read_chunk)

@@ -136,15 +136,20 @@ class Program:
             logs = jnp.where(self.tiles.indices(1) + tile * TILE < real, logs, MASKED_LOG)
         return logs
 
-    def read_matrix(self, source: Ref, stage: str) -> Array:
-        """Loads a float32 ``[64, width]`` of global memory."""
-        self.tiles.fetch((source, self.shared[stage]))
-        return self.tiles.matrix(self.shared[stage])
+    def read_matrix(self, source: Ref) -> Array:
+        """Loads a float32 ``[64, D]`` or ``[64, V]`` of global memory."""
+        stage = self._stage(source.shape[-1])
+        self.tiles.fetch((source, stage))
+        return self.tiles.matrix(stage)
 
-    def write_matrix(self, destination: Ref, x: Array, stage: str) -> None:
-        """Stores a float32 ``[64, width]`` to global memory."""
-        self.shared[stage][...] = x
-        self.tiles.send((self.shared[stage], destination))
+    def write_matrix(self, destination: Ref, x: Array) -> None:
+        """Stores a float32 ``[64, D]`` or ``[64, V]`` to global memory."""
+        stage = self._stage(x.shape[-1])
+        stage[...] = x
+        self.tiles.send((stage, destination))
+
+    def _stage(self, width: int) -> Ref:
+        return self.shared["stage" if width == self.sizes.value_dim else "head_stage"]
 
     def over_tiles(self, body: Callable[[Array, Any], Any], carry: Any = None) -> Any:
         """Runs ``body(tile, carry)`` over the tiles of features."""
