@@ -69,6 +69,8 @@ def attend_on(
     # Pallas takes long to import and few calls need it.
     from fast_attention.linear_attention import pallas_gpu_core as core
 
+    state, scale = inputs.state, inputs.state.log_scale
+    assert scale is not None
     choices = core.Choices(plan.causal, _value_parts(plan, inputs), interpret)
     arguments = core.Arguments(
         query=inputs.query,
@@ -76,12 +78,13 @@ def attend_on(
         value=_without_padding(inputs, inputs.value),
         key_log=_key_logs(plan, inputs),
         weights=_weights(plan, inputs),
-        kv=inputs.state.kv,
-        k_sum=inputs.state.k_sum,
-        log_scale=jax.lax.stop_gradient(inputs.state.log_scale),
+        kv=state.kv,
+        k_sum=state.k_sum,
+        # A state from a map without exponents brings one scale for all features.
+        log_scale=jax.lax.stop_gradient(jnp.broadcast_to(scale, state.k_sum.shape)),
     )
     core.check_shared_memory(choices, arguments)
-    attended = core.attend_with_kernels(choices, arguments)
+    attended: Any = core.attend_with_kernels(choices, arguments)
     kv, k_sum, log_scale = attended.state
     state = LinearAttentionState(kv, k_sum, jax.lax.stop_gradient(log_scale))
     parts = _parts(plan, inputs, attended)

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 
 from fast_attention.array_types import Array
 from fast_attention.linear_attention.chunk_causal import LARGEST_EXPONENT
-from fast_attention.linear_attention.pallas_gpu_forward import Maxima, State
 from fast_attention.linear_attention.pallas_gpu_program import (
     Operands,
     Program,
@@ -23,6 +22,7 @@ from fast_attention.linear_attention.pallas_gpu_program import (
     Sizes,
     piece,
 )
+from fast_attention.linear_attention.pallas_gpu_state import Maxima, State
 from fast_attention.linear_attention.pallas_gpu_tiles import TILE
 
 

@@ -22,7 +22,6 @@ from fast_attention.linear_attention.pallas_gpu_backward import (
     row_copies,
     through_exp,
 )
-from fast_attention.linear_attention.pallas_gpu_forward import State, copy_state
 from fast_attention.linear_attention.pallas_gpu_program import (
     Program,
     Sizes,
@@ -32,6 +31,7 @@ from fast_attention.linear_attention.pallas_gpu_program import (
     piece,
     visible_scale,
 )
+from fast_attention.linear_attention.pallas_gpu_state import State, copy_state
 from fast_attention.linear_attention.pallas_gpu_tiles import (
     TILE,
     Tiles,

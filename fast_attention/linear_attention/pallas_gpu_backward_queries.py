@@ -22,13 +22,6 @@ from fast_attention.linear_attention.pallas_gpu_backward import (
     row_copies,
     through_exp,
 )
-from fast_attention.linear_attention.pallas_gpu_forward import (
-    State,
-    absorb,
-    copy_state,
-    fetch_state_vectors,
-    first_decay,
-)
 from fast_attention.linear_attention.pallas_gpu_program import (
     Program,
     Sizes,
@@ -37,6 +30,13 @@ from fast_attention.linear_attention.pallas_gpu_program import (
     loop,
     piece,
     visible_scale,
+)
+from fast_attention.linear_attention.pallas_gpu_state import (
+    State,
+    absorb,
+    copy_state,
+    fetch_state_vectors,
+    first_decay,
 )
 from fast_attention.linear_attention.pallas_gpu_tiles import (
     TILE,

@@ -17,13 +17,14 @@ from fast_attention.array_types import Array
 from fast_attention.linear_attention.pallas_gpu_backward import Cotangents, Given, backward_memory
 from fast_attention.linear_attention.pallas_gpu_backward_keys import key_gradients
 from fast_attention.linear_attention.pallas_gpu_backward_queries import query_gradients
-from fast_attention.linear_attention.pallas_gpu_forward import State, forward
+from fast_attention.linear_attention.pallas_gpu_forward import forward
 from fast_attention.linear_attention.pallas_gpu_program import (
     SHARED_BYTES,
     Operands,
     Sizes,
     shared_bytes,
 )
+from fast_attention.linear_attention.pallas_gpu_state import State
 from fast_attention.linear_attention.pallas_gpu_tiles import TILE, split
 from fast_attention.linear_attention.state import EMPTY_LOG_SCALE, MASKED_LOG
 

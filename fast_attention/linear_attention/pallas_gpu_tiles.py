@@ -159,7 +159,7 @@ class Tiles:
             return accumulator[...]
 
         plgpu.commit_smem()  # Registers written to the operands are there for the tensor cores.
-        return pl.run_scoped(accumulate, plgpu.ACC((rows, width), jnp.float32))
+        return pl.run_scoped(accumulate, plgpu.WGMMAAccumulatorRef((rows, width), jnp.float32))
 
     def _cast(self, x: Array, layout: Any) -> Array:
         return x if self.interpret else plgpu.layout_cast(x, layout)
