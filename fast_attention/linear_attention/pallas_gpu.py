@@ -189,8 +189,3 @@ def _check_call(plan: Plan, inputs: Inputs) -> None:
         )
     if plan.unroll != 1:
         raise NotImplementedError(f"The GPU kernels do not unroll, got unroll={plan.unroll}.")
-    if 0 in (*inputs.query.shape, *inputs.key.shape, *inputs.value.shape):
-        raise NotImplementedError(
-            f"The GPU kernels do not serve empty arrays, got query {inputs.query.shape}, key "
-            f"{inputs.key.shape} and value {inputs.value.shape}."
-        )

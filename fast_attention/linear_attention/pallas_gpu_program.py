@@ -10,7 +10,6 @@ M features, all widths and lengths padded to multiples of 64; C = 64, N chunks.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,6 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from fast_attention.array_types import Array
 from fast_attention.linear_attention.pallas_gpu_tiles import (
     BARRIERS,
+    GRID_NAMES,
     TILE,
     Operand,
     Ref,
@@ -93,7 +93,7 @@ class Program:
     def __init__(self, tiles: Tiles, sizes: Sizes, operands: Operands, shared: dict[str, Any]):
         """Finds out which batch row and head this program serves."""
         self.tiles, self.sizes, self.operands, self.shared = tiles, sizes, operands, shared
-        self.batch, self.head = pl.program_id(0), pl.program_id(1)
+        self.batch, self.head = tiles.position()
         self.key_head = jax.lax.div(self.head, jnp.int32(sizes.groups))
 
     def queries(self, x: Operand, name: str, chunk: Array) -> list[tuple[Ref, Ref]]:
@@ -229,26 +229,29 @@ def launch(
         body(Tiles(sizes.interpret, barriers), inside, outside, shared)
 
     shared = shared_memory(sizes, names)
-    if not sizes.interpret:
+    grid = (sizes.batch, sizes.heads)
+    if sizes.interpret:
+        # The plain interpreter knows this form alone, which Mosaic GPU is about to drop.
+        anywhere = pl.BlockSpec(memory_space=plgpu.GMEM)
+        call = pl.pallas_call(
+            kernel,
+            grid=grid,
+            in_specs=[anywhere] * len(flat_inputs),
+            out_specs=[anywhere] * len(flat_outputs),
+            out_shape=flat_outputs,
+            scratch_shapes=shared,
+            interpret=True,
+        )
+    else:
         shared["barriers"] = plgpu.Barrier(num_barriers=BARRIERS)
-    anywhere = pl.BlockSpec(memory_space=plgpu.GMEM)
-    call = pl.pallas_call(
-        kernel,
-        grid=(sizes.batch, sizes.heads),
-        in_specs=[anywhere] * len(flat_inputs),
-        out_specs=[anywhere] * len(flat_outputs),
-        out_shape=flat_outputs,
-        scratch_shapes=shared,
-        compiler_params=plgpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
-        interpret=sizes.interpret,
-    )
+        call = plgpu.kernel(
+            kernel, out_type=flat_outputs, scratch_types=shared, grid=grid, grid_names=GRID_NAMES
+        )
     return output_tree.unflatten(call(*flat_inputs))
 
 
 def float32(*shape: int) -> jax.ShapeDtypeStruct:
     """The shape of a float32 array."""
-    if math.prod(shape) < 1:
-        raise ValueError(f"A kernel cannot return an empty array, got {shape}.")
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 

@@ -28,6 +28,8 @@ TILE = 64
 BARRIERS = 24
 """More than the copies of any one fetch."""
 
+GRID_NAMES = ("batch", "head")
+
 Ref = Any
 Operand = tuple[Ref, ...]
 """The bfloat16 parts of one matrix in shared memory."""
@@ -47,6 +49,13 @@ class Tiles:
 
     interpret: bool
     barriers: Ref | None = None
+
+    def position(self) -> tuple[Array, Array]:
+        """Returns the batch row and the head that this program serves."""
+        if self.interpret:
+            return pl.program_id(0), pl.program_id(1)
+        batch, head = GRID_NAMES
+        return jax.lax.axis_index(batch), jax.lax.axis_index(head)
 
     def fetch(self, *copies: tuple[Ref, Ref]) -> None:
         """Copies from global to shared memory, ``(source, destination)`` each, and waits."""
@@ -134,27 +143,20 @@ class Tiles:
             the longer operand has parts.
         """
         order = order or max(len(left), len(right))
-        pairs = [(a, b) for i, a in enumerate(left) for j, b in enumerate(right) if i + j < order]
+        pairs = [(i, j) for i in range(len(left)) for j in range(len(right)) if i + j < order]
+        if self.interpret:
+            a, b = _plain(left, transpose_left), _plain(right, transpose_right)
+            products = [jnp.dot(a[i], b[j], precision=jax.lax.Precision.HIGHEST) for i, j in pairs]
+            return functools.reduce(jnp.add, products)
         rows = left[0].shape[1 if transpose_left else 0]
         width = right[0].shape[0 if transpose_right else 1]
-        if self.interpret:
-            turn = lambda x, transpose: x.T if transpose else x  # noqa: E731
-            products = [
-                jnp.dot(
-                    turn(a[...].astype(jnp.float32), transpose_left),
-                    turn(b[...].astype(jnp.float32), transpose_right),
-                    precision=jax.lax.Precision.HIGHEST,
-                )
-                for a, b in pairs
-            ]
-            return functools.reduce(jnp.add, products)
 
         def accumulate(accumulator: Ref) -> Array:
-            for a, b in pairs:
+            for i, j in pairs:
                 plgpu.wgmma(
                     accumulator,
-                    plgpu.transpose_ref(a, (1, 0)) if transpose_left else a,
-                    plgpu.transpose_ref(b, (1, 0)) if transpose_right else b,
+                    _turned(left[i], transpose_left),
+                    _turned(right[j], transpose_right),
                 )
             return accumulator[...]
 
@@ -199,6 +201,15 @@ def split(x: Array, parts: int) -> Operand:
 
 def _load(ref: Ref, layout: Any) -> Array:
     return plgpu.load(ref, (), layout=layout, optimized=False)
+
+
+def _turned(ref: Ref, transpose: bool) -> Ref:
+    return plgpu.transpose_ref(ref, (1, 0)) if transpose else ref
+
+
+def _plain(operand: Operand, transpose: bool) -> list[Array]:
+    parts = [part[...].astype(jnp.float32) for part in operand]
+    return [part.T for part in parts] if transpose else parts
 
 
 def _round_to_bfloat16(x: Array) -> Array:
