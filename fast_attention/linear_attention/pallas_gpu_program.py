@@ -158,6 +158,8 @@ class Program:
 
 def loop(count: int, body: Callable[[Array, Any], Any], carry: Any = None) -> Any:
     """Runs ``body(i, carry)`` for i from 0."""
+    if count == 1:
+        return body(jnp.int32(0), carry)
     return jax.lax.fori_loop(0, count, body, carry)
 
 

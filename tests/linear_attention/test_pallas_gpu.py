@@ -68,14 +68,34 @@ def check(smooth, fixed, tolerance, *, feature_map=MAP, precision="highest", **o
     cases.assert_close(actual, expected, tolerance)
 
 
-@pytest.mark.parametrize("length", [1, C - 1, C, C + 1, 2 * C + 3])
-def test_causal_agrees_at_any_length(length):
+@functools.cache
+def attend(causal, **options):
+    return jax.jit(
+        functools.partial(
+            linear_attention, feature_map=MAP, causal=causal, implementation=KERNELS, **options
+        )
+    )
+
+
+@pytest.mark.parametrize("length", [1, 2 * C + 3])
+def test_causal_gradients_agree(length):
     check(*with_state_and_padding(arguments(length)), 5e-6, causal=True)
 
 
-@pytest.mark.parametrize(("length", "keys"), [(1, C + 1), (C + 1, 7)])
-def test_bidirectional_agrees_at_any_length(length, keys):
-    check(*with_state_and_padding(arguments(length, keys)), 5e-6)
+def test_bidirectional_gradients_agree():
+    check(*with_state_and_padding(arguments(C + 1, 7)), 5e-6)
+
+
+@pytest.mark.parametrize(
+    ("length", "keys", "causal"),
+    [(C - 1, C - 1, True), (C, C, True), (C + 1, C + 1, True), (1, C + 1, False)],
+)
+def test_outputs_agree_at_any_length(length, keys, causal):
+    inputs = arguments(length, keys)
+    expected = linear_attention(
+        **inputs, feature_map=MAP, causal=causal, implementation="reference"
+    )
+    cases.assert_close(attend(causal, precision="highest")(**inputs), expected, 5e-6)
 
 
 def test_true_numerators_of_hyperbolic_features_with_a_bias():
@@ -93,15 +113,6 @@ def test_true_numerators_of_hyperbolic_features_with_a_bias():
 def test_default_precision(dtype, causal, tolerance):
     """Two parts of 8 bits for float32, one for bfloat16; log-features are float32 in both."""
     check(arguments(C + 3, dtype=dtype), {}, tolerance, causal=causal, precision=None)
-
-
-@functools.cache
-def attend(causal, **options):
-    return jax.jit(
-        functools.partial(
-            linear_attention, feature_map=MAP, causal=causal, implementation=KERNELS, **options
-        )
-    )
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
