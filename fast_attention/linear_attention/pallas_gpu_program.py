@@ -26,7 +26,7 @@ from fast_attention.linear_attention.pallas_gpu_tiles import (
     Operand,
     Ref,
     Tiles,
-    shared_operand,
+    shared_matrix,
     spread_rows,
 )
 from fast_attention.linear_attention.state import EMPTY_LOG_SCALE, MASKED_LOG
@@ -186,9 +186,10 @@ def shared_memory(sizes: Sizes, names: dict[str, tuple[int, int] | int]) -> dict
         if isinstance(entry, int):
             shared[name] = plgpu.SMEM((entry,), jnp.float32)
         elif entry[0] == 0:
-            shared[name] = plgpu.SMEM((TILE, entry[1]), jnp.float32)
+            shared[name] = shared_matrix(sizes.interpret, jnp.float32, entry[1])
         else:
-            shared[name] = shared_operand(sizes.interpret, *entry)
+            parts, width = entry
+            shared[name] = [shared_matrix(sizes.interpret, jnp.bfloat16, width)] * parts
     return shared
 
 
@@ -247,7 +248,13 @@ def launch(
     else:
         shared["barriers"] = plgpu.Barrier(num_barriers=BARRIERS)
         call = plgpu.kernel(
-            kernel, out_type=flat_outputs, scratch_types=shared, grid=grid, grid_names=GRID_NAMES
+            kernel,
+            out_type=flat_outputs,
+            scratch_types=shared,
+            grid=grid,
+            grid_names=GRID_NAMES,
+            # Layouts of registers are those written down; inferring them takes minutes.
+            compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         )
     return output_tree.unflatten(call(*flat_inputs))
 

@@ -177,12 +177,14 @@ def spread_columns(x: Array) -> Array:
     return jax.lax.broadcast_in_dim(x, (TILE, *x.shape), (1,))
 
 
-def shared_operand(interpret: bool, parts: int, width: int) -> list[Any]:
-    """Returns what to allocate for an operand ``[64, width]`` in shared memory."""
-    transforms = ()
-    if not interpret:
-        transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    return [plgpu.SMEM((TILE, width), jnp.bfloat16, transforms=transforms)] * parts
+def shared_matrix(interpret: bool, dtype: Any, width: int) -> Any:
+    """Returns what to allocate for ``[64, width]`` in shared memory."""
+    if interpret:
+        return plgpu.SMEM((TILE, width), dtype)
+    # Rows of 128 bytes, swizzled: what tensor cores want, and no bank conflicts.
+    row = 128 // jnp.dtype(dtype).itemsize
+    transforms = (plgpu.TilingTransform((8, row)), plgpu.SwizzleTransform(128))
+    return plgpu.SMEM((TILE, width), dtype, transforms=transforms)
 
 
 def split(x: Array, parts: int) -> Operand:
@@ -200,11 +202,11 @@ def split(x: Array, parts: int) -> Operand:
 
 
 def _load(ref: Ref, layout: Any) -> Array:
-    return plgpu.load(ref, (), layout=layout, optimized=False)
+    return plgpu.layout_cast(ref[...], layout)
 
 
 def _turned(ref: Ref, transpose: bool) -> Ref:
-    return plgpu.transpose_ref(ref, (1, 0)) if transpose else ref
+    return ref.transpose((1, 0)) if transpose else ref
 
 
 def _plain(operand: Operand, transpose: bool) -> list[Array]:
