@@ -34,7 +34,11 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "pallas_gpu_interpret": pallas_gpu.attend_interpreted,
     "reference": reference.attend,
 }
-"""Implementations by name. One raises NotImplementedError for calls it cannot serve."""
+"""Implementations by name. One raises NotImplementedError for calls it cannot serve.
+
+``"pallas_gpu_interpret"`` runs the kernels of ``"pallas_gpu"`` on any platform, slowly, to check
+them.
+"""
 
 DEFAULT_ORDER = ("chunked",)
 

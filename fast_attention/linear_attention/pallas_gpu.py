@@ -6,10 +6,15 @@ the maps whose log-features are ``w . x - |x|^2 / 2`` (:class:`.PositiveFeatures
 :class:`.HyperbolicFeatures`); norms, masks and biases are one number a key and are added to its
 logs. Everything else is refused with NotImplementedError, so that the next implementation gets it.
 
-What is known of it: the kernels agree with the definition when interpreted, and they lower to
-Mosaic GPU modules for CUDA. They have not been run on a GPU, and no speed is claimed; that is why
-no default order names this implementation. Interpreted, matrix products and copies are plain ones
-(see :mod:`.pallas_gpu_tiles`), the rest is the same code.
+What is known of it: interpreted, the kernels agree with the definition, values and gradients. They
+lower to Mosaic GPU modules, and jax 0.10.2 compiles those for an H100 (sm_90a) ahead of time, at
+255 registers with up to 2.6 kB spilled. They have not been run on a GPU, and no speed is claimed; that
+is why no default order names this implementation. Interpreted, matrix products and copies are plain
+ones (see :mod:`.pallas_gpu_tiles`), the rest is the same code.
+
+A program serves one batch row and one query head and walks over the length in sequence: a GPU is
+full only with about as many rows times heads as it has multiprocessors. Query heads that share a
+key head each build the state anew.
 
 Shape letters: B batch, T queries, S keys, H heads, K key/value heads, D head width, V value width,
 M features.
