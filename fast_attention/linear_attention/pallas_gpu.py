@@ -8,9 +8,9 @@ logs. Everything else is refused with NotImplementedError, so that the next impl
 
 What is known of it: interpreted, the kernels agree with the definition, values and gradients. They
 lower to Mosaic GPU modules, and jax 0.10.2 compiles those for an H100 (sm_90a) ahead of time, at
-255 registers with up to 2.6 kB spilled. They have not been run on a GPU, and no speed is claimed; that
-is why no default order names this implementation. Interpreted, matrix products and copies are plain
-ones (see :mod:`.pallas_gpu_tiles`), the rest is the same code.
+255 registers with up to 2.6 kB spilled. They have not been run on a GPU, and no speed is claimed;
+that is why no default order names this implementation. Interpreted, matrix products and copies are
+plain ones (see :mod:`.pallas_gpu_tiles`), the rest is the same code.
 
 A program serves one batch row and one query head and walks over the length in sequence: a GPU is
 full only with about as many rows times heads as it has multiprocessors. Query heads that share a
