@@ -50,6 +50,13 @@ def test_import_runs_no_computation():
     loaded_after(code)
 
 
+def test_pallas_is_loaded_when_a_kernel_is_asked_for():
+    loaded_after(
+        "import sys, fast_attention\n"
+        "assert not [name for name in sys.modules if name.startswith('jax.experimental.pallas')]"
+    )
+
+
 def test_arrows_point_down():
     """Nothing in the core imports from the layers, models or applications above it."""
     for folder in ("feature_maps", "linear_attention"):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from fast_attention.array_types import Array, Bool, Float, Int
 from fast_attention.feature_maps.base import FeatureMap, Parameters
-from fast_attention.linear_attention import chunked, reference
+from fast_attention.linear_attention import chunked, pallas_gpu, reference
 from fast_attention.linear_attention.checks import (
     broadcast_segments,
     check_saved_states,
@@ -31,9 +31,15 @@ Implementation = Callable[[Plan, Inputs], Any]
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "chunked": chunked.attend,
+    "pallas_gpu": pallas_gpu.attend,
+    "pallas_gpu_interpret": pallas_gpu.attend_interpreted,
     "reference": reference.attend,
 }
-"""Implementations by name. One raises NotImplementedError for calls it cannot serve."""
+"""Implementations by name. One raises NotImplementedError for calls it cannot serve.
+
+``"pallas_gpu_interpret"`` runs the kernels of ``"pallas_gpu"`` on any platform, slowly, to check
+them.
+"""
 
 DEFAULT_ORDER = ("chunked",)
 

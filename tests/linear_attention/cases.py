@@ -17,6 +17,9 @@ from fast_attention.linear_attention import linear_attention
 B, T, H, K, D, V, M = 2, 13, 4, 2, 8, 6, 16
 CHUNK = 4
 
+# What serves every call; the GPU kernels have tests of their own.
+IMPLEMENTATIONS = ("chunked", "reference")
+
 MAPS = {
     "positive": PositiveFeatures(M),
     "hyperbolic": HyperbolicFeatures(M // 2),

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from fast_attention import make_fast_generalized_attention, make_fast_softmax_attention
-from fast_attention.linear_attention import IMPLEMENTATIONS
 from tests.linear_attention import cases
 
 # Rounding and memory are those of programs as users have them.
@@ -37,7 +36,7 @@ generalized = functools.partial(
     ],
     ids=lambda x: getattr(x, "__name__", None),
 )
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", cases.IMPLEMENTATIONS)
 def test_past_is_bit_equal_under_any_future(make, dtype, chunk, implementation):
     attention = jax.jit(make(chunk_size=chunk, implementation=implementation))
     q, k, v = cases.qkv(length=T, dtype=dtype, scale=1.0)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fast_attention.feature_maps import PositiveFeatures, TrigonometricFeatures
-from fast_attention.linear_attention import IMPLEMENTATIONS, linear_attention
+from fast_attention.linear_attention import chunked, linear_attention
 from fast_attention.linear_attention.inputs import Inputs, Plan
 from fast_attention.linear_attention.state import empty_state
 from tests.linear_attention import cases
@@ -59,7 +59,7 @@ def attend(implementation, causal, chunk=CHUNK):
     )
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", cases.IMPLEMENTATIONS)
 @pytest.mark.parametrize(("causal", "chunk"), [(True, CHUNK), (True, 1), (False, CHUNK)])
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_within_1e_5_of_float64(name, causal, chunk, implementation):
@@ -87,7 +87,7 @@ def test_denominators_are_at_least_one(causal, feature_map):
     def parts_of(q, k, v):
         state = empty_state(feature_map, projection, (B,), K, D, 4)
         inputs = Inputs(q, k, v, projection, visible, None, None, state)
-        return IMPLEMENTATIONS["chunked"](plan, inputs)
+        return chunked.attend(plan, inputs)
 
     for name in SCENARIOS:
         parts, state = parts_of(*(jnp.asarray(x, jnp.float32) for x in scenario(name)))
@@ -103,7 +103,7 @@ def test_denominators_are_at_least_one(causal, feature_map):
 @pytest.mark.parametrize(
     ("dtype", "causal"), [(jnp.bfloat16, True), (jnp.float16, True), (jnp.float16, False)]
 )
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", cases.IMPLEMENTATIONS)
 def test_inputs_times_100_stay_finite(dtype, causal, implementation):
     projection = MAP.init(jax.random.key(0), D)
     q, k, v = (jnp.asarray(100 * x, dtype) for x in scenario("normal"))

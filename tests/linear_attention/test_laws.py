@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fast_attention.linear_attention import IMPLEMENTATIONS, linear_attention
+from fast_attention.linear_attention import linear_attention
 from tests.linear_attention import cases
 
 T = 12  # Whole chunks: one loop body to compile.
@@ -41,7 +41,7 @@ def attend_and_differentiate(name, dtype, implementation, causal):
 
 def law(function):
     for name, values in {
-        "implementation": IMPLEMENTATIONS,
+        "implementation": cases.IMPLEMENTATIONS,
         "causal": [True, False],
         "kind": KINDS,
     }.items():
@@ -134,7 +134,7 @@ def test_batch_rows_do_not_know_of_each_other(kind, causal, implementation):
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x[0], y[0]), other_grads[:3], grads[:3])
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", cases.IMPLEMENTATIONS)
 @pytest.mark.parametrize("causal", [True, False])
 def test_segments_are_separate_calls(causal, implementation):
     q, k, v = cases.qkv(length=T)
@@ -163,7 +163,7 @@ def test_segments_are_separate_calls(causal, implementation):
         np.testing.assert_array_equal(changed[:, : lengths[0]], out[:, : lengths[0]])
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", cases.IMPLEMENTATIONS)
 def test_under_every_transformation(implementation):
     """Vmap in remat in scan in grad in jit, with leak checks, against a plain loop."""
     q, k, v = cases.qkv(length=4)

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from fast_attention.linear_attention import IMPLEMENTATIONS, linear_attention
+from fast_attention.linear_attention import linear_attention
 from tests.linear_attention import cases
 
 # Rounding and memory are those of programs as users have them.
 pytestmark = pytest.mark.usefixtures("optimized")
 
-OTHERS = [name for name in IMPLEMENTATIONS if name != "reference"]
+OTHERS = [name for name in cases.IMPLEMENTATIONS if name != "reference"]
 
 
 def everything(name, dtype, *, causal, length=cases.T, keys=None):
@@ -134,7 +134,7 @@ def test_any_length_and_chunk_size(chunk, length, implementation):
         cases.assert_close(actual, expected, 1e-10)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", cases.IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_lower_precision_against_float64(dtype, implementation):
     """The reference in float64 sees the same rounded inputs."""

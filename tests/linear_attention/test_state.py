@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from fast_attention import make_fast_generalized_attention, make_fast_softmax_attention
 from fast_attention.linear_attention import (
-    IMPLEMENTATIONS,
     LinearAttentionState,
     empty_state,
     linear_attention,
@@ -72,7 +71,7 @@ def test_merge_adds_the_keys_of_both_sides():
     jax.tree.map(np.testing.assert_array_equal, merge(empty, whole), whole)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", cases.IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", ["positive", "relu"])
 def test_split_and_resumed_is_whole(name, implementation):
     q, k, v = cases.qkv(length=T)
@@ -180,7 +179,7 @@ def test_functions_of_the_core_take_any_batch_axes():
 
 
 @pytest.mark.parametrize("resume", ["linear_attention", "step"])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", cases.IMPLEMENTATIONS)
 def test_a_bias_before_the_cut_stays_in_the_state(implementation, resume):
     """Maps without exponents get a scale from a bias; it must not be lost without one."""
     q, k, v = cases.qkv(length=4)
