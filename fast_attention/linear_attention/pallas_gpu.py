@@ -192,5 +192,7 @@ def _check_call(plan: Plan, inputs: Inputs) -> None:
         raise NotImplementedError(
             f"The GPU kernels work in chunks of {CHUNK}, got chunk_size={plan.chunk_size}."
         )
-    if plan.unroll != 1:
+    if plan.saved_states == "all":
+        raise NotImplementedError("The GPU kernels save no states, got saved_states='all'.")
+    if plan.unroll not in (None, 1):
         raise NotImplementedError(f"The GPU kernels do not unroll, got unroll={plan.unroll}.")

@@ -177,6 +177,7 @@ def test_rows_with_nothing_to_see_are_0(causal, unseen):
         ({"segment_ids": jnp.zeros((1, 5), jnp.int32), "causal": True}, "segment_ids"),
         ({"chunk_size": 32}, "chunk_size=32"),
         ({"unroll": 2}, "unroll=2"),
+        ({"saved_states": "all"}, "save no states"),
         ({"precision": jax.lax.DotAlgorithmPreset.TF32_TF32_F32}, "precisions"),
         ({name: jnp.zeros((1, 5, H, 256)) for name in ("query", "key", "value")}, "shared memory"),
     ],
