@@ -5,11 +5,11 @@ Shape letters: B batch, T queries, S keys, C chunk.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from fast_attention.feature_maps.base import Features
+from fast_attention.array_types import Array
 from fast_attention.linear_attention.chunk_backward import pull_back_absorbed
 from fast_attention.linear_attention.chunk_choice import planned_chunk
 from fast_attention.linear_attention.chunk_state import absorb_keys, next_state, read_state
@@ -22,14 +22,20 @@ from fast_attention.linear_attention.gradients import (
 from fast_attention.linear_attention.inputs import Inputs, Parts, Plan
 from fast_attention.linear_attention.loops import scan_chunks, scan_chunks_back
 from fast_attention.linear_attention.outputs import empty_output, parts_gradient, write_output
-from fast_attention.linear_attention.products import Einsum, einsum_of, sums
+from fast_attention.linear_attention.products import einsum_of, sums
 from fast_attention.linear_attention.slices import key_features, query_features
 from fast_attention.linear_attention.state import LinearAttentionState
 
 
+class _Kept(NamedTuple):
+    """What the backward pass keeps of the rows of a chunk, ``[B, K, R]``."""
+
+    denominator: Array
+    row_max: Array | None
+
+
 def forward(plan: Plan, inputs: Inputs, *, save: bool):
-    """Returns output and final state, and what :func:`backward` needs: the final state."""
-    del save
+    """Returns output and final state, and what :func:`backward` needs if ``save``."""
     chunk, unroll = planned_chunk(plan, inputs)
     keys_length, queries_length = inputs.key.shape[1], inputs.query.shape[1]
     einsum = einsum_of(plan, inputs)
@@ -42,41 +48,37 @@ def forward(plan: Plan, inputs: Inputs, *, save: bool):
 
     def read(out, start, size):
         queries, _ = query_features(plan, inputs, start, size)
-        return write_output(plan, out, _read_parts(state, queries, einsum), start), None
+        read = read_state(state.log_scale, queries)
+        numerator = einsum("bkrm,bkvm->bkrv", read.features, state.kv)
+        denominator = sums("bkrm,bkm->bkr", read.features, state.k_sum)
+        out = write_output(plan, out, Parts(numerator, denominator, read.row_max), start)
+        return out, (_Kept(denominator, read.row_max) if save else None)
 
-    out, _ = scan_chunks(
+    out, kept = scan_chunks(
         read,
         empty_output(plan, inputs),
         queries_length,
         min(chunk, queries_length),
         unroll,
     )
-    return (out, state), (inputs, out, state)
-
-
-def _read_parts(state: LinearAttentionState, queries: Features, einsum: Einsum) -> Parts:
-    read = read_state(state.log_scale, queries)
-    numerator = einsum("bkrm,bkvm->bkrv", read.features, state.kv)
-    denominator = sums("bkrm,bkm->bkr", read.features, state.k_sum)
-    return Parts(numerator, denominator, read.row_max)
+    return (out, state), (inputs, out, state, kept)
 
 
 def backward(plan: Plan, residuals: Any, cotangents: Any) -> Inputs:
     """Returns the gradient of every float array in ``inputs``."""
-    inputs, out, state = residuals
+    inputs, out, state, kept = residuals
     d_out, d_state = cotangents
     chunk, unroll = planned_chunk(plan, inputs)
     keys_length, queries_length = inputs.key.shape[1], inputs.query.shape[1]
     einsum = einsum_of(plan, inputs)
     buffers, outputs_in = gradient_buffers(plan, inputs, out, d_out)
 
-    def read(carry, start, size, _):
+    def read(carry, start, size, kept):
         d_kv, d_k_sum, grads = carry
         queries, pull_queries = query_features(plan, inputs, start, size)
-        read = read_state(state.log_scale, queries)
-        denominator = sums("bkrm,bkm->bkr", read.features, state.k_sum)
+        read = read_state(state.log_scale, queries, kept.row_max)
         d_numerator, d_denominator = parts_gradient(
-            plan, inputs, denominator, read.row_max, *outputs_in(grads), start, size
+            plan, inputs, kept.denominator, read.row_max, *outputs_in(grads), start, size
         )
         # Numerator and denominator nearly cancel here: rounding one of them would show.
         d_features = einsum("bkrv,bkvm->bkrm", d_numerator, state.kv, rounded=False)
@@ -88,13 +90,13 @@ def backward(plan: Plan, residuals: Any, cotangents: Any) -> Inputs:
 
     carry = (d_state.kv, d_state.k_sum, buffers)
     d_kv, d_k_sum, grads = scan_chunks_back(
-        read, carry, (None, None), queries_length, min(chunk, queries_length), unroll
+        read, carry, kept, queries_length, min(chunk, queries_length), unroll
     )
 
     def absorb(grads, start, size, _):
         keys, value, pull_keys = key_features(plan, inputs, start, size)
         # The scale of the final state is an upper bound for every key: nothing overflows.
-        absorbed = absorb_keys(state, keys)
+        absorbed = absorb_keys(state, keys, log_scale=state.log_scale)
         d_keys, d_value = pull_back_absorbed(absorbed, value, d_kv, d_k_sum, einsum)
         return add_key_gradient(grads, pull_keys(d_keys, d_value), start)
 
