@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,13 +27,13 @@ CHUNKS = {"cpu": (32, 64, 128, 256), "gpu": (64, 128, 256, 512, 1024)}
 UNROLLS = (1, 2)
 LENGTH = {"cpu": 2048, "gpu": 16384}
 
-TIE = 0.03
+TIE = 0.015
 """Differences up to this part cannot be told from noise."""
 
 Candidate = tuple[int, int]
 """Chunk and unroll."""
 
-Table = dict[tuple[str, bool, int], Candidate]
+Table = dict[tuple[str, bool, int, int], Candidate]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -52,7 +51,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     kind = "cpu" if platform == "cpu" else "gpu"
     found: Table = {}
     for causal in (True, False):
-        by_features: dict[int, list[dict[Candidate, float]]] = {}
         for head_dim, features, heads in SHAPES[kind]:
             shape = Setting(
                 length=options.length or LENGTH[kind],
@@ -63,9 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
             times = measure(shape, causal, CHUNKS[kind], options.repeats, wall=kind != "cpu")
             _show(shape, causal, times)
-            by_features.setdefault(features, []).append(times)
-        for features, times in by_features.items():
-            found[platform, causal, features] = best(times)
+            found[platform, causal, head_dim, features] = best(times)
     machine = environment.describe_machine(platform, "")
     name = machine["cpu"] if platform == "cpu" else machine["device"]
     origin = (
@@ -121,25 +117,14 @@ def measure(
     return {candidate: seconds for candidate, seconds in times.items() if seconds is not None}
 
 
-def best(times: Sequence[Mapping[Candidate, float]]) -> Candidate:
+def best(times: Mapping[Candidate, float]) -> Candidate:
     """Returns the simplest candidate that is as fast as any.
 
-    Candidates are judged by the geometric mean, over shapes, of their time over the shape's best.
     Of those within :data:`TIE` of the fastest, the one with the least unrolling and then the
     smallest chunk is taken: it compiles faster and needs less memory.
     """
-    common = set.intersection(*(set(shape) for shape in times))
-    costs = {
-        candidate: statistics.geometric_mean(
-            shape[candidate] / min(shape.values()) for shape in times
-        )
-        for candidate in common
-    }
-    limit = (1 + TIE) * min(costs.values())
-    return min(
-        (candidate for candidate, cost in costs.items() if cost <= limit),
-        key=lambda c: (c[1], c[0]),
-    )
+    limit = (1 + TIE) * min(times.values())
+    return min((c for c, seconds in times.items() if seconds <= limit), key=lambda c: (c[1], c[0]))
 
 
 def rewrite(path: Path, platform: str, found: Table, origin: tuple[str, str, str]) -> None:
@@ -157,8 +142,8 @@ def rewrite(path: Path, platform: str, found: Table, origin: tuple[str, str, str
     chunks.update(found)
     measured = {**old["MEASURED"], platform: origin}
     lines = [f'"""{old["__doc__"]}"""', "", "CHUNKS = {"]
-    for (name, causal, features), choice in sorted(chunks.items()):
-        lines.append(f'    ("{name}", {causal}, {features}): {choice},')
+    for (name, *shape), choice in sorted(chunks.items()):
+        lines.append(f'    ("{name}", {", ".join(map(str, shape))}): {choice},')
     lines += ["}", "", "MEASURED = {"]
     for name, told in sorted(measured.items()):
         lines += [f'    "{name}": (', *(f"        {_quoted(part)}," for part in told), "    ),"]

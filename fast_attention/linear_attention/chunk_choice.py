@@ -1,4 +1,7 @@
-"""Which chunk to take: the measured one of the nearest number of features."""
+"""Which chunk to take: the measured one of the nearest shape.
+
+Shape letters: D head width, M features.
+"""
 
 from __future__ import annotations
 
@@ -30,33 +33,41 @@ class ChunkChoice(NamedTuple):
 def chunk_choice(
     platform: str,
     causal: bool,
+    head_dim: int,
     num_features: int,
-    chunks: Mapping[tuple[str, bool, int], tuple[int, int]] = CHUNKS,
+    chunks: Mapping[tuple[str, bool, int, int], tuple[int, int]] = CHUNKS,
 ) -> ChunkChoice:
-    """Returns the chunk measured to be best for the nearest number of features.
+    """Returns the chunk measured to be best for the nearest shape.
 
     Args:
       platform: as ``jax.default_backend()`` names it; one without rows is served by those of the
         CPU.
       causal: causal or bidirectional attention.
-      num_features: M; nearest by ratio, and the smaller one of two equally near.
+      head_dim: D; near is what has a small ratio.
+      num_features: M; the same. Of two equally near shapes the smaller one counts.
       chunks: the table.
 
     Raises:
-      ValueError: if ``num_features`` is below 1.
+      ValueError: if a width is below 1.
     """
-    if num_features < 1:
-        raise ValueError(f"num_features must be at least 1, got {num_features}.")
+    if head_dim < 1 or num_features < 1:
+        raise ValueError(
+            f"head_dim and num_features must be at least 1, got {head_dim} and {num_features}."
+        )
+
+    def distance(shape: tuple[int, int]) -> float:
+        return abs(math.log(shape[0] / head_dim)) + abs(math.log(shape[1] / num_features))
+
     for name in (platform, FALLBACK):
-        measured = sorted(m for row, kind, m in chunks if (row, kind) == (name, causal))
+        measured = sorted((d, m) for row, kind, d, m in chunks if (row, kind) == (name, causal))
         if measured:
-            nearest = min(measured, key=lambda m: abs(math.log(m / num_features)))
-            return ChunkChoice(*chunks[name, causal, nearest])
+            return ChunkChoice(*chunks[name, causal, *min(measured, key=distance)])
     raise ValueError(f"The table has no row of {platform} or {FALLBACK} with causal={causal}.")
 
 
 def planned_chunk(plan: Plan, inputs: Inputs) -> ChunkChoice:
     """Returns what the plan asks for, completed by the choice for the platform JAX runs on."""
-    features = plan.feature_map.num_features(inputs.parameters, inputs.key.shape[-1])
-    chosen = chunk_choice(jax.default_backend(), plan.causal, features)
+    head_dim = inputs.key.shape[-1]
+    features = plan.feature_map.num_features(inputs.parameters, head_dim)
+    chosen = chunk_choice(jax.default_backend(), plan.causal, head_dim, features)
     return ChunkChoice(plan.chunk_size or chosen.chunk_size, plan.unroll or chosen.unroll)

@@ -1,14 +1,14 @@
 """Chunk sizes by platform; written by ``python -m benchmarks.chunk_sizes``, not by hand.
 
-``CHUNKS[platform, causal, M]`` is the chunk and how many chunks are unrolled in the loop.
+``CHUNKS[platform, causal, D, M]`` is the chunk and how many chunks are unrolled in the loop.
 ``MEASURED[platform]`` says how the rows of a platform came about: command, machine, date.
 """
 
 CHUNKS = {
-    ("cpu", False, 256): (128, 1),
-    ("cpu", True, 256): (64, 1),
-    ("gpu", False, 256): (512, 1),
-    ("gpu", True, 256): (256, 1),
+    ("cpu", False, 64, 256): (128, 1),
+    ("cpu", True, 64, 256): (64, 1),
+    ("gpu", False, 64, 256): (512, 1),
+    ("gpu", True, 64, 256): (256, 1),
 }
 
 MEASURED = {
