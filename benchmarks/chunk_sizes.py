@@ -30,6 +30,9 @@ LENGTH = {"cpu": 2048, "gpu": 16384}
 TIE = 0.015
 """Differences up to this part cannot be told from noise."""
 
+UNROLLING = 1.05
+"""Unrolled loops must gain this factor: they take longer to compile."""
+
 Candidate = tuple[int, int]
 """Chunk and unroll."""
 
@@ -120,11 +123,12 @@ def measure(
 def best(times: Mapping[Candidate, float]) -> Candidate:
     """Returns the simplest candidate that is as fast as any.
 
-    Of those within :data:`TIE` of the fastest, the one with the least unrolling and then the
-    smallest chunk is taken: it compiles faster and needs less memory.
+    Of those within :data:`TIE` of the fastest, the smallest chunk is taken, as it needs less
+    memory; candidates with more unrolling count as slower by :data:`UNROLLING`.
     """
-    limit = (1 + TIE) * min(times.values())
-    return min((c for c, seconds in times.items() if seconds <= limit), key=lambda c: (c[1], c[0]))
+    costs = {c: seconds * (UNROLLING if c[1] > 1 else 1) for c, seconds in times.items()}
+    limit = (1 + TIE) * min(costs.values())
+    return min(candidate for candidate, cost in costs.items() if cost <= limit)
 
 
 def rewrite(path: Path, platform: str, found: Table, origin: tuple[str, str, str]) -> None:

@@ -59,6 +59,7 @@ def test_candidates_are_measured_up_to_the_length(monkeypatch):
         ({(8, 1): 1.0, (16, 1): 2.0}, (8, 1)),
         ({(8, 1): 1.2, (16, 1): 1.0}, (16, 1)),
         ({(8, 2): 1.0, (16, 1): 1.01, (32, 1): 1.005}, (16, 1)),
+        ({(8, 2): 1.0, (16, 1): 1.1}, (8, 2)),
     ],
 )
 def test_the_simplest_of_the_best_is_taken(times, expected):
