@@ -33,6 +33,7 @@ class Sight(NamedTuple):
       carry: bool ``[B]``: the state before the chunk is still read in it (no new segment).
       keep: bool ``[B]``: the state with the first key outlives the chunk.
       enter: bool, broadcastable to ``[B, K, C]``: key is added to the state after the first one.
+      occupied: no key is masked, so that the state with the first key is never empty.
     """
 
     pairs: Array
@@ -40,6 +41,7 @@ class Sight(NamedTuple):
     state: Array | None = None
     carry: Array | None = None
     keep: Array | None = None
+    occupied: bool = False
 
 
 class Past(NamedTuple):
@@ -128,7 +130,8 @@ def read_causal(
       einsum: the matrix products.
       kept: of an earlier call; maxima are not looked for again.
     """
-    read = read_state(first.log_scale, queries, None if kept is None else kept.row_max)
+    largest = None if kept is None else kept.row_max
+    read = read_state(first.log_scale, queries, largest, sight.occupied)
     inter = einsum("bkrm,bkvm->bkrv", read.features, first.kv)
     # Row sums are written as products: XLA on CPU fuses a plain sum with the exponentials before it
     # and evaluates them a second time, element by element.
@@ -148,8 +151,10 @@ def read_causal(
         products = einsum("bkrm,bkcm->bkrc", read.features, key)
         exponent = key_max[..., None, :] - headroom
         # What rows read from the state is at most about 1, if there is a state to read.
-        empty = jnp.all(first.log_scale <= 0.5 * EMPTY_LOG_SCALE, axis=-1, keepdims=True)
-        past = jnp.where(empty, EMPTY_LOG_SCALE, jnp.zeros_like(key_max[..., :1]))
+        past = jnp.zeros_like(key_max[..., :1])
+        if not sight.occupied:
+            empty = jnp.all(first.log_scale <= 0.5 * EMPTY_LOG_SCALE, axis=-1, keepdims=True)
+            past = jnp.where(empty, EMPTY_LOG_SCALE, past)
         if sight.state is not None:
             past = jnp.where(sight.state, past, EMPTY_LOG_SCALE)
         if kept is None:

@@ -67,7 +67,8 @@ def absorb_keys(
     Args:
       state: the state before them.
       keys: their features.
-      enter: which keys to add, see :class:`Sight`; None for all.
+      enter: which keys to add, see :class:`Sight`; None for all. Without ``keep`` those left out
+        must be in ``state``.
       keep: where the state before survives, ``[B]``; None for everywhere.
       log_scale: the scale after them, where it is known already.
     """
@@ -86,7 +87,9 @@ def absorb_keys(
     if enter is not None:
         log = jnp.where(enter[..., None], log, -jnp.inf)
     if log_scale is None:
-        log_scale = jnp.maximum(before, log.max(axis=-2))
+        # Without segments only the first key is left out, and the scale before knows it.
+        candidates = keys.log if keep is None else log
+        log_scale = jnp.maximum(before, candidates.max(axis=-2))
     shift = -log_scale[..., None, :]
     decay = jnp.exp(before - log_scale)
     if keep is not None:
@@ -111,16 +114,24 @@ def next_state(
     )
 
 
-def read_state(log_scale: Array | None, queries: Features, largest: Array | None = None) -> Read:
+def read_state(
+    log_scale: Array | None,
+    queries: Features,
+    largest: Array | None = None,
+    occupied: bool = False,
+) -> Read:
     """Brings queries to the scale of a state; each row's largest entry becomes 1.
 
-    That ``largest`` entry, the row's ``row_max``, is looked for unless it is given.
+    That ``largest`` entry, the row's ``row_max``, is looked for unless it is given. ``occupied``
+    tells that the state holds a key.
     """
     if queries.log is None:
         return Read(queries.shift(None), None, None, None)
     assert log_scale is not None
-    # Where nothing was seen yet the scale says nothing: 0 leaves logarithms as they are.
-    scale = jnp.where(log_scale > 0.5 * EMPTY_LOG_SCALE, log_scale, 0)[..., None, :]
+    scale = log_scale[..., None, :]
+    if not occupied:
+        # Where nothing was seen yet the scale says nothing: 0 leaves logarithms as they are.
+        scale = jnp.where(scale > 0.5 * EMPTY_LOG_SCALE, scale, 0)
     if largest is None:
         largest = row_max(queries.log + scale)
     shift = scale - largest[..., None]

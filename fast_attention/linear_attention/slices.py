@@ -112,8 +112,9 @@ def causal_sight(inputs: Inputs, start: Array | int, size: int) -> Sight:
     pairs = (position[None, :] <= position[:, None]) & (position[None, :] > 0)
     pairs = jnp.tile(pairs, (groups, 1))[None, None]
     later = (position > 0)[None, None]
+    occupied = inputs.key_mask is None
     if inputs.segment_ids is None:
-        return Sight(pairs, later)
+        return Sight(pairs, later, occupied=occupied)
     ids = jax.lax.dynamic_slice_in_dim(inputs.segment_ids, start, size, axis=1)
     before = jax.lax.dynamic_slice_in_dim(inputs.segment_ids, jnp.maximum(start - 1, 0), 1, axis=1)[
         :, 0
@@ -126,4 +127,5 @@ def causal_sight(inputs: Inputs, start: Array | int, size: int) -> Sight:
         carry=before == first,
         keep=first == last,
         enter=later & (ids == last[:, None])[:, None],
+        occupied=occupied,
     )
