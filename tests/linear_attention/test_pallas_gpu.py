@@ -77,9 +77,8 @@ def attend(causal, **options):
     )
 
 
-@pytest.mark.parametrize("length", [1, 2 * C + 3])
-def test_causal_gradients_agree(length):
-    check(*with_state_and_padding(arguments(length)), 5e-6, causal=True)
+def test_causal_gradients_agree():
+    check(*with_state_and_padding(arguments(2 * C + 3)), 5e-6, causal=True)
 
 
 def test_bidirectional_gradients_agree():
@@ -88,7 +87,7 @@ def test_bidirectional_gradients_agree():
 
 @pytest.mark.parametrize(
     ("length", "keys", "causal"),
-    [(C - 1, C - 1, True), (C, C, True), (C + 1, C + 1, True), (1, C + 1, False)],
+    [(1, 1, True), (C, C, True), (C + 1, C + 1, True), (1, C + 1, False)],
 )
 def test_outputs_agree_at_any_length(length, keys, causal):
     inputs = arguments(length, keys)
@@ -115,9 +114,8 @@ def test_default_precision(dtype, causal, tolerance):
     check(arguments(C + 3, dtype=dtype), {}, tolerance, causal=causal, precision=None)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_past_is_bit_equal_under_any_future(dtype):
-    inputs = arguments(C + 9, dtype=dtype)
+def test_past_is_bit_equal_under_any_future():
+    inputs = arguments(C + 9, dtype=jnp.bfloat16)
     out = np.asarray(attend(True)(**inputs), np.float32)
     for t in (1, 5, C - 1, C, C + 1, C + 8):
         changed = {
@@ -205,8 +203,9 @@ def test_another_platform_is_refused_and_the_next_implementation_asked():
     np.testing.assert_array_equal(run(implementation=("pallas_gpu", "chunked")), run())
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(("dtype", "width"), [(jnp.float32, 64), (jnp.bfloat16, 128)])
+@pytest.mark.parametrize(
+    ("causal", "dtype", "width"), [(True, jnp.float32, 64), (False, jnp.bfloat16, 128)]
+)
 def test_lowers_for_cuda(causal, dtype, width):
     """To one module forward and two backward, at the sizes models have; none is run."""
     feature_map = PositiveFeatures(256)
