@@ -1,0 +1,76 @@
+"""Losses of language models.
+
+Shape letters: B batch, T length, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from fast_attention.array_types import Array, Bool, Float, Int
+from fast_attention.models.language_model import LanguageModel
+
+
+def cross_entropy(
+    logits: Float[Array, "B T V"], targets: Int[Array, "B T"], counts: Bool[Array, "B T"]
+) -> Float[Array, ""]:
+    """Mean negative log-likelihood in nats of the targets that count; 0 if none does.
+
+    Args:
+      logits: ``[B, T, V]``.
+      targets: ``[B, T]``; those that do not count may be any integers.
+      counts: ``[B, T]``.
+
+    Returns:
+      float32 scalar.
+    """
+    targets = jnp.where(counts, targets, 0)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    return jnp.sum(jnp.where(counts, losses, 0)) / jnp.maximum(jnp.sum(counts), 1)
+
+
+def next_token_loss(
+    model: LanguageModel,
+    tokens: Int[Array, "B T"],
+    *,
+    ignore_index: int | None = None,
+    key_mask: Bool[Array, "B T"] | None = None,
+    deterministic: bool = True,
+    rngs: nnx.Rngs | None = None,
+    **inputs: Any,
+) -> Float[Array, ""]:
+    """Mean loss of every token after the first, given those before it.
+
+    Args:
+      model: A causal `LanguageModel`.
+      tokens: ``[B, T]``, T at least 2.
+      ignore_index: Tokens that are not to be predicted, such as padding behind a sequence, which
+        nothing before it sees.
+      key_mask: ``[B, T]``; positions where it is False are neither seen nor predicted.
+      deterministic: No dropout.
+      rngs: Source of dropout.
+      **inputs: Further arguments of the model, such as a context.
+
+    Returns:
+      float32 scalar, in nats per token.
+
+    Raises:
+      ValueError: For less than two tokens.
+    """
+    if tokens.ndim != 2 or tokens.shape[1] < 2:
+        raise ValueError(f"tokens must be [batch, length >= 2], got {tokens.shape}.")
+    counts = jnp.ones(tokens.shape, bool) if key_mask is None else key_mask
+    if ignore_index is not None:
+        counts &= tokens != ignore_index
+    logits = model(
+        jnp.maximum(tokens, 0)[:, :-1],
+        key_mask=None if key_mask is None else key_mask[:, :-1],
+        deterministic=deterministic,
+        rngs=rngs,
+        **inputs,
+    )
+    return cross_entropy(logits, tokens[:, 1:], counts[:, 1:])

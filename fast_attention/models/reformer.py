@@ -1,0 +1,230 @@
+"""reformer-pytorch's models by its keyword names: Reformer, ReformerLM, ReformerEncoderDecoder.
+
+Defaults are those of version 1.4.4. What is right here and was not there: any length without
+padding, rotary positions also in dense attention, dropout after attention also in the language
+model, hashing that is the same at every evaluation, and unknown keywords are errors.
+
+Reference: Kitaev et al. Reformer: the efficient Transformer. arXiv:2001.04451.
+"""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from fast_attention.layers.attention_config import AttentionConfig, HeadGroup
+from fast_attention.layers.stack import Stack, StackConfig
+from fast_attention.layers.sublayer import (
+    FeedForwardConfig,
+    MemoryConfig,
+    NormConfig,
+    SublayerConfig,
+)
+from fast_attention.local_attention_fn import make_local_attention
+from fast_attention.lsh_attention_fn import make_lsh_attention
+from fast_attention.models.config import LanguageModelConfig
+from fast_attention.models.encoder_decoder import EncoderDecoder
+from fast_attention.models.keywords import REQUIRED, complete, split_prefixes
+from fast_attention.models.language_model import LanguageModel
+
+# The epsilon of LayerNorm in the original.
+_LAYER = NormConfig("layer", epsilon=1e-5)
+
+REFORMER = {
+    "dim": REQUIRED,
+    "depth": REQUIRED,
+    "heads": 8,
+    "dim_head": None,
+    "bucket_size": 64,
+    "n_hashes": 8,
+    "ff_chunks": 100,
+    "attn_chunks": None,
+    "causal": False,
+    "weight_tie": False,
+    "lsh_dropout": 0.0,
+    "ff_dropout": 0.0,
+    "ff_activation": None,
+    "ff_mult": 4,
+    "ff_glu": False,
+    "post_attn_dropout": 0.0,
+    "layer_dropout": 0.0,
+    "lsh_attend_across_buckets": True,
+    "lsh_allow_duplicate_attention": True,
+    "random_rotations_per_head": False,
+    "twin_attention": False,
+    "use_scale_norm": False,
+    "use_rezero": False,
+    "use_full_attn": False,
+    "full_attn_thres": 0,
+    "reverse_thres": 0,
+    "num_mem_kv": 0,
+    "one_value_head": False,
+    "n_local_attn_heads": 0,
+    "pkm_layers": (),
+    "pkm_num_keys": 128,
+}
+"""Keywords of `Reformer` and their defaults; `twin_attention` is that of versions before 1."""
+
+REFORMER_LM = {
+    **REFORMER,
+    "num_tokens": REQUIRED,
+    "max_seq_len": REQUIRED,
+    "dim_head": 64,
+    "n_hashes": 4,
+    "emb_dim": None,
+    "return_embeddings": False,
+    "weight_tie_embedding": False,
+    "fixed_position_emb": False,
+    "absolute_position_emb": False,
+    "axial_position_emb": False,
+    "axial_position_shape": None,
+    "axial_position_dims": None,
+}
+"""Keywords of `ReformerLM` and their defaults."""
+
+
+def Reformer(*, rngs: nnx.Rngs, dtype: Any = None, **keywords: Any) -> Stack:
+    """A reversible stack of LSH attention and feed-forward layers, without embeddings.
+
+    Args:
+      rngs: Source of parameters and of the rotations that hash.
+      dtype: To compute in.
+      **keywords: See `REFORMER`. `dim_head` is by default dim / heads.
+
+    Returns:
+      The `Stack`. The originals' ``keys`` are its context, and ``input_mask`` its key mask.
+    """
+    return Stack(_stack(complete("Reformer", keywords, REFORMER), False), dtype=dtype, rngs=rngs)
+
+
+def ReformerLM(*, rngs: nnx.Rngs, dtype: Any = jnp.float32, **keywords: Any) -> LanguageModel:
+    """A language model around a `Reformer`.
+
+    Args:
+      rngs: Source of parameters and of the rotations that hash.
+      dtype: To compute in.
+      **keywords: See `REFORMER_LM`. Positions are axial, absolute (learned), fixed (sinusoids)
+        or, by default, rotary.
+
+    Returns:
+      The `LanguageModel`.
+    """
+    o = complete("ReformerLM", keywords, REFORMER_LM)
+    axial, dims = o.axial_position_emb, o.axial_position_dims
+    shape = o.axial_position_shape or (math.ceil(o.max_seq_len / o.bucket_size), o.bucket_size)
+    positions = "axial" if axial else "random" if o.absolute_position_emb else "none"
+    positions = "concatenated" if positions == "none" and o.fixed_position_emb else positions
+    logits = "normalized" if o.weight_tie_embedding else "dense"
+    config = LanguageModelConfig(
+        o.num_tokens,
+        _stack(o, rotary=positions == "none"),
+        max_len=o.max_seq_len,
+        emb_dim=o.emb_dim,
+        positions=positions,
+        axial_shape=tuple(shape) if axial else (),
+        axial_features=tuple(dims) if axial and dims else None,
+        final_norm=_LAYER,
+        norm_before_projection=True,
+        logits="none" if o.return_embeddings else logits,
+        dtype=dtype,
+    )
+    return LanguageModel(config, rngs=rngs)
+
+
+def ReformerEncoderDecoder(
+    *,
+    dim: int,
+    rngs: nnx.Rngs,
+    ignore_index: int = 0,
+    pad_value: int = 0,
+    dtype: Any = jnp.float32,
+    **keywords: Any,
+) -> EncoderDecoder:
+    """Two `ReformerLM`; the second has what the first makes of another sequence as further keys.
+
+    Args:
+      dim: Width of both.
+      rngs: Source of parameters and rotations.
+      ignore_index: Targets that do not count.
+      pad_value: Fills what follows the end of a generated sequence.
+      dtype: To compute in.
+      **keywords: Those of `REFORMER_LM`, with enc_ or dec_ in front. The decoder's buckets are by
+        default twice as large as the encoder's.
+
+    Returns:
+      The `EncoderDecoder`.
+    """
+    encoder, decoder = split_prefixes("ReformerEncoderDecoder", keywords)
+    size = 2 * encoder.get("bucket_size", REFORMER_LM["bucket_size"])
+    both: dict[str, Any] = {"dim": dim, "rngs": rngs, "dtype": dtype}
+    return EncoderDecoder(
+        ReformerLM(**both, **{"return_embeddings": True} | encoder),
+        ReformerLM(**both, **{"causal": True, "bucket_size": size} | decoder),
+        ignore_index=ignore_index,
+        pad_value=pad_value,
+    )
+
+
+def _stack(o: SimpleNamespace, rotary: bool) -> StackConfig:
+    if o.dim_head is None and o.dim % o.heads:
+        raise ValueError(f"dim={o.dim} must be a multiple of heads={o.heads}, or give dim_head.")
+    if not 0 <= o.n_local_attn_heads < o.heads:
+        raise ValueError(
+            f"n_local_attn_heads={o.n_local_attn_heads} must be less than heads={o.heads}."
+        )
+    hashed = make_lsh_attention(
+        o.bucket_size,
+        o.n_hashes,
+        unidirectional=o.causal,
+        allow_duplicate_attention=o.lsh_allow_duplicate_attention,
+        attend_across_buckets=o.lsh_attend_across_buckets,
+        random_rotations_per_head=o.random_rotations_per_head,
+        full_attn_thres=o.full_attn_thres,
+        use_full_attn=o.use_full_attn,
+        attn_chunks=o.attn_chunks or 1,
+        rotary=rotary,
+    )
+    groups = [HeadGroup(o.heads - o.n_local_attn_heads, hashed, dropout_rate=o.lsh_dropout)]
+    if o.n_local_attn_heads:
+        near = make_local_attention(
+            2 * o.bucket_size,
+            unidirectional=o.causal,
+            look_forward=0 if o.causal else 1,
+            shared_qk=True,
+        )
+        own = {"dropout_rate": o.lsh_dropout, "extra_keys": False}
+        groups.insert(0, HeadGroup(o.n_local_attn_heads, near, **own))
+    attention = AttentionConfig(
+        tuple(groups),
+        o.dim_head or o.dim // o.heads,
+        causal=o.causal,
+        out_bias=True,
+        shared_qk=True,
+        one_value_head=o.one_value_head,
+        memory=o.num_mem_kv,
+        context="append",
+        dropout_rate=o.post_attn_dropout,
+    )
+    feed_forward = FeedForwardConfig(
+        o.dim * o.ff_mult, o.ff_activation or "gelu_exact", o.ff_glu, o.ff_chunks, o.ff_dropout
+    )
+    second = attention if o.twin_attention else feed_forward
+    memory = MemoryConfig(o.pkm_num_keys)
+    pkm = (o.pkm_layers,) if isinstance(o.pkm_layers, int) else o.pkm_layers
+    norm = NormConfig("rezero") if o.use_rezero else _LAYER
+    return StackConfig(
+        o.dim,
+        tuple(
+            (SublayerConfig(attention), SublayerConfig(memory if layer in pkm else second))
+            for layer in range(1, o.depth + 1)
+        ),
+        norm=NormConfig("scale") if o.use_scale_norm and not o.use_rezero else norm,
+        reversible=True,
+        reverse_threshold=o.reverse_thres,
+        tie_blocks=o.weight_tie,
+        layer_dropout_rate=o.layer_dropout,
+    )
