@@ -12,5 +12,6 @@ from fast_attention.efficient_attention_fn import (
 from fast_attention.fast_attention_fn import FastAttention as FastAttention
 from fast_attention.linear_attention import LinearAttentionState as LinearAttentionState
 from fast_attention.linear_attention import linear_attention as linear_attention
+from fast_attention.linformer import linformer_attention as linformer_attention
 
 __version__ = "0.1.0"
