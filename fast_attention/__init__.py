@@ -4,8 +4,14 @@ from fast_attention.attention_fn import (
     make_fast_generalized_attention as make_fast_generalized_attention,
 )
 from fast_attention.attention_fn import make_fast_softmax_attention as make_fast_softmax_attention
+from fast_attention.efficient_attention import efficient_attention as efficient_attention
+from fast_attention.efficient_attention_fn import EfficientAttention as EfficientAttention
+from fast_attention.efficient_attention_fn import (
+    make_efficient_attention as make_efficient_attention,
+)
 from fast_attention.fast_attention_fn import FastAttention as FastAttention
 from fast_attention.linear_attention import LinearAttentionState as LinearAttentionState
 from fast_attention.linear_attention import linear_attention as linear_attention
+from fast_attention.linformer import linformer_attention as linformer_attention
 
 __version__ = "0.1.0"

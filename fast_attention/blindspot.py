@@ -1,0 +1,263 @@
+"""Causal attention to complete earlier buckets: the form of efficient attention with a blind spot.
+
+Positions are cut into buckets of n. A query in bucket b reads the keys of buckets 0..b-1, each key
+with the weight ``sum_m exp(q_m + k_m)``, and nothing of its own bucket; the first bucket reads
+nothing and gives zeros. Something else, such as local attention, has to look at the near past.
+
+Each bucket becomes one :class:`LinearAttentionState`; an exclusive prefix of their merges is what
+the queries read. The prefix is formed for groups of buckets, one group after the other, and again
+in the backward pass, so that about twice the square root of all states is held at a time.
+
+Shape letters: B batch, T length, N buckets in a group, C positions in a bucket, H heads, K
+key/value heads, G = H / K, V value width, M channels of queries and keys.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fast_attention.array_types import Array, Bool, Float, Int
+from fast_attention.feature_maps import LogFeatures
+from fast_attention.linear_attention import LinearAttentionState, empty_state, merge
+from fast_attention.linear_attention.inputs import safe_inverse
+from fast_attention.linear_attention.state import EMPTY_LOG_SCALE
+
+
+class BlindspotState(NamedTuple):
+    """What decoding remembers: its size depends neither on the length nor on the bucket.
+
+    Attributes:
+      complete: the keys of complete buckets.
+      pending: the keys of the bucket that is being filled.
+      count: ``[*B]`` int32, how many there are.
+    """
+
+    complete: LinearAttentionState
+    pending: LinearAttentionState
+    count: Int[Array, "*B"]
+
+
+def empty_blindspot_state(
+    batch_shape: tuple[int, ...], num_heads: int, head_dim: int, value_dim: int
+) -> BlindspotState:
+    """Returns the state before the first token."""
+    empty = empty_state(LogFeatures(), None, batch_shape, num_heads, head_dim, value_dim)
+    return BlindspotState(empty, empty, jnp.zeros(batch_shape, jnp.int32))
+
+
+def attend_to_buckets(
+    query: Float[Array, "*B T H M"],
+    key: Float[Array, "*B T K M"],
+    value: Float[Array, "*B T K V"],
+    bucket_size: int,
+    *,
+    key_mask: Bool[Array, "*B T #K"] | None = None,
+    complete: LinearAttentionState | None = None,
+    pending: LinearAttentionState | None = None,
+    precision: jax.lax.PrecisionLike = None,
+) -> tuple[Float[Array, "*B T H V"], LinearAttentionState]:
+    """Attends from every position to the complete buckets before its own.
+
+    Args:
+      query: ``[*B, T, H, M]`` logarithms, float32 or float64 as all three.
+      key: ``[*B, T, K, M]`` logarithms.
+      value: ``[*B, T, K, V]``.
+      bucket_size: positions in a bucket; T need not be a multiple of it.
+      key_mask: ``[*B, T, K or 1]``; a key where it is False contributes nothing.
+      complete: buckets before the first one.
+      pending: keys of the first bucket beyond those given.
+      precision: of products.
+
+    Returns:
+      ``[*B, T, H, V]``, and the state of ``complete`` and all keys given.
+    """
+    length, batch_shape = query.shape[-3], query.shape[:-3]
+    axis = len(batch_shape)
+    number = -(-length // bucket_size)
+    group = math.isqrt(number - 1) + 1
+    groups = -(-number // group)
+    padding = groups * group * bucket_size - length
+    if padding and key_mask is None:
+        key_mask = jnp.ones((*batch_shape, length, 1), bool)
+
+    def grouped(x: Array) -> Array:
+        widths = [(0, 0)] * x.ndim
+        widths[axis] = (0, padding)
+        x = jnp.pad(x, widths)
+        x = x.reshape(*batch_shape, groups, group, bucket_size, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x, axis, 0)
+
+    empty = empty_state(
+        LogFeatures(),
+        None,
+        batch_shape,
+        key.shape[-2],
+        key.shape[-1],
+        value.shape[-1],
+        key.dtype,
+    )
+    start = empty if complete is None else complete
+    # The keys beyond those given enter the state of the first bucket; an empty one changes nothing.
+    extra = empty if pending is None else pending
+
+    def one_group(carry, arrays):
+        state, extra = carry
+        query, key, value, key_mask = arrays
+        new = state_of_keys(key, value, key_mask, precision)
+        first = merge(jax.tree.map(lambda x: jnp.take(x, 0, axis), new), extra)
+        states = jax.tree.map(
+            lambda before, first, all: jnp.concatenate(
+                [
+                    jnp.expand_dims(before, axis),
+                    jnp.expand_dims(first, axis),
+                    lax.slice_in_dim(all, 1, None, axis=axis),
+                ],
+                axis,
+            ),
+            state,
+            first,
+            new,
+        )
+        states = lax.associative_scan(merge, states, axis=axis)
+        before = jax.tree.map(lambda x: lax.slice_in_dim(x, 0, group, axis=axis), states)
+        after = jax.tree.map(lambda x: jnp.take(x, group, axis), states)
+        return (after, empty), read_state(before, query, precision)
+
+    arrays = jax.tree.map(grouped, (query, key, value, key_mask))
+    (state, _), out = lax.scan(jax.checkpoint(one_group), (start, extra), arrays)
+    out = jnp.moveaxis(out, 0, axis)
+    out = out.reshape(*batch_shape, -1, *out.shape[-2:])
+    return lax.slice_in_dim(out, 0, length, axis=axis), state
+
+
+def prefill_buckets(
+    state: BlindspotState,
+    query: Float[Array, "*B T H M"],
+    key: Float[Array, "*B T K M"],
+    value: Float[Array, "*B T K V"],
+    bucket_size: int,
+    *,
+    key_mask: Bool[Array, "*B T"] | None = None,
+) -> tuple[Float[Array, "*B T H V"], BlindspotState]:
+    """Reads T tokens after those in the state; padding takes no place in a bucket.
+
+    Args:
+      state: what came before.
+      query: ``[*B, T, H, M]`` logarithms.
+      key: ``[*B, T, K, M]`` logarithms.
+      value: ``[*B, T, K, V]``.
+      bucket_size: positions in a bucket.
+      key_mask: ``[*B, T]``; False is padding, on either side.
+
+    Returns:
+      ``[*B, T, H, V]`` (unspecified at padding) and the state after the tokens.
+    """
+    length, batch_shape = query.shape[-3], query.shape[:-3]
+    visible = jnp.ones(query.shape[:-2], bool) if key_mask is None else key_mask
+    # Every token gets its place on a grid of buckets, the first of which is partly filled.
+    slots = -(-(bucket_size - 1 + length) // bucket_size) * bucket_size
+    place = state.count[..., None] + jnp.cumsum(visible, axis=-1) - visible
+    index = jnp.where(visible, place, slots)
+
+    def on_grid(x: Array) -> Array:
+        flat = x.reshape(-1, *x.shape[len(batch_shape) :])
+        rows = jnp.arange(len(flat))[:, None]
+        grid = jnp.zeros((len(flat), slots, *flat.shape[2:]), x.dtype)
+        grid = grid.at[rows, index.reshape(-1, length)].set(flat, mode="drop")
+        return grid.reshape(*batch_shape, slots, *flat.shape[2:])
+
+    query, key, value = (on_grid(x) for x in (query, key, value))
+    slot = jnp.broadcast_to(jnp.arange(slots), (*batch_shape, slots))
+    end = (state.count + visible.sum(-1))[..., None]
+    filled = (slot >= state.count[..., None]) & (slot < end)
+    in_complete = slot < end // bucket_size * bucket_size
+    first_is_complete = end[..., 0] >= bucket_size
+    empty = _emptied(state.pending)
+    out, complete = attend_to_buckets(
+        query,
+        key,
+        value,
+        bucket_size,
+        key_mask=(filled & in_complete)[..., None],
+        complete=state.complete,
+        pending=_where(first_is_complete, state.pending, empty),
+    )
+    rest = state_of_keys(key, value, (filled & ~in_complete)[..., None])
+    pending = merge(_where(first_is_complete, empty, state.pending), rest)
+    take = jnp.minimum(place, slots - 1)[..., None, None]
+    out = jnp.take_along_axis(out, take, axis=-3)
+    return out, BlindspotState(complete, pending, end[..., 0] % bucket_size)
+
+
+def step_buckets(
+    state: BlindspotState,
+    query: Float[Array, "*B H M"],
+    key: Float[Array, "*B K M"],
+    value: Float[Array, "*B K V"],
+    bucket_size: int,
+) -> tuple[Float[Array, "*B H V"], BlindspotState]:
+    """Reads one token: time and memory depend neither on the past nor on the bucket."""
+    query, key, value = (jnp.expand_dims(x, -3) for x in (query, key, value))
+    out = read_state(state.complete, query)
+    pending = merge(state.pending, state_of_keys(key, value))
+    full = state.count + 1 == bucket_size
+    return jnp.squeeze(out, -3), BlindspotState(
+        complete=_where(full, merge(state.complete, pending), state.complete),
+        pending=_where(full, _emptied(pending), pending),
+        count=jnp.where(full, 0, state.count + 1),
+    )
+
+
+def state_of_keys(
+    key: Float[Array, "*B C K M"],
+    value: Float[Array, "*B C K V"],
+    key_mask: Bool[Array, "*B C #K"] | None = None,
+    precision: jax.lax.PrecisionLike = None,
+) -> LinearAttentionState:
+    """Returns the state of C keys given as logarithms."""
+    if key_mask is not None:
+        key = jnp.where(key_mask[..., None], key, -jnp.inf)
+        value = jnp.where(key_mask[..., None], value, 0)
+    scale = lax.stop_gradient(jnp.maximum(key.max(axis=-3), EMPTY_LOG_SCALE))
+    features = jnp.exp(key - jnp.expand_dims(scale, -3))
+    kv = jnp.einsum("...ckv,...ckm->...kvm", value, features, precision=precision)
+    return LinearAttentionState(kv, features.sum(axis=-3), scale)
+
+
+def read_state(
+    state: LinearAttentionState,
+    query: Float[Array, "*B C H M"],
+    precision: jax.lax.PrecisionLike = None,
+) -> Float[Array, "*B C H V"]:
+    """Returns what C queries, given as logarithms, read from a state; zeros if it is empty."""
+    scale = state.log_scale
+    assert scale is not None
+    query = query.reshape(*query.shape[:-2], scale.shape[-2], -1, query.shape[-1])
+    # The scale of an empty state says nothing.
+    scale = jnp.where(scale > 0.5 * EMPTY_LOG_SCALE, scale, 0)
+    log = query + jnp.expand_dims(scale, (-4, -2))
+    features = jnp.exp(log - lax.stop_gradient(log.max(axis=-1, keepdims=True)))
+    numerator = jnp.einsum("...ckgm,...kvm->...ckgv", features, state.kv, precision=precision)
+    denominator = jnp.sum(features * jnp.expand_dims(state.k_sum, (-4, -2)), axis=-1)
+    out = numerator * safe_inverse(denominator, 0.0)[..., None]
+    return out.reshape(*out.shape[:-3], -1, out.shape[-1])
+
+
+def _emptied(state: LinearAttentionState) -> LinearAttentionState:
+    empty = jax.tree.map(jnp.zeros_like, state)
+    return empty._replace(log_scale=jnp.full_like(empty.k_sum, EMPTY_LOG_SCALE))
+
+
+def _where(
+    condition: Bool[Array, "*B"], yes: LinearAttentionState, no: LinearAttentionState
+) -> LinearAttentionState:
+    def choose(yes: Array, no: Array) -> Array:
+        chosen = condition.reshape(condition.shape + (1,) * (yes.ndim - condition.ndim))
+        return jnp.where(chosen, yes, no)
+
+    return jax.tree.map(choose, yes, no)
