@@ -10,3 +10,5 @@ from fast_attention.layers.multi_head import redraw as redraw
 from fast_attention.layers.positions import LearnedPositions as LearnedPositions
 from fast_attention.layers.positions import rotate as rotate
 from fast_attention.layers.positions import sinusoids as sinusoids
+from fast_attention.layers.reversible import residual as residual
+from fast_attention.layers.reversible import reversible_residual as reversible_residual
