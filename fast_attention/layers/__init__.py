@@ -8,6 +8,12 @@ from fast_attention.layers.linformer import LinformerAttention as LinformerAtten
 from fast_attention.layers.multi_head import MultiHeadAttention as MultiHeadAttention
 from fast_attention.layers.multi_head import Projection as Projection
 from fast_attention.layers.multi_head import redraw as redraw
+from fast_attention.layers.norms import NORMS as NORMS
+from fast_attention.layers.norms import ReZero as ReZero
+from fast_attention.layers.norms import ScaleNorm as ScaleNorm
+from fast_attention.layers.norms import make_norm as make_norm
 from fast_attention.layers.positions import LearnedPositions as LearnedPositions
 from fast_attention.layers.positions import rotate as rotate
 from fast_attention.layers.positions import sinusoids as sinusoids
+from fast_attention.layers.reversible import residual as residual
+from fast_attention.layers.reversible import reversible_residual as reversible_residual
