@@ -1,13 +1,14 @@
 """Flax NNX modules: attention with its projections, feed-forward, positions, blocks."""
 
-from fast_attention.layers.block import Block as Block
+from fast_attention.layers.attention_config import AttentionConfig as AttentionConfig
+from fast_attention.layers.attention_config import HeadGroup as HeadGroup
 from fast_attention.layers.feed_forward import ACTIVATIONS as ACTIVATIONS
 from fast_attention.layers.feed_forward import FeedForward as FeedForward
+from fast_attention.layers.inputs import Inputs as Inputs
 from fast_attention.layers.linear import Linear as Linear
 from fast_attention.layers.linformer import LinformerAttention as LinformerAttention
 from fast_attention.layers.multi_head import MultiHeadAttention as MultiHeadAttention
 from fast_attention.layers.multi_head import Projection as Projection
-from fast_attention.layers.multi_head import redraw as redraw
 from fast_attention.layers.norms import NORMS as NORMS
 from fast_attention.layers.norms import ReZero as ReZero
 from fast_attention.layers.norms import ScaleNorm as ScaleNorm
@@ -17,3 +18,13 @@ from fast_attention.layers.positions import rotate as rotate
 from fast_attention.layers.positions import sinusoids as sinusoids
 from fast_attention.layers.reversible import residual as residual
 from fast_attention.layers.reversible import reversible_residual as reversible_residual
+from fast_attention.layers.redraw import redraw as redraw
+from fast_attention.layers.redraw import redraw_every as redraw_every
+from fast_attention.layers.stack import Stack as Stack
+from fast_attention.layers.stack import StackConfig as StackConfig
+from fast_attention.layers.sublayer import FeedForwardConfig as FeedForwardConfig
+from fast_attention.layers.sublayer import LinformerConfig as LinformerConfig
+from fast_attention.layers.sublayer import MemoryConfig as MemoryConfig
+from fast_attention.layers.sublayer import NormConfig as NormConfig
+from fast_attention.layers.sublayer import Sublayer as Sublayer
+from fast_attention.layers.sublayer import SublayerConfig as SublayerConfig

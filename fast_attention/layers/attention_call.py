@@ -26,12 +26,14 @@ class Visible(NamedTuple):
       key_mask: ``[B, S]``, False is never seen.
       segment_ids: ``[B, T]``, positions see their own run of equal ids.
       positions: ``[B, T]``, for functions that rotate by themselves.
+      mask: ``[B, T, T]``, what each of the first T keys is seen by.
     """
 
     causal: bool = False
     key_mask: Bool[Array, "B S"] | None = None
     segment_ids: Int[Array, "B T"] | None = None
     positions: Int[Array, "B T"] | None = None
+    mask: Bool[Array, "B T T"] | None = None
 
 
 def call_attention(
@@ -62,9 +64,12 @@ def call_attention(
     }
     told = {name: value for name, value in told.items() if value is not None}
     names = parameter_names(attention_fn)
+    length, key_length = query.shape[1], key.shape[1]
+    if visible.mask is not None:
+        rest = ((0, 0), (0, 0), (0, key_length - length))
+        told["mask"] = jnp.pad(visible.mask, rest, constant_values=True)[:, None]
     if names is not None:
-        length, key_length = query.shape[1], key.shape[1]
-        mask: Any = True
+        mask: Any = told.pop("mask", True)
         if "key_mask" in told and "key_mask" not in names:
             mask &= told.pop("key_mask")[:, None, None, :]
         if "segment_ids" in told and "segment_ids" not in names:

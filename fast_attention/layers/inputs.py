@@ -16,6 +16,7 @@ class Inputs(NamedTuple):
       key_mask: ``[B, T]``; positions where it is False (padding) are not seen.
       context: ``[B, S, N]``, a second sequence.
       context_mask: ``[B, S]``; positions of it where it is False are not seen.
+      mask: ``[B, T, T]``; position t sees s where it is True, for attention that takes such masks.
     """
 
     positions: Int[Array, "B T"] | None = None
@@ -23,3 +24,4 @@ class Inputs(NamedTuple):
     key_mask: Bool[Array, "B T"] | None = None
     context: Float[Array, "B S N"] | None = None
     context_mask: Bool[Array, "B S"] | None = None
+    mask: Bool[Array, "B T T"] | None = None

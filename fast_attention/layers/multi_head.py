@@ -86,6 +86,7 @@ class MultiHeadAttention(nnx.Module):
         key_mask: Bool[Array, "B T"] | None = None,
         context: Float[Array, "B C N"] | None = None,
         context_mask: Bool[Array, "B C"] | None = None,
+        mask: Bool[Array, "B T T"] | None = None,
         deterministic: bool = True,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B T M"]:
@@ -98,6 +99,8 @@ class MultiHeadAttention(nnx.Module):
           key_mask: ``[B, T]``; positions where it is False are not seen.
           context: ``[B, C, N]``, a second sequence, if the layer has one.
           context_mask: ``[B, C]``; positions of it where it is False are not seen.
+          mask: ``[B, T, T]``; position t sees s where it is True, for attention that takes such
+            masks (exact, LSH); others raise.
           deterministic: No dropout.
           rngs: Source of dropout, needed unless `deterministic` or without dropout.
 
@@ -107,7 +110,7 @@ class MultiHeadAttention(nnx.Module):
         Raises:
           ValueError: If dropout is asked for without `rngs`, or a context is missing or unknown.
         """
-        inputs = Inputs(positions, segment_ids, key_mask, context, context_mask)
+        inputs = Inputs(positions, segment_ids, key_mask, context, context_mask, mask)
         return self.attend(x, inputs, deterministic=deterministic, rngs=rngs)[0]
 
     def attend(
@@ -140,7 +143,9 @@ class MultiHeadAttention(nnx.Module):
             visible = Visible(key_mask=inputs.context_mask)
         else:
             key_mask = self.project.key_mask(inputs, key.shape[:2], length)
-            visible = Visible(self.config.causal, key_mask, inputs.segment_ids, positions)
+            visible = Visible(
+                self.config.causal, key_mask, inputs.segment_ids, positions, inputs.mask
+            )
         out, chosen = [], []
         for index, (group, q, k, v) in enumerate(self._split(query, key, value)):
             seen, choice = visible, None
@@ -162,18 +167,22 @@ class MultiHeadAttention(nnx.Module):
         return self.dropout(merged, deterministic=deterministic, rngs=rngs), tuple(chosen)
 
     @property
+    def causal(self) -> bool:
+        """Whether no position sees a later one of its own sequence."""
+        config = self.config
+        if config.context == "cross" or config.causal:
+            return True
+        return all(getattr(group.attention_fn, "unidirectional", False) for group in config.groups)
+
+    @property
     def can_decode(self) -> bool:
         """Whether the layer has a state: it is causal, and every group reads on from one."""
         config = self.config
         if config.context == "cross":
             return True
-        if config.shared_qk and (config.memory or config.context is not None):
-            return False
-        return all(
-            (config.causal or getattr(group.attention_fn, "unidirectional", False))
-            and hasattr(group.attention_fn, "step")
-            for group in config.groups
-        )
+        appended = config.shared_qk and (config.memory or config.context is not None)
+        steps = all(hasattr(group.attention_fn, "step") for group in config.groups)
+        return self.causal and steps and not appended
 
     def init_state(
         self, batch_size: int, max_length: int, inputs: Inputs = NO_INPUTS
@@ -297,10 +306,10 @@ class MultiHeadAttention(nnx.Module):
         seen: Visible,
         options: dict[str, Any],
     ) -> Array:
-        if seen.segment_ids is not None or "dropout_rng" in options:
+        if seen.segment_ids is not None or seen.mask is not None or "dropout_rng" in options:
             raise ValueError(
-                "Causal memory is read as a state before the sequence: it allows neither "
-                "segment_ids nor dropout of attention weights."
+                "Causal memory is read as a state before the sequence: it allows no segment_ids, "
+                "no mask and no dropout of attention weights."
             )
         length, width = query.shape[1], self.config.head_dim
         sizes = (len(key),), key.shape[-2], width, width

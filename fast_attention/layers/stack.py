@@ -129,6 +129,7 @@ class Stack(nnx.Module):
         key_mask: Bool[Array, "B T"] | None = None,
         context: Float[Array, "B S N"] | None = None,
         context_mask: Bool[Array, "B S"] | None = None,
+        mask: Bool[Array, "B T T"] | None = None,
         deterministic: bool = True,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B T M"]:
@@ -141,6 +142,8 @@ class Stack(nnx.Module):
           key_mask: ``[B, T]``; positions where it is False (padding) are not seen.
           context: ``[B, S, N]``, a second sequence, for blocks that have one.
           context_mask: ``[B, S]``; positions of it where it is False are not seen.
+          mask: ``[B, T, T]``; position t sees s where it is True, for attention that takes such
+            masks (exact, LSH); others raise.
           deterministic: No dropout.
           rngs: Source of dropout, needed unless `deterministic` or without dropout.
 
@@ -150,7 +153,7 @@ class Stack(nnx.Module):
         Raises:
           ValueError: If a context is missing, or dropout is asked for without `rngs`.
         """
-        inputs = Inputs(positions, segment_ids, key_mask, context, context_mask)
+        inputs = Inputs(positions, segment_ids, key_mask, context, context_mask, mask)
         self._check(inputs, deterministic, rngs)
         keep = self._layer_mask(deterministic, rngs)
         two_streams = self.config.reversible and x.shape[1] > self.config.reverse_threshold
@@ -168,6 +171,11 @@ class Stack(nnx.Module):
     def can_decode(self) -> bool:
         """Whether the stack can read token by token."""
         return all(sublayer.can_decode for block in self.blocks for sublayer in block)
+
+    @property
+    def causal(self) -> bool:
+        """Whether no position sees a later one."""
+        return all(sublayer.causal for block in self.blocks for sublayer in block)
 
     def init_state(self, batch_size: int, max_length: int, inputs: Inputs = NO_INPUTS) -> Any:
         """Makes the state before the first token, see `MultiHeadAttention.init_state`."""

@@ -186,6 +186,15 @@ class Sublayer(nnx.Module):
         return self._scaled(self.inner(x, **options)), None
 
     @property
+    def causal(self) -> bool:
+        """Whether no position sees a later one."""
+        if self.config.shifts is not None and min(self.config.shifts) < 0:
+            return False
+        if isinstance(self.inner, LinformerAttention):
+            return self._cross()
+        return not isinstance(self.inner, MultiHeadAttention) or self.inner.causal
+
+    @property
     def can_decode(self) -> bool:
         """Whether the sublayer reads on from a state; False where it looks ahead."""
         if self.config.shifts is not None and not set(self.config.shifts) <= {0, 1}:

@@ -107,7 +107,7 @@ class EncoderDecoder(nnx.Module):
         source_mask: Bool[Array, "B S"] | None = None,
         deterministic: bool = True,
         rngs: nnx.Rngs | None = None,
-    ) -> Float[Array, ""]:
+    ) -> tuple[Float[Array, ""], Int[Array, ""]]:
         """Mean loss in nats of every target token after the first, padding left out.
 
         Args:
@@ -119,7 +119,7 @@ class EncoderDecoder(nnx.Module):
           rngs: Source of dropout.
 
         Returns:
-          float32 scalar.
+          float32 scalar, and the number of tokens it is the mean of.
         """
         logits = self(
             source,

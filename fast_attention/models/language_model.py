@@ -87,6 +87,7 @@ class LanguageModel(nnx.Module):
         key_mask: Bool[Array, "B T"] | None = None,
         context: Float[Array, "B S N"] | None = None,
         context_mask: Bool[Array, "B S"] | None = None,
+        mask: Bool[Array, "B T T"] | None = None,
         deterministic: bool = True,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B T V"]:
@@ -100,6 +101,8 @@ class LanguageModel(nnx.Module):
           key_mask: ``[B, T]``; positions where it is False (padding) are not seen.
           context: ``[B, S, N]``, a second sequence, for stacks that attend to one.
           context_mask: ``[B, S]``; positions of it where it is False are not seen.
+          mask: ``[B, T, T]``; position t sees s where it is True, for attention that takes such
+            masks (exact, LSH); others raise.
           deterministic: No dropout.
           rngs: Source of dropout, needed unless `deterministic` or without dropout.
 
@@ -116,6 +119,7 @@ class LanguageModel(nnx.Module):
             key_mask=key_mask,
             context=context,
             context_mask=context_mask,
+            mask=mask,
             deterministic=deterministic,
             rngs=rngs,
         )
@@ -130,6 +134,7 @@ class LanguageModel(nnx.Module):
         key_mask: Bool[Array, "B T"] | None = None,
         context: Float[Array, "B S N"] | None = None,
         context_mask: Bool[Array, "B S"] | None = None,
+        mask: Bool[Array, "B T T"] | None = None,
         deterministic: bool = True,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B T M"]:
@@ -158,10 +163,16 @@ class LanguageModel(nnx.Module):
             key_mask=key_mask,
             context=context,
             context_mask=context_mask,
+            mask=mask,
             deterministic=deterministic,
             rngs=rngs,
         )
         return self._leave(x)
+
+    @property
+    def causal(self) -> bool:
+        """Whether no position sees a later one."""
+        return self.stack.causal
 
     @property
     def can_decode(self) -> bool:

@@ -17,8 +17,8 @@ from fast_attention.models.language_model import LanguageModel
 
 def cross_entropy(
     logits: Float[Array, "B T V"], targets: Int[Array, "B T"], counts: Bool[Array, "B T"]
-) -> Float[Array, ""]:
-    """Mean negative log-likelihood in nats of the targets that count; 0 if none does.
+) -> tuple[Float[Array, ""], Int[Array, ""]]:
+    """Mean negative log-likelihood in nats of the targets that count, and their number.
 
     Args:
       logits: ``[B, T, V]``.
@@ -26,11 +26,12 @@ def cross_entropy(
       counts: ``[B, T]``.
 
     Returns:
-      float32 scalar.
+      float32 scalar, 0 if none counts; and how many count.
     """
     targets = jnp.where(counts, targets, 0)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    return jnp.sum(jnp.where(counts, losses, 0)) / jnp.maximum(jnp.sum(counts), 1)
+    number = jnp.sum(counts)
+    return jnp.sum(jnp.where(counts, losses, 0)) / jnp.maximum(number, 1), number
 
 
 def next_token_loss(
@@ -42,7 +43,7 @@ def next_token_loss(
     deterministic: bool = True,
     rngs: nnx.Rngs | None = None,
     **inputs: Any,
-) -> Float[Array, ""]:
+) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """Mean loss of every token after the first, given those before it.
 
     Args:
@@ -56,7 +57,7 @@ def next_token_loss(
       **inputs: Further arguments of the model, such as a context.
 
     Returns:
-      float32 scalar, in nats per token.
+      float32 scalar, in nats per token, and the number of tokens it is the mean of.
 
     Raises:
       ValueError: For less than two tokens.

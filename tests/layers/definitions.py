@@ -97,9 +97,9 @@ def attention(
 ):
     """`x` is one row `[T, M]`; position t sees s where `visible[t, s]`, or else gives zeros."""
     length = len(x)
-    query = linear(module.query, x).reshape(length, num_heads, -1)
+    query = linear(module.project.query, x).reshape(length, num_heads, -1)
     key, value = (
-        linear(m, x).reshape(length, -1, query.shape[-1]) for m in (module.key, module.value)
+        linear(m, x).reshape(length, -1, query.shape[-1]) for m in (module.project.key, module.project.value)
     )
     if rotary:
         positions = np.arange(length) if positions is None else positions
@@ -121,13 +121,12 @@ def feed_forward(module, x, activation="gelu"):
     return linear(module.down, ACTIVATIONS[activation](linear(module.up, x)))
 
 
-def block(module, x, num_heads, *, shift_tokens=False, activation="gelu", **options):
+def block(sublayers, x, num_heads, *, shift_tokens=False, activation="gelu", **options):
     """`x` is one row `[T, M]`; `options` are those of `attention`."""
     before = shift if shift_tokens else lambda x: x
-    normed = before(layer_norm(module.attention_norm, x))
-    x = x + attention(module.attention, normed, num_heads, **options)
-    normed = before(layer_norm(module.feed_forward_norm, x))
-    return x + feed_forward(module.feed_forward, normed, activation)
+    first, second = sublayers
+    x = x + attention(first.inner, before(layer_norm(first.norm, x)), num_heads, **options)
+    return x + feed_forward(second.inner, before(layer_norm(second.norm, x)), activation)
 
 
 def transformer(model, tokens):
@@ -138,7 +137,7 @@ def transformer(model, tokens):
         x = x + array(model.positions.table)[: len(x)]
     if config.positions == "sinusoidal":
         x = x + sinusoids(range(len(x)), config.emb_dim)
-    for layer in model.blocks:
+    for layer in model.stack.blocks:
         x = block(
             layer,
             x,
