@@ -7,6 +7,7 @@ from fast_attention.layers.feed_forward import FeedForward as FeedForward
 from fast_attention.layers.inputs import Inputs as Inputs
 from fast_attention.layers.linear import Linear as Linear
 from fast_attention.layers.linformer import LinformerAttention as LinformerAttention
+from fast_attention.layers.masked_batch_norm import MaskedBatchNorm as MaskedBatchNorm
 from fast_attention.layers.multi_head import MultiHeadAttention as MultiHeadAttention
 from fast_attention.layers.multi_head import Projection as Projection
 from fast_attention.layers.norms import NORMS as NORMS
@@ -16,10 +17,12 @@ from fast_attention.layers.norms import make_norm as make_norm
 from fast_attention.layers.positions import LearnedPositions as LearnedPositions
 from fast_attention.layers.positions import rotate as rotate
 from fast_attention.layers.positions import sinusoids as sinusoids
-from fast_attention.layers.reversible import residual as residual
-from fast_attention.layers.reversible import reversible_residual as reversible_residual
+from fast_attention.layers.product_key_memory import ProductKeyMemory as ProductKeyMemory
+from fast_attention.layers.product_key_memory import is_memory_value as is_memory_value
 from fast_attention.layers.redraw import redraw as redraw
 from fast_attention.layers.redraw import redraw_every as redraw_every
+from fast_attention.layers.reversible import residual as residual
+from fast_attention.layers.reversible import reversible_residual as reversible_residual
 from fast_attention.layers.stack import Stack as Stack
 from fast_attention.layers.stack import StackConfig as StackConfig
 from fast_attention.layers.sublayer import FeedForwardConfig as FeedForwardConfig
