@@ -32,13 +32,13 @@ def residual(
     x1: Float[Array, "*shape"],
     x2: Float[Array, "*shape"],
     shared: Any = None,
-) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
+) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"], list[Any]]:
     """Applies the layers of `reversible_residual`, differentiated in the ordinary way."""
     _check(functions, parameters, x1, x2)
     working = _working_type(x1)
     streams = x1.astype(working), x2.astype(working)
-    (y1, y2), _ = _forward(functions, x1.dtype, parameters, streams, shared)
-    return y1.astype(x1.dtype), y2.astype(x1.dtype)
+    (y1, y2), saved = _forward(functions, x1.dtype, parameters, streams, shared)
+    return y1.astype(x1.dtype), y2.astype(x1.dtype), saved
 
 
 def reversible_residual(
@@ -47,7 +47,7 @@ def reversible_residual(
     x1: Float[Array, "*shape"],
     x2: Float[Array, "*shape"],
     shared: Any = None,
-) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
+) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"], list[Any]]:
     """Applies residual layers to two streams, and remembers none of their inputs.
 
     For functions f_0, g_0, f_1, g_1, ... the layers are ``x1 = x1 + f_0(x2)``,
@@ -73,7 +73,8 @@ def reversible_residual(
         it is differentiated once, with the sum of the gradients of all functions.
 
     Returns:
-      The two streams after all layers, in the type of `x1`.
+      The two streams after all layers, in the type of `x1`, and what each function saved, through
+      which no gradient flows.
 
     Raises:
       ValueError: If functions and parameters, or the two streams, do not match.
@@ -87,10 +88,10 @@ def reversible_residual(
     unique = tuple(leaves[place] for place in sorted(places.values()))
     working = _working_type(x1)
     program = _Program(tuple(functions), tree, chosen, x1.dtype)
-    y1, y2 = cast(
+    (y1, y2), saved = cast(
         Any, _reversible(program, unique, (x1.astype(working), x2.astype(working)), shared)
     )
-    return y1.astype(x1.dtype), y2.astype(x1.dtype)
+    return y1.astype(x1.dtype), y2.astype(x1.dtype), jax.lax.stop_gradient(saved)
 
 
 class _Program(NamedTuple):
@@ -108,17 +109,18 @@ class _Program(NamedTuple):
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _reversible(program: _Program, unique: Any, streams: Any, shared: Any) -> Any:
     parameters = program.parameters(unique)
-    return _forward(program.functions, program.dtype, parameters, streams, shared)[0]
+    return _forward(program.functions, program.dtype, parameters, streams, shared)
 
 
 def _reversible_forward(program: _Program, unique: Any, streams: Any, shared: Any) -> Any:
     parameters = program.parameters(unique)
     streams, saved = _forward(program.functions, program.dtype, parameters, streams, shared)
-    return streams, (unique, streams, shared, saved)
+    return (streams, saved), (unique, streams, shared, saved)
 
 
-def _reversible_backward(program: _Program, residuals: Any, d_streams: Any) -> Any:
+def _reversible_backward(program: _Program, residuals: Any, cotangents: Any) -> Any:
     unique, streams, shared, saved = residuals
+    d_streams, _ = cotangents
     streams, d_streams = list(streams), list(d_streams)
     places = program.parameters(range(len(unique)))
     d_unique: list[Any] = [None] * len(unique)

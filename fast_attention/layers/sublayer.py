@@ -51,9 +51,9 @@ class LinformerConfig:
     """
 
     num_heads: int
-    head_dim: int
     length: int
-    k: int
+    projected: int
+    head_dim: int | None = None
     cross: bool = False
     dropout_rate: float = 0.0
 
@@ -89,7 +89,7 @@ class NormConfig:
     Attributes:
       kind: "layer", "scale", "rms" or "none"; or "rezero": no norm, but a learned gain on what is
         added (arXiv:2003.04887).
-      epsilon: Of layer and rms norms.
+      epsilon: Added to variances and mean squares; the smallest length that "scale" divides by.
       gain: The gain of "rezero" at first.
     """
 
@@ -164,10 +164,10 @@ class Sublayer(nnx.Module):
           inputs: What attention reads besides.
           deterministic: No dropout.
           rngs: Source of dropout.
-          choices: See `MultiHeadAttention.attend`.
+          choices: What an earlier call returned, to be chosen again.
 
         Returns:
-          ``[B, T, M]`` and the choices of attention, else None.
+          ``[B, T, M]``, and what attention or memory chose, else None.
         """
         x = self.norm(x)
         if self.config.shifts is not None:
@@ -179,10 +179,17 @@ class Sublayer(nnx.Module):
                 x, _known(self.config, inputs), choices=choices, **options
             )
             return self._scaled(out), choices
+        if isinstance(self.inner, ProductKeyMemory):
+            out, choices = self.inner(
+                x, key_mask=inputs.key_mask, chosen=choices, return_chosen=True, **options
+            )
+            return self._scaled(out), choices
         if isinstance(self.inner, LinformerAttention):
-            context = inputs.context if self._cross() else None
-            mask = inputs.context_mask if self._cross() else inputs.key_mask
-            return self._scaled(self.inner(x, context=context, key_mask=mask, **options)), None
+            if self._cross():
+                known: Any = {"context": inputs.context, "key_mask": inputs.context_mask}
+            else:
+                known = {"key_mask": inputs.key_mask, "segment_ids": inputs.segment_ids}
+            return self._scaled(self.inner(x, **known, **options)), None
         return self._scaled(self.inner(x, **options)), None
 
     @property

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fast_attention.efficient_attention_fn import make_efficient_attention
-from fast_attention.folding import make_strided_attention
+from fast_attention.strided_attention_fn import make_strided_attention
 from fast_attention.layers.attention_config import AttentionConfig, HeadGroup
 from fast_attention.layers.stack import Stack, StackConfig
 from fast_attention.layers.sublayer import (
@@ -169,7 +169,7 @@ def _stack(o: SimpleNamespace, rotary: bool) -> StackConfig:
         if o.linformer_settings is not None:
             k = o.linformer_settings.k
             attention = LinformerConfig(
-                o.heads, head_dim, o.max_seq_len, k, dropout_rate=o.attn_dropout
+                o.heads, o.max_seq_len, k, head_dim, dropout_rate=o.attn_dropout
             )
         second = MemoryConfig(o.pkm_num_keys) if layer in pkm else feed_forward
         blocks.append((SublayerConfig(attention, shifts), SublayerConfig(second, shifts)))
@@ -198,6 +198,6 @@ def _context_block(
         return [SublayerConfig(AttentionConfig(group, head_dim, context="cross", **own))]
     length, k = o.context_linformer_settings
     linformer = LinformerConfig(
-        o.heads, head_dim, length, k, cross=True, dropout_rate=o.attn_dropout
+        o.heads, length, k, head_dim, cross=True, dropout_rate=o.attn_dropout
     )
     return [SublayerConfig(linformer)]

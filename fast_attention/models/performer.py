@@ -193,7 +193,7 @@ def _stack(o: SimpleNamespace) -> StackConfig:
     return StackConfig(
         o.dim,
         tuple(blocks),
-        norm=NormConfig("scale") if o.use_scalenorm else norm,
+        norm=NormConfig("scale", epsilon=1e-5) if o.use_scalenorm else norm,
         reversible=o.reversible,
         merge="sum",
         redraw_interval=o.feature_redraw_interval if o.auto_check_redraw else None,

@@ -222,7 +222,7 @@ def _stack(o: SimpleNamespace, rotary: bool) -> StackConfig:
             (SublayerConfig(attention), SublayerConfig(memory if layer in pkm else second))
             for layer in range(1, o.depth + 1)
         ),
-        norm=NormConfig("scale") if o.use_scale_norm and not o.use_rezero else norm,
+        norm=NormConfig("scale", epsilon=1e-5) if o.use_scale_norm and not o.use_rezero else norm,
         reversible=True,
         reverse_threshold=o.reverse_thres,
         tie_blocks=o.weight_tie,

@@ -139,10 +139,11 @@ def _place_in_sublayer(sublayer: Sublayer, name: str) -> Place | None:
     name = re.sub(r"^((net|fn)\.)+", "", name)
     if name in ("g", "norm.g"):
         gain = sublayer.norm if isinstance(sublayer.norm, ScaleNorm) else sublayer.gain
-        return None if gain is None else (gain.gain, _scalar)
+        variable = getattr(gain, "scale", getattr(gain, "gain", None))
+        return None if variable is None else (variable, _scalar)
     inner = sublayer.inner
     module, _, leaf = name.rpartition(".")
-    if module == "norm" and not isinstance(inner, ProductKeyMemory):
+    if module == "norm":
         return _leaf(sublayer.norm, leaf)
     name = re.sub(r"^((net|fn)\.)+", "", name)
     if isinstance(inner, MultiHeadAttention):
@@ -153,7 +154,7 @@ def _place_in_sublayer(sublayer: Sublayer, name: str) -> Place | None:
             return None if own is None else (own, _same)
         layers = {"to_q": inner.query, "to_k": inner.key, "to_v": inner.value, "to_out": inner.out}
     elif isinstance(inner, ProductKeyMemory):
-        return _place_in_memory(sublayer, inner, name)
+        return _place_in_memory(inner, name)
     else:
         layers = {"w1": inner.up, "w2": inner.down}
     module, _, leaf = name.rpartition(".")
@@ -179,8 +180,17 @@ def _place_in_attention(attention: MultiHeadAttention, name: str) -> Place | Non
     return _leaf(layers[module], leaf) if layers.get(module) is not None else None
 
 
-def _place_in_memory(sublayer: Sublayer, memory: ProductKeyMemory, name: str) -> Place | None:
-    raise NotImplementedError(name)
+def _place_in_memory(memory: ProductKeyMemory, name: str) -> Place | None:
+    places = {
+        "keys": (memory.keys, _same),
+        "values.weight": (memory.memory_values, _same),
+        "to_queries.weight": (memory.to_queries.kernel, _transposed),
+        "norm.fn.weight": (memory.norm.scale, _same),
+        "norm.fn.bias": (memory.norm.bias, _same),
+        "norm.fn.running_mean": (memory.norm.mean, _same),
+        "norm.fn.running_var": (memory.norm.var, _same),
+    }
+    return places.get(name)
 
 
 def _leaf(module: Any, leaf: str) -> Place | None:

@@ -58,7 +58,7 @@ def loss(engine, weights, context, x):
         "mask": jnp.arange(5)[None] < jnp.array([[5], [3]]),
         "nothing": None,
     }
-    y1, y2 = engine(FUNCTIONS, parameters, x, 0.5 * x, shared)
+    y1, y2, _ = engine(FUNCTIONS, parameters, x, 0.5 * x, shared)
     return jnp.sum(jnp.sin(y1) * y2.astype(jnp.float32)), (y1, y2)
 
 
