@@ -10,8 +10,11 @@ from fast_attention.efficient_attention_fn import (
     make_efficient_attention as make_efficient_attention,
 )
 from fast_attention.fast_attention_fn import FastAttention as FastAttention
+from fast_attention.folding import strided_attention as strided_attention
 from fast_attention.linear_attention import LinearAttentionState as LinearAttentionState
 from fast_attention.linear_attention import linear_attention as linear_attention
 from fast_attention.linformer import linformer_attention as linformer_attention
+from fast_attention.strided_attention_fn import StridedAttention as StridedAttention
+from fast_attention.strided_attention_fn import make_strided_attention as make_strided_attention
 
 __version__ = "0.1.0"

@@ -26,6 +26,7 @@ from fast_attention.feature_maps import LogFeatures
 from fast_attention.linear_attention import LinearAttentionState, empty_state, merge
 from fast_attention.linear_attention.inputs import safe_inverse
 from fast_attention.linear_attention.state import EMPTY_LOG_SCALE
+from fast_attention.ragged import from_grid, places, to_grid
 
 
 class BlindspotState(NamedTuple):
@@ -157,22 +158,12 @@ def prefill_buckets(
     Returns:
       ``[*B, T, H, V]`` (unspecified at padding) and the state after the tokens.
     """
-    length, batch_shape = query.shape[-3], query.shape[:-3]
     visible = jnp.ones(query.shape[:-2], bool) if key_mask is None else key_mask
     # Every token gets its place on a grid of buckets, the first of which is partly filled.
-    slots = -(-(bucket_size - 1 + length) // bucket_size) * bucket_size
-    place = state.count[..., None] + jnp.cumsum(visible, axis=-1) - visible
-    index = jnp.where(visible, place, slots)
-
-    def on_grid(x: Array) -> Array:
-        flat = x.reshape(-1, *x.shape[len(batch_shape) :])
-        rows = jnp.arange(len(flat))[:, None]
-        grid = jnp.zeros((len(flat), slots, *flat.shape[2:]), x.dtype)
-        grid = grid.at[rows, index.reshape(-1, length)].set(flat, mode="drop")
-        return grid.reshape(*batch_shape, slots, *flat.shape[2:])
-
-    query, key, value = (on_grid(x) for x in (query, key, value))
-    slot = jnp.broadcast_to(jnp.arange(slots), (*batch_shape, slots))
+    slots = -(-(bucket_size - 1 + query.shape[-3]) // bucket_size) * bucket_size
+    place = places(state.count, visible)
+    query, key, value = (to_grid(x, place, visible, slots) for x in (query, key, value))
+    slot = jnp.broadcast_to(jnp.arange(slots), (*visible.shape[:-1], slots))
     end = (state.count + visible.sum(-1))[..., None]
     filled = (slot >= state.count[..., None]) & (slot < end)
     in_complete = slot < end // bucket_size * bucket_size
@@ -189,9 +180,8 @@ def prefill_buckets(
     )
     rest = state_of_keys(key, value, (filled & ~in_complete)[..., None])
     pending = merge(_where(first_is_complete, empty, state.pending), rest)
-    take = jnp.minimum(place, slots - 1)[..., None, None]
-    out = jnp.take_along_axis(out, take, axis=-3)
-    return out, BlindspotState(complete, pending, end[..., 0] % bucket_size)
+    count = end[..., 0] % bucket_size
+    return from_grid(out, place), BlindspotState(complete, pending, count)
 
 
 def step_buckets(

@@ -249,7 +249,7 @@ def test_raw_queries_are_weights_of_either_sign():
 def test_prefill_and_steps_are_the_whole(size, padded_left):
     attention = make_efficient_attention(unidirectional=True, blindspot_size=size)
     arrays = qkv()
-    whole = attention(*arrays)
+    whole = compiled(attention)(*arrays)
     lengths, prompt = (5, 3), 5
     visible = np.stack([np.arange(prompt) < n for n in lengths])
     visible = visible[:, ::-1] if padded_left else visible
