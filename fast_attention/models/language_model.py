@@ -59,7 +59,7 @@ class LanguageModel(nnx.Module):
         self.embed = nnx.Embed(
             config.vocab_size,
             width,
-            embedding_init=nnx.initializers.normal(1.0),
+            embedding_initializer=nnx.initializers.normal(1.0),
             dtype=dtype,
             rngs=rngs,
         )
@@ -303,7 +303,7 @@ def _positions(
         return LearnedPositions(config.max_len, width)
     if config.positions == "random":
         return LearnedPositions(
-            config.max_len, width, init=nnx.initializers.normal(1.0), rngs=rngs
+            config.max_len, width, initializer=nnx.initializers.normal(1.0), rngs=rngs
         )
     if config.positions == "axial":
         return AxialPositions(

@@ -30,7 +30,7 @@ Place = tuple[nnx.Variable, Transform]
 
 _BLOCK = re.compile(r"(?:layers|blocks|irrev_blocks)\.(\d+)\.([01fg])\.(.*)")
 _COMPUTED = re.compile(
-    r"(.*\.)?(inv_freq|calls_since_last_redraw|pos_emb\.emb|num_batches_tracked|"
+    r"(.*\.)?(inv_freq|calls_since_last_redraw|(layer_)?pos_emb\.emb|num_batches_tracked|"
     r"proj_updater\.instance\..*)"
 )
 
