@@ -7,5 +7,8 @@ from fast_attention.attention_fn import make_fast_softmax_attention as make_fast
 from fast_attention.fast_attention_fn import FastAttention as FastAttention
 from fast_attention.linear_attention import LinearAttentionState as LinearAttentionState
 from fast_attention.linear_attention import linear_attention as linear_attention
+from fast_attention.local_attention import local_attention as local_attention
+from fast_attention.local_attention_fn import LocalAttention as LocalAttention
+from fast_attention.local_attention_fn import make_local_attention as make_local_attention
 
 __version__ = "0.1.0"
