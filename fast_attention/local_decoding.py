@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from fast_attention.array_types import Array, Bool, Float, Int
 from fast_attention.local_attention import local_attention, normalized
 from fast_attention.local_tile import Choices, Sight, Tile, attend_tile
-from fast_attention.local_window import Window, fold_batch
+from fast_attention.local_window import Window, check_shapes, fold_batch
 
 
 class LocalState(NamedTuple):
@@ -193,6 +193,7 @@ def attend_from_one(
     Returns:
       ``[*B, 1, H, V]``.
     """
+    check_shapes(query, key, value, cached=True)
     *batch, length, _, _ = key.shape
     heads = query.shape[-2]
     rows = math.prod(batch)

@@ -68,8 +68,14 @@ def make_window(
     return Window(window_size, causal, look_backward, look_forward, exact_window)
 
 
-def check_shapes(query: Array, key: Array, value: Array) -> None:
+def check_shapes(query: Array, key: Array, value: Array, *, cached: bool = False) -> None:
     """Checks operands of self-attention.
+
+    Args:
+      query: ``[*B, T, H, D]``.
+      key: ``[*B, T, K, D]``.
+      value: ``[*B, T, K, V]``.
+      cached: the query is one, and the keys are as many as they like.
 
     Raises:
       ValueError: if they do not fit together.
@@ -79,7 +85,8 @@ def check_shapes(query: Array, key: Array, value: Array) -> None:
         raise ValueError(
             f"Expected query [*B, T, H, D], key [*B, T, K, D] and value [*B, T, K, V], got {shapes}"
         )
-    if not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
+    queries = (*query.shape[:-3], key.shape[-3]) if cached else query.shape[:-2]
+    if not queries == key.shape[:-2] == value.shape[:-2]:
         raise ValueError(
             "Local attention is self-attention: batch axes and lengths of queries, keys and values "
             f"must be equal, got {shapes}. Use linear or exact attention to attend to another "
