@@ -14,6 +14,9 @@ from fast_attention.folding import strided_attention as strided_attention
 from fast_attention.linear_attention import LinearAttentionState as LinearAttentionState
 from fast_attention.linear_attention import linear_attention as linear_attention
 from fast_attention.linformer import linformer_attention as linformer_attention
+from fast_attention.local_attention import local_attention as local_attention
+from fast_attention.local_attention_fn import LocalAttention as LocalAttention
+from fast_attention.local_attention_fn import make_local_attention as make_local_attention
 from fast_attention.strided_attention_fn import StridedAttention as StridedAttention
 from fast_attention.strided_attention_fn import make_strided_attention as make_strided_attention
 

@@ -15,70 +15,67 @@ Shape letters: B batch, T length, H heads, K key/value heads, D head width, V va
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Sequence
+from typing import Literal, overload
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from fast_attention.array_types import Array, Bool, Float, Int
-from fast_attention.local_blocks import Choices, Sight, most_ahead, most_back, tiled_attention
+from fast_attention.local_blocks import tiled_attention
+from fast_attention.local_tile import Choices, Sight, most_ahead, most_back
+from fast_attention.local_window import Window, check_shapes, fold_batch, make_window
 from fast_attention.softmax_blocks import run_bounds
 
 
-@dataclasses.dataclass(frozen=True)
-class Window:
-    """Which keys a position sees.
-
-    Attributes:
-      size: W.
-      causal: none behind its own position.
-      look_backward: blocks before its own.
-      look_forward: blocks behind its own.
-      exact: no farther than ``W * look_backward`` and ``W * look_forward`` positions either.
-    """
-
-    size: int
-    causal: bool
-    look_backward: int
-    look_forward: int
-    exact: bool
-
-    def bounds(self, position: Array) -> tuple[Array, Array]:
-        """First and last position in sight of each position; they may lie beyond the ends."""
-        back, ahead = self.size * self.look_backward, self.size * self.look_forward
-        if self.exact:
-            first, last = position - back, position + ahead
-        else:
-            block = position // self.size * self.size
-            first, last = block - back, block + self.size - 1 + ahead
-        return first, position if self.causal else last
+@overload
+def local_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    window_size: int,
+    causal: bool = ...,
+    look_backward: int = ...,
+    look_forward: int | None = ...,
+    exact_window: bool = ...,
+    shared_qk: bool = ...,
+    key_mask: Array | None = ...,
+    segment_ids: Array | None = ...,
+    mask: Array | None = ...,
+    bias: Array | None = ...,
+    distance_bias: Array | None = ...,
+    dropout_key: Array | None = ...,
+    dropout_rate: float = ...,
+    broadcast_dropout: bool = ...,
+    precision: jax.lax.PrecisionLike = ...,
+    return_logsumexp: Literal[False] = ...,
+) -> Array: ...
 
 
-def make_window(
-    window_size: int, causal: bool, look_backward: int, look_forward: int | None, exact_window: bool
-) -> Window:
-    """Checks the options of :func:`local_attention`, see there.
-
-    Raises:
-      ValueError: for numbers out of range, or a causal window that looks forward.
-    """
-    if look_forward is None:
-        look_forward = 0 if causal else 1
-    for name, number, least in (
-        ("window_size", window_size, 1),
-        ("look_backward", look_backward, 0),
-        ("look_forward", look_forward, 0),
-    ):
-        if not isinstance(number, int) or number < least:
-            raise ValueError(f"{name} must be a whole number of at least {least}, got {number!r}.")
-    if causal and look_forward > 0:
-        raise ValueError(
-            f"Causal attention cannot look forward, but look_forward={look_forward}: leave it out "
-            "or pass 0."
-        )
-    return Window(window_size, causal, look_backward, look_forward, exact_window)
+@overload
+def local_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    window_size: int,
+    causal: bool = ...,
+    look_backward: int = ...,
+    look_forward: int | None = ...,
+    exact_window: bool = ...,
+    shared_qk: bool = ...,
+    key_mask: Array | None = ...,
+    segment_ids: Array | None = ...,
+    mask: Array | None = ...,
+    bias: Array | None = ...,
+    distance_bias: Array | None = ...,
+    dropout_key: Array | None = ...,
+    dropout_rate: float = ...,
+    broadcast_dropout: bool = ...,
+    precision: jax.lax.PrecisionLike = ...,
+    return_logsumexp: Literal[True],
+) -> tuple[Array, Array]: ...
 
 
 def local_attention(
@@ -164,7 +161,10 @@ def local_attention(
     )
     if distance_bias is not None:
         distances = most_ahead(choices) + most_back(choices) + 1
-        if distance_bias.ndim != 2 or distance_bias.shape not in ((heads, distances), (1, distances)):
+        if distance_bias.ndim != 2 or distance_bias.shape not in (
+            (heads, distances),
+            (1, distances),
+        ):
             raise ValueError(
                 f"distance_bias must have shape (heads or 1, distances) = ({heads}, {distances}) "
                 f"for this window, got {distance_bias.shape}."
@@ -194,32 +194,6 @@ def normalized(key: Float[Array, "*B T K D"]) -> Float[Array, "*B T K D"]:
     )
 
 
-def check_shapes(query: Array, key: Array, value: Array) -> None:
-    """Checks operands of self-attention.
-
-    Raises:
-      ValueError: if they do not fit together.
-    """
-    shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
-    if not query.ndim == key.ndim == value.ndim >= 3:
-        raise ValueError(
-            f"Expected query [*B, T, H, D], key [*B, T, K, D] and value [*B, T, K, V], got {shapes}"
-        )
-    if not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
-        raise ValueError(
-            "Local attention is self-attention: batch axes and lengths of queries, keys and values "
-            f"must be equal, got {shapes}. Use linear or exact attention to attend to another "
-            "sequence."
-        )
-    if query.shape[-1] != key.shape[-1]:
-        raise ValueError(f"Queries and keys must have the same width D, got {shapes}.")
-    if key.shape[-2] != value.shape[-2] or query.shape[-2] % max(1, key.shape[-2]):
-        raise ValueError(
-            "The key/value heads must be as many as each other and divide the query heads, got "
-            f"{shapes}; the layout is [*B, length, heads, width]."
-        )
-
-
 def _sight(
     window: Window,
     shape: tuple[int, ...],
@@ -234,29 +208,15 @@ def _sight(
     first, last = (bound[None] for bound in window.bounds(position))
     first, last = jnp.maximum(first, 0), jnp.minimum(last, length - 1)
     if segment_ids is not None:
-        run_first, run_last = run_bounds(_fold("segment_ids", segment_ids, batch, (length,)))
+        run_first, run_last = run_bounds(fold_batch("segment_ids", segment_ids, batch, (length,)))
         first, last = jnp.maximum(first, run_first), jnp.minimum(last, run_last)
     if key_mask is not None:
-        key_mask = _fold("key_mask", key_mask.astype(bool), batch, (length,))
+        key_mask = fold_batch("key_mask", key_mask.astype(bool), batch, (length,))
     square = (heads, length, length)
     return Sight(
         first,
         last,
         key_mask,
-        None if mask is None else _fold("mask", mask, batch, square),
-        None if bias is None else _fold("bias", bias, batch, square),
+        None if mask is None else fold_batch("mask", mask, batch, square),
+        None if bias is None else fold_batch("bias", bias, batch, square),
     )
-
-
-def _fold(name: str, x: Array, batch: Sequence[int], tail: tuple[int, ...]) -> Array:
-    """Makes one batch axis, of length 1 if all rows share `x`; other axes of length 1 stay."""
-    x, full = jnp.asarray(x), (*batch, *tail)
-    padded = (1,) * (len(full) - x.ndim) + x.shape
-    if len(padded) != len(full) or any(
-        n not in (1, wanted) for n, wanted in zip(padded, full, strict=True)
-    ):
-        raise ValueError(f"{name} must broadcast to {full}, but its shape is {x.shape}.")
-    own = padded[len(batch) :]
-    if math.prod(padded) == math.prod(own):
-        return x.reshape(1, *own)
-    return jnp.broadcast_to(x.reshape(padded), (*batch, *own)).reshape(-1, *own)
