@@ -16,7 +16,10 @@ CORE = [
     "fast_attention.array_types",
     "fast_attention.attention_fn",
     "fast_attention.axes",
+    "fast_attention.efficient_attention_fn",
+    "fast_attention.linformer",
     "fast_attention.masks",
+    "fast_attention.strided_attention_fn",
     *(
         f"fast_attention.{folder}.{path.stem}"
         for folder in ("feature_maps", "linear_attention")

@@ -4,10 +4,12 @@ from fast_attention.layers.attention_config import AttentionConfig as AttentionC
 from fast_attention.layers.attention_config import HeadGroup as HeadGroup
 from fast_attention.layers.feed_forward import ACTIVATIONS as ACTIVATIONS
 from fast_attention.layers.feed_forward import FeedForward as FeedForward
+from fast_attention.layers.image import ImageLinearAttention as ImageLinearAttention
 from fast_attention.layers.inputs import Inputs as Inputs
 from fast_attention.layers.linear import Linear as Linear
 from fast_attention.layers.linformer import LinformerAttention as LinformerAttention
 from fast_attention.layers.masked_batch_norm import MaskedBatchNorm as MaskedBatchNorm
+from fast_attention.layers.multi_axis import MultiAxisAttention as MultiAxisAttention
 from fast_attention.layers.multi_head import MultiHeadAttention as MultiHeadAttention
 from fast_attention.layers.multi_head import Projection as Projection
 from fast_attention.layers.norms import NORMS as NORMS
