@@ -12,6 +12,7 @@ from fast_attention.layers.norms import NORMS as NORMS
 from fast_attention.layers.norms import ReZero as ReZero
 from fast_attention.layers.norms import ScaleNorm as ScaleNorm
 from fast_attention.layers.norms import make_norm as make_norm
+from fast_attention.layers.positions import AxialPositions as AxialPositions
 from fast_attention.layers.positions import LearnedPositions as LearnedPositions
 from fast_attention.layers.positions import rotate as rotate
 from fast_attention.layers.positions import sinusoids as sinusoids
