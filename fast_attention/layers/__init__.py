@@ -3,6 +3,7 @@
 from fast_attention.layers.block import Block as Block
 from fast_attention.layers.feed_forward import ACTIVATIONS as ACTIVATIONS
 from fast_attention.layers.feed_forward import FeedForward as FeedForward
+from fast_attention.layers.layer_dropout import draw_layer_mask as draw_layer_mask
 from fast_attention.layers.linear import Linear as Linear
 from fast_attention.layers.masked_batch_norm import MaskedBatchNorm as MaskedBatchNorm
 from fast_attention.layers.multi_head import MultiHeadAttention as MultiHeadAttention
@@ -20,3 +21,4 @@ from fast_attention.layers.product_key_memory import ProductKeyMemory as Product
 from fast_attention.layers.product_key_memory import is_memory_value as is_memory_value
 from fast_attention.layers.reversible import residual as residual
 from fast_attention.layers.reversible import reversible_residual as reversible_residual
+from fast_attention.layers.token_shift import shift_tokens as shift_tokens
