@@ -6,6 +6,7 @@ from fast_attention.layers.feed_forward import ACTIVATIONS as ACTIVATIONS
 from fast_attention.layers.feed_forward import FeedForward as FeedForward
 from fast_attention.layers.image import ImageLinearAttention as ImageLinearAttention
 from fast_attention.layers.inputs import Inputs as Inputs
+from fast_attention.layers.layer_dropout import draw_layer_mask as draw_layer_mask
 from fast_attention.layers.linear import Linear as Linear
 from fast_attention.layers.linformer import LinformerAttention as LinformerAttention
 from fast_attention.layers.masked_batch_norm import MaskedBatchNorm as MaskedBatchNorm
@@ -16,6 +17,7 @@ from fast_attention.layers.norms import NORMS as NORMS
 from fast_attention.layers.norms import ReZero as ReZero
 from fast_attention.layers.norms import ScaleNorm as ScaleNorm
 from fast_attention.layers.norms import make_norm as make_norm
+from fast_attention.layers.positions import AxialPositions as AxialPositions
 from fast_attention.layers.positions import LearnedPositions as LearnedPositions
 from fast_attention.layers.positions import rotate as rotate
 from fast_attention.layers.positions import sinusoids as sinusoids
@@ -33,3 +35,4 @@ from fast_attention.layers.sublayer import MemoryConfig as MemoryConfig
 from fast_attention.layers.sublayer import NormConfig as NormConfig
 from fast_attention.layers.sublayer import Sublayer as Sublayer
 from fast_attention.layers.sublayer import SublayerConfig as SublayerConfig
+from fast_attention.layers.token_shift import shift_tokens as shift_tokens

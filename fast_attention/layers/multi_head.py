@@ -204,7 +204,9 @@ class MultiHeadAttention(nnx.Module):
         config = self.config
         if config.context == "cross":
             self._check(inputs.context, True, None)
-            return AttentionState((), (*self.project.keys_values(inputs.context), inputs.context_mask))
+            return AttentionState(
+                (), (*self.project.keys_values(inputs.context), inputs.context_mask)
+            )
         self._check_decoder()
         states = []
         for index, group in enumerate(config.groups):
@@ -384,9 +386,7 @@ def _draw(group: HeadGroup, key: Array, head_dim: int) -> Any:
     return None if draw is None else draw(key, head_dim)
 
 
-def _read(
-    group: HeadGroup, state: Any, key: Array, value: Array, options: dict[str, Any]
-) -> Any:
+def _read(group: HeadGroup, state: Any, key: Array, value: Array, options: dict[str, Any]) -> Any:
     """The state after keys that nothing is asked of."""
     query = jnp.zeros((*key.shape[:2], group.num_heads, key.shape[-1]), key.dtype)
     return group.attention_fn.prefill(state, query, key, value, **options)[1]

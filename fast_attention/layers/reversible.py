@@ -32,13 +32,15 @@ def residual(
     x1: Float[Array, "*shape"],
     x2: Float[Array, "*shape"],
     shared: Any = None,
-) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"], list[Any]]:
+    *,
+    return_saved: bool = False,
+) -> tuple[Any, ...]:
     """Applies the layers of `reversible_residual`, differentiated in the ordinary way."""
     _check(functions, parameters, x1, x2)
     working = _working_type(x1)
     streams = x1.astype(working), x2.astype(working)
-    (y1, y2), saved = _forward(functions, x1.dtype, parameters, streams, shared)
-    return y1.astype(x1.dtype), y2.astype(x1.dtype), saved
+    streams, saved = _forward(functions, x1.dtype, parameters, streams, shared)
+    return _results(streams, jax.lax.stop_gradient(saved), x1.dtype, return_saved)
 
 
 def reversible_residual(
@@ -47,7 +49,9 @@ def reversible_residual(
     x1: Float[Array, "*shape"],
     x2: Float[Array, "*shape"],
     shared: Any = None,
-) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"], list[Any]]:
+    *,
+    return_saved: bool = False,
+) -> tuple[Any, ...]:
     """Applies residual layers to two streams, and remembers none of their inputs.
 
     For functions f_0, g_0, f_1, g_1, ... the layers are ``x1 = x1 + f_0(x2)``,
@@ -71,10 +75,12 @@ def reversible_residual(
       x2: The second stream, with the shape and type of the first.
       shared: A pytree that every function is given: a context, masks, positions. Whatever computed
         it is differentiated once, with the sum of the gradients of all functions.
+      return_saved: Also return what the functions saved, without gradient. It is the way out for
+        anything that they compute aside, such as running statistics or weights to look at.
 
     Returns:
-      The two streams after all layers, in the type of `x1`, and what each function saved, through
-      which no gradient flows.
+      The two streams after all layers, in the type of `x1`, and with `return_saved` a list with
+      what each function saved.
 
     Raises:
       ValueError: If functions and parameters, or the two streams, do not match.
@@ -88,10 +94,9 @@ def reversible_residual(
     unique = tuple(leaves[place] for place in sorted(places.values()))
     working = _working_type(x1)
     program = _Program(tuple(functions), tree, chosen, x1.dtype)
-    (y1, y2), saved = cast(
-        Any, _reversible(program, unique, (x1.astype(working), x2.astype(working)), shared)
-    )
-    return y1.astype(x1.dtype), y2.astype(x1.dtype), jax.lax.stop_gradient(saved)
+    both = x1.astype(working), x2.astype(working)
+    streams, saved = cast(Any, _reversible(program, unique, both, shared))
+    return _results(streams, saved, x1.dtype, return_saved)
 
 
 class _Program(NamedTuple):
@@ -119,8 +124,8 @@ def _reversible_forward(program: _Program, unique: Any, streams: Any, shared: An
 
 
 def _reversible_backward(program: _Program, residuals: Any, cotangents: Any) -> Any:
-    unique, streams, shared, saved = residuals
     d_streams, _ = cotangents
+    unique, streams, shared, saved = residuals
     streams, d_streams = list(streams), list(d_streams)
     places = program.parameters(range(len(unique)))
     d_unique: list[Any] = [None] * len(unique)
@@ -228,6 +233,11 @@ def _apply(
             f"{increment.shape}: it must keep the shape of its stream."
         )
     return increment.astype(x.dtype), saved
+
+
+def _results(streams: Any, saved: list[Any], dtype: Any, return_saved: bool) -> tuple[Any, ...]:
+    y1, y2 = (y.astype(dtype) for y in streams)
+    return (y1, y2, saved) if return_saved else (y1, y2)
 
 
 def _roles(i: int) -> tuple[int, int]:

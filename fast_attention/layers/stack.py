@@ -70,7 +70,9 @@ class StackConfig:
         if self.merge not in ("mean", "sum"):
             raise ValueError(f"merge must be 'mean' or 'sum', got {self.merge!r}.")
         if not 0 <= self.layer_dropout_rate < 1:
-            raise ValueError(f"layer_dropout_rate must be in [0, 1), got {self.layer_dropout_rate}.")
+            raise ValueError(
+                f"layer_dropout_rate must be in [0, 1), got {self.layer_dropout_rate}."
+            )
 
 
 class Stack(nnx.Module):
@@ -242,7 +244,9 @@ class Stack(nnx.Module):
             kept = None if keep is None else keep[len(parameters) // len(self.blocks[0])]
             parameters.append((state, rngs.dropout() if random and rngs else None, kept))
         if two_streams:
-            y1, y2, saved = reversible_residual(functions, parameters, x, x, inputs)
+            y1, y2, saved = reversible_residual(
+                functions, parameters, x, x, inputs, return_saved=True
+            )
             x = self._merge(y1, y2)
         else:
             saved = []
@@ -299,9 +303,7 @@ class _PureSublayer:
         return out, (choices, nnx.state(sublayer, nnx.BatchStat))
 
 
-def _build_alike(
-    build: Callable[[nnx.Rngs], Any], number: int, rngs: nnx.Rngs
-) -> nnx.List[Any]:
+def _build_alike(build: Callable[[nnx.Rngs], Any], number: int, rngs: nnx.Rngs) -> nnx.List[Any]:
     """Builds modules that differ in their random numbers alone.
 
     Each kind of parameter is drawn for all of them at once, which compiles in the time that one

@@ -146,7 +146,9 @@ class Sublayer(nnx.Module):
         kind = "none" if norm.kind == "rezero" else norm.kind
         self.norm = make_norm(kind, features, epsilon=norm.epsilon, dtype=dtype, rngs=rngs)
         self.gain = ReZero(norm.gain) if norm.kind == "rezero" else None
-        self.inner = build_inner(features, config, dtype=dtype, rngs=rngs) if inner is None else inner
+        self.inner = (
+            build_inner(features, config, dtype=dtype, rngs=rngs) if inner is None else inner
+        )
 
     def __call__(
         self,

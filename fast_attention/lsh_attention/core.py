@@ -67,9 +67,7 @@ def map_rows(function: Callable[..., Any], operands: tuple[Any, ...], rows: int)
     operands = (*operands, jnp.arange(number))
     if rows >= number:
         return jax.vmap(function)(*operands)
-    return lax.map(
-        lambda row: function(*row), operands, batch_size=None if rows == 1 else rows
-    )
+    return lax.map(lambda row: function(*row), operands, batch_size=None if rows == 1 else rows)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

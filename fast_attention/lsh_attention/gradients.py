@@ -88,9 +88,7 @@ def pull_back_rounds(
             behind = jnp.concatenate([previous[1:], jnp.zeros_like(previous[:1])])
             total = total + rows_at((own + behind).reshape(-1, found.shape[-1]), slot)
             # The keys before the first chunk are those of another round.
-            return total.at[before].add(
-                previous[0], mode="promise_in_bounds", unique_indices=True
-            )
+            return total.at[before].add(previous[0], mode="promise_in_bounds", unique_indices=True)
 
         return (
             gradients[0] + unsort(d_query, slot),

@@ -67,9 +67,7 @@ class LanguageModelConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.positions not in ADDED_POSITIONS:
-            raise ValueError(
-                f"positions must be one of {ADDED_POSITIONS}, got {self.positions!r}."
-            )
+            raise ValueError(f"positions must be one of {ADDED_POSITIONS}, got {self.positions!r}.")
         if (self.positions == "axial") != bool(self.axial_shape):
             raise ValueError(
                 "Axial positions need an axial_shape, and others none: got positions="
@@ -181,7 +179,9 @@ class TransformerConfig:
         """Key/value heads, also where `num_kv_heads` is None."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
-    def language_model(self, attention_fn: Callable[..., Array] | None = None) -> LanguageModelConfig:
+    def language_model(
+        self, attention_fn: Callable[..., Array] | None = None
+    ) -> LanguageModelConfig:
         """The model of this shape around an attention function; None is exact attention."""
         group = HeadGroup(
             self.num_heads,

@@ -11,7 +11,9 @@ REQUIRED: Final = object()
 """Stands for the default of a keyword that has none."""
 
 
-def complete(name: str, keywords: Mapping[str, Any], defaults: Mapping[str, Any]) -> SimpleNamespace:
+def complete(
+    name: str, keywords: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> SimpleNamespace:
     """Fills in defaults.
 
     Args:

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fast_attention.efficient_attention_fn import make_efficient_attention
-from fast_attention.strided_attention_fn import make_strided_attention
 from fast_attention.layers.attention_config import AttentionConfig, HeadGroup
 from fast_attention.layers.stack import Stack, StackConfig
 from fast_attention.layers.sublayer import (
@@ -31,6 +30,7 @@ from fast_attention.local_attention_fn import make_local_attention
 from fast_attention.models.config import LanguageModelConfig
 from fast_attention.models.keywords import REQUIRED, complete, per_layer
 from fast_attention.models.language_model import LanguageModel
+from fast_attention.strided_attention_fn import make_strided_attention
 
 # The epsilon of LayerNorm in the original.
 _LAYER = NormConfig("layer", epsilon=1e-5)
@@ -151,9 +151,7 @@ def _stack(o: SimpleNamespace, rotary: bool) -> StackConfig:
     near = make_local_attention(
         o.local_attn_window_size, unidirectional=o.causal, look_forward=0 if o.causal else 1
     )
-    feed_forward = FeedForwardConfig(
-        o.dim * 4, "gelu_exact", o.ff_glu, o.ff_chunks, o.ff_dropout
-    )
+    feed_forward = FeedForwardConfig(o.dim * 4, "gelu_exact", o.ff_glu, o.ff_chunks, o.ff_dropout)
     pkm = (o.pkm_layers,) if isinstance(o.pkm_layers, int) else o.pkm_layers
     shifts = ((1, 0) if o.causal else (1, 0, -1)) if o.shift_tokens else None
     extra = _axial_block(o, own, head_dim, turned) + _context_block(o, own, head_dim)
@@ -188,9 +186,7 @@ def _axial_block(
     return [SublayerConfig(AttentionConfig(group, head_dim, causal=o.causal, **own))]
 
 
-def _context_block(
-    o: SimpleNamespace, own: dict[str, Any], head_dim: int
-) -> list[SublayerConfig]:
+def _context_block(o: SimpleNamespace, own: dict[str, Any], head_dim: int) -> list[SublayerConfig]:
     if not o.receives_context:
         return []
     if o.context_linformer_settings is None:

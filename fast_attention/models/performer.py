@@ -169,9 +169,7 @@ def _stack(o: SimpleNamespace) -> StackConfig:
     forward = 0 if o.causal else 1
     # One function for all layers, so that equal layers are known to be equal.
     fast = _attention_fn(o, head_dim, o.causal)
-    near = make_local_attention(
-        o.local_window_size, unidirectional=o.causal, look_forward=forward
-    )
+    near = make_local_attention(o.local_window_size, unidirectional=o.causal, look_forward=forward)
     rotary = "pairs" if getattr(o, "rotary_position_emb", False) else None
     own = {"use_bias": o.qkv_bias, "out_bias": o.attn_out_bias, "dropout_rate": o.attn_dropout}
     feed_forward = FeedForwardConfig(

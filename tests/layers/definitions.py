@@ -72,11 +72,13 @@ def rotate(x, positions, base=10000.0):
     return np.concatenate([turned.real, turned.imag], axis=-1)
 
 
-def shift(x):
-    """`x` is `[T, M]`: the second half of the channels comes from the position before."""
-    kept = x.shape[-1] - x.shape[-1] // 2
-    before = np.concatenate([np.zeros_like(x[:1]), x[:-1]])
-    return np.concatenate([x[:, :kept], before[:, kept:]], axis=-1)
+def shift(x, shifts=(0, 1)):
+    """`x` is `[T, M]`: group i of channels comes from the position `shifts[i]` before."""
+    out, width = x.copy(), x.shape[-1] // len(shifts)
+    for t, c in np.ndindex(len(x), width * len(shifts)):
+        source = t - shifts[c // width]
+        out[t, c] = x[source, c] if 0 <= source < len(x) else 0
+    return out
 
 
 def exponential(query, key):
@@ -99,7 +101,8 @@ def attention(
     length = len(x)
     query = linear(module.project.query, x).reshape(length, num_heads, -1)
     key, value = (
-        linear(m, x).reshape(length, -1, query.shape[-1]) for m in (module.project.key, module.project.value)
+        linear(m, x).reshape(length, -1, query.shape[-1])
+        for m in (module.project.key, module.project.value)
     )
     if rotary:
         positions = np.arange(length) if positions is None else positions

@@ -58,7 +58,7 @@ def loss(engine, weights, context, x):
         "mask": jnp.arange(5)[None] < jnp.array([[5], [3]]),
         "nothing": None,
     }
-    y1, y2, _ = engine(FUNCTIONS, parameters, x, 0.5 * x, shared)
+    y1, y2 = engine(FUNCTIONS, parameters, x, 0.5 * x, shared)
     return jnp.sum(jnp.sin(y1) * y2.astype(jnp.float32)), (y1, y2)
 
 
@@ -130,6 +130,22 @@ def test_a_choice_is_replayed_where_recovered_inputs_would_choose_otherwise():
     np.testing.assert_array_equal(found, [3.0, 0.0])
     assert seen[0] is None and seen[1] is not None
     np.testing.assert_array_equal(found, jax.grad(lambda r: total(residual, r))(rows))
+
+
+@pytest.mark.parametrize("engine", [residual, reversible_residual])
+def test_what_functions_save_is_returned_without_gradient(engine):
+    def measured(parameters, x, shared, saved):
+        return jnp.sin(x), {"mean": jnp.mean(x), "count": x.size}
+
+    def total(x):
+        y1, y2, saved = engine((measured, measured), (None, None), x, x, return_saved=True)
+        return jnp.sum(y1) + saved[0]["mean"] + saved[1]["mean"], (y1, saved)
+
+    x = jnp.arange(3.0)
+    gradient, (y1, saved) = compiled(jax.grad(total, has_aux=True))(x)
+    np.testing.assert_allclose([s["mean"] for s in saved], [x.mean(), y1.mean()], rtol=1e-6)
+    np.testing.assert_allclose(gradient, 1 + jnp.cos(x), rtol=1e-6)
+    assert saved[0]["count"] == 3
 
 
 def test_what_computes_the_context_is_differentiated_once():

@@ -105,7 +105,9 @@ def test_recomputed_layers_have_the_values_and_gradients_of_plain_ones(reversibl
     plain = build(2, rates=(0.3, 0.3, 0.3), stack=long)
     again = build(2, rates=(0.3, 0.3, 0.3), stack=two | {"remat": not reversible})
     np.testing.assert_allclose(compiled(again)(X), compiled(plain)(X), atol=1e-6)
-    for a, b in zip(jax.tree.leaves(gradient(again, X)), jax.tree.leaves(gradient(plain, X)), strict=True):
+    for a, b in zip(
+        jax.tree.leaves(gradient(again, X)), jax.tree.leaves(gradient(plain, X)), strict=True
+    ):
         np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max() + 1e-7)
 
 

@@ -92,7 +92,10 @@ def test_logits_are_float32_whatever_the_model_computes_in(kind):
 
 def test_dropout_hits_the_embeddings_by_its_key():
     model, without = build(dropout_rate=0.5, positions="none"), build(positions="none")
-    for attention, feed_forward in model.stack.blocks:  # Nothing is added to the embeddings, and no norm follows.
+    for (
+        attention,
+        feed_forward,
+    ) in model.stack.blocks:  # Nothing is added to the embeddings, and no norm follows.
         for layer in (attention.inner.out, feed_forward.inner.down):
             nnx.update(layer, jax.tree.map(jnp.zeros_like, nnx.state(layer)))
     model.norm = without.norm = nnx.identity
