@@ -4,12 +4,12 @@ Positions are cut into buckets of n. A query in bucket b reads the keys of bucke
 with the weight ``sum_m exp(q_m + k_m)``, and nothing of its own bucket; the first bucket reads
 nothing and gives zeros. Something else, such as local attention, has to look at the near past.
 
-Each bucket becomes one :class:`LinearAttentionState`; an exclusive prefix of their merges is what
-the queries read. The prefix is formed for groups of buckets, one group after the other, and again
-in the backward pass, so that about twice the square root of all states is held at a time.
+Bucket after bucket is read from, then merged into, one :class:`LinearAttentionState`. For the
+backward pass only the states between groups of buckets are kept, about the square root of all, and
+those within a group computed again.
 
-Shape letters: B batch, T length, N buckets in a group, C positions in a bucket, H heads, K
-key/value heads, G = H / K, V value width, M channels of queries and keys.
+Shape letters: B batch, T length, C positions in a bucket, H heads, K key/value heads, V value
+width, M channels of queries and keys.
 """
 
 from __future__ import annotations
@@ -59,7 +59,6 @@ def attend_to_buckets(
     *,
     key_mask: Bool[Array, "*B T #K"] | None = None,
     complete: LinearAttentionState | None = None,
-    pending: LinearAttentionState | None = None,
     precision: jax.lax.PrecisionLike = None,
 ) -> tuple[Float[Array, "*B T H V"], LinearAttentionState]:
     """Attends from every position to the complete buckets before its own.
@@ -71,7 +70,6 @@ def attend_to_buckets(
       bucket_size: positions in a bucket; T need not be a multiple of it.
       key_mask: ``[*B, T, K or 1]``; a key where it is False contributes nothing.
       complete: buckets before the first one.
-      pending: keys of the first bucket beyond those given.
       precision: of products.
 
     Returns:
@@ -91,47 +89,31 @@ def attend_to_buckets(
         widths[axis] = (0, padding)
         x = jnp.pad(x, widths)
         x = x.reshape(*batch_shape, groups, group, bucket_size, *x.shape[axis + 1 :])
-        return jnp.moveaxis(x, axis, 0)
+        return jnp.moveaxis(x, (axis, axis + 1), (0, 1))
 
-    empty = empty_state(
-        LogFeatures(),
-        None,
-        batch_shape,
-        key.shape[-2],
-        key.shape[-1],
-        value.shape[-1],
-        key.dtype,
-    )
-    start = empty if complete is None else complete
-    # The keys beyond those given enter the state of the first bucket; an empty one changes nothing.
-    extra = empty if pending is None else pending
-
-    def one_group(carry, arrays):
-        state, extra = carry
-        query, key, value, key_mask = arrays
-        new = state_of_keys(key, value, key_mask, precision)
-        first = merge(jax.tree.map(lambda x: jnp.take(x, 0, axis), new), extra)
-        states = jax.tree.map(
-            lambda before, first, all: jnp.concatenate(
-                [
-                    jnp.expand_dims(before, axis),
-                    jnp.expand_dims(first, axis),
-                    lax.slice_in_dim(all, 1, None, axis=axis),
-                ],
-                axis,
-            ),
-            state,
-            first,
-            new,
+    if complete is None:
+        complete = empty_state(
+            LogFeatures(),
+            None,
+            batch_shape,
+            key.shape[-2],
+            key.shape[-1],
+            value.shape[-1],
+            key.dtype,
         )
-        states = lax.associative_scan(merge, states, axis=axis)
-        before = jax.tree.map(lambda x: lax.slice_in_dim(x, 0, group, axis=axis), states)
-        after = jax.tree.map(lambda x: jnp.take(x, group, axis), states)
-        return (after, empty), read_state(before, query, precision)
+
+    def one_bucket(state, bucket):
+        query, key, value, key_mask = bucket
+        after = merge(state, state_of_keys(key, value, key_mask, precision))
+        return after, read_state(state, query, precision)
+
+    @jax.checkpoint
+    def one_group(state, buckets):
+        return lax.scan(one_bucket, state, buckets)
 
     arrays = jax.tree.map(grouped, (query, key, value, key_mask))
-    (state, _), out = lax.scan(jax.checkpoint(one_group), (start, extra), arrays)
-    out = jnp.moveaxis(out, 0, axis)
+    state, out = lax.scan(one_group, complete, arrays)
+    out = jnp.moveaxis(out, (0, 1), (axis, axis + 1))
     out = out.reshape(*batch_shape, -1, *out.shape[-2:])
     return lax.slice_in_dim(out, 0, length, axis=axis), state
 
@@ -169,15 +151,18 @@ def prefill_buckets(
     in_complete = slot < end // bucket_size * bucket_size
     first_is_complete = end[..., 0] >= bucket_size
     empty = _emptied(state.pending)
-    out, complete = attend_to_buckets(
+    # What is pending joins the first bucket: it is read from the second one on.
+    seen = merge(state.complete, _where(first_is_complete, state.pending, empty))
+    later, complete = attend_to_buckets(
         query,
         key,
         value,
         bucket_size,
         key_mask=(filled & in_complete)[..., None],
-        complete=state.complete,
-        pending=_where(first_is_complete, state.pending, empty),
+        complete=seen,
     )
+    first = read_state(state.complete, query[..., :bucket_size, :, :])
+    out = jnp.concatenate([first, later[..., bucket_size:, :, :]], axis=-3)
     rest = state_of_keys(key, value, (filled & ~in_complete)[..., None])
     pending = merge(_where(first_is_complete, empty, state.pending), rest)
     count = end[..., 0] % bucket_size

@@ -118,9 +118,11 @@ def efficient_attention(
         query = jax.nn.softmax(query, axis=-1)
     if scale_queries:
         query = query / math.sqrt(query.shape[-1])
-    runs = None
-    if segment_ids is not None:
-        runs = broadcast_segments(segment_ids, query).reshape(query.shape[:-2])
+    if segment_ids is None:
+        weights = position_softmax(key, key_mask)
+        out = _through_summary(query, weights, value, key_mask, precision)
+        return out.astype(dtype)
+    runs = broadcast_segments(segment_ids, query).reshape(query.shape[:-2])
     out = linear_attention(
         query,
         position_softmax(key, key_mask, runs),
@@ -133,6 +135,22 @@ def efficient_attention(
         precision=precision,
     )
     return out.astype(dtype)
+
+
+def _through_summary(
+    query: Array,
+    weights: Array,
+    value: Array,
+    key_mask: Array | None,
+    precision: jax.lax.PrecisionLike,
+) -> Array:
+    """Every query reads the same D x V summary of a head."""
+    if key_mask is not None:
+        value = jnp.where(key_mask[..., None], value, 0)
+    summary = jnp.einsum("...skd,...skv->...kdv", weights, value, precision=precision)
+    grouped = query.reshape(*query.shape[:-2], value.shape[-2], -1, query.shape[-1])
+    out = jnp.einsum("...tkgd,...kdv->...tkgv", grouped, summary, precision=precision)
+    return out.reshape(*query.shape[:-1], value.shape[-1])
 
 
 def position_softmax(

@@ -48,7 +48,7 @@ def close(actual, expected):
 HIDDEN = np.arange(T) % 5 != np.array([[1], [3]])
 
 
-@pytest.mark.parametrize("length", [1, 3, 8, T])
+@pytest.mark.parametrize("length", [1, 8, T])
 def test_every_class_attends_by_itself(length):
     attention = make_softmax_attention(unidirectional=length % 2 == 0)
     strided = functools.partial(strided_attention, attention, stride=W)
@@ -110,8 +110,7 @@ def test_the_future_leaves_the_past_bit_equal():
 @pytest.mark.parametrize(
     ("inner", "padded_left"),
     [
-        (make_softmax_attention(True), True),
-        (make_efficient_attention(True), False),
+        (make_softmax_attention(True), False),
         (make_efficient_attention(True, blindspot_size=2), True),
     ],
 )
