@@ -78,5 +78,7 @@ def check_arguments(
         shape = (*qk.shape[:-3], end)
         if x is None:
             continue
-        if x.ndim != len(shape) or any(n not in (1, m) for n, m in zip(x.shape, shape, strict=True)):
+        if x.ndim != len(shape) or any(
+            n not in (1, m) for n, m in zip(x.shape, shape, strict=True)
+        ):
             raise ValueError(f"{name} must have shape {shape}, got {x.shape}.")

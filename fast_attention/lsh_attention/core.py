@@ -62,14 +62,12 @@ def row_of(
 
 
 def map_rows(function: Callable[..., Any], operands: tuple[Any, ...], rows: int) -> Any:
-    """Maps over the first axis, so many rows at once, the number of the row as the last argument."""
+    """Maps over the first axis, so many rows at once; the last argument is the row's number."""
     number = len(jax.tree.leaves(operands)[0])
     operands = (*operands, jnp.arange(number))
     if rows >= number:
         return jax.vmap(function)(*operands)
-    return lax.map(
-        lambda row: function(*row), operands, batch_size=None if rows == 1 else rows
-    )
+    return lax.map(lambda row: function(*row), operands, batch_size=None if rows == 1 else rows)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

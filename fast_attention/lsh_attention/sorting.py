@@ -54,7 +54,7 @@ def _inverse(permutation: Array) -> Array:
     flat = permutation.reshape(-1, permutation.shape[-1])
     row = lax.broadcasted_iota(jnp.int32, flat.shape, 0)
     place = lax.broadcasted_iota(jnp.int32, flat.shape, 1)
-    inverse = jnp.zeros_like(flat).at[row, flat].set(
-        place, mode="promise_in_bounds", unique_indices=True
+    inverse = (
+        jnp.zeros_like(flat).at[row, flat].set(place, mode="promise_in_bounds", unique_indices=True)
     )
     return inverse.reshape(permutation.shape)
