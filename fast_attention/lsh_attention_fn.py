@@ -14,8 +14,9 @@ import jax.numpy as jnp
 
 from fast_attention.array_types import Array, Bool, Float, Int
 from fast_attention.axes import attended_axes, fold_axes, unfold_axes
-from fast_attention.lsh_attention import LSHOutput, lsh_attention
+from fast_attention.lsh_attention import lsh_attention
 from fast_attention.shared_qk_attention import shared_qk_attention
+from fast_attention.shared_query_key import LSHOutput
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +169,6 @@ class LSHAttention:
         longest = self.bucket_size if self.full_attn_thres is None else self.full_attn_thres
         if self.use_full_attn or key.shape[-3] <= longest:
             found = shared_qk_attention(key, value, **options)
-            found = LSHOutput(*found, None) if isinstance(found, tuple) else found
             if return_buckets and not isinstance(found, LSHOutput):
                 found = LSHOutput(found, None, None)
         else:

@@ -20,6 +20,7 @@ from jax import lax
 from fast_attention.array_types import Array, Bool, Float, Int
 from fast_attention.shared_query_key import (
     SELF_LOGIT,
+    LSHOutput,
     place_queries,
     rotate_pairs,
     spread_mask,
@@ -60,7 +61,7 @@ def shared_qk_attention(
     broadcast_dropout: bool = False,
     precision: jax.lax.PrecisionLike = None,
     return_weights: bool = False,
-) -> Float[Array, "*B T H V"] | tuple[Float[Array, "*B T H V"], Float[Array, "*B H T S"]]:
+) -> Float[Array, "*B T H V"] | LSHOutput:
     """Attends from the first positions to all, one block of queries after another.
 
     No matrix ``[T, S]`` is kept, forward or backward, unless the weights are asked for.
@@ -83,8 +84,8 @@ def shared_qk_attention(
       return_weights: also the weights, float32 and before dropout.
 
     Returns:
-      ``[*B, T, H, V]``, zeros for a query that sees nothing; with ``return_weights`` also
-      ``[*B, H, T, S]``.
+      ``[*B, T, H, V]``, zeros for a query that sees nothing; an :class:`LSHOutput`
+      with ``return_weights``.
 
     Raises:
       ValueError: for shapes that do not fit.
@@ -155,7 +156,7 @@ def shared_qk_attention(
     def attend_block(query: Array, key: Array, value: Array, n: Array, start: Array):
         query = lax.dynamic_slice_in_dim(query, start, block)
         kept = weights = weigh(query, key, n, start)
-        if dropout_rate > 0:
+        if dropout_rate > 0 and dropout_key is not None:
             seed = jax.random.fold_in(dropout_key, start)
             seed = seed if broadcast_dropout else jax.random.fold_in(seed, n)
             keep = jax.random.bernoulli(seed, 1 - dropout_rate, weights.shape)
@@ -189,7 +190,7 @@ def shared_qk_attention(
 
     if return_weights:
         out, weights = (together(x) for x in found)
-        return jnp.moveaxis(out, -3, -2), weights
+        return LSHOutput(jnp.moveaxis(out, -3, -2), weights, None)
     return jnp.moveaxis(together(found), -3, -2)
 
 

@@ -4,12 +4,13 @@ A position's key is its query at unit length. The logit of a position with itsel
 nearly always be the largest, is replaced by a constant so low that a position attends to itself
 only where it sees nothing else (Reformer, arXiv:2001.04451).
 
-Shape letters: B batch, S length, H heads, D head width.
+Shape letters: B batch, T queries, S length, H heads, D head width, V value width, R rounds.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +19,20 @@ from fast_attention.array_types import Array, Float, Int
 
 SELF_LOGIT = -5e4
 """Logit of a position with itself; half precision can hold it."""
+
+
+class LSHOutput(NamedTuple):
+    """Attention with what was asked for beside it, float32 weights before dropout.
+
+    Attributes:
+      out: ``[*B, T, H, V]``.
+      weights: ``[*B, H, T, S]``, or None.
+      buckets: ``[*B, H, R, S]`` int32, numbers within their rounds, or None.
+    """
+
+    out: Float[Array, "*B T H V"]
+    weights: Float[Array, "*B H T S"] | None
+    buckets: Int[Array, "*B H R S"] | None
 
 
 def unit_keys(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:

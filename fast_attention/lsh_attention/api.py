@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +21,7 @@ from fast_attention.lsh_attention.scores import Choices, Restrictions
 from fast_attention.lsh_attention.sorting import sort_by_bucket
 from fast_attention.lsh_attention.weights import dense_weights
 from fast_attention.shared_query_key import (
+    LSHOutput,
     place_queries,
     rotate_pairs,
     spread_mask,
@@ -31,20 +31,6 @@ from fast_attention.shared_query_key import (
 # Scores done at once: on a CPU what stays in the cache.
 _CPU_SCORES = 2**17
 _DEVICE_SCORES = 2**27
-
-
-class LSHOutput(NamedTuple):
-    """Attention with what was asked for beside it.
-
-    Attributes:
-      out: ``[*B, T, H, V]``.
-      weights: ``[*B, H, T, S]`` float32, or None.
-      buckets: ``[*B, H, R, S]`` int32, or None.
-    """
-
-    out: Float[Array, "*B T H V"]
-    weights: Float[Array, "*B H T S"] | None
-    buckets: Int[Array, "*B H R S"] | None
 
 
 def n_buckets(length: int, bucket_size: int) -> int:
@@ -194,10 +180,11 @@ def lsh_attention(
 
     if buckets is None:
         hashed = rows(qk)
-        if drop_for_hash_rate > 0:
+        if hash_key is not None and drop_for_hash_rate > 0:
             kept = jax.random.bernoulli(hash_key, 1 - drop_for_hash_rate, hashed.shape)
             hashed = jnp.where(kept, hashed / (1 - drop_for_hash_rate), 0)
         if rotations is None:
+            assert key is not None  # By check_arguments.
             rotations = draw_rotations(
                 key,
                 width,
@@ -249,7 +236,8 @@ def lsh_attention(
         weight_key if dropout_rate > 0 else None,
     )
     unit = unit_keys(query)
-    out, weight, largest = attend_sorted(query, unit, values, shared, choices)
+    attended = attend_sorted(query, unit, values, shared, choices)
+    out, weight, largest = attended  # pyright: ignore[reportGeneralTypeIssues]
     out = out[:, :queries].reshape(*batch, heads, queries, -1)
     out = jnp.moveaxis(out, -3, -2).astype(dtype)
     if not (return_weights or return_buckets):
