@@ -4,10 +4,13 @@ A position's key is its query at unit length. The logit of a position with itsel
 nearly always be the largest, is replaced by a constant so low that a position attends to itself
 only where it sees nothing else (Reformer, arXiv:2001.04451).
 
-Shape letters: B batch, S length, H heads, D head width.
+Shape letters: B batch, T queries, S length, H heads, D head width, V value width, R rounds.
 """
 
 from __future__ import annotations
+
+import math
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +19,20 @@ from fast_attention.array_types import Array, Float, Int
 
 SELF_LOGIT = -5e4
 """Logit of a position with itself; half precision can hold it."""
+
+
+class LSHOutput(NamedTuple):
+    """Attention with what was asked for beside it, float32 weights before dropout.
+
+    Attributes:
+      out: ``[*B, T, H, V]``.
+      weights: ``[*B, H, T, S]``, or None.
+      buckets: ``[*B, H, R, S]`` int32, numbers within their rounds, or None.
+    """
+
+    out: Float[Array, "*B T H V"]
+    weights: Float[Array, "*B H T S"] | None
+    buckets: Int[Array, "*B H R S"] | None
 
 
 def unit_keys(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
@@ -64,7 +81,26 @@ def rotate_pairs(x: Float[Array, "*B H D"], positions: Int[Array, "*B"]) -> Floa
     return turned.reshape(x.shape).astype(x.dtype)
 
 
-def query_positions(length: int, num_queries: int) -> Int[Array, " S"]:
-    """Positions for :func:`rotate_pairs`: 0, 1, .. for queries, 0 for keys given beyond them."""
-    place = np.arange(length)
-    return jnp.asarray(np.where(place < num_queries, place, 0), jnp.int32)
+def place_queries(positions: Array | None, shape: tuple[int, ...], queries: int) -> Array:
+    """Positions ``[*B, S]`` for :func:`rotate_pairs`: those given for queries, then zeros."""
+    *batch, length = shape
+    if positions is None:
+        positions = jnp.arange(queries).reshape((1,) * len(batch) + (-1,))
+    if positions.ndim != len(shape):
+        raise ValueError(f"positions must have shape {(*batch, queries)}, got {positions.shape}.")
+    place = jnp.broadcast_to(positions, (*batch, queries))
+    return jnp.pad(place, [(0, 0)] * len(batch) + [(0, length - queries)])
+
+
+def spread_mask(mask: Array, shape: tuple[int, ...]) -> Array:
+    """Brings a mask that broadcasts to ``[*B, H, T, S]`` to ``[B or 1, H or 1, T, S]`` bool."""
+    full = (1,) * (len(shape) - mask.ndim) + mask.shape
+    if len(full) != len(shape) or any(n not in (1, m) for n, m in zip(full, shape, strict=True)):
+        raise ValueError(
+            f"mask must be broadcastable to [*batch, heads, queries, keys] = {shape}, got shape "
+            f"{mask.shape}."
+        )
+    shared = math.prod(full[:-3]) == 1
+    leading = (1,) * len(full[:-3]) if shared else shape[:-3]
+    mask = jnp.broadcast_to(mask.reshape(full).astype(bool), (*leading, full[-3], *shape[-2:]))
+    return mask.reshape(-1, *mask.shape[-3:])

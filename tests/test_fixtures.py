@@ -20,7 +20,6 @@ FILES = fixture_files(FOLDER)
 NOT_BUILT_YET = (
     "lat_lm_",
     "lat_transformer_",
-    "lsh_",
     "performer_cross_",
     "performer_encdec_",
     "performer_reversible_",
@@ -153,12 +152,12 @@ def test_a_folder_is_counted_and_other_files_are_told_apart(tmp_path, capsys):
     (tmp_path / "inner" / "good.npz").write_bytes(
         (FOLDER / "google_generalized_ortho_cos.npz").read_bytes()
     )
-    (tmp_path / "later.npz").write_bytes((FOLDER / "lsh_1round_bidirectional.npz").read_bytes())
+    (tmp_path / "later.npz").write_bytes((FOLDER / "lat_image_attention.npz").read_bytes())
     (tmp_path / "notes.md").write_text("not a case")
     assert main([str(tmp_path)]) == 0
     out = capsys.readouterr().out.splitlines()
     assert len(out) == 3
-    assert "not built yet: reformer-pytorch LSHAttention" in out[1]
+    assert "not built yet: linear-attention-transformer ImageLinearAttention" in out[1]
     assert out[-1] == "1 passed, 0 failed, 1 not built yet"
 
     (tmp_path / "broken.npz").write_text("no archive")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,25 +20,17 @@ from fast_attention.lsh_attention.hashing import draw_rotations, hash_vectors
 from fast_attention.lsh_attention.scores import Choices, Restrictions
 from fast_attention.lsh_attention.sorting import sort_by_bucket
 from fast_attention.lsh_attention.weights import dense_weights
-from fast_attention.shared_query_key import query_positions, rotate_pairs, unit_keys
+from fast_attention.shared_query_key import (
+    LSHOutput,
+    place_queries,
+    rotate_pairs,
+    spread_mask,
+    unit_keys,
+)
 
 # Scores done at once: on a CPU what stays in the cache.
 _CPU_SCORES = 2**17
 _DEVICE_SCORES = 2**27
-
-
-class LSHOutput(NamedTuple):
-    """Attention with what was asked for beside it.
-
-    Attributes:
-      out: ``[*B, T, H, V]``.
-      weights: ``[*B, H, T, S]`` float32, or None.
-      buckets: ``[*B, H, R, S]`` int32, or None.
-    """
-
-    out: Float[Array, "*B T H V"]
-    weights: Float[Array, "*B H T S"] | None
-    buckets: Int[Array, "*B H R S"] | None
 
 
 def n_buckets(length: int, bucket_size: int) -> int:
@@ -175,7 +166,7 @@ def lsh_attention(
     )
     *batch, length, heads, width = qk.shape
     queries = length if query_length is None else query_length
-    dtype = jnp.result_type(qk, value, float) if qk.dtype != value.dtype else qk.dtype
+    dtype = jnp.result_type(qk, value)
     qk, value = qk.astype(dtype), value.astype(dtype)
     elements, chunks = math.prod(batch), n_buckets(length, bucket_size)
     padded, missing = chunks * bucket_size, chunks * bucket_size - length
@@ -189,10 +180,11 @@ def lsh_attention(
 
     if buckets is None:
         hashed = rows(qk)
-        if drop_for_hash_rate > 0:
+        if hash_key is not None and drop_for_hash_rate > 0:
             kept = jax.random.bernoulli(hash_key, 1 - drop_for_hash_rate, hashed.shape)
             hashed = jnp.where(kept, hashed / (1 - drop_for_hash_rate), 0)
         if rotations is None:
+            assert key is not None  # By check_arguments.
             rotations = draw_rotations(
                 key,
                 width,
@@ -215,14 +207,11 @@ def lsh_attention(
         placed = jnp.where(behind, chunks, placed)
     placed = jnp.pad(placed, [(0, 0), (0, 0), (0, missing)], constant_values=chunks)
 
+    if visible is not None:
+        shown = visible.reshape(*batch, length, 1, 1)
+        qk, value = jnp.where(shown, qk, 0), jnp.where(shown, value, 0)
     if rotary:
-        if positions is None:
-            place = query_positions(length, queries)
-            place = jnp.broadcast_to(place.reshape((1,) * len(batch) + (-1,)), (*batch, length))
-        else:
-            place = jnp.broadcast_to(positions, (*batch, queries))
-            place = jnp.pad(place, [(0, 0)] * len(batch) + [(0, length - queries)])
-        qk = rotate_pairs(qk, place)
+        qk = rotate_pairs(qk, place_queries(positions, (*batch, length), queries))
     value = jnp.repeat(value, heads // value.shape[-2], axis=-2)
     query, values = (jnp.pad(rows(x), [(0, 0), (0, missing), (0, 0)]) for x in (qk, value))
     on_cpu = jax.default_backend() == "cpu"
@@ -247,7 +236,8 @@ def lsh_attention(
         weight_key if dropout_rate > 0 else None,
     )
     unit = unit_keys(query)
-    out, weight, largest = attend_sorted(query, unit, values, shared, choices)
+    attended = attend_sorted(query, unit, values, shared, choices)
+    out, weight, largest = attended  # pyright: ignore[reportGeneralTypeIssues]
     out = out[:, :queries].reshape(*batch, heads, queries, -1)
     out = jnp.moveaxis(out, -3, -2).astype(dtype)
     if not (return_weights or return_buckets):
@@ -268,7 +258,7 @@ def _restrictions(
     causal: bool,
 ) -> Restrictions:
     """Brings everything that restricts to positions ``0 .. padded``, padding seen by none."""
-    *batch, heads, queries, length = shape
+    queries, length = shape[-2:]
     number = np.arange(padded, dtype=np.int32)
     place = np.where(number < queries, number, -1) if causal else np.zeros_like(number)
     limit = number if causal else np.zeros_like(number)
@@ -277,26 +267,12 @@ def _restrictions(
         seen = jnp.pad(visible, [(0, 0), (0, padded - length)])
     place, limit, number = (jnp.asarray(x)[None] for x in (place, limit, number))
     if mask is not None:
-        mask = _pairs(mask, (*batch, heads, queries, length), padded)
+        mask = spread_mask(mask, shape)
+        missing = [(0, 0), (0, 0), (0, padded - queries), (0, padded - length)]
+        mask = jnp.pad(mask, missing, constant_values=True)
     return Restrictions(
         place=jnp.where(seen, place, np.iinfo(np.int32).max),
         limit=jnp.where(seen, limit, -2),
         name=jnp.where(seen, number, -1),
         mask=mask,
     )
-
-
-def _pairs(mask: Array, shape: tuple[int, ...], padded: int) -> Array:
-    """Brings a mask to ``[B or 1, H or 1, padded, padded]``, True where it says nothing."""
-    full = (1,) * (len(shape) - mask.ndim) + mask.shape
-    if len(full) != len(shape) or any(n not in (1, m) for n, m in zip(full, shape, strict=True)):
-        raise ValueError(
-            f"mask must be broadcastable to [*batch, heads, queries, keys] = {shape}, got shape "
-            f"{mask.shape}."
-        )
-    *batch, heads, queries, length = shape
-    leading = tuple(batch) if math.prod(full[:-3]) > 1 else (1,) * len(batch)
-    mask = jnp.broadcast_to(mask.reshape(full).astype(bool), (*leading, full[-3], queries, length))
-    mask = mask.reshape(-1, full[-3], queries, length)
-    missing = [(0, 0), (0, 0), (0, padded - queries), (0, padded - length)]
-    return jnp.pad(mask, missing, constant_values=True)

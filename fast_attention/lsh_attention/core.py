@@ -62,7 +62,7 @@ def row_of(
 
 
 def map_rows(function: Callable[..., Any], operands: tuple[Any, ...], rows: int) -> Any:
-    """Maps over the first axis, so many rows at once, the number of the row as the last argument."""
+    """Maps over the first axis, so many rows at once; the last argument is the row's number."""
     number = len(jax.tree.leaves(operands)[0])
     operands = (*operands, jnp.arange(number))
     if rows >= number:

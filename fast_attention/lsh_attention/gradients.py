@@ -1,7 +1,7 @@
 """All rounds of one row, backward: weights are computed again, block by block.
 
-Since the rounds together are one softmax, with weights P and outputs O, the gradients are those of
-plain attention: for cotangents dO, ``dV = P^T dO`` and ``dL = P * (dO V^T - <dO, O>)`` for logits L.
+Since the rounds together are one softmax, the gradients are those of plain attention: with weights
+P, outputs O and cotangents dO, ``dV = P^T dO``, and ``dL = P * (dO V^T - <dO, O>)`` of logits L.
 
 Shape letters: S length, D head width, V value width, G chunks in a round, C chunk, W = 2 C.
 """

@@ -68,7 +68,7 @@ def hash_vectors(
     """
     rows, length, width = x.shape
     n_rotations = n_hashes if rehash_each_round else 1
-    if rotations.shape[:-1] not in ((r, width, n_rotations) for r in (1, rows)):
+    if rotations.shape[:-1] not in [(r, width, n_rotations) for r in (1, rows)]:
         raise ValueError(
             f"rotations must be [1 or {rows} rows, {width} features, {n_rotations} rounds, half of "
             f"the buckets], got {rotations.shape}."

@@ -59,7 +59,7 @@ class LanguageModel(nnx.Module):
         self.embed = nnx.Embed(
             config.vocab_size,
             width,
-            embedding_initializer=nnx.initializers.normal(1.0),
+            embedding_init=nnx.initializers.normal(1.0),
             dtype=dtype,
             rngs=rngs,
         )
