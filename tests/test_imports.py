@@ -16,6 +16,8 @@ CORE = [
     "fast_attention.array_types",
     "fast_attention.attention_fn",
     "fast_attention.axes",
+    "fast_attention.local_attention",
+    "fast_attention.local_attention_fn",
     "fast_attention.masks",
     *(
         f"fast_attention.{folder}.{path.stem}"
