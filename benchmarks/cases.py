@@ -15,6 +15,7 @@ from benchmarks.results import CaseInfo
 from benchmarks.settings import Inputs
 from fast_attention.feature_maps import IdentityFeatures, PositiveFeatures, elementwise_map
 from fast_attention.linear_attention import IMPLEMENTATIONS, linear_attention
+from fast_attention.local_attention_fn import make_local_attention
 
 Attention = Literal["causal", "bidirectional"]
 
@@ -77,6 +78,12 @@ def _ours(kind: Attention, platform: str) -> list[Case]:
             lambda inputs, measure: _compile_relu(inputs, measure, kind),
         )
     )
+    cases.append(
+        Case(
+            CaseInfo(f"{kind}/local", f"local (window {LOCAL_WINDOW})", kind, ours=True),
+            lambda inputs, measure: _compile_local(inputs, measure, kind),
+        )
+    )
     if platform != "cpu":
         cases.append(
             Case(
@@ -87,6 +94,9 @@ def _ours(kind: Attention, platform: str) -> list[Case]:
         )
     return cases
 
+
+LOCAL_WINDOW = 128
+"""Positions in a block of local attention, which also sees the neighbouring blocks."""
 
 MOST_GIVEN = 2**16
 """Longest input of cases whose features are arrays ``[B, T, H, M]``."""
@@ -190,6 +200,11 @@ def _compile_relu(inputs: Inputs, measure: str, kind: Attention) -> Program:
             causal=kind == "causal",
         )
 
+    return compile_jax(function, inputs.qkv, inputs, measure)
+
+
+def _compile_local(inputs: Inputs, measure: str, kind: Attention) -> Program:
+    function = make_local_attention(LOCAL_WINDOW, unidirectional=kind == "causal")
     return compile_jax(function, inputs.qkv, inputs, measure)
 
 

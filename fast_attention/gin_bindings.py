@@ -18,6 +18,8 @@ from fast_attention.attention_fn import (
 )
 from fast_attention.efficient_attention_fn import make_efficient_attention
 from fast_attention.feature_maps import elementwise
+from fast_attention.local_attention_fn import make_local_attention
+from fast_attention.lsh_attention_fn import make_lsh_attention
 from fast_attention.strided_attention_fn import make_strided_attention
 
 KERNEL_NAMES = {
@@ -44,5 +46,7 @@ make_efficient_attention = gin.external_configurable(
     make_efficient_attention, "make_efficient_attention"
 )
 make_strided_attention = gin.external_configurable(make_strided_attention, "make_strided_attention")
+make_lsh_attention = gin.external_configurable(make_lsh_attention, "make_lsh_attention")
+make_local_attention = gin.external_configurable(make_local_attention, "make_local_attention")
 for _name, _kernel in KERNEL_NAMES.items():
     gin.external_configurable(_kernel, _name)

@@ -36,7 +36,7 @@ class Tiling(NamedTuple):
 
 
 # What stays in the cache of a CPU; what keeps another device busy.
-_CPU_TILING = Tiling(queries=128, scores=2**19)
+_CPU_TILING = Tiling(queries=128, scores=2**20)
 _DEVICE_TILING = Tiling(queries=128, scores=2**27)
 
 

@@ -9,6 +9,7 @@ from fast_attention import (
     FastAttention,
     gin_bindings,
     make_efficient_attention,
+    make_local_attention,
     make_strided_attention,
 )
 from fast_attention.feature_maps import ExponentialFeatures, SignedElementwiseFeatures
@@ -68,6 +69,15 @@ def test_strided_efficient_attention_by_name():
         "make_efficient_attention.blindspot_size = 8",
     )
     assert attention == make_strided_attention(make_efficient_attention(True, 8), 16)
+
+
+def test_local_attention_by_name():
+    attention = built(
+        "a_model.attention_fn = @make_local_attention()",
+        "make_local_attention.window_size = 16",
+        "make_local_attention.unidirectional = True",
+    )
+    assert attention == make_local_attention(16, unidirectional=True)
 
 
 @pytest.mark.parametrize("name", FORMULAS)

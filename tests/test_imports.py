@@ -18,6 +18,8 @@ CORE = [
     "fast_attention.axes",
     "fast_attention.efficient_attention_fn",
     "fast_attention.linformer",
+    "fast_attention.local_attention",
+    "fast_attention.local_attention_fn",
     "fast_attention.masks",
     "fast_attention.strided_attention_fn",
     *(

@@ -26,6 +26,7 @@ def visible(length, window, *, causal=False, back=1, ahead=None, exact=False):
     return seen
 
 
+@functools.partial(jax.jit, static_argnames="shared_qk")
 def definition(query, key, value, *, seen, shared_qk=False, bias=0.0):
     """Softmax over what is seen, ``[*, T, H, V]`` and logsumexp; zeros where nothing is."""
     group = query.shape[-2] // key.shape[-2]
@@ -87,11 +88,8 @@ def agree(function, expected, *args, tolerance=1e-5):
     ("batch", "length", "window", "options"),
     [
         ((), LENGTH, 4, {}),
-        ((2,), LENGTH, 4, {"causal": True}),
         ((2,), 1, 4, {}),
         ((2, 1), 12, 3, {"look_backward": 2, "look_forward": 0}),
-        ((), LENGTH, 3, {"causal": True, "look_backward": 0}),
-        ((), LENGTH, 3, {"exact_window": True}),
         ((), LENGTH, 3, {"exact_window": True, "causal": True, "look_backward": 2}),
         ((), LENGTH, 5, {"shared_qk": True}),
         ((2,), LENGTH, 4, {"shared_qk": True, "causal": True}),
@@ -115,8 +113,15 @@ def test_equals_the_definition_with_its_gradients(batch, length, window, options
     )
 
 
-@pytest.mark.parametrize("tiling", [Tiling(4, 1), Tiling(6, 4 * 6 * 20 * 2), Tiling(2, 400)])
-@pytest.mark.parametrize(("block", "causal"), [(4, True), (4, False), (1, False)])
+@pytest.mark.parametrize(
+    ("tiling", "block", "causal"),
+    [
+        (Tiling(4, 1), 4, True),
+        (Tiling(10, 4 * 8 * 16 * 2), 4, False),
+        (Tiling(2, 400), 4, False),
+        (Tiling(6, 10**6), 1, False),
+    ],
+)
 def test_no_tiling_changes_a_value(tiling, block, causal):
     """Of tiles that hold blocks, parts of blocks, and both; one row at a time and several."""
     rows, window = 3, 4
@@ -200,19 +205,18 @@ def test_a_query_that_sees_nothing_gives_zeros_and_finite_gradients(shared_qk):
 def test_the_own_key_is_the_last_resort():
     """The first position of a causal sequence sees itself alone: its output is its value."""
     query, key, value = inputs(2, kv_heads=4)
-    out, logsumexp = local_attention(
-        query, key, value, window_size=4, causal=True, shared_qk=True, return_logsumexp=True
+    attend = jax.jit(
+        functools.partial(
+            local_attention, window_size=4, causal=True, shared_qk=True, return_logsumexp=True
+        )
     )
+    out, logsumexp = attend(query, key, value)
     np.testing.assert_array_equal(out[:, 0], value[:, 0])
     np.testing.assert_array_equal(logsumexp[:, 0], -5e4)
-    changed = local_attention(
-        query, key, value.at[:, 3].add(1e6), window_size=4, causal=True, shared_qk=True
-    )
+    changed, _ = attend(query, key, value.at[:, 3].add(1e6))
     np.testing.assert_array_equal(changed[:, 3], out[:, 3])
-    zeros = jax.grad(
-        lambda key: jnp.sum(local_attention(query, key, value, window_size=4, shared_qk=True))
-    )
-    assert jnp.isfinite(zeros(jnp.zeros_like(key))).all()
+    gradient = jax.grad(lambda key: jnp.sum(attend(query, key, value)[0]))
+    assert jnp.isfinite(gradient(jnp.zeros_like(key))).all()
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -230,7 +234,6 @@ def test_segments_see_themselves_alone(causal):
     [
         ({"causal": True}, 0, 7),
         ({"look_backward": 2}, 7, 11),
-        ({"exact_window": True}, 4, 4),
         ({"exact_window": True, "causal": True}, 0, 4),
     ],
 )
@@ -261,41 +264,45 @@ def test_a_bias_of_distances(options, ahead, far):
 def test_low_precision_inputs_are_summed_in_float32():
     arrays = inputs(2)
     attend = functools.partial(local_attention, window_size=4, return_logsumexp=True)
-    out, logsumexp = attend(*(x.astype(jnp.bfloat16) for x in arrays))
+    out, logsumexp = jax.jit(attend)(*(x.astype(jnp.bfloat16) for x in arrays))
     assert out.dtype == jnp.bfloat16 and logsumexp.dtype == jnp.float32
-    exact, _ = attend(*arrays)
+    exact = definition(*arrays, seen=visible(LENGTH, 4))[0]
     np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=0.05)
     for dtype in (jnp.bfloat16, jnp.float16):
         large = [(100 * x).astype(dtype) for x in arrays]
         for x in values_and_gradients(attend, *large):
-            assert jnp.isfinite(x).all()
+            assert np.isfinite(np.asarray(x, np.float32)).all()
 
 
 def test_memory_grows_with_the_length_times_the_window(optimized):
     def temporary_bytes(length):
-        arrays = inputs(1, length=length, heads=2, kv_heads=2, width=16, value_width=16)
-        attend = functools.partial(local_attention, window_size=32, return_logsumexp=True)
-        gradient = jax.jit(functools.partial(values_and_gradients, attend))
+        arrays = inputs(1, length=length, heads=1, kv_heads=1, width=16, value_width=16)
+
+        def loss(*arrays):
+            return jnp.sum(local_attention(*arrays, window_size=128))
+
+        gradient = jax.jit(jax.grad(loss, (0, 1, 2)))
         return gradient.lower(*arrays).compile().memory_analysis().temp_size_in_bytes
 
-    short, long = temporary_bytes(8192), temporary_bytes(16384)
-    assert long < 16384 * 16384 * 4 / 10
+    short, long = temporary_bytes(2**14), temporary_bytes(2**15)
+    assert long < 2**30 * 4 / 50
     assert long < 2.2 * short
 
 
 class TestDropout:
     def test_keeps_the_mean_and_scales_what_is_kept(self):
-        attend = functools.partial(
-            local_attention,
-            *inputs(1, length=4, heads=1, kv_heads=1),
-            window_size=2,
-        )
-        keys = jax.random.split(jax.random.key(0), 4000)
-        samples = jax.vmap(
-            lambda key: attend(dropout_key=key, dropout_rate=0.25, broadcast_dropout=False)
-        )(keys)
-        error = jnp.std(samples, axis=0) / np.sqrt(len(keys))
-        assert (jnp.abs(samples.mean(0) - attend()) < 5 * error).all()
+        arrays = inputs(1, length=4, heads=1, kv_heads=1)
+        attend = functools.partial(local_attention, *arrays, window_size=2)
+
+        @jax.jit
+        @jax.vmap
+        def sample(key):
+            return attend(dropout_key=key, dropout_rate=0.25, broadcast_dropout=False)
+
+        keys = jax.random.split(jax.random.key(0), 1000)
+        samples = np.asarray(sample(keys))
+        error = np.std(samples, axis=0) / np.sqrt(len(keys))
+        assert (np.abs(samples.mean(0) - attend()) < 5 * error).all()
         assert (error > 0).all()
 
     @pytest.mark.parametrize("broadcast", [False, True])
