@@ -9,7 +9,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from benchmarks import baselines, per_token, torch_peers
+from benchmarks import baselines, lsh, per_token, torch_peers
 from benchmarks.programs import FORWARD, MEASURES, Program, compile_jax
 from benchmarks.results import CaseInfo
 from benchmarks.settings import Inputs
@@ -84,6 +84,12 @@ def _ours(kind: Attention, platform: str) -> list[Case]:
             lambda inputs, measure: _compile_local(inputs, measure, kind),
         )
     )
+    cases.append(
+        Case(
+            CaseInfo(f"{kind}/lsh", "LSH, 8 rounds", kind, ours=True),
+            lambda inputs, measure: lsh.compile_ours(inputs, measure, causal=kind == "causal"),
+        )
+    )
     if platform != "cpu":
         cases.append(
             Case(
@@ -136,6 +142,13 @@ def _cpu_baselines(kind: Attention, causal: bool) -> list[Case]:
                 ),
                 # Without its CUDA extension the causal form holds an array [B, H, T, M, D].
                 max_length=2048 if causal else None,
+            )
+        )
+    if torch_peers.installed("torch", "reformer_pytorch"):
+        cases.append(
+            Case(
+                CaseInfo(f"{kind}/reformer-pytorch", "LSH (reformer-pytorch)", kind),
+                lambda inputs, measure: lsh.compile_peer(inputs, measure, causal=causal),
             )
         )
     return cases

@@ -50,7 +50,7 @@ class AttentionConfig:
     """Shape of a `MultiHeadAttention`.
 
     Attributes:
-      groups: The heads in order, a `HeadGroup` or several; "4 local and 4 linear heads" is
+      groups: The heads in order; "4 local and 4 linear heads" is
         ``(HeadGroup(4, make_local_attention(128)), HeadGroup(4, make_fast_softmax_attention()))``.
       head_dim: D.
       num_kv_heads: K, by default H; query head h reads key head ``h // (H / K)``.
@@ -69,7 +69,7 @@ class AttentionConfig:
       dropout_rate: Of the output.
     """
 
-    groups: tuple[HeadGroup, ...] | HeadGroup
+    groups: tuple[HeadGroup, ...]
     head_dim: int
     num_kv_heads: int | None = None
     causal: bool = False
@@ -84,14 +84,15 @@ class AttentionConfig:
     dropout_rate: float = 0.0
 
     def __post_init__(self):
-        """Makes one group a tuple, and checks every field.
+        """Checks every field.
 
         Raises:
+          TypeError: If the groups are no tuple.
           ValueError: At values that make no layer, saying what would.
         """
         groups = self.groups
-        groups = (groups,) if isinstance(groups, HeadGroup) else tuple(groups)
-        object.__setattr__(self, "groups", groups)
+        if not isinstance(groups, tuple):
+            raise TypeError(f"groups must be a tuple of HeadGroup, got {groups!r}.")
         if not groups:
             raise ValueError("groups is empty: attention needs at least one HeadGroup.")
         if self.head_dim < 1:

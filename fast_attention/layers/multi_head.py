@@ -209,7 +209,7 @@ class MultiHeadAttention(nnx.Module):
             )
         self._check_decoder()
         states = []
-        for index, group in enumerate(config.groups):
+        for group in config.groups:
             heads = self._kv_heads(group)
             room = max_length + (config.memory if group.extra_keys else 0)
             sizes = (batch_size,), heads, config.head_dim, config.head_dim

@@ -147,12 +147,16 @@ def lsh_attention(
     Raises:
       ValueError: for shapes that do not fit and options that exclude each other.
     """
+    chunks = n_buckets(qk.shape[-3], max(1, bucket_size))
+    rounds = rounds_of(n_hashes, rehash_each_round, chunks)
     check_arguments(
         qk,
         value,
         rotations=rotations,
         key=key,
         buckets=buckets,
+        rounds=rounds,
+        n_buckets=chunks,
         query_length=query_length,
         positions=positions,
         key_mask=key_mask,
@@ -168,9 +172,8 @@ def lsh_attention(
     queries = length if query_length is None else query_length
     dtype = jnp.result_type(qk, value)
     qk, value = qk.astype(dtype), value.astype(dtype)
-    elements, chunks = math.prod(batch), n_buckets(length, bucket_size)
+    elements = math.prod(batch)
     padded, missing = chunks * bucket_size, chunks * bucket_size - length
-    rounds = rounds_of(n_hashes, rehash_each_round, chunks)
     weight_key = hash_key = None
     if dropout_key is not None:
         weight_key, hash_key = jax.random.split(dropout_key)

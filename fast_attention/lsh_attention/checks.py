@@ -19,6 +19,8 @@ def check_arguments(
     rotations: Array | None,
     key: Array | None,
     buckets: Array | None,
+    rounds: int,
+    n_buckets: int,
     query_length: int | None,
     positions: Array | None,
     key_mask: Array | None,
@@ -73,6 +75,18 @@ def check_arguments(
             raise ValueError(f"{name}={rate} needs dropout_key, a JAX random key.")
     if positions is not None and not rotary:
         raise ValueError("positions are those of rotary=True: pass both, or neither.")
+    half = n_buckets // 2
+    if rotations is not None and rotations.shape[-1] != half:
+        raise ValueError(
+            f"{length} positions in chunks of {bucket_size} have {n_buckets} buckets, so the last "
+            f"axis of rotations must be half of the buckets, {half}, got {rotations.shape}."
+        )
+    expected = (*qk.shape[:-3], heads, rounds, length)
+    if buckets is not None and buckets.shape != expected:
+        raise ValueError(
+            f"buckets must have shape {expected}, [*batch, heads, rounds, length], got "
+            f"{buckets.shape}."
+        )
     queries = length if query_length is None else query_length
     for name, x, end in (("positions", positions, queries), ("key_mask", key_mask, length)):
         shape = (*qk.shape[:-3], end)

@@ -190,7 +190,7 @@ class TransformerConfig:
             dropout_rate=self.attention_dropout_rate,
         )
         attention = AttentionConfig(
-            group,
+            (group,),
             self.head_dim,
             num_kv_heads=self.kv_heads,
             causal=self.causal,

@@ -153,6 +153,7 @@ class EncoderDecoder(nnx.Module):
         Returns:
           int32 ``[B, N]``, the new tokens.
         """
+        options = {"pad_token": self.pad_value} | options
         context = self.encode(source, source_mask)
         return generate(
             self.decoder,
@@ -161,5 +162,5 @@ class EncoderDecoder(nnx.Module):
             max_new_tokens=max_new_tokens,
             context=context,
             context_mask=source_mask,
-            **{"pad_token": self.pad_value} | options,
+            **options,
         )

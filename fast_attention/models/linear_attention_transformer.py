@@ -183,7 +183,7 @@ def _axial_block(
     across = make_efficient_attention(unidirectional=o.causal, scale_queries=True)
     strided = make_strided_attention(across, o.local_attn_window_size)
     group = HeadGroup(o.heads, strided, rotary)
-    return [SublayerConfig(AttentionConfig(group, head_dim, causal=o.causal, **own))]
+    return [SublayerConfig(AttentionConfig((group,), head_dim, causal=o.causal, **own))]
 
 
 def _context_block(o: SimpleNamespace, own: dict[str, Any], head_dim: int) -> list[SublayerConfig]:
@@ -191,7 +191,7 @@ def _context_block(o: SimpleNamespace, own: dict[str, Any], head_dim: int) -> li
         return []
     if o.context_linformer_settings is None:
         group = HeadGroup(o.heads, make_efficient_attention(scale_queries=True))
-        return [SublayerConfig(AttentionConfig(group, head_dim, context="cross", **own))]
+        return [SublayerConfig(AttentionConfig((group,), head_dim, context="cross", **own))]
     length, k = o.context_linformer_settings
     linformer = LinformerConfig(
         o.heads, length, k, head_dim, cross=True, dropout_rate=o.attn_dropout

@@ -152,11 +152,10 @@ def PerformerEncoderDecoder(
       The `EncoderDecoder`.
     """
     encoder, decoder = split_prefixes("PerformerEncoderDecoder", keywords)
-    both: dict[str, Any] = {"dim": dim, "no_projection": no_projection}
-    both |= {"rngs": rngs, "dtype": dtype}
+    both: dict[str, Any] = {"dim": dim, "no_projection": no_projection, "dtype": dtype}
     return EncoderDecoder(
-        PerformerLM(**both, **encoder),
-        PerformerLM(**both, **{"causal": True, "cross_attend": True} | decoder),
+        PerformerLM(rngs=rngs, **both, **encoder),
+        PerformerLM(rngs=rngs, **both, **{"causal": True, "cross_attend": True} | decoder),
         ignore_index=ignore_index,
         pad_value=pad_value,
         tie_embeddings=tie_token_embeds,
@@ -185,7 +184,7 @@ def _stack(o: SimpleNamespace) -> StackConfig:
         blocks.append((SublayerConfig(attention, shifts), SublayerConfig(feed_forward, shifts)))
         if o.cross_attend:
             across = HeadGroup(o.heads, fast if not o.causal else _attention_fn(o, head_dim, False))
-            cross = AttentionConfig(across, head_dim, context="cross", **own)
+            cross = AttentionConfig((across,), head_dim, context="cross", **own)
             blocks.append((SublayerConfig(cross), SublayerConfig(feed_forward)))
     norm = _REZERO if o.use_rezero else _LAYER
     return StackConfig(

@@ -160,10 +160,10 @@ def ReformerEncoderDecoder(
     """
     encoder, decoder = split_prefixes("ReformerEncoderDecoder", keywords)
     size = 2 * encoder.get("bucket_size", REFORMER_LM["bucket_size"])
-    both: dict[str, Any] = {"dim": dim, "rngs": rngs, "dtype": dtype}
+    both: dict[str, Any] = {"dim": dim, "dtype": dtype}
     return EncoderDecoder(
-        ReformerLM(**both, **{"return_embeddings": True} | encoder),
-        ReformerLM(**both, **{"causal": True, "bucket_size": size} | decoder),
+        ReformerLM(rngs=rngs, **both, **{"return_embeddings": True} | encoder),
+        ReformerLM(rngs=rngs, **both, **{"causal": True, "bucket_size": size} | decoder),
         ignore_index=ignore_index,
         pad_value=pad_value,
     )

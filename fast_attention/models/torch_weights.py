@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.core import Tracer
 
+from fast_attention.layers.feed_forward import FeedForward
 from fast_attention.layers.linformer import LinformerAttention
 from fast_attention.layers.multi_head import MultiHeadAttention
 from fast_attention.layers.norms import ScaleNorm
@@ -155,8 +156,10 @@ def _place_in_sublayer(sublayer: Sublayer, name: str) -> Place | None:
         layers = {"to_q": inner.query, "to_k": inner.key, "to_v": inner.value, "to_out": inner.out}
     elif isinstance(inner, ProductKeyMemory):
         return _place_in_memory(inner, name)
-    else:
+    elif isinstance(inner, FeedForward):
         layers = {"w1": inner.up, "w2": inner.down}
+    else:
+        return None
     module, _, leaf = name.rpartition(".")
     return _leaf(layers[module], leaf) if layers.get(module) is not None else None
 

@@ -16,6 +16,7 @@ from benchmarks.programs import BACKWARD, FORWARD, compile_jax
 from benchmarks.settings import Setting, make_inputs
 from fast_attention.feature_maps import PositiveFeatures
 from fast_attention.linear_attention import linear_attention
+from fast_attention.shared_qk_attention import shared_qk_attention
 
 SETTING = Setting(length=12, batch=2, heads=2, head_dim=8, features=16)
 CASES = {case.info.name: case for case in attention_cases("cpu")}
@@ -53,7 +54,13 @@ def relu_reference(inputs, causal):
     return attend
 
 
+def lsh_reference(inputs, causal):
+    # Few tokens share one chunk, where all see all.
+    return lambda q, _, v: shared_qk_attention(q, v, causal=causal)
+
+
 REFERENCES = {
+    "lsh": lsh_reference,
     "favor-chunked": favor_reference,
     "favor-reference": favor_reference,
     "favor-pallas_gpu": favor_reference,

@@ -32,7 +32,7 @@ def build(attention_fn=None, *, rotary=False, dropout_rate=0.0, dtype=None, **op
         rotary="halves" if rotary else None,
         dropout_rate=dropout_rate,
     )
-    config = AttentionConfig(group, **({"head_dim": 4, "num_kv_heads": 2} | options))
+    config = AttentionConfig((group,), **({"head_dim": 4, "num_kv_heads": 2} | options))
     return filled(lambda: MultiHeadAttention(M, config, dtype=dtype, rngs=nnx.Rngs(0)))
 
 

@@ -32,7 +32,7 @@ def block(
     of_weights, of_attention, of_feed_forward = rates
     group = HeadGroup(2, rotary="halves" if rotary else None, dropout_rate=of_weights)
     attention = AttentionConfig(
-        group, 4, num_kv_heads=1, causal=causal, dropout_rate=of_attention, **options
+        (group,), 4, num_kv_heads=1, causal=causal, dropout_rate=of_attention, **options
     )
     feed_forward = FeedForwardConfig(10, activation, dropout_rate=of_feed_forward)
     return SublayerConfig(attention, shifts), SublayerConfig(feed_forward, shifts)
@@ -148,7 +148,7 @@ def test_a_reversible_stack_decodes_as_the_whole():
 
 
 def test_a_context_reaches_cross_attention_and_padding_of_it_does_not():
-    cross = AttentionConfig(HeadGroup(2), 4, context="cross", context_features=3)
+    cross = AttentionConfig((HeadGroup(2),), 4, context="cross", context_features=3)
     config = StackConfig(M, (block(causal=True), (SublayerConfig(cross), block()[1])))
     layer = filled(lambda: Stack(config, rngs=nnx.Rngs(0)))
     context, mask = draw(B, 4, 3, seed=2), np.array([[True] * 4, [True, False, True, False]])
