@@ -2,12 +2,12 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from fast_attention import make_fast_generalized_attention, make_fast_softmax_attention
+from tests.compiling import compiled
 from tests.linear_attention import cases
 
 # Rounding and memory are those of programs as users have them.
@@ -40,7 +40,7 @@ generalized = functools.partial(
     ids=lambda x: getattr(x, "__name__", None),
 )
 def test_past_is_bit_equal_under_any_future(make, dtype, chunk):
-    attention = jax.jit(make(chunk_size=chunk))
+    attention = compiled(make(chunk_size=chunk))
     q, k, v = (np.asarray(x) for x in cases.qkv(length=T, dtype=dtype, scale=1.0))
     out = np.asarray(attention(q, k, v), np.float32)
     for t in (1, 6, 8, 13, 16, T - 1):
