@@ -15,7 +15,7 @@ from fast_attention.feature_maps import (
     orthogonal_projection,
 )
 
-DIMS = [1, 2, 4, 8, 16]
+DIMS = [1, 4]
 
 
 def drawn(draw, count, seed=0):
@@ -39,7 +39,7 @@ def test_haar_matrices_are_orthogonal_and_unbiased(dim):
 
 
 @pytest.mark.parametrize("name", PROJECTIONS)
-@pytest.mark.parametrize(("rows", "dim"), [(1, 1), (1, 4), (3, 4), (4, 4), (11, 4), (5, 1)])
+@pytest.mark.parametrize(("rows", "dim"), [(3, 4), (11, 4), (5, 1)])
 def test_any_number_of_rows_in_float32(name, rows, dim):
     key = jax.random.key(1)
     projection = draw_projection(name, key, rows, dim)

@@ -24,6 +24,12 @@ ATTENTION = {
 }
 
 
+# Shifting comes before attention, and neither knows of the other.
+with_or_without_shift = pytest.mark.parametrize(
+    ("name", "shift"), [("softmax", True), ("generalized", False), ("exact", False)]
+)
+
+
 def build(name: str, *, causal: bool = True, shift: bool = False) -> Transformer:
     config = TransformerConfig(
         vocab_size=VOCAB,
@@ -59,8 +65,7 @@ ONE = jnp.ones_like(TOKENS)
 ALL = jnp.ones(TOKENS.shape, bool)
 
 
-@pytest.mark.parametrize("shift", [False, True])
-@pytest.mark.parametrize("name", ATTENTION)
+@with_or_without_shift
 def test_a_causal_model_is_causal_packs_and_keeps_rows_apart(name, shift):
     logits = call(build(name, shift=shift))
     whole = logits(TOKENS, PLAIN, ONE, ALL)
@@ -106,8 +111,7 @@ def test_a_masked_model_sees_both_sides_but_neither_padding_nor_other_proteins(n
     np.testing.assert_allclose(packed[:, :9], padded[:, :9], atol=2e-5)
 
 
-@pytest.mark.parametrize("shift", [False, True])
-@pytest.mark.parametrize("name", ATTENTION)
+@with_or_without_shift
 def test_prefill_and_steps_equal_the_whole(name, shift):
     model = build(name, shift=shift)
     whole = call(model)(TOKENS, PLAIN, ONE, ALL)
