@@ -66,8 +66,11 @@ REFORMER = {
     "n_local_attn_heads": 0,
     "pkm_layers": (),
     "pkm_num_keys": 128,
+    "hash_masked": False,
 }
-"""Keywords of `Reformer` and their defaults; `twin_attention` is that of versions before 1."""
+"""Keywords of `Reformer` and their defaults; `twin_attention` is that of versions before 1, and
+`hash_masked` of none: padding stands where it hashes to, as it always did there, so that what it
+holds shifts the borders of chunks; otherwise it stands behind all buckets."""
 
 REFORMER_LM = {
     **REFORMER,
@@ -187,6 +190,7 @@ def _stack(o: SimpleNamespace, rotary: bool) -> StackConfig:
         use_full_attn=o.use_full_attn,
         attn_chunks=o.attn_chunks or 1,
         rotary=rotary,
+        hash_masked=o.hash_masked,
     )
     groups = [HeadGroup(o.heads - o.n_local_attn_heads, hashed, dropout_rate=o.lsh_dropout)]
     if o.n_local_attn_heads:
