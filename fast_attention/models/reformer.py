@@ -88,7 +88,8 @@ REFORMER_LM = {
     "axial_position_shape": None,
     "axial_position_dims": None,
 }
-"""Keywords of `ReformerLM` and their defaults."""
+"""Keywords of `ReformerLM` and their defaults; ours is `axial_position_dims`, the widths of axial
+vectors that are concatenated and not added."""
 
 
 LSH_SELF_ATTENTION = {
