@@ -76,8 +76,9 @@ def head_width(dim: int, heads: int, dim_head: int | None) -> int:
     Raises:
       ValueError: If that is no number of channels.
     """
-    if heads < 1:
-        raise ValueError(f"heads must be at least 1, got {heads}.")
+    for name, value in (("heads", heads), ("dim_head", dim_head)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
     if dim_head is None and dim % heads:
         raise ValueError(f"dim={dim} must be a multiple of heads={heads}, or give dim_head.")
     return dim // heads if dim_head is None else dim_head

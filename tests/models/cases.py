@@ -118,7 +118,7 @@ MODELS = {
         models.ReformerLM,
         {
             "causal": True,
-            "bucket_size": 2,
+            "bucket_size": 3,
             "use_full_attn": True,
             "n_local_attn_heads": 1,
             "num_mem_kv": 2,
@@ -206,7 +206,7 @@ MODELS = {
     "linformer": Case(
         models.LinearAttentionTransformerLM,
         {
-            "max_seq_len": 11,
+            "max_seq_len": 13,
             "linformer_settings": models.LinformerSettings(3),
             "receives_context": True,
             "context_linformer_settings": models.LinformerContextSettings(5, 2),
