@@ -115,6 +115,13 @@ def call_with_choice(
     return found.out, found.buckets
 
 
+def causal_by_mask(visible: Visible, length: int) -> Visible:
+    """The same sight, for functions that differ in what causal means where keys stand behind."""
+    past = jnp.tri(length, dtype=bool)[None]
+    past = past if visible.mask is None else past & visible.mask
+    return visible._replace(causal=False, mask=past)
+
+
 @functools.lru_cache(maxsize=256)
 def parameter_names(function: Callable[..., Any]) -> frozenset[str] | None:
     """Names of the parameters of a function; None if it takes any."""

@@ -29,7 +29,13 @@ from fast_attention.local_attention_fn import make_local_attention
 from fast_attention.lsh_attention_fn import make_lsh_attention
 from fast_attention.models.config import LanguageModelConfig
 from fast_attention.models.encoder_decoder import EncoderDecoder
-from fast_attention.models.keywords import REQUIRED, complete, split_prefixes
+from fast_attention.models.keywords import (
+    REQUIRED,
+    chosen_layers,
+    complete,
+    head_width,
+    split_prefixes,
+)
 from fast_attention.models.language_model import LanguageModel
 
 # The epsilon of LayerNorm in the original.
@@ -163,7 +169,8 @@ def ReformerLM(*, rngs: nnx.Rngs, dtype: Any = jnp.float32, **keywords: Any) -> 
     """
     o = complete("ReformerLM", keywords, REFORMER_LM)
     axial, dims = o.axial_position_emb, o.axial_position_dims
-    shape = o.axial_position_shape or (math.ceil(o.max_seq_len / o.bucket_size), o.bucket_size)
+    size = max(1, o.bucket_size)  # What is wrong with it is said below.
+    shape = o.axial_position_shape or (math.ceil(o.max_seq_len / size), size)
     positions = "axial" if axial else "random" if o.absolute_position_emb else "none"
     positions = "concatenated" if positions == "none" and o.fixed_position_emb else positions
     logits = "normalized" if o.weight_tie_embedding else "dense"
@@ -231,7 +238,7 @@ def _stack(o: SimpleNamespace, rotary: bool) -> StackConfig:
     )
     second = attention if o.twin_attention else feed_forward
     memory = MemoryConfig(o.pkm_num_keys)
-    pkm = (o.pkm_layers,) if isinstance(o.pkm_layers, int) else o.pkm_layers
+    pkm = chosen_layers("pkm_layers", o.pkm_layers, o.depth)
     norm = NormConfig("rezero") if o.use_rezero else _LAYER
     return StackConfig(
         o.dim,
@@ -248,8 +255,7 @@ def _stack(o: SimpleNamespace, rotary: bool) -> StackConfig:
 
 
 def _attention(o: SimpleNamespace, rotary: bool) -> AttentionConfig:
-    if o.dim_head is None and o.dim % o.heads:
-        raise ValueError(f"dim={o.dim} must be a multiple of heads={o.heads}, or give dim_head.")
+    head_dim = head_width(o.dim, o.heads, o.dim_head)
     if not 0 <= o.n_local_attn_heads < o.heads:
         raise ValueError(
             f"n_local_attn_heads={o.n_local_attn_heads} must be less than heads={o.heads}."
@@ -265,7 +271,7 @@ def _attention(o: SimpleNamespace, rotary: bool) -> AttentionConfig:
         random_rotations_per_head=o.random_rotations_per_head,
         full_attn_thres=o.full_attn_thres,
         use_full_attn=o.use_full_attn,
-        attn_chunks=o.attn_chunks or 1,
+        attn_chunks=1 if o.attn_chunks is None else o.attn_chunks,
         rotary=rotary,
         hash_masked=o.hash_masked,
     )
@@ -281,7 +287,7 @@ def _attention(o: SimpleNamespace, rotary: bool) -> AttentionConfig:
         groups.insert(0, HeadGroup(o.n_local_attn_heads, near, **own))
     return AttentionConfig(
         tuple(groups),
-        o.dim_head or o.dim // o.heads,
+        head_dim,
         causal=o.causal,
         out_bias=True,
         shared_qk=True,
