@@ -80,8 +80,8 @@ def call_attention(
             mask &= (seen | (jnp.arange(key_length)[None] >= length))[None, None]
         if mask is not True:
             told["mask"] = mask
-        if visible.positions is not None and "positions" in names:
-            told["positions"] = visible.positions
+    if getattr(attention_fn, "rotary", False) and visible.positions is not None:
+        told["positions"] = visible.positions
     return attention_fn(query, key, value, **told, **options)
 
 
@@ -111,7 +111,8 @@ def call_with_choice(
     if "return_buckets" not in (parameter_names(attention_fn) or ()):
         return call_attention(attention_fn, query, key, value, visible, **options), None
     options |= {"buckets": choice, "return_buckets": True}
-    return call_attention(attention_fn, query, key, value, visible, **options)
+    found = call_attention(attention_fn, query, key, value, visible, **options)
+    return found.out, found.buckets
 
 
 @functools.lru_cache(maxsize=256)

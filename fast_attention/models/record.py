@@ -79,14 +79,14 @@ class _Recorded:
 
     def __call__(self, query: Array, key: Array, value: Array, **options: Any) -> Any:
         out = self.function(query, key, value, **options)
-        buckets = out[1] if options.get("return_buckets") else None
+        buckets = out.buckets if options.get("return_buckets") else None
         if buckets is not None:
             options |= {"buckets": buckets}
         length = key.shape[1]
         one = jnp.eye(length, dtype=value.dtype)[None, :, None]
         one = jnp.broadcast_to(one, (*value.shape[:-1], length))
         weights = self.function(query, key, one, **options)
-        weights = weights[0] if options.get("return_buckets") else weights
+        weights = weights.out if options.get("return_buckets") else weights
         weights = jnp.moveaxis(weights.astype(jnp.float32), 1, 2)
         self.kept.append(Recording(self.path, self.group, weights, buckets))
         return out

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fast_attention.layers.attention_config import AttentionConfig, HeadGroup
+from fast_attention.layers.multi_head import MultiHeadAttention
 from fast_attention.layers.stack import Stack, StackConfig
 from fast_attention.layers.sublayer import (
     FeedForwardConfig,
@@ -66,8 +67,11 @@ REFORMER = {
     "n_local_attn_heads": 0,
     "pkm_layers": (),
     "pkm_num_keys": 128,
+    "hash_masked": False,
 }
-"""Keywords of `Reformer` and their defaults; `twin_attention` is that of versions before 1."""
+"""Keywords of `Reformer` and their defaults; `twin_attention` is that of versions before 1, and
+`hash_masked` of none: padding stands where it hashes to, as it always did there, so that what it
+holds shifts the borders of chunks; otherwise it stands behind all buckets."""
 
 REFORMER_LM = {
     **REFORMER,
@@ -85,6 +89,49 @@ REFORMER_LM = {
     "axial_position_dims": None,
 }
 """Keywords of `ReformerLM` and their defaults."""
+
+
+LSH_SELF_ATTENTION = {
+    "dim": REQUIRED,
+    "heads": 8,
+    "dim_head": None,
+    "bucket_size": 64,
+    "n_hashes": 8,
+    "causal": False,
+    "attn_chunks": 1,
+    "random_rotations_per_head": False,
+    "attend_across_buckets": True,
+    "allow_duplicate_attention": True,
+    "rehash_each_round": True,
+    "drop_for_hash_rate": 0.0,
+    "num_mem_kv": 0,
+    "one_value_head": False,
+    "use_full_attn": False,
+    "full_attn_thres": None,
+    "post_attn_dropout": 0.0,
+    "dropout": 0.0,
+    "n_local_attn_heads": 0,
+    "rotary": False,
+    "hash_masked": False,
+}
+"""Keywords of `LSHSelfAttention` and their defaults; the last two are ours. Weights and buckets are
+a matter of `record`, not of ``return_attn``."""
+
+
+def LSHSelfAttention(*, rngs: nnx.Rngs, dtype: Any = None, **keywords: Any) -> MultiHeadAttention:
+    """The attention layer of a `Reformer` alone.
+
+    Args:
+      rngs: Source of parameters and of the rotations that hash.
+      dtype: To compute in.
+      **keywords: See `LSH_SELF_ATTENTION`. Up to `full_attn_thres` keys, by default `bucket_size`,
+        attention is exact.
+
+    Returns:
+      The `MultiHeadAttention`. The original's ``keys`` are its context.
+    """
+    o = complete("LSHSelfAttention", keywords, LSH_SELF_ATTENTION)
+    return MultiHeadAttention(o.dim, _attention(o, o.rotary), dtype=dtype, rngs=rngs)
 
 
 def Reformer(*, rngs: nnx.Rngs, dtype: Any = None, **keywords: Any) -> Stack:
@@ -170,45 +217,14 @@ def ReformerEncoderDecoder(
 
 
 def _stack(o: SimpleNamespace, rotary: bool) -> StackConfig:
-    if o.dim_head is None and o.dim % o.heads:
-        raise ValueError(f"dim={o.dim} must be a multiple of heads={o.heads}, or give dim_head.")
-    if not 0 <= o.n_local_attn_heads < o.heads:
-        raise ValueError(
-            f"n_local_attn_heads={o.n_local_attn_heads} must be less than heads={o.heads}."
-        )
-    hashed = make_lsh_attention(
-        o.bucket_size,
-        o.n_hashes,
-        unidirectional=o.causal,
-        allow_duplicate_attention=o.lsh_allow_duplicate_attention,
-        attend_across_buckets=o.lsh_attend_across_buckets,
-        random_rotations_per_head=o.random_rotations_per_head,
-        full_attn_thres=o.full_attn_thres,
-        use_full_attn=o.use_full_attn,
-        attn_chunks=o.attn_chunks or 1,
-        rotary=rotary,
-    )
-    groups = [HeadGroup(o.heads - o.n_local_attn_heads, hashed, dropout_rate=o.lsh_dropout)]
-    if o.n_local_attn_heads:
-        near = make_local_attention(
-            2 * o.bucket_size,
-            unidirectional=o.causal,
-            look_forward=0 if o.causal else 1,
-            shared_qk=True,
-        )
-        own = {"dropout_rate": o.lsh_dropout, "extra_keys": False}
-        groups.insert(0, HeadGroup(o.n_local_attn_heads, near, **own))
-    attention = AttentionConfig(
-        tuple(groups),
-        o.dim_head or o.dim // o.heads,
-        causal=o.causal,
-        out_bias=True,
-        shared_qk=True,
-        one_value_head=o.one_value_head,
-        memory=o.num_mem_kv,
-        context="append",
-        dropout_rate=o.post_attn_dropout,
-    )
+    named = {
+        "dropout": o.lsh_dropout,
+        "attend_across_buckets": o.lsh_attend_across_buckets,
+        "allow_duplicate_attention": o.lsh_allow_duplicate_attention,
+        "rehash_each_round": True,
+        "drop_for_hash_rate": 0.0,
+    }
+    attention = _attention(SimpleNamespace(**(vars(o) | named)), rotary)
     feed_forward = FeedForwardConfig(
         o.dim * o.ff_mult, o.ff_activation or "gelu_exact", o.ff_glu, o.ff_chunks, o.ff_dropout
     )
@@ -227,4 +243,49 @@ def _stack(o: SimpleNamespace, rotary: bool) -> StackConfig:
         reverse_threshold=o.reverse_thres,
         tie_blocks=o.weight_tie,
         layer_dropout_rate=o.layer_dropout,
+    )
+
+
+def _attention(o: SimpleNamespace, rotary: bool) -> AttentionConfig:
+    if o.dim_head is None and o.dim % o.heads:
+        raise ValueError(f"dim={o.dim} must be a multiple of heads={o.heads}, or give dim_head.")
+    if not 0 <= o.n_local_attn_heads < o.heads:
+        raise ValueError(
+            f"n_local_attn_heads={o.n_local_attn_heads} must be less than heads={o.heads}."
+        )
+    hashed = make_lsh_attention(
+        o.bucket_size,
+        o.n_hashes,
+        unidirectional=o.causal,
+        allow_duplicate_attention=o.allow_duplicate_attention,
+        attend_across_buckets=o.attend_across_buckets,
+        rehash_each_round=o.rehash_each_round,
+        drop_for_hash_rate=o.drop_for_hash_rate,
+        random_rotations_per_head=o.random_rotations_per_head,
+        full_attn_thres=o.full_attn_thres,
+        use_full_attn=o.use_full_attn,
+        attn_chunks=o.attn_chunks or 1,
+        rotary=rotary,
+        hash_masked=o.hash_masked,
+    )
+    groups = [HeadGroup(o.heads - o.n_local_attn_heads, hashed, dropout_rate=o.dropout)]
+    if o.n_local_attn_heads:
+        near = make_local_attention(
+            2 * o.bucket_size,
+            unidirectional=o.causal,
+            look_forward=0 if o.causal else 1,
+            shared_qk=True,
+        )
+        own: dict[str, Any] = {"dropout_rate": o.dropout, "extra_keys": False}
+        groups.insert(0, HeadGroup(o.n_local_attn_heads, near, **own))
+    return AttentionConfig(
+        tuple(groups),
+        o.dim_head or o.dim // o.heads,
+        causal=o.causal,
+        out_bias=True,
+        shared_qk=True,
+        one_value_head=o.one_value_head,
+        memory=o.num_mem_kv,
+        context="append",
+        dropout_rate=o.post_attn_dropout,
     )
