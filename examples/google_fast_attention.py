@@ -71,8 +71,7 @@ def unidirectional_attention(length: int = 1024, features: int = 512, heads: int
         ),
     )
     x = jax.random.normal(jax.random.key(0), (1, length, features))
-    model = nnx.bridge.ToNNX(layer, rngs=nnx.Rngs(0)).lazy_init(x)
-    return Example(model, lambda model: model(x))
+    return Example(layer.init(jax.random.key(1), x), lambda variables: layer.apply(variables, x))
 
 
 def transformer(length: int = 2048, **sizes: Any) -> Example:

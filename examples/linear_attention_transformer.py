@@ -67,9 +67,7 @@ def language_model(length: int = 8192, num_tokens: int = TOKENS, **sizes: Any) -
 def transformer(length: int = 8192, dim: int = 512, **sizes: Any) -> Example:
     """The stack alone, of local and linear heads: ``[1, 8192, 512]``."""
     options = {"heads": 8, "depth": 1, "n_local_attn_heads": 4} | sizes
-    model = LinearAttentionTransformer(
-        dim=dim, max_seq_len=length, **options, rngs=nnx.Rngs(0)
-    )
+    model = LinearAttentionTransformer(dim=dim, max_seq_len=length, **options, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (1, length, dim))
     return Example(model, lambda model: model(x))
 

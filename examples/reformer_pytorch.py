@@ -19,9 +19,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from examples.running import Example, run
-from fast_attention import lsh_attention, make_lsh_attention
-from fast_attention.layers import AttentionConfig, AxialPositions, HeadGroup, MultiHeadAttention
-from fast_attention.models import Reformer, ReformerLM, generate, next_token_loss, record
+from fast_attention import lsh_attention
+from fast_attention.layers import AxialPositions
+from fast_attention.models import (
+    LSHSelfAttention,
+    Reformer,
+    ReformerLM,
+    generate,
+    next_token_loss,
+    record,
+)
 
 TOKENS = 20000
 
@@ -72,10 +79,9 @@ def self_attention(
     batch: int = 10, length: int = 1024, dim: int = 128, bucket_size: int = 64
 ) -> Example:
     """Self-attention with LSH: ``[10, 1024, 128]``. Queries and keys are one projection."""
-    heads = 8
-    group = HeadGroup(heads, make_lsh_attention(bucket_size=bucket_size, n_hashes=8))
-    config = AttentionConfig((group,), dim // heads, causal=False, shared_qk=True, out_bias=True)
-    attn = MultiHeadAttention(dim, config, rngs=nnx.Rngs(0))
+    attn = LSHSelfAttention(
+        dim=dim, heads=8, bucket_size=bucket_size, n_hashes=8, causal=False, rngs=nnx.Rngs(0)
+    )
     x = jax.random.normal(jax.random.key(0), (batch, length, dim))
     return Example(attn, lambda attn: attn(x))
 
@@ -133,17 +139,19 @@ def axial_positions(
 
 
 def translation(length: int = 4096, num_tokens: int = TOKENS, **sizes: Any) -> Example:
-    """Sequence to sequence: the encodings are keys of the decoder; logits ``[1, 4096, 20000]``.
-
-    With `emb_dim` the encodings are as wide as embeddings, 128, and the decoder's keys as its
-    stream, 1024: this README stops with an error in 1.4 too. The encoder here has no `emb_dim`.
-    """
-    options = {"dim": 1024, "depth": 12, "heads": 8, "fixed_position_emb": True} | sizes
-    emb_dim = options.pop("emb_dim", 128)
-    shared = {"num_tokens": num_tokens, "max_seq_len": length, **options}
+    """Sequence to sequence: the encodings are keys of the decoder; logits ``[1, 4096, 20000]``."""
+    shared = {
+        "num_tokens": num_tokens,
+        "emb_dim": 128,
+        "dim": 1024,
+        "depth": 12,
+        "heads": 8,
+        "max_seq_len": length,
+        "fixed_position_emb": True,
+    } | sizes
     models = nnx.Dict(
         encoder=ReformerLM(**shared, return_embeddings=True, rngs=nnx.Rngs(0)),
-        decoder=ReformerLM(**shared, emb_dim=emb_dim, causal=True, rngs=nnx.Rngs(1)),
+        decoder=ReformerLM(**shared, causal=True, rngs=nnx.Rngs(1)),
     )
     x, yi = _tokens(0, length, num_tokens), _tokens(1, length, num_tokens)
 
@@ -251,9 +259,7 @@ def training(
     """
     longest = max(lengths)
     rows = [
-        jnp.pad(
-            jax.random.randint(jax.random.key(row), (n,), 1, num_tokens), (0, longest - n)
-        )
+        jnp.pad(jax.random.randint(jax.random.key(row), (n,), 1, num_tokens), (0, longest - n))
         for row, n in enumerate(lengths)
     ]
     tokens = jnp.stack(rows)

@@ -19,7 +19,7 @@ SMALL = {"num_tokens": V, "dim": 8, "depth": 1, "heads": 2}
 STACK = {"dim": 8, "depth": 1}
 HASH = {"bucket_size": 4, "n_hashes": 2, "ff_chunks": 2}
 FLAT = {"emb_dim": 8, "num_heads": 2, "num_layers": 1, "qkv_dim": 8, "mlp_dim": 8}
-RESIDUES = 32
+RESIDUES = 29
 
 # The shapes that the README documents, and small sizes with theirs.
 CASES = {
@@ -191,6 +191,20 @@ def shapes(outputs):
     return found if len(found) > 1 else found[0]
 
 
+def split(model):
+    if isinstance(model, nnx.Module):
+        return nnx.split(model, nnx.Param, ...)
+    return None, model, None
+
+
+def unused(make, path):
+    """Tokens have no gradient, weights none behind them, and of an encoder no logits are asked."""
+    if make in (performer.encoder_decoder_generation, reformer.generation, reformer.recorder):
+        return True
+    encoder = make is performer.encoder_decoder_loss
+    return encoder and jax.tree_util.keystr(path).startswith("['encoder']['head']")
+
+
 def test_every_example_is_tested():
     modules = (performer, reformer, lat, tensorflow, google)
     assert set(CASES) == {make for module in modules for make in module.EXAMPLES}
@@ -209,12 +223,14 @@ def test_shapes_are_those_of_the_readme(make):
 def test_gradients_reach_every_parameter(make):
     _, sizes, expected = CASES[make]
     model, call = make(**sizes)
-    graphdef, parameters, rest = nnx.split(model, nnx.Param, ...)
+    graphdef, parameters, rest = split(model)
 
     @jax.jit
     def outputs_and_gradients(parameters, rest):
         def loss(parameters):
-            outputs = call(None if model is None else nnx.merge(graphdef, parameters, rest))
+            outputs = call(
+                parameters if graphdef is None else nnx.merge(graphdef, parameters, rest)
+            )
             floats = [x for x in jax.tree.leaves(outputs) if jnp.issubdtype(x.dtype, jnp.floating)]
             # Outputs count differently, or a softmax or norm at the end would have no gradient.
             weights = [jnp.cos(jnp.arange(math.prod(x.shape))).reshape(x.shape) for x in floats]
@@ -226,7 +242,6 @@ def test_gradients_reach_every_parameter(make):
     assert shapes(outputs) == expected
     for x in jax.tree.leaves(outputs):
         assert np.isfinite(x).all()
-    if not make.__name__.endswith("generation"):
-        for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
-            assert np.isfinite(gradient).all(), path
-            assert np.any(gradient != 0), path
+    for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
+        assert np.isfinite(gradient).all(), path
+        assert np.any(gradient != 0) or unused(make, path), path
