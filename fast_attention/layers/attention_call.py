@@ -80,8 +80,9 @@ def call_attention(
             mask &= (seen | (jnp.arange(key_length)[None] >= length))[None, None]
         if mask is not True:
             told["mask"] = mask
-    if getattr(attention_fn, "rotary", False) and visible.positions is not None:
-        told["positions"] = visible.positions
+        rotates = getattr(attention_fn, "rotary", True)
+        if visible.positions is not None and "positions" in names and rotates:
+            told["positions"] = visible.positions
     return attention_fn(query, key, value, **told, **options)
 
 
