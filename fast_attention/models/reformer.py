@@ -177,44 +177,7 @@ def ReformerEncoderDecoder(
 
 
 def _stack(o: SimpleNamespace, rotary: bool) -> StackConfig:
-    head_dim = head_width(o.dim, o.heads, o.dim_head)
-    if not 0 <= o.n_local_attn_heads < o.heads:
-        raise ValueError(
-            f"n_local_attn_heads={o.n_local_attn_heads} must be less than heads={o.heads}."
-        )
-    hashed = make_lsh_attention(
-        o.bucket_size,
-        o.n_hashes,
-        unidirectional=o.causal,
-        allow_duplicate_attention=o.lsh_allow_duplicate_attention,
-        attend_across_buckets=o.lsh_attend_across_buckets,
-        random_rotations_per_head=o.random_rotations_per_head,
-        full_attn_thres=o.full_attn_thres,
-        use_full_attn=o.use_full_attn,
-        attn_chunks=1 if o.attn_chunks is None else o.attn_chunks,
-        rotary=rotary,
-    )
-    groups = [HeadGroup(o.heads - o.n_local_attn_heads, hashed, dropout_rate=o.lsh_dropout)]
-    if o.n_local_attn_heads:
-        near = make_local_attention(
-            2 * o.bucket_size,
-            unidirectional=o.causal,
-            look_forward=0 if o.causal else 1,
-            shared_qk=True,
-        )
-        own = {"dropout_rate": o.lsh_dropout, "extra_keys": False}
-        groups.insert(0, HeadGroup(o.n_local_attn_heads, near, **own))
-    attention = AttentionConfig(
-        tuple(groups),
-        head_dim,
-        causal=o.causal,
-        out_bias=True,
-        shared_qk=True,
-        one_value_head=o.one_value_head,
-        memory=o.num_mem_kv,
-        context="append",
-        dropout_rate=o.post_attn_dropout,
-    )
+    attention = _attention(o, rotary)
     feed_forward = FeedForwardConfig(
         o.dim * o.ff_mult, o.ff_activation or "gelu_exact", o.ff_glu, o.ff_chunks, o.ff_dropout
     )
@@ -234,3 +197,46 @@ def _stack(o: SimpleNamespace, rotary: bool) -> StackConfig:
         tie_blocks=o.weight_tie,
         layer_dropout_rate=o.layer_dropout,
     )
+
+
+def _attention(o: SimpleNamespace, rotary: bool) -> AttentionConfig:
+    head_dim = head_width(o.dim, o.heads, o.dim_head)
+    return AttentionConfig(
+        _groups(o, rotary),
+        head_dim,
+        causal=o.causal,
+        out_bias=True,
+        shared_qk=True,
+        one_value_head=o.one_value_head,
+        memory=o.num_mem_kv,
+        context="append",
+        dropout_rate=o.post_attn_dropout,
+    )
+
+
+def _groups(o: SimpleNamespace, rotary: bool) -> tuple[HeadGroup, ...]:
+    number = o.n_local_attn_heads
+    if not 0 <= number < o.heads:
+        raise ValueError(f"n_local_attn_heads={number} must be less than heads={o.heads}.")
+    hashed = make_lsh_attention(
+        o.bucket_size,
+        o.n_hashes,
+        unidirectional=o.causal,
+        allow_duplicate_attention=o.lsh_allow_duplicate_attention,
+        attend_across_buckets=o.lsh_attend_across_buckets,
+        random_rotations_per_head=o.random_rotations_per_head,
+        full_attn_thres=o.full_attn_thres,
+        use_full_attn=o.use_full_attn,
+        attn_chunks=1 if o.attn_chunks is None else o.attn_chunks,
+        rotary=rotary,
+    )
+    far = HeadGroup(o.heads - number, hashed, dropout_rate=o.lsh_dropout)
+    if not number:
+        return (far,)
+    near = make_local_attention(
+        2 * o.bucket_size,
+        unidirectional=o.causal,
+        look_forward=0 if o.causal else 1,
+        shared_qk=True,
+    )
+    return HeadGroup(number, near, dropout_rate=o.lsh_dropout, extra_keys=False), far
