@@ -72,7 +72,8 @@ class LanguageModel(nnx.Module):
 
         self.project_in = None if width == features else linear(width, features)
         self.stack = Stack(config.stack, dtype=dtype, rngs=rngs)
-        self.project_out = None if width == features else linear(features, width)
+        unasked = config.logits == "none" and config.norm_before_projection
+        self.project_out = None if width == features or unasked else linear(features, width)
         norm = config.final_norm
         norm_width = features if config.norm_before_projection else width
         self.norm = make_norm(norm.kind, norm_width, epsilon=norm.epsilon, dtype=dtype, rngs=rngs)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fast_attention.layers.attention_config import AttentionConfig, HeadGroup
+from fast_attention.layers.multi_head import MultiHeadAttention
 from fast_attention.layers.stack import Stack, StackConfig
 from fast_attention.layers.sublayer import (
     FeedForwardConfig,
@@ -72,8 +73,11 @@ REFORMER = {
     "n_local_attn_heads": 0,
     "pkm_layers": (),
     "pkm_num_keys": 128,
+    "hash_masked": False,
 }
-"""Keywords of `Reformer` and their defaults; `twin_attention` is that of versions before 1."""
+"""Keywords of `Reformer` and their defaults; `twin_attention` is that of versions before 1, and
+`hash_masked` of none: padding stands where it hashes to, as it always did there, so that what it
+holds shifts the borders of chunks; otherwise it stands behind all buckets."""
 
 REFORMER_LM = {
     **REFORMER,
@@ -90,7 +94,51 @@ REFORMER_LM = {
     "axial_position_shape": None,
     "axial_position_dims": None,
 }
-"""Keywords of `ReformerLM` and their defaults."""
+"""Keywords of `ReformerLM` and their defaults; ours is `axial_position_dims`, the widths of axial
+vectors that are concatenated and not added."""
+
+
+LSH_SELF_ATTENTION = {
+    "dim": REQUIRED,
+    "heads": 8,
+    "dim_head": None,
+    "bucket_size": 64,
+    "n_hashes": 8,
+    "causal": False,
+    "attn_chunks": 1,
+    "random_rotations_per_head": False,
+    "attend_across_buckets": True,
+    "allow_duplicate_attention": True,
+    "rehash_each_round": True,
+    "drop_for_hash_rate": 0.0,
+    "num_mem_kv": 0,
+    "one_value_head": False,
+    "use_full_attn": False,
+    "full_attn_thres": None,
+    "post_attn_dropout": 0.0,
+    "dropout": 0.0,
+    "n_local_attn_heads": 0,
+    "rotary": False,
+    "hash_masked": False,
+}
+"""Keywords of `LSHSelfAttention` and their defaults; the last two are ours. Weights and buckets are
+a matter of `record`, not of ``return_attn``."""
+
+
+def LSHSelfAttention(*, rngs: nnx.Rngs, dtype: Any = None, **keywords: Any) -> MultiHeadAttention:
+    """The attention layer of a `Reformer` alone.
+
+    Args:
+      rngs: Source of parameters and of the rotations that hash.
+      dtype: To compute in.
+      **keywords: See `LSH_SELF_ATTENTION`. Up to `full_attn_thres` keys, by default `bucket_size`,
+        attention is exact.
+
+    Returns:
+      The `MultiHeadAttention`. The original's ``keys`` are its context.
+    """
+    o = complete("LSHSelfAttention", keywords, LSH_SELF_ATTENTION)
+    return MultiHeadAttention(o.dim, _attention(o, o.rotary), dtype=dtype, rngs=rngs)
 
 
 def Reformer(*, rngs: nnx.Rngs, dtype: Any = None, **keywords: Any) -> Stack:
@@ -177,7 +225,14 @@ def ReformerEncoderDecoder(
 
 
 def _stack(o: SimpleNamespace, rotary: bool) -> StackConfig:
-    attention = _attention(o, rotary)
+    named = {
+        "dropout": o.lsh_dropout,
+        "attend_across_buckets": o.lsh_attend_across_buckets,
+        "allow_duplicate_attention": o.lsh_allow_duplicate_attention,
+        "rehash_each_round": True,
+        "drop_for_hash_rate": 0.0,
+    }
+    attention = _attention(SimpleNamespace(**(vars(o) | named)), rotary)
     feed_forward = FeedForwardConfig(
         o.dim * o.ff_mult, o.ff_activation or "gelu_exact", o.ff_glu, o.ff_chunks, o.ff_dropout
     )
@@ -222,15 +277,18 @@ def _groups(o: SimpleNamespace, rotary: bool) -> tuple[HeadGroup, ...]:
         o.bucket_size,
         o.n_hashes,
         unidirectional=o.causal,
-        allow_duplicate_attention=o.lsh_allow_duplicate_attention,
-        attend_across_buckets=o.lsh_attend_across_buckets,
+        allow_duplicate_attention=o.allow_duplicate_attention,
+        attend_across_buckets=o.attend_across_buckets,
+        rehash_each_round=o.rehash_each_round,
+        drop_for_hash_rate=o.drop_for_hash_rate,
         random_rotations_per_head=o.random_rotations_per_head,
         full_attn_thres=o.full_attn_thres,
         use_full_attn=o.use_full_attn,
         attn_chunks=1 if o.attn_chunks is None else o.attn_chunks,
         rotary=rotary,
+        hash_masked=o.hash_masked,
     )
-    far = HeadGroup(o.heads - number, hashed, dropout_rate=o.lsh_dropout)
+    far = HeadGroup(o.heads - number, hashed, dropout_rate=o.dropout)
     if not number:
         return (far,)
     near = make_local_attention(
@@ -239,4 +297,4 @@ def _groups(o: SimpleNamespace, rotary: bool) -> tuple[HeadGroup, ...]:
         look_forward=0 if o.causal else 1,
         shared_qk=True,
     )
-    return HeadGroup(number, near, dropout_rate=o.lsh_dropout, extra_keys=False), far
+    return HeadGroup(number, near, dropout_rate=o.dropout, extra_keys=False), far

@@ -109,6 +109,8 @@ def _place(model: Any, name: str) -> Place | None:
         return _place_around(model, name) or _place_in_stack(model.stack, name)
     if isinstance(model, Stack):
         return _place_in_stack(model, name)
+    if isinstance(model, MultiHeadAttention):
+        return _place_in_attention(model, name)
     raise TypeError(
         f"{type(model).__name__} is none of our models of the originals: build one with a preset "
         "of fast_attention.models."
