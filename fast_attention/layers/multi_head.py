@@ -19,9 +19,15 @@ from fast_attention.layers.attention_call import (
     Visible,
     call_attention,
     call_with_choice,
+    causal_by_mask,
 )
 from fast_attention.layers.attention_config import AttentionConfig, HeadGroup
-from fast_attention.layers.head_groups import dropout_options, read_keys, rotated
+from fast_attention.layers.head_groups import (
+    draw_projection,
+    dropout_options,
+    read_keys,
+    rotated,
+)
 from fast_attention.layers.inputs import Inputs
 from fast_attention.layers.linear import Linear
 from fast_attention.layers.query_key_value import QueryKeyValue
@@ -78,7 +84,7 @@ class MultiHeadAttention(nnx.Module):
             rngs=rngs,
         )
         self.dropout = nnx.Dropout(config.dropout_rate)
-        drawn = [_draw(group, rngs.params(), config.head_dim) for group in config.groups]
+        drawn = [draw_projection(group, rngs.params(), config.head_dim) for group in config.groups]
         self.projections = nnx.List([None if x is None else Projection(x) for x in drawn])
 
     def __call__(
@@ -156,14 +162,13 @@ class MultiHeadAttention(nnx.Module):
             if not group.extra_keys:
                 k, v = k[:, :length], v[:, :length]
                 seen = seen._replace(key_mask=inputs.key_mask)
-            elif self._sees_memory_by_mask(group):
-                past = jnp.tri(length, dtype=bool)[None]
-                seen = seen._replace(
-                    causal=False, mask=past & (True if seen.mask is None else seen.mask)
-                )
+            # Memory is read first, into the state that the tokens continue, where there is one.
+            after_memory = self._has_causal_memory(group)
+            if after_memory and not hasattr(group.attention_fn, "init_state"):
+                after_memory, seen = False, causal_by_mask(seen, length)
             q, k = rotated(group, q, k, positions)
             options = self._own(index) | dropout_options(group, deterministic, rngs)
-            if self._follows_memory(group):
+            if after_memory:
                 attended = self._after_memory(group, q, k, v, seen, options)
             else:
                 before = None if choices is None else choices[index]
@@ -270,7 +275,7 @@ class MultiHeadAttention(nnx.Module):
         for group, projection in zip(self.config.groups, self.projections, strict=True):
             if projection is None:
                 continue
-            draw = functools.partial(_draw, group, head_dim=width)
+            draw = functools.partial(draw_projection, group, head_dim=width)
             single = jax.eval_shape(draw, jax.random.key(0)).ndim
             stack = projection.shape[: projection.ndim - single]
             for _ in stack:
@@ -302,14 +307,6 @@ class MultiHeadAttention(nnx.Module):
                 for i, (group, q, k, v) in enumerate(split)
             ]
         )
-
-    def _follows_memory(self, group: HeadGroup) -> bool:
-        """Whether memory is read first, into the state that the tokens continue."""
-        return self._has_causal_memory(group) and hasattr(group.attention_fn, "init_state")
-
-    def _sees_memory_by_mask(self, group: HeadGroup) -> bool:
-        """Whether a mask has to tell which keys are the past: functions differ in that."""
-        return self._has_causal_memory(group) and not hasattr(group.attention_fn, "init_state")
 
     def _has_causal_memory(self, group: HeadGroup) -> bool:
         config = self.config
@@ -395,8 +392,3 @@ class MultiHeadAttention(nnx.Module):
                 )
         if not self.can_decode:
             raise TypeError("Shared queries and keys with memory or a context cannot decode.")
-
-
-def _draw(group: HeadGroup, key: Array, head_dim: int) -> Any:
-    draw = getattr(group.attention_fn, "draw_projection", None)
-    return None if draw is None else draw(key, head_dim)

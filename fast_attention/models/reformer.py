@@ -256,10 +256,23 @@ def _stack(o: SimpleNamespace, rotary: bool) -> StackConfig:
 
 def _attention(o: SimpleNamespace, rotary: bool) -> AttentionConfig:
     head_dim = head_width(o.dim, o.heads, o.dim_head)
-    if not 0 <= o.n_local_attn_heads < o.heads:
-        raise ValueError(
-            f"n_local_attn_heads={o.n_local_attn_heads} must be less than heads={o.heads}."
-        )
+    return AttentionConfig(
+        _groups(o, rotary),
+        head_dim,
+        causal=o.causal,
+        out_bias=True,
+        shared_qk=True,
+        one_value_head=o.one_value_head,
+        memory=o.num_mem_kv,
+        context="append",
+        dropout_rate=o.post_attn_dropout,
+    )
+
+
+def _groups(o: SimpleNamespace, rotary: bool) -> tuple[HeadGroup, ...]:
+    number = o.n_local_attn_heads
+    if not 0 <= number < o.heads:
+        raise ValueError(f"n_local_attn_heads={number} must be less than heads={o.heads}.")
     hashed = make_lsh_attention(
         o.bucket_size,
         o.n_hashes,
@@ -275,24 +288,13 @@ def _attention(o: SimpleNamespace, rotary: bool) -> AttentionConfig:
         rotary=rotary,
         hash_masked=o.hash_masked,
     )
-    groups = [HeadGroup(o.heads - o.n_local_attn_heads, hashed, dropout_rate=o.dropout)]
-    if o.n_local_attn_heads:
-        near = make_local_attention(
-            2 * o.bucket_size,
-            unidirectional=o.causal,
-            look_forward=0 if o.causal else 1,
-            shared_qk=True,
-        )
-        own: dict[str, Any] = {"dropout_rate": o.dropout, "extra_keys": False}
-        groups.insert(0, HeadGroup(o.n_local_attn_heads, near, **own))
-    return AttentionConfig(
-        tuple(groups),
-        head_dim,
-        causal=o.causal,
-        out_bias=True,
+    far = HeadGroup(o.heads - number, hashed, dropout_rate=o.dropout)
+    if not number:
+        return (far,)
+    near = make_local_attention(
+        2 * o.bucket_size,
+        unidirectional=o.causal,
+        look_forward=0 if o.causal else 1,
         shared_qk=True,
-        one_value_head=o.one_value_head,
-        memory=o.num_mem_kv,
-        context="append",
-        dropout_rate=o.post_attn_dropout,
     )
+    return HeadGroup(number, near, dropout_rate=o.dropout, extra_keys=False), far
