@@ -18,7 +18,7 @@ V = 12
 SMALL = {"num_tokens": V, "dim": 8, "depth": 1, "heads": 2}
 STACK = {"dim": 8, "depth": 1}
 HASH = {"bucket_size": 4, "n_hashes": 2, "ff_chunks": 2}
-# What hashing and two streams do is seen in two of the Reformers; the others compile faster without.
+# Hashing and two streams are seen in two of the Reformers; the others compile faster without.
 DENSE = {"use_full_attn": True, "reverse_thres": 99, "ff_chunks": 1}
 FLAT = {"emb_dim": 8, "num_heads": 2, "num_layers": 1, "qkv_dim": 8, "mlp_dim": 8}
 RESIDUES = 29
