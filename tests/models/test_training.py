@@ -7,7 +7,7 @@ import optax
 import pytest
 from flax import nnx
 
-from fast_attention.layers import Projection, redraw_every
+from fast_attention.layers import Projection, fix_projections, redraw_due, redraw_every
 from fast_attention.models import PerformerLM, ReformerLM, next_token_loss
 from fast_attention.models.training import make_train_step
 from tests.models.cases import LM, build, tokens
@@ -97,6 +97,15 @@ def test_features_are_redrawn_every_few_steps_and_by_nothing_else():
     assert not redraw_every(model, None, 2, nnx.Rngs(0))
     with pytest.raises(ValueError, match="at least 1, or None for never, got 0"):
         redraw_every(model, 0, 2, nnx.Rngs(0))
+
+
+def test_stacks_redraw_by_their_own_interval_until_they_are_fixed():
+    model = build(PerformerLM, **SMALL, feature_redraw_interval=2)
+    drawn = [redraw_due(model, step, nnx.Rngs(step)) for step in range(4)]
+    assert drawn == [False, False, True, False]
+    fix_projections(model)
+    assert not redraw_due(model, 2, nnx.Rngs(0))
+    assert not redraw_due(build(PerformerLM, **SMALL, auto_check_redraw=False), 1000, nnx.Rngs(0))
 
 
 def test_what_cannot_be_cut_is_an_error():
