@@ -76,7 +76,8 @@ def unidirectional_attention(length: int = 1024, features: int = 512, heads: int
 
 def transformer(length: int = 2048, **sizes: Any) -> Example:
     """A Transformer built on either variant, here generalised ReLU: logits ``[1, 2048, 256]``."""
-    config = TransformerConfig(**({"vocab_size": 256, "max_len": length} | sizes))
+    options: dict[str, Any] = {"vocab_size": 256, "max_len": length} | sizes
+    config = TransformerConfig(**options)
     model = Transformer(config, make_fast_generalized_attention(), rngs=nnx.Rngs(0))
     tokens = jax.random.randint(jax.random.key(0), (1, length), 0, config.vocab_size)
     return Example(model, lambda model: model(tokens))

@@ -64,13 +64,8 @@ def plain_performer(length: int = 2048, dim: int = 512, heads: int = 8) -> Examp
 
 def _encoder_decoder(length: int, num_tokens: int, dim: int, sizes: dict) -> EncoderDecoder:
     shared = {"num_tokens": num_tokens, "depth": 6, "heads": 8, "max_seq_len": length} | sizes
-    return PerformerEncoderDecoder(
-        dim=dim,
-        tie_token_embeds=True,
-        **{f"enc_{name}": value for name, value in shared.items()},
-        **{f"dec_{name}": value for name, value in shared.items()},
-        rngs=nnx.Rngs(0),
-    )
+    both: dict[str, Any] = {f"{x}_{name}": shared[name] for x in ("enc", "dec") for name in shared}
+    return PerformerEncoderDecoder(dim=dim, tie_token_embeds=True, **both, rngs=nnx.Rngs(0))
 
 
 def encoder_decoder_loss(

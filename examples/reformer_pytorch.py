@@ -220,7 +220,7 @@ def odd_lengths(
     num_tokens: int = TOKENS,
     **sizes: Any,
 ) -> Example:
-    """``Autopadder``: odd lengths, buckets and memories as they are; logits ``[1, 7777, 20000]``."""
+    """``Autopadder``: odd lengths, buckets, memories as they are: logits ``[1, 7777, 20000]``."""
     options = {"bucket_size": 63, "num_mem_kv": 77, "lsh_dropout": 0.1} | sizes
     model = ReformerLM(
         num_tokens=num_tokens,
