@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
@@ -113,3 +114,18 @@ def test_what_cannot_be_cut_is_an_error():
         make_train_step(loss, accumulate=0)
     with pytest.raises(ValueError, match="accumulate=3 must divide .* 4"):
         trained(build(PerformerLM, **SMALL), 3)
+
+
+def test_what_is_drawn_is_saved_with_the_model(tmp_path):
+    options = SMALL | {"feature_redraw_interval": None}
+    model, other = (PerformerLM(rngs=nnx.Rngs(seed), **options) for seed in (0, 1))
+    again = PerformerLM(rngs=nnx.Rngs(0), **options)
+    run = nnx.jit(lambda model: model(jnp.maximum(TOKENS, 0)))
+    before = run(model)
+    np.testing.assert_array_equal(run(again), before)
+    assert np.any(run(other) != before)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "model", nnx.state(model))
+        checkpointer.wait_until_finished()
+        nnx.update(other, checkpointer.restore(tmp_path / "model", nnx.state(other)))
+    np.testing.assert_array_equal(run(other), before)
