@@ -101,13 +101,13 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", choices=("reformer", "linear"), default="linear")
     parser.add_argument("--file", type=Path, default=README, help="the text")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--length", type=int, default=128, help="bytes of a window")
     parser.add_argument("--batch", type=int, default=16, help="windows of a step")
     parser.add_argument("--accumulate", type=int, default=2, help="parts of a step")
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--depth", type=int, default=2)
-    parser.add_argument("--learning_rate", type=float, default=3e-3)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--sample", type=int, default=100, help="bytes to write in the end")
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args(argv)
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
     began, losses = time.perf_counter(), []
     for number in range(1, flags.steps + 1):
         losses.append(float(step(model, optimizer, next(batches), rngs)))
-        if number in (1, flags.steps) or number % 50 == 0:
+        if number in (1, flags.steps) or number % 20 == 0:
             held = bits_per_byte(model, held_out, flags.length)
             seconds = time.perf_counter() - began
             bits = losses[-1] / np.log(2)

@@ -22,8 +22,10 @@ from examples.running import Example, run
 from fast_attention import lsh_attention
 from fast_attention.layers import AxialPositions
 from fast_attention.models import (
+    EncoderDecoder,
     LSHSelfAttention,
     Reformer,
+    ReformerEncoderDecoder,
     ReformerLM,
     generate,
     next_token_loss,
@@ -44,6 +46,8 @@ def language_model(length: int = 8192, num_tokens: int = TOKENS, **sizes: Any) -
         "depth": 12,
         "heads": 8,
         "lsh_dropout": 0.1,
+        "ff_dropout": 0.1,
+        "post_attn_dropout": 0.1,
         "layer_dropout": 0.1,
         "causal": True,
         "bucket_size": 64,
@@ -51,13 +55,19 @@ def language_model(length: int = 8192, num_tokens: int = TOKENS, **sizes: Any) -
         "emb_dim": 128,
         "ff_chunks": 200,
         "attn_chunks": 8,
-        "weight_tie": False,
         "num_mem_kv": 128,
         "twin_attention": False,
-        "use_full_attn": False,
         "full_attn_thres": 1024,
+        "reverse_thres": 1024,
         "use_scale_norm": False,
+        "use_rezero": False,
         "one_value_head": False,
+        "weight_tie": False,
+        "weight_tie_embedding": False,
+        "n_local_attn_heads": 2,
+        "pkm_layers": (4, 7),
+        "pkm_num_keys": 128,
+        "use_full_attn": False,
     }
     model = ReformerLM(
         num_tokens=num_tokens, max_seq_len=length, **(options | sizes), rngs=nnx.Rngs(0)
@@ -110,6 +120,45 @@ def attention(
         return out[:, :, 0], weights[:, 0], buckets[:, 0]
 
     return Example(None, call)
+
+
+def masking(
+    length: int = 8192,
+    context_length: int = 512,
+    dim: int = 1024,
+    num_tokens: int = TOKENS,
+    **sizes: Any,
+) -> Example:
+    """Masks of the sequence and of its context; logits ``[1, 8192, 20000]``."""
+    options = {"depth": 1, "ff_chunks": 8} | sizes
+    model = ReformerLM(
+        num_tokens=num_tokens,
+        dim=dim,
+        max_seq_len=length,
+        causal=True,
+        **options,
+        rngs=nnx.Rngs(0),
+    )
+    c = jax.random.normal(jax.random.key(0), (1, context_length, dim))
+    x = _tokens(1, length, num_tokens)
+    i_mask, c_mask = jnp.ones((1, length), bool), jnp.ones((1, context_length), bool)
+    return Example(model, lambda model: model(x, context=c, key_mask=i_mask, context_mask=c_mask))
+
+
+def feed_forward(length: int = 8192, num_tokens: int = TOKENS, **sizes: Any) -> Example:
+    """Another activation, gated, and a wider feed-forward layer: logits ``[1, 8192, 20000]``."""
+    options = {
+        "dim": 512,
+        "depth": 6,
+        "ff_chunks": 8,
+        "ff_dropout": 0.1,
+        "ff_mult": 6,
+        "ff_activation": "leaky_relu",
+        "ff_glu": True,
+    } | sizes
+    model = ReformerLM(num_tokens=num_tokens, max_seq_len=length, **options, rngs=nnx.Rngs(0))
+    x = _tokens(0, length, num_tokens)
+    return Example(model, lambda model: model(x, deterministic=False, rngs=nnx.Rngs(dropout=1)))
 
 
 def axial_positions(
@@ -199,6 +248,37 @@ def captions(
         return models["decoder"](yi, context=keys)
 
     return Example(models, call)
+
+
+def _encoder_decoder(length: int, dim: int, num_tokens: int, sizes: dict) -> EncoderDecoder:
+    shared = {"num_tokens": num_tokens, "depth": 6, "max_seq_len": length} | sizes
+    both: dict[str, Any] = {f"{x}_{name}": shared[name] for x in ("enc", "dec") for name in shared}
+    return ReformerEncoderDecoder(dim=dim, **both, rngs=nnx.Rngs(0))
+
+
+def encoder_decoder_loss(
+    length: int = 4096, dim: int = 512, num_tokens: int = TOKENS, **sizes: Any
+) -> Example:
+    """``ReformerEncDec`` in training: the loss, a scalar."""
+    source, target = _tokens(0, length, num_tokens), _tokens(1, length, num_tokens)
+    mask = jnp.ones(source.shape, bool)
+    return Example(
+        _encoder_decoder(length, dim, num_tokens, sizes),
+        lambda model: model.loss(source, target, source_mask=mask)[0],
+    )
+
+
+def encoder_decoder_generation(
+    length: int = 4096, dim: int = 512, num_tokens: int = TOKENS, **sizes: Any
+) -> Example:
+    """``ReformerEncDec`` writing: tokens ``[1, 4096]``, with padding behind the end token 1."""
+    source, start = _tokens(0, length, num_tokens), jnp.zeros((1, 1), jnp.int32)
+    return Example(
+        _encoder_decoder(length, dim, num_tokens, sizes),
+        lambda model: model.generate(
+            source, start, key=jax.random.key(1), max_new_tokens=length, eos_token=1
+        ),
+    )
 
 
 def recorder(length: int = 8192, dim: int = 512, depth: int = 12, **sizes: Any) -> Example:
@@ -300,9 +380,13 @@ EXAMPLES = (
     reformer,
     self_attention,
     attention,
+    masking,
     axial_positions,
     translation,
     captions,
+    encoder_decoder_loss,
+    encoder_decoder_generation,
+    feed_forward,
     recorder,
     odd_lengths,
     training,

@@ -23,6 +23,7 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = MappingProxyType(
     {
         "gelu": functools.partial(jax.nn.gelu, approximate=True),
         "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
+        "leaky_relu": jax.nn.leaky_relu,
         "relu": jax.nn.relu,
         "silu": jax.nn.silu,
         "squared_relu": _squared_relu,

@@ -36,15 +36,8 @@ def test_windows_lie_anywhere_within_the_length():
 @pytest.mark.parametrize("model", ["reformer", "linear"])
 def test_models_of_characters_learn(model, tmp_path, capsys):
     (tmp_path / "text").write_text("abc" * 200)
-    losses = char_lm.main(
-        [
-            f"--model={model}",
-            f"--file={tmp_path / 'text'}",
-            "--steps=20",
-            "--learning_rate=0.02",
-            *CHARACTERS,
-        ]
-    )
+    flags = [f"--file={tmp_path / 'text'}", "--steps=20", "--learning_rate=0.02"]
+    losses = char_lm.main([f"--model={model}", *flags, *CHARACTERS])
     assert np.isfinite(losses).all()
     assert losses[-1] < 0.8 * losses[0]
     lines = capsys.readouterr().out.splitlines()
