@@ -80,8 +80,9 @@ def call_attention(
             mask &= (seen | (jnp.arange(key_length)[None] >= length))[None, None]
         if mask is not True:
             told["mask"] = mask
-    if getattr(attention_fn, "rotary", False) and visible.positions is not None:
-        told["positions"] = visible.positions
+        rotates = getattr(attention_fn, "rotary", True)
+        if visible.positions is not None and "positions" in names and rotates:
+            told["positions"] = visible.positions
     return attention_fn(query, key, value, **told, **options)
 
 
@@ -113,6 +114,13 @@ def call_with_choice(
     options |= {"buckets": choice, "return_buckets": True}
     found = call_attention(attention_fn, query, key, value, visible, **options)
     return found.out, found.buckets
+
+
+def causal_by_mask(visible: Visible, length: int) -> Visible:
+    """The same sight, for functions that differ in what causal means where keys stand behind."""
+    past = jnp.tri(length, dtype=bool)[None]
+    past = past if visible.mask is None else past & visible.mask
+    return visible._replace(causal=False, mask=past)
 
 
 @functools.lru_cache(maxsize=256)

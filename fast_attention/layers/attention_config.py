@@ -97,6 +97,8 @@ class AttentionConfig:
             raise ValueError("groups is empty: attention needs at least one HeadGroup.")
         if self.head_dim < 1:
             raise ValueError(f"head_dim must be at least 1, got {self.head_dim}.")
+        if not 0 <= self.dropout_rate < 1:
+            raise ValueError(f"dropout_rate must be in [0, 1), got {self.dropout_rate}.")
         if self.memory < 0:
             raise ValueError(f"memory must be 0 or more, got {self.memory}.")
         heads, kv_heads = self.num_heads, self.kv_heads

@@ -15,11 +15,21 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fast_attention.array_types import Array, Bool, Float, Int
-from fast_attention.layers.attention_call import Visible, call_attention, call_with_choice
+from fast_attention.layers.attention_call import (
+    Visible,
+    call_attention,
+    call_with_choice,
+    causal_by_mask,
+)
 from fast_attention.layers.attention_config import AttentionConfig, HeadGroup
+from fast_attention.layers.head_groups import (
+    draw_projection,
+    dropout_options,
+    read_keys,
+    rotated,
+)
 from fast_attention.layers.inputs import Inputs
 from fast_attention.layers.linear import Linear
-from fast_attention.layers.positions import rotate
 from fast_attention.layers.query_key_value import QueryKeyValue
 
 NO_INPUTS = Inputs()
@@ -74,7 +84,7 @@ class MultiHeadAttention(nnx.Module):
             rngs=rngs,
         )
         self.dropout = nnx.Dropout(config.dropout_rate)
-        drawn = [_draw(group, rngs.params(), config.head_dim) for group in config.groups]
+        drawn = [draw_projection(group, rngs.params(), config.head_dim) for group in config.groups]
         self.projections = nnx.List([None if x is None else Projection(x) for x in drawn])
 
     def __call__(
@@ -152,9 +162,13 @@ class MultiHeadAttention(nnx.Module):
             if not group.extra_keys:
                 k, v = k[:, :length], v[:, :length]
                 seen = seen._replace(key_mask=inputs.key_mask)
-            q, k = _rotated(group, q, k, positions)
-            options = self._own(index) | _dropout(group, deterministic, rngs)
-            if self._follows_memory(group):
+            # Memory is read first, into the state that the tokens continue, where there is one.
+            after_memory = self._has_causal_memory(group)
+            if after_memory and not hasattr(group.attention_fn, "init_state"):
+                after_memory, seen = False, causal_by_mask(seen, length)
+            q, k = rotated(group, q, k, positions)
+            options = self._own(index) | dropout_options(group, deterministic, rngs)
+            if after_memory:
                 attended = self._after_memory(group, q, k, v, seen, options)
             else:
                 before = None if choices is None else choices[index]
@@ -218,7 +232,7 @@ class MultiHeadAttention(nnx.Module):
             key, value = self.project.memory_keys_values(batch_size)
             for index, (group, k, v) in enumerate(self._split_keys(key, value)):
                 if group.extra_keys:
-                    states[index] = _read(group, states[index], k, v, self._own(index))
+                    states[index] = read_keys(group, states[index], k, v, self._own(index))
         return AttentionState(tuple(states))
 
     def prefill(
@@ -261,7 +275,7 @@ class MultiHeadAttention(nnx.Module):
         for group, projection in zip(self.config.groups, self.projections, strict=True):
             if projection is None:
                 continue
-            draw = functools.partial(_draw, group, head_dim=width)
+            draw = functools.partial(draw_projection, group, head_dim=width)
             single = jax.eval_shape(draw, jax.random.key(0)).ndim
             stack = projection.shape[: projection.ndim - single]
             for _ in stack:
@@ -277,7 +291,7 @@ class MultiHeadAttention(nnx.Module):
         query, key, value = self.project(x, memory=False)
         out, states = [], []
         for index, (group, q, k, v) in enumerate(self._split(query, key, value)):
-            q, k = _rotated(group, q, k, inputs.positions)
+            q, k = rotated(group, q, k, inputs.positions)
             read = getattr(group.attention_fn, method)
             attended, new = read(state.groups[index], q, k, v, **options, **self._own(index))
             out.append(attended)
@@ -294,8 +308,7 @@ class MultiHeadAttention(nnx.Module):
             ]
         )
 
-    def _follows_memory(self, group: HeadGroup) -> bool:
-        """Whether memory is read first, into the state that the tokens continue."""
+    def _has_causal_memory(self, group: HeadGroup) -> bool:
         config = self.config
         return bool(config.memory and config.causal and not config.shared_qk and group.extra_keys)
 
@@ -316,7 +329,7 @@ class MultiHeadAttention(nnx.Module):
         length, width = query.shape[1], self.config.head_dim
         sizes = (len(key),), key.shape[-2], width, width
         state = group.attention_fn.init_state(*sizes, max_length=key.shape[1])
-        state = _read(group, state, key[:, length:], value[:, length:], options)
+        state = read_keys(group, state, key[:, length:], value[:, length:], options)
         mask = None if seen.key_mask is None else seen.key_mask[:, :length]
         out, _ = group.attention_fn.prefill(
             state, query, key[:, :length], value[:, :length], key_mask=mask, **options
@@ -379,42 +392,3 @@ class MultiHeadAttention(nnx.Module):
                 )
         if not self.can_decode:
             raise TypeError("Shared queries and keys with memory or a context cannot decode.")
-
-
-def _draw(group: HeadGroup, key: Array, head_dim: int) -> Any:
-    draw = getattr(group.attention_fn, "draw_projection", None)
-    return None if draw is None else draw(key, head_dim)
-
-
-def _read(group: HeadGroup, state: Any, key: Array, value: Array, options: dict[str, Any]) -> Any:
-    """The state after keys that nothing is asked of."""
-    query = jnp.zeros((*key.shape[:2], group.num_heads, key.shape[-1]), key.dtype)
-    return group.attention_fn.prefill(state, query, key, value, **options)[1]
-
-
-def _rotated(
-    group: HeadGroup, query: Array, key: Array, positions: Array | None
-) -> tuple[Array, Array]:
-    """Rotates queries and their keys; keys behind these have no place in the order."""
-    if group.rotary is None:
-        return query, key
-    if positions is None:
-        raise ValueError("Rotary positions need positions=, the place of every token.")
-    interleaved = group.rotary == "pairs"
-    length = query.shape[-3]
-    rotated = rotate(query, positions, interleaved=interleaved)
-    if query.ndim == 4 and key.shape[1] > length:
-        own = rotate(key[:, :length], positions, interleaved=interleaved)
-        return rotated, jnp.concatenate([own, key[:, length:]], axis=1)
-    return rotated, rotate(key, positions, interleaved=interleaved)
-
-
-def _dropout(group: HeadGroup, deterministic: bool, rngs: nnx.Rngs | None) -> dict[str, Any]:
-    if deterministic or not group.dropout_rate or rngs is None:
-        return {}
-    return {
-        "dropout_rng": rngs.dropout(),
-        "dropout_rate": group.dropout_rate,
-        "broadcast_dropout": False,
-        "deterministic": False,
-    }

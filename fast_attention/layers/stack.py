@@ -73,6 +73,11 @@ class StackConfig:
             raise ValueError(
                 f"layer_dropout_rate must be in [0, 1), got {self.layer_dropout_rate}."
             )
+        if self.redraw_interval is not None and self.redraw_interval < 1:
+            raise ValueError(
+                "redraw_interval must be at least 1, or None for never, got "
+                f"{self.redraw_interval}."
+            )
 
 
 class Stack(nnx.Module):
@@ -236,13 +241,13 @@ class Stack(nnx.Module):
     ) -> Array:
         """Applies pure functions of the sublayers, so that the backward pass can repeat them."""
         sublayers = [sublayer for block in self.blocks for sublayer in block]
+        blocks = [index for index, block in enumerate(self.blocks) for _ in block]
         functions, parameters = [], []
-        for sublayer in sublayers:
+        for sublayer, block in zip(sublayers, blocks, strict=True):
             graphdef, state = nnx.split(sublayer)
-            random = not deterministic and rngs is not None
+            key = None if deterministic or rngs is None else rngs.dropout()
             functions.append(_PureSublayer(graphdef, deterministic))
-            kept = None if keep is None else keep[len(parameters) // len(self.blocks[0])]
-            parameters.append((state, rngs.dropout() if random and rngs else None, kept))
+            parameters.append((state, key, None if keep is None else keep[block]))
         if two_streams:
             y1, y2, saved = reversible_residual(
                 functions, parameters, x, x, inputs, return_saved=True
@@ -254,8 +259,9 @@ class Stack(nnx.Module):
                 increment, kept = jax.checkpoint(function)(own, x, inputs, None)
                 x = x + increment
                 saved.append(kept)
-        for sublayer, (_, statistics) in zip(sublayers, saved, strict=True):
-            nnx.update(sublayer, statistics)
+        if not deterministic:
+            for sublayer, (_, statistics) in zip(sublayers, saved, strict=True):
+                nnx.update(sublayer, statistics)
         return x
 
     def _layer_mask(self, deterministic: bool, rngs: nnx.Rngs | None) -> Array | None:

@@ -32,6 +32,14 @@ class FeedForwardConfig:
     chunks: int = 1
     dropout_rate: float = 0.0
 
+    def __post_init__(self):
+        """Checks the rate; the layer checks the rest.
+
+        Raises:
+          ValueError: At a rate out of range.
+        """
+        _check_rate(self.dropout_rate)
+
 
 @dataclasses.dataclass(frozen=True)
 class MemoryConfig:
@@ -56,6 +64,14 @@ class LinformerConfig:
     head_dim: int | None = None
     cross: bool = False
     dropout_rate: float = 0.0
+
+    def __post_init__(self):
+        """Checks the rate; the layer checks the rest.
+
+        Raises:
+          ValueError: At a rate out of range.
+        """
+        _check_rate(self.dropout_rate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +203,8 @@ class Sublayer(nnx.Module):
             )
             return self._scaled(out), choices
         if isinstance(self.inner, LinformerAttention):
+            if inputs.mask is not None and not self._cross():
+                raise ValueError("Linformer mixes all positions: it takes no mask, got one.")
             if self._cross():
                 known: Any = {"context": inputs.context, "key_mask": inputs.context_mask}
             else:
@@ -286,3 +304,8 @@ def _known(config: SublayerConfig, inputs: Inputs) -> Inputs:
     if isinstance(inner, AttentionConfig) and inner.context is None:
         return inputs._replace(context=None, context_mask=None)
     return inputs
+
+
+def _check_rate(rate: float) -> None:
+    if not 0 <= rate < 1:
+        raise ValueError(f"dropout_rate must be in [0, 1), got {rate}.")

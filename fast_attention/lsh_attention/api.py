@@ -124,8 +124,9 @@ def lsh_attention(
       drop_for_hash_rate: dropout of the features that are hashed; by ``dropout_key``.
       random_rotations_per_head: draw rotations for every head of every element of the batch.
       key_mask: ``[*B, S]``, False is padding: not seen, and seeing nothing (its output is 0).
-      hash_masked: masked positions stand where they hash to, as in the original, so that what
-        they hold shifts the borders of chunks; otherwise they stand behind all buckets.
+      hash_masked: masked positions stand where they hash to and see themselves alone, as in the
+        original, so that what they hold shifts the borders of chunks; otherwise they stand behind
+        all buckets and give 0.
       mask: broadcastable to ``[*B, H, T, S]``, True sees. A position sees itself, as a last
         resort, even where this says no.
       rotary: rotate pairs of neighbouring features by position, after hashing.
@@ -210,6 +211,7 @@ def lsh_attention(
         placed = jnp.where(behind, chunks, placed)
     placed = jnp.pad(placed, [(0, 0), (0, 0), (0, missing)], constant_values=chunks)
 
+    shown, own = None, value
     if visible is not None:
         shown = visible.reshape(*batch, length, 1, 1)
         qk, value = jnp.where(shown, qk, 0), jnp.where(shown, value, 0)
@@ -243,6 +245,9 @@ def lsh_attention(
     out, weight, largest = attended  # pyright: ignore[reportGeneralTypeIssues]
     out = out[:, :queries].reshape(*batch, heads, queries, -1)
     out = jnp.moveaxis(out, -3, -2).astype(dtype)
+    if shown is not None and hash_masked:
+        own = jnp.repeat(own, heads // own.shape[-2], axis=-2)
+        out = jnp.where(shown[..., :queries, :, :], out, own[..., :queries, :, :])
     if not (return_weights or return_buckets):
         return out
     weights = None

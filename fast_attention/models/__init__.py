@@ -25,6 +25,7 @@ from fast_attention.models.performer import PerformerEncoderDecoder as Performer
 from fast_attention.models.performer import PerformerLM as PerformerLM
 from fast_attention.models.record import Recording as Recording
 from fast_attention.models.record import record as record
+from fast_attention.models.record_plot import plot_recordings as plot_recordings
 from fast_attention.models.reformer import LSHSelfAttention as LSHSelfAttention
 from fast_attention.models.reformer import Reformer as Reformer
 from fast_attention.models.reformer import ReformerEncoderDecoder as ReformerEncoderDecoder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -72,6 +73,11 @@ class LanguageModelConfig:
             raise ValueError(
                 "Axial positions need an axial_shape, and others none: got positions="
                 f"{self.positions!r}, axial_shape={self.axial_shape}."
+            )
+        if self.axial_shape and math.prod(self.axial_shape) < self.max_len:
+            raise ValueError(
+                f"axial_shape={self.axial_shape} has {math.prod(self.axial_shape)} places, fewer "
+                f"than max_len={self.max_len}."
             )
         if self.logits not in LOGITS:
             raise ValueError(f"logits must be one of {LOGITS}, got {self.logits!r}.")

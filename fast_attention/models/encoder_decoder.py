@@ -45,8 +45,10 @@ class EncoderDecoder(nnx.Module):
           tie_embeddings: The decoder reads tokens by the encoder's embedding.
 
         Raises:
-          ValueError: If embeddings to be tied differ in shape.
+          ValueError: If the decoder is not causal, or embeddings to be tied differ in shape.
         """
+        if not decoder.causal:
+            raise ValueError("The decoder must be causal, or it would see what it is to predict.")
         if tie_embeddings:
             shapes = encoder.embed.embedding.shape, decoder.embed.embedding.shape
             if shapes[0] != shapes[1]:

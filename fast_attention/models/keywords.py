@@ -68,3 +68,29 @@ def split_prefixes(name: str, keywords: Mapping[str, Any]) -> tuple[dict, dict]:
             )
         (encoder if prefix == "enc" else decoder)[rest] = value
     return encoder, decoder
+
+
+def head_width(dim: int, heads: int, dim_head: int | None) -> int:
+    """Width of a head, by default dim / heads.
+
+    Raises:
+      ValueError: If that is no number of channels.
+    """
+    for name, value in (("heads", heads), ("dim_head", dim_head)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    if dim_head is None and dim % heads:
+        raise ValueError(f"dim={dim} must be a multiple of heads={heads}, or give dim_head.")
+    return dim // heads if dim_head is None else dim_head
+
+
+def chosen_layers(name: str, value: int | tuple[int, ...], depth: int) -> tuple[int, ...]:
+    """Numbers of layers, from 1.
+
+    Raises:
+      ValueError: At a layer that there is not.
+    """
+    layers = (value,) if isinstance(value, int) else tuple(value)
+    if any(not 1 <= layer <= depth for layer in layers):
+        raise ValueError(f"{name} must be layers, 1 to {depth} (depth), got {value}.")
+    return layers

@@ -28,7 +28,13 @@ from fast_attention.layers.sublayer import (
 )
 from fast_attention.local_attention_fn import make_local_attention
 from fast_attention.models.config import LanguageModelConfig
-from fast_attention.models.keywords import REQUIRED, complete, per_layer
+from fast_attention.models.keywords import (
+    REQUIRED,
+    chosen_layers,
+    complete,
+    head_width,
+    per_layer,
+)
 from fast_attention.models.language_model import LanguageModel
 from fast_attention.strided_attention_fn import make_strided_attention
 
@@ -138,13 +144,13 @@ def LinearAttentionTransformerLM(
 
 
 def _stack(o: SimpleNamespace, rotary: bool) -> StackConfig:
-    if o.dim_head is None and o.dim % o.heads:
-        raise ValueError(f"dim={o.dim} must be a multiple of heads={o.heads}, or give dim_head.")
     if o.causal and o.linformer_settings is not None:
         raise ValueError("linformer_settings mix all positions: causal=True has no Linformer.")
+    if o.context_linformer_settings is not None and not o.receives_context:
+        raise ValueError("context_linformer_settings need receives_context=True.")
     turned = "pairs" if rotary else None
     own = {"out_bias": True, "dropout_rate": o.attn_layer_dropout}
-    head_dim = o.dim_head or o.dim // o.heads
+    head_dim = head_width(o.dim, o.heads, o.dim_head)
     far = make_efficient_attention(
         unidirectional=o.causal, blindspot_size=o.blindspot_size, scale_queries=True
     )
@@ -152,7 +158,7 @@ def _stack(o: SimpleNamespace, rotary: bool) -> StackConfig:
         o.local_attn_window_size, unidirectional=o.causal, look_forward=0 if o.causal else 1
     )
     feed_forward = FeedForwardConfig(o.dim * 4, "gelu_exact", o.ff_glu, o.ff_chunks, o.ff_dropout)
-    pkm = (o.pkm_layers,) if isinstance(o.pkm_layers, int) else o.pkm_layers
+    pkm = chosen_layers("pkm_layers", o.pkm_layers, o.depth)
     shifts = ((1, 0) if o.causal else (1, 0, -1)) if o.shift_tokens else None
     extra = _axial_block(o, own, head_dim, turned) + _context_block(o, own, head_dim)
     blocks = []

@@ -40,18 +40,23 @@ def next_token_loss(
     *,
     ignore_index: int | None = None,
     key_mask: Bool[Array, "B T"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    positions: Int[Array, "B T"] | None = None,
     deterministic: bool = True,
     rngs: nnx.Rngs | None = None,
     **inputs: Any,
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """Mean loss of every token after the first, given those before it.
+    """Mean loss of every token after the first of its sequence, given those before it.
 
     Args:
       model: A causal `LanguageModel`.
       tokens: ``[B, T]``, T at least 2.
       ignore_index: Tokens that are not to be predicted, such as padding behind a sequence, which
         nothing before it sees.
-      key_mask: ``[B, T]``; positions where it is False are neither seen nor predicted.
+      key_mask: ``[B, T]``; positions where it is False are neither seen nor predicted, nor is what
+        follows them.
+      segment_ids: ``[B, T]``; packed sequences are runs of equal ids.
+      positions: ``[B, T]``, by default 0, 1, ...
       deterministic: No dropout.
       rngs: Source of dropout.
       **inputs: Further arguments of the model, such as a context.
@@ -64,14 +69,19 @@ def next_token_loss(
     """
     if tokens.ndim != 2 or tokens.shape[1] < 2:
         raise ValueError(f"tokens must be [batch, length >= 2], got {tokens.shape}.")
-    counts = jnp.ones(tokens.shape, bool) if key_mask is None else key_mask
+    counts = jnp.ones((len(tokens), tokens.shape[1] - 1), bool)
+    if key_mask is not None:
+        counts &= key_mask[:, 1:] & key_mask[:, :-1]
+    if segment_ids is not None:
+        counts &= segment_ids[:, 1:] == segment_ids[:, :-1]
     if ignore_index is not None:
-        counts &= tokens != ignore_index
+        counts &= tokens[:, 1:] != ignore_index
+    along = {"key_mask": key_mask, "segment_ids": segment_ids, "positions": positions}
     logits = model(
         jnp.maximum(tokens, 0)[:, :-1],
-        key_mask=None if key_mask is None else key_mask[:, :-1],
+        **{name: x[:, :-1] for name, x in along.items() if x is not None},
         deterministic=deterministic,
         rngs=rngs,
         **inputs,
     )
-    return cross_entropy(logits, tokens[:, 1:], counts[:, 1:])
+    return cross_entropy(logits, tokens[:, 1:], counts)

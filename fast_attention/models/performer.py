@@ -27,7 +27,7 @@ from fast_attention.layers.sublayer import FeedForwardConfig, NormConfig, Sublay
 from fast_attention.local_attention_fn import make_local_attention
 from fast_attention.models.config import LanguageModelConfig
 from fast_attention.models.encoder_decoder import EncoderDecoder
-from fast_attention.models.keywords import REQUIRED, complete, per_layer, split_prefixes
+from fast_attention.models.keywords import REQUIRED, complete, head_width, per_layer, split_prefixes
 from fast_attention.models.language_model import LanguageModel
 
 # The epsilon of LayerNorm and the first gain of ReZero in the original.
@@ -163,7 +163,7 @@ def PerformerEncoderDecoder(
 
 
 def _stack(o: SimpleNamespace) -> StackConfig:
-    head_dim = _head_dim(o.dim, o.heads, o.dim_head)
+    head_dim = head_width(o.dim, o.heads, o.dim_head)
     local = per_layer("local_attn_heads", o.local_attn_heads, o.depth, o.heads)
     forward = 0 if o.causal else 1
     # One function for all layers, so that equal layers are known to be equal.
@@ -200,7 +200,9 @@ def _stack(o: SimpleNamespace) -> StackConfig:
 def _attention_fn(o: SimpleNamespace, head_dim: int, causal: bool) -> Callable[..., Any]:
     if o.no_projection:
         return make_efficient_attention(unidirectional=causal)
-    features = o.nb_features or max(1, int(head_dim * math.log(head_dim)))
+    features = o.nb_features
+    if features is None:
+        features = max(1, int(head_dim * math.log(head_dim)))
     if not o.generalized_attention:
         return make_fast_softmax_attention(
             nb_features=features, redraw_features=False, unidirectional=causal
@@ -212,9 +214,3 @@ def _attention_fn(o: SimpleNamespace, head_dim: int, causal: bool) -> Callable[.
         normalize_data=True,
         unidirectional=causal,
     )
-
-
-def _head_dim(dim: int, heads: int, head_dim: int | None) -> int:
-    if head_dim is None and dim % heads:
-        raise ValueError(f"dim={dim} must be a multiple of heads={heads}, or give dim_head.")
-    return dim // heads if head_dim is None else head_dim

@@ -29,7 +29,13 @@ from fast_attention.local_attention_fn import make_local_attention
 from fast_attention.lsh_attention_fn import make_lsh_attention
 from fast_attention.models.config import LanguageModelConfig
 from fast_attention.models.encoder_decoder import EncoderDecoder
-from fast_attention.models.keywords import REQUIRED, complete, split_prefixes
+from fast_attention.models.keywords import (
+    REQUIRED,
+    chosen_layers,
+    complete,
+    head_width,
+    split_prefixes,
+)
 from fast_attention.models.language_model import LanguageModel
 
 # The epsilon of LayerNorm in the original.
@@ -88,7 +94,8 @@ REFORMER_LM = {
     "axial_position_shape": None,
     "axial_position_dims": None,
 }
-"""Keywords of `ReformerLM` and their defaults."""
+"""Keywords of `ReformerLM` and their defaults; ours is `axial_position_dims`, the widths of axial
+vectors that are concatenated and not added."""
 
 
 LSH_SELF_ATTENTION = {
@@ -162,7 +169,8 @@ def ReformerLM(*, rngs: nnx.Rngs, dtype: Any = jnp.float32, **keywords: Any) -> 
     """
     o = complete("ReformerLM", keywords, REFORMER_LM)
     axial, dims = o.axial_position_emb, o.axial_position_dims
-    shape = o.axial_position_shape or (math.ceil(o.max_seq_len / o.bucket_size), o.bucket_size)
+    size = max(1, o.bucket_size)  # What is wrong with it is said below.
+    shape = o.axial_position_shape or (math.ceil(o.max_seq_len / size), size)
     positions = "axial" if axial else "random" if o.absolute_position_emb else "none"
     positions = "concatenated" if positions == "none" and o.fixed_position_emb else positions
     logits = "normalized" if o.weight_tie_embedding else "dense"
@@ -230,7 +238,7 @@ def _stack(o: SimpleNamespace, rotary: bool) -> StackConfig:
     )
     second = attention if o.twin_attention else feed_forward
     memory = MemoryConfig(o.pkm_num_keys)
-    pkm = (o.pkm_layers,) if isinstance(o.pkm_layers, int) else o.pkm_layers
+    pkm = chosen_layers("pkm_layers", o.pkm_layers, o.depth)
     norm = NormConfig("rezero") if o.use_rezero else _LAYER
     return StackConfig(
         o.dim,
@@ -247,12 +255,24 @@ def _stack(o: SimpleNamespace, rotary: bool) -> StackConfig:
 
 
 def _attention(o: SimpleNamespace, rotary: bool) -> AttentionConfig:
-    if o.dim_head is None and o.dim % o.heads:
-        raise ValueError(f"dim={o.dim} must be a multiple of heads={o.heads}, or give dim_head.")
-    if not 0 <= o.n_local_attn_heads < o.heads:
-        raise ValueError(
-            f"n_local_attn_heads={o.n_local_attn_heads} must be less than heads={o.heads}."
-        )
+    head_dim = head_width(o.dim, o.heads, o.dim_head)
+    return AttentionConfig(
+        _groups(o, rotary),
+        head_dim,
+        causal=o.causal,
+        out_bias=True,
+        shared_qk=True,
+        one_value_head=o.one_value_head,
+        memory=o.num_mem_kv,
+        context="append",
+        dropout_rate=o.post_attn_dropout,
+    )
+
+
+def _groups(o: SimpleNamespace, rotary: bool) -> tuple[HeadGroup, ...]:
+    number = o.n_local_attn_heads
+    if not 0 <= number < o.heads:
+        raise ValueError(f"n_local_attn_heads={number} must be less than heads={o.heads}.")
     hashed = make_lsh_attention(
         o.bucket_size,
         o.n_hashes,
@@ -264,28 +284,17 @@ def _attention(o: SimpleNamespace, rotary: bool) -> AttentionConfig:
         random_rotations_per_head=o.random_rotations_per_head,
         full_attn_thres=o.full_attn_thres,
         use_full_attn=o.use_full_attn,
-        attn_chunks=o.attn_chunks or 1,
+        attn_chunks=1 if o.attn_chunks is None else o.attn_chunks,
         rotary=rotary,
         hash_masked=o.hash_masked,
     )
-    groups = [HeadGroup(o.heads - o.n_local_attn_heads, hashed, dropout_rate=o.dropout)]
-    if o.n_local_attn_heads:
-        near = make_local_attention(
-            2 * o.bucket_size,
-            unidirectional=o.causal,
-            look_forward=0 if o.causal else 1,
-            shared_qk=True,
-        )
-        own: dict[str, Any] = {"dropout_rate": o.dropout, "extra_keys": False}
-        groups.insert(0, HeadGroup(o.n_local_attn_heads, near, **own))
-    return AttentionConfig(
-        tuple(groups),
-        o.dim_head or o.dim // o.heads,
-        causal=o.causal,
-        out_bias=True,
+    far = HeadGroup(o.heads - number, hashed, dropout_rate=o.dropout)
+    if not number:
+        return (far,)
+    near = make_local_attention(
+        2 * o.bucket_size,
+        unidirectional=o.causal,
+        look_forward=0 if o.causal else 1,
         shared_qk=True,
-        one_value_head=o.one_value_head,
-        memory=o.num_mem_kv,
-        context="append",
-        dropout_rate=o.post_attn_dropout,
     )
+    return HeadGroup(number, near, dropout_rate=o.dropout, extra_keys=False), far

@@ -45,10 +45,11 @@ def load_torch_state_dict(model: nnx.Module, state_dict: Mapping[str, Any]) -> N
         that the original has under several names may be there once or under each.
 
     Raises:
-      ValueError: If a name is missing or left over, or a shape differs; nothing is loaded then.
+      ValueError: If a name is missing or left over, a shape differs, or two names of one tensor
+        disagree; nothing is loaded then.
     """
     values: dict[int, tuple[str, nnx.Variable, Any]] = {}
-    unknown, wrong = [], []
+    unknown, wrong, unlike = [], [], []
     for name, array in state_dict.items():
         if _COMPUTED.fullmatch(name):
             continue
@@ -62,6 +63,8 @@ def load_torch_state_dict(model: nnx.Module, state_dict: Mapping[str, Any]) -> N
         value = transform(array if isinstance(array, Tracer) else np.asarray(array))
         if value.shape != variable.shape:
             wrong.append(f"{name} is {value.shape}, the model has {variable.shape}")
+        elif id(variable) in values and _differ(value, values[id(variable)][2]):
+            unlike.append(f"{values[id(variable)][0]} and {name}")
         values[id(variable)] = (name, variable, value)
     missing = [
         ".".join(map(str, path))
@@ -70,8 +73,13 @@ def load_torch_state_dict(model: nnx.Module, state_dict: Mapping[str, Any]) -> N
         and jnp.issubdtype(variable.dtype, jnp.floating)
         and id(variable) not in values
     ]
-    if unknown or wrong or missing:
-        problems = {"left over": unknown, "of another shape": wrong, "missing": missing}
+    problems = {
+        "left over": unknown,
+        "of another shape": wrong,
+        "missing": missing,
+        "one tensor whose names disagree": unlike,
+    }
+    if any(problems.values()):
         told = "; ".join(f"{what}: {', '.join(names)}" for what, names in problems.items() if names)
         raise ValueError(
             f"The state dict does not fit the model ({told}). Build the model with the keywords "
@@ -82,6 +90,13 @@ def load_torch_state_dict(model: nnx.Module, state_dict: Mapping[str, Any]) -> N
 
 
 _UNUSED: Any = object()
+
+
+def _differ(value: Any, other: Any) -> bool:
+    """Whether two arrays differ, as far as can be seen while a program is traced."""
+    if isinstance(value, Tracer) or isinstance(other, Tracer):
+        return False
+    return not np.array_equal(value, other, equal_nan=True)
 
 
 def _place(model: Any, name: str) -> Place | None:

@@ -47,7 +47,7 @@ def make_train_step(
         graphdef, parameters, rest = nnx.split(model, nnx.Param, ...)
 
         def weighted(parameters: Any, rest: Any, part: Any, key: Array | None) -> Any:
-            copy = nnx.merge(graphdef, parameters, rest)
+            copy = nnx.merge(graphdef, parameters, rest, copy=True)  # Statistics will change.
             mean, count = loss(copy, part, None if key is None else nnx.Rngs(key))
             return mean * count, (count, nnx.state(copy, nnx.BatchStat))
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fast_attention import make_fast_softmax_attention
+from fast_attention import make_fast_generalized_attention, make_fast_softmax_attention
+from fast_attention.efficient_attention_fn import make_efficient_attention
 from fast_attention.layers import (
     AttentionConfig,
     HeadGroup,
@@ -213,3 +214,35 @@ def test_decoding_with_rotation_needs_positions():
         layer.prefill(state, X)
     with pytest.raises(ValueError, match="need positions="):
         layer.step(state, X[:, 0])
+
+
+MEMORY_MECHANISMS = {
+    "exact": make_softmax_attention(),
+    "softmax": fast(),
+    "generalized": make_fast_generalized_attention(nb_features=6),
+    "efficient": make_efficient_attention(),
+    "flax": nnx.dot_product_attention,
+    "masks_only": masks_only,
+}
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("name", MEMORY_MECHANISMS)
+def test_memory_is_tokens_that_all_see_and_that_see_nothing(name, causal):
+    function = MEMORY_MECHANISMS[name]
+    layer, plain = (build(function, causal=causal, memory=n, num_kv_heads=4) for n in (2, 0))
+    for part in ("query", "key", "value"):
+        getattr(plain.project, part).kernel[...] = getattr(layer.project, part).kernel[...]
+    plain.out.kernel[...] = layer.out.kernel[...]
+    if plain.projections[0] is not None:
+        plain.projections[0][...] = layer.projections[0][...]
+    memory = np.broadcast_to(layer.project.memory[...], (B, 2, M))
+
+    @compiled
+    def both(x, memory):
+        # Causal: the memory is what comes before all; else it may stand behind.
+        tokens = [memory, x] if causal else [x, memory]
+        joined = plain(jnp.concatenate(tokens, axis=1))
+        return layer(x), joined[:, 2:] if causal else joined[:, :T]
+
+    np.testing.assert_allclose(*both(X, memory), atol=5e-6)
