@@ -1,6 +1,7 @@
 """The sizes that the code keeps to."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -60,3 +61,21 @@ def test_a_preset_has_at_most_40_lines(name):
     assert len(presets) >= 2
     # What the presets share is held to the same.
     assert {f.name: n for f in functions if (n := code_lines(f)) > MAX_PRESET} == {}
+
+
+def test_the_tests_that_hold_the_laws_exist():
+    """Each row of docs/acceptance.md names files and, after each, tests in it."""
+    tests = Path(__file__).parent
+    rows = re.findall(r"^\| (A\d+) .*\|(.*)\|$", _acceptance(tests), re.MULTILINE)
+    assert [name for name, _ in rows] == [f"A{number}" for number in range(1, 17)]
+    for row, cell in rows:
+        source = None
+        for name in re.findall(r"`([^`]+)`", cell):
+            if name.endswith(".py"):
+                source = (tests / name).read_text()
+            else:
+                assert source is not None and f"def {name}(" in source, f"{row}: {name}"
+
+
+def _acceptance(tests: Path) -> str:
+    return (tests.parent / "docs" / "acceptance.md").read_text()

@@ -91,8 +91,8 @@ class MultiAxisAttention(nnx.Module):
         self.key = linear(key_features, num_heads * key_dim)
         self.value = linear(value_features, num_heads * value_dim)
         self.out = linear(num_heads * value_dim, math.prod(self.output_shape))
-        draw = getattr(self.attention_fn, "draw_projection", None)
-        drawn = None if draw is None else draw(rngs.params(), key_dim)
+        self.key_dim = key_dim
+        drawn = self._draw(rngs)
         self.projection = nnx.data(None if drawn is None else Projection(drawn))
 
     def __call__(
@@ -157,6 +157,15 @@ class MultiAxisAttention(nnx.Module):
         out = unfold_axes(out, axes, (*query.shape[:-1], *out.shape[-2:]))
         out = self.out(out.reshape(*query.shape[:-1], -1))
         return out.reshape(*query.shape[:-1], *self.output_shape)
+
+    def redraw(self, rngs: nnx.Rngs) -> None:
+        """Replaces the layer's projection, if it has one."""
+        if self.projection is not None:
+            self.projection[...] = self._draw(rngs)
+
+    def _draw(self, rngs: nnx.Rngs) -> Any:
+        draw = getattr(self.attention_fn, "draw_projection", None)
+        return None if draw is None else draw(rngs.params(), self.key_dim)
 
     def _axes(self, query: Array, key: Array, value: Array) -> tuple[int, ...] | None:
         """The axes to attend over, checked; None if they are in place already."""

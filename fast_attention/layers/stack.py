@@ -38,7 +38,7 @@ class StackConfig:
       remat: Keep only the stream before each sublayer, and compute the rest again.
       layer_dropout_rate: Of whole blocks in training; one block always stays.
       redraw_interval: Optimiser steps between two redraws of random features, for
-        `redraw_every`; None keeps them.
+        `redraw_due`; None keeps them.
     """
 
     features: int

@@ -31,4 +31,5 @@ from fast_attention.models.reformer import Reformer as Reformer
 from fast_attention.models.reformer import ReformerEncoderDecoder as ReformerEncoderDecoder
 from fast_attention.models.reformer import ReformerLM as ReformerLM
 from fast_attention.models.torch_weights import load_torch_state_dict as load_torch_state_dict
+from fast_attention.models.training import make_train_step as make_train_step
 from fast_attention.models.transformer import Transformer as Transformer

@@ -86,7 +86,7 @@ def Performer(*, rngs: nnx.Rngs, dtype: Any = None, **keywords: Any) -> Stack:
       rngs: Source of parameters and projections.
       dtype: To compute in.
       **keywords: See `PERFORMER`. `dim_head` is by default dim / heads, `nb_features`
-        D log D; `feature_redraw_interval` counts optimiser steps (`redraw_every`), and nothing is
+        D log D; `feature_redraw_interval` counts optimiser steps (`redraw_due`), and nothing is
         redrawn with ``auto_check_redraw=False``.
 
     Returns:

@@ -22,7 +22,7 @@ def drawn(draw, count, seed=0):
     return np.asarray(jax.vmap(draw)(jax.random.split(jax.random.key(seed), count)), np.float64)
 
 
-@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("dim", [1, 2, 4, 8, 16])
 def test_haar_matrices_are_orthogonal_and_unbiased(dim):
     """QR without the signs of the diagonal of R has a first entry of mean -sqrt(2 / (pi D))."""
     draws = drawn(lambda key: haar_orthogonal(key, 2, dim), 2000).reshape(-1, dim, dim)

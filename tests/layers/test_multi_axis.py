@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from fast_attention import make_fast_softmax_attention
-from fast_attention.layers import MultiAxisAttention, Projection
+from fast_attention.layers import MultiAxisAttention, Projection, redraw
 from tests.layers import definitions
 from tests.layers.definitions import compiled, draw, filled
 
@@ -91,6 +91,8 @@ def test_the_linear_method_has_its_own_projection():
     )
     parameters = nnx.state(layer, nnx.Param)
     assert len(jax.tree.leaves(parameters)) == 8
+    redraw(layer, nnx.Rngs(1))
+    assert np.all(definitions.array(layer.projection) != rows)
 
 
 def test_dropout_follows_its_key():

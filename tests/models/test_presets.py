@@ -283,7 +283,10 @@ def test_half_precision_and_large_inputs_stay_finite_and_the_past_has_no_future(
     ("name", "options"),
     [
         ("performer", {"depth": 1, "local_attn_heads": 1, "ff_chunks": 1}),
-        ("reformer_hashed", {}),
+        (
+            "reformer_hashed",
+            {"n_hashes": 1, "attn_chunks": None, "lsh_allow_duplicate_attention": True},
+        ),
         ("linear", {"depth": 1, "n_local_attn_heads": 1, "pkm_layers": 1}),
     ],
 )
@@ -437,3 +440,24 @@ def test_values_that_make_no_model_are_errors_that_name_them(preset, options, me
     options = options_of(preset) | options
     with pytest.raises(ValueError, match=message):
         nnx.eval_shape(lambda: preset(rngs=nnx.Rngs(0), **options))
+
+
+@pytest.mark.parametrize("preset", [Performer, Reformer, LinearAttentionTransformer])
+def test_stacks_leak_nothing_under_jit_grad_vmap_scan_and_remat(preset):
+    more = {"max_seq_len": 8} if preset is LinearAttentionTransformer else {"reversible": True}
+    more = {"bucket_size": 2, "n_hashes": 1, "ff_chunks": 1} if preset is Reformer else more
+    options = SMALL | {"depth": 1, "heads": 1, "causal": True} | more
+    graphdef, state = nnx.split(build(preset, dtype=None, **options))
+
+    def run(state, x):
+        def layer(x, _):
+            return jax.checkpoint(lambda x: nnx.merge(graphdef, state)(x))(x), None
+
+        return jax.lax.scan(layer, x, None, length=2)[0]
+
+    def loss(state, x):
+        return jnp.sum(jnp.sin(jax.vmap(run, (None, 0))(state, x)))
+
+    with jax.checking_leaks():
+        gradient = jax.jit(jax.grad(loss, 1))(state, draw(2, 1, 6, M))
+    assert np.all(np.isfinite(gradient)) and np.any(gradient)

@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from fast_attention.layers import Projection, redraw_every
+from fast_attention.layers import Projection, fix_projections, redraw_due, redraw_every
 from fast_attention.models import PerformerLM, ReformerLM, next_token_loss
 from fast_attention.models.training import make_train_step
 from tests.models.cases import LM, build, tokens
@@ -99,8 +100,32 @@ def test_features_are_redrawn_every_few_steps_and_by_nothing_else():
         redraw_every(model, 0, 2, nnx.Rngs(0))
 
 
+def test_stacks_redraw_by_their_own_interval_until_they_are_fixed():
+    model = build(PerformerLM, **SMALL, feature_redraw_interval=2)
+    drawn = [redraw_due(model, step, nnx.Rngs(step)) for step in range(4)]
+    assert drawn == [False, False, True, False]
+    fix_projections(model)
+    assert not redraw_due(model, 2, nnx.Rngs(0))
+    assert not redraw_due(build(PerformerLM, **SMALL, auto_check_redraw=False), 1000, nnx.Rngs(0))
+
+
 def test_what_cannot_be_cut_is_an_error():
     with pytest.raises(ValueError, match="at least 1, got 0"):
         make_train_step(loss, accumulate=0)
     with pytest.raises(ValueError, match="accumulate=3 must divide .* 4"):
         trained(build(PerformerLM, **SMALL), 3)
+
+
+def test_what_is_drawn_is_saved_with_the_model(tmp_path):
+    options = SMALL | {"feature_redraw_interval": None}
+    model, other = (PerformerLM(rngs=nnx.Rngs(seed), **options) for seed in (0, 1))
+    again = PerformerLM(rngs=nnx.Rngs(0), **options)
+    run = nnx.jit(lambda model: model(jnp.maximum(TOKENS, 0)))
+    before = run(model)
+    np.testing.assert_array_equal(run(again), before)
+    assert np.any(run(other) != before)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "model", nnx.state(model))
+        checkpointer.wait_until_finished()
+        nnx.update(other, checkpointer.restore(tmp_path / "model", nnx.state(other)))
+    np.testing.assert_array_equal(run(other), before)
