@@ -10,7 +10,7 @@ of 127 others, and every position has its turn. Then follow whole sequences.
 
 On two cores shared with other work, 150 steps on windows and 350 on whole sequences took 182 s
 (145 s of processor time): 99.84 % of the symbols of 256 fresh sequences were copied right, each
-written after those before it, and over 99 % from step 300 on.
+written after those before it, and over 99 % from step 300 on. With --seed=1 it was 99.51 %.
 """
 
 from __future__ import annotations
