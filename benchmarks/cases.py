@@ -9,12 +9,13 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from benchmarks import baselines, per_token, torch_peers
+from benchmarks import baselines, lsh, per_token, torch_peers
 from benchmarks.programs import FORWARD, MEASURES, Program, compile_jax
 from benchmarks.results import CaseInfo
 from benchmarks.settings import Inputs
 from fast_attention.feature_maps import IdentityFeatures, PositiveFeatures, elementwise_map
 from fast_attention.linear_attention import IMPLEMENTATIONS, linear_attention
+from fast_attention.local_attention_fn import make_local_attention
 
 Attention = Literal["causal", "bidirectional"]
 
@@ -77,6 +78,18 @@ def _ours(kind: Attention, platform: str) -> list[Case]:
             lambda inputs, measure: _compile_relu(inputs, measure, kind),
         )
     )
+    cases.append(
+        Case(
+            CaseInfo(f"{kind}/local", f"local (window {LOCAL_WINDOW})", kind, ours=True),
+            lambda inputs, measure: _compile_local(inputs, measure, kind),
+        )
+    )
+    cases.append(
+        Case(
+            CaseInfo(f"{kind}/lsh", "LSH, 8 rounds", kind, ours=True),
+            lambda inputs, measure: lsh.compile_ours(inputs, measure, causal=kind == "causal"),
+        )
+    )
     if platform != "cpu":
         cases.append(
             Case(
@@ -87,6 +100,9 @@ def _ours(kind: Attention, platform: str) -> list[Case]:
         )
     return cases
 
+
+LOCAL_WINDOW = 128
+"""Positions in a block of local attention, which also sees the neighbouring blocks."""
 
 MOST_GIVEN = 2**16
 """Longest input of cases whose features are arrays ``[B, T, H, M]``."""
@@ -126,6 +142,13 @@ def _cpu_baselines(kind: Attention, causal: bool) -> list[Case]:
                 ),
                 # Without its CUDA extension the causal form holds an array [B, H, T, M, D].
                 max_length=2048 if causal else None,
+            )
+        )
+    if torch_peers.installed("torch", "reformer_pytorch"):
+        cases.append(
+            Case(
+                CaseInfo(f"{kind}/reformer-pytorch", "LSH (reformer-pytorch)", kind),
+                lambda inputs, measure: lsh.compile_peer(inputs, measure, causal=causal),
             )
         )
     return cases
@@ -190,6 +213,11 @@ def _compile_relu(inputs: Inputs, measure: str, kind: Attention) -> Program:
             causal=kind == "causal",
         )
 
+    return compile_jax(function, inputs.qkv, inputs, measure)
+
+
+def _compile_local(inputs: Inputs, measure: str, kind: Attention) -> Program:
+    function = make_local_attention(LOCAL_WINDOW, unidirectional=kind == "causal")
     return compile_jax(function, inputs.qkv, inputs, measure)
 
 

@@ -17,6 +17,7 @@ from benchmarks.results import Results
 from benchmarks.settings import Setting
 
 RESULTS = "results.json"
+BY_HAND = "<!-- What follows is written by hand and kept. -->"
 
 INTRODUCTION = """\
 How long attention takes and how much memory, for this package and for baselines: a scan over
@@ -49,7 +50,7 @@ def write_page(runs: Sequence[Results], page: Path, images: Path, folders: str) 
 
     Args:
       runs: results, a section each.
-      page: the Markdown file.
+      page: the Markdown file; what stands behind `BY_HAND` there is kept.
       images: folder of the pictures, below that of the page.
       folders: where the results are, for the command that the page states.
     """
@@ -62,7 +63,8 @@ def write_page(runs: Sequence[Results], page: Path, images: Path, folders: str) 
         f"results by `python -m benchmarks.report {folders}`.\n",
         *(part for results in runs for part in _section(results, prefix)),
     ]
-    page.write_text("\n".join(part for part in parts if part))
+    _, marker, kept = page.read_text().partition(BY_HAND) if page.exists() else ("", "", "")
+    page.write_text("\n".join(part for part in parts if part) + marker + kept)
     for results in runs:
         draw(results, images)
 

@@ -128,6 +128,11 @@ TARGETS: tuple[Target, ...] = (
     _faster("two einsums / bidirectional", WHOLE, BOTH_WAYS, BACKWARD, 4096, 4.0),
     _faster("torch SDPA / causal", SDPA, CAUSAL, BACKWARD, 4096, 8.0),
     _faster("torch SDPA / causal", SDPA, CAUSAL, BACKWARD, 16384, 22.0),
+    *(
+        _faster(f"exact / local, {kind}", f"{kind}/exact", f"{kind}/local", measure, 16384, 10.0)
+        for kind in ("causal", "bidirectional")
+        for measure in (FORWARD, BACKWARD)
+    ),
     _crossover(SDPA),
     _crossover("causal/exact"),
     *(

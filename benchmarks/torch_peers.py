@@ -31,7 +31,7 @@ def compile_sdpa(inputs: Inputs, measure: str, *, causal: bool) -> Program:
     def function(query, key, value):
         return attention(query, key, value, is_causal=causal)
 
-    return _compile(function, inputs.qkv, inputs, measure, heads_first=True)
+    return compile_function(function, inputs.qkv, inputs, measure, heads_first=True)
 
 
 def compile_performer(inputs: Inputs, measure: str, *, causal: bool) -> Program:
@@ -44,7 +44,7 @@ def compile_performer(inputs: Inputs, measure: str, *, causal: bool) -> Program:
         nb_features=setting.features,
         causal=causal,
     ).to(_device(), getattr(torch, setting.dtype))
-    return _compile(attention, inputs.qkv, inputs, measure, heads_first=True)
+    return compile_function(attention, inputs.qkv, inputs, measure, heads_first=True)
 
 
 def compile_fla(
@@ -58,14 +58,14 @@ def compile_fla(
     def function(query, key, value):
         return operation(query, key, value, scale=1.0)[0]
 
-    return _compile(function, arrays, inputs, measure, heads_first=False)
+    return compile_function(function, arrays, inputs, measure, heads_first=False)
 
 
 def _device() -> str:
     return "cuda" if jax.default_backend() == "gpu" else "cpu"
 
 
-def _compile(
+def compile_function(
     function: Callable[..., Any],
     arrays: Sequence[jax.Array],
     inputs: Inputs,
@@ -73,6 +73,15 @@ def _compile(
     *,
     heads_first: bool,
 ) -> Program:
+    """Makes the program of a function of tensors.
+
+    Args:
+      function: what is measured; a tensor for each array.
+      arrays: its arguments, ``[B, T, H, *]``.
+      inputs: where the type and the cotangent of the output come from.
+      measure: one of :data:`benchmarks.programs.MEASURES`.
+      heads_first: the function wants, and returns, ``[B, H, T, *]``.
+    """
     torch = importlib.import_module("torch")
     device = _device()
     if device == "cpu":

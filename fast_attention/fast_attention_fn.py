@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fast_attention.array_types import Array, Bool, Float, Int
-from fast_attention.axes import attended_axes, fold_axes, unfold_axes
+from fast_attention.call_arguments import check_heads, prepare_call, refuse_unsupported
 from fast_attention.feature_maps import FeatureMap
 from fast_attention.linear_attention import (
     LinearAttentionState,
@@ -25,7 +25,6 @@ from fast_attention.linear_attention import (
     step,
 )
 from fast_attention.linear_attention.inputs import SavedStates
-from fast_attention.masks import key_bias_from_bias, key_mask_from_mask
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -132,41 +131,36 @@ class FastAttention:
           ValueError: for anything that cannot be honoured; the message says what to do instead.
         """
         del force_fp32_for_softmax  # Always so.
-        _refuse_unsupported(
-            module=module,
-            qk_attn_weights_einsum=qk_attn_weights_einsum,
-            attn_weights_value_einsum=attn_weights_value_einsum,
-            input_positions=input_positions,
+        refuse_unsupported(
+            module, qk_attn_weights_einsum, attn_weights_value_einsum, input_positions
         )
-        _check_axes(query, key, value)
-        query, key, value = _promote(query, key, value, dtype)
-        axes = attended_axes(query.ndim, axis)
-        unfolded, unfolded_ndim = query.shape, query.ndim
-        query, key, value = (fold_axes(x, axes, trailing=2) for x in (query, key, value))
-        if key_mask is not None:
-            per_head = int(key_mask.ndim == unfolded_ndim - 1)
-            key_mask = fold_axes(key_mask, axes, trailing=per_head)
-            key_mask = key_mask if per_head else key_mask[..., None]
-        if segment_ids is not None:
-            segment_ids = fold_axes(segment_ids, axes, trailing=0)
-
-        _check_heads(query, key, value)
-        one_of_cache = query.shape[-3] == 1 < key.shape[-3]
-        causal = (self.unidirectional or is_causal) and not one_of_cache
-        key_mask, key_bias = self._key_mask_and_bias(query, key, mask, bias, key_mask, causal)
-        rng = None if deterministic else dropout_rng
-        if dropout_rate > 0 and not deterministic:
-            value = _drop_keys(value, rng, dropout_rate, broadcast_dropout)
-        out = linear_attention(
+        call = prepare_call(
             query,
             key,
             value,
+            bias=bias,
+            mask=mask,
+            broadcast_dropout=broadcast_dropout,
+            dropout_rng=dropout_rng,
+            dropout_rate=0.0 if deterministic else dropout_rate,
+            dtype=dtype,
+            causal=self.unidirectional or is_causal,
+            axis=axis,
+            key_mask=key_mask,
+            segment_ids=segment_ids,
+            check_masks=self.check_masks,
+        )
+        rng = None if deterministic else dropout_rng
+        out = linear_attention(
+            call.query,
+            call.key,
+            call.value,
             feature_map=self.feature_map,
             parameters=self._parameters(projection, rng, query.shape[-1]),
-            causal=causal,
-            key_mask=key_mask,
-            key_bias=key_bias,
-            segment_ids=segment_ids,
+            causal=call.causal,
+            key_mask=call.key_mask,
+            key_bias=call.key_bias,
+            segment_ids=call.segment_ids,
             normalize=self.renormalize,
             epsilon=self.epsilon,
             chunk_size=self.chunk_size,
@@ -175,7 +169,7 @@ class FastAttention:
             saved_states=self.saved_states,
             precision=precision,
         )
-        return unfold_axes(out, axes, unfolded)
+        return call.unfold(out)
 
     def draw_projection(self, key: Array, head_dim: int) -> Float[Array, "M D"] | None:
         """Draws a projection ``[M, D]``, float32; None for a map without one."""
@@ -207,7 +201,7 @@ class FastAttention:
         projection: Float[Array, ...] | None = None,
     ) -> tuple[Float[Array, "*B T H V"], LinearAttentionState]:
         """Reads T tokens causally, continuing ``state``; padding (False) may be on either side."""
-        _check_heads(query, key, value)
+        check_heads(query, key, value)
         return prefill(
             state,
             query,
@@ -243,33 +237,6 @@ class FastAttention:
             epsilon=self.epsilon,
         )
 
-    def _key_mask_and_bias(
-        self,
-        query: Array,
-        key: Array,
-        mask: Array | None,
-        bias: Array | None,
-        key_mask: Array | None,
-        causal: bool,
-    ) -> tuple[Array | None, Array | None]:
-        sizes: dict[str, Any] = {
-            "batch_shape": query.shape[:-3],
-            "num_queries": query.shape[-3],
-            "num_keys": key.shape[-3],
-            "num_heads": query.shape[-2],
-            "num_kv_heads": key.shape[-2],
-        }
-        masks, key_bias = [], None
-        if key_mask is not None:
-            masks.append(key_mask.astype(bool))
-        if mask is not None:
-            masks.append(
-                key_mask_from_mask(mask, **sizes, causal=causal, check_traced=self.check_masks)
-            )
-        if bias is not None:
-            key_bias = key_bias_from_bias(bias, **sizes)
-        return (functools.reduce(jnp.logical_and, masks) if masks else None), key_bias
-
     def _parameters(
         self, projection: Array | None, rng: Array | None, head_dim: int
     ) -> Array | None:
@@ -301,65 +268,3 @@ def _fixed_projection(feature_map: FeatureMap, seed: int, head_dim: int) -> np.n
     with jax.ensure_compile_time_eval():
         drawn = feature_map.init(jax.random.key(seed), head_dim)
         return None if drawn is None else np.asarray(drawn)
-
-
-def _promote(query: Array, key: Array, value: Array, dtype: Any) -> tuple[Array, Array, Array]:
-    if dtype is None:
-        dtype = jnp.result_type(query, key, value)
-        if not jnp.issubdtype(dtype, jnp.floating):
-            dtype = jnp.promote_types(dtype, jnp.float32)
-    return query.astype(dtype), key.astype(dtype), value.astype(dtype)
-
-
-def _check_axes(query: Array, key: Array, value: Array) -> None:
-    if query.ndim < 3 or not query.ndim == key.ndim == value.ndim:
-        raise ValueError(
-            "query, key and value must all be [*batch, length, heads, width] with the same number "
-            f"of axes, got {query.shape}, {key.shape} and {value.shape}."
-        )
-
-
-def _check_heads(query: Array, key: Array, value: Array) -> None:
-    heads, kv_heads = query.shape[-2], key.shape[-2]
-    if heads % kv_heads or key.shape[:-1] != value.shape[:-1]:
-        raise ValueError(
-            "Length comes before heads, [*batch, length, heads, width], and the number of query "
-            f"heads is a multiple of that of key heads; got query {query.shape}, key {key.shape}, "
-            f"value {value.shape}. Are length and heads swapped?"
-        )
-
-
-def _refuse_unsupported(
-    module: Any,
-    qk_attn_weights_einsum: Any,
-    attn_weights_value_einsum: Any,
-    input_positions: Any,
-) -> None:
-    if module is not None:
-        raise ValueError(
-            "Recording attention weights (sow_weights=True) was asked for, but linear attention "
-            "never forms them. Use sow_weights=False."
-        )
-    if qk_attn_weights_einsum is not None or attn_weights_value_einsum is not None:
-        raise ValueError(
-            "Custom einsums for attention weights cannot be used: linear attention has no weight "
-            "matrix. Leave qk_attn_weights_einsum_cls and attn_weights_value_einsum_cls unset."
-        )
-    if input_positions is not None:
-        raise ValueError(
-            "input_positions cannot be used here. Rotate queries and keys before attention, for "
-            "example with fast_attention.layers.MultiHeadAttention(rotary=True)."
-        )
-
-
-def _drop_keys(value: Array, rng: Array | None, rate: float, broadcast: bool) -> Array:
-    if rng is None:
-        raise ValueError(
-            f"dropout_rate={rate} needs dropout_rng, a JAX random key; or pass deterministic=True."
-        )
-    if rate >= 1:
-        return jnp.zeros_like(value)
-    leading = (1,) * (value.ndim - 3) if broadcast else value.shape[:-3]
-    heads = 1 if broadcast else value.shape[-2]
-    keep = jax.random.bernoulli(rng, 1 - rate, (*leading, value.shape[-3], heads, 1))
-    return jnp.where(keep, value / (1 - rate), 0).astype(value.dtype)

@@ -16,7 +16,11 @@ from fast_attention.attention_fn import (
     make_fast_generalized_attention,
     make_fast_softmax_attention,
 )
+from fast_attention.efficient_attention_fn import make_efficient_attention
 from fast_attention.feature_maps import elementwise
+from fast_attention.local_attention_fn import make_local_attention
+from fast_attention.lsh_attention_fn import make_lsh_attention
+from fast_attention.strided_attention_fn import make_strided_attention
 
 KERNEL_NAMES = {
     "jcos": jnp.cos,
@@ -38,5 +42,11 @@ make_fast_softmax_attention = gin.external_configurable(
 make_fast_generalized_attention = gin.external_configurable(
     make_fast_generalized_attention, "make_fast_generalized_attention"
 )
+make_efficient_attention = gin.external_configurable(
+    make_efficient_attention, "make_efficient_attention"
+)
+make_strided_attention = gin.external_configurable(make_strided_attention, "make_strided_attention")
+make_lsh_attention = gin.external_configurable(make_lsh_attention, "make_lsh_attention")
+make_local_attention = gin.external_configurable(make_local_attention, "make_local_attention")
 for _name, _kernel in KERNEL_NAMES.items():
     gin.external_configurable(_kernel, _name)

@@ -5,10 +5,12 @@ import jax
 import matplotlib
 import pytest
 
+from tests.compiling import compile_fast
+
 if not os.environ.get("JAX_PLATFORMS"):
     jax.config.update("jax_platforms", "cpu")
-# Most of the time of the suite is XLA's; where its optimisations matter, `optimized` has them back.
-jax.config.update("jax_disable_most_optimizations", True)
+# Where XLA's optimisations matter, `optimized` has them back.
+compile_fast()
 # A silent broadcast of [T] against [B, T] is a bug more often than a wish.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -37,7 +39,7 @@ def _compile_once(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def optimized():
-    """Programs are compiled as users have them."""
+    """Programs are compiled as users have them, with `tests.compiling.compiled` to the letter."""
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)

@@ -5,7 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fast_attention import FastAttention, gin_bindings
+from fast_attention import (
+    FastAttention,
+    gin_bindings,
+    make_efficient_attention,
+    make_local_attention,
+    make_strided_attention,
+)
 from fast_attention.feature_maps import ExponentialFeatures, SignedElementwiseFeatures
 
 FORMULAS = {
@@ -52,6 +58,26 @@ def test_softmax_attention_by_name():
     assert isinstance(attention, FastAttention)
     assert attention.qkv_dim == 64 and attention.unroll == 16 and not attention.renormalize
     assert attention.unidirectional and attention.feature_map.num_rows == 12
+
+
+def test_strided_efficient_attention_by_name():
+    attention = built(
+        "a_model.attention_fn = @make_strided_attention()",
+        "make_strided_attention.attention_fn = @make_efficient_attention()",
+        "make_strided_attention.stride = 16",
+        "make_efficient_attention.unidirectional = True",
+        "make_efficient_attention.blindspot_size = 8",
+    )
+    assert attention == make_strided_attention(make_efficient_attention(True, 8), 16)
+
+
+def test_local_attention_by_name():
+    attention = built(
+        "a_model.attention_fn = @make_local_attention()",
+        "make_local_attention.window_size = 16",
+        "make_local_attention.unidirectional = True",
+    )
+    assert attention == make_local_attention(16, unidirectional=True)
 
 
 @pytest.mark.parametrize("name", FORMULAS)

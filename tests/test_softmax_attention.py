@@ -63,8 +63,9 @@ def gradients(function, *args):
     return jax.jit(gradient)(*args)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(("batch", "kv_heads"), [((), 1), ((3,), 4), ((2, 3), 2)])
+@pytest.mark.parametrize(
+    ("batch", "kv_heads", "causal"), [((), 1, True), ((3,), 4, False), ((2, 3), 2, True)]
+)
 def test_equals_the_definition_with_its_gradients(batch, kv_heads, causal):
     arrays = inputs(*batch, kv_heads=kv_heads)
     attention = make_softmax_attention(causal)
@@ -103,7 +104,7 @@ def test_no_tiling_changes_a_value(length, tiling, causal, restricted):
     close(out, definition(*arrays, visible=visible))
 
 
-@pytest.mark.parametrize("shape", [(1, 7), (7, 7), (3, 4, 1, 7), (3, 1, 7, 1)])
+@pytest.mark.parametrize("shape", [(7, 7), (3, 4, 1, 7), (3, 1, 7, 1)])
 def test_masks_and_biases_of_any_shape(shape):
     arrays = inputs(3, length=7, kv_heads=2)
     tiling = Tiling(rows=1, block=4 * 7 * 3, smallest=3)
@@ -266,18 +267,18 @@ class TestDropout:
 
 
 class TestCache:
-    @pytest.mark.parametrize("kv_heads", [1, 4])
-    def test_prefill_and_steps_are_the_whole(self, kv_heads):
-        query, key, value = inputs(2, kv_heads=kv_heads)
+    def test_prefill_and_steps_are_the_whole(self):
+        query, key, value = inputs(2, kv_heads=2)
         attention = make_softmax_attention()
-        state = attention.init_state((2,), kv_heads, 6, 5, max_length=13)
+        state = attention.init_state((2,), 2, 6, 5, max_length=13)
+        prefill, step = jax.jit(attention.prefill), jax.jit(attention.step)
         parts = []
         for start, stop in ((0, 4), (4, 7)):
             piece = [x[:, start:stop] for x in (query, key, value)]
-            out, state = attention.prefill(state, *piece)
+            out, state = prefill(state, *piece)
             parts.append(out)
         for t in range(7, 11):
-            out, state = attention.step(state, query[:, t], key[:, t], value[:, t])
+            out, state = step(state, query[:, t], key[:, t], value[:, t])
             parts.append(out[:, None])
         expected = make_softmax_attention(unidirectional=True)(query, key, value)
         close(jnp.concatenate(parts, axis=1), expected)

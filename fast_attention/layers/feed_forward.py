@@ -23,6 +23,7 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = MappingProxyType(
     {
         "gelu": functools.partial(jax.nn.gelu, approximate=True),
         "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
+        "leaky_relu": jax.nn.leaky_relu,
         "relu": jax.nn.relu,
         "silu": jax.nn.silu,
         "squared_relu": _squared_relu,
@@ -34,11 +35,18 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = MappingProxyType(
 class FeedForward(nnx.Module):
     """``activation(x W_1 + b_1) W_2 + b_2`` with dropout after each of the two.
 
+    With `glu` the first dense layer has two halves, ``(activation(x W_1 + b_1) * (x V + c)) W_2``.
+
     Attributes:
       activation: Name of the activation, a key of `ACTIVATIONS`.
-      up: First dense layer, M to the hidden width.
+      glu: Whether activations are multiplied by a second half.
+      chunks: Pieces that the length is cut in.
+      up: First dense layer, M to the hidden width; with `glu` to twice that, ``[W_1, V]``.
       down: Second dense layer, back to M.
       dropout: Applied to the activations and to the output.
+
+    References:
+      Shazeer. GLU variants improve Transformer. arXiv:2002.05202.
     """
 
     def __init__(
@@ -47,6 +55,8 @@ class FeedForward(nnx.Module):
         hidden_features: int,
         *,
         activation: str = "gelu",
+        glu: bool = False,
+        chunks: int = 1,
         dropout_rate: float = 0.0,
         dtype: Any = None,
         rngs: nnx.Rngs,
@@ -56,21 +66,30 @@ class FeedForward(nnx.Module):
         Args:
           features: M, of inputs and outputs.
           hidden_features: Width between the two layers.
-          activation: A key of `ACTIVATIONS`.
+          activation: A key of `ACTIVATIONS`; "gelu_exact" is that of the original models.
+          glu: Multiply activations by a second half of the first layer.
+          chunks: Cut the length in so many pieces, at most as many as there are positions, and work
+            on one after another, in the backward pass too. Values are the same; no more than one
+            piece has its hidden activations in memory, which are computed once more for gradients.
           dropout_rate: Probability to drop an activation or an output.
           dtype: To compute in; None is that of inputs and parameters.
           rngs: Source of the parameters.
 
         Raises:
-          ValueError: At an unknown activation.
+          ValueError: At an unknown activation or without a piece.
         """
         if activation not in ACTIVATIONS:
             raise ValueError(
                 f"activation must be one of {sorted(ACTIVATIONS)}, got {activation!r}."
             )
+        if chunks < 1:
+            raise ValueError(f"chunks counts pieces of the length: it must be >= 1, got {chunks}.")
         self.activation = activation
+        self.glu = glu
+        self.chunks = chunks
         kernel_init = nnx.initializers.xavier_uniform()
-        self.up = Linear(features, hidden_features, kernel_init=kernel_init, dtype=dtype, rngs=rngs)
+        width = 2 * hidden_features if glu else hidden_features
+        self.up = Linear(features, width, kernel_init=kernel_init, dtype=dtype, rngs=rngs)
         self.down = Linear(
             hidden_features, features, kernel_init=kernel_init, dtype=dtype, rngs=rngs
         )
@@ -93,6 +112,36 @@ class FeedForward(nnx.Module):
         Returns:
           ``[*B, M]``.
         """
-        hidden = ACTIVATIONS[self.activation](self.up(x))
+        if self.chunks == 1 or x.ndim < 2 or x.shape[-2] < 2:
+            return self._apply(x, deterministic, rngs)
+        return self._apply_in_pieces(x, deterministic, rngs)
+
+    def _apply(self, x: Array, deterministic: bool, rngs: nnx.Rngs | None) -> Array:
+        hidden = self.up(x)
+        activation = ACTIVATIONS[self.activation]
+        if self.glu:
+            gate, factor = jnp.split(hidden, 2, axis=-1)
+            hidden = activation(gate) * factor
+        else:
+            hidden = activation(hidden)
         hidden = self.dropout(hidden, deterministic=deterministic, rngs=rngs)
         return self.dropout(self.down(hidden), deterministic=deterministic, rngs=rngs)
+
+    def _apply_in_pieces(self, x: Array, deterministic: bool, rngs: nnx.Rngs | None) -> Array:
+        length, features = x.shape[-2:]
+        size = -(-length // self.chunks)
+        count = -(-length // size)
+        padding = [(0, 0)] * (x.ndim - 2) + [(0, count * size - length), (0, 0)]
+        pieces = jnp.pad(x, padding).reshape(*x.shape[:-2], count, size, features)
+        keys = None
+        if rngs is not None and self.dropout.rate > 0 and not deterministic:
+            keys = jax.random.split(rngs.dropout(), count)
+
+        @functools.partial(jax.checkpoint, prevent_cse=False)  # A loop body is never merged.
+        def apply(piece_and_key: tuple[Array, Array | None]) -> Array:
+            piece, key = piece_and_key
+            own = None if key is None else nnx.Rngs(dropout=key)
+            return self._apply(piece, deterministic, own)
+
+        out = jnp.moveaxis(jax.lax.map(apply, (jnp.moveaxis(pieces, -3, 0), keys)), 0, -3)
+        return out.reshape(*x.shape[:-2], count * size, features)[..., :length, :]

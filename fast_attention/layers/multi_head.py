@@ -1,106 +1,91 @@
-"""Multi-head attention around any ``attention_fn``, with its own random projection.
+"""Multi-head attention: groups of heads, each attending in its own way.
 
-Shape letters: B batch, T length, H heads, K key/value heads, D head width, M features.
+Shape letters: B batch, T length, S keys (T and what memory and context add), H heads, K key/value
+heads, D head width, M features.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from typing import Any
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from fast_attention.array_types import Array, Bool, Float, Int
+from fast_attention.layers.attention_call import (
+    Visible,
+    call_attention,
+    call_with_choice,
+    causal_by_mask,
+)
+from fast_attention.layers.attention_config import AttentionConfig, HeadGroup
+from fast_attention.layers.head_groups import (
+    draw_projection,
+    dropout_options,
+    read_keys,
+    rotated,
+)
+from fast_attention.layers.inputs import Inputs
 from fast_attention.layers.linear import Linear
-from fast_attention.layers.positions import rotate
-from fast_attention.softmax_attention import make_softmax_attention
+from fast_attention.layers.query_key_value import QueryKeyValue
+
+NO_INPUTS = Inputs()
 
 
 class Projection(nnx.Variable):
-    """The random projection ``[.., M, D]`` of one layer's features: drawn, not learned."""
+    """What a group of heads has drawn and not learned, such as random features ``[.., M, D]``."""
+
+
+class AttentionState(NamedTuple):
+    """What attention remembers of the tokens so far.
+
+    Attributes:
+      groups: The state of each group of heads.
+      context: Keys and values ``[B, S, K, D]`` and mask of a second sequence, or None.
+    """
+
+    groups: tuple[Any, ...]
+    context: tuple[Array, Array, Array | None] | None = None
 
 
 class MultiHeadAttention(nnx.Module):
-    """Self-attention by any function with the signature of ``nnx.dot_product_attention``.
+    """Self- or cross-attention by groups of heads, see `AttentionConfig`.
 
     Attributes:
-      attention_fn: What attends.
-      causal: Position t sees positions 0..t, whatever was bound.
-      query, key, value, out: Dense layers.
-      projection: The layer's own `Projection`, or None where `attention_fn` draws none. It is
-        checkpointed with the model, is no parameter, and changes only by `redraw`.
+      config: Its shape.
+      project: `QueryKeyValue`, the dense layers in front.
+      out: The dense layer behind.
+      projections: The `Projection` of each group, or None where a function draws none. They are
+        checkpointed with the model, are no parameters, and change only by `redraw`.
     """
 
     def __init__(
-        self,
-        features: int,
-        num_heads: int,
-        *,
-        qkv_features: int | None = None,
-        num_kv_heads: int | None = None,
-        attention_fn: Callable[..., Array] | None = None,
-        causal: bool = False,
-        rotary: bool = False,
-        use_bias: bool = False,
-        dropout_rate: float = 0.0,
-        dtype: Any = None,
-        rngs: nnx.Rngs,
+        self, features: int, config: AttentionConfig, *, dtype: Any = None, rngs: nnx.Rngs
     ):
-        """Draws Xavier-uniform kernels and, where there is one, the projection.
+        """Draws Xavier-uniform kernels and what the groups draw.
 
         Args:
           features: M, of inputs and outputs.
-          num_heads: H.
-          qkv_features: H D, by default M.
-          num_kv_heads: K, by default H; query head h reads key head ``h // (H / K)``.
-          attention_fn: By default exact attention.
-          causal: Makes any `attention_fn` causal.
-          rotary: Rotate queries and keys by their positions.
-          use_bias: Of the dense layers.
-          dropout_rate: Of attention weights, handed to `attention_fn`.
+          config: Shape of the layer.
           dtype: To compute in; None is that of inputs and parameters.
-          rngs: Source of the parameters and of the projection.
-
-        Raises:
-          ValueError: If a number of heads does not divide what it splits.
+          rngs: Source of the parameters and projections.
         """
-        qkv_features = features if qkv_features is None else qkv_features
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if num_heads < 1 or qkv_features % num_heads:
-            raise ValueError(
-                f"qkv_features={qkv_features} must be a multiple of num_heads={num_heads}."
-            )
-        if num_kv_heads < 1 or num_heads % num_kv_heads:
-            raise ValueError(
-                f"num_heads={num_heads} must be a multiple of num_kv_heads={num_kv_heads}."
-            )
-        self.attention_fn: Callable[..., Any] = attention_fn or make_softmax_attention()
-        self.causal = causal
-        self.rotary = rotary
-        self.num_heads = num_heads
-        self.num_kv_heads = num_kv_heads
-        self.head_dim = qkv_features // num_heads
-        self.dropout_rate = dropout_rate
-
-        def linear(inputs: int, outputs: int) -> Linear:
-            return Linear(
-                inputs,
-                outputs,
-                use_bias=use_bias,
-                kernel_init=nnx.initializers.xavier_uniform(),
-                dtype=dtype,
-                rngs=rngs,
-            )
-
-        self.query = linear(features, qkv_features)
-        self.key = linear(features, num_kv_heads * self.head_dim)
-        self.value = linear(features, num_kv_heads * self.head_dim)
-        self.out = linear(qkv_features, features)
-        drawn = self._draw(rngs.params())
-        self.projection = nnx.data(None if drawn is None else Projection(drawn))
+        self.config = config
+        self.project = QueryKeyValue(features, config, dtype=dtype, rngs=rngs)
+        self.out = Linear(
+            config.num_heads * config.head_dim,
+            features,
+            use_bias=config.out_bias,
+            kernel_init=nnx.initializers.xavier_uniform(),
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.dropout = nnx.Dropout(config.dropout_rate)
+        drawn = [draw_projection(group, rngs.params(), config.head_dim) for group in config.groups]
+        self.projections = nnx.List([None if x is None else Projection(x) for x in drawn])
 
     def __call__(
         self,
@@ -109,16 +94,23 @@ class MultiHeadAttention(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         key_mask: Bool[Array, "B T"] | None = None,
+        context: Float[Array, "B C N"] | None = None,
+        context_mask: Bool[Array, "B C"] | None = None,
+        mask: Bool[Array, "B T T"] | None = None,
         deterministic: bool = True,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B T M"]:
-        """Attends among the positions of each row.
+        """Attends among the positions of each row, or from them to those of the context.
 
         Args:
           x: ``[B, T, M]``.
           positions: ``[B, T]`` for rotary positions, by default 0, 1, ...
           segment_ids: ``[B, T]``; positions see their own run of equal ids.
           key_mask: ``[B, T]``; positions where it is False are not seen.
+          context: ``[B, C, N]``, a second sequence, if the layer has one.
+          context_mask: ``[B, C]``; positions of it where it is False are not seen.
+          mask: ``[B, T, T]``; position t sees s where it is True, for attention that takes such
+            masks (exact, LSH); others raise.
           deterministic: No dropout.
           rngs: Source of dropout, needed unless `deterministic` or without dropout.
 
@@ -126,173 +118,277 @@ class MultiHeadAttention(nnx.Module):
           ``[B, T, M]``.
 
         Raises:
-          ValueError: If dropout is asked for without `rngs`.
+          ValueError: If dropout is asked for without `rngs`, or a context is missing or unknown.
         """
-        if positions is None and self.rotary:
-            positions = jnp.broadcast_to(jnp.arange(x.shape[1])[None], x.shape[:2])
-        query, key, value = self._project(x, positions)
-        options = self._options(query.shape[1], segment_ids, key_mask)
-        if self.dropout_rate > 0 and not deterministic:
-            if rngs is None:
-                raise ValueError(
-                    f"dropout_rate={self.dropout_rate} needs rngs=nnx.Rngs(...), or pass "
-                    "deterministic=True."
-                )
-            options |= {
-                "dropout_rng": rngs.dropout(),
-                "dropout_rate": self.dropout_rate,
-                "broadcast_dropout": False,
-                "deterministic": False,
-            }
-        out = self.attention_fn(query, key, value, **options, **self._own_projection())
-        return self._merge(out)
+        inputs = Inputs(positions, segment_ids, key_mask, context, context_mask, mask)
+        return self.attend(x, inputs, deterministic=deterministic, rngs=rngs)[0]
 
-    def init_state(self, batch_size: int, max_length: int) -> Any:
+    def attend(
+        self,
+        x: Float[Array, "B T M"],
+        inputs: Inputs,
+        *,
+        deterministic: bool = True,
+        rngs: nnx.Rngs | None = None,
+        choices: Sequence[Any] | None = None,
+    ) -> tuple[Float[Array, "B T M"], tuple[Any, ...]]:
+        """A call that also tells, or repeats, what the groups chose (hash buckets).
+
+        Args:
+          x: ``[B, T, M]``.
+          inputs: The other arguments of a call.
+          deterministic: No dropout.
+          rngs: Source of dropout.
+          choices: What an earlier call returned, to be chosen again.
+
+        Returns:
+          ``[B, T, M]``, and the choice of each group, None where there is none.
+        """
+        self._check(inputs.context, deterministic, rngs)
+        length, positions = x.shape[1], inputs.positions
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(length)[None], x.shape[:2])
+        query, key, value = self.project(x, inputs.context)
+        if self.config.context == "cross":
+            visible = Visible(key_mask=inputs.context_mask)
+        else:
+            key_mask = self.project.key_mask(inputs, key.shape[:2], length)
+            visible = Visible(
+                self.config.causal, key_mask, inputs.segment_ids, positions, inputs.mask
+            )
+        out, chosen = [], []
+        for index, (group, q, k, v) in enumerate(self._split(query, key, value)):
+            seen, choice = visible, None
+            if not group.extra_keys:
+                k, v = k[:, :length], v[:, :length]
+                seen = seen._replace(key_mask=inputs.key_mask)
+            # Memory is read first, into the state that the tokens continue, where there is one.
+            after_memory = self._has_causal_memory(group)
+            if after_memory and not hasattr(group.attention_fn, "init_state"):
+                after_memory, seen = False, causal_by_mask(seen, length)
+            q, k = rotated(group, q, k, positions)
+            options = self._own(index) | dropout_options(group, deterministic, rngs)
+            if after_memory:
+                attended = self._after_memory(group, q, k, v, seen, options)
+            else:
+                before = None if choices is None else choices[index]
+                attended, choice = call_with_choice(
+                    group.attention_fn, q, k, v, seen, before, **options
+                )
+            out.append(attended)
+            chosen.append(choice)
+        merged = self._merge(out)
+        return self.dropout(merged, deterministic=deterministic, rngs=rngs), tuple(chosen)
+
+    @property
+    def causal(self) -> bool:
+        """Whether no position sees a later one of its own sequence."""
+        config = self.config
+        if config.context == "cross" or config.causal:
+            return True
+        return all(getattr(group.attention_fn, "unidirectional", False) for group in config.groups)
+
+    @property
+    def can_decode(self) -> bool:
+        """Whether the layer has a state: it is causal, and every group reads on from one."""
+        config = self.config
+        if config.context == "cross":
+            return True
+        appended = config.shared_qk and (config.memory or config.context is not None)
+        steps = all(hasattr(group.attention_fn, "step") for group in config.groups)
+        return self.causal and steps and not appended
+
+    def init_state(
+        self, batch_size: int, max_length: int, inputs: Inputs = NO_INPUTS
+    ) -> AttentionState:
         """Makes the state before the first token.
 
         Args:
           batch_size: B.
           max_length: Tokens to make room for; recurrent states need none.
+          inputs: The context, with cross attention.
 
         Returns:
-          The state of the `attention_fn`, with B in front.
+          The state, with B in front of its arrays.
 
         Raises:
-          TypeError: If `attention_fn` cannot decode.
-          ValueError: If the layer is not causal.
+          TypeError: If the layer cannot decode.
+          ValueError: If the layer is not causal, or lacks its context.
         """
-        return self._decoder().init_state(
-            (batch_size,), self.num_kv_heads, self.head_dim, self.head_dim, max_length=max_length
-        )
+        config = self.config
+        if config.context == "cross":
+            self._check(inputs.context, True, None)
+            return AttentionState(
+                (), (*self.project.keys_values(inputs.context), inputs.context_mask)
+            )
+        self._check_decoder()
+        states = []
+        for group in config.groups:
+            heads = self._kv_heads(group)
+            room = max_length + (config.memory if group.extra_keys else 0)
+            sizes = (batch_size,), heads, config.head_dim, config.head_dim
+            states.append(group.attention_fn.init_state(*sizes, max_length=room))
+        if config.memory:
+            key, value = self.project.memory_keys_values(batch_size)
+            for index, (group, k, v) in enumerate(self._split_keys(key, value)):
+                if group.extra_keys:
+                    states[index] = read_keys(group, states[index], k, v, self._own(index))
+        return AttentionState(tuple(states))
 
     def prefill(
-        self,
-        state: Any,
-        x: Float[Array, "B T M"],
-        *,
-        positions: Int[Array, "B T"] | None = None,
-        key_mask: Bool[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T M"], Any]:
+        self, state: AttentionState, x: Float[Array, "B T M"], inputs: Inputs = NO_INPUTS
+    ) -> tuple[Float[Array, "B T M"], AttentionState]:
         """Attends causally among T new tokens and all before them.
 
         Args:
           state: What came before.
           x: ``[B, T, M]``.
-          positions: ``[B, T]``, needed for rotary positions.
-          key_mask: ``[B, T]``; False is padding, on either side.
+          inputs: Positions, needed for rotary ones, and a key mask: False is padding, on either
+            side.
 
         Returns:
           ``[B, T, M]`` and the next state.
         """
-        query, key, value = self._project(x, positions)
-        out, state = self._decoder().prefill(
-            state, query, key, value, key_mask=key_mask, **self._own_projection()
-        )
-        return self._merge(out), state
+        return self._continue("prefill", state, x, inputs, {"key_mask": inputs.key_mask})
 
     def step(
-        self, state: Any, x: Float[Array, "B M"], *, positions: Int[Array, " B"] | None = None
-    ) -> tuple[Float[Array, "B M"], Any]:
+        self, state: AttentionState, x: Float[Array, "B M"], inputs: Inputs = NO_INPUTS
+    ) -> tuple[Float[Array, "B M"], AttentionState]:
         """Attends from one new token per row to itself and all before it.
 
         Args:
           state: What came before.
           x: ``[B, M]``.
-          positions: ``[B]``, needed for rotary positions.
+          inputs: Positions ``[B]``, needed for rotary ones.
 
         Returns:
           ``[B, M]`` and the next state.
         """
-        query, key, value = self._project(x, positions)
-        out, state = self._decoder().step(state, query, key, value, **self._own_projection())
-        return self._merge(out), state
+        if state.context is None:
+            return self._continue("step", state, x, inputs, {})
+        out, state = self.prefill(state, x[:, None])
+        return out[:, 0], state
 
     def redraw(self, rngs: nnx.Rngs) -> None:
-        """Replaces the layer's projection, if it has one; stacked layers get one each."""
-        if self.projection is None:
-            return
-        stack = self.projection.shape[:-2]
-        draw = self._draw
-        for _ in stack:
-            draw = jax.vmap(draw)
-        key = rngs.params()
-        self.projection[...] = draw(jax.random.split(key, stack) if stack else key)
+        """Replaces what the groups have drawn, if anything; stacked layers get one each."""
+        width = self.config.head_dim
+        for group, projection in zip(self.config.groups, self.projections, strict=True):
+            if projection is None:
+                continue
+            draw = functools.partial(draw_projection, group, head_dim=width)
+            single = jax.eval_shape(draw, jax.random.key(0)).ndim
+            stack = projection.shape[: projection.ndim - single]
+            for _ in stack:
+                draw = jax.vmap(draw)
+            key = rngs.params()
+            projection[...] = draw(jax.random.split(key, stack) if stack else key)
 
-    def _draw(self, key: Array) -> Array | None:
-        draw = getattr(self.attention_fn, "draw_projection", None)
-        return None if draw is None else draw(key, self.head_dim)
+    def _continue(
+        self, method: str, state: AttentionState, x: Array, inputs: Inputs, options: dict[str, Any]
+    ) -> tuple[Array, AttentionState]:
+        if state.context is not None:
+            return self._read_context(state.context, x), state
+        query, key, value = self.project(x, memory=False)
+        out, states = [], []
+        for index, (group, q, k, v) in enumerate(self._split(query, key, value)):
+            q, k = rotated(group, q, k, inputs.positions)
+            read = getattr(group.attention_fn, method)
+            attended, new = read(state.groups[index], q, k, v, **options, **self._own(index))
+            out.append(attended)
+            states.append(new)
+        return self._merge(out), AttentionState(tuple(states))
 
-    def _own_projection(self) -> dict[str, Array]:
-        return {} if self.projection is None else {"projection": self.projection[...]}
+    def _read_context(self, context: tuple[Array, Array, Array | None], x: Array) -> Array:
+        key, value, mask = context
+        split = self._split(self.project.queries(x), key, value)
+        return self._merge(
+            [
+                call_attention(group.attention_fn, q, k, v, Visible(key_mask=mask), **self._own(i))
+                for i, (group, q, k, v) in enumerate(split)
+            ]
+        )
 
-    def _project(self, x: Array, positions: Array | None) -> tuple[Array, Array, Array]:
-        def heads(linear: Linear, number: int) -> Array:
-            return linear(x).reshape(*x.shape[:-1], number, self.head_dim)
+    def _has_causal_memory(self, group: HeadGroup) -> bool:
+        config = self.config
+        return bool(config.memory and config.causal and not config.shared_qk and group.extra_keys)
 
-        query = heads(self.query, self.num_heads)
-        key = heads(self.key, self.num_kv_heads)
-        value = heads(self.value, self.num_kv_heads)
-        if self.rotary:
-            if positions is None:
-                raise ValueError("Rotary positions need positions=, the place of every token.")
-            query, key = rotate(query, positions), rotate(key, positions)
-        return query, key, value
-
-    def _merge(self, out: Array) -> Array:
-        return self.out(out.reshape(*out.shape[:-2], -1))
-
-    def _options(
-        self, length: int, segment_ids: Array | None, key_mask: Array | None
-    ) -> dict[str, Any]:
-        """What the function must know; what it has no name for becomes a mask."""
-        options = {"segment_ids": segment_ids, "key_mask": key_mask, "is_causal": self.causal}
-        options = {name: x for name, x in options.items() if x is not None and x is not False}
-        names = _keywords(self.attention_fn)
-        if names is None:
-            return options
-        mask: Any = True
-        if "key_mask" in options and "key_mask" not in names:
-            mask &= options.pop("key_mask")[:, None, None, :]
-        if "segment_ids" in options and "segment_ids" not in names:
-            ids = options.pop("segment_ids")
-            runs = jnp.cumsum(jnp.diff(ids, axis=1, prepend=ids[:, :1]) != 0, axis=1)
-            mask &= runs[:, None, :, None] == runs[:, None, None, :]
-        if "is_causal" in options and "is_causal" not in names:
-            options.pop("is_causal")
-            mask &= jnp.tri(length, dtype=bool)[None, None]
-        return options if mask is True else options | {"mask": mask}
-
-    def _decoder(self) -> Any:
-        if not self.causal and not getattr(self.attention_fn, "unidirectional", False):
+    def _after_memory(
+        self,
+        group: HeadGroup,
+        query: Array,
+        key: Array,
+        value: Array,
+        seen: Visible,
+        options: dict[str, Any],
+    ) -> Array:
+        if seen.segment_ids is not None or seen.mask is not None or "dropout_rng" in options:
             raise ValueError(
-                "Only causal attention decodes token by token: build the layer with causal=True."
+                "Causal memory is read as a state before the sequence: it allows no segment_ids, "
+                "no mask and no dropout of attention weights."
             )
-        if not hasattr(self.attention_fn, "step"):
-            raise TypeError(
-                f"{self.attention_fn} cannot decode: it has no init_state, prefill and step. Use "
-                "exact attention (attention_fn=None) or one of the make_fast_* factories."
+        length, width = query.shape[1], self.config.head_dim
+        sizes = (len(key),), key.shape[-2], width, width
+        state = group.attention_fn.init_state(*sizes, max_length=key.shape[1])
+        state = read_keys(group, state, key[:, length:], value[:, length:], options)
+        mask = None if seen.key_mask is None else seen.key_mask[:, :length]
+        out, _ = group.attention_fn.prefill(
+            state, query, key[:, :length], value[:, :length], key_mask=mask, **options
+        )
+        return out
+
+    def _kv_heads(self, group: HeadGroup) -> int:
+        return group.num_heads * self.config.kv_heads // self.config.num_heads
+
+    def _split_keys(self, key: Array, value: Array) -> Iterator[tuple[HeadGroup, Array, Array]]:
+        start = 0
+        for group in self.config.groups:
+            end = start + self._kv_heads(group)
+            yield group, key[..., start:end, :], value[..., start:end, :]
+            start = end
+
+    def _split(
+        self, query: Array, key: Array, value: Array
+    ) -> Iterator[tuple[HeadGroup, Array, Array, Array]]:
+        start = 0
+        for group, k, v in self._split_keys(key, value):
+            yield group, query[..., start : start + group.num_heads, :], k, v
+            start += group.num_heads
+
+    def _own(self, index: int) -> dict[str, Any]:
+        projection = self.projections[index]
+        return {} if projection is None else {"projection": projection[...]}
+
+    def _merge(self, parts: Sequence[Array]) -> Array:
+        joined = jnp.concatenate(parts, axis=-2) if len(parts) > 1 else parts[0]
+        return self.out(joined.reshape(*joined.shape[:-2], -1))
+
+    def _check(self, context: Array | None, deterministic: bool, rngs: nnx.Rngs | None) -> None:
+        if self.config.context is None and context is not None:
+            raise ValueError(
+                "A context was given to self-attention: build the layer with context='cross', or "
+                "'append' for shared queries and keys."
             )
-        return self.attention_fn
+        if self.config.context == "cross" and context is None:
+            raise ValueError("Cross attention needs context=, the sequence to attend to.")
+        rate = max(group.dropout_rate for group in self.config.groups)
+        if rate > 0 and not deterministic and rngs is None:
+            raise ValueError(
+                f"dropout_rate={rate} needs rngs=nnx.Rngs(...), or pass deterministic=True."
+            )
 
-
-def redraw(model: nnx.Module, rngs: nnx.Rngs) -> None:
-    """Draws new random projections for every attention layer of a model, in place.
-
-    Features with a projection redrawn every few steps do not adapt to its errors (FAVOR+,
-    arXiv:2009.14794, section 4.2). Redraw while training, never while evaluating.
-
-    Args:
-      model: Any module with `MultiHeadAttention` layers somewhere inside.
-      rngs: Source of the new projections.
-    """
-    for _, module in nnx.iter_modules(model):
-        if isinstance(module, MultiHeadAttention):
-            module.redraw(rngs)
-
-
-def _keywords(function: Callable[..., Any]) -> frozenset[str] | None:
-    """Names of the parameters of a function; None if it takes any."""
-    parameters = inspect.signature(function).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return None
-    return frozenset(p.name for p in parameters)
+    def _check_decoder(self) -> None:
+        for group in self.config.groups:
+            function = group.attention_fn
+            if not self.config.causal and not getattr(function, "unidirectional", False):
+                raise ValueError(
+                    "Only causal attention decodes token by token: build the layer with "
+                    "causal=True."
+                )
+            if not hasattr(function, "step"):
+                raise TypeError(
+                    f"{function} cannot decode: it has no init_state, prefill and step. Use exact "
+                    "or local attention (make_softmax_attention, make_local_attention), or one of "
+                    "the make_fast_* factories."
+                )
+        if not self.can_decode:
+            raise TypeError("Shared queries and keys with memory or a context cannot decode.")

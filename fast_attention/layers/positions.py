@@ -1,9 +1,12 @@
-"""How a model learns where a token is: sinusoids, a learned table, or rotation.
+"""How a model learns where a token is: sinusoids, rotation, or learned tables.
 
 Shape letters: B batch, T length, H heads, D head width, M features, L maximum length.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +16,9 @@ from jax.core import Tracer
 from fast_attention.array_types import Array, Float, Int
 
 
-def sinusoids(positions: Int[Array, "*B"], features: int) -> Float[Array, "*B M"]:
+def sinusoids(
+    positions: Int[Array, "*B"], features: int, *, concatenated: bool = False
+) -> Float[Array, "*B M"]:
     """Encodes positions by sines and cosines of geometrically spaced frequencies.
 
     Feature 2i is ``sin(t / 10000^(2i / M))``, feature 2i + 1 the cosine of the same angle.
@@ -21,6 +26,7 @@ def sinusoids(positions: Int[Array, "*B"], features: int) -> Float[Array, "*B M"
     Args:
       positions: ``[*B]`` integers.
       features: M.
+      concatenated: All sines first, then all cosines.
 
     Returns:
       float32 ``[*B, M]``.
@@ -29,12 +35,18 @@ def sinusoids(positions: Int[Array, "*B"], features: int) -> Float[Array, "*B M"
       Vaswani et al. Attention is all you need. arXiv:1706.03762, section 3.5.
     """
     angles = _angles(positions, np.arange(0, features, 2) / features)
-    encoded = jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1)
-    return encoded.reshape(*positions.shape, -1)[..., :features]
+    waves = jnp.sin(angles), jnp.cos(angles)
+    if concatenated:
+        return jnp.concatenate(waves, axis=-1)[..., :features]
+    return jnp.stack(waves, axis=-1).reshape(*positions.shape, -1)[..., :features]
 
 
 def rotate(
-    x: Float[Array, "*B H D"], positions: Int[Array, "*B"], base: float = 10000.0
+    x: Float[Array, "*B H D"],
+    positions: Int[Array, "*B"],
+    base: float = 10000.0,
+    *,
+    interleaved: bool = False,
 ) -> Float[Array, "*B H D"]:
     """Rotates queries or keys by their positions, so that products depend on distances alone.
 
@@ -44,6 +56,8 @@ def rotate(
       x: ``[*B, H, D]`` with D even.
       positions: ``[*B]`` integers.
       base: Ratio of the longest to the shortest wavelength.
+      interleaved: Turn the pair of features 2i and 2i + 1 by that angle instead. Both are in use,
+        and parameters trained with one are of no use to the other.
 
     Returns:
       ``[*B, H, D]`` in the type of `x`.
@@ -59,6 +73,10 @@ def rotate(
         raise ValueError(f"Rotary positions turn pairs of features: D must be even, got {width}.")
     angles = _angles(positions, np.arange(0, width, 2) / width, base)[..., None, :]
     cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
+    if interleaved:
+        left, right = x[..., ::2], x[..., 1::2]
+        turned = [left * cos - right * sin, right * cos + left * sin]
+        return jnp.stack(turned, axis=-1).reshape(x.shape)
     left, right = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
 
@@ -76,14 +94,31 @@ class LearnedPositions(nnx.Module):
       table: Parameter ``[L, M]``.
     """
 
-    def __init__(self, max_len: int, features: int):
+    def __init__(
+        self,
+        max_len: int,
+        features: int,
+        *,
+        initializer: nnx.Initializer | None = None,
+        rngs: nnx.Rngs | None = None,
+    ):
         """Fills the table.
 
         Args:
           max_len: L.
           features: M.
+          initializer: Draws the table in place of sinusoids, e.g. ``nnx.initializers.normal()``.
+          rngs: What it draws from.
+
+        Raises:
+          ValueError: At an initializer with nothing to draw from.
         """
-        self.table = nnx.Param(sinusoids(jnp.arange(max_len), features))
+        if initializer is None:
+            self.table = nnx.Param(sinusoids(jnp.arange(max_len), features))
+            return
+        if rngs is None:
+            raise ValueError("An initializer of positions draws from rngs: give it, got None.")
+        self.table = nnx.Param(initializer(rngs.params(), (max_len, features), jnp.float32))
 
     def __call__(self, positions: Int[Array, "*B"]) -> Float[Array, "*B M"]:
         """Looks positions up.
@@ -98,15 +133,84 @@ class LearnedPositions(nnx.Module):
           ValueError: At positions out of range.
         """
         table = self.table[...]
-        if not isinstance(positions, Tracer):
-            known = np.asarray(positions)  # Under jit, jax would make even a constant unknown.
-            low, high = known.min(initial=0), known.max(initial=0)
-            if low < 0 or high >= len(table):
-                raise ValueError(
-                    f"Positions {low} to {high} are not all in the learned table of max_len="
-                    f"{len(table)}: use shorter inputs, a larger max_len, or positions without a "
-                    "table ('rotary', 'sinusoidal')."
-                )
+        _check_range(positions, len(table), f"the learned table of max_len={len(table)}")
         index = jnp.asarray(positions, jnp.int32)
         index = jnp.where(index < 0, len(table), index)  # Negative ones would count from the end.
         return jnp.take(table, index, axis=0, mode="fill", fill_value=jnp.nan)
+
+
+class AxialPositions(nnx.Module):
+    """Positions as places in a grid, with one short learned table for each of its axes.
+
+    Position t is the place ``(t // n_2, t % n_2)`` of a grid ``(n_1, n_2)``, and so on for more
+    axes (row-major). Its vector is the sum of one row of each table, or with `axis_features` these
+    rows one after another.
+
+    Attributes:
+      tables: Parameters, one ``[n_i, M]`` per axis, or ``[n_i, M_i]`` with `axis_features`.
+
+    References:
+      Ho et al. Axial attention in multidimensional Transformers. arXiv:1912.12180; Kitaev et al.
+      Reformer. arXiv:2001.04451 (concatenated).
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        features: int,
+        *,
+        axis_features: Sequence[int] | None = None,
+        rngs: nnx.Rngs,
+    ):
+        """Draws the tables from the standard normal distribution.
+
+        Args:
+          shape: Of the grid; the product is the largest number of positions.
+          features: M.
+          axis_features: Widths of the tables, which add up to M, if they are to be concatenated.
+          rngs: Source of the parameters.
+
+        Raises:
+          ValueError: If the widths are not one per axis or do not add up to M.
+        """
+        shape = tuple(shape)
+        if not shape or min(shape) < 1:
+            raise ValueError(f"shape must be a grid such as (64, 64), got {shape}.")
+        if axis_features is not None and (
+            len(axis_features) != len(shape) or sum(axis_features) != features
+        ):
+            raise ValueError(
+                f"axis_features must be one width per axis of {shape} and add up to features="
+                f"{features}, got {tuple(axis_features)}."
+            )
+        self.shape = shape
+        self.concatenated = axis_features is not None
+        widths = axis_features or (features,) * len(shape)
+        draw = nnx.initializers.normal(1.0)
+        self.tables = nnx.List(
+            nnx.Param(draw(rngs.params(), (n, width), jnp.float32))
+            for n, width in zip(shape, widths, strict=True)
+        )
+
+    def __call__(self, positions: Int[Array, "*B"]) -> Float[Array, "*B M"]:
+        """Looks positions up, as `LearnedPositions` does; the grid has the place of its table."""
+        count = math.prod(self.shape)
+        _check_range(positions, count, f"the {count} places of the grid {self.shape}")
+        index = jnp.asarray(positions, jnp.int32)
+        inside = (index >= 0) & (index < count)
+        places = jnp.unravel_index(jnp.where(inside, index, 0), self.shape)
+        rows = [table[...][place] for table, place in zip(self.tables, places, strict=True)]
+        out = jnp.concatenate(rows, axis=-1) if self.concatenated else sum(rows[1:], rows[0])
+        return jnp.where(inside[..., None], out, jnp.nan)
+
+
+def _check_range(positions: Array, count: int, where: str) -> None:
+    if isinstance(positions, Tracer):
+        return
+    known = np.asarray(positions)  # Under jit, jax would make even a constant unknown.
+    low, high = known.min(initial=0), known.max(initial=0)
+    if low < 0 or high >= count:
+        raise ValueError(
+            f"Positions {low} to {high} are not all in {where}: use shorter inputs, a larger "
+            "table, or positions without one ('rotary', 'sinusoidal')."
+        )

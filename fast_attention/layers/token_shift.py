@@ -1,14 +1,17 @@
-"""Token shift: half of the channels of a position come from the position before it.
+"""Token shift: groups of channels of a position come from positions nearby.
 
-It gives every layer the neighbouring token for the price of a copy, which linear attention, whose
+It gives every layer the neighbouring tokens for the price of a copy, which linear attention, whose
 kernels are smooth, is slow to pick out by itself.
 
 Shape letters: B batch, T length, M features.
 
-Reference: the ``shift_tokens`` of performer-pytorch (there with shifts 0 and 1 for causal models).
+Reference: the ``shift_tokens`` of performer-pytorch (there (0, 1) for causal models, otherwise
+(-1, 0, 1)) and of linear-attention-transformer ((1, 0) and (1, 0, -1)).
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 
@@ -17,29 +20,72 @@ from fast_attention.array_types import Array, Bool, Float
 
 def shift_tokens(
     x: Float[Array, "B T M"],
+    shifts: Sequence[int] = (0, 1),
     *,
+    key_mask: Bool[Array, "B T"] | None = None,
     starts: Bool[Array, "B T"] | None = None,
     before: Float[Array, "B M"] | None = None,
 ) -> Float[Array, "B T M"]:
-    """Moves the second half of the channels on by one position.
+    """Moves equal groups of channels along the length, each by its own number of positions.
+
+    Group i of n, channels ``i (M // n)`` to ``(i + 1) (M // n)``, of position t is that of position
+    ``t - shifts[i]``, or zero if there is none. Channels left over stay.
 
     Args:
       x: ``[B, T, M]``.
+      shifts: One per group; negative ones look ahead and are not for causal layers.
+      key_mask: ``[B, T]``; where False, `x` is taken as zero.
       starts: ``[B, T]``; where True the position before belongs to something else (another
-        sequence of a packed row, or padding) and ``before`` takes its place.
+        sequence of a packed row, or padding), and no group is moved across; ``before`` takes the
+        place of that position.
       before: ``[B, M]``, what stood before the first position; zeros if None.
 
     Returns:
       ``[B, T, M]``.
+
+    Raises:
+      ValueError: If there are more groups than channels, or `before` is given for shifts that need
+        more than one position before the first.
     """
-    kept = x.shape[-1] - x.shape[-1] // 2
-    if before is None:
-        before = jnp.zeros_like(x[:, 0])
-    before = before[:, None, kept:]
-    moved = jnp.concatenate([before, x[:, :-1, kept:]], axis=1)
-    if starts is not None:
-        moved = jnp.where(starts[..., None], before, moved)
-    return jnp.concatenate([x[..., :kept], moved], axis=-1)
+    width = x.shape[-1] // len(shifts) if shifts else 0
+    if not width:
+        raise ValueError(
+            f"shifts must be one per group of channels, got {tuple(shifts)} for {x.shape[-1]} "
+            "channels."
+        )
+    if before is not None and not set(shifts) <= {0, 1}:
+        raise ValueError(
+            "before is the one position before the first: it is for shifts of 0 and 1, got "
+            f"{tuple(shifts)}."
+        )
+    if key_mask is not None:
+        x = jnp.where(key_mask[..., None], x, 0)
+    groups = []
+    for i, shift in enumerate(shifts):
+        channels = slice(i * width, (i + 1) * width)
+        fill = jnp.zeros_like(x[:, 0]) if before is None else before
+        groups.append(_shift_group(x[..., channels], shift, starts, fill[:, None, channels]))
+    return jnp.concatenate([*groups, x[..., len(shifts) * width :]], axis=-1)
+
+
+def _shift_group(x: Array, shift: int, starts: Array | None, fill: Array) -> Array:
+    if shift == 0:
+        return x
+    moved = _moved(x, shift, fill)
+    if starts is None:
+        return moved
+    runs = jnp.cumsum(starts, axis=1)
+    elsewhere = _moved(runs, shift, jnp.full_like(runs[:, :1], -1)) != runs
+    return jnp.where(elsewhere[..., None], fill, moved)
+
+
+def _moved(x: Array, shift: int, fill: Array) -> Array:
+    """Puts position t - shift at t, and ``fill``, of length 1, where there is none."""
+    length = x.shape[1]
+    count = min(abs(shift), length)
+    filled = jnp.repeat(fill, count, axis=1)
+    parts = [filled, x[:, : length - count]] if shift > 0 else [x[:, count:], filled]
+    return jnp.concatenate(parts, axis=1)
 
 
 def last_visible(

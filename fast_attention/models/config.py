@@ -1,15 +1,93 @@
-"""Everything that shapes a Transformer, except the attention function."""
+"""Everything that shapes a language model."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 
+from fast_attention.array_types import Array
+from fast_attention.layers.attention_config import AttentionConfig, HeadGroup
 from fast_attention.layers.feed_forward import ACTIVATIONS
+from fast_attention.layers.stack import StackConfig
+from fast_attention.layers.sublayer import FeedForwardConfig, NormConfig, SublayerConfig
+from fast_attention.softmax_attention import make_softmax_attention
 
 POSITIONS = ("learned", "sinusoidal", "rotary", "none")
+ADDED_POSITIONS = ("learned", "random", "sinusoidal", "concatenated", "axial", "none")
+LOGITS = ("dense", "tied", "scaled", "normalized", "none")
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModelConfig:
+    """Shape of a `LanguageModel`.
+
+    Attributes:
+      vocab_size: Tokens, V.
+      stack: The layers.
+      max_len: Longest input with learned positions; others have no limit.
+      emb_dim: Width of the embeddings, by default that of the stack; dense layers lead from one to
+        the other.
+      positions: Added to the embeddings: "learned" (at first sinusoids), "random" (learned, at
+        first normal), "sinusoidal", "concatenated" (sines, then cosines), "axial" or "none".
+        Rotary positions are a matter of the heads (`HeadGroup`).
+      axial_shape: Positions along each axis, the first the slowest, with "axial".
+      axial_features: Widths of the axes' vectors, to concatenate them; None adds them.
+      dropout_rate: Of the embeddings.
+      final_norm: Behind the stack.
+      norm_before_projection: The final norm comes before the dense layer back to `emb_dim`.
+      logits: "dense": a layer of their own; products with the embeddings of tokens: "tied",
+        "scaled" by 1 / sqrt(width), or "normalized" to vectors of length one; "none": the model
+        ends with the norm.
+      dtype: To compute in; parameters, logits and decoding states of attention are float32.
+    """
+
+    vocab_size: int
+    stack: StackConfig
+    max_len: int
+    emb_dim: int | None = None
+    positions: str = "none"
+    axial_shape: tuple[int, ...] = ()
+    axial_features: tuple[int, ...] | None = None
+    dropout_rate: float = 0.0
+    final_norm: NormConfig = NormConfig()
+    norm_before_projection: bool = False
+    logits: str = "dense"
+    dtype: Any = jnp.float32
+
+    def __post_init__(self):
+        """Checks every field.
+
+        Raises:
+          ValueError: At a value that makes no model, saying what would.
+        """
+        for name in ("vocab_size", "max_len", "embedding_features"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.positions not in ADDED_POSITIONS:
+            raise ValueError(f"positions must be one of {ADDED_POSITIONS}, got {self.positions!r}.")
+        if (self.positions == "axial") != bool(self.axial_shape):
+            raise ValueError(
+                "Axial positions need an axial_shape, and others none: got positions="
+                f"{self.positions!r}, axial_shape={self.axial_shape}."
+            )
+        if self.axial_shape and math.prod(self.axial_shape) < self.max_len:
+            raise ValueError(
+                f"axial_shape={self.axial_shape} has {math.prod(self.axial_shape)} places, fewer "
+                f"than max_len={self.max_len}."
+            )
+        if self.logits not in LOGITS:
+            raise ValueError(f"logits must be one of {LOGITS}, got {self.logits!r}.")
+        if not 0 <= self.dropout_rate < 1:
+            raise ValueError(f"dropout_rate must be in [0, 1), got {self.dropout_rate}.")
+
+    @property
+    def embedding_features(self) -> int:
+        """Width of the embeddings, also where `emb_dim` is None."""
+        return self.stack.features if self.emb_dim is None else self.emb_dim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,3 +184,35 @@ class TransformerConfig:
     def kv_heads(self) -> int:
         """Key/value heads, also where `num_kv_heads` is None."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    def language_model(
+        self, attention_fn: Callable[..., Array] | None = None
+    ) -> LanguageModelConfig:
+        """The model of this shape around an attention function; None is exact attention."""
+        group = HeadGroup(
+            self.num_heads,
+            attention_fn or make_softmax_attention(),
+            rotary="halves" if self.positions == "rotary" else None,
+            dropout_rate=self.attention_dropout_rate,
+        )
+        attention = AttentionConfig(
+            (group,),
+            self.head_dim,
+            num_kv_heads=self.kv_heads,
+            causal=self.causal,
+            dropout_rate=self.dropout_rate,
+        )
+        feed_forward = FeedForwardConfig(
+            self.mlp_dim, activation=self.activation, dropout_rate=self.dropout_rate
+        )
+        shifts = (0, 1) if self.shift_tokens else None
+        block = (SublayerConfig(attention, shifts), SublayerConfig(feed_forward, shifts))
+        return LanguageModelConfig(
+            self.vocab_size,
+            StackConfig(self.emb_dim, (block,) * self.num_layers),
+            max_len=self.max_len,
+            positions="none" if self.positions == "rotary" else self.positions,
+            dropout_rate=self.dropout_rate,
+            logits="scaled" if self.tie_embeddings else "dense",
+            dtype=self.dtype,
+        )

@@ -1,4 +1,6 @@
-"""Generation: read the prompt at once, then draw token after token from the model's state.
+"""Generation: read the prompt at once, then draw token after token.
+
+A model that cannot decode from a state (LSH attention) reads the whole text again for each.
 
 Shape letters: B batch, P prompt length, N new tokens, V vocabulary, W tokens looked back at.
 """
@@ -16,9 +18,10 @@ from flax import nnx
 from jax import lax
 from jax.core import Tracer
 
-from fast_attention.array_types import Array, Bool, Int
+from fast_attention.array_types import Array, Bool, Float, Int
 from fast_attention.models import samplers
-from fast_attention.models.transformer import Transformer
+from fast_attention.models.language_model import LanguageModel
+from fast_attention.models.reading import read_prompt, read_token
 
 
 class _Options(NamedTuple):
@@ -52,7 +55,7 @@ class _Loop(NamedTuple):
 
 
 def generate(
-    model: Transformer,
+    model: LanguageModel,
     prompt: Int[Array, "B P"],
     *,
     key: Array,
@@ -66,6 +69,8 @@ def generate(
     eos_token: int | None = None,
     pad_token: int | None = None,
     forbidden_tokens: Sequence[int] = (),
+    context: Float[Array, "B S M"] | None = None,
+    context_mask: Bool[Array, "B S"] | None = None,
 ) -> Int[Array, "B N"]:
     """Continues prompts, one token after another.
 
@@ -75,7 +80,7 @@ def generate(
     each shape of prompt and set of options; numbers such as the temperature may change freely.
 
     Args:
-      model: A causal `Transformer` whose attention function decodes.
+      model: A causal `LanguageModel`.
       prompt: ``[B, P]`` ids, P at least 1; padding may be any integers.
       key: Random key; equal keys give equal tokens. Token n of the output is drawn with
         ``jax.random.fold_in(key, n)``.
@@ -90,13 +95,15 @@ def generate(
       eos_token: Ends a row.
       pad_token: Fills ended rows; None is `eos_token`.
       forbidden_tokens: Never drawn.
+      context: ``[B, S, M]``, a second sequence, for models that attend to one.
+      context_mask: ``[B, S]``, False is padding of it.
 
     Returns:
       int32 ``[B, N]``: the new tokens, an end-of-sequence token included.
 
     Raises:
-      TypeError: If the model's attention function cannot decode.
-      ValueError: At an argument out of range, or more tokens than learned positions.
+      ValueError: At an argument out of range, a model that is not causal, or more tokens than
+        learned positions.
     """
     prompt = jnp.asarray(prompt)
     _check(model, prompt, prompt_mask, max_new_tokens, eos_token, pad_token, repetition_window)
@@ -123,7 +130,9 @@ def generate(
     )
     graphdef, variables = nnx.split(model)
     mask = None if prompt_mask is None else jnp.asarray(prompt_mask, bool)
-    return _generate(graphdef, variables, prompt, mask, key, numbers, options)
+    given = {"context": context, "context_mask": context_mask}
+    given = {name: jnp.asarray(x) for name, x in given.items() if x is not None}
+    return _generate(graphdef, variables, prompt, mask, key, numbers, given, options)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "options"))
@@ -134,6 +143,7 @@ def _generate(
     mask: Array | None,
     key: Array,
     numbers: _Numbers,
+    context: dict[str, Array],
     options: _Options,
 ) -> Array:
     model = nnx.merge(graphdef, variables)
@@ -142,9 +152,8 @@ def _generate(
         prompt = jnp.where(mask, prompt, 0)  # Padding may be no token at all.
     steps = options.max_new_tokens
     # The last token is drawn and never read.
-    state = model.init_state(batch, length + steps - 1)
-    logits, state = model.prefill(state, prompt, mask)
-    last, past = _ends(prompt, mask)
+    logits, state = read_prompt(model, prompt, mask, length + steps - 1, context)
+    past = _past(prompt, mask)
     past = jnp.pad(past, ((0, 0), (options.window, 0)), constant_values=-1)
     history = past[:, past.shape[1] - options.window :]
     ended = jnp.zeros(batch, bool)
@@ -161,28 +170,25 @@ def _generate(
         return (loop.index < steps) & ~jnp.all(loop.ended)
 
     def advance(loop: _Loop) -> _Loop:
-        logits, state = model.step(loop.state, loop.token)
+        logits, state = read_token(model, loop.state, loop.token, context)
         token, history, ended = draw(loop.index, logits, loop.history, loop.ended)
         tokens = lax.dynamic_update_slice(loop.tokens, token[:, None], (0, loop.index))
         return _Loop(loop.index + 1, tokens, token, history, ended, state)
 
     index = jnp.zeros((), jnp.int32)
-    logits = jnp.take_along_axis(logits, last[:, None, None], axis=1)[:, 0]
     token, history, ended = draw(index, logits, history, ended)
     tokens = jnp.full((batch, steps), options.pad_token, jnp.int32).at[:, 0].set(token)
     first = _Loop(index + 1, tokens, token, history, ended, state)
     return lax.while_loop(running, advance, first).tokens
 
 
-def _ends(prompt: Array, mask: Array | None) -> tuple[Array, Array]:
-    """Index of each row's last token ``[B]``, and the tokens ``[B, P]`` behind -1 for padding."""
-    batch, length = prompt.shape
+def _past(prompt: Array, mask: Array | None) -> Array:
+    """The tokens ``[B, P]``, behind -1 for padding."""
     prompt = prompt.astype(jnp.int32)
     if mask is None:
-        return jnp.full(batch, length - 1), prompt
+        return prompt
     order = jnp.argsort(mask, axis=1, stable=True)
-    past = jnp.take_along_axis(jnp.where(mask, prompt, -1), order, axis=1)
-    return length - 1 - jnp.argmax(mask[:, ::-1], axis=1), past
+    return jnp.take_along_axis(jnp.where(mask, prompt, -1), order, axis=1)
 
 
 def _draw(key: Array, logits: Array, history: Array, numbers: _Numbers, options: _Options) -> Array:
@@ -199,7 +205,7 @@ def _draw(key: Array, logits: Array, history: Array, numbers: _Numbers, options:
 
 
 def _check(
-    model: Transformer,
+    model: LanguageModel,
     prompt: Array,
     prompt_mask: Any,
     max_new_tokens: int,
@@ -207,6 +213,11 @@ def _check(
     pad_token: int | None,
     repetition_window: int | None,
 ) -> None:
+    if not model.causal:
+        raise ValueError(
+            "Only causal models write: build the model with causal=True, so that no token sees "
+            "those after it."
+        )
     if prompt.ndim != 2 or prompt.shape[1] < 1 or not jnp.issubdtype(prompt.dtype, jnp.integer):
         raise ValueError(
             f"prompt must be integers [batch, length >= 1], got {prompt.dtype} {prompt.shape}: "
@@ -244,7 +255,7 @@ def _check_filters(
     top_p: float | None,
     repetition_penalty: float,
     forbidden_tokens: Sequence[int],
-    model: Transformer,
+    model: LanguageModel,
 ) -> None:
     """Checks numbers that the program takes as arrays, and that the samplers cannot."""
     if not temperature >= 0:

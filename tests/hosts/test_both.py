@@ -90,10 +90,9 @@ def test_several_axes_are_one_in_row_major_order(host, unidirectional):
     assert_close(apply(parameters, x), expected)
 
 
-@mechanisms
-def test_bfloat16_in_bfloat16_out(host, mechanism):
-    parameters, low, _ = pair(host, mechanism, unidirectional=True, dtype=jnp.bfloat16)
-    _, full, _ = pair(host, mechanism, unidirectional=True)
+def test_bfloat16_in_bfloat16_out(host):
+    parameters, low, _ = pair(host, SOFTMAX, unidirectional=True, dtype=jnp.bfloat16)
+    _, full, _ = pair(host, SOFTMAX, unidirectional=True)
     x = inputs()
     out = low(parameters, x)
     assert out.dtype == jnp.bfloat16

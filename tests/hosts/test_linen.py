@@ -18,9 +18,8 @@ from tests.hosts.adapters import (
     LINEN,
     SOFTMAX,
     assert_close,
-    directions,
+    in_turn,
     inputs,
-    mechanisms,
     pair,
 )
 
@@ -46,9 +45,8 @@ def test_every_keyword_of_the_module_gets_past_its_filter():
     assert passed <= set(inspect.signature(SOFTMAX.make()).parameters)
 
 
-@mechanisms
-def test_the_shorter_name_is_the_same_module(mechanism):
-    attention_fn, x = mechanism.make(unidirectional=True), inputs()
+def test_the_shorter_name_is_the_same_module():
+    attention_fn, x = SOFTMAX.make(unidirectional=True), inputs()
     module = attention(attention_fn, nn.MultiHeadAttention)
     parameters, apply = LINEN.build(attention_fn)
     np.testing.assert_array_equal(module.apply(parameters, x), apply(parameters, x))
@@ -72,8 +70,7 @@ def decoded(attention_fn, parameters, x, *, compiled=True, **keywords):
     return jnp.concatenate(outputs, axis=1)
 
 
-@mechanisms
-@directions
+@in_turn
 def test_decoding_equals_the_causal_forward(mechanism, unidirectional):
     # In a step the cache's mask says what is visible, so that any function decodes causally.
     parameters, apply, _ = pair(LINEN, mechanism, unidirectional=True)

@@ -17,17 +17,14 @@ from tests.hosts.adapters import (
     NNX,
     SOFTMAX,
     assert_close,
-    directions,
+    in_turn,
     inputs,
     mechanisms,
     pair,
 )
 
-groups = pytest.mark.parametrize("num_kv_heads", [1, 2])
 
-
-@directions
-@groups
+@pytest.mark.parametrize(("unidirectional", "num_kv_heads"), [(False, 1), (True, 2)])
 def test_grouped_queries(unidirectional, num_kv_heads):
     options = {"unidirectional": unidirectional, "num_kv_heads": num_kv_heads}
     parameters, apply, define = pair(NNX, SOFTMAX, **options)
@@ -74,8 +71,7 @@ def decoded(attention_fn, x, *, num_kv_heads=HEADS, compiled=True, **keywords):
     return jnp.concatenate([step(module, x[:, t : t + 1]) for t in range(x.shape[1])], axis=1)
 
 
-@mechanisms
-@directions
+@in_turn
 def test_decoding_equals_the_causal_forward(mechanism, unidirectional):
     # In a step the cache's mask says what is visible, so that any function decodes causally.
     x = inputs()
@@ -86,16 +82,14 @@ def test_decoding_equals_the_causal_forward(mechanism, unidirectional):
     assert_close(decoded(step, x[:, :3], compiled=False), expected[:, :3])
 
 
-@groups
-def test_decoding_with_grouped_queries(num_kv_heads):
+def test_decoding_with_grouped_queries():
     x = inputs()
-    parameters, apply, _ = pair(NNX, SOFTMAX, unidirectional=True, num_kv_heads=num_kv_heads)
+    parameters, apply, _ = pair(NNX, SOFTMAX, unidirectional=True, num_kv_heads=2)
     step = SOFTMAX.make(unidirectional=True)
-    assert_close(decoded(step, x, num_kv_heads=num_kv_heads), apply(parameters, x))
+    assert_close(decoded(step, x, num_kv_heads=2), apply(parameters, x))
 
 
-@pytest.mark.parametrize("dtype", [bool, jnp.float32], ids=["bool", "float"])
-@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(("dtype", "is_causal"), [(bool, True), (jnp.float32, False)])
 def test_decoding_with_hidden_keys_and_is_causal(dtype, is_causal):
     valid = jnp.arange(LENGTH)[None, :] >= jnp.array([[3], [0]])
     mask = valid[:, None, None, :].astype(dtype)

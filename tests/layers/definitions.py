@@ -14,6 +14,7 @@ from flax import nnx
 ACTIVATIONS = {
     "gelu": lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
     "gelu_exact": lambda x: 0.5 * x * (1 + np.vectorize(math.erf)(x / np.sqrt(2))),
+    "leaky_relu": lambda x: np.where(x > 0, x, 0.01 * x),
     "relu": lambda x: np.maximum(x, 0),
     "silu": lambda x: x / (1 + np.exp(-x)),
     "squared_relu": lambda x: np.maximum(x, 0) ** 2,
@@ -72,11 +73,13 @@ def rotate(x, positions, base=10000.0):
     return np.concatenate([turned.real, turned.imag], axis=-1)
 
 
-def shift(x):
-    """`x` is `[T, M]`: the second half of the channels comes from the position before."""
-    kept = x.shape[-1] - x.shape[-1] // 2
-    before = np.concatenate([np.zeros_like(x[:1]), x[:-1]])
-    return np.concatenate([x[:, :kept], before[:, kept:]], axis=-1)
+def shift(x, shifts=(0, 1)):
+    """`x` is `[T, M]`: group i of channels comes from the position `shifts[i]` before."""
+    out, width = x.copy(), x.shape[-1] // len(shifts)
+    for t, c in np.ndindex(len(x), width * len(shifts)):
+        source = t - shifts[c // width]
+        out[t, c] = x[source, c] if 0 <= source < len(x) else 0
+    return out
 
 
 def exponential(query, key):
@@ -97,9 +100,10 @@ def attention(
 ):
     """`x` is one row `[T, M]`; position t sees s where `visible[t, s]`, or else gives zeros."""
     length = len(x)
-    query = linear(module.query, x).reshape(length, num_heads, -1)
+    query = linear(module.project.query, x).reshape(length, num_heads, -1)
     key, value = (
-        linear(m, x).reshape(length, -1, query.shape[-1]) for m in (module.key, module.value)
+        linear(m, x).reshape(length, -1, query.shape[-1])
+        for m in (module.project.key, module.project.value)
     )
     if rotary:
         positions = np.arange(length) if positions is None else positions
@@ -121,13 +125,12 @@ def feed_forward(module, x, activation="gelu"):
     return linear(module.down, ACTIVATIONS[activation](linear(module.up, x)))
 
 
-def block(module, x, num_heads, *, shift_tokens=False, activation="gelu", **options):
+def block(sublayers, x, num_heads, *, shift_tokens=False, activation="gelu", **options):
     """`x` is one row `[T, M]`; `options` are those of `attention`."""
     before = shift if shift_tokens else lambda x: x
-    normed = before(layer_norm(module.attention_norm, x))
-    x = x + attention(module.attention, normed, num_heads, **options)
-    normed = before(layer_norm(module.feed_forward_norm, x))
-    return x + feed_forward(module.feed_forward, normed, activation)
+    first, second = sublayers
+    x = x + attention(first.inner, before(layer_norm(first.norm, x)), num_heads, **options)
+    return x + feed_forward(second.inner, before(layer_norm(second.norm, x)), activation)
 
 
 def transformer(model, tokens):
@@ -138,7 +141,7 @@ def transformer(model, tokens):
         x = x + array(model.positions.table)[: len(x)]
     if config.positions == "sinusoidal":
         x = x + sinusoids(range(len(x)), config.emb_dim)
-    for layer in model.blocks:
+    for layer in model.stack.blocks:
         x = block(
             layer,
             x,

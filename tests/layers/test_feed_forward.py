@@ -24,6 +24,60 @@ def test_equals_the_definition(activation):
     np.testing.assert_allclose(out, definitions.feed_forward(layer, X, activation), atol=1e-6)
 
 
+def test_a_gate_multiplies_the_second_half():
+    layer = build(glu=True, activation="gelu_exact")
+    up, down = definitions.linear(layer.up, X), definitions.linear
+    hidden = definitions.ACTIVATIONS["gelu_exact"](up[..., :6]) * up[..., 6:]
+    assert layer.up.kernel.shape == (4, 12) and layer.down.kernel.shape == (6, 4)
+    np.testing.assert_allclose(compiled(layer)(X), down(layer.down, hidden), atol=1e-6)
+
+
+@pytest.mark.parametrize(("length", "chunks"), [(7, 3), (2, 100), (6, 3)])
+def test_pieces_change_no_value_and_no_gradient(length, chunks):
+    whole, cut = build(glu=True), build(glu=True, chunks=chunks)
+    x = draw(2, length, 4)
+
+    def gradients(layer):
+        graphdef, state = nnx.split(layer)
+
+        def loss(state, x):
+            out = nnx.merge(graphdef, state)(x)
+            return jnp.sum(jnp.sin(out)), out
+
+        (_, out), found = compiled(jax.value_and_grad(loss, (0, 1), has_aux=True))(state, x)
+        return jax.tree.leaves((out, found))
+
+    for found, expected in zip(gradients(cut), gradients(whole), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(cut(x[0, 0]), whole(x[0, 0]), atol=1e-6)
+
+
+def test_pieces_need_less_memory_also_for_gradients(optimized):
+    def bytes_needed(chunks):
+        layer = nnx.eval_shape(lambda: FeedForward(4, 64, chunks=chunks, rngs=nnx.Rngs(0)))
+        graphdef, state = nnx.split(layer)
+        loss = lambda state, x: jnp.sum(jnp.square(nnx.merge(graphdef, state)(x)))  # noqa: E731
+        x = jax.ShapeDtypeStruct((1, 256, 4), jnp.float32)
+        lowered = jax.jit(jax.grad(loss, (0, 1))).lower(state, x)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    assert bytes_needed(16) < bytes_needed(1) / 4
+
+
+def test_pieces_drop_independently():
+    layer = build(dropout_rate=0.5, chunks=4)
+    x = np.tile(X[0, 0], (8, 1))
+    out = np.asarray(compiled(lambda x: layer(x, deterministic=False, rngs=nnx.Rngs(1)))(x))
+    assert len(np.unique(out, axis=0)) > 4
+    with pytest.raises(ValueError, match="no `rngs` argument"):
+        layer(x, deterministic=False)
+
+
+def test_there_is_a_piece():
+    with pytest.raises(ValueError, match="must be >= 1, got 0"):
+        build(chunks=0)
+
+
 def test_dropout_hits_activations_and_outputs_and_leaves_the_expectation():
     layer = build(dropout_rate=0.5)
     drop = compiled(lambda x: layer(x, deterministic=False, rngs=nnx.Rngs(1)))

@@ -8,8 +8,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fast_attention import make_fast_softmax_attention
-from fast_attention.layers import MultiHeadAttention, Projection, redraw
+from fast_attention import make_fast_generalized_attention, make_fast_softmax_attention
+from fast_attention.efficient_attention_fn import make_efficient_attention
+from fast_attention.layers import (
+    AttentionConfig,
+    HeadGroup,
+    Inputs,
+    MultiHeadAttention,
+    Projection,
+    redraw,
+)
+from fast_attention.softmax_attention import make_softmax_attention
 from tests.layers import definitions
 from tests.layers.definitions import compiled, draw, filled
 
@@ -17,15 +26,15 @@ B, T, M = 2, 7, 6
 X = draw(B, T, M)
 
 
-def build(attention_fn=None, *, num_heads=4, **options: Any):
-    options = {"qkv_features": 16, "num_kv_heads": 2} | options
-
-    def make():
-        return MultiHeadAttention(
-            M, num_heads, attention_fn=attention_fn, rngs=nnx.Rngs(0), **options
-        )
-
-    return filled(make)
+def build(attention_fn=None, *, rotary=False, dropout_rate=0.0, dtype=None, **options: Any):
+    group = HeadGroup(
+        4,
+        attention_fn or make_softmax_attention(),
+        rotary="halves" if rotary else None,
+        dropout_rate=dropout_rate,
+    )
+    config = AttentionConfig((group,), **({"head_dim": 4, "num_kv_heads": 2} | options))
+    return filled(lambda: MultiHeadAttention(M, config, dtype=dtype, rngs=nnx.Rngs(0)))
 
 
 def fast(**options):
@@ -39,7 +48,7 @@ def masks_only(query, key, value, mask=None):
 
 def estimate(module):
     """The kernel of positive features with the module's own projection."""
-    rows = definitions.array(module.projection)
+    rows = definitions.array(module.projections[0])
 
     def features(x):
         x = x / len(x) ** 0.25
@@ -55,7 +64,7 @@ FUNCTIONS = {"exact": None, "flax": nnx.dot_product_attention, "masks_only": mas
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_equals_the_definition_with_grouped_queries_segments_and_hidden_keys(name, rotary):
     options = {"causal": rotary, "rotary": rotary}
-    layer = build(FUNCTIONS[name], use_bias=rotary, **options)
+    layer = build(FUNCTIONS[name], use_bias=rotary, out_bias=rotary, **options)
     # The last run has the id of the first one and is another sequence all the same.
     ids = np.array([[1, 1, 1, 2, 2, 1, 1], [3, 3, 3, 3, 3, 3, 3]])
     shown = np.array([[True, True, False, True, True, True, True], [True] * 5 + [False] * 2])
@@ -94,7 +103,7 @@ def test_steps_from_an_empty_state_equal_the_whole_and_end_in_the_state_of_a_pre
     def one_by_one(x):
         def step(state, token):
             x, place = token
-            out, state = layer.step(state, x, positions=place)
+            out, state = layer.step(state, x, Inputs(positions=place))
             return state, out
 
         tokens = jnp.swapaxes(x, 0, 1), places.T
@@ -105,7 +114,7 @@ def test_steps_from_an_empty_state_equal_the_whole_and_end_in_the_state_of_a_pre
     def three_ways(x):
         return (
             one_by_one(x),
-            layer.prefill(layer.init_state(B, T), x, positions=places),
+            layer.prefill(layer.init_state(B, T), x, Inputs(positions=places)),
             layer(x),
         )
 
@@ -158,9 +167,9 @@ def test_computes_in_its_dtype_and_keeps_a_float32_state(name):
 
 def test_every_layer_of_a_stack_is_redrawn_by_itself():
     stack = build(fast())
-    stack.projection = Projection(jnp.zeros((3, 6, 4)))
+    stack.projections[0] = Projection(jnp.zeros((3, 6, 4)))
     nnx.jit(redraw)(stack, nnx.Rngs(1))
-    drawn = np.asarray(stack.projection[...])
+    drawn = np.asarray(stack.projections[0][...])
     assert drawn.shape == (3, 6, 4) and np.all(drawn.any((1, 2)))
     assert len({x.tobytes() for x in drawn}) == 3
 
@@ -169,20 +178,23 @@ def test_exact_attention_has_no_projection_and_a_redraw_leaves_it_alone():
     layer = build()
     before = jax.tree.leaves(nnx.state(layer))
     redraw(layer, nnx.Rngs(1))
-    assert layer.projection is None and not nnx.state(layer, Projection)
+    assert layer.projections[0] is None and not nnx.state(layer, Projection)
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.leaves(nnx.state(layer)))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"qkv_features": 10}, "qkv_features=10 must be a multiple of num_heads=4"),
-        ({"num_heads": 0}, "num_heads=0"),
         ({"num_kv_heads": 3}, "num_heads=4 must be a multiple of num_kv_heads=3"),
         ({"num_kv_heads": 0}, "num_kv_heads=0"),
+        ({"head_dim": 3, "rotary": True}, "even width, got 3"),
+        ({"context": "cross", "causal": True}, "Cross attention is not causal"),
+        ({"shared_qk": True}, "leave num_kv_heads out"),
+        ({"context": "append"}, "is for shared_qk"),
+        ({"context": "other"}, "'cross', 'append' or None, got 'other'"),
     ],
 )
-def test_heads_that_do_not_divide_are_an_error(options, message):
+def test_shapes_that_make_no_layer_are_an_error(options, message):
     with pytest.raises(ValueError, match=message):
         build(**options)
 
@@ -202,3 +214,35 @@ def test_decoding_with_rotation_needs_positions():
         layer.prefill(state, X)
     with pytest.raises(ValueError, match="need positions="):
         layer.step(state, X[:, 0])
+
+
+MEMORY_MECHANISMS = {
+    "exact": make_softmax_attention(),
+    "softmax": fast(),
+    "generalized": make_fast_generalized_attention(nb_features=6),
+    "efficient": make_efficient_attention(),
+    "flax": nnx.dot_product_attention,
+    "masks_only": masks_only,
+}
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("name", MEMORY_MECHANISMS)
+def test_memory_is_tokens_that_all_see_and_that_see_nothing(name, causal):
+    function = MEMORY_MECHANISMS[name]
+    layer, plain = (build(function, causal=causal, memory=n, num_kv_heads=4) for n in (2, 0))
+    for part in ("query", "key", "value"):
+        getattr(plain.project, part).kernel[...] = getattr(layer.project, part).kernel[...]
+    plain.out.kernel[...] = layer.out.kernel[...]
+    if plain.projections[0] is not None:
+        plain.projections[0][...] = layer.projections[0][...]
+    memory = np.broadcast_to(layer.project.memory[...], (B, 2, M))
+
+    @compiled
+    def both(x, memory):
+        # Causal: the memory is what comes before all; else it may stand behind.
+        tokens = [memory, x] if causal else [x, memory]
+        joined = plain(jnp.concatenate(tokens, axis=1))
+        return layer(x), joined[:, 2:] if causal else joined[:, :T]
+
+    np.testing.assert_allclose(*both(X, memory), atol=5e-6)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fast_attention.layers import LearnedPositions, rotate, sinusoids
+from fast_attention.layers import AxialPositions, LearnedPositions, rotate, sinusoids
 from tests.layers import definitions
-from tests.layers.definitions import compiled, draw
+from tests.layers.definitions import array, compiled, draw
 
 # Packed rows: positions start again, and far ones have large angles.
 POSITIONS = np.array([[0, 1, 2, 0, 1], [7, 300, 0, 2, 1]])
@@ -22,12 +22,26 @@ def test_sinusoids_equal_the_definition(features):
     np.testing.assert_allclose(out, expected.reshape(out.shape), atol=2e-6)
 
 
+@pytest.mark.parametrize("features", [1, 6, 7])
+def test_sinusoids_can_be_told_apart_from_cosines(features):
+    order = [*range(0, features, 2), *range(1, features, 2)]
+    out = sinusoids(jnp.asarray(POSITIONS), features, concatenated=True)
+    np.testing.assert_array_equal(out, sinusoids(jnp.asarray(POSITIONS), features)[..., order])
+
+
 @pytest.mark.parametrize("base", [10000.0, 50.0])
 def test_rotation_equals_complex_multiplication(base):
     x = draw(2, 5, 3, 6)
     out = compiled(rotate)(x, POSITIONS, base)
     expected = [definitions.rotate(*row, base) for row in zip(x, POSITIONS, strict=True)]
     np.testing.assert_allclose(out, expected, atol=6e-6)
+
+
+def test_interleaved_pairs_are_turned_as_halves_are():
+    x = draw(2, 5, 3, 6)
+    out = compiled(lambda x: rotate(x, POSITIONS, interleaved=True))(x)
+    order = [0, 2, 4, 1, 3, 5]
+    np.testing.assert_allclose(out[..., order], rotate(x[..., order], POSITIONS), atol=1e-6)
 
 
 def test_rotated_products_depend_on_distances_alone():
@@ -90,3 +104,40 @@ def test_positions_outside_the_table_are_an_error_or_nan_but_never_another_row(p
 
 def test_no_positions_are_no_error():
     assert LearnedPositions(5, 3)(jnp.zeros((2, 0), int)).shape == (2, 0, 3)
+
+
+def test_learned_positions_can_be_drawn():
+    normal = nnx.initializers.normal(1.0)
+    table = array(LearnedPositions(50, 40, initializer=normal, rngs=nnx.Rngs(0)).table)
+    assert table.shape == (50, 40) and abs(table.std() - 1) < 0.05 and abs(table.mean()) < 0.1
+    with pytest.raises(ValueError, match="got None"):
+        LearnedPositions(5, 3, initializer=normal)
+
+
+@pytest.mark.parametrize("axis_features", [None, (3, 1, 2)])
+def test_axial_positions_are_rows_of_a_table_per_axis(axis_features):
+    shape = (2, 3, 2)
+    layer = AxialPositions(shape, 6, axis_features=axis_features, rngs=nnx.Rngs(0))
+    places = jnp.array([[0, 11, 7], [3, 3, 10]])
+    out = compiled(layer)(places)
+    for t, found in zip(places.ravel(), out.reshape(-1, 6), strict=True):
+        rows = [array(x)[i] for x, i in zip(layer.tables, np.unravel_index(t, shape), strict=True)]
+        expected = sum(rows) if axis_features is None else np.concatenate(rows)
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("axis_features", [None, (1, 2)])
+def test_positions_outside_the_grid_are_an_error_or_nan(axis_features):
+    layer = AxialPositions((2, 3), 3, axis_features=axis_features, rngs=nnx.Rngs(0))
+    places = jnp.array([-1, 0, 5, 6])
+    with pytest.raises(ValueError, match=r"Positions -1 to 6 .* the 6 places of the grid \(2, 3\)"):
+        layer(places)
+    out = np.asarray(compiled(layer)(places))
+    assert np.isnan(out[[0, 3]]).all() and np.isfinite(out[[1, 2]]).all()
+
+
+def test_tables_must_fit_the_grid():
+    with pytest.raises(ValueError, match=r"one width per axis of \(2, 3\).*got \(1, 3\)"):
+        AxialPositions((2, 3), 3, axis_features=(1, 3), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"must be a grid .* got \(\)"):
+        AxialPositions((), 3, rngs=nnx.Rngs(0))

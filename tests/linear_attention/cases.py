@@ -13,6 +13,7 @@ from fast_attention.feature_maps import (
     elementwise_map,
 )
 from fast_attention.linear_attention import linear_attention
+from tests import compiling
 
 B, T, H, K, D, V, M = 2, 13, 4, 2, 8, 6, 16
 CHUNK = 4
@@ -33,7 +34,7 @@ MAPS = {
 
 def compiled(function):
     """Jits with little optimisation: in these tests compiling costs far more than running."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+    return compiling.compiled(function, xla_backend_optimization_level=0)
 
 
 @functools.cache

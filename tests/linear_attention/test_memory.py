@@ -39,8 +39,8 @@ def test_memory_is_linear(causal):
     def loss(*arguments):
         return jnp.sum(attend(*arguments) ** 2)
 
-    features = T * H * M * FLOAT
-    assert temporary_bytes(attend, x, x, x, projection) < features
+    if not causal:  # The causal one has a test of its own, of a million tokens.
+        assert temporary_bytes(attend, x, x, x, projection) < T * H * M * FLOAT
     backward = temporary_bytes(jax.grad(loss, argnums=(0, 1, 2, 3)), x, x, x, projection)
     states = T * H * M * D * FLOAT
     # The state at every chunk's start and a few arrays as long as the inputs.

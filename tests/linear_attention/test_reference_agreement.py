@@ -4,13 +4,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from fast_attention.linear_attention import linear_attention
 from tests.linear_attention import cases
-
-# Rounding and memory are those of programs as users have them.
-pytestmark = pytest.mark.usefixtures("optimized")
 
 OTHERS = [name for name in cases.IMPLEMENTATIONS if name != "reference"]
 
@@ -23,16 +21,14 @@ def everything(name, dtype, *, causal, length=cases.T, keys=None):
     bias = jnp.asarray(cases.draw(4, cases.B, size, cases.K), dtype)
     _, k0, v0 = cases.qkv(1, length=3, dtype=dtype)
     # Its bias gives the state of a map without exponents a scale too.
-    _, state = linear_attention(
-        k0,
-        k0,
-        v0,
-        feature_map=cases.MAPS[name],
-        parameters=parameters,
-        key_bias=bias[:, :3],
-        return_state=True,
-        implementation="reference",
-    )
+    _, state = jax.jit(
+        functools.partial(
+            linear_attention,
+            feature_map=cases.MAPS[name],
+            return_state=True,
+            implementation="reference",
+        )
+    )(k0, k0, v0, parameters=parameters, key_bias=bias[:, :3])
     smooth = {
         "query": q,
         "key": k,
@@ -43,12 +39,19 @@ def everything(name, dtype, *, causal, length=cases.T, keys=None):
         "k_sum": state.k_sum,
     }
     # Position 0 of row 0 and the first key of a later chunk are padding.
-    mask = jnp.ones((cases.B, size), bool).at[0, :1].set(False).at[1, 8:10].set(False)
-    fixed = {"key_mask": mask.at[0, -1].set(False), "initial_state": state}
+    mask = np.ones((cases.B, size), bool)
+    mask[0, [0, -1]] = mask[1, 8:10] = False
+    fixed = {"key_mask": jnp.asarray(mask), "initial_state": state}
     if causal:
         ids = [[0] * 3 + [1] * 6 + [5] * (length - 9), [2] * length]
         fixed["segment_ids"] = jnp.asarray(ids)
     return smooth, fixed
+
+
+@functools.cache
+def reference(**options):
+    """The definition and its gradients, compiled once for all that is compared with it."""
+    return cases.compiled(functools.partial(cases.gradients, implementation="reference", **options))
 
 
 def both(implementation, smooth, fixed, *, unroll=1, chunk_size=cases.CHUNK, **options):
@@ -59,8 +62,7 @@ def both(implementation, smooth, fixed, *, unroll=1, chunk_size=cases.CHUNK, **o
         unroll=unroll,
         **options,
     )
-    expected = functools.partial(cases.gradients, implementation="reference", **options)
-    return cases.compiled(actual)(smooth, fixed), cases.compiled(expected)(smooth, fixed)
+    return cases.compiled(actual)(smooth, fixed), reference(**options)(smooth, fixed)
 
 
 @pytest.mark.parametrize("implementation", OTHERS)
@@ -115,29 +117,43 @@ def test_segments_in_both_directions_with_everything(implementation):
         cases.assert_close(actual, expected, 1e-9)
 
 
+LONGEST = 37
+
+
+@functools.cache
+def causal_outputs():
+    """Inputs and outputs of the longest length: the first outputs are those of shorter ones."""
+    arrays = cases.qkv(length=LONGEST, dtype=jnp.float64)
+    options = {
+        "feature_map": cases.MAPS["positive"],
+        "parameters": cases.parameters_of("positive", jnp.float64),
+        "causal": True,
+    }
+    attend = functools.partial(linear_attention, implementation="reference", **options)
+    return arrays, options, cases.compiled(attend)(*arrays)
+
+
 @pytest.mark.parametrize("implementation", OTHERS)
 @pytest.mark.parametrize(
-    ("chunk", "length"),
-    [(1, 1), (1, 2), (4, 3), (4, 4), (4, 5), (16, 15), (16, 37)],
+    ("chunk", "length"), [(1, 1), (1, 2), (4, 3), (4, 4), (4, 5), (16, LONGEST)]
 )
 def test_any_length_and_chunk_size(chunk, length, implementation):
     with jax.enable_x64(True):
-        q, k, v = cases.qkv(length=length, dtype=jnp.float64)
-        parameters = cases.parameters_of("positive", jnp.float64)
+        arrays, options, expected = causal_outputs()
         attend = functools.partial(
-            linear_attention, feature_map=cases.MAPS["positive"], parameters=parameters, causal=True
+            linear_attention, chunk_size=chunk, implementation=implementation, **options
         )
-        actual = cases.compiled(
-            functools.partial(attend, chunk_size=chunk, implementation=implementation)
-        )(q, k, v)
-        expected = cases.compiled(functools.partial(attend, implementation="reference"))(q, k, v)
-        cases.assert_close(actual, expected, 1e-10)
+        actual = cases.compiled(attend)(*(np.asarray(x)[:, :length] for x in arrays))
+        cases.assert_close(actual, np.asarray(expected)[:, :length], 1e-10)
 
 
-@pytest.mark.parametrize("implementation", cases.IMPLEMENTATIONS)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_lower_precision_against_float64(dtype, implementation):
-    """The reference in float64 sees the same rounded inputs."""
+@pytest.mark.parametrize(
+    ("implementation", "dtype"),
+    [("chunked", jnp.float32), ("chunked", jnp.bfloat16), ("reference", jnp.bfloat16)],
+)
+@pytest.mark.usefixtures("optimized")
+def test_lower_precision_against_float64(implementation, dtype):
+    """Programs as users have them round no more; the float64 one sees the same rounded inputs."""
     tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
     smooth, fixed = everything("positive", dtype, causal=True)
     smooth["parameters"] = cases.parameters_of("positive")
@@ -157,7 +173,5 @@ def test_lower_precision_against_float64(dtype, implementation):
             lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x,
             (smooth, fixed),
         )
-        expected = cases.compiled(
-            functools.partial(cases.gradients, implementation="reference", **options)
-        )(*exact)
+        expected = reference(**options)(*exact)
     cases.assert_close(((out, *sums), grads), expected, tolerance)

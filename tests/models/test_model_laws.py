@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from flax import nnx
 
 from fast_attention import make_fast_generalized_attention, make_fast_softmax_attention
-from fast_attention.layers.multi_head import Projection, redraw
+from fast_attention.layers import Projection, redraw
 from fast_attention.models.config import TransformerConfig
 from fast_attention.models.generate import generate
 from fast_attention.models.transformer import Transformer
@@ -24,7 +26,15 @@ ATTENTION = {
 }
 
 
-def build(name: str, *, causal: bool = True, shift: bool = False) -> Transformer:
+# Shifting comes before attention, and neither knows of the other.
+with_or_without_shift = pytest.mark.parametrize(
+    ("name", "shift"), [("softmax", True), ("generalized", False), ("exact", False)]
+)
+
+
+@functools.cache
+def build(name: str, *, causal: bool = True, shift: bool = False, copy: int = 0) -> Transformer:
+    """A model that tests share; another `copy` is for a test that changes it."""
     config = TransformerConfig(
         vocab_size=VOCAB,
         emb_dim=8,
@@ -41,7 +51,9 @@ def build(name: str, *, causal: bool = True, shift: bool = False) -> Transformer
     return Transformer(config, ATTENTION[name](), rngs=nnx.Rngs(0))
 
 
+@functools.cache
 def call(model: Transformer):
+    """Its logits, compiled once for all tests."""
     graphdef, state = nnx.split(model)
 
     @jax.jit
@@ -59,8 +71,7 @@ ONE = jnp.ones_like(TOKENS)
 ALL = jnp.ones(TOKENS.shape, bool)
 
 
-@pytest.mark.parametrize("shift", [False, True])
-@pytest.mark.parametrize("name", ATTENTION)
+@with_or_without_shift
 def test_a_causal_model_is_causal_packs_and_keeps_rows_apart(name, shift):
     logits = call(build(name, shift=shift))
     whole = logits(TOKENS, PLAIN, ONE, ALL)
@@ -106,8 +117,7 @@ def test_a_masked_model_sees_both_sides_but_neither_padding_nor_other_proteins(n
     np.testing.assert_allclose(packed[:, :9], padded[:, :9], atol=2e-5)
 
 
-@pytest.mark.parametrize("shift", [False, True])
-@pytest.mark.parametrize("name", ATTENTION)
+@with_or_without_shift
 def test_prefill_and_steps_equal_the_whole(name, shift):
     model = build(name, shift=shift)
     whole = call(model)(TOKENS, PLAIN, ONE, ALL)
@@ -129,7 +139,7 @@ def test_prefill_and_steps_equal_the_whole(name, shift):
 
 @pytest.mark.parametrize("name", ["softmax", "exact"])
 def test_generation_equals_recomputing_the_prefix(name):
-    model = build(name, shift=True)
+    model = build(name, shift=name == "softmax")
     logits = call(model)
     prompt = TOKENS[:, :5]
     new = generate(model, prompt, key=jax.random.key(3), max_new_tokens=6, temperature=0.0)
@@ -141,7 +151,7 @@ def test_generation_equals_recomputing_the_prefix(name):
 
 
 def test_sampling_is_reproducible_stops_at_eos_and_draws_nothing_forbidden():
-    model = build("softmax")
+    model = build("softmax", shift=True)
     prompt = TOKENS[:, :3]
     options = dict(max_new_tokens=12, eos_token=4, pad_token=10, forbidden_tokens=(10, 9))
     first = np.asarray(generate(model, prompt, key=jax.random.key(5), **options))
@@ -160,7 +170,7 @@ def test_sampling_is_reproducible_stops_at_eos_and_draws_nothing_forbidden():
 
 
 def test_layers_have_their_own_projections_and_redraw_changes_them():
-    model = build("softmax")
+    model = build("softmax", copy=1)
     before = [np.asarray(x) for x in jax.tree.leaves(nnx.state(model, Projection))]
     assert len(before) == 2 and not np.array_equal(before[0], before[1])
     call(model)(TOKENS, PLAIN, ONE, ALL)

@@ -62,7 +62,7 @@ def test_the_number_of_parameters_follows_from_the_configuration(kind):
 
 def test_layers_start_with_parameters_of_their_own():
     config = TransformerConfig(V, emb_dim=6, num_heads=2, num_layers=3, qkv_dim=8, mlp_dim=10)
-    state = compiled(lambda: nnx.state(Transformer(config, rngs=nnx.Rngs(0)).blocks))()
+    state = compiled(lambda: nnx.state(Transformer(config, rngs=nnx.Rngs(0)).stack))()
     kernels = [x for x in jax.tree.leaves(state) if x.ndim == 2]
     assert len({np.asarray(x).tobytes() for x in kernels}) == len(kernels) == 3 * 6
 
@@ -92,8 +92,11 @@ def test_logits_are_float32_whatever_the_model_computes_in(kind):
 
 def test_dropout_hits_the_embeddings_by_its_key():
     model, without = build(dropout_rate=0.5, positions="none"), build(positions="none")
-    for block in model.blocks:  # Nothing is added to the embeddings, and no norm follows.
-        for layer in (block.attention.out, block.feed_forward.down):
+    for (
+        attention,
+        feed_forward,
+    ) in model.stack.blocks:  # Nothing is added to the embeddings, and no norm follows.
+        for layer in (attention.inner.out, feed_forward.inner.down):
             nnx.update(layer, jax.tree.map(jnp.zeros_like, nnx.state(layer)))
     model.norm = without.norm = nnx.identity
 

@@ -8,26 +8,18 @@ import pytest
 from fast_attention.protein_lm import cli, read_fasta, write_fasta
 
 
-def test_a_fresh_process_evaluates_and_samples(lm_run, tiny_fasta, tmp_path):
-    figures, samples = tmp_path / "figures.json", tmp_path / "new.fasta"
-
-    def command(*arguments: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "fast_attention.protein_lm", *arguments],
-            capture_output=True,
-            text=True,
-            cwd=Path(__file__).parents[2],
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    told = command(
-        "evaluate", f"--run_dir={lm_run}", f"--fasta={tiny_fasta}", f"--output={figures}"
-    )
+def test_a_run_is_evaluated(lm_run, tiny_fasta, tmp_path, capsys):
+    figures = tmp_path / "figures.json"
+    arguments = ["evaluate", f"--run_dir={lm_run}", f"--fasta={tiny_fasta}", f"--output={figures}"]
+    assert cli.main(arguments) == 0
+    told = capsys.readouterr().out
     assert "perplexity" in told and str(figures) in told
     assert json.loads(figures.read_text())["step"] == 12
-    command(
+
+
+def test_a_fresh_process_samples(lm_run, tmp_path):
+    samples = tmp_path / "new.fasta"
+    arguments = [
         "sample",
         f"--run_dir={lm_run}",
         "--num_samples=4",
@@ -38,7 +30,15 @@ def test_a_fresh_process_evaluates_and_samples(lm_run, tiny_fasta, tmp_path):
         "--max_length=30",
         "--seed=3",
         f"--output={samples}",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "fast_attention.protein_lm", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        timeout=300,
     )
+    assert done.returncode == 0, done.stderr
     records = list(read_fasta(samples))
     assert len(records) == 4
     assert all(record.sequence.startswith("MK") for record in records)

@@ -70,7 +70,7 @@ def test_baselines_score_the_same_residues(lm, ngrams, few, tiny_fasta, tmp_path
         assert rows[score.name]["accuracy"] == pytest.approx(score.accuracy)
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, 64])
+@pytest.mark.parametrize("batch_size", [7, 64])
 def test_the_batch_size_does_not_matter(lm, bert, ngrams, few, batch_size):
     for model in (lm.model, bert.model):
         expected = evaluation.evaluate_on(model, few, ngrams)

@@ -26,6 +26,7 @@ ATTENTION = {
     "softmax": lambda: make_fast_softmax_attention(nb_features=16),
     "generalized": lambda: make_fast_generalized_attention(nb_features=16),
 }
+WITH_SOFTMAX = pytest.mark.parametrize("trained", ["softmax"], indirect=True)
 
 
 def make(model_class: Any = FlaxLM, **options: Any) -> Any:
@@ -55,6 +56,7 @@ def test_a_toy_set_is_learnt_by_heart(trained):
     assert trained.evaluate(TOY)["loss"] < 0.2
 
 
+@WITH_SOFTMAX
 def test_samples_are_the_toy_set_and_end_in_padding_only(trained):
     samples = trained.sample(32, jax.random.key(1))
     assert samples.shape == (32, DOMAIN.length)
@@ -77,12 +79,14 @@ def test_a_prompt_is_continued(trained):
     np.testing.assert_array_equal(samples[0], samples[1])
 
 
+@WITH_SOFTMAX
 def test_samples_depend_on_the_key_alone(trained):
     first, again, other = (trained.sample(32, jax.random.key(seed)) for seed in (3, 3, 4))
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
 
 
+@WITH_SOFTMAX
 def test_the_loss_is_minus_the_log_probability(trained):
     corpus = as_corpus(TOY, DOMAIN)
     log_probabilities = jax.nn.log_softmax(trained.score(TOY))
@@ -96,6 +100,7 @@ def test_the_loss_is_minus_the_log_probability(trained):
     assert -total / found["denominator"] == pytest.approx(found["loss"], rel=1e-4)
 
 
+@WITH_SOFTMAX
 def test_evaluation_does_not_depend_on_the_batch_size(trained):
     expected = trained.evaluate(TOY)
     assert trained.evaluate(TOY, batch_size=2) == pytest.approx(expected, rel=1e-4)
@@ -126,6 +131,7 @@ def packed_batch(second: str):
     }
 
 
+@WITH_SOFTMAX
 def test_proteins_of_a_row_do_not_see_each_other(trained):
     one, two = trained.score(packed_batch("ACDEF")), trained.score(packed_batch("WWHHG"))
     np.testing.assert_array_equal(one[:, :6], two[:, :6])
@@ -134,6 +140,7 @@ def test_proteins_of_a_row_do_not_see_each_other(trained):
     np.testing.assert_allclose(one[:, :6], alone, atol=1e-4)
 
 
+@WITH_SOFTMAX
 def test_rows_do_not_see_each_other(trained):
     together = trained.score(["MKTAYIAK", "ACDEFGHI"])
     other = trained.score(["MKTAYIAK", "WWWWWWWW"])

@@ -1,10 +1,8 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -117,55 +115,6 @@ def test_another_number_of_devices_is_refused(lm_run, train_arguments, tmp_path)
     assert "4 rows" in told and "device count of this machine (2)" in told
 
 
-def test_a_killed_run_resumes_as_if_nothing_had_happened(train_arguments, tmp_path):
-    """SIGKILL right after the start, amid steps, and as a checkpoint is being written."""
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    checkpoints = killed / "checkpoints"
-
-    def settings(folder):
-        return train_arguments(
-            folder,
-            "experiment.max_train_steps = 100",
-            "experiment.num_samples = 0",
-            "experiment.checkpoint_frequency = 10",
-            "experiment.train_summary_frequency = 5",
-            "experiment.eval_frequency = 40",
-        )
-
-    def whole_checkpoints() -> list[int]:
-        if not checkpoints.is_dir():
-            return []
-        return sorted(int(path.name) for path in checkpoints.iterdir() if path.name.isdigit())
-
-    def has_rows() -> bool:
-        return bool(read_metrics(killed / "metrics.jsonl"))
-
-    def has_checkpoint() -> bool:
-        return bool(whole_checkpoints())
-
-    def is_writing() -> bool:
-        later = any(step > 20 for step in whole_checkpoints())
-        return later and any("tmp" in path.name for path in checkpoints.iterdir())
-
-    for moment in (has_rows, has_checkpoint, is_writing):
-        process = start(settings(killed))
-        try:
-            wait_for(moment, process)
-        finally:
-            os.kill(process.pid, signal.SIGKILL)
-            process.communicate()
-        assert process.returncode == -signal.SIGKILL
-        assert not (killed / "result.json").exists()
-
-    for folder in (whole, killed):
-        process = start(settings(folder))
-        out, err = process.communicate()
-        assert process.returncode == 0, err
-    assert "resuming" in out
-    assert losses(killed) == losses(whole)
-    assert steps_of(killed, "train") == list(range(5, 101, 5))
-
-
 def start(arguments: list[str], **environment: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "fast_attention.protein_lm", *arguments],
@@ -175,14 +124,6 @@ def start(arguments: list[str], **environment: str) -> subprocess.Popen:
         cwd=Path(__file__).parents[2],
         env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
     )
-
-
-def wait_for(condition, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 def test_divergence_stops_the_run_and_keeps_the_last_checkpoint(train_arguments, tmp_path, capsys):

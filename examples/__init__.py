@@ -1,0 +1,1 @@
+"""Runnable examples: the READMEs of the originals, and two small training runs."""

@@ -1,0 +1,141 @@
+"""What shapes a multi-head attention layer: its groups of heads and where keys come from."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+from fast_attention.softmax_attention import make_softmax_attention
+
+Rotary = Literal["halves", "pairs"]
+Context = Literal["cross", "append"]
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadGroup:
+    """Heads of one layer that attend in the same way.
+
+    Attributes:
+      num_heads: How many.
+      attention_fn: What attends, called as ``nnx.dot_product_attention``; by default exact.
+      rotary: Rotate queries and keys by their positions: channels i and i + D/2 together
+        ("halves"), or 2i and 2i + 1 ("pairs"); None does not.
+      dropout_rate: Of attention weights, handed to `attention_fn`.
+      extra_keys: See memory and appended context; if False the group sees the sequence alone.
+    """
+
+    num_heads: int
+    attention_fn: Callable[..., Any] = make_softmax_attention()
+    rotary: Rotary | None = None
+    dropout_rate: float = 0.0
+    extra_keys: bool = True
+
+    def __post_init__(self):
+        """Checks every field.
+
+        Raises:
+          ValueError: At a value out of range.
+        """
+        if self.num_heads < 1:
+            raise ValueError(f"A group needs at least one head, got num_heads={self.num_heads}.")
+        if self.rotary not in (None, "halves", "pairs"):
+            raise ValueError(f"rotary must be 'halves', 'pairs' or None, got {self.rotary!r}.")
+        if not 0 <= self.dropout_rate < 1:
+            raise ValueError(f"dropout_rate must be in [0, 1), got {self.dropout_rate}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """Shape of a `MultiHeadAttention`.
+
+    Attributes:
+      groups: The heads in order; "4 local and 4 linear heads" is
+        ``(HeadGroup(4, make_local_attention(128)), HeadGroup(4, make_fast_softmax_attention()))``.
+      head_dim: D.
+      num_kv_heads: K, by default H; query head h reads key head ``h // (H / K)``.
+      causal: Position t sees positions 0..t, whatever was bound.
+      use_bias: Of the dense layers of queries, keys and values.
+      out_bias: Of the output layer.
+      qk_norm: Normalise queries and keys of every head to a root mean square of one, times a
+        learned gain (arXiv:2302.05442, with RMSNorm).
+      shared_qk: Keys are the queries (Reformer, arXiv:2001.04451): one projection for both. The
+        attention functions must normalise keys themselves.
+      one_value_head: One value head for all.
+      memory: Learned vectors that every position sees besides the sequence.
+      context: "cross": keys and values come from a second sequence; "append": that sequence is
+        appended to the first, and visible under causality too.
+      context_features: Width of that sequence, by default that of the stream.
+      dropout_rate: Of the output.
+    """
+
+    groups: tuple[HeadGroup, ...]
+    head_dim: int
+    num_kv_heads: int | None = None
+    causal: bool = False
+    use_bias: bool = False
+    out_bias: bool = False
+    qk_norm: bool = False
+    shared_qk: bool = False
+    one_value_head: bool = False
+    memory: int = 0
+    context: Context | None = None
+    context_features: int | None = None
+    dropout_rate: float = 0.0
+
+    def __post_init__(self):
+        """Checks every field.
+
+        Raises:
+          TypeError: If the groups are no tuple.
+          ValueError: At values that make no layer, saying what would.
+        """
+        groups = self.groups
+        if not isinstance(groups, tuple):
+            raise TypeError(f"groups must be a tuple of HeadGroup, got {groups!r}.")
+        if not groups:
+            raise ValueError("groups is empty: attention needs at least one HeadGroup.")
+        if self.head_dim < 1:
+            raise ValueError(f"head_dim must be at least 1, got {self.head_dim}.")
+        if not 0 <= self.dropout_rate < 1:
+            raise ValueError(f"dropout_rate must be in [0, 1), got {self.dropout_rate}.")
+        if self.memory < 0:
+            raise ValueError(f"memory must be 0 or more, got {self.memory}.")
+        heads, kv_heads = self.num_heads, self.kv_heads
+        if kv_heads < 1 or heads % kv_heads:
+            raise ValueError(
+                f"num_heads={heads} must be a multiple of num_kv_heads={self.num_kv_heads}."
+            )
+        if any(group.num_heads * kv_heads % heads for group in groups):
+            raise ValueError(
+                f"Every group of heads must be a multiple of the {heads // kv_heads} query heads "
+                f"that share a key head, got groups of {[g.num_heads for g in groups]} heads."
+            )
+        if any(group.rotary for group in groups) and self.head_dim % 2:
+            raise ValueError(f"Rotary positions need heads of even width, got {self.head_dim}.")
+        if self.context not in (None, "cross", "append"):
+            raise ValueError(f"context must be 'cross', 'append' or None, got {self.context!r}.")
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        if self.context == "cross" and (self.causal or self.shared_qk or self.memory):
+            raise ValueError(
+                "Cross attention is not causal and has keys of its own: causal, shared_qk and "
+                "memory are for self-attention."
+            )
+        if self.context == "cross" and any(group.rotary for group in self.groups):
+            raise ValueError("Positions of two sequences do not compare: no rotary with 'cross'.")
+        if self.shared_qk and self.kv_heads != self.num_heads:
+            raise ValueError("shared_qk makes as many key as query heads: leave num_kv_heads out.")
+        if self.context == "append" and not self.shared_qk:
+            raise ValueError("context='append' is for shared_qk; others have context='cross'.")
+
+    @property
+    def num_heads(self) -> int:
+        """H, heads of all groups."""
+        return sum(group.num_heads for group in self.groups)
+
+    @property
+    def kv_heads(self) -> int:
+        """K, also where `num_kv_heads` is None."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads

@@ -1,0 +1,144 @@
+"""Linear attention among the pixels of feature maps.
+
+Shape letters: B batch, X and Y sides of a map, C channels, P pixels, H heads, D key width, V value
+width, O output channels.
+
+Reference: Shen et al., "Efficient Attention: Attention with Linear Complexities",
+arXiv:1812.01243.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from fast_attention.array_types import Array, Float
+from fast_attention.efficient_attention import efficient_attention
+
+
+class ImageLinearAttention(nnx.Module):
+    """Efficient attention between convolutions, linear in the number of pixels.
+
+    Queries and keys are multiplied by ``D^(-1/4)``, keys of a context not, as in the original. Keys
+    are normalised over the pixels of image and context, queries over their channels.
+
+    Attributes:
+      query, key, value, out: Convolutions.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        out_channels: int | None = None,
+        kernel_size: int = 1,
+        padding: int = 0,
+        stride: int = 1,
+        key_dim: int = 64,
+        value_dim: int = 64,
+        num_heads: int = 8,
+        norm_queries: bool = True,
+        channel_first: bool = False,
+        dtype: Any = None,
+        rngs: nnx.Rngs,
+    ):
+        """Draws the convolutions.
+
+        Args:
+          channels: C.
+          out_channels: O, by default C.
+          kernel_size: Side of all four kernels.
+          padding: Zeros around their inputs.
+          stride: Of the first three; the output is so much smaller.
+          key_dim: D, of one head.
+          value_dim: V, of one head.
+          num_heads: H.
+          norm_queries: Take the softmax of queries over their channels; else as they are.
+          channel_first: Maps are ``[B, C, X, Y]``, inputs and outputs.
+          dtype: To compute in; None is that of inputs and parameters.
+          rngs: Source of the parameters.
+        """
+        self.kernel_size = kernel_size
+        self.padding = padding
+        self.stride = stride
+        self.key_dim = key_dim
+        self.num_heads = num_heads
+        self.norm_queries = norm_queries
+        self.channel_first = channel_first
+
+        def convolution(inputs: int, outputs: int, stride: int) -> nnx.Conv:
+            return nnx.Conv(
+                inputs,
+                outputs,
+                (kernel_size, kernel_size),
+                strides=stride,
+                padding=padding,
+                dtype=dtype,
+                rngs=rngs,
+            )
+
+        self.query = convolution(channels, num_heads * key_dim, stride)
+        self.key = convolution(channels, num_heads * key_dim, stride)
+        self.value = convolution(channels, num_heads * value_dim, stride)
+        out_channels = channels if out_channels is None else out_channels
+        self.out = convolution(num_heads * value_dim, out_channels, 1)
+
+    def __call__(
+        self, x: Float[Array, "B X Y C"], *, context: Float[Array, "B *P C"] | None = None
+    ) -> Float[Array, "B X2 Y2 O"]:
+        """Attends from every pixel to all pixels, and to those of a context.
+
+        Args:
+          x: ``[B, X, Y, C]``.
+          context: ``[B, *pixels, C]``; its pixels, flattened to one row, become further keys and
+            values. Larger kernels see the row as a map of height 1, as the original does.
+
+        Returns:
+          ``[B, X', Y', O]``; X' and Y' are what the convolutions make of X and Y.
+
+        Raises:
+          ValueError: For a map or a context that the kernel does not fit into.
+        """
+        if x.ndim != 4:
+            raise ValueError(f"x must be a map with four axes, got shape {x.shape}.")
+        if self.channel_first:
+            x = jnp.moveaxis(x, 1, -1)
+        scale = self.key_dim**-0.25
+        self._check_fits("x", x.shape[1:3])
+        query = self.query(x) * scale
+        key, value = self.key(x) * scale, self.value(x)
+        pixels = [(key, value)]
+        if context is not None:
+            if self.channel_first:
+                context = jnp.moveaxis(context, 1, -1)
+            row = self._row(context)
+            pixels.append((self.key(row), self.value(row)))
+
+        def heads(x: Array) -> Array:
+            return x.reshape(x.shape[0], -1, self.num_heads, x.shape[-1] // self.num_heads)
+
+        key = jnp.concatenate([heads(key) for key, _ in pixels], axis=1)
+        value = jnp.concatenate([heads(value) for _, value in pixels], axis=1)
+        out = efficient_attention(heads(query), key, value, normalize_queries=self.norm_queries)
+        out = out.reshape(*query.shape[:-1], -1)
+        self._check_fits("attention of x", out.shape[1:3])
+        out = self.out(out)
+        return jnp.moveaxis(out, -1, 1) if self.channel_first else out
+
+    def _row(self, context: Array) -> Array:
+        """Flattens pixels to ``[B, 1, P, C]``, with zeros above and below where a kernel needs."""
+        number = math.prod(context.shape[1:-1])
+        row = context.reshape(context.shape[0], 1, number, context.shape[-1])
+        self._check_fits("the row of context pixels", (self.kernel_size, number))
+        missing = max(0, self.kernel_size - 1 - 2 * self.padding)
+        return jnp.pad(row, ((0, 0), (missing // 2, missing - missing // 2), (0, 0), (0, 0)))
+
+    def _check_fits(self, name: str, sides: tuple[int, ...]) -> None:
+        if min(sides) + 2 * self.padding < self.kernel_size:
+            raise ValueError(
+                f"A kernel of {self.kernel_size} with padding={self.padding} does not fit into "
+                f"{name} with sides {sides}: use more padding, or larger maps."
+            )

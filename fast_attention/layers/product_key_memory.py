@@ -1,0 +1,180 @@
+"""A large memory in place of the feed-forward part: each position reads a few of its many vectors.
+
+Shape letters: B batch and length, M features, H heads, D width of a query, N keys per half,
+K vectors read per head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fast_attention.array_types import Array, Bool, Float, Int
+from fast_attention.layers.linear import Linear
+from fast_attention.layers.masked_batch_norm import MaskedBatchNorm
+
+
+def is_memory_value(path: Sequence[Any]) -> bool:
+    """Tells whether a path into parameters leads to the vectors of a memory.
+
+    Each is read seldom, so that they want a larger learning rate than the rest (1e-2 is usual)::
+
+        labels = jax.tree.map_with_path(
+            lambda path, _: "memory" if is_memory_value(path) else "rest", parameters
+        )
+        optax.multi_transform({"memory": optax.adam(1e-2), "rest": optax.adam(3e-4)}, labels)
+
+    Args:
+      path: As `jax.tree_util.tree_map_with_path` gives them, of the state of a model.
+    """
+    names = (getattr(entry, "key", getattr(entry, "name", None)) for entry in path)
+    return "memory_values" in names
+
+
+class ProductKeyMemory(nnx.Module):
+    """``sum_k softmax(scores)_k value_k`` over the K best of N^2 values, summed over heads.
+
+    A query has two halves, each compared with N keys of its own; the score of value ``N i + j`` is
+    ``query_1 . key_1i + query_2 . key_2j``. The K largest of the N^2 scores are among the sums of
+    the K largest of either half, so that the search costs 2 N + K^2 and not N^2.
+
+    Attributes:
+      to_queries: Dense layer without bias, M to H D; its first half holds the first halves of all
+        heads.
+      norm: `MaskedBatchNorm` of the queries.
+      keys: Parameter ``[H, N, 2, D / 2]``.
+      memory_values: Parameter ``[N^2, M]``, shared by the heads; see `is_memory_value`.
+
+    References:
+      Lample et al. Large memory layers with product keys. arXiv:1907.05242.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        num_heads: int = 4,
+        num_keys: int = 128,
+        top_k: int = 32,
+        head_dim: int = 256,
+        input_dropout: float = 0.0,
+        query_dropout: float = 0.0,
+        value_dropout: float = 0.0,
+        dtype: Any = None,
+        rngs: nnx.Rngs,
+    ):
+        """Draws the parameters.
+
+        Args:
+          features: M.
+          num_heads: H.
+          num_keys: N.
+          top_k: K; where there are fewer than K values, all are read.
+          head_dim: D, even.
+          input_dropout: Of the inputs.
+          query_dropout: Of the normalised queries.
+          value_dropout: Of the output.
+          dtype: Of queries and outputs; None is that of inputs and parameters. Scores and their
+            softmax are computed in float32 at least.
+          rngs: Source of the parameters.
+
+        Raises:
+          ValueError: If a query cannot be halved, or nothing is to be read.
+        """
+        if head_dim % 2:
+            raise ValueError(f"A query has two halves: head_dim must be even, got {head_dim}.")
+        if min(num_heads, num_keys, top_k) < 1:
+            raise ValueError(
+                f"num_heads, num_keys and top_k must be >= 1, got {num_heads}, {num_keys}, {top_k}."
+            )
+        self.num_heads = num_heads
+        self.top_k = top_k
+        self.dtype = dtype
+        width = num_heads * head_dim
+        kernel_init = nnx.initializers.xavier_uniform()
+        self.to_queries = Linear(
+            features, width, use_bias=False, kernel_init=kernel_init, dtype=dtype, rngs=rngs
+        )
+        self.norm = MaskedBatchNorm(width)
+        shape = num_heads, num_keys, 2, head_dim // 2
+        self.keys = nnx.Param(_draw(rngs.params(), shape))
+        self.memory_values = nnx.Param(_draw(rngs.params(), (num_keys**2, features)))
+        self.input_dropout = nnx.Dropout(input_dropout)
+        self.query_dropout = nnx.Dropout(query_dropout)
+        self.value_dropout = nnx.Dropout(value_dropout)
+
+    def __call__(
+        self,
+        x: Float[Array, "*B M"],
+        *,
+        key_mask: Bool[Array, "*B"] | None = None,
+        chosen: Int[Array, "*B H K"] | None = None,
+        return_chosen: bool = False,
+        deterministic: bool = True,
+        rngs: nnx.Rngs | None = None,
+    ) -> Any:
+        """Reads the memory at each position; in training the norm follows the batch.
+
+        Args:
+          x: ``[*B, M]``.
+          key_mask: ``[*B]``, False where `x` is padding, which the norm then disregards.
+          chosen: ``[*B, H, K]``, which values to read: those of an earlier call, where inputs are
+            known only up to rounding, as in the backward pass of reversible layers.
+          return_chosen: Also return which values were read.
+          deterministic: No dropout, and the norm by running averages.
+          rngs: Source of dropout, needed unless `deterministic` or without dropout.
+
+        Returns:
+          ``[*B, M]``, and with `return_chosen` a pair of that and ``[*B, H, K]``.
+        """
+        x = self.input_dropout(x, deterministic=deterministic, rngs=rngs)
+        queries = self.to_queries(x)
+        dtype = queries.dtype
+        queries = self.norm(queries, key_mask=key_mask, use_running_average=deterministic)
+        queries = self.query_dropout(queries, deterministic=deterministic, rngs=rngs)
+        halves = queries.reshape(*x.shape[:-1], 2, self.num_heads, -1)
+        keys = self.keys[...]
+        working = jnp.promote_types(queries.dtype, jnp.float32)
+        scores = jnp.einsum("...phd,hnpd->...hpn", halves, keys, preferred_element_type=working)
+        if chosen is None:
+            chosen = self._choose(jax.lax.stop_gradient(scores))
+        first, second = jnp.divmod(chosen, keys.shape[1])
+        picked = _pick(scores[..., 0, :], first) + _pick(scores[..., 1, :], second)
+        out = self._read(chosen, jax.nn.softmax(picked)).astype(dtype)
+        out = self.value_dropout(out, deterministic=deterministic, rngs=rngs)
+        return (out, chosen) if return_chosen else out
+
+    def _choose(self, scores: Float[Array, "*B H 2 N"]) -> Int[Array, "*B H K"]:
+        count = scores.shape[-1]
+        best, where = jax.lax.top_k(scores, min(self.top_k, count))
+        sums = best[..., 0, :, None] + best[..., 1, None, :]
+        values = where[..., 0, :, None] * count + where[..., 1, None, :]
+        sums, values = (x.reshape(*x.shape[:-2], -1) for x in (sums, values))
+        return _pick(values, jax.lax.top_k(sums, min(self.top_k, sums.shape[-1]))[1])
+
+    def _read(self, chosen: Int[Array, "*B H K"], weights: Float[Array, "*B H K"]) -> Array:
+        values = self.memory_values[...]
+
+        # Head by head, and again for gradients: the vectors read are H K times as many as inputs.
+        @partial(jax.checkpoint, prevent_cse=False)
+        def add_head(total: Array, head: tuple[Array, Array]) -> tuple[Array, None]:
+            index, weight = head
+            return total + jnp.sum(weight[..., None] * values[index], axis=-2), None
+
+        dtype = jnp.promote_types(weights.dtype, values.dtype)
+        total = jnp.zeros((*chosen.shape[:-2], values.shape[-1]), dtype)
+        heads = jnp.moveaxis(chosen, -2, 0), jnp.moveaxis(weights, -2, 0)
+        return jax.lax.scan(add_head, total, heads)[0]
+
+
+def _draw(key: Array, shape: tuple[int, ...]) -> Array:
+    return jax.random.normal(key, shape) * shape[-1] ** -0.5
+
+
+def _pick(x: Array, index: Array) -> Array:
+    return jnp.take_along_axis(x, index, axis=-1)

@@ -1,0 +1,313 @@
+"""A language model: embeddings, a stack of residual layers, a final norm and logits.
+
+Shape letters: B batch, T length, M features of the stack, E width of the embeddings, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+
+from fast_attention.array_types import Array, Bool, Float, Int
+from fast_attention.layers.inputs import Inputs
+from fast_attention.layers.linear import Linear
+from fast_attention.layers.norms import make_norm
+from fast_attention.layers.positions import AxialPositions, LearnedPositions, sinusoids
+from fast_attention.layers.stack import Stack
+from fast_attention.models.config import LanguageModelConfig
+
+
+class DecodeState(NamedTuple):
+    """What a causal language model remembers of the tokens so far.
+
+    Attributes:
+      layers: The state of the stack.
+      positions: ``[B]`` int32, the position of the next token of each row.
+    """
+
+    layers: tuple[Any, ...]
+    positions: Int[Array, " B"]
+
+
+class LanguageModel(nnx.Module):
+    """A language model, causal or bidirectional, around any stack.
+
+    Attributes:
+      config: Its shape.
+      embed: Embedding of tokens.
+      positions: `LearnedPositions` or `AxialPositions`, or None.
+      dropout: Applied to the embeddings.
+      project_in, project_out: Dense layers between embeddings and stack, or None.
+      stack: The layers.
+      norm: Final norm, or identity.
+      head: Dense layer to the logits, or None where the embeddings of tokens serve.
+    """
+
+    def __init__(self, config: LanguageModelConfig, *, rngs: nnx.Rngs):
+        """Draws the parameters, and a projection for each layer whose attention has one.
+
+        Args:
+          config: Shape of the model.
+          rngs: Source of parameters and projections.
+        """
+        self.config: Any = config
+        self.shape = config
+        dtype, features = config.dtype, config.stack.features
+        width = config.embedding_features
+        self.embed = nnx.Embed(
+            config.vocab_size,
+            width,
+            embedding_init=nnx.initializers.normal(1.0),
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.positions = _positions(config, rngs)
+        self.dropout = nnx.Dropout(config.dropout_rate)
+
+        def linear(inputs: int, outputs: int, dtype: Any = dtype) -> Linear:
+            init = nnx.initializers.xavier_uniform()
+            return Linear(inputs, outputs, kernel_init=init, dtype=dtype, rngs=rngs)
+
+        self.project_in = None if width == features else linear(width, features)
+        self.stack = Stack(config.stack, dtype=dtype, rngs=rngs)
+        unasked = config.logits == "none" and config.norm_before_projection
+        self.project_out = None if width == features or unasked else linear(features, width)
+        norm = config.final_norm
+        norm_width = features if config.norm_before_projection else width
+        self.norm = make_norm(norm.kind, norm_width, epsilon=norm.epsilon, dtype=dtype, rngs=rngs)
+        self.head = linear(width, config.vocab_size, None) if config.logits == "dense" else None
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        key_mask: Bool[Array, "B T"] | None = None,
+        context: Float[Array, "B S N"] | None = None,
+        context_mask: Bool[Array, "B S"] | None = None,
+        mask: Bool[Array, "B T T"] | None = None,
+        deterministic: bool = True,
+        rngs: nnx.Rngs | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Computes the logits of every position.
+
+        Args:
+          tokens: ``[B, T]`` ids.
+          positions: ``[B, T]``, by default 0, 1, ...; packed rows start again in each sequence.
+          segment_ids: ``[B, T]``; packed sequences are runs of equal ids and do not see each
+            other.
+          key_mask: ``[B, T]``; positions where it is False (padding) are not seen.
+          context: ``[B, S, N]``, a second sequence, for stacks that attend to one.
+          context_mask: ``[B, S]``; positions of it where it is False are not seen.
+          mask: ``[B, T, T]``; position t sees s where it is True, for attention that takes such
+            masks (exact, LSH); others raise.
+          deterministic: No dropout.
+          rngs: Source of dropout, needed unless `deterministic` or without dropout.
+
+        Returns:
+          float32 ``[B, T, V]``; without logits in the configuration what `encode` returns.
+
+        Raises:
+          ValueError: For more tokens than learned positions, or dropout without `rngs`.
+        """
+        encoded = self.encode(
+            tokens,
+            positions=positions,
+            segment_ids=segment_ids,
+            key_mask=key_mask,
+            context=context,
+            context_mask=context_mask,
+            mask=mask,
+            deterministic=deterministic,
+            rngs=rngs,
+        )
+        return self._logits(encoded)
+
+    def encode(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        key_mask: Bool[Array, "B T"] | None = None,
+        context: Float[Array, "B S N"] | None = None,
+        context_mask: Bool[Array, "B S"] | None = None,
+        mask: Bool[Array, "B T T"] | None = None,
+        deterministic: bool = True,
+        rngs: nnx.Rngs | None = None,
+    ) -> Float[Array, "B T M"]:
+        """Computes the representation behind the logits: the output of the final norm.
+
+        The arguments are those of a call.
+
+        Returns:
+          ``[B, T, M]`` in the dtype of the configuration; the width is that of the embeddings
+          where the projection comes before the norm.
+        """
+        if self.dropout.rate > 0 and not deterministic and rngs is None:
+            raise ValueError(
+                f"dropout_rate={self.dropout.rate} needs rngs=nnx.Rngs(...), or pass "
+                "deterministic=True."
+            )
+        if positions is None:
+            self._check_length(tokens.shape[1])
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+        x = self._embed(tokens, positions)
+        x = self._enter(self.dropout(x, deterministic=deterministic, rngs=rngs))
+        x = self.stack(
+            x,
+            positions=positions,
+            segment_ids=segment_ids,
+            key_mask=key_mask,
+            context=context,
+            context_mask=context_mask,
+            mask=mask,
+            deterministic=deterministic,
+            rngs=rngs,
+        )
+        return self._leave(x)
+
+    @property
+    def causal(self) -> bool:
+        """Whether no position sees a later one."""
+        return self.stack.causal
+
+    @property
+    def can_decode(self) -> bool:
+        """Whether the model can read token by token."""
+        return self.stack.can_decode
+
+    def init_state(
+        self,
+        batch_size: int,
+        max_length: int,
+        *,
+        context: Float[Array, "B S N"] | None = None,
+        context_mask: Bool[Array, "B S"] | None = None,
+    ) -> DecodeState:
+        """Makes the state before the first token.
+
+        Args:
+          batch_size: B.
+          max_length: Tokens to make room for, padding included; constant-size states need none.
+          context: A second sequence, for stacks that attend to one.
+          context_mask: Of that.
+
+        Returns:
+          An empty `DecodeState`.
+
+        Raises:
+          TypeError: If the attention function cannot decode.
+          ValueError: If the model is not causal, or has fewer learned positions.
+        """
+        self._check_length(max_length)
+        inputs = Inputs(context=context, context_mask=context_mask)
+        return DecodeState(
+            layers=self.stack.init_state(batch_size, max_length, inputs),
+            positions=jnp.zeros(batch_size, jnp.int32),
+        )
+
+    def prefill(
+        self,
+        state: DecodeState,
+        tokens: Int[Array, "B T"],
+        key_mask: Bool[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T V"], DecodeState]:
+        """Reads T tokens per row at once.
+
+        Args:
+          state: What came before.
+          tokens: ``[B, T]`` ids.
+          key_mask: ``[B, T]``; False is padding, on either side: it is not seen, takes no
+            position, and has meaningless logits.
+
+        Returns:
+          float32 logits ``[B, T, V]`` and the next state.
+        """
+        if key_mask is None:
+            count = jnp.ones(tokens.shape, jnp.int32)
+        else:
+            count = key_mask.astype(jnp.int32)
+        seen = jnp.cumsum(count, axis=1)
+        positions = state.positions[:, None] + jnp.maximum(seen - 1, 0)
+        x = self._enter(self._embed(tokens, positions))
+        inputs = Inputs(positions=positions, key_mask=key_mask)
+        x, layers = self.stack.prefill(state.layers, x, inputs)
+        state = DecodeState(layers, state.positions + seen[:, -1])
+        return self._logits(self._leave(x)), state
+
+    def step(
+        self, state: DecodeState, tokens: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B V"], DecodeState]:
+        """Reads one token per row.
+
+        Args:
+          state: What came before.
+          tokens: ``[B]`` ids.
+
+        Returns:
+          float32 logits ``[B, V]`` of the next token, and the next state.
+        """
+        x = self._enter(self._embed(tokens, state.positions))
+        x, layers = self.stack.step(state.layers, x, Inputs(positions=state.positions))
+        return self._logits(self._leave(x)), DecodeState(layers, state.positions + 1)
+
+    def _embed(self, tokens: Array, positions: Array) -> Array:
+        x = self.embed(tokens)
+        if self.positions is not None:
+            return x + self.positions(positions).astype(x.dtype)
+        if self.shape.positions in ("sinusoidal", "concatenated"):
+            concatenated = self.shape.positions == "concatenated"
+            encoded = sinusoids(positions, x.shape[-1], concatenated=concatenated)
+            return x + encoded.astype(x.dtype)
+        return x
+
+    def _enter(self, x: Array) -> Array:
+        return x if self.project_in is None else self.project_in(x)
+
+    def _leave(self, x: Array) -> Array:
+        if self.project_out is None or self.shape.norm_before_projection:
+            return self.norm(x)
+        return self.norm(self.project_out(x))
+
+    def _logits(self, x: Array) -> Array:
+        if self.shape.logits == "none":
+            return x
+        if self.project_out is not None and self.shape.norm_before_projection:
+            x = self.project_out(x)
+        x = x.astype(jnp.float32)
+        if self.head is not None:
+            return self.head(x)
+        table = self.embed.embedding[...].astype(jnp.float32)
+        if self.shape.logits == "normalized":
+            table = table / jnp.maximum(jnp.linalg.norm(table, axis=-1, keepdims=True), 1e-12)
+        logits = jnp.einsum("...m,vm->...v", x, table)
+        return logits * x.shape[-1] ** -0.5 if self.shape.logits == "scaled" else logits
+
+    def _check_length(self, length: int) -> None:
+        if self.positions is not None and length > self.shape.max_len:
+            raise ValueError(
+                f"{length} tokens are more than the max_len={self.shape.max_len} learned "
+                "positions: use shorter inputs, a larger max_len, or positions='rotary', "
+                "'sinusoidal' or 'none'."
+            )
+
+
+def _positions(
+    config: LanguageModelConfig, rngs: nnx.Rngs
+) -> LearnedPositions | AxialPositions | None:
+    width = config.embedding_features
+    if config.positions == "learned":
+        return LearnedPositions(config.max_len, width)
+    if config.positions == "random":
+        return LearnedPositions(
+            config.max_len, width, initializer=nnx.initializers.normal(1.0), rngs=rngs
+        )
+    if config.positions == "axial":
+        return AxialPositions(
+            config.axial_shape, width, axis_features=config.axial_features, rngs=rngs
+        )
+    return None
