@@ -6,6 +6,7 @@ Shape letters: B batch, T queries, S keys, H heads, K key/value heads, D head wi
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -135,6 +136,23 @@ def check_heads(query: Array, key: Array, value: Array) -> None:
             f"heads is a multiple of that of key heads; got query {query.shape}, key {key.shape}, "
             f"value {value.shape}. Are length and heads swapped?"
         )
+
+
+def refuse(mechanism: str, advice: Mapping[str, str], **options: Any) -> None:
+    """Raises if an option is given that a mechanism does not have.
+
+    Args:
+      mechanism: its name, for the message.
+      advice: what to do instead, by the name of the option.
+      **options: what must be None.
+
+    Raises:
+      ValueError: at the first that is not None.
+    """
+    for name, value in options.items():
+        if value is not None:
+            instead = f" ({advice[name]})." if name in advice else "."
+            raise ValueError(f"{mechanism} does not take {name}: leave it out{instead}")
 
 
 def refuse_unsupported(

@@ -16,9 +16,17 @@ import jax.numpy as jnp
 from fast_attention import local_decoding
 from fast_attention.array_types import Array, Bool, Float
 from fast_attention.axes import attended_axes, fold_axes, unfold_axes
+from fast_attention.call_arguments import refuse
 from fast_attention.local_attention import local_attention
 from fast_attention.local_decoding import LocalState
 from fast_attention.local_window import Window, make_window
+
+_ADVICE = {
+    "module": "attention weights are not kept; use sow_weights=False",
+    "input_positions": "apply rotary positions to queries and keys before",
+    "projection": "it has no random features",
+}
+"""What to do in place of an option that there is not."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +112,9 @@ class LocalAttention:
           ValueError: for shapes that do not fit, or an option that local attention does not
             have.
         """
-        _refuse(
+        refuse(
+            "Local attention",
+            _ADVICE,
             module=module,
             qk_attn_weights_einsum=qk_attn_weights_einsum,
             attn_weights_value_einsum=attn_weights_value_einsum,
@@ -194,7 +204,7 @@ class LocalAttention:
         projection: Array | None = None,
     ) -> tuple[Float[Array, "*B T H V"], LocalState]:
         """Reads T tokens causally, continuing ``state``; padding (False) takes no place."""
-        _refuse(projection=projection)
+        refuse("Local attention", _ADVICE, projection=projection)
         return local_decoding.prefill(
             self._window(causal=True),
             state,
@@ -215,7 +225,7 @@ class LocalAttention:
         projection: Array | None = None,
     ) -> tuple[Float[Array, "*B H V"], LocalState]:
         """Reads one token: constant time and memory, however many came before."""
-        _refuse(projection=projection)
+        refuse("Local attention", _ADVICE, projection=projection)
         return local_decoding.step(
             self._window(causal=True), state, query, key, value, shared_qk=self.shared_qk
         )
@@ -254,17 +264,3 @@ def make_local_attention(
     return LocalAttention(
         window_size, unidirectional, look_backward, look_forward, exact_window, shared_qk
     )
-
-
-def _refuse(**options: Any) -> None:
-    advice = {
-        "module": "attention weights are not kept; use sow_weights=False",
-        "input_positions": "apply rotary positions to queries and keys before",
-        "projection": "it has no random features",
-    }
-    for name, value in options.items():
-        if value is not None:
-            raise ValueError(
-                f"Local attention does not take {name}: leave it out"
-                + (f" ({advice[name]})." if name in advice else ".")
-            )

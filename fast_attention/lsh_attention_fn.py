@@ -14,9 +14,18 @@ import jax.numpy as jnp
 
 from fast_attention.array_types import Array, Bool, Float, Int
 from fast_attention.axes import attended_axes, fold_axes, unfold_axes
+from fast_attention.call_arguments import refuse
 from fast_attention.lsh_attention import lsh_attention
 from fast_attention.shared_qk_attention import shared_qk_attention
 from fast_attention.shared_query_key import LSHOutput
+
+_ADVICE = {
+    "bias": "use mask or key_mask, or exact attention with a bias",
+    "module": "ask for them with return_weights=True",
+    "input_positions": "pass positions=, with rotary=True",
+    "segment_ids": "pass a mask of equal segments, or segments as elements of the batch",
+}
+"""What to do in place of an option that there is not."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +145,9 @@ class LSHAttention:
         Raises:
           ValueError: for shapes that do not fit, or an option that this attention does not have.
         """
-        _refuse(
+        refuse(
+            "Hashed attention",
+            _ADVICE,
             bias=bias,
             module=module,
             qk_attn_weights_einsum=qk_attn_weights_einsum,
@@ -291,21 +302,6 @@ def make_lsh_attention(
 
 def _is_typed(key: Array) -> bool:
     return jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-
-
-def _refuse(**options: Any) -> None:
-    advice = {
-        "bias": "use mask or key_mask, or exact attention with a bias",
-        "module": "ask for them with return_weights=True",
-        "input_positions": "pass positions=, with rotary=True",
-        "segment_ids": "pass a mask of equal segments, or segments as elements of the batch",
-    }
-    for name, value in options.items():
-        if value is not None:
-            raise ValueError(
-                f"Hashed attention does not take {name}: leave it out"
-                + (f" ({advice[name]})." if name in advice else ".")
-            )
 
 
 def _check_shapes(query: Array, key: Array, value: Array) -> None:

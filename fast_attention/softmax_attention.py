@@ -21,7 +21,15 @@ from jax.core import Tracer
 
 from fast_attention.array_types import Array, Bool, Float, Int
 from fast_attention.axes import attended_axes, fold_axes, unfold_axes
+from fast_attention.call_arguments import refuse
 from fast_attention.softmax_blocks import Choices, Extras, blocked_attention, run_bounds
+
+_ADVICE = {
+    "module": "attention weights are not kept; bind nnx.dot_product_attention to sow them",
+    "input_positions": "apply rotary positions to queries and keys before",
+    "projection": "exact attention has no random features",
+}
+"""What to do in place of an option that there is not."""
 
 
 class KVCache(NamedTuple):
@@ -113,7 +121,9 @@ class SoftmaxAttention:
           ValueError: for shapes that do not fit, or an option that exact attention does not
             have.
         """
-        _refuse(
+        refuse(
+            "Exact attention",
+            _ADVICE,
             module=module,
             qk_attn_weights_einsum=qk_attn_weights_einsum,
             attn_weights_value_einsum=attn_weights_value_einsum,
@@ -225,7 +235,7 @@ class SoftmaxAttention:
         Raises:
           ValueError: if the cache is too short, where that is known.
         """
-        _refuse(projection=projection)
+        refuse("Exact attention", _ADVICE, projection=projection)
         room, new = state.key.shape[-3], key.shape[-3]
         used = state.length
         if new > room or not isinstance(used, Tracer) and int(used) + new > room:
@@ -282,20 +292,6 @@ def make_softmax_attention(unidirectional: bool = False) -> SoftmaxAttention:
       An ``attention_fn`` that also decodes with a :class:`KVCache`.
     """
     return SoftmaxAttention(unidirectional=unidirectional)
-
-
-def _refuse(**options: Any) -> None:
-    advice = {
-        "module": "attention weights are not kept; bind nnx.dot_product_attention to sow them",
-        "input_positions": "apply rotary positions to queries and keys before",
-        "projection": "exact attention has no random features",
-    }
-    for name, value in options.items():
-        if value is not None:
-            raise ValueError(
-                f"Exact attention does not take {name}: leave it out"
-                + (f" ({advice[name]})." if name in advice else ".")
-            )
 
 
 def _of_queries(name: str, x: Array, query: Array) -> Array:

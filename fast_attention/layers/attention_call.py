@@ -8,7 +8,6 @@ V value width.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -123,7 +122,6 @@ def causal_by_mask(visible: Visible, length: int) -> Visible:
     return visible._replace(causal=False, mask=past)
 
 
-@functools.lru_cache(maxsize=256)
 def parameter_names(function: Callable[..., Any]) -> frozenset[str] | None:
     """Names of the parameters of a function; None if it takes any."""
     parameters = inspect.signature(function).parameters.values()

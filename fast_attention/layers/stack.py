@@ -161,7 +161,7 @@ class Stack(nnx.Module):
           ValueError: If a context is missing, or dropout is asked for without `rngs`.
         """
         inputs = Inputs(positions, segment_ids, key_mask, context, context_mask, mask)
-        self._check(inputs, deterministic, rngs)
+        self._check(inputs)
         keep = self._layer_mask(deterministic, rngs)
         two_streams = self.config.reversible and x.shape[1] > self.config.reverse_threshold
         if two_streams or self.config.remat:
@@ -274,7 +274,7 @@ class Stack(nnx.Module):
             )
         return draw_layer_mask(rngs.dropout(), rate, len(self.blocks))
 
-    def _check(self, inputs: Inputs, deterministic: bool, rngs: nnx.Rngs | None) -> None:
+    def _check(self, inputs: Inputs) -> None:
         takes = any(
             getattr(sublayer.inner, "context", None) is not None
             or getattr(sublayer.inner, "cross", False)
