@@ -16,7 +16,9 @@ import numpy as np
 from fast_attention.protein_lm.domains import DiscreteDomain
 from fast_attention.protein_lm.fasta import read_fasta
 
-BUNDLED_SPLITS = ("train", "valid", "test", "tiny")
+BUNDLED_SPLITS = ("train", "valid", "test", "ood_test", "valid_iid", "test_iid", "tiny")
+
+_DATA = Path(__file__).parent / "data"
 
 FastaPaths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -47,11 +49,18 @@ def bundled_corpus(split: str) -> Path:
     """Returns the FASTA file of a split of the corpus that comes with the package.
 
     Args:
-      split: ``"train"``, ``"valid"``, ``"test"``, or ``"tiny"`` (500 short proteins of ``train``).
+      split: One of `BUNDLED_SPLITS`. Proteins of ``"valid"``, ``"test"`` and ``"ood_test"`` have no
+        relatives in ``"train"``, those of ``"valid_iid"`` and ``"test_iid"`` have; ``"tiny"`` is
+        500 short proteins of ``"train"``.
     """
     if split not in BUNDLED_SPLITS:
         raise ValueError(f"split must be one of {', '.join(BUNDLED_SPLITS)}, but got {split!r}.")
-    return Path(__file__).parent / "data" / f"{split}.fasta.gz"
+    return _DATA / f"{split}.fasta.gz"
+
+
+def bundled_splits() -> Path:
+    """Returns the table of the split and the homology component of every bundled protein."""
+    return _DATA / "splits.tsv.gz"
 
 
 def load_corpus(

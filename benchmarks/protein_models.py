@@ -1,0 +1,168 @@
+"""The protein table of the Performer paper at small size: ``python -m benchmarks.protein_models``.
+
+A Transformer with exact attention, a Performer with softmax features and one with ReLU features,
+each causal and masked, are trained for equally many steps on equal batches (the demo's model and
+corpus), and evaluated on proteins whose relatives were in training (IID) and on families that were
+not (OOD). Runs are ordinary run folders: what is finished is not trained again, and what was
+interrupted goes on.
+
+Reference: Choromanski et al., "Rethinking Attention with Performers", arXiv:2009.14794, table 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ATTENTION = {
+    "Transformer (exact)": ["FlaxModel.attention_fn = None"],
+    "Performer (softmax)": ["FlaxModel.attention_fn = @make_fast_softmax_attention()"],
+    "Performer (ReLU)": [
+        "FlaxModel.attention_fn = @make_fast_generalized_attention()",
+        "make_fast_generalized_attention.nb_features = 64",
+        "make_fast_generalized_attention.features_type = 'ortho'",
+        "make_fast_generalized_attention.kernel_fn = @jrelu",
+    ],
+}
+MODELS = {"UNI": "FlaxLM", "BID": "FlaxBERT"}
+SETS = {"IID": "test_iid", "OOD": "ood_test", "test": "test"}
+
+_CONFIG = Path(__file__).parents[1] / "protein_lm_configs" / "demo.gin"
+
+
+class Variant(NamedTuple):
+    """One trained model.
+
+    Attributes:
+      direction: "UNI" or "BID".
+      attention: A key of `ATTENTION`.
+      seed: Of its parameters.
+    """
+
+    direction: str
+    attention: str
+    seed: int
+
+    @property
+    def folder(self) -> str:
+        """Name of the run's folder."""
+        attention = self.attention.partition("(")[2].rstrip(")").lower()
+        return f"{self.direction.lower()}-{attention}-{self.seed}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Trains, evaluates and prints the table."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.protein_models",
+        description="Transformers and Performers on proteins, after equally many steps.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--steps", type=int, default=400, help="steps of 8 rows of 512 residues")
+    add("--seeds", type=int, default=1, help="models of each kind")
+    add("--folder", type=Path, default=Path("runs/protein_models"), help="where the runs go")
+    add("--directions", nargs="+", choices=tuple(MODELS), default=tuple(MODELS))
+    options = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
+    variants = [
+        Variant(direction, attention, seed)
+        for seed in range(options.seeds)
+        for direction in options.directions
+        for attention in ATTENTION
+    ]
+    rows = [(variant, measure(variant, options.steps, options.folder)) for variant in variants]
+    print(table(rows))
+
+
+def measure(variant: Variant, steps: int, folder: Path) -> dict[str, Any]:
+    """Trains and evaluates one model.
+
+    Args:
+      variant: Which.
+      steps: Of training.
+      folder: Where the run goes.
+
+    Returns:
+      The evaluation by the names of `SETS`, and ``minutes`` of training.
+
+    Raises:
+      RuntimeError: If a command fails.
+    """
+    from fast_attention.protein_lm.corpus import bundled_corpus, bundled_splits
+
+    run = folder / variant.folder
+    warmup = min(60, max(1, steps // 10))
+    settings = [
+        f"experiment.model_cls = @{MODELS[variant.direction]}",
+        f"FlaxModel.random_seed = {variant.seed}",
+        f"experiment.data_seed = {variant.seed}",
+        f"experiment.max_train_steps = {steps}",
+        f"experiment.eval_frequency = {steps}",
+        f"experiment.checkpoint_frequency = {min(200, steps)}",
+        "experiment.num_samples = 0",
+        f"create_learning_rate_scheduler.warmup_steps = {warmup}",
+        f"create_learning_rate_scheduler.steps_per_cycle = {steps - warmup}",
+        *ATTENTION[variant.attention],
+    ]
+    files = [
+        f"--fasta={bundled_corpus('train')}",
+        f"--valid_fasta={bundled_corpus('valid')}",
+        f"--test_fasta={bundled_corpus('tiny')}",
+    ]
+    _command(
+        "train",
+        f"--gin_file={_CONFIG}",
+        f"--work_dir={run}",
+        *files,
+        *(f"--gin_bindings={setting}" for setting in settings),
+    )
+    found: dict[str, Any] = {}
+    for name, split in SETS.items():
+        output = run / f"evaluation-{name}.json"
+        if not output.exists():
+            _command(
+                "evaluate",
+                f"--run_dir={run}",
+                f"--fasta={bundled_corpus(split)}",
+                f"--split_file={bundled_splits()}",
+                f"--output={output}",
+            )
+        found[name] = json.loads(output.read_text(encoding="utf-8"))
+    result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+    return found | {"minutes": result["seconds"] / 60}
+
+
+def _command(*arguments: str) -> None:
+    from fast_attention.protein_lm import cli
+
+    # What the commands tell would stand between the lines of the table.
+    with contextlib.redirect_stdout(sys.stderr):
+        status = cli.main(arguments)
+    if status:
+        raise RuntimeError(f"protein-lm {' '.join(arguments)} ended with status {status}")
+
+
+def table(rows: Sequence[tuple[Variant, dict[str, Any]]]) -> str:
+    """The table as Markdown, perplexities with their standard errors over groups of relatives."""
+    lines = [
+        "| | model | " + " | ".join(f"{name}, perplexity | accuracy" for name in SETS) + " | min |",
+        "| --- | --- | " + "---: | " * (2 * len(SETS) + 1),
+    ]
+    for variant, found in rows:
+        cells = []
+        for name in SETS:
+            score = found[name]["scores"][0]
+            cells.append(f"{score['perplexity']:.2f} ± {score['perplexity_error']:.2f}")
+            cells.append(f"{100 * score['accuracy']:.2f} %")
+        seed = f", seed {variant.seed}" if variant.seed else ""
+        cells.append(f"{found['minutes']:.1f}")
+        lines.append(f"| {variant.direction} | {variant.attention}{seed} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
