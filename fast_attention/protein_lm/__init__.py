@@ -1,7 +1,10 @@
-"""Protein language models: data, training, evaluation and sampling.
+"""Protein language models: data, training, evaluation, scores, embeddings, new proteins.
 
-What is imported here needs numpy alone; training and what belongs to it live in the submodules.
+What is imported here needs numpy alone; the models, `FlaxLM` and `FlaxBERT`, bring JAX with them
+and are loaded when they are first asked for.
 """
+
+from typing import TYPE_CHECKING, Any
 
 from fast_attention.protein_lm.domains import (
     FixedLengthDiscreteDomain as FixedLengthDiscreteDomain,
@@ -17,3 +20,16 @@ from fast_attention.protein_lm.fasta import read_fasta as read_fasta
 from fast_attention.protein_lm.fasta import write_fasta as write_fasta
 from fast_attention.protein_lm.vocabulary import ProteinVocab as ProteinVocab
 from fast_attention.protein_lm.vocabulary import Vocabulary as Vocabulary
+
+if TYPE_CHECKING:
+    from fast_attention.protein_lm.models import FlaxBERT as FlaxBERT
+    from fast_attention.protein_lm.models import FlaxLM as FlaxLM
+
+
+def __getattr__(name: str) -> Any:
+    """Loads the models when they are asked for."""
+    if name in ("FlaxBERT", "FlaxLM"):
+        from fast_attention.protein_lm import models
+
+        return getattr(models, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

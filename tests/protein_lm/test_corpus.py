@@ -1,10 +1,16 @@
+import gzip
 import hashlib
 import re
 
 import numpy as np
 import pytest
 
-from fast_attention.protein_lm.corpus import BUNDLED_SPLITS, bundled_corpus, load_corpus
+from fast_attention.protein_lm.corpus import (
+    BUNDLED_SPLITS,
+    bundled_corpus,
+    bundled_splits,
+    load_corpus,
+)
 from fast_attention.protein_lm.domains import (
     FixedLengthDiscreteDomain,
     VariableLengthDiscreteDomain,
@@ -68,7 +74,8 @@ def test_the_bundled_files_are_those_of_their_readme():
     readme = (folder / "README.md").read_text()
     sums = dict(re.findall(r"^(\w{64})  (\S+)$", readme, re.M))
     files = {path.name: path for path in folder.glob("*.gz")}
-    assert {f"{split}.fasta.gz" for split in BUNDLED_SPLITS} == set(files) == set(sums.values())
+    expected = {"splits.tsv.gz", *(f"{split}.fasta.gz" for split in BUNDLED_SPLITS)}
+    assert expected == set(files) == set(sums.values())
     for digest, name in sums.items():
         assert hashlib.sha256(files[name].read_bytes()).hexdigest() == digest
     assert sum(path.stat().st_size for path in files.values()) < 10e6
@@ -92,9 +99,21 @@ def test_no_protein_is_in_two_splits_and_tiny_is_part_of_train():
     }
     assert sequences["tiny"] <= sequences["train"]
     assert not sequences["train"] & (sequences["valid"] | sequences["test"])
-    assert not sequences["valid"] & sequences["test"]
+    held_out = [sequences[split] for split in BUNDLED_SPLITS if split not in ("train", "tiny")]
+    assert len(set().union(*held_out)) == sum(map(len, held_out))
+
+
+def test_the_table_of_splits_knows_every_bundled_protein():
+    with gzip.open(bundled_splits(), "rt") as table:
+        rows = [line.split("\t")[:2] for line in table]
+    assert rows[0] == ["accession", "split"]
+    split_of = dict(rows[1:])
+    for split in BUNDLED_SPLITS:
+        records = read_fasta(bundled_corpus(split))
+        found = {split_of[record.id.split("|")[1]] for record in records}
+        assert found == {"train" if split == "tiny" else split}
 
 
 def test_an_unknown_split_is_refused():
-    with pytest.raises(ValueError, match="train, valid, test, tiny"):
+    with pytest.raises(ValueError, match="train, valid, test, ood_test"):
         bundled_corpus("dev")
