@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from fast_attention.protein_lm.output_files import OutputError
 from fast_attention.protein_lm.run_folder import RunError
 
 _EXPECTED = (RunError, FloatingPointError, OSError, TypeError, ValueError)
@@ -11,6 +12,13 @@ _MEMORY = (
     "take a smaller --batch_size (in training a smaller experiment.batch_size_per_device), or "
     "shorter rows"
 )
+
+_DISK = {
+    "No space left on device": "the disk is full: make room",
+    "Disk quota exceeded": "your share of the disk is used up: make room",
+    "File too large": "a file is larger than is allowed here: raise the limit",
+    "Read-only file system": "the folder is read-only: change that",
+}
 
 
 def describe_failure(error: Exception) -> str:
@@ -20,6 +28,10 @@ def describe_failure(error: Exception) -> str:
         return f"out of memory: {_MEMORY}"
     if kind in ("JaxRuntimeError", "XlaRuntimeError") and "RESOURCE_EXHAUSTED" in text:
         return f"out of memory: {_MEMORY} ({text.splitlines()[0]})"
+    for reason, remedy in _DISK.items():
+        # The libraries that write checkpoints have errors of their own, with this text inside.
+        if reason in text and not isinstance(error, OutputError):
+            return f"{remedy}, or write elsewhere ({text.splitlines()[0][:300]})"
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, SyntaxError):

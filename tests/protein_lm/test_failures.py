@@ -64,6 +64,7 @@ def test_a_gin_file_may_begin_with_a_byte_order_mark(tmp_path):
             "out of memory: take a smaller .*allocating 9 bytes",
         ),
         (FileNotFoundError(2, "No such file or directory", "a.gin"), "^a.gin: No such file"),
+        (OSError(28, "No space left on device"), "the disk is full: make room"),
         (KeyError("weights"), "unexpected KeyError: 'weights'.*--traceback"),
         (AssertionError(), "unexpected AssertionError: AssertionError.*--traceback"),
         (ModuleNotFoundError("No module named 'grain'"), "'grain'.*pip install"),

@@ -38,9 +38,9 @@ def run(options: argparse.Namespace) -> None:
     from fast_attention.protein_lm.output_files import check_output
     from fast_attention.protein_lm.run_folder import write_file
 
-    if options.output:
-        check_output(options.output)
     model, step, folder = load_run(options.run_dir)
+    output = Path(options.output or folder.path / "evaluation.json")
+    check_output(output)
     with arguments.skipped_records(options) as skipped:
         result = evaluation.evaluate_on(
             model,
@@ -52,6 +52,5 @@ def run(options: argparse.Namespace) -> None:
             skipped=skipped,
         )
         result = {"run_dir": str(folder.path), "step": step} | result
-        output = Path(options.output or folder.path / "evaluation.json")
         write_file(output, json.dumps(result, indent=1) + "\n")
         print(f"{report.format_evaluation(result)}\n\nwritten to {output}")
