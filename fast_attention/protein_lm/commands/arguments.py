@@ -29,19 +29,24 @@ def add_fasta(parser: argparse.ArgumentParser, meaning: str) -> None:
 
 
 def add_on_error(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--on_error`` and ``--skipped_list``, to be read by `skipped_records`."""
-    parser.add_argument(
-        "--on_error",
-        choices=("raise", "skip", "replace"),
-        default="raise",
-        help="what to do with a protein that cannot be read, for instance because of a gap or a "
-        "digit: raise stops (the default), skip leaves it out and tells so at the end, replace "
-        "takes unknown letters for X and stops at anything else",
-    )
+    """Adds ``--on_error`` and ``--skipped_list``, which `skipped_records` makes use of."""
+    add_on_error_choice(parser, "raise")
     parser.add_argument(
         "--skipped_list",
         metavar="FILE",
         help="with --on_error=skip, where to list all proteins that were left out, a table",
+    )
+
+
+def add_on_error_choice(parser: argparse.ArgumentParser, default: str | None) -> None:
+    """Adds ``--on_error`` alone, for a command that has its own place for the list."""
+    parser.add_argument(
+        "--on_error",
+        choices=("raise", "skip", "replace"),
+        default=default,
+        help="what to do with a protein that cannot be read, for instance because of a gap or a "
+        "digit: raise stops (the default), skip leaves it out and tells so at the end, replace "
+        "takes unknown letters for X and stops at anything else",
     )
 
 
