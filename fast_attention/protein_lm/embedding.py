@@ -153,7 +153,7 @@ def layer_names(model: FlaxModel, config: EmbeddingConfig) -> tuple[str, ...]:
     """The layers that are meant, counted from the first: ``last``, ``0``, ``1``, ..."""
     blocks = model.config.num_layers
     return tuple(
-        layer if layer == "last" else str(layer + blocks + 1 if layer < 0 else layer)
+        str(layer + blocks + 1 if isinstance(layer, int) and layer < 0 else layer)
         for layer in config.chosen
     )
 

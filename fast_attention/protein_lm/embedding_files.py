@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fast_attention.protein_lm import embedding, token_batches
@@ -40,26 +41,27 @@ def embed_to_file(
     output: str | os.PathLike[str],
     config: EmbeddingConfig | None = None,
     *,
-    origin: Mapping[str, Any],
+    origin: Mapping[str, Any] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Done:
     """Embeds proteins and writes their vectors, in their order.
 
-    Stopped, whenever that is, the same call goes on where it was. It gives the file that it would
-    have given at once.
+    Stopped, whenever that is, the same call goes on where it was, and gives the file that it would
+    have given at once. What was done of a protein is used again as long as its window is the same:
+    proteins may be added at the end, or one that stopped the work corrected.
 
     Args:
       model: A `FlaxLM` or a `FlaxBERT`.
       records: Proteins; read as they are needed.
       output: The file, see `array_files.write_arrays`.
       config: What is taken as the vector of a protein.
-      origin: Whatever else `records` depend on, as JSON: the fingerprints of their files (see
-        `model_inputs.fingerprint`), and how they are read.
+      origin: Whatever else must not change before the work is done, as JSON; for instance the
+        model's training step.
       progress: Called with the number of residues embedded since its last call.
 
     Raises:
       RunError: If a call with another model or other arguments was stopped, or there is no protein.
-      ValueError: As `embed_sequences`, at another extension or ids that are not unique.
+      ValueError: As `embed_sequences`; at another extension; at ids that are not unique.
       OutputError: If the output cannot be written.
     """
     config = config or EmbeddingConfig()
@@ -68,7 +70,7 @@ def embed_to_file(
     check_output(output)
     embedding.check_config(model, config)
     folder = output.with_name(f"{output.name}.partial")
-    _claim(folder, _manifest(model, config, origin))
+    _claim(folder, _manifest(model, config, origin or {}))
 
     shapes: set[token_batches.Shape] = set()
     parts: list[Path] = []
@@ -80,11 +82,12 @@ def embed_to_file(
         ids, items = [name for name, _ in window], [item for _, item in window]
         parts.append(folder / f"{len(parts):06}.npz")
         found = sum(len(item.residues) for item in items)
-        if parts[-1].exists():
+        digest = _digest(window)
+        if _holds(parts[-1], digest):
             embedding.pass_window(model, items, config, shapes)
         else:
             vectors = embedding.embed_window(model, items, config, shapes, progress)
-            _save(parts[-1], ids, vectors, config)
+            _save(parts[-1], digest, ids, vectors, config)
             computed += found
         proteins += len(items)
         residues += found
@@ -111,15 +114,16 @@ def _num_tokens(pair: tuple[str, Encoded]) -> int:
 def _encode(
     model: FlaxModel, records: Iterable[FastaRecord], config: EmbeddingConfig
 ) -> Iterator[tuple[str, Encoded]]:
-    seen: set[str] = set()
+    seen: set[int] = set()
     room = embedding.room(model)
     for record in records:
-        if record.id in seen:
+        key = hash(record.id)
+        if key in seen:
             raise ValueError(
                 f"two proteins have the id {record.id!r}, and their vectors could not be told "
                 "apart: give each an id of its own"
             )
-        seen.add(record.id)
+        seen.add(key)
         (encoded,) = encode_sequences(
             model, [record.sequence], room=room, max_length=config.max_length
         )
@@ -147,7 +151,7 @@ def _fingerprint(model: FlaxModel) -> str:
     """The SHA-256 of all arrays of a model, and of its shape."""
     digest = hashlib.sha256(f"{model.objective} {model.config}".encode())
     for leaf in jax.tree.leaves((model.state.parameters, model.state.variables)):
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
         digest.update(np.ascontiguousarray(leaf).tobytes())
     return digest.hexdigest()
@@ -167,8 +171,8 @@ def _claim(folder: Path, manifest: dict[str, Any]) -> None:
             raise RunError(
                 f"{folder} holds the work of a command that was stopped, with other settings:\n  "
                 + "\n  ".join(changed)
-                + "\ngive the settings of that command to go on with it, delete the folder to begin "
-                "anew, or give another output"
+                + "\ngive the settings of that command to go on with it, delete the folder to "
+                "begin anew, or give another output"
             )
         return
     if folder.exists() and any(folder.iterdir()):
@@ -180,12 +184,33 @@ def _claim(folder: Path, manifest: dict[str, Any]) -> None:
     write_file(path, json.dumps(manifest, indent=1) + "\n")
 
 
-def _save(path: Path, ids: list[str], arrays: list[np.ndarray], config: EmbeddingConfig) -> None:
+def _digest(window: list[tuple[str, Encoded]]) -> str:
+    """The SHA-256 of what a window holds."""
+    digest = hashlib.sha256()
+    for name, item in window:
+        digest.update(f"{name}\0{len(item.residues)} {item.whole}\0".encode())
+        digest.update(item.residues.tobytes())
+    return digest.hexdigest()
+
+
+def _holds(path: Path, digest: str) -> bool:
+    """Whether a file holds the part of a window, whole."""
+    try:
+        with np.load(path) as part:
+            return part["digest"].item() == digest
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return False  # It is not there yet, or damaged, and computed again.
+
+
+def _save(
+    path: Path, digest: str, ids: list[str], arrays: list[np.ndarray], config: EmbeddingConfig
+) -> None:
     pooled = config.pool is not None
     with replacing(path) as temporary, open(temporary, "wb") as file:
         np.savez(
             file,
             allow_pickle=False,
+            digest=np.array(digest),
             ids=np.array(ids),
             sizes=np.array([1 if pooled else array.shape[-2] for array in arrays]),
             values=np.stack(arrays) if pooled else np.concatenate(arrays, axis=-2),
@@ -193,13 +218,8 @@ def _save(path: Path, ids: list[str], arrays: list[np.ndarray], config: Embeddin
 
 
 def _load(path: Path, config: EmbeddingConfig) -> Part:
-    try:
-        with np.load(path) as part:
-            values, sizes, ids = part["values"], part["sizes"], part["ids"].tolist()
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise RunError(f"{path} is damaged ({error}): delete it, and run the command again") from (
-            error
-        )
+    with np.load(path) as part:
+        values, sizes, ids = part["values"], part["sizes"], part["ids"].tolist()
     if config.pool is not None:
         return ids, list(values)
     return ids, np.split(values, np.cumsum(sizes)[:-1], axis=-2)

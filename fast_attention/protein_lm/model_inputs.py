@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from fast_attention.protein_lm.corpus import domain_letters
 from fast_attention.protein_lm.fasta import FastaRecord
-from fast_attention.protein_lm.fasta_files import FastaPaths, fasta_paths, read_proteins
+from fast_attention.protein_lm.fasta_files import FastaPaths, read_proteins
 from fast_attention.protein_lm.fasta_parser import MAX_RESIDUES
 from fast_attention.protein_lm.run_folder import RunError
 from fast_attention.protein_lm.skipped_records import SkippedRecords
@@ -85,12 +84,3 @@ def _check_each(records: Iterator[FastaRecord], limit: int) -> Iterator[FastaRec
                 "model with FlaxModel.positions = 'rotary'"
             )
         yield record
-
-
-def fingerprint(paths: FastaPaths) -> list[str]:
-    """Returns the SHA-256 of the content of each file."""
-    found = []
-    for path in fasta_paths(paths):
-        with open(path, "rb") as file:
-            found.append(hashlib.file_digest(file, "sha256").hexdigest())
-    return found

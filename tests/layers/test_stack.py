@@ -198,9 +198,7 @@ def test_shapes_that_make_no_stack_are_errors():
         StackConfig(M, ())
 
 
-@pytest.mark.parametrize(
-    "options", [{"remat": True}, {"reversible": True, "merge": "sum"}]
-)
+@pytest.mark.parametrize("options", [{"remat": True}, {"reversible": True, "merge": "sum"}])
 def test_hidden_states_are_those_of_shorter_stacks(options):
     """Of what comes out after i blocks, the last is the output, and 0 the input."""
     layer = build(2, stack=options)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import time
 
-from fast_attention.protein_lm.commands import arguments
+from fast_attention.protein_lm.commands import arguments, progress
 
 SUMMARY = "say how probable each of some proteins is to a trained model"
 DESCRIPTION = """\
@@ -42,7 +43,11 @@ def run(options: argparse.Namespace) -> None:
     find_extension(options.output, EXTENSIONS)
     check_output(options.output)
     model = load_run(options.run_dir).model
-    with arguments.skipped_records(options) as skipped, arguments.residue_progress(options) as told:
+    began = time.perf_counter()
+    with (
+        arguments.skipped_records(options) as skipped,
+        progress.residue_bar("score") as advance,
+    ):
         records = read_for_model(
             model,
             options.fasta,
@@ -51,11 +56,12 @@ def run(options: argparse.Namespace) -> None:
             on_error=options.on_error,
             skipped=skipped,
         )
-        told.done = score_to_file(
+        done = score_to_file(
             model,
             records,
             options.output,
             tokens_per_batch=options.tokens_per_batch,
             max_length=options.max_length,
-            progress=told.progress,
+            progress=advance,
         )
+    progress.tell(model, done, time.perf_counter() - began, options.output)
