@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import io
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,7 +42,7 @@ def read_pieces(path: Path) -> Iterator[bytes]:
       FastaError: If the file is missing, a folder, not readable, or cut off.
     """
     try:
-        with open(path, "rb") as raw:
+        with _open(path) as raw:
             if raw.peek(2)[:2] == _GZIP_MAGIC:
                 with gzip.GzipFile(fileobj=raw) as unpacked:
                     yield from _normalised(cast(BinaryIO, unpacked), path)
@@ -61,6 +62,13 @@ def read_pieces(path: Path) -> Iterator[bytes]:
         ) from error
 
 
+def _open(path: Path) -> io.BufferedReader:
+    try:
+        return open(path, "rb")
+    except ValueError as error:
+        raise FastaError(f"{str(path)!r}: is no name of a file ({error}).") from error
+
+
 def _normalised(stream: BinaryIO, path: Path) -> Iterator[bytes]:
     after_return = False
     for piece in _decoded(stream, path):
@@ -78,11 +86,11 @@ def _decoded(stream: BinaryIO, path: Path) -> Iterator[bytes]:
     encoding = _MARKS.get(mark, "utf-8")
     # What is no UTF-8 passes: a strange byte in a header must not stop the reading.
     decoder = None if encoding == "utf-8" else codecs.getincrementaldecoder(encoding)()
-    piece = piece[len(mark) :]
+    text = piece[len(mark) :]
     try:
         while piece:
-            yield decoder.decode(piece).encode() if decoder else piece
-            piece = stream.read(PIECE_BYTES)
+            yield decoder.decode(text).encode() if decoder else text
+            text = piece = stream.read(PIECE_BYTES)
         if decoder:
             decoder.decode(b"", final=True)
     except UnicodeError as error:
