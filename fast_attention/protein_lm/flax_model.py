@@ -277,8 +277,13 @@ class FlaxModel:
         Returns:
           One array [N, M] of N proteins, [N, L, M] for several layers; with ``pool=None``
           a list of N arrays [n, M] or [L, n, M], a row for each residue.
+
+        Raises:
+          ValueError: As `embedding.embed_sequences`, or if there is no sequence.
         """
         found = list(embedding.embed_sequences(self, sequences, **options))
+        if not found:
+            raise ValueError("no sequence was given")
         return found if options.get("pool", embedding.POOL) is None else np.stack(found)
 
     def logits(self, xs: Any) -> jax.Array:

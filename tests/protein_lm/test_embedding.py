@@ -158,8 +158,14 @@ def test_learned_positions_are_a_limit_that_is_told():
         ({"pool": "median"}, "pool must be one of mean, max, sum, bos, eos"),
         ({"dtype": "int8"}, "dtype must be one of float32, float16"),
         ({"max_length": 0}, "max_length must be at least 1"),
+        ({"tokens_per_batch": 0}, "tokens_per_batch must be at least 1"),
     ],
 )
 def test_bad_options_are_told(lm, options, message):
     with pytest.raises(ValueError, match=message):
         lm.embed(["MK"], **options)
+
+
+def test_no_sequence_has_no_vector(lm):
+    with pytest.raises(ValueError, match="no sequence"):
+        lm.embed([])

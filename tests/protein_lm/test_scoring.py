@@ -53,6 +53,7 @@ def bert():
     return make(FlaxBERT)
 
 
+@pytest.mark.devices
 def test_the_score_is_minus_the_loss(lm):
     scores = lm.score(PROTEINS)
     loss = lm.evaluate(PROTEINS)
