@@ -21,6 +21,8 @@ Train protein language models on FASTA files, and use them.
   protein-lm train --gin_file=protein_lm_configs/demo.gin --work_dir=runs/demo
   protein-lm evaluate --run_dir=runs/demo --fasta=my_proteins.fasta
   protein-lm sample --run_dir=runs/demo --num_samples=10 --output=new_proteins.fasta
+  protein-lm score --run_dir=runs/demo --fasta=my_proteins.fasta --output=scores.tsv
+  protein-lm embed --run_dir=runs/demo --fasta=my_proteins.fasta --output=vectors.npz
 
 Every command explains itself: protein-lm train --help."""
 
@@ -49,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         COMMANDS[options.command].run(options)
     except KeyboardInterrupt:
-        remedy = ", and the same command goes on" if options.command == "train" else ""
+        remedy = ", and the same command goes on" if options.command in ("train", "embed") else ""
         print(f"\nprotein-lm {options.command}: stopped{remedy}", file=sys.stderr)
         return 130
     except BrokenPipeError:

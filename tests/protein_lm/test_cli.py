@@ -61,7 +61,7 @@ def test_evaluate_tells_of_hidden_residues(bert_run, tiny_fasta, tmp_path, capsy
     assert json.loads((tmp_path / "figures.json").read_text())["seed"] == 4
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["sample"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["sample"], ["score"], ["embed"]])
 def test_help_says_what_is_what(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main([*command, "--help"])

@@ -63,6 +63,23 @@ def skipped_records(options: argparse.Namespace) -> Iterator[SkippedRecords]:
         print(skipped.summary(), file=sys.stderr)
 
 
+def add_token_budget(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--tokens_per_batch`` and ``--max_length``."""
+    parser.add_argument(
+        "--tokens_per_batch",
+        type=int,
+        default=16384,
+        metavar="N",
+        help="residues that are computed at a time; less needs less memory (default: 16384)",
+    )
+    parser.add_argument(
+        "--max_length",
+        type=int,
+        metavar="N",
+        help="use the first N residues of a longer protein (default: all of it)",
+    )
+
+
 def add_seed(parser: argparse.ArgumentParser, meaning: str) -> None:
     """Adds ``--seed``."""
     parser.add_argument("--seed", type=int, default=0, metavar="N", help=meaning)
