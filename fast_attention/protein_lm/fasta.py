@@ -40,6 +40,7 @@ def read_fasta(
     *,
     alphabet: str = PROTEIN_LETTERS,
     on_error: str = "raise",
+    drop_stop: bool = True,
 ) -> Iterator[FastaRecord]:
     """Reads proteins one by one; the file is opened at the first of them.
 
@@ -53,6 +54,7 @@ def read_fasta(
       alphabet: the residues that may occur, in upper case.
       on_error: what to do at a letter outside ``alphabet``: ``"raise"``, or ``"replace"`` it by
         ``X``, the unknown residue. Other symbols (gaps, digits, inner stops) always raise.
+      drop_stop: False takes a ``*`` at the end for what the alphabet says.
 
     Yields:
       The records, in the order of the file.
@@ -65,16 +67,16 @@ def read_fasta(
         raise ValueError(f"on_error must be 'raise' or 'replace', but got {on_error!r}.")
     if on_error == "replace" and "X" not in alphabet:
         raise ValueError(f"on_error='replace' needs X in the alphabet, but got {alphabet!r}.")
-    return _read_records(Path(path), alphabet, on_error == "replace")
+    return _read_records(Path(path), alphabet, on_error == "replace", "*" if drop_stop else "")
 
 
-def _read_records(path: Path, alphabet: str, replace: bool) -> Iterator[FastaRecord]:
+def _read_records(path: Path, alphabet: str, replace: bool, stop: str) -> Iterator[FastaRecord]:
     allowed = frozenset(alphabet + alphabet.lower())
     header, start, lines = None, 0, []
     for number, line in enumerate(_read_lines(path), 1):
         if line.startswith(">"):
             if header is not None:
-                yield _make_record(path, start, header, lines, allowed, replace)
+                yield _make_record(path, start, header, lines, allowed, replace, stop)
             header, start, lines = line[1:], number, []
         elif header is not None:
             lines.append(line)
@@ -85,7 +87,7 @@ def _read_records(path: Path, alphabet: str, replace: bool) -> Iterator[FastaRec
             )
     if header is None:
         raise FastaError(f"{path}: the file is empty. Give a FASTA file with at least one protein.")
-    yield _make_record(path, start, header, lines, allowed, replace)
+    yield _make_record(path, start, header, lines, allowed, replace, stop)
 
 
 def _read_lines(path: Path) -> Iterator[str]:
@@ -110,10 +112,16 @@ def _read_lines(path: Path) -> Iterator[str]:
 
 
 def _make_record(
-    path: Path, start: int, header: str, lines: list[str], allowed: frozenset[str], replace: bool
+    path: Path,
+    start: int,
+    header: str,
+    lines: list[str],
+    allowed: frozenset[str],
+    replace: bool,
+    stop: str,
 ) -> FastaRecord:
     name, description = _split_header(header)
-    sequence = "".join("".join(lines).split()).removesuffix("*")
+    sequence = "".join("".join(lines).split()).removesuffix(stop)
     if not sequence:
         raise FastaError(
             f"{path}, line {start}: record {name!r} has no residues. Remove the record."
