@@ -108,7 +108,7 @@ def draw_proteins(
 
 
 def row_keys(seed: int, first: int, number: int) -> jax.Array:
-    """Random keys of samples ``first`` to ``first + number - 1``: each depends on its own number."""
+    """Random keys of `number` samples from number `first` on, each a function of its number."""
     return jax.vmap(jax.random.fold_in, (None, 0))(
         jax.random.key(seed), jnp.arange(first, first + number)
     )

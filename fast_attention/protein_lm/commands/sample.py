@@ -175,8 +175,7 @@ def _fill(model: FlaxModel, options: argparse.Namespace) -> tuple[int, Iterator[
 
     number = 1 if options.num_samples is None else options.num_samples
     if Path(options.infill).is_file():
-        alphabet = PROTEIN_LETTERS + HIDDEN
-        proteins = list(read_fasta(options.infill, alphabet=alphabet, drop_stop=False))
+        proteins = list(read_fasta(options.infill, alphabet=PROTEIN_LETTERS + HIDDEN))
     elif set(options.infill.upper()) <= set(PROTEIN_LETTERS + HIDDEN):
         proteins = [FastaRecord("infill", "", options.infill.upper())]
     else:
