@@ -15,16 +15,18 @@ import numpy as np
 
 from fast_attention.array_types import Array, Bool, Float, Int
 from fast_attention.models import samplers
-from fast_attention.protein_lm import batches, train_state
+from fast_attention.protein_lm import batches
+from fast_attention.protein_lm.encoding import longest_input
 from fast_attention.protein_lm.fasta import FastaRecord
 from fast_attention.protein_lm.flax_model import FlaxModel
-from fast_attention.protein_lm.likelihoods import padded_width
 from fast_attention.protein_lm.models import FlaxBERT
 from fast_attention.protein_lm.run_folder import RunError
 from fast_attention.protein_lm.sampling import row_keys
 
 HIDDEN = "*"
 _ROWS_AT_ONCE = 16
+# Rows are padded to a multiple of it, so that few programs are compiled.
+_STRIDE = 32
 
 
 class _Draw(NamedTuple):
@@ -134,17 +136,17 @@ def _fill(
 
 def _encode(model: FlaxBERT, protein: FastaRecord) -> np.ndarray:
     """The ids of a protein, its end token, and padding to one of few widths."""
-    vocab, room = model.domain.vocab, model.max_length
+    vocab, room = model.domain.vocab, longest_input(model)
     letters = protein.sequence.upper()
     known = letters.replace(HIDDEN, "")
     if known == letters:
         raise ValueError(
             f"protein {protein.id!r} has no hidden residue: write {HIDDEN} for each one"
         )
-    if len(letters) > room:
+    if room is not None and len(letters) > room:
         raise ValueError(
-            f"protein {protein.id!r} has {len(letters)} residues, more than the {room} of the "
-            "model: cut it"
+            f"protein {protein.id!r} has {len(letters)} residues, but the model's learned "
+            f"positions have room for {room}: cut it, or train a model with positions='rotary'"
         )
     try:
         vocab.encode(known)
@@ -154,11 +156,13 @@ def _encode(model: FlaxBERT, protein: FastaRecord) -> np.ndarray:
         raise ValueError(f"protein {protein.id!r}: {error.args[0]}") from None
     mask = vocab.tokens[vocab.mask or 0]
     ids = vocab.encode([mask if letter == HIDDEN else letter for letter in letters])
-    if vocab.eos is not None and len(ids) < room:
+    if vocab.eos is not None and (room is None or len(ids) < room):
         ids.append(vocab.eos)
     pad = vocab.eos if vocab.pad is None else vocab.pad
-    width = len(ids) if pad is None else padded_width(len(ids), room)
-    return np.array(ids + [pad or 0] * (width - len(ids)), np.int32)
+    if pad is not None:
+        width = -(-len(ids) // _STRIDE) * _STRIDE
+        ids += [pad] * (min(width, room or width) - len(ids))
+    return np.array(ids, np.int32)
 
 
 def _fill_rows(
@@ -170,16 +174,9 @@ def _fill_rows(
     tokens, total = rows, np.zeros(len(rows))
     for step in range(rounds):
         number = (step + 1) * count // rounds - step * count // rounds
-        state = model.state
         batch = batches.unpacked(np.asarray(tokens), model.domain.vocab)
-        logits = model.score_step(
-            state.parameters,
-            state.variables,
-            train_state.shard_batch(batch, model.mesh),
-            packed=False,
-        )
         found = _fill_in(
-            jnp.asarray(logits),
+            model.logits(batch),
             jnp.asarray(tokens),
             jnp.asarray(hidden),
             jnp.asarray(number, jnp.int32),

@@ -11,9 +11,10 @@ import numpy as np
 
 from fast_attention.protein_lm.fasta import FastaRecord
 from fast_attention.protein_lm.flax_model import FlaxModel
-from fast_attention.protein_lm.likelihoods import causal_log_probabilities
 from fast_attention.protein_lm.models import FlaxLM
 from fast_attention.protein_lm.run_folder import RunError
+from fast_attention.protein_lm.scoring import PseudoScore, SequenceScore, score_sequences
+from fast_attention.protein_lm.token_batches import Shape
 
 _ROWS_AT_ONCE = 64
 
@@ -54,8 +55,8 @@ def draw_proteins(
     Returns:
       Records. The description has ``log_likelihood`` (of the residues, the prompt's included, and
       not of the end; under the model as it is, at temperature 1 and with nothing forbidden;
-      natural logarithm), ``residues``, ``ended`` (``yes``, or ``no`` where the protein was cut at
-      `max_length`), ``prompt`` where there is one, and ``seed``.
+      natural logarithm, as `score_sequences`), ``residues``, ``ended`` (``yes``, or ``no`` where
+      the protein was cut at `max_length`), ``prompt`` where there is one, and ``seed``.
 
     Raises:
       RunError: If the model is not causal.
@@ -79,6 +80,7 @@ def draw_proteins(
     except KeyError as error:
         raise ValueError(f"prompt {prompt!r}: {error.args[0]}") from None
     rows = np.tile(np.array(start, np.int32), (min(num_samples, _ROWS_AT_ONCE), 1))
+    shapes: set[Shape] = set()
     lengths = {"max_length": max_length, "min_length": min_length}
 
     def batch(first: int) -> list[FastaRecord]:
@@ -86,14 +88,14 @@ def draw_proteins(
             rows, row_keys(seed, first, len(rows)), **lengths, **options
         )
         sequences = [vocab.decode(ids, stop_at_eos=vocab.eos is not None) for ids in drawn]
-        values = causal_log_probabilities(model, sequences)
+        scores = score_sequences(model, sequences, shapes=shapes)
         return [
             FastaRecord(
                 f"{name}_{first + row + 1}",
-                _describe(value, sequence, bool((ids == vocab.eos).any()), prompt, seed),
+                _describe(score, bool((ids == vocab.eos).any()), prompt, seed),
                 sequence,
             )
-            for row, (ids, sequence, value) in enumerate(zip(drawn, sequences, values, strict=True))
+            for row, (ids, sequence, score) in enumerate(zip(drawn, sequences, scores, strict=True))
         ]
 
     # The first batch is drawn at once, so that a bad argument is told here and not later.
@@ -114,10 +116,10 @@ def row_keys(seed: int, first: int, number: int) -> jax.Array:
     )
 
 
-def _describe(values: np.ndarray, sequence: str, ended: bool, prompt: str, seed: int) -> str:
+def _describe(score: SequenceScore | PseudoScore, ended: bool, prompt: str, seed: int) -> str:
+    assert isinstance(score, SequenceScore)  # The model is causal.
     start = f" prompt={prompt}" if prompt else ""
-    total = values[: len(sequence)].sum()
     return (
-        f"log_likelihood={total:.4f} residues={len(sequence)} ended={'yes' if ended else 'no'}"
-        f"{start} seed={seed}"
+        f"log_likelihood={score.log_likelihood:.4f} residues={score.num_residues} "
+        f"ended={'yes' if ended else 'no'}{start} seed={seed}"
     )

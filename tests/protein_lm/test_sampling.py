@@ -46,7 +46,7 @@ def test_the_log_likelihood_is_that_of_the_model_as_it_is(model):
     records = sample_proteins(model, 2, prompt="MKV", max_length=12, **options)
     for record in records:
         assert facts(record)["prompt"] == "MKV"
-        logits = np.asarray(model.score([record.sequence])[0], np.float64)
+        logits = np.asarray(model.logits([record.sequence])[0], np.float64)
         log_probabilities = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         ids = model.domain.vocab.encode(record.sequence)
         total = sum(log_probabilities[place, token] for place, token in enumerate(ids))

@@ -7,11 +7,13 @@ mistyped flag should not have to wait for: modules import what they need inside 
 
 from types import ModuleType
 
-from fast_attention.protein_lm.commands import evaluate, sample, train
+from fast_attention.protein_lm.commands import evaluate, export, info, sample, train
 
 COMMANDS: dict[str, ModuleType] = {
     "train": train,
     "evaluate": evaluate,
     "sample": sample,
+    "export": export,
+    "info": info,
 }
 """Modules by the name of their command, in the order of ``protein-lm --help``."""

@@ -45,6 +45,6 @@ def run(options: argparse.Namespace) -> None:
         seed=options.seed,
     )
     result = {"run_dir": str(folder.path), "step": step} | result
-    output = Path(options.output or folder.path / "evaluation.json")
+    output = Path(options.output or folder.evaluation)
     write_file(output, json.dumps(result, indent=1) + "\n")
     print(f"{report.format_evaluation(result)}\n\nwritten to {output}")
