@@ -6,6 +6,7 @@ the model finds the variant less probable, which usually means that it works les
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -77,17 +78,16 @@ def score_variants(
 ) -> dict[str, np.ndarray]:
     """Scores variants of a protein.
 
-    | method | column | meaning |
-    | --- | --- | --- |
-    | ``log-likelihood-ratio`` (`FlaxLM`) | ``log_likelihood_ratio`` | ``log p(variant) -
-    log p(wild type)`` of the residues; ``log_likelihood_ratio_with_end`` with the probabilities
-    that the proteins end there |
-    | ``masked-marginals`` (`FlaxBERT`) | ``masked_marginal`` | the sum over the mutated positions of
-    ``log p(new) - log p(old)``, all of them hidden at once (Meier et al. 2021,
-    doi:10.1101/2021.07.09.450648) |
-    | ``wt-marginals`` | ``wt_marginal`` | the same with nothing hidden, one pass for all variants |
-    | ``pseudo-log-likelihood-ratio`` | ``pseudo_log_likelihood_ratio`` | the difference of the
-    pseudo-log-likelihoods (`scoring.PseudoScore`); n passes for each variant of n residues |
+    ``log-likelihood-ratio`` (`FlaxLM`) gives ``log_likelihood_ratio``, ``log p(variant) -
+    log p(wild type)`` of all residues, and ``log_likelihood_ratio_with_end``, the same with the
+    probabilities that the proteins end where they do (NaN where a model has no room for that).
+
+    ``masked-marginals`` (`FlaxBERT`) gives ``masked_marginal``, the sum over the mutated positions
+    of ``log p(new) - log p(old)``, all of them hidden at once (Meier et al. 2021,
+    doi:10.1101/2021.07.09.450648). ``wt-marginals`` gives ``wt_marginal``, the same with nothing
+    hidden: one pass for all variants. ``pseudo-log-likelihood-ratio`` gives
+    ``pseudo_log_likelihood_ratio``, the difference of the pseudo-log-likelihoods
+    (`scoring.PseudoScore`): n passes for each variant of n residues.
 
     The score of a variant does not depend on the others, and that of the wild type is 0.
 
@@ -108,7 +108,7 @@ def score_variants(
     """
     method = choose_method(model, method)
     progress = progress or (lambda number: None)
-    _check_letters(model, variants)
+    _check(model, wild_type, variants)
     changed = [i for i, variant in enumerate(variants) if variant.edits]
     some = [variants[i] for i in changed]
     if method == "log-likelihood-ratio":
@@ -123,16 +123,27 @@ def score_variants(
     return dict(zip(_COLUMNS[method], scores.T, strict=True))
 
 
-def _check_letters(model: FlaxModel, variants: Sequence[Variant]) -> None:
-    vocab = model.domain.vocab
+def _check(model: FlaxModel, wild_type: str, variants: Sequence[Variant]) -> None:
+    vocab, longest = model.domain.vocab, longest_input(model)
     letters = "".join(vocab.tokens[token] for token in vocab.ordinary_ids)
-    for variant in variants:
-        for residue in "".join(edit.residues for edit in variant.edits):
-            if residue not in letters:
-                raise ValueError(
-                    f"{variant.name}: {residue!r} is none of the residues {letters} that the model "
-                    "knows"
-                )
+    proteins = [("the wild type", wild_type, len(wild_type))]
+    proteins += [
+        (v.name, "".join(edit.residues for edit in v.edits), len(wild_type) + v.growth)
+        for v in variants
+    ]
+    for name, residues, length in proteins:
+        unknown = set(residues) - set(letters)
+        if unknown:
+            raise ValueError(
+                f"{name}: {sorted(unknown)[0]!r} is none of the residues {letters} that the model "
+                "knows"
+            )
+        if longest is not None and length > longest:
+            raise ValueError(
+                f"{name}: {length} residues are more than the {longest} that the model's learned "
+                "positions have room for: cut the protein around the mutations, or train a model "
+                "with positions='rotary'"
+            )
 
 
 def _likelihood_ratios(
@@ -144,15 +155,8 @@ def _likelihood_ratios(
 ) -> np.ndarray:
     if not prefix_scoring.can_share_prefixes(model):
         return _differences(model, wild_type, variants, tokens_per_batch, progress)
-    sequences = [wild_type, *(variant.sequence for variant in variants)]
-    wild, *encoded = encode_sequences(model, sequences, room=longest_input(model))
-    firsts = [variant.edits[0].start for variant in variants]
     ratios = prefix_scoring.likelihood_ratios(
-        model,
-        wild,
-        list(zip(encoded, firsts, strict=True)),
-        tokens_per_batch=tokens_per_batch,
-        progress=progress,
+        model, wild_type, variants, tokens_per_batch=tokens_per_batch, progress=progress
     )
     return np.array(ratios, np.float64).reshape(-1, 2)
 
@@ -165,7 +169,7 @@ def _differences(
     progress: Callable[[int], None],
 ) -> np.ndarray:
     """Differences of whole (pseudo-)log-likelihoods, without and with the end, [N, 2]."""
-    sequences = [wild_type, *(variant.sequence for variant in variants)]
+    sequences = itertools.chain([wild_type], (variant.apply(wild_type) for variant in variants))
     found = []
     for values, end in residue_log_likelihoods(model, sequences, tokens_per_batch=tokens_per_batch):
         total = values.sum(dtype=np.float64)
@@ -204,7 +208,10 @@ def _marginals(
         every = tuple(sorted({place for places in asked for place in places}))
         views = [_Hidden((), every)] if every else []
     tables = _log_probabilities(model, wild, views, tokens_per_batch, progress)
-    found = {view.asked: dict(zip(view.asked, t, strict=True)) for view, t in zip(views, tables)}
+    found = {
+        view.asked: dict(zip(view.asked, rows, strict=True))
+        for view, rows in zip(views, tables, strict=True)
+    }
     tokens = {model.domain.vocab.tokens[i]: i for i in model.domain.vocab.ordinary_ids}
     scores = []
     for variant, places in zip(variants, asked, strict=True):

@@ -21,12 +21,21 @@ from flax import nnx
 
 from fast_attention.array_types import Array, Bool, Float, Int
 from fast_attention.protein_lm import token_batches, train_state
-from fast_attention.protein_lm.encoding import Encoded, longest_input, with_begin, with_end
+from fast_attention.protein_lm.encoding import (
+    Encoded,
+    encode_sequences,
+    longest_input,
+    with_begin,
+    with_end,
+)
 from fast_attention.protein_lm.flax_model import FlaxModel
+from fast_attention.protein_lm.mutations import Variant
 
 _MOST_STRIDES = 8
 _BATCHES_OF_A_STRIDE = 4
 """A stride has a program of its own, which must be worth its compilation."""
+
+_SHORTEST = 16
 
 
 class Ratio(NamedTuple):
@@ -47,17 +56,17 @@ class _Row(NamedTuple):
 
     Attributes:
       index: Of the variant; -1 is the wild type.
-      inputs: What the model reads.
-      targets: What it is asked for, of the same length.
-      first: The first target that is not that of the wild type.
+      variant: Which.
+      first: The first residue that is not that of the wild type.
       num_residues: Of the sequence.
+      num_tokens: That the model reads, and is asked for: one more where there is an end token.
     """
 
     index: int
-    inputs: np.ndarray
-    targets: np.ndarray
+    variant: Variant
     first: int
     num_residues: int
+    num_tokens: int
 
 
 def can_share_prefixes(model: FlaxModel) -> bool:
@@ -68,8 +77,8 @@ def can_share_prefixes(model: FlaxModel) -> bool:
 
 def likelihood_ratios(
     model: FlaxModel,
-    wild_type: Encoded,
-    variants: Sequence[tuple[Encoded, int]],
+    wild_type: str,
+    variants: Sequence[Variant],
     *,
     tokens_per_batch: int = token_batches.TOKENS_PER_BATCH,
     progress: Callable[[int], None] | None = None,
@@ -78,39 +87,45 @@ def likelihood_ratios(
 
     Args:
       model: A causal model that can decode.
-      wild_type: Its residues.
-      variants: The residues of each, and the place of the first one that is not the wild type's.
+      wild_type: Residues.
+      variants: Of it, none without an edit.
       tokens_per_batch: Most tokens of a batch, padding included.
       progress: Called with the number of variants read since its last call.
 
     Returns:
       The ratio of each variant.
+
+    Raises:
+      ValueError: If a sequence has a letter that the model does not know, or is too long.
     """
-    wild = _row(model, -1, wild_type, 0)
-    rows = [_row(model, i, item, first) for i, (item, first) in enumerate(variants)]
-    length = len(wild.inputs)
-    strides = len(rows) * length // (_BATCHES_OF_A_STRIDE * tokens_per_batch)
-    stride = max(16, -(-length // min(max(strides, 1), _MOST_STRIDES)))
+    wild = _row(model, -1, Variant("WT", ()), 0, len(wild_type))
+    rows = [
+        _row(model, i, variant, variant.edits[0].start, len(wild_type) + variant.growth)
+        for i, variant in enumerate(variants)
+    ]
+    strides = len(rows) * wild.num_tokens // (_BATCHES_OF_A_STRIDE * tokens_per_batch)
+    stride = max(_SHORTEST, -(-wild.num_tokens // min(max(strides, 1), _MOST_STRIDES)))
     groups: dict[int, list[_Row]] = {}
     for row in rows:
         groups.setdefault(row.first // stride * stride, []).append(row)
+    limits = _Limits(wild.num_tokens, stride, longest_input(model), tokens_per_batch)
     plan = [
         (start, part, width)
         for start, group in sorted(groups.items())
-        for part, width in _batches(
-            group, wild, start, stride, longest_input(model), tokens_per_batch
-        )
+        for part, width in _batches([wild, *group], start, limits)
     ]
-    room = max((start + width for start, _, width in plan), default=length)
+    room = max((start + width for start, _, width in plan), default=1)
     arrays = (model.graphdef, model.state.parameters, model.state.variables)
-    state, read = _begin(arrays[0], *arrays[1:], room), 0
+    state, read = _begin(*arrays, room), 0
+    inputs, _ = _tokens(model, wild_type)
     found: list[Ratio] = [Ratio(0.0, 0.0)] * len(rows)
     reference = np.zeros(0)
     for start, part, width in plan:
-        if read < start:
-            state, read = _read(*arrays, state, wild.inputs, read, start, stride), start
-            reference = np.zeros(0)
-        values = np.asarray(_score(*arrays, state, **_batch(model, part, start, width)), np.float64)
+        while read < start:
+            state = _advance(*arrays, state, jnp.asarray(inputs[None, read : read + stride]))
+            read += stride
+        batch = _batch(model, wild_type, part, start, width)
+        values = np.asarray(_score(*arrays, state, **batch), np.float64)
         for row, value in zip(part, values, strict=False):
             if row.index < 0:
                 reference = value
@@ -121,43 +136,59 @@ def likelihood_ratios(
     return found
 
 
-def _row(model: FlaxModel, index: int, item: Encoded, first: int) -> _Row:
+class _Limits(NamedTuple):
+    """What the shapes of batches depend on."""
+
+    wild_tokens: int
+    stride: int
+    longest: int | None
+    budget: int
+
+
+def _row(model: FlaxModel, index: int, variant: Variant, first: int, num_residues: int) -> _Row:
+    end = len(with_end(model, Encoded(np.zeros(num_residues, np.int32), True))) - num_residues
+    return _Row(index, variant, first, num_residues, num_residues + end)
+
+
+def _tokens(model: FlaxModel, sequence: str) -> tuple[np.ndarray, np.ndarray]:
+    """What the model reads, and what it is asked for."""
+    (item,) = encode_sequences(model, [sequence], room=longest_input(model))
     targets = with_end(model, item)
-    return _Row(index, with_begin(model, targets[:-1]), targets, first, len(item.residues))
+    return with_begin(model, targets[:-1]), targets
 
 
-def _batches(
-    group: list[_Row], wild: _Row, start: int, stride: int, longest: int | None, budget: int
-) -> Iterator[tuple[list[_Row], int]]:
+def _batches(group: list[_Row], start: int, limits: _Limits) -> Iterator[tuple[list[_Row], int]]:
     """Cuts what begins at a stride into batches; the first of them begins with the wild type."""
-    rest = [wild, *sorted(group, key=lambda row: len(row.inputs))]
+    wild, *others = group
+    rest = [wild, *sorted(others, key=lambda row: row.num_tokens)]
     while rest:
-        width, number = 0, 0
-        for number, row in enumerate(rest, 1):
-            # Widths differ by strides, so that there are few programs.
-            beyond = max(0, len(row.inputs) - len(wild.inputs))
-            fitting = len(wild.inputs) - start + -(-beyond // stride) * stride
-            fitting = min(fitting, (longest or start + fitting) - start)
-            if number > 1 and number * fitting > budget:
-                number -= 1
+        number, width = 0, 0
+        for row in rest:
+            # Widths differ by strides and heights by factors of two, so that programs are few.
+            beyond = -(-max(0, row.num_tokens - limits.wild_tokens) // limits.stride)
+            wider = limits.wild_tokens + beyond * limits.stride
+            wider = (wider if limits.longest is None else min(wider, limits.longest)) - start
+            most = 1 << (max(1, limits.budget // max(wider, 1)).bit_length() - 1)
+            if number >= most:
                 break
-            width = fitting
+            number, width = number + 1, wider
         yield rest[:number], width
         rest = rest[number:]
 
 
-def _batch(model: FlaxModel, rows: list[_Row], start: int, width: int) -> dict[str, Any]:
-    # A power of two where that is not full, again for few programs.
+def _batch(
+    model: FlaxModel, wild_type: str, rows: list[_Row], start: int, width: int
+) -> dict[str, Any]:
     number = 1 << (len(rows) - 1).bit_length()
-    shape = (number, width)
-    lengths = np.array([len(row.inputs) - start for row in rows] + [width] * (number - len(rows)))
+    pairs = [_tokens(model, row.variant.apply(wild_type)) for row in rows]
+    inputs, targets = ([tokens[start:] for tokens in column] for column in zip(*pairs, strict=True))
+    lengths = np.array([len(tokens) for tokens in inputs] + [width] * (number - len(rows)))
+    visible = np.arange(width)[None] < lengths[:, None]
     batch: dict[str, Any] = {
-        "inputs": token_batches.fill([row.inputs[start:] for row in rows], shape, 0),
-        "targets": token_batches.fill([row.targets[start:] for row in rows], shape, 0),
-        "visible": np.arange(width)[None] < lengths[:, None],
+        "inputs": token_batches.fill(inputs, (number, width), 0),
+        "targets": token_batches.fill(targets, (number, width), 0),
+        "visible": None if visible.all() else visible,
     }
-    if batch["visible"].all():
-        batch["visible"] = None
     return train_state.shard_batch(batch, model.mesh)
 
 
@@ -168,25 +199,9 @@ def _compare(row: _Row, value: np.ndarray, wild: _Row, reference: np.ndarray, st
     residues = total(value, row.num_residues) - total(reference, wild.num_residues)
     ends = []
     for values, sequence in ((value, row), (reference, wild)):
-        ended = len(sequence.targets) > sequence.num_residues
+        ended = sequence.num_tokens > sequence.num_residues
         ends.append(values[sequence.num_residues - start] if ended else math.nan)
     return Ratio(residues, residues + float(ends[0] - ends[1]))
-
-
-def _read(
-    graphdef: Any,
-    parameters: Any,
-    variables: Any,
-    state: Any,
-    tokens: np.ndarray,
-    read: int,
-    until: int,
-    stride: int,
-) -> Any:
-    for start in range(read, until, stride):
-        part = jnp.asarray(tokens[None, start : start + stride])
-        state = _advance(graphdef, parameters, variables, state, part)
-    return state
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "room"))
