@@ -149,6 +149,15 @@ def check_config(model: FlaxModel, config: EmbeddingConfig) -> None:
         )
 
 
+def layer_names(model: FlaxModel, config: EmbeddingConfig) -> tuple[str, ...]:
+    """The layers that are meant, counted from the first: ``last``, ``0``, ``1``, ..."""
+    blocks = model.config.num_layers
+    return tuple(
+        str(layer + blocks + 1 if isinstance(layer, int) and layer < 0 else layer)
+        for layer in config.chosen
+    )
+
+
 def num_tokens(item: Encoded) -> int:
     """Tokens that a model reads of a protein, its begin or end token included."""
     return len(item.residues) + 1
@@ -235,6 +244,21 @@ def embed_window(
         shapes,
         devices=model.mesh.size,
         progress=report,
+    )
+
+
+def pass_window(
+    model: FlaxModel,
+    window: list[Encoded],
+    config: EmbeddingConfig,
+    shapes: set[token_batches.Shape],
+) -> None:
+    """Adds the shapes that `embed_window` would, so that what follows is computed as after it."""
+    token_batches.plan_batches(
+        [num_tokens(item) for item in window],
+        config.tokens_per_batch,
+        shapes,
+        devices=model.mesh.size,
     )
 
 

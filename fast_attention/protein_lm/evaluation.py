@@ -16,17 +16,26 @@ import numpy as np
 
 from fast_attention.protein_lm import batches, data, metrics, train_state
 from fast_attention.protein_lm.baselines import MAX_RESIDUES, NGram, evaluate_ngram, fit_ngram
-from fast_attention.protein_lm.corpus import Corpus, FastaPaths, load_corpus
+from fast_attention.protein_lm.corpus import Corpus, FastaPaths, domain_letters, load_corpus
 from fast_attention.protein_lm.domains import DiscreteDomain, make_protein_domain
 from fast_attention.protein_lm.flax_model import FlaxModel
 from fast_attention.protein_lm.run_folder import write_file
+from fast_attention.protein_lm.skipped_records import SkippedRecords
 
 Row = dict[str, Any]
 
 
-def fit_baselines(train: FastaPaths) -> list[NGram]:
-    """The unigram and the bigram of some proteins."""
-    corpus = load_corpus(train, make_protein_domain())
+def fit_baselines(
+    train: FastaPaths, *, on_error: str = "raise", alphabet: str | None = None
+) -> list[NGram]:
+    """The unigram and the bigram of some proteins; for the arguments see `load_corpus`."""
+    corpus = load_corpus(
+        train,
+        make_protein_domain(),
+        on_error=on_error,
+        skipped=SkippedRecords(),
+        alphabet=alphabet,
+    )
     return [fit_ngram(corpus, order) for order in (1, 2)]
 
 
@@ -51,6 +60,8 @@ def evaluate_on(
     *,
     batch_size: int | None = None,
     seed: int = 0,
+    on_error: str = "raise",
+    skipped: SkippedRecords | None = None,
 ) -> dict[str, Any]:
     """Scores a model and baselines on the same residues.
 
@@ -60,21 +71,23 @@ def evaluate_on(
 
     Args:
       model: The model.
-      fasta: One FASTA file or several.
+      fasta: One FASTA file or several, or folders of them.
       ngrams: Baselines, from `fit_baselines`.
       batch_size: Proteins per batch; None takes the model's. It does not change the result.
       seed: Of the masks; a causal model has none.
+      on_error: What to do with a record that cannot be read, see `read_proteins`.
+      skipped: Collects what ``on_error="skip"`` leaves out, which needs it.
 
     Returns:
-      ``objective``, ``fasta``, ``proteins``, ``residues`` (how many were scored),
-      ``max_residues`` (per protein), ``seed`` where it matters, and ``scores``: a list of rows
-      with ``name``, ``perplexity`` and ``accuracy``, the model's first.
+      ``objective``, ``fasta``, ``proteins``, ``left_out`` (how many were, if any), ``residues``
+      (how many were scored), ``max_residues`` (per protein), ``seed`` where it matters, and
+      ``scores``: a list of rows with ``name``, ``perplexity`` and ``accuracy``, the model's first.
 
     Raises:
       FastaError: If a file cannot be read.
     """
     length = min(MAX_RESIDUES, model.max_length)
-    corpus = load_corpus(fasta, model.domain)
+    corpus = load_corpus(fasta, model.domain, on_error=on_error, skipped=skipped)
     found = list(
         data.eval_batches(
             corpus,
@@ -91,8 +104,14 @@ def evaluate_on(
     residues = int(values["denominator"])
     rows = [_row("this model", values["perplexity"], values["accuracy"])]
     if model.objective == "causal":
-        whole = batches.crop(load_corpus(fasta, make_protein_domain()), length)
-        rows += _causal_baselines(whole, ngrams)
+        whole = load_corpus(
+            fasta,
+            make_protein_domain(),
+            on_error=on_error,
+            skipped=SkippedRecords(),
+            alphabet=domain_letters(model.domain),
+        )
+        rows += _causal_baselines(batches.crop(whole, length), ngrams)
     else:
         rows += _masked_baselines(found, model.domain, ngrams)
     paths = [fasta] if isinstance(fasta, (str, os.PathLike)) else fasta
@@ -104,6 +123,8 @@ def evaluate_on(
         "max_residues": length,
         "scores": rows,
     }
+    if skipped is not None and skipped.count:
+        result["left_out"] = skipped.count
     return result if model.objective == "causal" else result | {"seed": seed}
 
 

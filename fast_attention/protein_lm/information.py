@@ -40,10 +40,8 @@ def describe_run(run_dir: str | Path, *, count_corpus: bool = True) -> dict[str,
     model, settings, folder = open_run(run_dir)
     exported = folder.export.is_file()
     steps = checkpoint_steps(folder)
-    if exported:
-        step = exporting.read_export(folder)["step"]
-    else:
-        step = steps[-1] if steps else None
+    newest = steps[-1] if steps else None
+    step = exporting.read_export(folder)["step"] if exported else newest
     rows = metrics_log.read_metrics(folder.metrics)
     return {
         "folder": str(folder.path),

@@ -74,7 +74,7 @@ def score_variants(
     *,
     method: str | None = None,
     tokens_per_batch: int = token_batches.TOKENS_PER_BATCH,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> dict[str, np.ndarray]:
     """Scores variants of a protein.
 
@@ -151,7 +151,7 @@ def _likelihood_ratios(
     wild_type: str,
     variants: Sequence[Variant],
     tokens_per_batch: int,
-    progress: Callable[[int], None],
+    progress: Callable[[int], object],
 ) -> np.ndarray:
     if not prefix_scoring.can_share_prefixes(model):
         return _differences(model, wild_type, variants, tokens_per_batch, progress)
@@ -166,7 +166,7 @@ def _differences(
     wild_type: str,
     variants: Sequence[Variant],
     tokens_per_batch: int,
-    progress: Callable[[int], None],
+    progress: Callable[[int], object],
 ) -> np.ndarray:
     """Differences of whole (pseudo-)log-likelihoods, without and with the end, [N, 2]."""
     sequences = itertools.chain([wild_type], (variant.apply(wild_type) for variant in variants))
@@ -191,7 +191,7 @@ def _marginals(
     variants: Sequence[Variant],
     hide: bool,
     tokens_per_batch: int,
-    progress: Callable[[int], None],
+    progress: Callable[[int], object],
 ) -> np.ndarray:
     for variant in variants:
         if not variant.substitutes_only:
@@ -230,7 +230,7 @@ def _log_probabilities(
     wild: Encoded,
     views: Sequence[_Hidden],
     tokens_per_batch: int,
-    progress: Callable[[int], None],
+    progress: Callable[[int], object],
 ) -> list[np.ndarray]:
     """For each view float64 [asked, V]."""
     tokens = with_end(model, wild)

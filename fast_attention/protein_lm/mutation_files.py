@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from fast_attention.protein_lm.fasta import FastaRecord
+from fast_attention.protein_lm.mutations import Variant, parse_variant
 
 _MUTANT, _ID = "mutant", "id"
 
@@ -71,3 +75,40 @@ def read_mutations(path: str | Path) -> list[ListedMutation]:
     if not found:
         raise ValueError(f"{path}: the table has a header and no mutation")
     return found
+
+
+def variants_of_list(
+    path: str | Path, wild_types: Sequence[FastaRecord]
+) -> list[tuple[FastaRecord, list[Variant]]]:
+    """Reads a list of mutations of some wild types.
+
+    Args:
+      path: As for `read_mutations`.
+      wild_types: With ids that differ.
+
+    Returns:
+      Each wild type that the list names, and its variants, both in the order of the list.
+
+    Raises:
+      ValueError: As `read_mutations` and `parse_variant`, with the line; or if the list does
+        not say which of several wild types is meant, or names another.
+    """
+    by_id = {wild.id: wild for wild in wild_types}
+    found: dict[str, list[Variant]] = {}
+    for mutation in read_mutations(path):
+        place = f"{path}, line {mutation.line}"
+        if mutation.id is None and len(wild_types) > 1:
+            raise ValueError(
+                f"{path}: there are {len(wild_types)} wild types, and nothing says which of them "
+                "is meant: give a table with a column 'id', or one wild type"
+            )
+        name = wild_types[0].id if mutation.id is None else mutation.id
+        if name not in by_id:
+            known = ", ".join(list(by_id)[:5])
+            raise ValueError(f"{place}: there is no wild type {name!r}; there is {known}")
+        try:
+            variant = parse_variant(mutation.text, by_id[name].sequence)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+        found.setdefault(name, []).append(variant)
+    return [(by_id[name], variants) for name, variants in found.items()]

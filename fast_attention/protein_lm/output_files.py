@@ -76,5 +76,22 @@ def check_output(path: str | os.PathLike[str]) -> None:
 
 
 def _describe(path: Path, error: OSError) -> OutputError:
-    reason = _REMEDIES.get(error.errno or 0, error.strerror or str(error))
-    return OutputError(f"{path} cannot be written: {reason}")
+    return OutputError(f"{path} cannot be written: {explain(error)}")
+
+
+def explain(error: OSError) -> str:
+    """Why something cannot be written, and what to do."""
+    return _REMEDIES.get(error.errno or 0, error.strerror or str(error))
+
+
+def printable(text: str) -> str:
+    r"""Writes tabs, line ends and other controls as ``\t``, ``\n`` and so on: one field of a table.
+
+    Ids and descriptions of records that were read have none; file names may have any.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text
+    )

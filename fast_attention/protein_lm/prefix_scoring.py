@@ -81,7 +81,7 @@ def likelihood_ratios(
     variants: Sequence[Variant],
     *,
     tokens_per_batch: int = token_batches.TOKENS_PER_BATCH,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> list[Ratio]:
     """Compares variants with the wild type.
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple, TextIO
 
-from fast_attention.protein_lm.output_files import replacing
+from fast_attention.protein_lm.output_files import printable, replacing
+
+_SHOWN = 10
 
 
 class SkippedRecord(NamedTuple):
@@ -33,31 +35,35 @@ class SkippedRecords:
     Attributes:
       count: how many records were left out.
       total: how many there were, those that were read included.
-      first: the first few of them.
+      records: the first of them.
     """
 
-    def __init__(self, *, keep: int = 10, listing: TextIO | None = None):
+    def __init__(self, *, keep: int | None = _SHOWN, listing: TextIO | None = None):
         """Nothing is left out so far.
 
         Args:
-          keep: how many are kept in ``first``; the others are counted.
+          keep: how many are kept in ``records``, the others are only counted; None keeps all.
           listing: takes one line per record, a table with tabs; `list_skipped` opens one.
         """
         self.count = 0
         self.total = 0
-        self.first: list[SkippedRecord] = []
+        self.records: list[SkippedRecord] = []
         self._keep = keep
         self._listing = listing
         if listing is not None:
-            listing.write("\t".join(SkippedRecord._fields) + "\n")
+            listing.write(_row(SkippedRecord._fields))
 
     def add(self, record: SkippedRecord) -> None:
         """Counts and lists a record."""
         self.count += 1
-        if len(self.first) < self._keep:
-            self.first.append(record)
+        if self._keep is None or len(self.records) < self._keep:
+            self.records.append(record)
         if self._listing is not None:
-            self._listing.write("\t".join(map(_field, record)) + "\n")
+            self._listing.write(_row(record))
+
+    def table(self) -> str:
+        """The records that were kept, as the file of `list_skipped` has them."""
+        return "".join(map(_row, [SkippedRecord._fields, *self.records]))
 
     def summary(self) -> str:
         """Says how many were left out, and the first of them; empty if none was."""
@@ -67,10 +73,10 @@ class SkippedRecords:
         lines = [f"{self.count} of {self.total} records {verb} left out:"]
         lines += [
             f"  {entry.path}, line {entry.line}: record {entry.id!r} {entry.reason}"
-            for entry in self.first
+            for entry in self.records[:_SHOWN]
         ]
-        if self.count > len(self.first):
-            lines.append(f"  and {self.count - len(self.first)} more")
+        if self.count >= len(lines):
+            lines.append(f"  and {self.count - len(lines) + 1} more")
         return "\n".join(lines)
 
 
@@ -94,9 +100,5 @@ def list_skipped(path: str | os.PathLike[str] | None) -> Iterator[SkippedRecords
         yield SkippedRecords(listing=listing)
 
 
-def _field(value: object) -> str:
-    # Ids have no controls; file names may have any.
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
-        for letter in str(value)
-    )
+def _row(fields: Iterable[object]) -> str:
+    return "\t".join(map(printable, map(str, fields))) + "\n"

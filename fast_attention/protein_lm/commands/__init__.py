@@ -7,12 +7,24 @@ mistyped flag should not have to wait for: modules import what they need inside 
 
 from types import ModuleType
 
-from fast_attention.protein_lm.commands import evaluate, export, info, sample, train
+from fast_attention.protein_lm.commands import (
+    embed,
+    evaluate,
+    export,
+    info,
+    mutate,
+    sample,
+    score,
+    train,
+)
 
 COMMANDS: dict[str, ModuleType] = {
     "train": train,
     "evaluate": evaluate,
     "sample": sample,
+    "score": score,
+    "mutate": mutate,
+    "embed": embed,
     "export": export,
     "info": info,
 }

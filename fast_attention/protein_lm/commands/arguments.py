@@ -32,19 +32,24 @@ def add_fasta(parser: argparse.ArgumentParser, meaning: str) -> None:
 
 
 def add_on_error(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--on_error`` and ``--skipped_list``, to be read by `skipped_records`."""
-    parser.add_argument(
-        "--on_error",
-        choices=("raise", "skip", "replace"),
-        default="raise",
-        help="what to do with a protein that cannot be read, for instance because of a gap or a "
-        "digit: raise stops (the default), skip leaves it out and tells so at the end, replace "
-        "takes unknown letters for X and stops at anything else",
-    )
+    """Adds ``--on_error`` and ``--skipped_list``, which `skipped_records` makes use of."""
+    add_on_error_choice(parser, "raise")
     parser.add_argument(
         "--skipped_list",
         metavar="FILE",
         help="with --on_error=skip, where to list all proteins that were left out, a table",
+    )
+
+
+def add_on_error_choice(parser: argparse.ArgumentParser, default: str | None) -> None:
+    """Adds ``--on_error`` alone, for a command that has its own place for the list."""
+    parser.add_argument(
+        "--on_error",
+        choices=("raise", "skip", "replace"),
+        default=default,
+        help="what to do with a protein that cannot be read, for instance because of a gap or a "
+        "digit: raise stops (the default), skip leaves it out and tells so at the end, replace "
+        "takes unknown letters for X and stops at anything else",
     )
 
 
@@ -59,6 +64,23 @@ def skipped_records(options: argparse.Namespace) -> Iterator[SkippedRecords]:
         yield skipped
     if skipped.count:
         print(skipped.summary(), file=sys.stderr)
+
+
+def add_token_budget(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--tokens_per_batch`` and ``--max_length``."""
+    parser.add_argument(
+        "--tokens_per_batch",
+        type=int,
+        default=16384,
+        metavar="N",
+        help="residues that are computed at a time; less needs less memory (default: 16384)",
+    )
+    parser.add_argument(
+        "--max_length",
+        type=int,
+        metavar="N",
+        help="use the first N residues of a longer protein (default: all of it)",
+    )
 
 
 def add_seed(parser: argparse.ArgumentParser, meaning: str) -> None:

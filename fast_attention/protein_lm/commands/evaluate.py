@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     arguments.add_run_dir(parser)
     arguments.add_fasta(parser, "proteins to predict")
+    arguments.add_on_error(parser)
     parser.add_argument(
         "--output",
         metavar="FILE",
@@ -34,17 +35,23 @@ def run(options: argparse.Namespace) -> None:
     """Runs the command."""
     from fast_attention.protein_lm import evaluation, report
     from fast_attention.protein_lm.loading import load_run
+    from fast_attention.protein_lm.output_files import check_output
     from fast_attention.protein_lm.run_folder import write_file
 
+    if options.output:
+        check_output(options.output)
     model, step, folder = load_run(options.run_dir)
-    result = evaluation.evaluate_on(
-        model,
-        options.fasta,
-        evaluation.load_baselines(folder.baselines),
-        batch_size=options.batch_size,
-        seed=options.seed,
-    )
-    result = {"run_dir": str(folder.path), "step": step} | result
-    output = Path(options.output or folder.evaluation)
-    write_file(output, json.dumps(result, indent=1) + "\n")
-    print(f"{report.format_evaluation(result)}\n\nwritten to {output}")
+    with arguments.skipped_records(options) as skipped:
+        result = evaluation.evaluate_on(
+            model,
+            options.fasta,
+            evaluation.load_baselines(folder.baselines),
+            batch_size=options.batch_size,
+            seed=options.seed,
+            on_error=options.on_error,
+            skipped=skipped,
+        )
+        result = {"run_dir": str(folder.path), "step": step} | result
+        output = Path(options.output or folder.evaluation)
+        write_file(output, json.dumps(result, indent=1) + "\n")
+        print(f"{report.format_evaluation(result)}\n\nwritten to {output}")

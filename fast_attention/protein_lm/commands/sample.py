@@ -126,7 +126,9 @@ def run(options: argparse.Namespace) -> None:
 
     from fast_attention.protein_lm.fasta import write_fasta
     from fast_attention.protein_lm.loading import load_run
+    from fast_attention.protein_lm.output_files import check_output
 
+    check_output(options.output)
     unused = _WRITING if options.infill else _FILLING
     for name, default in unused.items():
         if getattr(options, name) != default:

@@ -1,0 +1,40 @@
+"""How far a command is that reads many proteins, and what it did in the end."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fast_attention.protein_lm.flax_model import FlaxModel
+    from fast_attention.protein_lm.model_inputs import Done
+
+
+@contextlib.contextmanager
+def residue_bar(title: str) -> Iterator[Callable[[int], None]]:
+    """Shows a bar on stderr, if that is a terminal, and gives what moves it by some residues."""
+    from tqdm import tqdm
+
+    # How many there are is known when the file has been read, which is once, and as it goes.
+    with tqdm(desc=title, unit=" residues", unit_scale=True, disable=None) as bar:
+
+        def advance(residues: int) -> None:
+            bar.update(residues)
+
+        yield advance
+
+
+def tell(model: FlaxModel, done: Done, seconds: float, output: str) -> None:
+    """Prints what was done."""
+    print(
+        f"{done.proteins:,} proteins, {done.residues:,} residues, "
+        f"{done.computed / seconds:,.0f} residues/s, written to {output}"
+    )
+    if done.computed < done.residues:
+        print(f"{done.residues - done.computed:,} residues had been done before it was stopped")
+    if done.longer:
+        print(
+            f"{done.longer:,} proteins are longer than the {model.domain.length} residues that "
+            "the model was made for, and were read whole: it has not been trained that far"
+        )

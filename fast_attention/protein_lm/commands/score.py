@@ -1,0 +1,67 @@
+"""``protein-lm score``."""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from fast_attention.protein_lm.commands import arguments, progress
+
+SUMMARY = "say how probable each of some proteins is to a trained model"
+DESCRIPTION = """\
+Say how probable each of some proteins is to a trained model, in a table with a row per protein.
+
+FlaxLM gives the log-likelihood, the (natural) logarithm of the probability of the whole protein,
+exactly. FlaxBERT gives the pseudo-log-likelihood: every residue is hidden in turn and predicted
+from all others, which takes as many passes as the protein has residues. Perplexity is the number of
+residues that the model in effect wavers between: less is better, and 20 is a blind guess."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    arguments.add_run_dir(parser)
+    arguments.add_fasta(parser, "proteins to score")
+    arguments.add_on_error(parser)
+    parser.add_argument(
+        "--output",
+        required=True,
+        metavar="FILE",
+        help="the table: .tsv or .csv, .gz behind either compresses it, or .parquet",
+    )
+    arguments.add_token_budget(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Runs the command."""
+    from fast_attention.protein_lm.encoding import longest_input
+    from fast_attention.protein_lm.loading import load_run
+    from fast_attention.protein_lm.model_inputs import read_for_model
+    from fast_attention.protein_lm.output_files import check_output
+    from fast_attention.protein_lm.score_files import score_to_file
+    from fast_attention.protein_lm.tables import EXTENSIONS, find_extension
+
+    find_extension(options.output, EXTENSIONS)
+    check_output(options.output)
+    model = load_run(options.run_dir).model
+    began = time.perf_counter()
+    with (
+        arguments.skipped_records(options) as skipped,
+        progress.residue_bar("score") as advance,
+    ):
+        records = read_for_model(
+            model,
+            options.fasta,
+            room=longest_input(model),
+            max_length=options.max_length,
+            on_error=options.on_error,
+            skipped=skipped,
+        )
+        done = score_to_file(
+            model,
+            records,
+            options.output,
+            tokens_per_batch=options.tokens_per_batch,
+            max_length=options.max_length,
+            progress=advance,
+        )
+    progress.tell(model, done, time.perf_counter() - began, options.output)
