@@ -255,6 +255,9 @@ def _log_probabilities(
         values -= values.max(-1, keepdims=True)
         return values - np.log(np.exp(values).sum(-1, keepdims=True))
 
+    def report(items: list[_Hidden]) -> None:
+        progress(len(items))
+
     return list(
         token_batches.compute_stream(
             views,
@@ -264,6 +267,6 @@ def _log_probabilities(
             tokens_per_batch,
             set(),
             devices=model.mesh.size,
-            progress=lambda items: progress(len(items)),
+            progress=report,
         )
     )

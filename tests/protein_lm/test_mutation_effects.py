@@ -14,7 +14,7 @@ from fast_attention.protein_lm.mutations import all_substitutions, parse_variant
 from fast_attention.protein_lm.run_folder import RunError
 
 WILD = "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQAPILSRV"
-SUBSTITUTIONS = ["K2G", "T3W", "T3A:V40M", "Q9L:R10L:S36P", "V40A", "M1X"]
+SUBSTITUTIONS = ["K2G", "T3W", "T3A:V40M", "Q9L:R10L:S38P", "V40A", "M1X"]
 INDELS = ["K2del", "A4_I6delinsW", "V40del", "M1_K2insGGS", "R39_V40insACDEFGHIKLMNPQRSTV", "K8R"]
 
 
@@ -37,13 +37,22 @@ def log_softmax(logits):
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-def log_likelihoods(model, sequence):
-    """Of the residues, and with the end."""
+def log_likelihoods(model, sequences):
+    """Of the residues, and with the end, [N, 2]: every protein is read whole."""
     vocab = model.domain.vocab
-    logs = log_softmax(model.logits([sequence])[0])
-    ids = [*vocab.encode(sequence), vocab.eos]
-    terms = [logs[place, token] for place, token in enumerate(ids[: len(logs)])]
-    return np.array([sum(terms[: len(sequence)]), sum(terms)])
+    wanted = [[*vocab.encode(sequence), vocab.eos] for sequence in sequences]
+    inputs = np.full((len(sequences), 64), vocab.pad, np.int32)
+    for row, ids in zip(inputs, wanted, strict=True):
+        row[: len(ids)] = [vocab.bos, *ids[:-1]]
+    visible = inputs != vocab.pad
+    places = np.broadcast_to(np.arange(64, dtype=np.int32), inputs.shape)
+    batch = {"inputs": inputs, "segment_ids": visible.astype(np.int32), "positions": places}
+    logs = log_softmax(model.logits(batch))
+    found = []
+    for row, ids in zip(logs, wanted, strict=True):
+        terms = [row[place, token] for place, token in enumerate(ids)]
+        found.append([sum(terms[:-1]), sum(terms)])
+    return np.array(found)
 
 
 def marginals(model, variant, hide):
@@ -65,8 +74,8 @@ def marginals(model, variant, hide):
 
 def check_ratios(model, some, **options):
     found = score_variants(model, WILD, some, **options)
-    naive = np.array([log_likelihoods(model, variant.apply(WILD)) for variant in some])
-    naive -= log_likelihoods(model, WILD)
+    wild, *mutants = log_likelihoods(model, [WILD, *(variant.apply(WILD) for variant in some)])
+    naive = np.array(mutants) - wild
     np.testing.assert_allclose(found["log_likelihood_ratio"], naive[:, 0], atol=2e-4)
     np.testing.assert_allclose(found["log_likelihood_ratio_with_end"], naive[:, 1], atol=2e-4)
 
@@ -75,11 +84,10 @@ def test_ratios_are_differences_of_whole_log_likelihoods(lm):
     check_ratios(lm, variants(SUBSTITUTIONS + INDELS))
 
 
-@pytest.mark.parametrize("budget", [70, 600])
-def test_ratios_do_not_depend_on_batches_and_strides(lm, budget):
+def test_ratios_do_not_depend_on_batches_and_strides(lm):
     some = variants(SUBSTITUTIONS + INDELS[:4])
     once = score_variants(lm, WILD, some)["log_likelihood_ratio"]
-    parts = score_variants(lm, WILD, some[::-1], tokens_per_batch=budget)["log_likelihood_ratio"]
+    parts = score_variants(lm, WILD, some[::-1], tokens_per_batch=70)["log_likelihood_ratio"]
     np.testing.assert_allclose(parts[::-1], once, atol=1e-4)
     alone = score_variants(lm, WILD, some[1:2])["log_likelihood_ratio"]
     np.testing.assert_allclose(alone, once[1:2], atol=1e-4)
@@ -92,7 +100,7 @@ def test_ratios_do_not_depend_on_batches_and_strides(lm, budget):
 )
 def test_every_attention_that_decodes_begins_behind_what_is_shared(attention_fn):
     check_ratios(
-        untrained(attention_fn), variants(["K2G", "S19W", "V40A", "S36del"]), tokens_per_batch=42
+        untrained(attention_fn), variants(["K2G", "S20W", "V40A", "S38del"]), tokens_per_batch=42
     )
 
 
