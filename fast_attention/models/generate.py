@@ -8,7 +8,7 @@ Shape letters: B batch, P prompt length, N new tokens, V vocabulary, W tokens lo
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +31,7 @@ class _Options(NamedTuple):
     top_k: int | None
     has_top_p: bool
     has_penalty: bool
+    has_minimum: bool
     window: int
     eos_token: int | None
     pad_token: int
@@ -43,6 +44,7 @@ class _Numbers(NamedTuple):
     temperature: Array
     top_p: Array
     repetition_penalty: Array
+    min_new_tokens: Array
 
 
 class _Loop(NamedTuple):
@@ -60,6 +62,7 @@ def generate(
     *,
     key: Array,
     max_new_tokens: int,
+    min_new_tokens: int = 0,
     prompt_mask: Bool[Array, "B P"] | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
@@ -83,8 +86,10 @@ def generate(
       model: A causal `LanguageModel`.
       prompt: ``[B, P]`` ids, P at least 1; padding may be any integers.
       key: Random key; equal keys give equal tokens. Token n of the output is drawn with
-        ``jax.random.fold_in(key, n)``.
+        ``jax.random.fold_in(key, n)``. Or typed keys [B], one for each row, so that a row does
+        not depend on which others are drawn with it.
       max_new_tokens: N.
+      min_new_tokens: Tokens before the end token, which cannot be drawn sooner; none is below 0.
       prompt_mask: ``[B, P]`` bool, False where a shorter prompt is padded, before or behind it.
         Each row needs at least one token.
       temperature: From 0 on; 0 takes the most likely token.
@@ -107,7 +112,15 @@ def generate(
     """
     prompt = jnp.asarray(prompt)
     _check(model, prompt, prompt_mask, max_new_tokens, eos_token, pad_token, repetition_window)
-    _check_filters(temperature, top_k, top_p, repetition_penalty, forbidden_tokens, model)
+    has_minimum = min_new_tokens > 0 and eos_token is not None
+    never = {*forbidden_tokens, eos_token} if has_minimum else set(forbidden_tokens)
+    _check_filters(temperature, top_k, top_p, repetition_penalty, never, model)
+    if min_new_tokens > max_new_tokens:
+        raise ValueError(
+            f"min_new_tokens must be at most max_new_tokens={max_new_tokens}, got {min_new_tokens}."
+        )
+    if key.shape and _is_typed(key) and key.shape != prompt.shape[:1]:
+        raise ValueError(f"key must be one key or {len(prompt)}, one per row, got {key.shape}.")
     length = prompt.shape[1]
     window = length + max_new_tokens
     if repetition_window is not None:
@@ -118,6 +131,7 @@ def generate(
         top_k=top_k,
         has_top_p=top_p is not None and top_p < 1,
         has_penalty=repetition_penalty != 1,
+        has_minimum=has_minimum,
         window=window if repetition_penalty != 1 else 0,
         eos_token=eos_token,
         pad_token=0 if pad is None else pad,
@@ -127,6 +141,7 @@ def generate(
         temperature=jnp.asarray(temperature, jnp.float32),
         top_p=jnp.asarray(1.0 if top_p is None else top_p, jnp.float32),
         repetition_penalty=jnp.asarray(repetition_penalty, jnp.float32),
+        min_new_tokens=jnp.asarray(min_new_tokens, jnp.int32),
     )
     graphdef, variables = nnx.split(model)
     mask = None if prompt_mask is None else jnp.asarray(prompt_mask, bool)
@@ -159,7 +174,7 @@ def _generate(
     ended = jnp.zeros(batch, bool)
 
     def draw(index: Array, logits: Array, history: Array, ended: Array) -> tuple[Array, ...]:
-        token = _draw(jax.random.fold_in(key, index), logits, history, numbers, options)
+        token = _draw(key, index, logits, history, numbers, options)
         token = jnp.where(ended, options.pad_token, token)
         history = jnp.concatenate([history, token[:, None]], axis=1)[:, 1:]
         if options.eos_token is not None:
@@ -191,17 +206,36 @@ def _past(prompt: Array, mask: Array | None) -> Array:
     return jnp.take_along_axis(jnp.where(mask, prompt, -1), order, axis=1)
 
 
-def _draw(key: Array, logits: Array, history: Array, numbers: _Numbers, options: _Options) -> Array:
+def _draw(
+    key: Array,
+    index: Array,
+    logits: Array,
+    history: Array,
+    numbers: _Numbers,
+    options: _Options,
+) -> Array:
+    """Draws token ``index`` of every row."""
     greedy = numbers.temperature == 0
     logits = logits / jnp.where(greedy, 1, numbers.temperature)
     logits = samplers.forbid_tokens(logits, options.forbidden_tokens)
+    if options.has_minimum and options.eos_token is not None:
+        unended = samplers.forbid_tokens(logits, (options.eos_token,))
+        logits = jnp.where(index < numbers.min_new_tokens, unended, logits)
     if options.has_penalty:
         logits = samplers.apply_repetition_penalty(logits, history, numbers.repetition_penalty)
     if options.top_k is not None:
         logits = samplers.keep_top_k(logits, options.top_k)
     if options.has_top_p:
         logits = samplers.keep_top_p(logits, numbers.top_p)
-    return samplers.sample_token(key, logits, jnp.where(greedy, 0.0, 1.0))
+    temperature = jnp.where(greedy, 0.0, 1.0)
+    if key.shape and _is_typed(key):
+        keys = jax.vmap(jax.random.fold_in, (0, None))(key, index)
+        return jax.vmap(samplers.sample_token, (0, 0, None))(keys, logits, temperature)
+    return samplers.sample_token(jax.random.fold_in(key, index), logits, temperature)
+
+
+def _is_typed(key: Array) -> bool:
+    return jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
 
 
 def _check(
@@ -254,7 +288,7 @@ def _check_filters(
     top_k: int | None,
     top_p: float | None,
     repetition_penalty: float,
-    forbidden_tokens: Sequence[int],
+    forbidden_tokens: Collection[int],
     model: LanguageModel,
 ) -> None:
     """Checks numbers that the program takes as arrays, and that the samplers cannot."""

@@ -43,6 +43,7 @@ class FlaxModel:
     Attributes:
       domain: Vocabulary and greatest length.
       config: Of the Transformer.
+      attention_fn: As given; None is exact attention.
       masking: How residues are corrupted; None for a causal model.
       random_seed: As given.
       schedule: Learning rate of each step.
@@ -98,6 +99,7 @@ class FlaxModel:
         if not hasattr(self, "objective"):
             raise TypeError("FlaxModel is what FlaxLM and FlaxBERT share: make one of them")
         self.domain = domain
+        self.attention_fn = attention_fn
         self.masking: MaskingConfig | None = None
         self.random_seed = random_seed
         self.batch_size = batch_size

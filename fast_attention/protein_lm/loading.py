@@ -1,13 +1,13 @@
-"""A trained run, read back from its folder."""
+"""A trained run, or what was exported of it, read back from its folder."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import gin
 
-from fast_attention.protein_lm import checkpoints, gin_registry, run_folder, train
+from fast_attention.protein_lm import checkpoints, exporting, gin_registry, run_folder, train
 from fast_attention.protein_lm.flax_model import FlaxModel
 from fast_attention.protein_lm.run_folder import RunError, RunFolder
 
@@ -26,32 +26,69 @@ class LoadedRun(NamedTuple):
     folder: RunFolder
 
 
-def load_run(run_dir: str | Path) -> LoadedRun:
-    """Reads the newest checkpoint of a run.
+class OpenedRun(NamedTuple):
+    """What a folder says of its model, before any arrays are read.
+
+    Attributes:
+      model: Without the trained parameters.
+      settings: The gin parameters of ``experiment``, by name.
+      folder: Where it was read.
+    """
+
+    model: FlaxModel
+    settings: dict[str, Any]
+    folder: RunFolder
+
+
+def open_run(run_dir: str | Path) -> OpenedRun:
+    """Makes the model of a run or an exported folder, without reading arrays.
 
     gin knows one configuration per process, and it is empty afterwards: what the run had bound must
     not reach models made later. A model made before is not changed.
 
     Args:
-      run_dir: A folder written by ``protein-lm train``.
+      run_dir: A folder written by ``protein-lm train`` or ``protein-lm export``.
 
     Raises:
-      RunError: If the folder is not a run's, has no checkpoint yet, or was changed.
+      RunError: If the folder is neither, or was changed.
     """
     folder = RunFolder(Path(run_dir))
-    if not folder.config.is_file():
+    about = exporting.read_export(folder) if folder.export.is_file() else None
+    if about is None and not folder.config.is_file():
         raise RunError(
             f"{folder.path} is not the folder of a run: it has no {folder.config.name}; give the "
-            "--work_dir of a 'protein-lm train'"
+            "--work_dir of a 'protein-lm train' or the --output of a 'protein-lm export'"
         )
     try:
-        gin_registry.configure([folder.config])
-        model = gin.get_bindings("experiment")["model_cls"]()
+        if about is None:
+            gin_registry.configure([folder.config])
+        else:
+            gin_registry.configure(bindings=[about["gin"]])
+        settings = gin.get_bindings("experiment")
+        model = settings["model_cls"]()
     finally:
         gin.clear_config()
-    run_folder.check_vocabulary(folder, model.domain)
-    step, parameters, variables = checkpoints.restore_model(
-        folder.checkpoints, train.abstract_state(model)
-    )
+    if about is None:
+        run_folder.check_vocabulary(folder, model.domain)
+    elif about["vocabulary"] != run_folder.describe_vocabulary(model.domain):
+        raise RunError(f"{folder.export} contradicts itself about the vocabulary: export it again")
+    return OpenedRun(model, settings, folder)
+
+
+def load_run(run_dir: str | Path) -> LoadedRun:
+    """Reads the newest checkpoint of a run, or an exported model.
+
+    Args:
+      run_dir: As for `open_run`.
+
+    Raises:
+      RunError: As `open_run`, or if the run has no checkpoint yet.
+    """
+    model, _, folder = open_run(run_dir)
+    abstract = train.abstract_state(model)
+    if folder.export.is_file():
+        step, parameters, variables = exporting.read_arrays(folder, abstract)
+    else:
+        step, parameters, variables = checkpoints.restore_model(folder.checkpoints, abstract)
     model.set_parameters(parameters, variables)
     return LoadedRun(model, step, folder)

@@ -58,6 +58,7 @@ class FlaxLM(FlaxModel):
         rng: jax.Array | None = None,
         *,
         max_length: int | None = None,
+        min_length: int = 0,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -71,9 +72,11 @@ class FlaxLM(FlaxModel):
 
         Args:
           prompt: ids [B, P], all of one length, each beginning with the begin token.
-          rng: Key of the draw; None makes it from `random_seed`.
+          rng: Key of the draw, or one for each row, see `generate`; None makes it from
+            `random_seed`.
           max_length: L, residues of the prompt included; None takes the most that
             the model can write.
+          min_length: Residues, those of the prompt included, before which no sequence ends.
           temperature: Divides the logits; 0 takes the most probable token.
           top_k: Draw among so many most probable tokens.
           top_p: Draw among the fewest tokens that together have this probability.
@@ -85,7 +88,8 @@ class FlaxLM(FlaxModel):
           end token.
 
         Raises:
-          ValueError: If a prompt does not begin with the begin token or leaves no room.
+          ValueError: If a prompt does not begin with the begin token or leaves no room, or
+            `min_length` is more than `max_length`.
         """
         prompt = np.asarray(prompt, np.int32)
         bos = self._bos()
@@ -102,6 +106,8 @@ class FlaxLM(FlaxModel):
                 f"max_length is {length}; it must be at most {self.max_length}, as many as the "
                 f"model can write, and more than the {prompt.shape[1] - 1} residues of the prompt"
             )
+        if not 0 <= min_length <= length:
+            raise ValueError(f"min_length must be from 0 to max_length={length}; got {min_length}")
         vocab = self.domain.vocab
         never = [token for token in (vocab.bos, vocab.pad, vocab.mask) if token is not None]
         drawn = generate(
@@ -109,6 +115,7 @@ class FlaxLM(FlaxModel):
             jnp.asarray(prompt),
             key=jax.random.key(self.random_seed) if rng is None else rng,
             max_new_tokens=new,
+            min_new_tokens=min_length + 1 - prompt.shape[1],
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,

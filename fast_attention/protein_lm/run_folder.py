@@ -61,6 +61,21 @@ class RunFolder:
         """What a finished run reached; its presence says that the run is finished."""
         return self.path / "result.json"
 
+    @property
+    def evaluation(self) -> Path:
+        """What ``protein-lm evaluate`` found."""
+        return self.path / "evaluation.json"
+
+    @property
+    def export(self) -> Path:
+        """In an exported folder: everything but the arrays, see `exporting`."""
+        return self.path / "config.json"
+
+    @property
+    def weights(self) -> Path:
+        """In an exported folder: the arrays."""
+        return self.path / "model.safetensors"
+
 
 class RunError(RuntimeError):
     """A run cannot be started, resumed or read; the message says why and what to do."""

@@ -2,83 +2,124 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fast_attention.protein_lm.fasta import FastaRecord
 from fast_attention.protein_lm.flax_model import FlaxModel
 from fast_attention.protein_lm.models import FlaxLM
 from fast_attention.protein_lm.run_folder import RunError
+from fast_attention.protein_lm.scoring import PseudoScore, SequenceScore, score_sequences
+from fast_attention.protein_lm.token_batches import Shape
 
 _ROWS_AT_ONCE = 64
 
 
-def sample_proteins(
+def sample_proteins(model: FlaxModel, num_samples: int, **options: Any) -> list[FastaRecord]:
+    """Draws proteins, see `draw_proteins`, and returns them together."""
+    return list(draw_proteins(model, num_samples, **options))
+
+
+def draw_proteins(
     model: FlaxModel,
     num_samples: int,
     *,
     prompt: str = "",
+    name: str = "sample",
     seed: int = 0,
     max_length: int | None = None,
+    min_length: int = 1,
     **options: Any,
-) -> list[FastaRecord]:
-    """Draws proteins; equal arguments give equal proteins.
+) -> Iterator[FastaRecord]:
+    """Draws proteins, some at a time.
+
+    Protein i depends on the model, on `seed`, on i and on what is asked for, and not on
+    `num_samples`; only rounding can differ, between batches of other sizes. A protein has at least
+    one residue.
 
     Args:
       model: A `FlaxLM`.
       num_samples: How many proteins.
       prompt: Residues that every protein begins with.
+      name: Ids are this and a number, from 1 on.
       seed: Of the draw.
       max_length: Most residues of a protein, the prompt included; None takes the model's limit.
+      min_length: Least residues of a protein, the prompt included, from 1 on.
       **options: ``temperature``, ``top_k``, ``top_p``, ``repetition_penalty`` and
         ``repetition_window`` of `FlaxLM.sample_with_prompt`.
 
     Returns:
-      Records whose description says whether the protein ended by itself or at `max_length`.
+      Records. The description has ``log_likelihood`` (of the residues, the prompt's included, and
+      not of the end; under the model as it is, at temperature 1 and with nothing forbidden;
+      natural logarithm, as `score_sequences`), ``residues``, ``ended`` (``yes``, or ``no`` where
+      the protein was cut at `max_length`), ``prompt`` where there is one, and ``seed``.
 
     Raises:
-      RunError: If the model is not causal, or never gives a residue.
+      RunError: If the model is not causal.
       ValueError: If the prompt has a letter that the vocabulary lacks, or an argument is out of
         its range.
     """
     if not isinstance(model, FlaxLM):
         raise RunError(
             f"{type(model).__name__} fills in hidden residues and cannot write a protein from "
-            "left to right: sample from a run of FlaxLM, or use FlaxBERT.sample in Python"
+            "left to right: sample from a run of FlaxLM, or give a protein with hidden residues "
+            "(protein-lm sample --infill, infilling.infill_proteins in Python)"
         )
     if num_samples < 1:
         raise ValueError(f"the number of samples must be at least 1; got {num_samples}")
+    if min_length < 1:
+        raise ValueError(f"min_length must be at least 1; got {min_length}")
     vocab = model.domain.vocab
+    prompt = prompt.upper()
     try:
-        start = [vocab.bos, *vocab.encode(prompt.upper())]
+        start = [vocab.bos, *vocab.encode(prompt)]
     except KeyError as error:
         raise ValueError(f"prompt {prompt!r}: {error.args[0]}") from None
     rows = np.tile(np.array(start, np.int32), (min(num_samples, _ROWS_AT_ONCE), 1))
-    records: list[FastaRecord] = []
-    draw = 0
-    while len(records) < num_samples:
-        key = jax.random.fold_in(jax.random.key(seed), draw)
-        drawn = model.sample_with_prompt(rows, key, max_length=max_length, **options)
-        found = [_record(ids, model) for ids in drawn]
-        found = [record for record in found if record.sequence]
-        if not found:
-            raise RunError(
-                "the model ended every protein before its first residue: train it longer, or give "
-                "a prompt"
+    shapes: set[Shape] = set()
+    lengths = {"max_length": max_length, "min_length": min_length}
+
+    def batch(first: int) -> list[FastaRecord]:
+        drawn = model.sample_with_prompt(
+            rows, row_keys(seed, first, len(rows)), **lengths, **options
+        )
+        sequences = [vocab.decode(ids, stop_at_eos=vocab.eos is not None) for ids in drawn]
+        scores = score_sequences(model, sequences, shapes=shapes)
+        return [
+            FastaRecord(
+                f"{name}_{first + row + 1}",
+                _describe(score, bool((ids == vocab.eos).any()), prompt, seed),
+                sequence,
             )
-        records += found
-        draw += 1
-    return [
-        record._replace(id=f"sample_{number}")
-        for number, record in enumerate(records[:num_samples], 1)
-    ]
+            for row, (ids, sequence, score) in enumerate(zip(drawn, sequences, scores, strict=True))
+        ]
+
+    # The first batch is drawn at once, so that a bad argument is told here and not later.
+    found = batch(0)
+
+    def records() -> Iterator[FastaRecord]:
+        yield from found[:num_samples]
+        for first in range(len(rows), num_samples, len(rows)):
+            yield from batch(first)[: num_samples - first]
+
+    return records()
 
 
-def _record(ids: np.ndarray, model: FlaxLM) -> FastaRecord:
-    vocab = model.domain.vocab
-    ended = bool((ids == vocab.eos).any())
-    sequence = "".join(vocab.decode(ids, stop_at_eos=vocab.eos is not None))
-    how = "ended by itself" if ended else "cut at the greatest length"
-    return FastaRecord("", f"{len(sequence)} residues, {how}", sequence)
+def row_keys(seed: int, first: int, number: int) -> jax.Array:
+    """Random keys of `number` samples from number `first` on, each a function of its number."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(
+        jax.random.key(seed), jnp.arange(first, first + number)
+    )
+
+
+def _describe(score: SequenceScore | PseudoScore, ended: bool, prompt: str, seed: int) -> str:
+    assert isinstance(score, SequenceScore)  # The model is causal.
+    start = f" prompt={prompt}" if prompt else ""
+    return (
+        f"log_likelihood={score.log_likelihood:.4f} residues={score.num_residues} "
+        f"ended={'yes' if ended else 'no'}{start} seed={seed}"
+    )

@@ -126,6 +126,31 @@ def test_rows_end_at_eos_are_filled_with_it_and_the_work_ends_with_the_last(monk
     assert len(steps) == ends.max() < NEW - 1
 
 
+def test_no_row_ends_before_the_least_number_of_tokens():
+    eos = int(naive(temperature=0)[0, 0])
+    out = run(temperature=0.0, eos_token=eos, min_new_tokens=3)
+    assert (out[:, :3] != eos).all()
+    assert (run(temperature=0.0, eos_token=eos)[0] == eos).all()
+    # Until then it is a forbidden token, and afterwards none.
+    forbidden = naive(3, temperature=0, forbidden_tokens=(eos,))
+    np.testing.assert_array_equal(out[:, :3], forbidden)
+
+
+def test_rows_with_keys_of_their_own_do_not_depend_on_each_other():
+    keys = jax.random.split(KEY, 3)
+    together = run(key=keys, max_new_tokens=3)
+    order = np.array([2, 2, 0])
+    other = generate(
+        build(),
+        jnp.asarray(PADDED[order]),
+        key=keys[order],
+        prompt_mask=MASK[order],
+        max_new_tokens=3,
+    )
+    np.testing.assert_array_equal(other, together[order])
+    assert (run(key=KEY, max_new_tokens=3) != together).any()
+
+
 def test_new_numbers_and_keys_compile_nothing(monkeypatch):
     traces, prefill = [], Transformer.prefill
 
@@ -145,6 +170,9 @@ def test_new_numbers_and_keys_compile_nothing(monkeypatch):
     [
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ({"max_new_tokens": NEW + 1}, f"{LONGEST + 1} tokens .* max_len={LONGEST}"),
+        ({"min_new_tokens": NEW + 1}, f"at most max_new_tokens={NEW}, got {NEW + 1}"),
+        ({"key": jax.random.split(KEY, 2)}, r"one key or 3, one per row, got \(2,\)"),
+        ({"eos_token": 0, "min_new_tokens": 1, "forbidden_tokens": range(1, V)}, "not all"),
         ({"prompt_mask": MASK[:, :3]}, r"\(3, 4\), got \(3, 3\)"),
         ({"prompt_mask": MASK & [[True], [False], [True]]}, "hides a whole row"),
         ({"prompt_mask": None}, "0 to 6, got -5 to 99"),

@@ -1,11 +1,17 @@
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from fast_attention.protein_lm import make_protein_domain
 from fast_attention.protein_lm.loading import load_run
 from fast_attention.protein_lm.models import FlaxLM
 from fast_attention.protein_lm.run_folder import RunError
 from fast_attention.protein_lm.sampling import sample_proteins
+
+
+def facts(record):
+    return dict(pair.split("=") for pair in record.description.split())
 
 
 @pytest.fixture(scope="module")
@@ -19,14 +25,49 @@ def test_samples_are_proteins(model):
     for record in records:
         assert 0 < len(record.sequence) <= 64
         assert set(record.sequence) <= set("ACDEFGHIKLMNPQRSTVWYBOUXZ")
-        ended = "ended by itself" in record.description
-        assert ended or len(record.sequence) == 64
+        assert facts(record)["residues"] == str(len(record.sequence))
+        assert facts(record)["ended"] == ("no" if len(record.sequence) == 64 else "yes")
     assert len({record.sequence for record in records}) > 60
 
 
 def test_equal_seeds_give_equal_proteins(model):
     one, same, other = (sample_proteins(model, 3, seed=seed) for seed in (1, 1, 2))
     assert one == same != other
+
+
+def test_a_protein_depends_on_its_number_and_not_on_how_many_are_drawn(model):
+    few, many = sample_proteins(model, 2, max_length=9), sample_proteins(model, 5, max_length=9)
+    assert few == many[:2]
+    assert len(set(record.sequence for record in many)) == 5
+
+
+def test_the_log_likelihood_is_that_of_the_model_as_it_is(model):
+    options = {"temperature": 0.7, "top_k": 5, "repetition_penalty": 1.5, "repetition_window": 4}
+    records = sample_proteins(model, 2, prompt="MKV", max_length=12, **options)
+    for record in records:
+        assert facts(record)["prompt"] == "MKV"
+        logits = np.asarray(model.logits([record.sequence])[0], np.float64)
+        log_probabilities = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        ids = model.domain.vocab.encode(record.sequence)
+        total = sum(log_probabilities[place, token] for place, token in enumerate(ids))
+        assert float(facts(record)["log_likelihood"]) == pytest.approx(total, abs=1e-3)
+
+
+def test_no_protein_is_shorter_than_asked_for(model):
+    records = sample_proteins(model, 8, min_length=40, temperature=3.0)
+    assert all(len(record.sequence) >= 40 for record in records)
+    assert min(len(record.sequence) for record in sample_proteins(model, 8, temperature=3.0)) < 40
+
+
+def test_a_residue_costs_the_same_wherever_it_stands(model):
+    transformer = nnx.merge(model.graphdef, model.state.parameters, model.state.variables)
+
+    def cost(room):
+        state = jax.eval_shape(lambda: transformer.init_state(2, room))
+        step = jax.jit(transformer.step).lower(state, jax.ShapeDtypeStruct((2,), np.int32))
+        return sum(leaf.size for leaf in jax.tree.leaves(state)), step.as_text()
+
+    assert cost(2) == cost(64)
 
 
 def test_a_prompt_begins_every_protein(model):
@@ -49,6 +90,8 @@ def test_temperature_zero_is_greedy(model):
         ({"num_samples": 1, "prompt": "MKJ"}, "'J'"),
         ({"num_samples": 1, "prompt": "M<K"}, "residues"),
         ({"num_samples": 1, "max_length": 65}, "64"),
+        ({"num_samples": 1, "min_length": 0}, "at least 1"),
+        ({"num_samples": 1, "max_length": 9, "min_length": 10}, "max_length=9"),
         ({"num_samples": 1, "prompt": "MKT", "max_length": 3}, "prompt"),
     ],
 )
@@ -62,12 +105,11 @@ def test_a_masked_model_is_refused(bert_run):
         sample_proteins(load_run(bert_run).model, 1)
 
 
-def test_a_model_that_only_ends_is_told():
+def test_a_model_that_would_only_end_still_writes_a_residue():
     model = FlaxLM(
         make_protein_domain(length=8), emb_dim=8, num_heads=1, num_layers=1, qkv_dim=8, mlp_dim=8
     )
-    only_end = np.full((4, 8), model.domain.vocab.pad)
-    only_end[:, 0] = model.domain.vocab.eos
-    model.sample_with_prompt = lambda *arguments, **options: only_end
-    with pytest.raises(RunError, match="train it longer"):
-        sample_proteins(model, 4)
+    bias = model.state.parameters["head"]["bias"]
+    model.state.parameters["head"]["bias"] = bias.at[model.domain.vocab.eos].set(100.0)
+    records = sample_proteins(model, 2)
+    assert [len(record.sequence) for record in records] == [1, 1]

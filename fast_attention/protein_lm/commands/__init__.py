@@ -7,13 +7,25 @@ mistyped flag should not have to wait for: modules import what they need inside 
 
 from types import ModuleType
 
-from fast_attention.protein_lm.commands import embed, evaluate, sample, score, train
+from fast_attention.protein_lm.commands import (
+    embed,
+    evaluate,
+    export,
+    info,
+    mutate,
+    sample,
+    score,
+    train,
+)
 
 COMMANDS: dict[str, ModuleType] = {
     "train": train,
     "evaluate": evaluate,
     "sample": sample,
     "score": score,
+    "mutate": mutate,
     "embed": embed,
+    "export": export,
+    "info": info,
 }
 """Modules by the name of their command, in the order of ``protein-lm --help``."""

@@ -13,7 +13,10 @@ from fast_attention.protein_lm.skipped_records import SkippedRecords, list_skipp
 def add_run_dir(parser: argparse.ArgumentParser) -> None:
     """Adds ``--run_dir``, the trained model."""
     parser.add_argument(
-        "--run_dir", required=True, metavar="FOLDER", help="the --work_dir of a trained run"
+        "--run_dir",
+        required=True,
+        metavar="FOLDER",
+        help="the --work_dir of a trained run, or the folder of an exported model",
     )
 
 

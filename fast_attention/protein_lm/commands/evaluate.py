@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> None:
     from fast_attention.protein_lm.run_folder import write_file
 
     model, step, folder = load_run(options.run_dir)
-    output = Path(options.output or folder.path / "evaluation.json")
+    output = Path(options.output or folder.evaluation)
     check_output(output)
     with arguments.skipped_records(options) as skipped:
         result = evaluation.evaluate_on(

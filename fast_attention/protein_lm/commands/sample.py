@@ -3,25 +3,73 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fast_attention.protein_lm.commands import arguments
 
-SUMMARY = "write new proteins"
+if TYPE_CHECKING:
+    from fast_attention.protein_lm.fasta import FastaRecord
+    from fast_attention.protein_lm.flax_model import FlaxModel
+
+SUMMARY = "write new proteins, or fill in hidden residues"
 DESCRIPTION = """\
-Write new proteins, drawn from a trained model, to a FASTA file."""
+Write new proteins, drawn from a trained model, to a FASTA file; each header tells how probable the
+model finds the protein.
+
+  protein-lm sample --run_dir=runs/demo --num_samples=10 --output=new_proteins.fasta
+
+A FlaxLM writes from left to right, from nothing or from a given beginning (--prompt). A FlaxBERT
+fills in the residues that are hidden by * in a given protein:
+
+  protein-lm sample --run_dir=runs/bert --infill='MKT**AYIA*' --output=filled.fasta"""
+
+# What only one of the two ways has, with the value that stands for "not given".
+_WRITING = {
+    "prompt": "",
+    "prompt_fasta": None,
+    "min_length": 1,
+    "max_length": None,
+    "repetition_penalty": 1.0,
+    "repetition_window": None,
+}
+_FILLING = {"rounds": None}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     arguments.add_run_dir(parser)
     parser.add_argument(
-        "--num_samples", type=int, default=10, metavar="N", help="how many proteins (default: 10)"
+        "--num_samples",
+        type=int,
+        metavar="N",
+        help="how many proteins, of each prompt or for each protein to fill in (default: 10, and "
+        "1 with --infill)",
     )
-    parser.add_argument(
+    starts = parser.add_mutually_exclusive_group()
+    starts.add_argument(
         "--prompt",
-        default="",
+        default=_WRITING["prompt"],
         metavar="RESIDUES",
         help="residues that every protein begins with, such as MKT",
+    )
+    starts.add_argument(
+        "--prompt_fasta",
+        metavar="FILE",
+        help="several prompts, each a record of a FASTA file",
+    )
+    starts.add_argument(
+        "--infill",
+        metavar="PROTEIN",
+        help="a FASTA file, or residues, with * for every residue that a FlaxBERT is to fill in",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        metavar="N",
+        help="with --infill: fill in the hidden residues in N rounds, those the model is surest of "
+        "first (default: one residue a round, the most careful and the slowest)",
     )
     parser.add_argument(
         "--temperature",
@@ -41,6 +89,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="draw among the fewest residues that together have probability P",
     )
     parser.add_argument(
+        "--repetition_penalty",
+        type=float,
+        default=_WRITING["repetition_penalty"],
+        metavar="R",
+        help="above 1, such as 1.2, makes residues that occurred lately less probable (default: 1)",
+    )
+    parser.add_argument(
+        "--repetition_window",
+        type=int,
+        metavar="N",
+        help="how many residues back that looks (default: all)",
+    )
+    parser.add_argument(
+        "--min_length",
+        type=int,
+        default=_WRITING["min_length"],
+        metavar="N",
+        help="least residues of a protein, the prompt included (default: 1)",
+    )
+    parser.add_argument(
         "--max_length",
         type=int,
         metavar="N",
@@ -54,21 +122,77 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Runs the command."""
+    from tqdm import tqdm
+
     from fast_attention.protein_lm.fasta import write_fasta
     from fast_attention.protein_lm.loading import load_run
     from fast_attention.protein_lm.output_files import check_output
-    from fast_attention.protein_lm.sampling import sample_proteins
 
     check_output(options.output)
-    records = sample_proteins(
-        load_run(options.run_dir).model,
-        options.num_samples,
-        prompt=options.prompt,
-        seed=options.seed,
-        max_length=options.max_length,
+    unused = _WRITING if options.infill else _FILLING
+    for name, default in unused.items():
+        if getattr(options, name) != default:
+            way = "when hidden residues are filled in" if options.infill else "without --infill"
+            raise ValueError(f"--{name} has no meaning {way}: leave it out")
+    model = load_run(options.run_dir).model
+    total, records = (_fill if options.infill else _write)(model, options)
+    # Proteins go to the file as they are drawn; it gets its name when it is whole.
+    write_fasta(options.output, tqdm(records, "sampling", total, unit="protein", disable=None))
+    print(f"{total} proteins written to {options.output}")
+
+
+def _write(model: FlaxModel, options: argparse.Namespace) -> tuple[int, Iterator[FastaRecord]]:
+    from fast_attention.protein_lm.fasta import FastaRecord, read_fasta
+    from fast_attention.protein_lm.sampling import draw_proteins
+
+    number = 10 if options.num_samples is None else options.num_samples
+    if options.prompt_fasta:
+        prompts = list(read_fasta(options.prompt_fasta))
+    else:
+        prompts = [FastaRecord("sample", "", options.prompt)]
+
+    def records() -> Iterator[FastaRecord]:
+        for prompt in prompts:
+            yield from draw_proteins(
+                model,
+                number,
+                prompt=prompt.sequence,
+                name=prompt.id,
+                seed=options.seed,
+                min_length=options.min_length,
+                max_length=options.max_length,
+                temperature=options.temperature,
+                top_k=options.top_k,
+                top_p=options.top_p,
+                repetition_penalty=options.repetition_penalty,
+                repetition_window=options.repetition_window,
+            )
+
+    return number * len(prompts), records()
+
+
+def _fill(model: FlaxModel, options: argparse.Namespace) -> tuple[int, Iterator[FastaRecord]]:
+    from fast_attention.protein_lm.fasta import PROTEIN_LETTERS, FastaRecord, read_fasta
+    from fast_attention.protein_lm.infilling import HIDDEN, infill_proteins
+
+    number = 1 if options.num_samples is None else options.num_samples
+    if Path(options.infill).is_file():
+        proteins = list(read_fasta(options.infill, alphabet=PROTEIN_LETTERS + HIDDEN))
+    elif set(options.infill.upper()) <= set(PROTEIN_LETTERS + HIDDEN):
+        proteins = [FastaRecord("infill", "", options.infill.upper())]
+    else:
+        raise ValueError(
+            f"--infill={options.infill} is neither a file nor residues with {HIDDEN} for the "
+            "hidden ones"
+        )
+    records = infill_proteins(
+        model,
+        proteins,
+        num_samples=number,
+        rounds=options.rounds,
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
+        seed=options.seed,
     )
-    write_fasta(options.output, records)
-    print(f"{len(records)} proteins written to {options.output}")
+    return number * len(proteins), records

@@ -1,0 +1,36 @@
+"""``protein-lm info``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from fast_attention.protein_lm.commands import arguments
+
+SUMMARY = "say what a trained model is and what it reached"
+DESCRIPTION = """\
+Say what a trained model is and what it reached: its shape and size, the proteins it was trained on,
+how far the training has come, its last figures. Works for a run that is still being trained, and
+for an exported model.
+
+  protein-lm info --run_dir=runs/demo"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    arguments.add_run_dir(parser)
+    parser.add_argument("--json", action="store_true", help="print all of it as JSON")
+    parser.add_argument(
+        "--skip_corpus",
+        action="store_true",
+        help="do not read the FASTA files of the training to count their proteins and residues, "
+        "which takes a while if they are large",
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Runs the command."""
+    from fast_attention.protein_lm.information import describe_run, format_information
+
+    about = describe_run(options.run_dir, count_corpus=not options.skip_corpus)
+    print(json.dumps(about, indent=1) if options.json else format_information(about))

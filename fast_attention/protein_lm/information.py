@@ -1,0 +1,202 @@
+"""What there is to know about a run or an exported model, without running it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from fast_attention.protein_lm import descriptions, exporting, metrics_log
+from fast_attention.protein_lm.corpus import bundled_corpus
+from fast_attention.protein_lm.fasta_files import read_proteins
+from fast_attention.protein_lm.loading import open_run
+from fast_attention.protein_lm.report import format_table
+from fast_attention.protein_lm.run_folder import RunFolder, describe_vocabulary
+from fast_attention.protein_lm.text_source import FastaError
+
+_SPLITS = ("train", "valid", "test")
+
+
+def describe_run(run_dir: str | Path, *, count_corpus: bool = True) -> dict[str, Any]:
+    """Gathers what is known, in the form of JSON.
+
+    Args:
+      run_dir: A run, finished or not, with or without a checkpoint, or an exported folder.
+      count_corpus: Whether to read the FASTA files to count proteins and residues.
+
+    Returns:
+      ``folder``, ``kind`` (``"run"`` or ``"export"``), those of `descriptions.describe_model`,
+      ``vocabulary``, ``max_length``, ``checkpoints`` (steps), ``step`` and ``tokens`` (seen in
+      training) of the newest or None, ``finished``, ``corpus`` (by split: ``files``, ``proteins``,
+      ``residues``, and ``problem`` where they cannot be counted), ``metrics`` (the last row by
+      split), ``evaluation`` (the last on record, or None).
+
+    Raises:
+      RunError: If the folder is neither, or was changed.
+    """
+    model, settings, folder = open_run(run_dir)
+    exported = folder.export.is_file()
+    steps = checkpoint_steps(folder)
+    newest = steps[-1] if steps else None
+    step = exporting.read_export(folder)["step"] if exported else newest
+    rows = metrics_log.read_metrics(folder.metrics)
+    return {
+        "folder": str(folder.path),
+        "kind": "export" if exported else "run",
+        **descriptions.describe_model(model),
+        "vocabulary": describe_vocabulary(model.domain),
+        "max_length": model.max_length,
+        "checkpoints": steps,
+        "step": step,
+        "tokens": None if step is None else tokens_seen(folder, step),
+        "finished": exported or folder.result.is_file(),
+        "corpus": _corpus(settings, count_corpus),
+        "metrics": {row["split"]: row for row in rows},
+        "evaluation": _evaluation(folder),
+    }
+
+
+def checkpoint_steps(folder: RunFolder) -> list[int]:
+    """Steps of the checkpoints that are whole."""
+    if not folder.checkpoints.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.checkpoints.iterdir() if path.name.isdigit())
+
+
+def tokens_seen(folder: RunFolder, step: int) -> int | None:
+    """Tokens trained on up to a checkpoint; None where that is not on record."""
+    if folder.export.is_file():
+        return exporting.read_export(folder)["tokens"]
+    try:
+        with ocp.CheckpointManager(
+            folder.checkpoints.absolute(), options=ocp.CheckpointManagerOptions(create=False)
+        ) as manager:
+            found = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
+        return found["about"]["progress"]["tokens"]
+    except (ValueError, KeyError, TypeError, OSError):
+        return None
+
+
+def format_information(about: dict[str, Any]) -> str:
+    """The text that ``protein-lm info`` prints."""
+    parameters = dict(about["parameters"])
+    total, drawn = parameters.pop("total"), parameters.pop("drawn")
+    causal = about["transformer"]["causal"]
+    lines = [
+        ("folder", f"{about['folder']} ({_status(about)})"),
+        ("model", f"{about['model']}, {'causal' if causal else 'bidirectional'}"),
+        ("Transformer", _options(about["transformer"], skip=("type", "vocab_size", "causal"))),
+        ("attention", _attention(about["attention"])),
+    ]
+    if about["masking"] is not None:
+        lines.append(("masking", _options(about["masking"], skip=("type",))))
+    lines += [
+        ("vocabulary", _vocabulary(about["vocabulary"])),
+        ("longest", f"{about['max_length']:,} tokens"),
+        ("parameters", f"{total:,} trained, and {drawn:,} drawn once"),
+    ]
+    lines += [("", f"{part.replace('_', '-'):<14}{n:>14,}") for part, n in parameters.items()]
+    lines.append(("step", "none yet" if about["step"] is None else f"{about['step']:,}"))
+    if about["tokens"] is not None:
+        lines.append(("tokens seen", f"{about['tokens']:,}"))
+    if about["kind"] == "run":
+        steps = ", ".join(f"{step:,}" for step in about["checkpoints"])
+        lines.append(("checkpoints", steps or "none yet"))
+    lines += [(f"{split} data", _files(files)) for split, files in about["corpus"].items()]
+    for split, row in about["metrics"].items():
+        lines.append((f"{split} metrics", _options(row, skip=("split",))))
+    text = "\n".join(f"{name:<16}{value}".rstrip() for name, value in lines)
+    evaluation = about["evaluation"]
+    if evaluation is None:
+        return text
+    table = format_table(
+        ("evaluation", "perplexity", "accuracy"),
+        [
+            (row["name"], f"{row['perplexity']:.2f}", f"{100 * row['accuracy']:.2f} %")
+            for row in evaluation["scores"]
+        ],
+    )
+    return f"{text}\n\n{table}"
+
+
+def _evaluation(folder: RunFolder) -> dict[str, Any] | None:
+    """The newest of what ``evaluate`` and the end of the training have left."""
+    files = [path for path in (folder.evaluation, folder.result) if path.is_file()]
+    for path in sorted(files, key=lambda path: -path.stat().st_mtime):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        found = found.get("evaluation") if path == folder.result else found
+        if found:
+            return found
+    return None
+
+
+def _corpus(settings: dict[str, Any], count: bool) -> dict[str, Any]:
+    bundled = settings.get("train_files") is None
+    corpus = {}
+    for split in _SPLITS:
+        files = settings.get(f"{split}_files")
+        if files is None and bundled:
+            files = str(bundled_corpus(split))
+        if files:
+            files = [files] if isinstance(files, str) else list(files)
+            corpus[split] = {"files": files} | (_count(files) if count else {})
+    return corpus
+
+
+def _count(files: Sequence[str]) -> dict[str, Any]:
+    proteins = residues = 0
+    try:
+        for record in read_proteins(files):
+            proteins += 1
+            residues += len(record.sequence)
+    except FastaError as error:
+        # A model outlives the files it was trained on, and they may lie on another machine.
+        return {"proteins": None, "residues": None, "problem": str(error)}
+    return {"proteins": proteins, "residues": residues}
+
+
+def _status(about: dict[str, Any]) -> str:
+    if about["kind"] == "export":
+        return "exported"
+    return "finished run" if about["finished"] else "unfinished run"
+
+
+def _options(values: dict[str, Any], skip: Sequence[str]) -> str:
+    shown = {name: value for name, value in values.items() if name not in skip}
+    return ", ".join(
+        f"{name}={value:.5g}" if isinstance(value, float) else f"{name}={value}"
+        for name, value in shown.items()
+        if value is not None
+    )
+
+
+def _attention(attention: str | dict[str, Any]) -> str:
+    if isinstance(attention, str):
+        return attention
+    options = {
+        name: _attention(value) if isinstance(value, dict) else value
+        for name, value in attention.items()
+    }
+    return f"{attention['type']}({_options(options, skip=('type',))})"
+
+
+def _vocabulary(vocabulary: dict[str, Any]) -> str:
+    tokens = vocabulary["tokens"]
+    special = [
+        f"{name} {tokens[vocabulary[name]]}"
+        for name in ("bos", "eos", "pad", "mask")
+        if vocabulary[name] is not None
+    ]
+    return f"{len(tokens)} tokens, {' '.join(tokens)} ({', '.join(special)})"
+
+
+def _files(split: dict[str, Any]) -> str:
+    named = ", ".join(split["files"])
+    if "proteins" not in split:
+        return named
+    if split["proteins"] is None:
+        return f"{named}: cannot be counted now ({split['problem']})"
+    return f"{named}: {split['proteins']:,} proteins, {split['residues']:,} residues"

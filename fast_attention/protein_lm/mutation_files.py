@@ -1,0 +1,114 @@
+"""Lists of mutations, as files."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from fast_attention.protein_lm.fasta import FastaRecord
+from fast_attention.protein_lm.mutations import Variant, parse_variant
+
+_MUTANT, _ID = "mutant", "id"
+
+
+class ListedMutation(NamedTuple):
+    """One entry of a list.
+
+    Attributes:
+      text: The mutation, in the notation of `mutations`.
+      id: Of the wild type, where the list says that.
+      line: Where it stands.
+    """
+
+    text: str
+    id: str | None
+    line: int
+
+
+def read_mutations(path: str | Path) -> list[ListedMutation]:
+    """Reads a list of mutations: one per line, or a table with a column ``mutant``.
+
+    The file is a table if its first line that is not empty, cut at tabs if it has any and else at
+    commas, has a cell ``mutant``; that line is its header then. In a table the column ``id``,
+    if there is one, names the wild type by its id in the FASTA file; other columns are not looked
+    at (tables of ProteinGym can be given as they are). Otherwise every line that is not empty is
+    a mutation, the first one, too.
+
+    Args:
+      path: The file, text.
+
+    Raises:
+      ValueError: If it has no mutation, or a line of a table ends before its mutation.
+      OSError: If it cannot be read.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is no text ({error.reason}); give a list or a table") from None
+    lines = text.splitlines()
+    first = next((number for number, line in enumerate(lines) if line.strip()), None)
+    if first is None:
+        raise ValueError(f"{path}: the file is empty; give one mutation per line, such as A12G")
+    delimiter = "\t" if "\t" in lines[first] else ","
+    header = [
+        cell.strip().lower() for cell in next(csv.reader([lines[first]], delimiter=delimiter))
+    ]
+    if _MUTANT not in header:
+        return [
+            ListedMutation(line.strip(), None, number)
+            for number, line in enumerate(lines, 1)
+            if line.strip()
+        ]
+    found = []
+    rows = csv.reader(io.StringIO("\n".join(lines[first + 1 :])), delimiter=delimiter)
+    for row in rows:
+        if not any(cell.strip() for cell in row):
+            continue
+        line = first + 1 + rows.line_num
+        cells = dict(zip(header, (cell.strip() for cell in row), strict=False))
+        if not cells.get(_MUTANT):
+            raise ValueError(f"{path}, line {line}: nothing in the column {_MUTANT!r}")
+        found.append(ListedMutation(cells[_MUTANT], cells.get(_ID), line))
+    if not found:
+        raise ValueError(f"{path}: the table has a header and no mutation")
+    return found
+
+
+def variants_of_list(
+    path: str | Path, wild_types: Sequence[FastaRecord]
+) -> list[tuple[FastaRecord, list[Variant]]]:
+    """Reads a list of mutations of some wild types.
+
+    Args:
+      path: As for `read_mutations`.
+      wild_types: With ids that differ.
+
+    Returns:
+      Each wild type that the list names, and its variants, both in the order of the list.
+
+    Raises:
+      ValueError: As `read_mutations` and `parse_variant`, with the line; or if the list does
+        not say which of several wild types is meant, or names another.
+    """
+    by_id = {wild.id: wild for wild in wild_types}
+    found: dict[str, list[Variant]] = {}
+    for mutation in read_mutations(path):
+        place = f"{path}, line {mutation.line}"
+        if mutation.id is None and len(wild_types) > 1:
+            raise ValueError(
+                f"{path}: there are {len(wild_types)} wild types, and nothing says which of them "
+                "is meant: give a table with a column 'id', or one wild type"
+            )
+        name = wild_types[0].id if mutation.id is None else mutation.id
+        if name not in by_id:
+            known = ", ".join(list(by_id)[:5])
+            raise ValueError(f"{place}: there is no wild type {name!r}; there is {known}")
+        try:
+            variant = parse_variant(mutation.text, by_id[name].sequence)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+        found.setdefault(name, []).append(variant)
+    return [(by_id[name], variants) for name, variants in found.items()]

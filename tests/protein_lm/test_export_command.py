@@ -1,0 +1,81 @@
+import json
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from fast_attention.protein_lm import cli
+from fast_attention.protein_lm.flax_model import FlaxModel
+from fast_attention.protein_lm.loading import load_run
+
+
+@pytest.fixture(scope="module", params=["lm_run", "bert_run"])
+def exported(request, tmp_path_factory):
+    run = request.getfixturevalue(request.param)
+    folder = tmp_path_factory.mktemp("exports") / "model"
+    assert cli.main(["export", f"--run_dir={run}", f"--output={folder}"]) == 0
+    return run, folder
+
+
+def fails(arguments, capsys):
+    assert cli.main(arguments) == 1
+    return capsys.readouterr().err
+
+
+def test_an_exported_model_is_the_model_bit_by_bit(exported):
+    run, folder = exported
+    before, after = load_run(run), load_run(folder)
+    assert type(before.model) is type(after.model) and before.step == after.step == 12
+    assert before.model.config == after.model.config
+    for part in ("parameters", "variables"):
+        one, two = (getattr(loaded.model.state, part) for loaded in (before, after))
+        jax.tree.map(np.testing.assert_array_equal, one, two)
+    sequence = ["MKTAYIAKQR"]
+    np.testing.assert_array_equal(before.model.logits(sequence), after.model.logits(sequence))
+    assert type(FlaxModel.load(folder)) is type(before.model)
+
+
+def test_the_files_explain_themselves(exported):
+    run, folder = exported
+    about = json.loads((folder / "config.json").read_text())
+    assert about["transformer"]["emb_dim"] == 32 and about["step"] == 12
+    assert about["attention"]["type"] == "FastAttention"
+    assert about["vocabulary"]["tokens"][:3] == ["A", "C", "D"]
+    assert about["gin"] == (run / "config.gin").read_text()
+    assert about["tokens"] > 0
+    arrays = safetensors.numpy.load_file(folder / "model.safetensors")
+    sizes = [array.size for name, array in arrays.items() if name.startswith("parameters.")]
+    assert sum(sizes) == about["parameters"]["total"]
+    assert arrays["parameters.embed.embedding"].shape == (29, 32)
+
+
+def test_an_exported_model_works_and_is_exported_again(exported, tiny_fasta, tmp_path):
+    _, folder = exported
+    figures, again = tmp_path / "figures.json", tmp_path / "again"
+    arguments = ["evaluate", f"--run_dir={folder}", f"--fasta={tiny_fasta}", f"--output={figures}"]
+    assert cli.main(arguments) == 0
+    assert cli.main(["export", f"--run_dir={folder}", f"--output={again}"]) == 0
+    for name in ("config.json", "model.safetensors", "baselines.npz"):
+        assert (again / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_what_cannot_be_read_or_written_is_told(lm_run, tmp_path, capsys):
+    assert "a folder of its own" in fails(
+        ["export", f"--run_dir={lm_run}", f"--output={lm_run}"], capsys
+    )
+    folder = tmp_path / "model"
+    assert cli.main(["export", f"--run_dir={lm_run}", f"--output={folder}"]) == 0
+    again = ["export", f"--run_dir={folder}", f"--output={tmp_path / 'other'}"]
+    assert "folder of its own" in fails([*again[:2], f"--output={folder}"], capsys)
+    arrays = safetensors.numpy.load_file(folder / "model.safetensors")
+    arrays["parameters.head.bias"] = arrays["parameters.head.bias"][:3]
+    safetensors.numpy.save_file(arrays, folder / "model.safetensors")
+    assert "parameters.head.bias is float32[3] there" in fails(again, capsys)
+    (folder / "model.safetensors").write_bytes(b"nothing")
+    assert "cannot be read" in fails(again, capsys)
+    about = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(about | {"format_version": 2}))
+    assert "format version 2" in fails(again, capsys)
+    (folder / "config.json").write_text("{}")
+    assert "not written by 'protein-lm export'" in fails(again, capsys)

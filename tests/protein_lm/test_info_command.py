@@ -1,0 +1,80 @@
+import json
+import shutil
+
+import pytest
+
+from fast_attention.protein_lm import cli, read_fasta
+from fast_attention.protein_lm.loading import load_run
+
+
+def told(folder, capsys, *options):
+    assert cli.main(["info", f"--run_dir={folder}", *options]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_run_is_described(lm_run, tiny_fasta, capsys):
+    about = json.loads(told(lm_run, capsys, "--json"))
+    parameters = about["parameters"]
+    assert parameters["total"] == load_run(lm_run).model.num_parameters
+    parts = {name: n for name, n in parameters.items() if name not in ("total", "drawn")}
+    assert sum(parts.values()) == parameters["total"]
+    assert set(parts) == {"embed", "positions", "attention", "feed_forward", "norm", "head"}
+    assert parts["attention"] == 4 * 32 * 32 and parts["embed"] == 29 * 32
+    assert parameters["drawn"] == 16 * 16
+    records = list(read_fasta(tiny_fasta))
+    train = about["corpus"]["train"]
+    assert (train["files"], train["proteins"]) == ([tiny_fasta], len(records))
+    assert train["residues"] == sum(len(record.sequence) for record in records)
+    assert about["step"] == 12 and about["checkpoints"] == [8, 12] and about["finished"]
+    assert about["tokens"] == json.loads((lm_run / "result.json").read_text())["tokens"]
+    assert about["metrics"]["train"]["step"] == about["metrics"]["valid"]["step"] == 12
+    assert about["evaluation"]["scores"][0]["name"] == "this model"
+
+
+def test_the_text_says_the_same(bert_run, tiny_fasta, capsys):
+    text = told(bert_run, capsys)
+    for part in (
+        "FlaxBERT, bidirectional",
+        "finished run",
+        "mask_rate=0.15",
+        "FastAttention(",
+        "29 tokens",
+        f"{tiny_fasta}: 500 proteins",
+        "step            12",
+        "checkpoints     8, 12",
+        "valid metrics   step=12",
+        "this model",
+    ):
+        assert part in text
+    skipped = told(bert_run, capsys, "--skip_corpus")
+    assert tiny_fasta in skipped and "500 proteins" not in skipped
+
+
+def test_a_run_without_a_checkpoint_and_without_its_data_is_described(lm_run, tmp_path, capsys):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    config = (lm_run / "config.gin").read_text().replace("tiny.fasta", "absent.fasta")
+    (folder / "config.gin").write_text(config)
+    shutil.copy(lm_run / "vocabulary.json", folder)
+    text = told(folder, capsys)
+    assert "unfinished run" in text and "step            none yet" in text
+    assert "cannot be counted now" in text and "absent.fasta" in text
+    about = json.loads(told(folder, capsys, "--json"))
+    assert about["tokens"] is None and about["checkpoints"] == [] and about["evaluation"] is None
+
+
+def test_an_exported_model_is_described(lm_run, tmp_path, capsys):
+    folder = tmp_path / "model"
+    assert cli.main(["export", f"--run_dir={lm_run}", f"--output={folder}"]) == 0
+    capsys.readouterr()
+    one, two = (json.loads(told(path, capsys, "--json")) for path in (lm_run, folder))
+    assert two["kind"] == "export" and "exported" in told(folder, capsys)
+    for name in ("model", "transformer", "attention", "parameters", "step", "tokens", "corpus"):
+        assert one[name] == two[name]
+
+
+@pytest.mark.parametrize("command", ["info", "export"])
+def test_another_folder_is_refused(command, tmp_path, capsys):
+    extra = [] if command == "info" else [f"--output={tmp_path / 'x'}"]
+    assert cli.main([command, f"--run_dir={tmp_path}", *extra]) == 1
+    assert "not the folder of a run" in capsys.readouterr().err
