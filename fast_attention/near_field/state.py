@@ -155,11 +155,12 @@ def _prefill(
         order = jnp.argsort(~key_mask, axis=1, stable=True)
         query, key, value = (_taken(x, order) for x in (query, key, value))
     # The window in the order of its positions, then the new tokens.
-    before = (state.length[:, None] + jnp.arange(window)) % window
-    in_use = jnp.arange(window) >= window - state.length[:, None]
+    place = jnp.arange(window)[None]
+    before = (state.length[:, None] + place) % window
+    in_use = place >= window - state.length[:, None]
     keys = jnp.concatenate([_taken(state.key, before), key], axis=1)
     values = jnp.concatenate([_taken(state.value, before), value], axis=1)
-    arriving = jnp.arange(new) < count[:, None]
+    arriving = jnp.arange(new)[None] < count[:, None]
     visible = jnp.concatenate([in_use, arriving], axis=1)[..., None]
     padded = jnp.pad(query, [(0, 0), (window, 0), (0, 0), (0, 0)])
     arrays = Sequences(padded.astype(dtype), keys.astype(dtype), values.astype(dtype), visible)
@@ -181,7 +182,7 @@ def _prefill(
     # The latest position of each slot, counted from the first of the window before.
     length = state.length + count
     last = (length - 1)[:, None]
-    latest = last - (last - jnp.arange(window)) % window - state.length[:, None] + window
+    latest = last - (last - place) % window - state.length[:, None] + window
     return out, NearFieldState(far_state, _taken(keys, latest), _taken(values, latest), length)
 
 
