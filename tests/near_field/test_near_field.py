@@ -230,48 +230,44 @@ def test_squared_norms_of_200(causal):
 
 
 def test_under_every_transformation():
-    q, k, v = cases.qkv(length=5)
+    q, k, v = cases.qkv(length=4)
 
-    def loss(q, k, v):
-        function = jax.checkpoint(jax.vmap(attend(2, True)))
-        return jnp.sum(function(q, k, v) ** 2)
+    def gradient(function):
+        loss = lambda *x: cases.weighted_sum(function(*x))  # noqa: E731
+        return cases.compiled(jax.grad(loss, argnums=(0, 1, 2)))
 
+    function = functools.partial(attend(2, True), implementation="reference")
     with jax.checking_leaks():
-        grads = cases.compiled(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
-    with jax.enable_x64(True):
-        rows = projection().astype(float)
-        square = lambda *x: jnp.sum(near_field(*x, rows, None, 2, True, None, None) ** 2)  # noqa: E731
-        wide = (np.asarray(x, float) for x in (q, k, v))
-        expected = cases.compiled(jax.grad(square, argnums=(0, 1, 2)))(*wide)
-    cases.assert_close(grads, jax.tree.map(np.asarray, expected), 1e-5)
+        grads = gradient(jax.checkpoint(jax.vmap(attend(2, True))))(q, k, v)
+    cases.assert_close(grads, gradient(function)(q, k, v), 1e-5)
 
 
 def test_error_falls_with_features_and_with_the_window():
     length, heads, width = 32, 8, 16
-    q, k = (jnp.asarray(cases.draw(s, 1, length, heads, width)) for s in (0, 1))
+    q, k = (jnp.asarray(cases.draw(s, 1, length, heads, width, scale=0.7)) for s in (0, 1))
     v = jnp.asarray(cases.draw(2, 1, length, heads, width))
-    exact = jax.nn.dot_product_attention(q, k, v)
+    exact = make_softmax_attention()(q, k, v)
 
     def error(window, features):
-        function = make_fast_softmax_attention(nb_features=features, exact_window=window)
+        rows = jnp.asarray(cases.draw(3, features, width))
+        function = make_fast_softmax_attention(projection_matrix=rows, exact_window=window)
         out = cases.compiled(function)(q, k, v)
         return float(jnp.linalg.norm(out - exact) / jnp.linalg.norm(exact))
 
-    by_window = [error(window, 32) for window in (None, 4, 24)]
-    assert by_window == sorted(by_window, reverse=True)
-    assert by_window[-1] < 0.5 * by_window[0]
-    assert error(4, 2048) < 0.4 * by_window[1]
+    alone, near, nearer = (error(window, 32) for window in (None, 4, 12))
+    assert nearer < near < alone
+    assert error(4, 1024) < 0.5 * near
 
 
 def test_every_positive_estimator_and_axes():
-    q, k, v = cases.qkv(length=12)
-    hyperbolic = make_fast_softmax_attention(nb_features=M, estimator="hyperbolic", exact_window=20)
+    q, k, v = cases.qkv(length=6)
+    hyperbolic = make_fast_softmax_attention(nb_features=M, estimator="hyperbolic", exact_window=5)
     expected = make_softmax_attention()(q, k, v)
-    np.testing.assert_allclose(hyperbolic(q, k, v), expected, atol=1e-6)
-    fast = make_fast_softmax_attention(nb_features=M, exact_window=2)
-    grid = (x.reshape(B, 3, 4, *x.shape[2:]) for x in (q, k, v))
-    out = fast(*grid, axis=(1, 2)).reshape(B, 12, H, V)
-    np.testing.assert_allclose(out, fast(q, k, v), atol=1e-6)
+    np.testing.assert_allclose(cases.compiled(hyperbolic)(q, k, v), expected, atol=1e-6)
+    fast = make_fast_softmax_attention(projection_matrix=jnp.asarray(projection()), exact_window=2)
+    grid = (x.reshape(B, 2, 3, *x.shape[2:]) for x in (q, k, v))
+    out = cases.compiled(functools.partial(fast, axis=(1, 2)))(*grid).reshape(B, 6, H, V)
+    cases.assert_close(out, defined(2, False)(q, k, v), 1e-5)
 
 
 @pytest.mark.parametrize("window", [0, -1, 2.0, True])
@@ -295,9 +291,8 @@ def test_what_does_not_combine():
 
 
 @pytest.mark.usefixtures("optimized")
-@pytest.mark.parametrize("causal", [True, False])
-def test_memory_is_linear(causal):
-    length, heads, width, features, window = 4096, 2, 64, 128, 128
+def test_memory_is_linear():
+    length, heads, width, features, window = 4096, 2, 64, 1024, 128
     x = jax.ShapeDtypeStruct((1, length, heads, width), jnp.float32)
 
     def loss(*arrays):
@@ -306,12 +301,12 @@ def test_memory_is_linear(causal):
             feature_map=MAP,
             parameters=jnp.zeros((features, width)),
             exact_window=window,
-            causal=causal,
+            causal=True,
         )
         return jnp.sum(out**2)
 
     program = cases.compiled(jax.grad(loss, argnums=(0, 1, 2))).lower(x, x, x).compile()
     size = program.memory_analysis().temp_size_in_bytes
-    # A few arrays as long as the inputs, and the states between groups of chunks.
-    print(size / (length * heads * width * 4))
-    assert size < 20 * length * heads * width * 4
+    # Arrays as long as the inputs, and states between groups of chunks; features of all queries
+    # and keys alone would take 32.
+    assert size < 24 * length * heads * width * 4
