@@ -88,7 +88,10 @@ def error(inputs: Inputs, window: int) -> float:
 
 def main() -> None:
     """Prints one table row a number of features and window."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.near_field",
+        description="Cost and error of the exact near field.",
+    )
     parser.add_argument("--length", type=int, default=4096, help="tokens (4096)")
     parser.add_argument("--repeats", type=int, default=5, help="samples of each (5)")
     options = parser.parse_args()

@@ -110,10 +110,12 @@ def near_field_attention(
         per_key(key_bias, key, "key_bias"), per_key(key_mask, key, "key_mask")
     )
     arrays = Sequences(
-        *(x.reshape(-1, *x.shape[-3:]) for x in (query, key, value)),
-        key_mask,
-        key_bias,
-        None if segment_ids is None else broadcast_segments(segment_ids, query),
+        query=query.reshape(-1, *query.shape[-3:]),
+        key=key.reshape(-1, *key.shape[-3:]),
+        value=value.reshape(-1, *value.shape[-3:]),
+        key_mask=key_mask,
+        key_bias=key_bias,
+        segment_ids=None if segment_ids is None else broadcast_segments(segment_ids, query),
     )
     plan = Plan(
         feature_map=feature_map,

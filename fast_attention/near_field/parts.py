@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +77,8 @@ def far_plan(plan: Plan) -> Plan:
 
 def near_parts(arrays: Sequences, back: int, ahead: int, precision: jax.lax.PrecisionLike) -> Parts:
     """Attends exactly to the keys ``t - back .. t + ahead`` of every position t."""
-    key, value, options = arrays.key, arrays.value, {}
+    key, value = arrays.key, arrays.value
+    options: dict[str, Any] = {}
     groups = arrays.query.shape[2] // key.shape[2]
 
     def of_logits(x: Array) -> Array:
@@ -136,34 +137,39 @@ def parts_before(
       implementation: of linear attention.
     """
     length = arrays.query.shape[1]
-    queries = arrays._replace(key=None, value=None, key_mask=None, key_bias=None)
-    query, _, _, _, _, ids = jax.tree.map(lambda x: x[:, distance:], queries)
-    keys = arrays._replace(query=None)
-    _, key, value, key_mask, key_bias, ids_of_keys = jax.tree.map(
-        lambda x: x[:, : length - distance], keys
-    )
+    later = arrays.query[:, distance:]
+    keys = jax.tree.map(lambda x: x[:, : length - distance], arrays)
+    key_mask, ids = keys.key_mask, arrays.segment_ids
     if ids is not None:
+        ids = ids[:, distance:]
         # A key enters the state with a query of its own segment, or never.
-        same = (ids == ids_of_keys)[..., None]
+        same = (ids == keys.segment_ids)[..., None]
         key_mask = same if key_mask is None else key_mask & same
     parts, _ = attend(
         plan,
-        query,
-        key,
-        value,
+        later,
+        keys.key,
+        keys.value,
         parameters=parameters,
         key_mask=key_mask,
-        key_bias=key_bias,
+        key_bias=keys.key_bias,
         segment_ids=ids,
         implementation=implementation,
     )
 
-    def at_the_end(x: Array, fill: float) -> Array:
+    def from_distance(x: Array | None, fill: float) -> Any:
+        """``[B, T - distance, ...]`` to ``[B, T, ...]``."""
+        assert x is not None
         widths = [(0, 0), (distance, 0)] + [(0, 0)] * (x.ndim - 2)
         return jnp.pad(x, widths, constant_values=fill)
 
-    fills = Parts(0.0, 0.0, EMPTY_LOG_SCALE)
-    return settled(jax.tree.map(at_the_end, parts, fills))
+    return settled(
+        Parts(
+            numerator=from_distance(parts.numerator, 0.0),
+            denominator=from_distance(parts.denominator, 0.0),
+            log_scale=from_distance(parts.log_scale, EMPTY_LOG_SCALE),
+        )
+    )
 
 
 def settled(parts: Parts) -> Parts:

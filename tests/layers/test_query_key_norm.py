@@ -1,5 +1,7 @@
 """Queries and keys of one length: the bound, the temperature, and that nothing else changes."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,7 +63,7 @@ FUNCTIONS = (
 )
 
 
-def build(**options):
+def build(**options: Any):
     config = AttentionConfig(
         FUNCTIONS, D, num_kv_heads=K, causal=True, **({"qk_norm": "unit"} | options)
     )
@@ -99,13 +101,15 @@ def test_a_larger_input_projection_changes_nothing():
 
 
 def test_models_have_it_by_one_field_and_not_by_themselves():
-    def heads(**options):
+    def heads(**options: Any):
         block = TransformerConfig(vocab_size=5, **options).language_model().stack.blocks[0]
-        return block[0].inner.qk_norm
+        attention = block[0].inner
+        assert isinstance(attention, AttentionConfig)
+        return attention.qk_norm
 
     assert heads() is None
     assert heads(qk_norm=True) == "unit"
     with pytest.raises(ValueError, match="qk_norm must be True or False, got 'yes'"):
-        TransformerConfig(vocab_size=5, qk_norm="yes")
+        heads(qk_norm="yes")
     with pytest.raises(ValueError, match="'unit', 'rms' or None, got True"):
         build(qk_norm=True)
