@@ -25,7 +25,7 @@ from fast_attention.softmax_attention import make_softmax_attention
 
 WINDOWS = (0, 64, 128, 256)
 FEATURES = (64, 256)
-STRENGTH = 2.0
+STRENGTH = 0.5
 """Largest logit that comes of position alone; as much again, as a standard deviation over 2, is of
 content."""
 
