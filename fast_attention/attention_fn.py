@@ -30,6 +30,7 @@ from fast_attention.feature_maps import (
 from fast_attention.feature_maps.elementwise import Kernel, relu
 from fast_attention.linear_attention.checks import check_saved_states
 from fast_attention.linear_attention.inputs import SavedStates
+from fast_attention.near_field.parts import check_options as check_near_field
 
 Estimator = Literal["favor+", "hyperbolic", "trigonometric"]
 
@@ -56,6 +57,7 @@ def make_fast_softmax_attention(
     implementation: str | None = None,
     saved_states: SavedStates | None = None,
     check_masks: bool = False,
+    exact_window: int | None = None,
 ) -> FastAttention:
     """Returns an attention function that estimates softmax attention in linear time (FAVOR+).
 
@@ -83,6 +85,9 @@ def make_fast_softmax_attention(
       implementation: see :func:`fast_attention.linear_attention`.
       saved_states: "all" or a "few" (less memory in the backward pass), see there.
       check_masks: check masks given under jit when the program runs (debugging).
+      exact_window: W, the softmax weights of keys this near are exact, those of the others
+        estimated: causal the last W, a position's own among them, else all with ``|t - s| <= W``.
+        Positive estimators only; see :func:`fast_attention.near_field.near_field_attention`.
 
     Raises:
       ValueError: for options that do not fit together or are out of range.
@@ -111,6 +116,8 @@ def make_fast_softmax_attention(
         raise ValueError(
             f"Unknown estimator {estimator!r}; choose 'favor+', 'hyperbolic' or 'trigonometric'."
         )
+    if exact_window is not None:
+        check_near_field(exact_window, feature_map)
     return FastAttention(
         feature_map=feature_map,
         qkv_dim=qkv_dim,
@@ -125,6 +132,7 @@ def make_fast_softmax_attention(
         implementation=implementation,
         saved_states=saved_states,
         check_masks=check_masks,
+        exact_window=exact_window,
     )
 
 

@@ -25,6 +25,10 @@ from fast_attention.linear_attention import (
     step,
 )
 from fast_attention.linear_attention.inputs import SavedStates
+from fast_attention.near_field import NearFieldState, near_field_attention
+from fast_attention.near_field import empty_state as empty_near_field_state
+from fast_attention.near_field import prefill as near_field_prefill
+from fast_attention.near_field import step as near_field_step
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,6 +52,8 @@ class FastAttention:
       implementation: of :func:`fast_attention.linear_attention`.
       saved_states: of the same.
       check_masks: check masks given under jit when the program runs.
+      exact_window: positions near each one whose weights are those of softmax attention, see
+        :func:`fast_attention.near_field.near_field_attention`; None for none.
     """
 
     feature_map: FeatureMap
@@ -63,6 +69,7 @@ class FastAttention:
     implementation: str | None = None
     saved_states: SavedStates | None = None
     check_masks: bool = False
+    exact_window: int | None = None
 
     def __call__(
         self,
@@ -151,7 +158,10 @@ class FastAttention:
             check_masks=self.check_masks,
         )
         rng = None if deterministic else dropout_rng
-        out = linear_attention(
+        attend = linear_attention
+        if self.exact_window is not None:
+            attend = functools.partial(near_field_attention, exact_window=self.exact_window)
+        out = attend(
             call.query,
             call.key,
             call.value,
@@ -182,27 +192,29 @@ class FastAttention:
         head_dim: int,
         value_dim: int,
         max_length: int | None = None,
-    ) -> LinearAttentionState:
+    ) -> LinearAttentionState | NearFieldState:
         """Returns the state before the first token; its size does not depend on ``max_length``."""
         del max_length
         parameters = jax.eval_shape(lambda: self._parameters(None, None, head_dim))
-        return empty_state(
-            self.feature_map, parameters, batch_shape, num_kv_heads, head_dim, value_dim
-        )
+        sizes = batch_shape, num_kv_heads, head_dim, value_dim
+        if self.exact_window is not None:
+            return empty_near_field_state(self.feature_map, parameters, self.exact_window, *sizes)
+        return empty_state(self.feature_map, parameters, *sizes)
 
     def prefill(
         self,
-        state: LinearAttentionState,
+        state: Any,
         query: Float[Array, "*B T H D"],
         key: Float[Array, "*B T K D"],
         value: Float[Array, "*B T K V"],
         *,
         key_mask: Bool[Array, "*B T"] | None = None,
         projection: Float[Array, ...] | None = None,
-    ) -> tuple[Float[Array, "*B T H V"], LinearAttentionState]:
+    ) -> tuple[Float[Array, "*B T H V"], Any]:
         """Reads T tokens causally, continuing ``state``; padding (False) may be on either side."""
         check_heads(query, key, value)
-        return prefill(
+        read = prefill if self.exact_window is None else near_field_prefill
+        return read(
             state,
             query,
             key,
@@ -218,15 +230,16 @@ class FastAttention:
 
     def step(
         self,
-        state: LinearAttentionState,
+        state: Any,
         query: Float[Array, "*B H D"],
         key: Float[Array, "*B K D"],
         value: Float[Array, "*B K V"],
         *,
         projection: Float[Array, ...] | None = None,
-    ) -> tuple[Float[Array, "*B H V"], LinearAttentionState]:
+    ) -> tuple[Float[Array, "*B H V"], Any]:
         """Reads one token: constant time and memory, however many came before."""
-        return step(
+        read = step if self.exact_window is None else near_field_step
+        return read(
             state,
             query,
             key,

@@ -16,6 +16,7 @@ CORE = [
     "fast_attention.array_types",
     "fast_attention.attention_fn",
     "fast_attention.axes",
+    "fast_attention.diagnostics",
     "fast_attention.efficient_attention_fn",
     "fast_attention.linformer",
     "fast_attention.local_attention",
@@ -24,7 +25,7 @@ CORE = [
     "fast_attention.strided_attention_fn",
     *(
         f"fast_attention.{folder}.{path.stem}"
-        for folder in ("feature_maps", "linear_attention", "lsh_attention")
+        for folder in ("feature_maps", "linear_attention", "lsh_attention", "near_field")
         for path in sorted((PACKAGE / folder).glob("[!_]*.py"))
     ),
 ]
@@ -64,7 +65,7 @@ def test_pallas_is_loaded_when_a_kernel_is_asked_for():
 
 def test_arrows_point_down():
     """Nothing in the core imports from the layers, models or applications above it."""
-    for folder in ("feature_maps", "linear_attention", "lsh_attention"):
+    for folder in ("feature_maps", "linear_attention", "lsh_attention", "near_field"):
         for path in (PACKAGE / folder).glob("*.py"):
             source = path.read_text()
             for above in ("layers", "models", "protein_lm", "attention_fn", "flax"):

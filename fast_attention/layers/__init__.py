@@ -23,6 +23,7 @@ from fast_attention.layers.positions import rotate as rotate
 from fast_attention.layers.positions import sinusoids as sinusoids
 from fast_attention.layers.product_key_memory import ProductKeyMemory as ProductKeyMemory
 from fast_attention.layers.product_key_memory import is_memory_value as is_memory_value
+from fast_attention.layers.query_key_norm import UnitQueryKey as UnitQueryKey
 from fast_attention.layers.redraw import fix_projections as fix_projections
 from fast_attention.layers.redraw import redraw as redraw
 from fast_attention.layers.redraw import redraw_due as redraw_due

@@ -10,6 +10,7 @@ from fast_attention.softmax_attention import make_softmax_attention
 
 Rotary = Literal["halves", "pairs"]
 Context = Literal["cross", "append"]
+QueryKeyNorm = Literal["unit", "rms"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +58,11 @@ class AttentionConfig:
       causal: Position t sees positions 0..t, whatever was bound.
       use_bias: Of the dense layers of queries, keys and values.
       out_bias: Of the output layer.
-      qk_norm: Normalise queries and keys of every head to a root mean square of one, times a
-        learned gain (arXiv:2302.05442, with RMSNorm).
+      qk_norm: Normalise queries and keys of every head before attention (and before a rotation,
+        which changes no length): "unit" to one length, learned for each key head as the temperature
+        of attention, which bounds the error of random features (`UnitQueryKey`); "rms" to a root
+        mean square of one, times a learned gain a channel (arXiv:2302.05442, with RMSNorm); None
+        does not.
       shared_qk: Keys are the queries (Reformer, arXiv:2001.04451): one projection for both. The
         attention functions must normalise keys themselves.
       one_value_head: One value head for all.
@@ -75,7 +79,7 @@ class AttentionConfig:
     causal: bool = False
     use_bias: bool = False
     out_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: QueryKeyNorm | None = None
     shared_qk: bool = False
     one_value_head: bool = False
     memory: int = 0
@@ -115,6 +119,8 @@ class AttentionConfig:
             raise ValueError(f"Rotary positions need heads of even width, got {self.head_dim}.")
         if self.context not in (None, "cross", "append"):
             raise ValueError(f"context must be 'cross', 'append' or None, got {self.context!r}.")
+        if self.qk_norm not in (None, "unit", "rms"):
+            raise ValueError(f"qk_norm must be 'unit', 'rms' or None, got {self.qk_norm!r}.")
         self._check_combinations()
 
     def _check_combinations(self) -> None:

@@ -15,6 +15,7 @@ from fast_attention.array_types import Array, Bool, Float
 from fast_attention.layers.attention_config import AttentionConfig
 from fast_attention.layers.inputs import Inputs
 from fast_attention.layers.linear import Linear
+from fast_attention.layers.query_key_norm import UnitQueryKey
 
 
 class QueryKeyValue(nnx.Module):
@@ -23,7 +24,8 @@ class QueryKeyValue(nnx.Module):
     Attributes:
       config: Shape of the attention layer.
       query, key, value: Dense layers; no key with shared_qk.
-      query_norm, key_norm: Per head, with qk_norm.
+      query_norm, key_norm: With qk_norm="rms", shared by the heads.
+      unit_norm: Of both, with qk_norm="unit".
       memory: Learned vectors ``[n, M]``, or None.
     """
 
@@ -49,14 +51,16 @@ class QueryKeyValue(nnx.Module):
                 inputs, heads * width, use_bias=bias, kernel_init=init, dtype=dtype, rngs=rngs
             )
 
-        def norm() -> nnx.RMSNorm | None:
-            return nnx.RMSNorm(width, dtype=dtype, rngs=rngs) if config.qk_norm else None
+        def norm() -> nnx.RMSNorm:
+            return nnx.RMSNorm(width, dtype=dtype, rngs=rngs)
 
         self.query = linear(features, config.num_heads)
         self.key = None if config.shared_qk else linear(source, config.kv_heads)
         self.value = linear(source, 1 if config.one_value_head else config.kv_heads)
-        self.query_norm = norm()
-        self.key_norm = None if config.shared_qk else norm()
+        rms = config.qk_norm == "rms"
+        self.query_norm = norm() if rms else None
+        self.key_norm = norm() if rms and not config.shared_qk else None
+        self.unit_norm = UnitQueryKey(config.kv_heads) if config.qk_norm == "unit" else None
         self.memory = nnx.data(None)
         if config.memory:
             drawn = jax.random.normal(rngs.params(), (config.memory, features))
@@ -91,16 +95,14 @@ class QueryKeyValue(nnx.Module):
 
     def queries(self, x: Float[Array, "*B M"]) -> Float[Array, "*B H D"]:
         """Projects to queries."""
-        query = self._heads(self.query(x))
-        return query if self.query_norm is None else self.query_norm(query)
+        return self._normalized(self._heads(self.query(x)), self.query_norm)
 
     def keys_values(self, x: Any) -> tuple[Float[Array, "*B K D"], Float[Array, "*B K D"]]:
         """Projects to keys and values."""
         if self.key is None:
             key = self.queries(x)
         else:
-            key = self._heads(self.key(x))
-            key = key if self.key_norm is None else self.key_norm(key)
+            key = self._normalized(self._heads(self.key(x)), self.key_norm)
         value = self._heads(self.value(x))
         if self.config.one_value_head:
             value = jnp.broadcast_to(value, key.shape)
@@ -128,6 +130,11 @@ class QueryKeyValue(nnx.Module):
 
     def _heads(self, x: Array) -> Array:
         return x.reshape(*x.shape[:-1], -1, self.config.head_dim)
+
+    def _normalized(self, x: Array, norm: nnx.RMSNorm | None) -> Array:
+        if self.unit_norm is not None:
+            return self.unit_norm(x)
+        return x if norm is None else norm(x)
 
     def _memory_of(self, batch_size: int) -> Array:
         assert self.memory is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -170,11 +171,56 @@ def linear_attention(
     References:
       arXiv:2009.14794 (FAVOR+); arXiv:2006.16236 (linear attention and its state).
     """
-    check_shapes(query, key, value, causal, segment_ids)
-    for name, number in (("chunk_size", chunk_size), ("unroll", unroll)):
+    plan = Plan(
+        feature_map=feature_map,
+        causal=causal,
+        output="mean" if normalize else "sum",
+        epsilon=epsilon,
+        chunk_size=chunk_size,
+        unroll=unroll,
+        saved_states=saved_states,
+        precision=precision,
+    )
+    out, state = attend(
+        plan,
+        query,
+        key,
+        value,
+        parameters=parameters,
+        key_mask=key_mask,
+        key_bias=key_bias,
+        segment_ids=segment_ids,
+        initial_state=initial_state,
+        implementation=implementation,
+    )
+    return (out, state) if return_state else out
+
+
+def attend(
+    plan: Plan,
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    parameters: Parameters,
+    key_mask: Array | None = None,
+    key_bias: Array | None = None,
+    segment_ids: Array | None = None,
+    initial_state: LinearAttentionState | None = None,
+    implementation: str | Sequence[str] | None = None,
+) -> tuple[Any, LinearAttentionState]:
+    """Checks and runs what a plan asks for; see :func:`linear_attention` for the arguments.
+
+    Returns:
+      The output ``[*B, T, H, V]``, or its :class:`~.inputs.Parts` with ``*B`` in front if the plan
+      asks for them, and the state after the last key.
+    """
+    check_shapes(query, key, value, plan.causal, segment_ids)
+    for name, number in (("chunk_size", plan.chunk_size), ("unroll", plan.unroll)):
         if number is not None and number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}.")
-    check_saved_states(saved_states)
+    check_saved_states(plan.saved_states)
+    feature_map = plan.feature_map
     if key_bias is not None:
         feature_map = with_position_scale(feature_map)
     feature_map, initial_state = match_scales(feature_map, initial_state)
@@ -210,21 +256,9 @@ def linear_attention(
             lambda x: x.astype(compute).reshape(batch, *x.shape[len(batch_shape) :]), state
         ),
     )
-    plan = Plan(
-        feature_map=feature_map,
-        causal=causal,
-        output="mean" if normalize else "sum",
-        epsilon=epsilon,
-        chunk_size=chunk_size,
-        unroll=unroll,
-        saved_states=saved_states,
-        precision=precision,
-    )
-    out, state = _compiled(plan, inputs, _names(implementation))
-    out = out.reshape(*batch_shape, *out.shape[1:])
-    if not return_state:
-        return out
-    return out, jax.tree.map(lambda x: x.reshape(*batch_shape, *x.shape[1:]), state)
+    plan = dataclasses.replace(plan, feature_map=feature_map)
+    attended = _compiled(plan, inputs, _names(implementation))
+    return jax.tree.map(lambda x: x.reshape(*batch_shape, *x.shape[1:]), attended)
 
 
 # Compiled as one: called outside jit, the loops inside would be compiled anew in every call.

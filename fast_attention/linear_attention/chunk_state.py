@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 
 from fast_attention.array_types import Array
 from fast_attention.feature_maps.base import Features
@@ -81,7 +82,7 @@ def absorb_keys(
             decay = keep[:, None, None].astype(features.dtype)
         return Absorbed(Features(features, None), features, None, decay, None)
     assert state.log_scale is not None
-    before, log = state.log_scale, keys.log
+    before, log = lax.stop_gradient(state.log_scale), keys.log
     if keep is not None:
         before = jnp.where(keep[:, None, None], before, EMPTY_LOG_SCALE)
     if enter is not None:
@@ -89,7 +90,7 @@ def absorb_keys(
     if log_scale is None:
         # Without segments only the first key is left out, and the scale before knows it.
         candidates = keys.log if keep is None else log
-        log_scale = jnp.maximum(before, candidates.max(axis=-2))
+        log_scale = lax.stop_gradient(jnp.maximum(before, candidates.max(axis=-2)))
     shift = -log_scale[..., None, :]
     decay = jnp.exp(before - log_scale)
     if keep is not None:
@@ -128,11 +129,11 @@ def read_state(
     if queries.log is None:
         return Read(queries.shift(None), None, None, None)
     assert log_scale is not None
-    scale = log_scale[..., None, :]
+    scale = lax.stop_gradient(log_scale)[..., None, :]
     if not occupied:
         # Where nothing was seen yet the scale says nothing: 0 leaves logarithms as they are.
         scale = jnp.where(scale > 0.5 * EMPTY_LOG_SCALE, scale, 0)
     if largest is None:
-        largest = row_max(queries.log + scale)
+        largest = lax.stop_gradient(row_max(queries.log + scale))
     shift = scale - largest[..., None]
     return Read(queries.shift(shift), shift, largest, scale)

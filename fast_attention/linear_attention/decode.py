@@ -101,6 +101,48 @@ def step(
     Returns:
       Output ``[*B, H, V]`` in the promoted type of the inputs, and the new state.
     """
+    parts, new = step_parts(
+        state,
+        query,
+        key,
+        value,
+        feature_map=feature_map,
+        parameters=parameters,
+        exact_scale=not normalize,
+        precision=precision,
+    )
+    out = finish(parts, "mean" if normalize else "sum", epsilon)
+    return out.astype(jnp.result_type(query, key, value)), new
+
+
+def step_parts(
+    state: LinearAttentionState,
+    query: Float[Array, "*B H D"],
+    key: Float[Array, "*B K D"],
+    value: Float[Array, "*B K V"],
+    *,
+    feature_map: FeatureMap,
+    parameters: Parameters,
+    visible: Bool[Array, "*B"] | None = None,
+    exact_scale: bool = False,
+    precision: jax.lax.PrecisionLike = None,
+) -> tuple[Parts, LinearAttentionState]:
+    """A step before its division, to be merged with attention to other keys.
+
+    Args:
+      state: what came before.
+      query: ``[*B, H, D]``.
+      key: ``[*B, K, D]``.
+      value: ``[*B, K, V]``.
+      feature_map: the map.
+      parameters: its parameters.
+      visible: ``[*B]``; a key where it is False does not enter the state.
+      exact_scale: compute factors that would cancel under normalisation.
+      precision: of products of features and values.
+
+    Returns:
+      :class:`~.inputs.Parts` of ``[*B, H]``, and the new state.
+    """
     batch_shape, (heads, width), kv_heads = query.shape[:-2], query.shape[-2:], key.shape[-2]
     batch, dtype = math.prod(batch_shape), state.kv.dtype
     feature_map, matched = match_scales(feature_map, state)
@@ -109,14 +151,15 @@ def step(
         feature_map,
         parameters,
         key.astype(dtype).reshape(batch, kv_heads, 1, width),
-        exact_scale=not normalize,
+        key_mask=None if visible is None else visible.reshape(batch, 1, 1),
+        exact_scale=exact_scale,
     )
     # Rows of one key head are its group of query heads.
     queries = feature_map.apply(
         query.astype(dtype).reshape(batch, kv_heads, heads // kv_heads, width),
         parameters,
         is_query=True,
-        exact_scale=not normalize,
+        exact_scale=exact_scale,
     )
     values = value.astype(dtype).reshape(batch, kv_heads, 1, value.shape[-1])
     einsum = functools.partial(jnp.einsum, precision=precision)
@@ -125,7 +168,6 @@ def step(
     numerator = einsum("bkrm,bkvm->bkrv", read.features, new.kv)
     denominator = row_sum(read.features * new.k_sum[..., None, :])
     parts = Parts(numerator, denominator, read.row_max)
-    out = finish(parts, "mean" if normalize else "sum", epsilon)
-    out = out.reshape(*batch_shape, heads, value.shape[-1])
+    parts = jax.tree.map(lambda x: x.reshape(*batch_shape, heads, *x.shape[3:]), parts)
     new = jax.tree.map(lambda x: x.reshape(*batch_shape, *x.shape[1:]), new)
-    return out.astype(jnp.result_type(query, key, value)), new
+    return parts, new

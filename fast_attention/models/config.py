@@ -112,6 +112,8 @@ class TransformerConfig:
         position before; causal models only.
       activation: A key of `fast_attention.layers.ACTIVATIONS`.
       dtype: To compute in; parameters, logits and decoding states of attention are float32.
+      qk_norm: Queries and keys of a head have one length, learned as a temperature, see
+        `fast_attention.layers.UnitQueryKey`.
     """
 
     vocab_size: int
@@ -130,6 +132,7 @@ class TransformerConfig:
     shift_tokens: bool = False
     activation: str = "gelu"
     dtype: Any = jnp.float32
+    qk_norm: bool = False
 
     def __post_init__(self):
         """Checks every field.
@@ -172,6 +175,8 @@ class TransformerConfig:
             raise ValueError(
                 f"activation must be one of {sorted(ACTIVATIONS)}, got {self.activation!r}."
             )
+        if not isinstance(self.qk_norm, bool):
+            raise ValueError(f"qk_norm must be True or False, got {self.qk_norm!r}.")
         if not jnp.issubdtype(self.dtype, jnp.floating):
             raise ValueError(f"dtype must be a floating point type, got {self.dtype!r}.")
 
@@ -200,6 +205,7 @@ class TransformerConfig:
             self.head_dim,
             num_kv_heads=self.kv_heads,
             causal=self.causal,
+            qk_norm="unit" if self.qk_norm else None,
             dropout_rate=self.dropout_rate,
         )
         feed_forward = FeedForwardConfig(

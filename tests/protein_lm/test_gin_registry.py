@@ -40,6 +40,19 @@ def test_what_is_bound_to_flax_model_reaches_both_models(tmp_path, factory):
     assert f"{factory}.nb_features = 24" in gin.operative_config_str()
 
 
+def test_one_length_of_queries_and_keys_is_a_binding(tmp_path):
+    configure(tmp_path, "FlaxModel.qk_norm = True")
+    seen = []
+
+    def record(config, attention_fn, *, rngs):
+        seen.append(config)
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        FlaxLM(model_cls=record)
+    assert seen[0].qk_norm is True
+
+
 def test_what_is_bound_to_a_subclass_wins(tmp_path):
     configure(tmp_path, "FlaxModel.mlp_dim = 16\nFlaxLM.mlp_dim = 24\nFlaxBERT.mask_rate = 0.5")
     lm, bert = FlaxLM(), FlaxBERT()

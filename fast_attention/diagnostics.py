@@ -1,0 +1,229 @@
+"""How close an attention function comes to softmax attention on given queries and keys.
+
+Everything here is for looking at a few heads, not for training: exact attention is computed beside.
+
+Shape letters: B batch, T queries, S keys, H heads, K key/value heads, D head width, V value width,
+R rows looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fast_attention.array_types import Array, Bool, Float
+from fast_attention.attention_fn import make_fast_softmax_attention
+from fast_attention.softmax_attention import make_softmax_attention
+
+AttentionFn = Callable[..., Array]
+
+COLUMNS = 64
+"""Keys whose weights are asked for in one call."""
+
+LARGEST_RUN = 2048
+MOST_ROWS = 128
+
+
+class ApproximationError(NamedTuple):
+    """What :func:`approximation_error` measures, each ``[H]``, over batch and positions.
+
+    Attributes:
+      output: ``|out - exact| / |exact|``, Frobenius norms.
+      uniform: the same for equal weights on all visible keys, which know nothing of queries and
+        keys: an approximation no better than this is worth nothing.
+      matrix: ``|A - exact| / |exact|`` of the attention matrices, at the rows looked at.
+      effective_keys: mean of ``exp(entropy)`` of exact rows: how many keys share a row's weight.
+    """
+
+    output: np.ndarray
+    uniform: np.ndarray
+    matrix: np.ndarray
+    effective_keys: np.ndarray
+
+
+class Recommendation(NamedTuple):
+    """What :func:`recommend_features` found.
+
+    Attributes:
+      features: M.
+      error: matrix error expected with them.
+      extrapolated: M is beyond what was measured: its error is assumed to fall as ``M^(-1/2)``,
+        which errors near 1 and above do not, so that it may well be too small.
+      measured: pairs of M and error.
+    """
+
+    features: int
+    error: float
+    extrapolated: bool
+    measured: tuple[tuple[int, float], ...]
+
+
+def attention_matrix(
+    attention_fn: AttentionFn,
+    query: Float[Array, "*B T H D"],
+    key: Float[Array, "*B S K D"],
+    rows: Any = None,
+    **options: Any,
+) -> Float[Array, "*B H R S"]:
+    """Writes out the weights that a function gives to keys.
+
+    The function is applied to values that are columns of the identity, some at a time, so that the
+    matrix is that of the function itself, whatever it computes inside.
+
+    Args:
+      attention_fn: linear in the values, whose width may be any.
+      query: ``[*B, T, H, D]``.
+      key: ``[*B, S, K, D]``.
+      rows: positions of queries to return, ``[R]``; None is all. All are computed.
+      **options: handed to ``attention_fn``: key_mask, is_causal, projection ...
+
+    Returns:
+      ``[*B, H, R, S]`` float32 at least.
+    """
+    length = key.shape[-3]
+    rows = jnp.arange(query.shape[-3]) if rows is None else jnp.asarray(rows)
+    dtype = jnp.promote_types(jnp.result_type(query, key), jnp.float32)
+    width = min(COLUMNS, length)
+    starts = width * jnp.arange(-(-length // width))
+
+    def columns(start: Array) -> Array:
+        hot = jnp.arange(length)[:, None] == start + jnp.arange(width)[None]
+        hot = jnp.expand_dims(hot, -2).astype(dtype)
+        value = jnp.broadcast_to(
+            hot.reshape((1,) * (key.ndim - 3) + hot.shape), (*key.shape[:-1], width)
+        )
+        out = attention_fn(query.astype(dtype), key.astype(dtype), value, **options)
+        return jnp.moveaxis(jnp.take(out, rows, axis=-3), -2, -3)
+
+    blocks = jax.jit(lambda starts: jax.lax.map(columns, starts))(starts)
+    blocks = jnp.moveaxis(blocks, 0, -2)
+    return blocks.reshape(*blocks.shape[:-2], -1)[..., :length]
+
+
+def approximation_error(
+    attention_fn: AttentionFn,
+    query: Float[Array, "*B T H D"],
+    key: Float[Array, "*B S K D"],
+    value: Float[Array, "*B S K V"],
+    key_mask: Bool[Array, "*B S"] | None = None,
+    *,
+    is_causal: bool = False,
+    rows: Any = None,
+) -> ApproximationError:
+    """Compares an attention function with softmax attention, head by head.
+
+    Args:
+      attention_fn: what is judged.
+      query: ``[*B, T, H, D]``.
+      key: ``[*B, S, K, D]``.
+      value: ``[*B, S, K, V]``.
+      key_mask: ``[*B, S]``; keys where it is False are not seen and, with as many queries as keys,
+        the outputs there do not count.
+      is_causal: position t sees keys 0..t; a function that is causal by itself is compared with
+        causal attention in any case.
+      rows: positions of queries at which matrices are compared and keys counted; None is up to 128
+        of them, evenly spaced. Outputs are compared everywhere.
+
+    Returns:
+      Figures of every head.
+    """
+    causal = is_causal or bool(getattr(attention_fn, "unidirectional", False))
+    options: dict[str, Any] = {} if key_mask is None else {"key_mask": key_mask}
+    if causal:
+        options["is_causal"] = True
+    softmax = make_softmax_attention()
+    length, heads = query.shape[-3:-1]
+    rows = _some_rows(length) if rows is None else np.asarray(rows)
+    counted = np.ones(query.shape[:-2], bool)
+    if key_mask is not None and key.shape[-3] == length:
+        counted = np.broadcast_to(np.asarray(key_mask, bool), counted.shape)
+    exact = softmax(query, key, value, **options)
+    found = attention_fn(query, key, value, **options)
+    equal = softmax(jnp.zeros_like(query), key, value, **options)
+    target = attention_matrix(softmax, query, key, rows, **options)
+    matrix = attention_matrix(attention_fn, query, key, rows, **options)
+    target, matrix = (np.moveaxis(np.asarray(x, np.float64), -3, -2) for x in (target, matrix))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        entropy = -np.where(target > 0, target * np.log(target), 0).sum(-1)
+    weights = counted[..., rows, None]
+    keys = (np.exp(entropy) * weights).reshape(-1, heads).sum(0) / max(weights.sum(), 1)
+    return ApproximationError(
+        output=_relative(found, exact, counted),
+        uniform=_relative(equal, exact, counted),
+        matrix=_relative(matrix, target, counted[..., rows]),
+        effective_keys=keys,
+    )
+
+
+def recommend_features(
+    query: Float[Array, "*B T H D"],
+    key: Float[Array, "*B S K D"],
+    target_error: float,
+    *,
+    make_attention: Callable[[int], AttentionFn] | None = None,
+    is_causal: bool = False,
+    smallest: int = 16,
+    largest: int = LARGEST_RUN,
+) -> Recommendation:
+    """Finds how many features bring attention matrices within an error.
+
+    M is doubled until the relative Frobenius error of the matrices, over all heads, is reached.
+
+    Args:
+      query: ``[*B, T, H, D]``, as a trained layer gives them.
+      key: ``[*B, S, K, D]``.
+      target_error: above 0.
+      make_attention: from M to what is measured; None is
+        ``make_fast_softmax_attention(nb_features=M)``. With ``exact_window`` bound it says what a
+        near field saves.
+      is_causal: position t sees keys 0..t.
+      smallest: M to begin with.
+      largest: M to end with; beyond it errors are extrapolated from the last.
+
+    Returns:
+      M, and how it was found.
+
+    Raises:
+      ValueError: for a target or sizes out of range.
+    """
+    if target_error <= 0 or not 1 <= smallest <= largest:
+        raise ValueError(
+            "target_error must be above 0 and 1 <= smallest <= largest, got "
+            f"target_error={target_error}, smallest={smallest}, largest={largest}."
+        )
+    make = make_attention or (lambda m: make_fast_softmax_attention(nb_features=m))
+    options: dict[str, Any] = {"is_causal": True} if is_causal else {}
+    rows = _some_rows(query.shape[-3])
+    exact = np.asarray(attention_matrix(make_softmax_attention(), query, key, rows, **options))
+    measured: list[tuple[int, float]] = []
+    features = smallest
+    while features <= largest:
+        found = np.asarray(attention_matrix(make(features), query, key, rows, **options))
+        error = float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+        measured.append((features, error))
+        if error <= target_error:
+            return Recommendation(features, error, False, tuple(measured))
+        features *= 2
+    last, error = measured[-1]
+    # Error falls as M^(-1/2) at best, once estimates are close.
+    features = int(np.ceil(last * (error / target_error) ** 2))
+    expected = error * float(np.sqrt(last / features))
+    return Recommendation(features, expected, True, tuple(measured))
+
+
+def _some_rows(length: int) -> np.ndarray:
+    return np.unique(np.linspace(0, length - 1, min(length, MOST_ROWS)).round().astype(int))
+
+
+def _relative(found: Any, exact: Any, counted: np.ndarray) -> np.ndarray:
+    """Relative Frobenius error ``[H]`` of ``[*B, R, H, N]`` where ``counted`` ``[*B, R]``."""
+    found, exact = (
+        np.where(counted[..., None, None], np.asarray(x, np.float64), 0) for x in (found, exact)
+    )
+    axes = tuple(a for a in range(exact.ndim) if a != exact.ndim - 2)
+    size = np.sqrt((exact**2).sum(axes))
+    return np.sqrt(((found - exact) ** 2).sum(axes)) / np.where(size == 0, 1, size)
