@@ -14,12 +14,14 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fast_attention.protein_lm import (
+    baselines,
     batches,
     checkpoints,
     data,
     evaluation,
     metrics,
     metrics_log,
+    ngrams,
     plots,
     report,
     run_folder,
@@ -135,8 +137,8 @@ def run_experiment(
         result = json.loads(folder.result.read_text(encoding="utf-8"))
         print(f"the run in {folder.path} is finished\n\n{report.format_report(result, folder)}")
         return result
-    ngrams = evaluation.fit_baselines(train_files)
-    evaluation.save_baselines(folder.baselines, ngrams)
+    fitted = baselines.fit_ngrams(train_files, valid=valid_files)
+    ngrams.save_baselines(folder.baselines, fitted)
 
     iterator = iter(dataset)
     with checkpoints.open_checkpoints(folder.checkpoints, keep=checkpoints_to_keep) as manager:
@@ -160,7 +162,7 @@ def run_experiment(
         "steps": int(model.state.step),
         "tokens": progress.tokens,
         "seconds": progress.seconds,
-        "evaluation": test_files and evaluation.evaluate_on(model, test_files, ngrams),
+        "evaluation": test_files and evaluation.evaluate_on(model, test_files, fitted),
         "samples": _sample(model, num_samples, max_sample_length),
     }
     _draw(folder, result)

@@ -25,26 +25,58 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where to write the figures as JSON (default: evaluation.json in the run's folder)",
     )
     parser.add_argument(
+        "--per_protein",
+        metavar="FILE",
+        help="also write a table with one line per protein, tabs between cells",
+    )
+    parser.add_argument(
+        "--split_file",
+        metavar="FILE",
+        help="a table (TSV or CSV, plain or gzip) with columns 'accession' and 'component': "
+        "proteins of one component are relatives, and error bars are taken over components",
+    )
+    parser.add_argument(
+        "--families",
+        metavar="FILE",
+        help="a table whose first column has ids and whose second has families, for figures of "
+        "each family (default: the components of --split_file)",
+    )
+    parser.add_argument(
         "--batch_size", type=int, metavar="N", help="proteins at a time; less needs less memory"
     )
-    arguments.add_seed(parser, "which residues FlaxBERT is asked for")
+    arguments.add_seed(parser, "which residues FlaxBERT is asked for (default: 0)")
+    parser.add_argument(
+        "--num_seeds",
+        type=int,
+        default=1,
+        metavar="N",
+        help="ask FlaxBERT N times, for other residues each time (default: 1)",
+    )
 
 
 def run(options: argparse.Namespace) -> None:
     """Runs the command."""
     from fast_attention.protein_lm import evaluation, report
     from fast_attention.protein_lm.loading import load_run
+    from fast_attention.protein_lm.ngrams import load_baselines
     from fast_attention.protein_lm.run_folder import write_file
 
     model, step, folder = load_run(options.run_dir)
-    result = evaluation.evaluate_on(
+    found = evaluation.evaluate_in_groups(
         model,
         options.fasta,
-        evaluation.load_baselines(folder.baselines),
+        load_baselines(folder.baselines),
         batch_size=options.batch_size,
         seed=options.seed,
+        num_seeds=options.num_seeds,
+        split_file=options.split_file,
+        families=options.families,
     )
-    result = {"run_dir": str(folder.path), "step": step} | result
-    output = Path(options.output or folder.path / "evaluation.json")
-    write_file(output, json.dumps(result, indent=1) + "\n")
-    print(f"{report.format_evaluation(result)}\n\nwritten to {output}")
+    result = {"run_dir": str(folder.path), "step": step} | found.result
+    written = [Path(options.output or folder.path / "evaluation.json")]
+    write_file(written[0], json.dumps(result, indent=1) + "\n")
+    if options.per_protein:
+        written.append(Path(options.per_protein))
+        write_file(written[1], found.per_protein)
+    places = " and ".join(str(path) for path in written)
+    print(f"{report.format_evaluation(result)}\n\nwritten to {places}")
