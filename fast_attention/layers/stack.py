@@ -6,7 +6,7 @@ Shape letters: B batch, T length, M features.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -174,6 +174,33 @@ class Stack(nnx.Module):
 
         return self._flow(x, add)
 
+    def hidden_states(
+        self,
+        x: Float[Array, "B T M"],
+        *,
+        positions: Array | None = None,
+        segment_ids: Array | None = None,
+        key_mask: Bool[Array, "B T"] | None = None,
+        context: Float[Array, "B S N"] | None = None,
+        context_mask: Bool[Array, "B S"] | None = None,
+        mask: Bool[Array, "B T T"] | None = None,
+    ) -> list[Float[Array, "B T M"]]:
+        """Computes the stream before the first block and after every block, without dropout.
+
+        The arguments are those of a call. Of two streams it is what would come of them if the
+        stack ended there, their mean or sum; they are differentiated as any other program.
+
+        Returns:
+          ``[B, T, M]`` for each of 0 (`x` itself), 1, ..., ``len(blocks)`` blocks.
+        """
+        inputs = Inputs(positions, segment_ids, key_mask, context, context_mask, mask)
+        self._check(inputs)
+
+        def add(block: int, part: int, x: Array) -> Array:
+            return self.blocks[block][part](x, inputs, deterministic=True, rngs=None)[0]
+
+        return [x, *map(self._merge, self._streams(x, add))]
+
     @property
     def can_decode(self) -> bool:
         """Whether the stack can read token by token."""
@@ -216,18 +243,30 @@ class Stack(nnx.Module):
 
     def _flow(self, x: Array, add: Callable[[int, int, Array], Array]) -> Array:
         """Leads one or two streams through all sublayers."""
-        if not self.config.reversible:
-            for block, sublayers in enumerate(self.blocks):
+        streams: tuple[Array, ...] = (x,)
+        for streams in self._streams(x, add):  # noqa: B007 - what was before need not be kept.
+            pass
+        return self._merge(streams)
+
+    def _streams(
+        self, x: Array, add: Callable[[int, int, Array], Array]
+    ) -> Iterator[tuple[Array, ...]]:
+        """Yields the one stream or the two after every block."""
+        x1 = x2 = x
+        for block, sublayers in enumerate(self.blocks):
+            if self.config.reversible:
+                x1 = x1 + add(block, 0, x2)
+                x2 = x2 + add(block, 1, x1)
+                yield x1, x2
+            else:
                 for part in range(len(sublayers)):
                     x = x + add(block, part, x)
-            return x
-        x1 = x2 = x
-        for block in range(len(self.blocks)):
-            x1 = x1 + add(block, 0, x2)
-            x2 = x2 + add(block, 1, x1)
-        return self._merge(x1, x2)
+                yield (x,)
 
-    def _merge(self, x1: Array, x2: Array) -> Array:
+    def _merge(self, streams: tuple[Array, ...]) -> Array:
+        if len(streams) == 1:
+            return streams[0]
+        x1, x2 = streams
         return x1 + x2 if self.config.merge == "sum" else (x1 + x2) / 2
 
     def _recomputed(
@@ -252,7 +291,7 @@ class Stack(nnx.Module):
             y1, y2, saved = reversible_residual(
                 functions, parameters, x, x, inputs, return_saved=True
             )
-            x = self._merge(y1, y2)
+            x = self._merge((y1, y2))
         else:
             saved = []
             for function, own in zip(functions, parameters, strict=True):

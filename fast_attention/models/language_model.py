@@ -5,7 +5,8 @@ Shape letters: B batch, T length, M features of the stack, E width of the embedd
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -152,9 +153,7 @@ class LanguageModel(nnx.Module):
                 f"dropout_rate={self.dropout.rate} needs rngs=nnx.Rngs(...), or pass "
                 "deterministic=True."
             )
-        if positions is None:
-            self._check_length(tokens.shape[1])
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+        positions = self._number(tokens) if positions is None else positions
         x = self._embed(tokens, positions)
         x = self._enter(self.dropout(x, deterministic=deterministic, rngs=rngs))
         x = self.stack(
@@ -169,6 +168,57 @@ class LanguageModel(nnx.Module):
             rngs=rngs,
         )
         return self._leave(x)
+
+    def hidden_states(
+        self,
+        tokens: Int[Array, "B T"],
+        layers: Sequence[int | Literal["last"]],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        key_mask: Bool[Array, "B T"] | None = None,
+        context: Float[Array, "B S N"] | None = None,
+        context_mask: Bool[Array, "B S"] | None = None,
+        mask: Bool[Array, "B T T"] | None = None,
+    ) -> list[Float[Array, "B T M"]]:
+        """Computes the representations of chosen layers, without dropout.
+
+        Args:
+          tokens: ``[B, T]`` ids.
+          layers: 0 is the embedding as it enters the stack, i the stream after block i, negative
+            numbers count from the last block; "last" is what `encode` returns, the output of the
+            final norm.
+          positions: As for a call, and so are the others.
+          segment_ids: As for a call.
+          key_mask: As for a call.
+          context: As for a call.
+          context_mask: As for a call.
+          mask: As for a call.
+
+        Returns:
+          ``[B, T, M]`` for each of `layers`, in their order.
+
+        Raises:
+          ValueError: At a layer that the stack does not have.
+        """
+        blocks = len(self.stack.blocks)
+        for layer in layers:
+            if layer != "last" and not -blocks - 1 <= layer <= blocks:
+                raise ValueError(
+                    f"layers are 0 (the embedding) .. {blocks}, -1 .. {-blocks - 1} from the end, "
+                    f"or 'last'; got {layer!r}."
+                )
+        positions = self._number(tokens) if positions is None else positions
+        states = self.stack.hidden_states(
+            self._enter(self._embed(tokens, positions)),
+            positions=positions,
+            segment_ids=segment_ids,
+            key_mask=key_mask,
+            context=context,
+            context_mask=context_mask,
+            mask=mask,
+        )
+        return [self._leave(states[-1]) if layer == "last" else states[layer] for layer in layers]
 
     @property
     def causal(self) -> bool:
@@ -264,6 +314,10 @@ class LanguageModel(nnx.Module):
             encoded = sinusoids(positions, x.shape[-1], concatenated=concatenated)
             return x + encoded.astype(x.dtype)
         return x
+
+    def _number(self, tokens: Array) -> Array:
+        self._check_length(tokens.shape[1])
+        return jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
 
     def _enter(self, x: Array) -> Array:
         return x if self.project_in is None else self.project_in(x)

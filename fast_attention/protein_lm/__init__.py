@@ -15,5 +15,7 @@ from fast_attention.protein_lm.fasta import FastaError as FastaError
 from fast_attention.protein_lm.fasta import FastaRecord as FastaRecord
 from fast_attention.protein_lm.fasta import read_fasta as read_fasta
 from fast_attention.protein_lm.fasta import write_fasta as write_fasta
+from fast_attention.protein_lm.fasta_files import read_proteins as read_proteins
+from fast_attention.protein_lm.skipped_records import SkippedRecords as SkippedRecords
 from fast_attention.protein_lm.vocabulary import ProteinVocab as ProteinVocab
 from fast_attention.protein_lm.vocabulary import Vocabulary as Vocabulary

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 
 from fast_attention.protein_lm.commands import COMMANDS
+from fast_attention.protein_lm.failures import describe_failure
 from fast_attention.protein_lm.huge_pages import restart_with_huge_pages
-from fast_attention.protein_lm.run_folder import RunError
 
 _DESCRIPTION = """\
 Train protein language models on FASTA files, and use them.
@@ -32,6 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
       The exit status: 0 for success, 1 for a failure whose reason is on stderr, 2 (by way of
       SystemExit) for arguments that cannot be understood, 130 when stopped from the keyboard.
     """
+    if arguments is None:
+        # A file's name or a header may have letters that the terminal's encoding lacks.
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(arguments)
     if arguments is None and options.command == "train":
         restart_with_huge_pages()
@@ -45,10 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of our output has gone; writing there again at exit would fail, too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (RunError, FloatingPointError, OSError, SyntaxError, TypeError, ValueError) as error:
+    except Exception as error:
         if options.traceback:
             traceback.print_exc()
-        print(f"protein-lm {options.command}: error: {error}", file=sys.stderr)
+        print(f"protein-lm {options.command}: error: {describe_failure(error)}", file=sys.stderr)
         return 1
     return 0
 

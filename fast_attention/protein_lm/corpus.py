@@ -6,19 +6,19 @@ Letters: N proteins, S stored tokens.
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Sequence
+from array import array
 from pathlib import Path
 from string import ascii_uppercase
 
 import numpy as np
 
 from fast_attention.protein_lm.domains import DiscreteDomain
-from fast_attention.protein_lm.fasta import read_fasta
+from fast_attention.protein_lm.fasta_files import FastaPaths as FastaPaths
+from fast_attention.protein_lm.fasta_files import fasta_paths, read_proteins
+from fast_attention.protein_lm.skipped_records import SkippedRecords
+from fast_attention.protein_lm.text_source import FastaError
 
 BUNDLED_SPLITS = ("train", "valid", "test", "tiny")
-
-FastaPaths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -59,41 +59,51 @@ def load_corpus(
     domain: DiscreteDomain,
     *,
     on_error: str = "raise",
+    skipped: SkippedRecords | None = None,
+    alphabet: str | None = None,
 ) -> Corpus:
     """Reads and encodes whole FASTA files; proteins keep their full length and their order.
 
     Args:
-      fasta: one file, or several that are read one after the other.
+      fasta: one file or folder, or several, see `fasta_paths`. No pipes: training and evaluation
+        read their files more than once.
       domain: gives the vocabulary; its length is not looked at.
-      on_error: ``"replace"`` reads letters that the vocabulary lacks as ``X``.
+      on_error: what to do with a record that cannot be read, see `read_proteins`.
+      skipped: collects what ``on_error="skip"`` leaves out, which needs it.
+      alphabet: the letters that a record may have; None takes `domain_letters` of ``domain``.
+        Those of another domain leave out the same records as there.
 
     Raises:
       FastaError: if a file cannot be read or has a symbol that the vocabulary lacks.
       ValueError: if there is no file, or more tokens than a byte can tell apart.
     """
-    paths = [fasta] if isinstance(fasta, (str, os.PathLike)) else list(fasta)
-    if not paths:
-        raise ValueError("Expected at least one FASTA file, but got an empty list.")
-    table, alphabet = _byte_table(domain)
-    suffix = np.array([] if domain.vocab.eos is None else [domain.vocab.eos], np.uint8)
-    proteins = [
-        np.append(table[np.frombuffer(record.sequence.encode("ascii"), np.uint8)], suffix)
-        for path in paths
-        for record in read_fasta(path, alphabet=alphabet, on_error=on_error)
-    ]
-    offsets = np.cumsum([0, *map(len, proteins)], dtype=np.int64)
-    return Corpus(np.concatenate(proteins), offsets)
-
-
-def _byte_table(domain: DiscreteDomain) -> tuple[np.ndarray, str]:
+    paths = fasta_paths(fasta)
+    for path in paths:
+        if path.exists() and not path.is_file():
+            raise FastaError(
+                f"{path}: is a pipe or a device, but has to be read more than once. Write its "
+                "content to a file first."
+            )
     if domain.vocab_size > 255:
         raise ValueError(
             f"Proteins are kept as bytes, so that {domain.vocab_size} tokens are too many; at most "
             "255 are possible."
         )
+    letters = domain_letters(domain)
+    if alphabet is not None and not set(alphabet) <= set(letters):
+        raise ValueError(f"alphabet must be some of the letters {letters}, but got {alphabet!r}.")
+    table = bytes.maketrans(letters.encode(), bytes(domain.vocab.encode(letters)))
+    end = b"" if domain.vocab.eos is None else bytes([domain.vocab.eos])
+    tokens, offsets = bytearray(), array("q", [0])
+    for record in read_proteins(
+        paths, alphabet=alphabet or letters, on_error=on_error, skipped=skipped
+    ):
+        tokens += record.sequence.encode("ascii").translate(table) + end
+        offsets.append(len(tokens))
+    return Corpus(np.frombuffer(tokens, np.uint8), np.frombuffer(offsets, np.int64))
+
+
+def domain_letters(domain: DiscreteDomain) -> str:
+    """The letters that a protein of ``domain`` may have."""
     tokens = domain.vocab.tokens
-    letters = {tokens[i]: i for i in domain.vocab.ordinary_ids if tokens[i] in ascii_uppercase}
-    table = np.zeros(256, np.uint8)
-    for letter, number in letters.items():
-        table[ord(letter)] = number
-    return table, "".join(letters)
+    return "".join(tokens[i] for i in domain.vocab.ordinary_ids if tokens[i] in ascii_uppercase)

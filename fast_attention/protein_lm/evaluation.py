@@ -14,14 +14,18 @@ from typing import Any
 import numpy as np
 
 from fast_attention.protein_lm import groups, metrics, protein_scores
-from fast_attention.protein_lm.baselines import ProteinSums
+from fast_attention.protein_lm.baselines import ProteinSums, fit_ngrams
 from fast_attention.protein_lm.columns import format_columns
-from fast_attention.protein_lm.corpus import FastaPaths, load_corpus
-from fast_attention.protein_lm.fasta import read_fasta
+from fast_attention.protein_lm.corpus import FastaPaths, domain_letters, load_corpus
+from fast_attention.protein_lm.domains import make_protein_domain
+from fast_attention.protein_lm.fasta_files import read_proteins
 from fast_attention.protein_lm.flax_model import FlaxModel
 from fast_attention.protein_lm.groups import Groups
 from fast_attention.protein_lm.ngrams import NGram, TabulatedNGram
+from fast_attention.protein_lm.ngrams import load_baselines as load_baselines
+from fast_attention.protein_lm.ngrams import save_baselines as save_baselines
 from fast_attention.protein_lm.protein_scores import MODEL, ProteinScores
+from fast_attention.protein_lm.skipped_records import SkippedRecords
 
 Row = dict[str, Any]
 
@@ -42,6 +46,34 @@ class Evaluation:
     per_protein: str
 
 
+def fit_baselines(
+    train: FastaPaths,
+    *,
+    valid: FastaPaths | None = None,
+    on_error: str = "raise",
+    alphabet: str | None = None,
+) -> list[NGram]:
+    """The n-grams that a model is shown beside, see `baselines.fit_ngrams`.
+
+    Args:
+      train: FASTA files to count.
+      valid: FASTA files to tune on, or None.
+      on_error: See `load_corpus`.
+      alphabet: See `load_corpus`.
+    """
+    domain = make_protein_domain()
+    counted, tuned = (
+        None
+        if files is None
+        else load_corpus(
+            files, domain, on_error=on_error, skipped=SkippedRecords(), alphabet=alphabet
+        )
+        for files in (train, valid)
+    )
+    assert counted is not None
+    return fit_ngrams(counted, valid=tuned)
+
+
 def evaluate_on(
     model: FlaxModel,
     fasta: FastaPaths,
@@ -50,29 +82,40 @@ def evaluate_on(
     batch_size: int | None = None,
     seed: int = 0,
     num_seeds: int = 1,
+    on_error: str = "raise",
+    skipped: SkippedRecords | None = None,
 ) -> dict[str, Any]:
     """Scores a model and baselines on the same residues, see `protein_scores.score_proteins`.
 
     Args:
       model: The model.
-      fasta: One FASTA file or several.
-      ngrams: Baselines, from `baselines.fit_ngrams`.
+      fasta: One FASTA file or several, or folders of them.
+      ngrams: Baselines, from `fit_baselines`.
       batch_size: Proteins per batch; None takes the model's. It does not change the result.
       seed: Of the masks; a causal model has none.
       num_seeds: A masked model is asked so many times, with the seeds ``seed, seed + 1, ...``.
+      on_error: What to do with a record that cannot be read, see `read_proteins`.
+      skipped: Collects what ``on_error="skip"`` leaves out, which needs it.
 
     Returns:
-      ``objective``, ``fasta``, ``proteins``, ``residues`` (how many were scored),
-      ``max_residues`` (per protein), ``seed``, ``num_seeds`` and ``masking`` where they matter,
-      ``errors`` (``over`` what, and how many ``groups``), ``scores``: a list of rows with
-      ``name``, ``perplexity`` and ``accuracy``, each with its ``.._error``, the model's first; and
-      ``by_length``: such lists for proteins of like length.
+      ``objective``, ``fasta``, ``proteins``, ``left_out`` (how many were, if any), ``residues``
+      (how many were scored), ``max_residues`` (per protein), ``seed``, ``num_seeds`` and
+      ``masking`` where they matter, ``errors`` (``over`` what, and how many ``groups``),
+      ``scores``: a list of rows with ``name``, ``perplexity`` and ``accuracy``, each with its
+      ``.._error``, the model's first; and ``by_length``: such lists for proteins of like length.
 
     Raises:
       FastaError: If a file cannot be read.
     """
     return evaluate_in_groups(
-        model, fasta, ngrams, batch_size=batch_size, seed=seed, num_seeds=num_seeds
+        model,
+        fasta,
+        ngrams,
+        batch_size=batch_size,
+        seed=seed,
+        num_seeds=num_seeds,
+        on_error=on_error,
+        skipped=skipped,
     ).result
 
 
@@ -86,12 +129,14 @@ def evaluate_in_groups(
     num_seeds: int = 1,
     split_file: str | os.PathLike[str] | None = None,
     families: str | os.PathLike[str] | None = None,
+    on_error: str = "raise",
+    skipped: SkippedRecords | None = None,
 ) -> Evaluation:
     """Evaluates as `evaluate_on`, with tables of families and of single proteins.
 
     Args:
       model: The model.
-      fasta: One FASTA file or several.
+      fasta: As in `evaluate_on`.
       ngrams: Baselines.
       batch_size: As in `evaluate_on`.
       seed: As in `evaluate_on`.
@@ -100,6 +145,8 @@ def evaluate_in_groups(
         then. Otherwise they are over proteins.
       families: A table whose first column has ids and whose second has families. Failing that
         components are the families.
+      on_error: As in `evaluate_on`.
+      skipped: As in `evaluate_on`.
 
     Raises:
       FastaError: If a file cannot be read.
@@ -109,9 +156,14 @@ def evaluate_in_groups(
     if num_seeds < 1:
         raise ValueError(f"the number of seeds must be at least 1; got {num_seeds}")
     paths = [fasta] if isinstance(fasta, (str, os.PathLike)) else list(fasta)
-    corpus = load_corpus(paths, model.domain)
-    # What may occur in a file was decided when it was encoded.
-    ids = [record.id for path in paths for record in read_fasta(path, on_error="replace")]
+    corpus = load_corpus(paths, model.domain, on_error=on_error, skipped=skipped)
+    records = read_proteins(
+        paths,
+        alphabet=domain_letters(model.domain),
+        on_error=on_error,
+        skipped=SkippedRecords(),
+    )
+    ids = [record.id for record in records]
     clusters = Groups("protein", ids, np.arange(len(ids)))
     family = None
     if split_file is not None:
@@ -132,6 +184,8 @@ def evaluate_in_groups(
         "fasta": [str(path) for path in paths],
         "max_residues": scores.max_residues,
     }
+    if skipped is not None and skipped.count:
+        result["left_out"] = skipped.count
     if model.masking is not None:
         masking = dataclasses.asdict(model.masking)
         result |= {"seed": seed, "num_seeds": num_seeds, "masking": masking}

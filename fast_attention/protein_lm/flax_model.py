@@ -8,26 +8,37 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
+import numpy as np
 from flax import nnx
 
 from fast_attention.models.config import TransformerConfig
 from fast_attention.models.transformer import Transformer
-from fast_attention.protein_lm import batches, data, metrics, optimizer, train_state
+from fast_attention.protein_lm import (
+    batches,
+    data,
+    embedding,
+    metrics,
+    optimizer,
+    scoring,
+    train_state,
+)
 from fast_attention.protein_lm.corpus import Corpus
 from fast_attention.protein_lm.domains import DiscreteDomain
 from fast_attention.protein_lm.masking import MaskingConfig
+from fast_attention.protein_lm.run_folder import RunError
 
 
 class FlaxModel:
     """A language model over the sequences of a domain; make a `FlaxLM` or a `FlaxBERT`.
 
     A thin facade: the arrays are in `state`, and the work is done by the pure, jitted functions
-    `initialize`, `train_step`, `eval_step` and `score_step`.
+    `initialize`, `train_step`, `eval_step`, `logits_step`, `residue_step` and `embedding_step`.
 
     Attributes:
       domain: Vocabulary and greatest length.
@@ -40,7 +51,9 @@ class FlaxModel:
       initialize: ``key -> TrainState``.
       train_step: ``(state, batch) -> (state, sums)``; donates the state.
       eval_step: ``(parameters, variables, batch, packed) -> sums``.
-      score_step: ``(parameters, variables, batch, packed) -> logits``.
+      logits_step: ``(parameters, variables, batch, packed) -> logits``.
+      residue_step: Log-probabilities of residues, see `scoring.make_residue_step`.
+      embedding_step: Representations, see `embedding.make_embedding_step`.
     """
 
     objective: ClassVar[str]
@@ -112,7 +125,9 @@ class FlaxModel:
         self.initialize = train_state.make_initializer(build, self._optimizer)
         self.train_step = train_state.make_train_step(self.graphdef, self._optimizer)
         self.eval_step = train_state.make_eval_step(self.graphdef)
-        self.score_step = train_state.make_score(self.graphdef)
+        self.logits_step = train_state.make_logits(self.graphdef)
+        self.residue_step = scoring.make_residue_step(self.graphdef, self.objective)
+        self.embedding_step = embedding.make_embedding_step(self.graphdef, self.objective)
         self._state: train_state.TrainState | None = None
 
     @property
@@ -228,7 +243,45 @@ class FlaxModel:
         ]
         return jax.device_get(sums)
 
-    def score(self, xs: Any) -> jax.Array:
+    @classmethod
+    def load(cls, run_dir: str | os.PathLike[str]) -> Self:
+        """Reads the model of a trained run, with the parameters of its newest checkpoint.
+
+        Args:
+          run_dir: A folder written by ``protein-lm train``.
+
+        Raises:
+          RunError: If the folder is no run's, or its model is of another class.
+        """
+        # A run's configuration names the models, whose modules import this one.
+        from fast_attention.protein_lm.loading import load_run
+
+        model = load_run(os.fspath(run_dir)).model
+        if not isinstance(model, cls):
+            found = type(model).__name__
+            raise RunError(
+                f"{os.fspath(run_dir)} is a run of {found}, not of {cls.__name__}: read it with "
+                f"{found}.load"
+            )
+        return model
+
+    def score(
+        self, sequences: Iterable[str], **options: Any
+    ) -> list[scoring.SequenceScore | scoring.PseudoScore]:
+        """How probable proteins are: `scoring.score_sequences` as a list."""
+        return list(scoring.score_sequences(self, sequences, **options))
+
+    def embed(self, sequences: Iterable[str], **options: Any) -> np.ndarray | list[np.ndarray]:
+        """Vectors of proteins: `embedding.embed_sequences`.
+
+        Returns:
+          One array [N, M] of N proteins, [N, L, M] for several layers; with ``pool=None``
+          a list of N arrays [n, M] or [L, n, M], a row for each residue.
+        """
+        found = list(embedding.embed_sequences(self, sequences, **options))
+        return found if options.get("pool", embedding.POOL) is None else np.stack(found)
+
+    def logits(self, xs: Any) -> jax.Array:
         """Logits, float32 [B, T, V].
 
         Args:
@@ -241,7 +294,7 @@ class FlaxModel:
             corpus = batches.as_corpus(xs, self.domain)
             batch = batches.in_order(corpus, self.domain, self.objective)
         state = self.state
-        return self.score_step(
+        return self.logits_step(
             state.parameters,
             state.variables,
             train_state.shard_batch(batch, self.mesh),

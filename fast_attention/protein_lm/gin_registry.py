@@ -60,7 +60,10 @@ def _parse_file(path: Path, includers: tuple[Path, ...]) -> None:
     """Parses a file part by part, so that what it includes takes its turn."""
     if path in includers:
         raise ValueError(f"{path} includes itself, by way of {', '.join(map(str, includers))}")
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines(keepends=True)
+    except UnicodeError:
+        raise ValueError(f"{path} is no gin file: save it as plain text, UTF-8") from None
     begin = 0
     for number, line in enumerate(lines):
         included = re.match(r"""include\s+(['"])(.+?)\1""", line)

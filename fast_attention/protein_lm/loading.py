@@ -44,14 +44,23 @@ def load_run(run_dir: str | Path) -> LoadedRun:
             f"{folder.path} is not the folder of a run: it has no {folder.config.name}; give the "
             "--work_dir of a 'protein-lm train'"
         )
-    try:
-        gin_registry.configure([folder.config])
-        model = gin.get_bindings("experiment")["model_cls"]()
-    finally:
-        gin.clear_config()
+    model = build_model(folder.config)
     run_folder.check_vocabulary(folder, model.domain)
     step, parameters, variables = checkpoints.restore_model(
         folder.checkpoints, train.abstract_state(model)
     )
     model.set_parameters(parameters, variables)
     return LoadedRun(model, step, folder)
+
+
+def build_model(config: Path) -> FlaxModel:
+    """Makes the model of a run's configuration, untrained.
+
+    Args:
+      config: The ``config.gin`` of a run.
+    """
+    try:
+        gin_registry.configure([config])
+        return gin.get_bindings("experiment")["model_cls"]()
+    finally:
+        gin.clear_config()

@@ -176,7 +176,7 @@ class FlaxBERT(FlaxModel):
         """
         vocab = self.domain.vocab
         masked = np.asarray(masked, np.int32)
-        logits = self.score(batches.unpacked(masked, vocab))
+        logits = self.logits(batches.unpacked(masked, vocab))
         logits = forbid_tokens(logits.reshape(-1, logits.shape[-1]), tuple(vocab.special_ids))
         key = jax.random.key(self.random_seed) if rng is None else rng
         drawn = np.asarray(sample_token(key, logits, temperature)).reshape(masked.shape)

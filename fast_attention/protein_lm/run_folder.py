@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import os
 from pathlib import Path
 
 from fast_attention.protein_lm.domains import DiscreteDomain
+from fast_attention.protein_lm.output_files import OutputError, explain, replacing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +68,8 @@ class RunError(RuntimeError):
 
 def write_file(path: Path, content: str | bytes) -> None:
     """Writes a file that appears under its name only when it is whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def claim(folder: RunFolder, config: str, domain: DiscreteDomain) -> None:
@@ -91,6 +87,8 @@ def claim(folder: RunFolder, config: str, domain: DiscreteDomain) -> None:
         folder.path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise RunError(f"{folder.path} is not a folder: give the run a folder of its own") from None
+    except OSError as error:
+        raise OutputError(f"{folder.path} cannot be made: {explain(error)}") from error
     if folder.config.exists():
         before, now = _settings(folder.config.read_text(encoding="utf-8")), _settings(config)
         changes = [

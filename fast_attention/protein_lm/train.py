@@ -14,24 +14,23 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fast_attention.protein_lm import (
-    baselines,
     batches,
     checkpoints,
     data,
     evaluation,
     metrics,
     metrics_log,
-    ngrams,
     plots,
     report,
     run_folder,
     sampling,
     training_loop,
 )
-from fast_attention.protein_lm.corpus import bundled_corpus, load_corpus
+from fast_attention.protein_lm.corpus import Corpus, bundled_corpus, domain_letters, load_corpus
 from fast_attention.protein_lm.flax_model import FlaxModel
 from fast_attention.protein_lm.models import FlaxLM
 from fast_attention.protein_lm.run_folder import RunError, RunFolder
+from fast_attention.protein_lm.skipped_records import SkippedRecords
 from fast_attention.protein_lm.train_state import TrainState
 
 
@@ -49,6 +48,7 @@ def run_experiment(
     max_eval_length: int | None = None,
     pack_sequences: bool = True,
     data_seed: int = 0,
+    on_error: str = "raise",
     train_summary_frequency: int = 100,
     eval_frequency: int = 500,
     num_eval_steps: int | None = None,
@@ -79,6 +79,8 @@ def run_experiment(
         has room for.
       pack_sequences: Whether several proteins share a row.
       data_seed: Of order, crops and masks.
+      on_error: What to do with a record that cannot be read: ``"raise"``, ``"skip"`` (the run's
+        folder lists those) or ``"replace"``, see `fasta_files.read_proteins`.
       train_summary_frequency: Steps between rows of training metrics.
       eval_frequency: Steps between validations.
       num_eval_steps: Batches of a validation, of proteins spread evenly over the files; None
@@ -115,8 +117,9 @@ def run_experiment(
             "make_protein_domain.length (and FlaxModel.max_len, if that is set)"
         )
     batch_size = batch_size_per_device * model.mesh.size
+    skipped = {name: SkippedRecords(keep=None) for name in ("train", "valid", "test")}
     dataset = data.make_dataset(
-        train_files,
+        load_corpus(train_files, model.domain, on_error=on_error, skipped=skipped["train"]),
         model.domain,
         length=max_train_length,
         batch_size=batch_size,
@@ -128,7 +131,8 @@ def run_experiment(
     )
     validate = None
     if valid_files is not None:
-        validate = _make_validation(model, valid_files, max_eval_length, num_eval_steps)
+        corpus = load_corpus(valid_files, model.domain, on_error=on_error, skipped=skipped["valid"])
+        validate = _make_validation(model, corpus, max_eval_length, num_eval_steps)
 
     run_folder.claim(folder, gin.operative_config_str(), model.domain)
     for name in _unused_settings():
@@ -137,8 +141,15 @@ def run_experiment(
         result = json.loads(folder.result.read_text(encoding="utf-8"))
         print(f"the run in {folder.path} is finished\n\n{report.format_report(result, folder)}")
         return result
-    fitted = baselines.fit_ngrams(train_files, valid=valid_files)
-    ngrams.save_baselines(folder.baselines, fitted)
+    for name in ("train", "valid"):
+        _tell_skipped(folder, name, skipped[name])
+    ngrams = evaluation.fit_baselines(
+        train_files,
+        valid=valid_files,
+        on_error=on_error,
+        alphabet=domain_letters(model.domain),
+    )
+    evaluation.save_baselines(folder.baselines, ngrams)
 
     iterator = iter(dataset)
     with checkpoints.open_checkpoints(folder.checkpoints, keep=checkpoints_to_keep) as manager:
@@ -162,9 +173,13 @@ def run_experiment(
         "steps": int(model.state.step),
         "tokens": progress.tokens,
         "seconds": progress.seconds,
-        "evaluation": test_files and evaluation.evaluate_on(model, test_files, fitted),
+        "evaluation": test_files
+        and evaluation.evaluate_on(
+            model, test_files, ngrams, on_error=on_error, skipped=skipped["test"]
+        ),
         "samples": _sample(model, num_samples, max_sample_length),
     }
+    _tell_skipped(folder, "test", skipped["test"])
     _draw(folder, result)
     run_folder.write_file(folder.result, json.dumps(result, indent=1) + "\n")
     print(report.format_report(result, folder))
@@ -195,9 +210,8 @@ def _unused_settings() -> list[str]:
 
 
 def _make_validation(
-    model: FlaxModel, files: str | Sequence[str], length: int | None, num_steps: int | None
+    model: FlaxModel, corpus: Corpus, length: int | None, num_steps: int | None
 ) -> Callable[[TrainState], dict[str, float]]:
-    corpus = load_corpus(files, model.domain)
     number = None if num_steps is None else num_steps * model.batch_size
     found = list(
         data.eval_batches(
@@ -215,6 +229,12 @@ def _make_validation(
         return metrics.combine_metrics(model.batch_sums(found))
 
     return validate
+
+
+def _tell_skipped(folder: RunFolder, name: str, skipped: SkippedRecords) -> None:
+    if skipped.count:
+        print(skipped.summary(), file=sys.stderr)
+        run_folder.write_file(folder.path / f"skipped_{name}.tsv", skipped.table())
 
 
 def _sample(model: FlaxModel, number: int, max_length: int | None) -> list[str]:

@@ -147,7 +147,7 @@ def make_forward(graphdef: Any) -> Callable[..., jax.Array]:
     return forward
 
 
-def make_score(graphdef: Any) -> Callable[..., jax.Array]:
+def make_logits(graphdef: Any) -> Callable[..., jax.Array]:
     """Makes the jitted `make_forward`."""
     return jax.jit(make_forward(graphdef), static_argnames="packed")
 

@@ -196,3 +196,16 @@ def test_shapes_that_make_no_stack_are_errors():
         StackConfig(M, (block()[:1],), reversible=True)
     with pytest.raises(ValueError, match="needs features and blocks"):
         StackConfig(M, ())
+
+
+@pytest.mark.parametrize("options", [{"remat": True}, {"reversible": True, "merge": "sum"}])
+def test_hidden_states_are_those_of_shorter_stacks(options):
+    """Of what comes out after i blocks, the last is the output, and 0 the input."""
+    layer = build(2, stack=options)
+    found = jax.jit(lambda x: layer.hidden_states(x))(X)
+    shorter = build(2, stack=options)
+    shorter.blocks = nnx.List(list(layer.blocks)[:1])
+    assert len(found) == 3
+    np.testing.assert_array_equal(found[0], X)
+    np.testing.assert_allclose(found[1], jax.jit(lambda x: shorter(x))(X), atol=1e-6)
+    np.testing.assert_allclose(found[2], jax.jit(lambda x: layer(x))(X), atol=1e-6)

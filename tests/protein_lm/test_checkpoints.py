@@ -141,7 +141,7 @@ def test_a_run_is_read_back(lm_run):
     again = load_run(lm_run).model
     assert not gin.config_str()
     proteins = ["MKTAYIAK"]
-    np.testing.assert_array_equal(model.score(proteins), again.score(proteins))
+    np.testing.assert_array_equal(model.logits(proteins), again.logits(proteins))
 
 
 def test_a_changed_vocabulary_is_told(lm_run, tmp_path):

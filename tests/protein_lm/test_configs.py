@@ -31,7 +31,7 @@ def test_the_model_can_be_built(name):
     batch = {"inputs": tokens, "positions": tokens, "segment_ids": tokens}
     state = jax.eval_shape(model.initialize, jax.random.key(0))
     logits = jax.eval_shape(
-        lambda *arguments: model.score_step(*arguments, packed=True),
+        lambda *arguments: model.logits_step(*arguments, packed=True),
         state.parameters,
         state.variables,
         batch,

@@ -52,7 +52,7 @@ def test_every_residue_and_nothing_else_is_scored(lm, ngrams, few):
 
     vocab = lm.model.domain.vocab
     total = hits = 0.0
-    for sequence, logits in zip(sequences, lm.model.score(sequences), strict=True):
+    for sequence, logits in zip(sequences, lm.model.logits(sequences), strict=True):
         ids = np.array(vocab.encode(sequence))
         log_probabilities = jax.nn.log_softmax(logits)[: len(ids)]
         total += float(np.asarray(log_probabilities)[np.arange(len(ids)), ids].sum())

@@ -89,7 +89,7 @@ def test_samples_depend_on_the_key_alone(trained):
 @WITH_SOFTMAX
 def test_the_loss_is_minus_the_log_probability(trained):
     corpus = as_corpus(TOY, DOMAIN)
-    log_probabilities = jax.nn.log_softmax(trained.score(TOY))
+    log_probabilities = jax.nn.log_softmax(trained.logits(TOY))
     total = sum(
         float(log_probabilities[row, place, token])
         for row, sequence in enumerate(TOY)
@@ -112,7 +112,7 @@ def test_the_future_never_shows(trained):
     rows = generator.integers(0, 20, (2, DOMAIN.length))
     changed = rows.copy()
     changed[:, 6:] = (rows[:, 6:] + 1 + generator.integers(0, 19, (2, 6))) % 20
-    before, after = trained.score(rows), trained.score(changed)
+    before, after = trained.logits(rows), trained.logits(changed)
     np.testing.assert_array_equal(before[:, :7], after[:, :7])
     assert (before[:, 7:] != after[:, 7:]).any()
 
@@ -133,17 +133,17 @@ def packed_batch(second: str):
 
 @WITH_SOFTMAX
 def test_proteins_of_a_row_do_not_see_each_other(trained):
-    one, two = trained.score(packed_batch("ACDEF")), trained.score(packed_batch("WWHHG"))
+    one, two = trained.logits(packed_batch("ACDEF")), trained.logits(packed_batch("WWHHG"))
     np.testing.assert_array_equal(one[:, :6], two[:, :6])
     assert (one[:, 6:] != two[:, 6:]).any()
-    alone = trained.score(["MKTAY"])[:, :6]
+    alone = trained.logits(["MKTAY"])[:, :6]
     np.testing.assert_allclose(one[:, :6], alone, atol=1e-4)
 
 
 @WITH_SOFTMAX
 def test_rows_do_not_see_each_other(trained):
-    together = trained.score(["MKTAYIAK", "ACDEFGHI"])
-    other = trained.score(["MKTAYIAK", "WWWWWWWW"])
+    together = trained.logits(["MKTAYIAK", "ACDEFGHI"])
+    other = trained.logits(["MKTAYIAK", "WWWWWWWW"])
     np.testing.assert_array_equal(together[0], other[0])
 
 
@@ -186,9 +186,9 @@ def test_bert_sees_both_sides_and_no_padding(trained_bert):
     ids = DOMAIN.encode(["MKTAYIAK"])
     changed = ids.copy()
     changed[0, 6] = VOCAB.encode("W")[0]
-    one, two = trained_bert.score(ids), trained_bert.score(changed)
+    one, two = trained_bert.logits(ids), trained_bert.logits(changed)
     assert (one[0, 0] != two[0, 0]).any()
-    longer = trained_bert.score([*TOY[:1], "ACDEFGHIKLMN"])
+    longer = trained_bert.logits([*TOY[:1], "ACDEFGHIKLMN"])
     np.testing.assert_allclose(longer[0, :9], one[0], atol=1e-4)
 
 

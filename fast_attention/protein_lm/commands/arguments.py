@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import sys
+from collections.abc import Iterator
+
+from fast_attention.protein_lm.skipped_records import SkippedRecords, list_skipped
 
 
 def add_run_dir(parser: argparse.ArgumentParser) -> None:
@@ -13,14 +18,49 @@ def add_run_dir(parser: argparse.ArgumentParser) -> None:
 
 
 def add_fasta(parser: argparse.ArgumentParser, meaning: str) -> None:
-    """Adds ``--fasta``, one or more files of proteins."""
+    """Adds ``--fasta``, one or more files of proteins or folders of those."""
     parser.add_argument(
         "--fasta",
         action="append",
         required=True,
-        metavar="FILE",
-        help=f"{meaning}, FASTA, plain or gzip; may be repeated",
+        metavar="PATH",
+        help=f"{meaning}: a FASTA file, plain or gzip, or a folder of them; may be repeated",
     )
+
+
+def add_on_error(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--on_error`` and ``--skipped_list``, which `skipped_records` makes use of."""
+    add_on_error_choice(parser, "raise")
+    parser.add_argument(
+        "--skipped_list",
+        metavar="FILE",
+        help="with --on_error=skip, where to list all proteins that were left out, a table",
+    )
+
+
+def add_on_error_choice(parser: argparse.ArgumentParser, default: str | None) -> None:
+    """Adds ``--on_error`` alone, for a command that has its own place for the list."""
+    parser.add_argument(
+        "--on_error",
+        choices=("raise", "skip", "replace"),
+        default=default,
+        help="what to do with a protein that cannot be read, for instance because of a gap or a "
+        "digit: raise stops (the default), skip leaves it out and tells so at the end, replace "
+        "takes unknown letters for X and stops at anything else",
+    )
+
+
+@contextlib.contextmanager
+def skipped_records(options: argparse.Namespace) -> Iterator[SkippedRecords]:
+    """Gives the collector for ``read_proteins(..., on_error=options.on_error, skipped=...)``.
+
+    At the end of the ``with`` block, what was left out is told on stderr, and listed in the file
+    of ``--skipped_list``.
+    """
+    with list_skipped(options.skipped_list) as skipped:
+        yield skipped
+    if skipped.count:
+        print(skipped.summary(), file=sys.stderr)
 
 
 def add_seed(parser: argparse.ArgumentParser, meaning: str) -> None:

@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     arguments.add_run_dir(parser)
     arguments.add_fasta(parser, "proteins to predict")
+    arguments.add_on_error(parser)
     parser.add_argument(
         "--output",
         metavar="FILE",
@@ -58,25 +59,31 @@ def run(options: argparse.Namespace) -> None:
     """Runs the command."""
     from fast_attention.protein_lm import evaluation, report
     from fast_attention.protein_lm.loading import load_run
-    from fast_attention.protein_lm.ngrams import load_baselines
+    from fast_attention.protein_lm.output_files import check_output
     from fast_attention.protein_lm.run_folder import write_file
 
+    for path in (options.output, options.per_protein):
+        if path:
+            check_output(path)
     model, step, folder = load_run(options.run_dir)
-    found = evaluation.evaluate_in_groups(
-        model,
-        options.fasta,
-        load_baselines(folder.baselines),
-        batch_size=options.batch_size,
-        seed=options.seed,
-        num_seeds=options.num_seeds,
-        split_file=options.split_file,
-        families=options.families,
-    )
-    result = {"run_dir": str(folder.path), "step": step} | found.result
-    written = [Path(options.output or folder.path / "evaluation.json")]
-    write_file(written[0], json.dumps(result, indent=1) + "\n")
-    if options.per_protein:
-        written.append(Path(options.per_protein))
-        write_file(written[1], found.per_protein)
-    places = " and ".join(str(path) for path in written)
-    print(f"{report.format_evaluation(result)}\n\nwritten to {places}")
+    with arguments.skipped_records(options) as skipped:
+        found = evaluation.evaluate_in_groups(
+            model,
+            options.fasta,
+            evaluation.load_baselines(folder.baselines),
+            batch_size=options.batch_size,
+            seed=options.seed,
+            num_seeds=options.num_seeds,
+            split_file=options.split_file,
+            families=options.families,
+            on_error=options.on_error,
+            skipped=skipped,
+        )
+        result = {"run_dir": str(folder.path), "step": step} | found.result
+        written = [Path(options.output or folder.path / "evaluation.json")]
+        write_file(written[0], json.dumps(result, indent=1) + "\n")
+        if options.per_protein:
+            written.append(Path(options.per_protein))
+            write_file(written[1], found.per_protein)
+        places = " and ".join(str(path) for path in written)
+        print(f"{report.format_evaluation(result)}\n\nwritten to {places}")

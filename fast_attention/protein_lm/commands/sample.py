@@ -56,8 +56,10 @@ def run(options: argparse.Namespace) -> None:
     """Runs the command."""
     from fast_attention.protein_lm.fasta import write_fasta
     from fast_attention.protein_lm.loading import load_run
+    from fast_attention.protein_lm.output_files import check_output
     from fast_attention.protein_lm.sampling import sample_proteins
 
+    check_output(options.output)
     records = sample_proteins(
         load_run(options.run_dir).model,
         options.num_samples,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from fast_attention.protein_lm.commands import arguments
+
 SUMMARY = "train a model, or resume its training"
 DESCRIPTION = """\
 Train a model and write it to a folder. A run that was stopped goes on from its last checkpoint
@@ -32,11 +34,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--work_dir", required=True, metavar="FOLDER", help="where the run is written; one run each"
     )
     for flag, meaning in (
-        ("--fasta", "proteins to train on, FASTA, plain or gzip; may be repeated"),
+        (
+            "--fasta",
+            "proteins to train on: a FASTA file, plain or gzip, or a folder of them; may be "
+            "repeated",
+        ),
         ("--valid_fasta", "proteins to validate on during training; may be repeated"),
         ("--test_fasta", "proteins to evaluate on at the end; may be repeated"),
     ):
-        parser.add_argument(flag, action="append", metavar="FILE", help=meaning)
+        parser.add_argument(flag, action="append", metavar="PATH", help=meaning)
+    arguments.add_on_error_choice(parser, None)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -51,5 +58,7 @@ def run(options: argparse.Namespace) -> None:
         "test_files": options.test_fasta,
     }
     bindings = [f"experiment.{name} = {paths!r}" for name, paths in files.items() if paths]
+    if options.on_error:
+        bindings.append(f"experiment.on_error = {options.on_error!r}")
     gin_registry.configure(options.gin_file, options.gin_bindings + bindings)
     gin.get_configurable("experiment")(options.work_dir)
