@@ -24,6 +24,7 @@ from fast_attention.protein_lm.flax_model import FlaxModel
 from fast_attention.protein_lm.linear_head import LinearHead, softmax
 from fast_attention.protein_lm.loading import build_model, load_run
 from fast_attention.protein_lm.run_folder import RunError, RunFolder, write_file
+from fast_attention.protein_lm.token_batches import Shape
 
 _ABOUT, _HEAD, _ADAPTERS, _MODEL = "finetuned.json", "head.npz", "adapters.npz", "model.npz"
 
@@ -190,9 +191,21 @@ class FineTuned:
         )
 
 
-def embed(model: FlaxModel, sequences: Iterable[str], max_length: int | None) -> np.ndarray:
-    """Mean vectors of proteins, float32 ``[N, M]``."""
-    found = list(embedding.embed_sequences(model, sequences, max_length=max_length))
+def embed(
+    model: FlaxModel,
+    sequences: Iterable[str],
+    max_length: int | None,
+    shapes: set[Shape] | None = None,
+) -> np.ndarray:
+    """Mean vectors of proteins, float32 ``[N, M]``.
+
+    Args:
+      model: The model.
+      sequences: N proteins.
+      max_length: Crops them to so many residues.
+      shapes: Of programs that exist, see `embedding.embed_sequences`.
+    """
+    found = list(embedding.embed_sequences(model, sequences, max_length=max_length, shapes=shapes))
     if not found:
         return np.zeros((0, model.config.emb_dim), np.float32)
     return np.stack(found)

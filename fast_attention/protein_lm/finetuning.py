@@ -9,6 +9,7 @@ Shape letters: N proteins, M width, K classes.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -37,6 +38,7 @@ from fast_attention.protein_lm.linear_head import (
 )
 from fast_attention.protein_lm.property_metrics import classification_metrics, regression_metrics
 from fast_attention.protein_lm.run_folder import RunError
+from fast_attention.protein_lm.token_batches import Shape
 
 METHODS = ("frozen", "lora", "full")
 _LEARNING_RATES = {"frozen": 0.0, "lora": 1e-3, "full": 1e-4}
@@ -139,9 +141,11 @@ def fine_tune(
         valid_share=config.valid_share,
         seed=config.seed,
     )
+    sequences = list(sequences)
     rows = {part: np.flatnonzero(chosen == part) for part in PARTS}
     classes, targets = _targets(task, labels, rows["train"])
-    vectors = embed(model, sequences, config.max_length)
+    shapes: set[Shape] = set()
+    vectors = embed(model, sequences, config.max_length, shapes)
     history: list[dict[str, Any]] = []
 
     def record(row: dict[str, Any]) -> None:
@@ -168,9 +172,9 @@ def fine_tune(
     trunk, adapters = fingerprint(model), None
     if config.method != "frozen":
         model, head, adapters = _tune_trunk(
-            model, sequences, targets, rows, head, class_weights, config, record
+            model, sequences, targets, rows, head, class_weights, config, shapes, record
         )
-        vectors = embed(model, sequences, config.max_length)
+        vectors = embed(model, sequences, config.max_length, shapes)
     if classes is None:
         # The standardisation of the targets becomes part of the head.
         head = head._replace(
@@ -204,8 +208,8 @@ def _targets(
     present = classes[np.unique(targets[train])]
     if len(present) < 2:
         raise RunError(
-            f"all {len(train)} training proteins are of the class {present[0]!r}: there is nothing "
-            "to tell apart; check the column of labels and the split"
+            f"all {len(train)} training proteins are of the class {str(present[0])!r}: there is "
+            "nothing to tell apart; check the column of labels and the split"
         )
     if len(classes) == len(labels):
         raise RunError(
@@ -229,12 +233,13 @@ def _valid_metrics(
 
 def _tune_trunk(
     model: FlaxModel,
-    sequences: Sequence[str],
+    sequences: list[str],
     targets: np.ndarray,
     rows: dict[str, np.ndarray],
     head: LinearHead,
     class_weights: np.ndarray,
     config: TuningConfig,
+    shapes: set[Shape],
     record: Callable[[dict[str, Any]], None],
 ) -> tuple[FlaxModel, LinearHead, Any]:
     rate = config.learning_rate
@@ -250,8 +255,10 @@ def _tune_trunk(
     held = [sequences[row] for row in rows["valid"]]
 
     def validate(parameters: Any, head: LinearHead) -> dict[str, float]:
-        tuned = with_parameters(model, parameters, model.state.variables)
-        vectors = embed(tuned, held, config.max_length)
+        # Never trained, so that it may share arrays with the model.
+        tuned = copy.copy(model)
+        tuned.state = dataclasses.replace(model.state, parameters=parameters)
+        vectors = embed(tuned, held, config.max_length, shapes)
         return _valid_metrics(head, vectors, targets[rows["valid"]], class_weights)
 
     proteins = list(

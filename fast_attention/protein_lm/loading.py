@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ class LoadedRun(NamedTuple):
     folder: RunFolder
 
 
-def load_run(run_dir: str | Path) -> LoadedRun:
+def load_run(run_dir: str | os.PathLike[str]) -> LoadedRun:
     """Reads the newest checkpoint of a run.
 
     gin knows one configuration per process, and it is empty afterwards: what the run had bound must

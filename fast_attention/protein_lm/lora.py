@@ -52,7 +52,7 @@ def init_adapters(parameters: Any, rank: int, key: jax.Array) -> Adapters:
     }
 
 
-def merge_adapters(parameters: Any, adapters: Adapters, scale: float) -> Any:
+def merge_adapters(parameters: Any, adapters: Adapters, scale: Any) -> Any:
     """Adds ``scale * A B`` to the kernels that have an adapter.
 
     Args:

@@ -25,12 +25,13 @@ def token_sums(
     Args:
       logits: Unnormalised log-probabilities over the whole vocabulary, special tokens included.
       targets: Ids to predict.
-      weights: What each position counts; 0 leaves it out.
+      weights: What each position counts; 0 leaves it out, and a negative weight asks for less
+        likelihood.
       axis: Summed over; None is both, 1 gives sums ``[B]`` of each row.
 
     Returns:
       float32 scalars, or ``[B]``: ``loss`` (nats), ``correct`` and ``denominator`` (the sum of the
-      weights), each a sum, so that batches combine by addition.
+      weights without their signs), each a sum, so that batches combine by addition.
     """
     log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32))
     chosen = jnp.take_along_axis(log_probabilities, targets[..., None], axis=-1)[..., 0]
@@ -38,7 +39,7 @@ def token_sums(
     return {
         "loss": -jnp.sum(chosen * weights, axis),
         "correct": jnp.sum(hits * weights, axis),
-        "denominator": jnp.sum(weights, axis),
+        "denominator": jnp.sum(jnp.abs(weights), axis),
     }
 
 

@@ -10,6 +10,7 @@ Shape letters: B batch, T length, M width, K outputs, N proteins.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -52,10 +53,23 @@ class Schedule(NamedTuple):
     seed: int
 
 
+class AdamW(NamedTuple):
+    """What of the optimiser is compiled in."""
+
+    weight_decay: float
+    grad_clip: float
+
+    def make(self) -> optax.GradientTransformation:
+        """The optimiser of rate 1: every update, decay included, is to be multiplied by a rate."""
+        return optimizer.create_optimizer(
+            1.0, weight_decay=self.weight_decay, grad_clip=self.grad_clip
+        )
+
+
 def make_trunk(model: FlaxModel, rank: int | None, seed: int) -> Trainable:
     """What is trained beside the head: adapters of a rank, or with None all parameters."""
     if rank is None:
-        return {"parameters": jax.tree.map(jnp.copy, model.state.parameters)}
+        return {"parameters": model.state.parameters}
     key = jax.random.fold_in(jax.random.key(seed), 1)
     return {"adapters": lora.init_adapters(model.state.parameters, rank, key)}
 
@@ -111,12 +125,15 @@ def tune(
         warmup_steps=total // 10,
         steps_per_cycle=total + 1,
     )
-    adamw = optimizer.create_optimizer(
-        rate, weight_decay=schedule.weight_decay, grad_clip=schedule.grad_clip
-    )
-    step = _make_step(model, head, adamw, scale)
+    adamw = AdamW(schedule.weight_decay, schedule.grad_clip)
     now = trainable | {"kernel": jnp.asarray(head.kernel), "bias": jnp.asarray(head.bias)}
-    opt_state = adamw.init(now)
+    opt_state = jax.jit(adamw.make().init)(now)
+    fixed = {
+        "parameters": model.state.parameters,
+        "variables": model.state.variables,
+        "head": {"mean": head.mean, "scale": head.scale},
+        "scale": np.float32(scale),
+    }
     number = 0
 
     def current() -> LinearHead:
@@ -124,21 +141,24 @@ def tune(
 
     values = validate(trunk_parameters(model, now, scale), current())
     log({"epoch": 0, "step": 0, "split": "valid", **values})
-    best = (values["loss"], _copy(now), current())
+    best = (values["loss"], now, current())
     waited = 0
     for epoch in range(1, schedule.max_epochs + 1):
         sums = []
         order = np.random.default_rng([schedule.seed, _EPOCHS, epoch])
         for batch in _batches(rows, proteins, targets, weights, schedule.batch_size, order):
             key = jax.random.fold_in(jax.random.key(schedule.seed), 2 + number)
-            state = model.state
-            now, opt_state, found = step(
+            now, opt_state, found = _step(
                 now,
                 opt_state,
-                state.parameters,
-                state.variables,
+                fixed,
                 train_state.shard_batch(batch, model.mesh),
                 key,
+                rate(number),
+                graphdef=model.graphdef,
+                first=1 if model.objective == "causal" else 0,
+                classify=head.kernel.shape[1] > 1,
+                adamw=adamw,
             )
             sums.append(found)
             number += 1
@@ -150,31 +170,34 @@ def tune(
         log({"epoch": epoch, "step": number, "split": "valid", **values})
         waited += 1
         if values["loss"] < best[0]:
-            best, waited = (values["loss"], _copy(now), current()), 0
+            best, waited = (values["loss"], now, current()), 0
         if waited >= schedule.patience:
             break
     return {name: best[1][name] for name in trainable}, best[2]
 
 
-def _copy(tree: Any) -> Any:
-    # Each step reuses the buffers of what it is given.
-    return jax.tree.map(jnp.copy, tree)
+@partial(jax.jit, static_argnames=("graphdef", "first", "classify", "adamw"))
+def _step(
+    trainable: Trainable,
+    opt_state: Any,
+    fixed: dict[str, Any],
+    batch: dict[str, Any],
+    key: jax.Array,
+    rate: jax.Array,
+    graphdef: Any,
+    first: int,
+    classify: bool,
+    adamw: AdamW,
+) -> tuple[Trainable, Any, Any]:
+    """One step. What differs between runs on one model is traced, so that they share a program."""
 
-
-def _make_step(
-    model: FlaxModel, head: LinearHead, adamw: optax.GradientTransformation, scale: float
-) -> Callable[..., Any]:
-    first = 1 if model.objective == "causal" else 0
-    classify = head.kernel.shape[1] > 1
-
-    def loss(
-        trainable: Trainable, parameters: Any, variables: Any, batch: Any, key: jax.Array
-    ) -> tuple[jax.Array, Any]:
+    def loss(trainable: Trainable) -> tuple[jax.Array, Any]:
+        parameters = fixed["parameters"]
         if "parameters" in trainable:
             parameters = trainable["parameters"]
         else:
-            parameters = lora.merge_adapters(parameters, trainable["adapters"], scale)
-        module: Any = nnx.merge(model.graphdef, parameters, variables)
+            parameters = lora.merge_adapters(parameters, trainable["adapters"], fixed["scale"])
+        module: Any = nnx.merge(graphdef, parameters, fixed["variables"])
         positions, visible = number_rows(batch["inputs"], batch["lengths"])
         state = module.encode(
             batch["inputs"],
@@ -187,7 +210,8 @@ def _make_step(
         own = (place >= first) & (place < (first + batch["residues"])[:, None])
         pooled = jnp.sum(jnp.where(own[..., None], state, 0), axis=1)
         pooled = pooled / jnp.maximum(batch["residues"], 1)[:, None]
-        outputs = head._replace(kernel=trainable["kernel"], bias=trainable["bias"])(pooled)
+        head = LinearHead(**fixed["head"], kernel=trainable["kernel"], bias=trainable["bias"])
+        outputs = head(pooled)
         if classify:
             each = optax.softmax_cross_entropy_with_integer_labels(outputs, batch["targets"])
         else:
@@ -196,20 +220,10 @@ def _make_step(
         total = jnp.sum(each * batch["weights"])
         return total / jnp.maximum(weight, 1e-9), {"loss": total, "weight": weight}
 
-    def step(
-        trainable: Trainable,
-        opt_state: Any,
-        parameters: Any,
-        variables: Any,
-        batch: Any,
-        key: jax.Array,
-    ) -> tuple[Trainable, Any, Any]:
-        gradient, sums = jax.grad(loss, has_aux=True)(trainable, parameters, variables, batch, key)
-        updates, opt_state = adamw.update(gradient, opt_state, trainable)
-        sums = sums | {"gradient_norm": optax.tree.norm(gradient)}
-        return optax.apply_updates(trainable, updates), opt_state, sums
-
-    return jax.jit(step)
+    gradient, sums = jax.grad(loss, has_aux=True)(trainable)
+    updates, opt_state = adamw.make().update(gradient, opt_state, trainable)
+    trainable = jax.tree.map(lambda leaf, update: leaf + rate * update, trainable, updates)
+    return trainable, opt_state, sums | {"gradient_norm": optax.tree.norm(gradient)}
 
 
 def _batches(

@@ -7,11 +7,13 @@ mistyped flag should not have to wait for: modules import what they need inside 
 
 from types import ModuleType
 
-from fast_attention.protein_lm.commands import evaluate, sample, train
+from fast_attention.protein_lm.commands import evaluate, fine_tune, predict, sample, train
 
 COMMANDS: dict[str, ModuleType] = {
     "train": train,
     "evaluate": evaluate,
     "sample": sample,
+    "fine-tune": fine_tune,
+    "predict": predict,
 }
 """Modules by the name of their command, in the order of ``protein-lm --help``."""
