@@ -14,11 +14,12 @@ end``. The end is an outcome, and counted in training, but not scored. Contexts 
 
 References:
   MacKay and Peto. A hierarchical Dirichlet language model. Natural Language Engineering 1 (1995).
+
+Shape letters: N proteins or contexts, S scored residues.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -26,15 +27,14 @@ import numpy as np
 
 from fast_attention.protein_lm.corpus import Corpus, FastaPaths, load_corpus
 from fast_attention.protein_lm.domains import make_protein_domain
+from fast_attention.protein_lm.ngrams import BASE, BOS, EOS, NGram, NGramCounts, TabulatedNGram
+from fast_attention.protein_lm.ngrams import NUM_OUTCOMES as NUM_OUTCOMES
 from fast_attention.protein_lm.vocabulary import STANDARD_RESIDUES
 
 MAX_RESIDUES = 1022
 MAX_ORDER = 5
-
-_VOCAB = make_protein_domain(include_pad=False, include_mask=False).vocab
-_BOS, _EOS = _VOCAB.encode("<>")
-_BASE = len(_VOCAB)
-_NUM_OUTCOMES = _BASE - 1
+ORDERS = (1, 2, 3, 5)
+"""Of the n-grams that a model is shown beside."""
 
 # Weights of the shorter contexts that give the least perplexity on the bundled validation split.
 _TUNED_BACK_OFF = {
@@ -44,6 +44,9 @@ _TUNED_BACK_OFF = {
     4: (1061.2, 7966.4, 3556.9),
     5: (2376.7, 7966.4, 5323.1, 1588.1),
 }
+# So many residues decide the weights to three digits of the perplexity.
+_TUNING_RESIDUES = 50_000
+_ROWS_AT_ONCE = 1 << 15
 
 
 class BaselineScore(NamedTuple):
@@ -62,17 +65,18 @@ class BaselineScore(NamedTuple):
     num_residues: int
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class NGram:
-    """Conditional probabilities of the next token.
+class ProteinSums(NamedTuple):
+    """Sums over the residues of each protein, float64 ``[N]``.
 
     Attributes:
-      order: n; the last ``n - 1`` tokens are the context.
-      probabilities: float64 ``[27 ** (n - 1), 27]``, rows sum to 1; BOS has probability 0.
+      loss: negative log-likelihoods, in nats.
+      correct: residues that were the most probable one.
+      residues: how many were scored.
     """
 
-    order: int
-    probabilities: np.ndarray
+    loss: np.ndarray
+    correct: np.ndarray
+    residues: np.ndarray
 
 
 def fit_ngram(
@@ -86,7 +90,7 @@ def fit_ngram(
 
     Args:
       train: FASTA files, or proteins loaded with a domain of ``make_protein_domain``.
-      order: n, at most 5 (the table has ``8 * 27 ** n`` bytes).
+      order: n, at most 5.
       alpha: Laplace smoothing of the unigram.
       back_off: ``k_2 .. k_n``; None takes weights tuned on the bundled validation split.
 
@@ -96,43 +100,123 @@ def fit_ngram(
     """
     if not 1 <= order <= MAX_ORDER:
         raise ValueError(f"order must be in 1 .. {MAX_ORDER}, but got {order}.")
-    weights = (_NUM_OUTCOMES * alpha, *(_TUNED_BACK_OFF[order] if back_off is None else back_off))
+    weights = (NUM_OUTCOMES * alpha, *(_TUNED_BACK_OFF[order] if back_off is None else back_off))
     if len(weights) != order or min(weights) <= 0:
         raise ValueError(
             f"Order {order} needs alpha and {order - 1} back-off weights, all positive, but got "
             f"alpha={alpha} and back_off={back_off}."
         )
-    contexts, tokens = _contexts_and_tokens(_load(train), order)
-    counts = np.bincount(contexts * _BASE + tokens, minlength=_BASE**order)
-
-    probabilities = np.full((1, _BASE), 1 / _NUM_OUTCOMES)
-    probabilities[:, _BOS] = 0
-    for length, weight in enumerate(weights):
-        # The oldest token of a context is its highest digit: summing it out shortens the context.
-        shorter = (-1, _BASE**length, _BASE)
-        count = counts.reshape(shorter).sum(0).reshape(-1, len(probabilities), _BASE)
-        total = count.sum(-1, keepdims=True)
-        probabilities = ((count + weight * probabilities[None]) / (total + weight)).reshape(
-            -1, _BASE
-        )
-    return NGram(order, probabilities)
+    return NGram(_count(_load(train), order), weights)
 
 
-def evaluate_ngram(model: NGram, fasta: FastaPaths | Corpus) -> BaselineScore:
+def fit_ngrams(
+    train: FastaPaths | Corpus,
+    orders: Sequence[int] = ORDERS,
+    *,
+    valid: FastaPaths | Corpus | None = None,
+) -> list[NGram]:
+    """Counts once for n-grams of several orders.
+
+    Args:
+      train: proteins to count, as in ``fit_ngram``.
+      orders: of the results, at most 5 each.
+      valid: proteins whose likelihood decides the weights of the shorter contexts; None takes
+        those tuned on the bundled validation split.
+
+    Raises:
+      FastaError: if a file cannot be read.
+    """
+    counts = _count(_load(train), max(orders))
+    found = [
+        NGram(counts.shorten(order), (float(NUM_OUTCOMES), *_TUNED_BACK_OFF[order]))
+        for order in orders
+    ]
+    if valid is None:
+        return found
+    valid = _load(valid)
+    return [tune_back_off(ngram, valid) for ngram in found]
+
+
+def tune_back_off(ngram: NGram, valid: FastaPaths | Corpus) -> NGram:
+    """Chooses the weights of the shorter contexts that make other proteins likeliest.
+
+    Each weight in turn is multiplied or divided by a step while that helps, with steps from 4
+    down to 1.2.
+
+    Args:
+      ngram: whose smoothing of the unigram and counts are kept.
+      valid: proteins that were not counted; at most about 50,000 of their residues are looked at.
+    """
+    contexts, tokens, _ = _scored(_load(valid), ngram.order)
+    stride = -(-len(tokens) // _TUNING_RESIDUES)
+    seen = ngram.counts.occurrences(contexts[::stride] * BASE + tokens[::stride])
+
+    def loss(weights: tuple[float, ...]) -> float:
+        probability = np.full(len(seen[0][0]), 1 / NUM_OUTCOMES)
+        for (count, total), weight in zip(seen, weights, strict=True):
+            probability = (count + weight * probability) / (total + weight)
+        return -float(np.log(probability).mean())
+
+    best = (loss(ngram.weights), ngram.weights)
+    for step in (4.0, 2.0, 1.4, 1.2):
+        improved = True
+        while improved:
+            improved = False
+            for place in range(1, ngram.order):
+                for factor in (step, 1 / step):
+                    weights = list(best[1])
+                    # Beyond this a context tells nothing, and no weight is the best one.
+                    weights[place] = min(max(weights[place] * factor, 1e-3), 1e7)
+                    found = (loss(tuple(weights)), tuple(weights))
+                    if found[0] < best[0] - 1e-7:
+                        best, improved = found, True
+                        break
+    return ngram._replace(weights=best[1])
+
+
+def ngram_name(order: int) -> str:
+    """What the n-gram of an order is called in tables."""
+    return {1: "unigram", 2: "bigram", 3: "trigram"}.get(order, f"{order}-gram")
+
+
+def ngram_sums(model: NGram | TabulatedNGram, corpus: Corpus) -> ProteinSums:
+    """Scores each protein under an n-gram.
+
+    Args:
+      model: the n-gram.
+      corpus: proteins loaded with a domain of ``make_protein_domain``.
+    """
+    contexts, tokens, proteins = _scored(corpus, model.order)
+    distinct, place = np.unique(contexts, return_inverse=True)
+    guesses = np.empty(len(distinct), np.int64)
+    log_likelihood = np.empty(len(tokens))
+    order = np.argsort(place, kind="stable")
+    bounds = np.searchsorted(place[order], np.arange(0, len(distinct) + 1, _ROWS_AT_ONCE))
+    for number, first in enumerate(range(0, len(distinct), _ROWS_AT_ONCE)):
+        probabilities = model.predict(distinct[first : first + _ROWS_AT_ONCE])
+        # No residue is the end, so that nobody would guess it.
+        guesses[first : first + _ROWS_AT_ONCE] = probabilities[:, :BOS].argmax(-1)
+        end = bounds[number + 1] if number + 1 < len(bounds) else len(order)
+        rows = order[bounds[number] : end]
+        log_likelihood[rows] = np.log(probabilities[place[rows] - first, tokens[rows]])
+    number = len(corpus)
+    return ProteinSums(
+        np.bincount(proteins, -log_likelihood, number),
+        np.bincount(proteins, guesses[place] == tokens, number),
+        np.bincount(proteins, minlength=number).astype(np.float64),
+    )
+
+
+def evaluate_ngram(model: NGram | TabulatedNGram, fasta: FastaPaths | Corpus) -> BaselineScore:
     """Scores the residues of some proteins under an n-gram.
 
     Args:
       model: the n-gram.
       fasta: FASTA files, or proteins loaded with a domain of ``make_protein_domain``.
     """
-    contexts, tokens = _contexts_and_tokens(_load(fasta), model.order)
-    residues = tokens != _EOS
-    contexts, tokens = contexts[residues], tokens[residues]
-    log_likelihood = np.log(model.probabilities[contexts, tokens]).mean()
-    guesses = model.probabilities[:, _VOCAB.ordinary_ids].argmax(-1)
-    name = {1: "unigram", 2: "bigram", 3: "trigram"}.get(model.order, f"{model.order}-gram")
-    accuracy = (guesses[contexts] == tokens).mean()
-    return BaselineScore(name, float(np.exp(-log_likelihood)), float(accuracy), len(tokens))
+    loss, correct, residues = (float(values.sum()) for values in ngram_sums(model, _load(fasta)))
+    name = ngram_name(model.order)
+    return BaselineScore(name, float(np.exp(loss / residues)), correct / residues, int(residues))
 
 
 def baseline_scores(
@@ -148,33 +232,44 @@ def baseline_scores(
       test: proteins to score, as in ``evaluate_ngram``.
       orders: which n-grams.
     """
-    train, test = _load(train), _load(test)
-    _, tokens = _contexts_and_tokens(test, 1)
-    num_residues = int((tokens != _EOS).sum())
+    test = _load(test)
+    _, tokens, _ = _scored(test, 1)
     num_standard = int((tokens < len(STANDARD_RESIDUES)).sum())
     scores = [
         BaselineScore(f"uniform over {outcomes}", float(outcomes), 1 / outcomes, number)
         for outcomes, number in (
-            (_NUM_OUTCOMES, num_residues),
+            (NUM_OUTCOMES, len(tokens)),
             (len(STANDARD_RESIDUES), num_standard),
         )
     ]
-    return scores + [evaluate_ngram(fit_ngram(train, order), test) for order in orders]
+    return scores + [evaluate_ngram(ngram, test) for ngram in fit_ngrams(train, orders)]
 
 
 def _load(fasta: FastaPaths | Corpus) -> Corpus:
     return fasta if isinstance(fasta, Corpus) else load_corpus(fasta, make_protein_domain())
 
 
-def _contexts_and_tokens(corpus: Corpus, order: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the context (``order - 1`` digits to the base 27) of each token that counts."""
+def _count(corpus: Corpus, order: int) -> NGramCounts:
+    contexts, tokens, _ = _contexts_and_tokens(corpus, order)
+    return NGramCounts.of(contexts * BASE + tokens, order)
+
+
+def _scored(corpus: Corpus, order: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    contexts, tokens, proteins = _contexts_and_tokens(corpus, order)
+    residues = tokens != EOS
+    return contexts[residues], tokens[residues], proteins[residues]
+
+
+def _contexts_and_tokens(corpus: Corpus, order: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the context (``order - 1`` digits to the base 27) of each token, and its protein."""
     lengths = corpus.lengths
     within = np.arange(len(corpus.tokens)) - np.repeat(corpus.offsets[:-1], lengths)
     # A protein of more residues is cropped, and its end is not seen.
     kept = np.where(lengths <= MAX_RESIDUES + 1, lengths, MAX_RESIDUES)
     contexts = np.zeros(len(corpus.tokens), np.int64)
     for lag in range(1, order):
-        previous = np.where(within >= lag, np.roll(corpus.tokens, lag), _BOS)
-        contexts += previous * np.int64(_BASE ** (lag - 1))
+        previous = np.where(within >= lag, np.roll(corpus.tokens, lag), BOS)
+        contexts += previous * np.int64(BASE ** (lag - 1))
     counts = within < np.repeat(kept, lengths)
-    return contexts[counts], corpus.tokens[counts]
+    proteins = np.repeat(np.arange(len(corpus)), lengths)
+    return contexts[counts], corpus.tokens[counts], proteins[counts]

@@ -13,7 +13,11 @@ import numpy as np
 from fast_attention.protein_lm import data
 from fast_attention.protein_lm.corpus import Corpus
 from fast_attention.protein_lm.domains import DiscreteDomain
+from fast_attention.protein_lm.masking import MaskingConfig
 from fast_attention.protein_lm.vocabulary import Vocabulary
+
+# Seeds of unlike draws differ in this number (others are in packing.py and data.py).
+_WEIGHTED = 6
 
 
 def is_batch(xs: Any) -> bool:
@@ -96,6 +100,63 @@ def as_batches(xs: Any) -> Iterable[Mapping[str, Any]] | None:
     if isinstance(xs, Iterable) and is_batch(next(iter(xs), None)):
         return xs
     return None
+
+
+def weighted(
+    corpus: Corpus,
+    domain: DiscreteDomain,
+    example_weights: Any,
+    *,
+    batch_size: int,
+    seed: int,
+    epochs: int,
+    objective: str,
+    masking: MaskingConfig | None,
+) -> Iterator[data.Batch]:
+    """Batches in which each protein counts as it should, one a row, shuffled in every epoch.
+
+    Args:
+      corpus: N proteins.
+      domain: Of the model.
+      example_weights: [N]. With 2 a protein counts as if it were there twice, with 0 as if it were
+        not there; a negative weight makes it less likely.
+      batch_size: Rows of a batch.
+      seed: Of order and masks.
+      epochs: Passes through the proteins.
+      objective: Of the model.
+      masking: Of a masked model.
+
+    Raises:
+      ValueError: If the weights are not one finite number for each protein.
+    """
+    weights = np.asarray(example_weights, np.float32)
+    if weights.shape != (len(corpus),) or not np.isfinite(weights).all():
+        raise ValueError(
+            f"expected one finite weight for each of the {len(corpus)} sequences; got "
+            f"{np.shape(example_weights)}"
+        )
+    length = int(corpus.lengths.max())
+    for epoch in range(epochs):
+        rng = np.random.default_rng([seed, _WEIGHTED, epoch])
+        order = rng.permutation(len(corpus))
+        for first in range(0, len(order), batch_size):
+            members = order[first : first + batch_size]
+            dataset = data.make_dataset(
+                select(corpus, members),
+                domain,
+                length=length,
+                batch_size=batch_size,
+                seed=int(rng.integers(2**31)),
+                pack=False,
+                shuffle=False,
+                num_epochs=1,
+                objective=objective,
+                crop="start",
+                masking=masking,
+            )
+            batch = next(iter(dataset))
+            missing = (0, batch_size - len(members))
+            yield batch | {"weights": batch["weights"] * np.pad(weights[members], missing)[:, None]}
 
 
 def in_order(corpus: Corpus, domain: DiscreteDomain, objective: str) -> data.Batch:

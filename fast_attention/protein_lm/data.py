@@ -152,6 +152,11 @@ def eval_batches(
     return _eval_batches(corpus, domain, length, batch_size, objective, seed, masking, score_eos)
 
 
+def eval_order(corpus: Corpus, length: int) -> np.ndarray:
+    """Which protein each row of `eval_batches` holds, int64 ``[N]``; rows beyond are padding."""
+    return np.argsort(-np.minimum(corpus.lengths, length), kind="stable")
+
+
 def _eval_batches(
     corpus: Corpus,
     domain: DiscreteDomain,
@@ -163,7 +168,7 @@ def _eval_batches(
     score_eos: bool,
 ) -> Iterator[Batch]:
     lengths = np.minimum(corpus.lengths, length)
-    order = np.argsort(-lengths, kind="stable")
+    order = eval_order(corpus, length)
     buckets = [-(-length // 4), -(-length // 2), length]
     for first in range(0, len(order), batch_size):
         proteins = order[first : first + batch_size]

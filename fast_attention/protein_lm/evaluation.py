@@ -1,73 +1,91 @@
 """Evaluation on FASTA files, beside baselines, every figure over the same residues.
 
-Protocol: the first 1022 residues of each protein are scored (or as many as the model has room
-for), the end token is not, and probabilities are those of the full vocabulary.
+Figures are means over residues: perplexity exp(sum of losses / residues), accuracy hits / residues.
+Each has a standard error over proteins, or over groups of relatives, which move together.
 """
 
 from __future__ import annotations
 
-import io
+import dataclasses
 import os
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from fast_attention.protein_lm import batches, data, metrics, train_state
-from fast_attention.protein_lm.baselines import MAX_RESIDUES, NGram, evaluate_ngram, fit_ngram
-from fast_attention.protein_lm.corpus import Corpus, FastaPaths, domain_letters, load_corpus
-from fast_attention.protein_lm.domains import DiscreteDomain, make_protein_domain
+from fast_attention.protein_lm import groups, metrics, protein_scores
+from fast_attention.protein_lm.baselines import ProteinSums, fit_ngrams
+from fast_attention.protein_lm.columns import format_columns
+from fast_attention.protein_lm.corpus import FastaPaths, domain_letters, load_corpus
+from fast_attention.protein_lm.domains import make_protein_domain
+from fast_attention.protein_lm.fasta_files import read_proteins
 from fast_attention.protein_lm.flax_model import FlaxModel
-from fast_attention.protein_lm.run_folder import write_file
+from fast_attention.protein_lm.groups import Groups
+from fast_attention.protein_lm.ngrams import NGram, TabulatedNGram
+from fast_attention.protein_lm.ngrams import load_baselines as load_baselines
+from fast_attention.protein_lm.ngrams import save_baselines as save_baselines
+from fast_attention.protein_lm.protein_scores import MODEL, ProteinScores
 from fast_attention.protein_lm.skipped_records import SkippedRecords
 
 Row = dict[str, Any]
 
+LENGTH_BINS = (100, 200, 400, 700, 1022)
+"""Last lengths of the bins of whole proteins; longer ones are the last bin."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found.
+
+    Attributes:
+      result: Figures, fit for JSON; see `evaluate_on`.
+      per_protein: The table of single proteins, tabs between cells.
+    """
+
+    result: dict[str, Any]
+    per_protein: str
+
 
 def fit_baselines(
-    train: FastaPaths, *, on_error: str = "raise", alphabet: str | None = None
+    train: FastaPaths,
+    *,
+    valid: FastaPaths | None = None,
+    on_error: str = "raise",
+    alphabet: str | None = None,
 ) -> list[NGram]:
-    """The unigram and the bigram of some proteins; for the arguments see `load_corpus`."""
-    corpus = load_corpus(
-        train,
-        make_protein_domain(),
-        on_error=on_error,
-        skipped=SkippedRecords(),
-        alphabet=alphabet,
+    """The n-grams that a model is shown beside, see `baselines.fit_ngrams`.
+
+    Args:
+      train: FASTA files to count.
+      valid: FASTA files to tune on, or None.
+      on_error: See `load_corpus`.
+      alphabet: See `load_corpus`.
+    """
+    domain = make_protein_domain()
+    counted, tuned = (
+        None
+        if files is None
+        else load_corpus(
+            files, domain, on_error=on_error, skipped=SkippedRecords(), alphabet=alphabet
+        )
+        for files in (train, valid)
     )
-    return [fit_ngram(corpus, order) for order in (1, 2)]
-
-
-def save_baselines(path: Path, ngrams: Sequence[NGram]) -> None:
-    """Writes n-grams, so that an evaluation needs no training data."""
-    tables = {str(ngram.order): ngram.probabilities for ngram in ngrams}
-    archive = io.BytesIO()
-    np.savez(archive, allow_pickle=False, **tables)
-    write_file(path, archive.getvalue())
-
-
-def load_baselines(path: Path) -> list[NGram]:
-    """Reads what `save_baselines` wrote."""
-    with np.load(path) as tables:
-        return [NGram(int(order), tables[order]) for order in tables]
+    assert counted is not None
+    return fit_ngrams(counted, valid=tuned)
 
 
 def evaluate_on(
     model: FlaxModel,
     fasta: FastaPaths,
-    ngrams: Sequence[NGram],
+    ngrams: Sequence[NGram | TabulatedNGram],
     *,
     batch_size: int | None = None,
     seed: int = 0,
+    num_seeds: int = 1,
     on_error: str = "raise",
     skipped: SkippedRecords | None = None,
 ) -> dict[str, Any]:
-    """Scores a model and baselines on the same residues.
-
-    A causal model is asked for every residue. A masked model is asked for the residues that
-    `seed` chooses, and is shown the others; of the baselines only those that look at no
-    neighbours can be compared then.
+    """Scores a model and baselines on the same residues, see `protein_scores.score_proteins`.
 
     Args:
       model: The model.
@@ -75,85 +93,164 @@ def evaluate_on(
       ngrams: Baselines, from `fit_baselines`.
       batch_size: Proteins per batch; None takes the model's. It does not change the result.
       seed: Of the masks; a causal model has none.
+      num_seeds: A masked model is asked so many times, with the seeds ``seed, seed + 1, ...``.
       on_error: What to do with a record that cannot be read, see `read_proteins`.
       skipped: Collects what ``on_error="skip"`` leaves out, which needs it.
 
     Returns:
       ``objective``, ``fasta``, ``proteins``, ``left_out`` (how many were, if any), ``residues``
-      (how many were scored), ``max_residues`` (per protein), ``seed`` where it matters, and
-      ``scores``: a list of rows with ``name``, ``perplexity`` and ``accuracy``, the model's first.
+      (how many were scored), ``max_residues`` (per protein), ``seed``, ``num_seeds`` and
+      ``masking`` where they matter, ``errors`` (``over`` what, and how many ``groups``),
+      ``scores``: a list of rows with ``name``, ``perplexity`` and ``accuracy``, each with its
+      ``.._error``, the model's first; and ``by_length``: such lists for proteins of like length.
 
     Raises:
       FastaError: If a file cannot be read.
     """
-    length = min(MAX_RESIDUES, model.max_length)
-    corpus = load_corpus(fasta, model.domain, on_error=on_error, skipped=skipped)
-    found = list(
-        data.eval_batches(
-            corpus,
-            model.domain,
-            length=length,
-            batch_size=batch_size or model.batch_size,
-            objective=model.objective,
-            seed=seed,
-            masking=model.masking,
-            score_eos=False,
-        )
+    return evaluate_in_groups(
+        model,
+        fasta,
+        ngrams,
+        batch_size=batch_size,
+        seed=seed,
+        num_seeds=num_seeds,
+        on_error=on_error,
+        skipped=skipped,
+    ).result
+
+
+def evaluate_in_groups(
+    model: FlaxModel,
+    fasta: FastaPaths,
+    ngrams: Sequence[NGram | TabulatedNGram],
+    *,
+    batch_size: int | None = None,
+    seed: int = 0,
+    num_seeds: int = 1,
+    split_file: str | os.PathLike[str] | None = None,
+    families: str | os.PathLike[str] | None = None,
+    on_error: str = "raise",
+    skipped: SkippedRecords | None = None,
+) -> Evaluation:
+    """Evaluates as `evaluate_on`, with tables of families and of single proteins.
+
+    Args:
+      model: The model.
+      fasta: As in `evaluate_on`.
+      ngrams: Baselines.
+      batch_size: As in `evaluate_on`.
+      seed: As in `evaluate_on`.
+      num_seeds: As in `evaluate_on`.
+      split_file: A table with columns ``accession`` and ``component``; errors are over components
+        then. Otherwise they are over proteins.
+      families: A table whose first column has ids and whose second has families. Failing that
+        components are the families.
+      on_error: As in `evaluate_on`.
+      skipped: As in `evaluate_on`.
+
+    Raises:
+      FastaError: If a file cannot be read.
+      RunError: If a table cannot be read, or lacks proteins of the files.
+      ValueError: If `num_seeds` is not positive.
+    """
+    if num_seeds < 1:
+        raise ValueError(f"the number of seeds must be at least 1; got {num_seeds}")
+    paths = [fasta] if isinstance(fasta, (str, os.PathLike)) else list(fasta)
+    corpus = load_corpus(paths, model.domain, on_error=on_error, skipped=skipped)
+    records = read_proteins(
+        paths,
+        alphabet=domain_letters(model.domain),
+        on_error=on_error,
+        skipped=SkippedRecords(),
     )
-    values = metrics.combine_metrics(model.batch_sums(found))
-    residues = int(values["denominator"])
-    rows = [_row("this model", values["perplexity"], values["accuracy"])]
-    if model.objective == "causal":
-        whole = load_corpus(
-            fasta,
-            make_protein_domain(),
-            on_error=on_error,
-            skipped=SkippedRecords(),
-            alphabet=domain_letters(model.domain),
+    ids = [record.id for record in records]
+    clusters = Groups("protein", ids, np.arange(len(ids)))
+    family = None
+    if split_file is not None:
+        clusters = family = groups.read_groups(
+            split_file, ids, key="accession", value="component", name="component"
         )
-        rows += _causal_baselines(batches.crop(whole, length), ngrams)
-    else:
-        rows += _masked_baselines(found, model.domain, ngrams)
-    paths = [fasta] if isinstance(fasta, (str, os.PathLike)) else fasta
-    result = {
+    if families is not None:
+        family = groups.read_groups(families, ids, key=None, value=None, name="family")
+    scores = protein_scores.score_proteins(
+        model,
+        corpus,
+        ngrams,
+        batch_size=batch_size,
+        seeds=range(seed, seed + num_seeds),
+    )
+    result: dict[str, Any] = {
         "objective": model.objective,
         "fasta": [str(path) for path in paths],
-        "proteins": len(corpus),
-        "residues": residues,
-        "max_residues": length,
-        "scores": rows,
+        "max_residues": scores.max_residues,
     }
     if skipped is not None and skipped.count:
         result["left_out"] = skipped.count
-    return result if model.objective == "causal" else result | {"seed": seed}
+    if model.masking is not None:
+        masking = dataclasses.asdict(model.masking)
+        result |= {"seed": seed, "num_seeds": num_seeds, "masking": masking}
+    result |= _figures(scores.sums, clusters.of, np.arange(len(ids)))
+    result["errors"] = {"over": clusters.name, "groups": len(set(clusters.of.tolist()))}
+    result["by_length"] = _by_length(scores, clusters)
+    if family is not None:
+        result["by_family"] = _by_family(scores, family)
+    return Evaluation(result, _per_protein(ids, scores, family))
 
 
-def _row(name: str, perplexity: float, accuracy: float) -> Row:
-    return {"name": name, "perplexity": perplexity, "accuracy": accuracy}
+def _figures(
+    sums: dict[str, ProteinSums], clusters: np.ndarray, proteins: np.ndarray
+) -> dict[str, Any]:
+    rows = []
+    for name, found in sums.items():
+        loss, correct, residues = (values[proteins] for values in found)
+        perplexity = metrics.perplexity(loss.sum() / residues.sum())
+        error = groups.ratio_error(loss, residues, clusters[proteins])
+        rows.append(
+            {
+                "name": name,
+                "perplexity": perplexity,
+                # The first order of exp around the mean loss.
+                "perplexity_error": None if error is None else perplexity * error,
+                "accuracy": float(correct.sum() / residues.sum()),
+                "accuracy_error": groups.ratio_error(correct, residues, clusters[proteins]),
+            }
+        )
+    residues = int(sums[MODEL].residues[proteins].sum())
+    return {"proteins": len(proteins), "residues": residues, "scores": rows}
 
 
-def _uniform(outcomes: int) -> Row:
-    return _row(f"uniform over {outcomes}", float(outcomes), 1 / outcomes)
-
-
-def _causal_baselines(corpus: Corpus, ngrams: Sequence[NGram]) -> list[Row]:
-    scores = [evaluate_ngram(ngram, corpus) for ngram in ngrams]
-    outcomes = len(make_protein_domain().vocab.ordinary_ids) + 1
-    return [_uniform(outcomes)] + [
-        _row(score.name, score.perplexity, score.accuracy) for score in scores
+def _by_length(scores: ProteinScores, clusters: Groups) -> list[Row]:
+    bins = np.searchsorted(LENGTH_BINS, scores.lengths)
+    lows = [1, *(last + 1 for last in LENGTH_BINS)]
+    names = [f"{low}-{last}" for low, last in zip(lows[:-1], LENGTH_BINS, strict=True)]
+    names.append(f"{lows[-1]} and more")
+    return [
+        {"length": names[number]}
+        | _figures(scores.sums, clusters.of, np.flatnonzero(bins == number))
+        for number in np.unique(bins)
     ]
 
 
-def _masked_baselines(
-    found: Iterable[train_state.Batch], domain: DiscreteDomain, ngrams: Sequence[NGram]
-) -> list[Row]:
-    """Only residues are asked for, so that the end of a sequence is no possible outcome."""
-    full = make_protein_domain().vocab
-    unigram = next(ngram for ngram in ngrams if ngram.order == 1).probabilities[0]
-    residues = unigram[full.ordinary_ids] / unigram[full.ordinary_ids].sum()
-    letters = [domain.vocab.tokens[i] for i in domain.vocab.ordinary_ids]
-    probabilities = np.array([residues[full.encode(letter)[0]] for letter in letters])
-    targets = np.concatenate([batch["targets"][batch["weights"] > 0] for batch in found])
-    perplexity = float(np.exp(-np.log(probabilities[targets]).mean()))
-    accuracy = float((targets == probabilities.argmax()).mean())
-    return [_uniform(len(letters)), _row("unigram", perplexity, accuracy)]
+def _by_family(scores: ProteinScores, family: Groups) -> list[Row]:
+    """The families of the most residues first; errors are over the proteins of a family."""
+    each = np.arange(len(family.of))
+    rows = [
+        {"family": label} | _figures(scores.sums, each, np.flatnonzero(family.of == number))
+        for number, label in enumerate(family.labels)
+    ]
+    return sorted(rows, key=lambda row: -row["residues"])
+
+
+def _per_protein(ids: Sequence[str], scores: ProteinScores, family: Groups | None) -> str:
+    columns: dict[str, Sequence[object]] = {"id": ids, "length": scores.lengths.tolist()}
+    if family is not None:
+        columns[family.name] = [family.labels[number] for number in family.of]
+    residues = scores.sums[MODEL].residues
+    columns["residues_scored"] = residues.astype(int).tolist()
+    for name, (loss, correct, _) in scores.sums.items():
+        if name.startswith("uniform"):
+            continue
+        prefix = "" if name == MODEL else f"{name}_"
+        columns[f"{prefix}perplexity"] = np.exp(loss / residues).tolist()
+        columns[f"{prefix}accuracy"] = (correct / residues).tolist()
+    return format_columns(columns)

@@ -169,6 +169,7 @@ class FlaxModel:
         epochs: int = 1,
         batch_size: int | None = None,
         max_steps: int = 10**6,
+        example_weights: Any = None,
     ) -> dict[str, Any]:
         """Trains on some sequences.
 
@@ -178,6 +179,8 @@ class FlaxModel:
           epochs: How often to go through `xs`; 1 for an iterator of batches.
           batch_size: Rows per batch; None takes the model's.
           max_steps: Steps after which to stop.
+          example_weights: What each sequence counts, see `batches.weighted`; None counts all
+            equally.
 
         Returns:
           ``last`` and ``average`` metrics of the batches, ``steps`` and ``seconds``.
@@ -187,8 +190,9 @@ class FlaxModel:
           ValueError: If there is nothing to train on, or an iterator should be repeated.
         """
         began = time.perf_counter()
+        found = self._training_batches(xs, epochs, batch_size, example_weights)
         sums = []
-        for batch in itertools.islice(self._training_batches(xs, epochs, batch_size), max_steps):
+        for batch in itertools.islice(found, max_steps):
             self.state, batch_sums = self.train_step(
                 self.state, train_state.shard_batch(batch, self.mesh)
             )
@@ -309,14 +313,29 @@ class FlaxModel:
         )
 
     def _training_batches(
-        self, xs: Any, epochs: int, batch_size: int | None
+        self, xs: Any, epochs: int, batch_size: int | None, example_weights: Any
     ) -> Iterator[train_state.Batch]:
         found = batches.as_batches(xs)
         if found is not None:
+            if example_weights is not None:
+                raise ValueError(
+                    "example_weights are for sequences; a batch has its own 'weights' [B, T]"
+                )
             if epochs != 1 and isinstance(xs, Iterator):
                 raise ValueError(f"an iterator can be read once, but epochs is {epochs}")
             return itertools.chain.from_iterable(itertools.repeat(found, epochs))
         corpus = batches.as_corpus(xs, self.domain)
+        if example_weights is not None:
+            return batches.weighted(
+                corpus,
+                self.domain,
+                example_weights,
+                batch_size=batch_size or self.batch_size,
+                seed=self.random_seed + int(self.state.step),
+                epochs=epochs,
+                objective=self.objective,
+                masking=self.masking,
+            )
         return iter(
             data.make_dataset(
                 corpus,

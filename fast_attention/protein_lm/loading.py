@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +41,7 @@ class OpenedRun(NamedTuple):
     folder: RunFolder
 
 
-def open_run(run_dir: str | Path) -> OpenedRun:
+def open_run(run_dir: str | os.PathLike[str]) -> OpenedRun:
     """Makes the model of a run or an exported folder, without reading arrays.
 
     gin knows one configuration per process, and it is empty afterwards: what the run had bound must
@@ -59,15 +60,7 @@ def open_run(run_dir: str | Path) -> OpenedRun:
             f"{folder.path} is not the folder of a run: it has no {folder.config.name}; give the "
             "--work_dir of a 'protein-lm train' or the --output of a 'protein-lm export'"
         )
-    try:
-        if about is None:
-            gin_registry.configure([folder.config])
-        else:
-            gin_registry.configure(bindings=[about["gin"]])
-        settings = gin.get_bindings("experiment")
-        model = settings["model_cls"]()
-    finally:
-        gin.clear_config()
+    model, settings = _build(folder.config if about is None else about["gin"])
     if about is None:
         run_folder.check_vocabulary(folder, model.domain)
     elif about["vocabulary"] != run_folder.describe_vocabulary(model.domain):
@@ -75,7 +68,7 @@ def open_run(run_dir: str | Path) -> OpenedRun:
     return OpenedRun(model, settings, folder)
 
 
-def load_run(run_dir: str | Path) -> LoadedRun:
+def load_run(run_dir: str | os.PathLike[str]) -> LoadedRun:
     """Reads the newest checkpoint of a run, or an exported model.
 
     Args:
@@ -92,3 +85,25 @@ def load_run(run_dir: str | Path) -> LoadedRun:
         step, parameters, variables = checkpoints.restore_model(folder.checkpoints, abstract)
     model.set_parameters(parameters, variables)
     return LoadedRun(model, step, folder)
+
+
+def build_model(config: Path) -> FlaxModel:
+    """Makes the model of a run's configuration, untrained.
+
+    Args:
+      config: The ``config.gin`` of a run.
+    """
+    return _build(config)[0]
+
+
+def _build(config: Path | str) -> tuple[FlaxModel, dict[str, Any]]:
+    """The model of a gin file, or of its text, and the settings of ``experiment``."""
+    try:
+        if isinstance(config, Path):
+            gin_registry.configure([config])
+        else:
+            gin_registry.configure(bindings=[config])
+        settings = gin.get_bindings("experiment")
+        return settings["model_cls"](), settings
+    finally:
+        gin.clear_config()

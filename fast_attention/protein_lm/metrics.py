@@ -15,26 +15,31 @@ Sums = dict[str, Any]
 
 
 def token_sums(
-    logits: Float[Array, "B T V"], targets: Int[Array, "B T"], weights: Float[Array, "B T"]
+    logits: Float[Array, "B T V"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    axis: int | None = None,
 ) -> Sums:
     """Sums the cross-entropy and the hits of the most probable token.
 
     Args:
       logits: Unnormalised log-probabilities over the whole vocabulary, special tokens included.
       targets: Ids to predict.
-      weights: What each position counts; 0 leaves it out.
+      weights: What each position counts; 0 leaves it out, and a negative weight asks for less
+        likelihood.
+      axis: Summed over; None is both, 1 gives sums ``[B]`` of each row.
 
     Returns:
-      float32 scalars: ``loss`` (nats), ``correct`` and ``denominator`` (the sum of the weights),
-      each a sum, so that batches combine by addition.
+      float32 scalars, or ``[B]``: ``loss`` (nats), ``correct`` and ``denominator`` (the sum of the
+      weights without their signs), each a sum, so that batches combine by addition.
     """
     log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32))
     chosen = jnp.take_along_axis(log_probabilities, targets[..., None], axis=-1)[..., 0]
     hits = jnp.argmax(logits, axis=-1) == targets
     return {
-        "loss": -jnp.sum(chosen * weights),
-        "correct": jnp.sum(hits * weights),
-        "denominator": jnp.sum(weights),
+        "loss": -jnp.sum(chosen * weights, axis),
+        "correct": jnp.sum(hits * weights, axis),
+        "denominator": jnp.sum(jnp.abs(weights), axis),
     }
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from fast_attention.protein_lm.run_folder import RunFolder
 
+_GROUPS_SHOWN = 20
+
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Aligns columns: the first to the left, the others to the right."""
@@ -23,20 +25,78 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def format_evaluation(result: dict[str, Any]) -> str:
-    """The table of `evaluation.evaluate_on`."""
+    """The tables of `evaluation.evaluate_on`."""
     asked = "residues" if result["objective"] == "causal" else "hidden residues"
     caption = (
         f"{result['residues']:,} {asked} of {result['proteins']:,} proteins "
         f"({', '.join(result['fasta'])}; the first {result['max_residues']} of each)"
     )
-    table = format_table(
-        ("", "perplexity", "accuracy"),
-        [
-            (row["name"], f"{row['perplexity']:.2f}", f"{100 * row['accuracy']:.2f} %")
-            for row in result["scores"]
-        ],
+    over = result["errors"]["over"]
+    parts = [
+        caption,
+        _scores(result["scores"]),
+        f"+- is one standard error over {result['errors']['groups']:,} {over}s",
+    ]
+    if "masking" in result:
+        parts.insert(1, _masking(result))
+    if len(result["by_length"]) > 1:
+        parts.append(_groups("length", result["by_length"]))
+    if "by_family" in result:
+        parts.append(_groups("family", result["by_family"]) + "\n  (+- over the proteins of each)")
+    return "\n\n".join(parts)
+
+
+def _scores(rows: Sequence[dict[str, Any]]) -> str:
+    cells = [
+        (
+            row["name"],
+            _with_error(row["perplexity"], row["perplexity_error"]),
+            _with_error(100 * row["accuracy"], row["accuracy_error"], 100) + " %",
+        )
+        for row in rows
+    ]
+    return textwrap.indent(format_table(("", "perplexity", "accuracy"), cells), "  ")
+
+
+def _groups(name: str, groups: Sequence[dict[str, Any]]) -> str:
+    best = min(groups[0]["scores"][1:], key=lambda row: row["perplexity"])["name"]
+    header = (name, "proteins", "residues", "perplexity", "accuracy", f"{best} perplexity")
+    cells = []
+    for group in groups[:_GROUPS_SHOWN]:
+        model = group["scores"][0]
+        baseline = next(row for row in group["scores"] if row["name"] == best)
+        cells.append(
+            (
+                group[name],
+                f"{group['proteins']:,}",
+                f"{group['residues']:,}",
+                _with_error(model["perplexity"], model["perplexity_error"]),
+                _with_error(100 * model["accuracy"], model["accuracy_error"], 100) + " %",
+                f"{baseline['perplexity']:.2f}",
+            )
+        )
+    table = format_table(header, cells)
+    if len(groups) > _GROUPS_SHOWN:
+        table += f"\n... and {len(groups) - _GROUPS_SHOWN:,} more, all in the JSON file"
+    return textwrap.indent(table, "  ")
+
+
+def _with_error(value: float, error: float | None, scale: float = 1.0) -> str:
+    return f"{value:.2f}" if error is None else f"{value:.2f} +- {scale * error:.2f}"
+
+
+def _masking(result: dict[str, Any]) -> str:
+    share = result["masking"]
+    shown = 1 - share["mask_token_proportion"] - share["random_token_proportion"]
+    seeds = f"seed {result['seed']}"
+    if result["num_seeds"] > 1:
+        seeds = f"seeds {result['seed']} to {result['seed'] + result['num_seeds'] - 1}"
+    return (
+        f"{100 * share['mask_rate']:g} % of the residues are asked for, chosen by {seeds}; of "
+        f"these {100 * share['mask_token_proportion']:g} % are hidden, "
+        f"{100 * share['random_token_proportion']:g} % are replaced by a random residue, and "
+        f"{100 * shown:g} % are left as they are"
     )
-    return f"{caption}\n\n{textwrap.indent(table, '  ')}"
 
 
 def format_report(result: dict[str, Any], folder: RunFolder) -> str:

@@ -48,7 +48,7 @@ class RunFolder:
 
     @property
     def baselines(self) -> Path:
-        """Unigram and bigram of the training proteins."""
+        """n-grams of the training proteins."""
         return self.path / "baselines.npz"
 
     @property

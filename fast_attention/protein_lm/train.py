@@ -56,6 +56,7 @@ def run_experiment(
     checkpoints_to_keep: int = 3,
     num_samples: int = 3,
     max_sample_length: int | None = None,
+    initial_run: str | None = None,
 ) -> dict[str, Any]:
     """Trains a model, or resumes its training, and reports what it reached.
 
@@ -89,6 +90,7 @@ def run_experiment(
       checkpoints_to_keep: The newest so many are kept.
       num_samples: Proteins to sample at the end, by a causal model.
       max_sample_length: Most residues of those; None is what the model has room for.
+      initial_run: Folder of a run whose parameters this one begins with; None draws them.
 
     Returns:
       The content of ``result.json``.
@@ -144,7 +146,10 @@ def run_experiment(
     for name in ("train", "valid"):
         _tell_skipped(folder, name, skipped[name])
     ngrams = evaluation.fit_baselines(
-        train_files, on_error=on_error, alphabet=domain_letters(model.domain)
+        train_files,
+        valid=valid_files,
+        on_error=on_error,
+        alphabet=domain_letters(model.domain),
     )
     evaluation.save_baselines(folder.baselines, ngrams)
 
@@ -152,6 +157,8 @@ def run_experiment(
     with checkpoints.open_checkpoints(folder.checkpoints, keep=checkpoints_to_keep) as manager:
         found = checkpoints.restore(manager, abstract_state(model))
         if found is None:
+            if initial_run is not None:
+                _begin_from(model, RunFolder(Path(initial_run)))
             state = model.state
             progress = checkpoints.Progress(iterator.get_state(), batch_size, 0, 0.0)
         else:
@@ -187,6 +194,12 @@ def abstract_state(model: FlaxModel) -> TrainState:
     """Shapes, dtypes and placement of the arrays that a checkpoint of `model` must hold."""
     state = jax.eval_shape(model.initialize, jax.random.key(0))
     return checkpoints.abstract_like(state, NamedSharding(model.mesh, PartitionSpec()))
+
+
+def _begin_from(model: FlaxModel, folder: RunFolder) -> None:
+    run_folder.check_vocabulary(folder, model.domain)
+    _, parameters, variables = checkpoints.restore_model(folder.checkpoints, abstract_state(model))
+    model.set_parameters(parameters, variables)
 
 
 def _check_batch_size(folder: RunFolder, before: int, now: int) -> None:

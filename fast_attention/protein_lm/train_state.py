@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -160,6 +161,15 @@ def make_eval_step(graphdef: Any) -> Callable[..., metrics.Sums]:
         return metrics.token_sums(logits, batch["targets"], batch["weights"])
 
     return jax.jit(step, static_argnames="packed")
+
+
+@partial(jax.jit, static_argnames=("graphdef", "packed"))
+def row_sums(
+    graphdef: Any, parameters: Any, variables: Any, batch: Batch, packed: bool
+) -> metrics.Sums:
+    """As `make_eval_step`, with sums ``[B]`` of each row."""
+    logits = make_forward(graphdef)(parameters, variables, batch, packed)
+    return metrics.token_sums(logits, batch["targets"], batch["weights"], axis=1)
 
 
 def is_packed(batch: Batch) -> bool:

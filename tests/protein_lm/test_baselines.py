@@ -3,10 +3,18 @@ import re
 import numpy as np
 import pytest
 
-from fast_attention.protein_lm.baselines import baseline_scores, evaluate_ngram, fit_ngram
+from fast_attention.protein_lm.baselines import (
+    baseline_scores,
+    evaluate_ngram,
+    fit_ngram,
+    fit_ngrams,
+    ngram_sums,
+    tune_back_off,
+)
 from fast_attention.protein_lm.corpus import bundled_corpus, load_corpus
 from fast_attention.protein_lm.domains import make_protein_domain
 from fast_attention.protein_lm.fasta import FastaRecord, write_fasta
+from fast_attention.protein_lm.ngrams import TabulatedNGram, load_baselines, save_baselines
 
 LETTERS = "ACDEFGHIKLMNPQRSTVWYBOUXZ"
 
@@ -21,6 +29,11 @@ def train():
     return load_corpus(bundled_corpus("train"), make_protein_domain())
 
 
+def probabilities(ngram):
+    """After every context."""
+    return ngram.predict(np.arange(27 ** (ngram.order - 1)))
+
+
 def table_of_readme(split):
     readme = (bundled_corpus("train").parent / "README.md").read_text()
     cells = re.findall(rf"^\| `{split}` \|(.*)\|$", readme, re.M)[0].split("|")
@@ -31,25 +44,27 @@ def table_of_readme(split):
 @pytest.mark.parametrize("split", ["valid", "test"])
 def test_the_table_of_the_corpus_is_reproduced_to_its_digits(train, split):
     number, cells = table_of_readme(split)
-    *uniform, unigram, bigram, trigram = baseline_scores(
-        train, bundled_corpus(split), orders=(1, 2, 3)
+    *uniform, unigram, bigram, trigram, longest = baseline_scores(
+        train, bundled_corpus(split), orders=(1, 2, 3, 5)
     )
-    for order, score in ((1, unigram), (2, bigram), (3, trigram)):
+    for order, score in ((1, unigram), (2, bigram), (3, trigram), (5, longest)):
         assert f"{score.perplexity:.2f}, {100 * score.accuracy:.2f} %" == cells[order].strip()
         assert score.num_residues == number
     assert [score.perplexity for score in uniform] == [26, 20]
     assert [score.accuracy for score in uniform] == [1 / 26, 1 / 20]
     assert uniform[0].num_residues == number > uniform[1].num_residues
-    assert [score.name for score in (unigram, bigram)] == ["unigram", "bigram"]
+    names = [score.name for score in (unigram, bigram, trigram, longest)]
+    assert names == ["unigram", "bigram", "trigram", "5-gram"]
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_probabilities_sum_to_one_and_bos_is_never_next(tmp_path, order):
     model = fit_ngram(fasta(tmp_path / "a", "MKTAYIAK", "MX"), order)
-    assert model.probabilities.shape == (27 ** (order - 1), 27)
-    np.testing.assert_allclose(model.probabilities.sum(-1), 1)
-    assert not model.probabilities[:, 25].any()
-    assert (np.delete(model.probabilities, 25, axis=1) > 0).all()
+    found = probabilities(model)
+    assert found.shape == (27 ** (order - 1), 27)
+    np.testing.assert_allclose(found.sum(-1), 1)
+    assert not found[:, 25].any()
+    assert (np.delete(found, 25, axis=1) > 0).all()
 
 
 def test_the_unigram_is_laplace_smoothed_frequency(tmp_path):
@@ -57,7 +72,7 @@ def test_the_unigram_is_laplace_smoothed_frequency(tmp_path):
     model = fit_ngram(path, 1, alpha=0.5)
     counts = dict.fromkeys(LETTERS, 0) | {"A": 2, "C": 1, "D": 1, "end": 2}
     expected = [(count + 0.5) / (6 + 13) for count in counts.values()]
-    np.testing.assert_allclose(np.delete(model.probabilities[0], 25), expected)
+    np.testing.assert_allclose(np.delete(probabilities(model)[0], 25), expected)
     score = evaluate_ngram(model, path)
     mean = np.log([2.5 / 19, 2.5 / 19, 1.5 / 19, 1.5 / 19]).mean()
     assert score.perplexity == pytest.approx(np.exp(-mean))
@@ -110,16 +125,16 @@ def test_only_the_first_1022_residues_count(tmp_path):
     model = fit_ngram(fasta(tmp_path / "a", "A" * 1022 + "C" * 50), 1)
     expected = np.full(26, 1 / 1048)
     expected[0] = 1023 / 1048
-    np.testing.assert_allclose(np.delete(model.probabilities[0], 25), expected)
+    np.testing.assert_allclose(np.delete(probabilities(model)[0], 25), expected)
     for size, number in ((1021, 1021), (1022, 1022), (1023, 1022), (2000, 1022)):
         score = evaluate_ngram(model, fasta(tmp_path / "b", "A" * size))
         assert score.num_residues == number
-    assert fit_ngram(fasta(tmp_path / "a", "A" * 1022), 1).probabilities[0, 26] == 2 / 1049
+    assert probabilities(fit_ngram(fasta(tmp_path / "a", "A" * 1022), 1))[0, 26] == 2 / 1049
 
 
 def test_the_end_is_never_guessed_for_a_residue(tmp_path):
     model = fit_ngram(fasta(tmp_path / "a", "MA", "MA", "MA"), 2)
-    assert model.probabilities[0].argmax() == 26
+    assert probabilities(model)[0].argmax() == 26
     assert evaluate_ngram(model, fasta(tmp_path / "b", "MAA")).accuracy == 1
 
 
@@ -131,6 +146,62 @@ def test_longer_contexts_help_where_there_is_something_to_learn(tmp_path):
     )
     assert second.perplexity < 1.2 < first.perplexity
     assert second.accuracy > 0.99
+
+
+def test_sums_of_each_protein_are_those_of_the_protein_alone(tmp_path):
+    model = fit_ngram(fasta(tmp_path / "a", "MKTAYIAK", "MKV"), 3)
+    sequences = ["MKTW", "A", "KTAYMKTAY"]
+    domain = make_protein_domain()
+    whole = ngram_sums(model, load_corpus(fasta(tmp_path / "b", *sequences), domain))
+    for number, sequence in enumerate(sequences):
+        alone = ngram_sums(model, load_corpus(fasta(tmp_path / "c", sequence), domain))
+        for found, expected in zip(whole, alone, strict=True):
+            assert found[number] == pytest.approx(expected[0])
+    assert whole.residues.tolist() == [4, 1, 9]
+
+
+def test_counting_once_gives_the_ngrams_of_every_order(tmp_path):
+    path = fasta(tmp_path / "a", "MKTAYIAKMKT", "MX", "A" * 7)
+    for ngram in fit_ngrams(path, (1, 2, 4)):
+        alone = fit_ngram(path, ngram.order)
+        assert ngram.weights == alone.weights
+        for found, expected in zip(ngram.counts, alone.counts, strict=True):
+            np.testing.assert_array_equal(found, expected)
+
+
+def test_weights_are_tuned_on_other_proteins(tmp_path, train):
+    (default,) = fit_ngrams(train, (3,))
+    (tuned,) = fit_ngrams(train, (3,), valid=bundled_corpus("valid"))
+    assert tuned.weights[0] == default.weights[0]
+    scores = [evaluate_ngram(ngram, bundled_corpus("valid")) for ngram in (default, tuned)]
+    # The defaults were chosen on the same proteins.
+    assert scores[1].perplexity == pytest.approx(scores[0].perplexity, rel=3e-4)
+    # What repeats itself trusts long contexts, and what is of another kind does not.
+    regular, other = fasta(tmp_path / "a", "ACDEF" * 20), fasta(tmp_path / "b", "FDACE" * 20)
+    ngram = fit_ngram(regular, 2, back_off=(1.0,))
+    assert tune_back_off(ngram, regular).weights[1] < 0.1
+    assert tune_back_off(ngram, other).weights[1] > 10
+
+
+def test_baselines_are_read_back(tmp_path):
+    fitted = fit_ngrams(fasta(tmp_path / "a", "MKTAYIAKMKT", "MX"), (1, 2, 5))
+    save_baselines(tmp_path / "baselines.npz", fitted)
+    found = load_baselines(tmp_path / "baselines.npz")
+    assert [ngram.order for ngram in found] == [1, 2, 5]
+    contexts = np.array([0, 25, 26])
+    for one, other in zip(found, fitted, strict=True):
+        contexts %= 27 ** (one.order - 1)
+        np.testing.assert_array_equal(one.predict(contexts), other.predict(contexts))
+
+
+def test_tables_of_earlier_versions_are_read(tmp_path):
+    path = fasta(tmp_path / "a", "MKTAYIAKMKT", "MX")
+    fitted = fit_ngrams(path, (1, 2))
+    tables = {str(ngram.order): probabilities(ngram) for ngram in fitted}
+    np.savez(tmp_path / "baselines.npz", allow_pickle=False, **tables)
+    for one, other in zip(load_baselines(tmp_path / "baselines.npz"), fitted, strict=True):
+        assert isinstance(one, TabulatedNGram)
+        assert evaluate_ngram(one, path) == evaluate_ngram(other, path)
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def test_evaluate_writes_beside_the_run_unless_told_otherwise(lm_run, tiny_fasta
     assert str(output) in capsys.readouterr().out
     figures = json.loads(output.read_text())
     assert figures["run_dir"] == str(lm_run)
-    assert {"perplexity", "accuracy", "name"} == set(figures["scores"][0])
+    assert {"perplexity", "accuracy", "name"} < set(figures["scores"][0])
     output.unlink()
 
 

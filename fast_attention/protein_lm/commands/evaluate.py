@@ -26,9 +26,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where to write the figures as JSON (default: evaluation.json in the run's folder)",
     )
     parser.add_argument(
+        "--per_protein",
+        metavar="FILE",
+        help="also write a table with one line per protein, tabs between cells",
+    )
+    parser.add_argument(
+        "--split_file",
+        metavar="FILE",
+        help="a table (TSV or CSV, plain or gzip) with columns 'accession' and 'component': "
+        "proteins of one component are relatives, and error bars are taken over components",
+    )
+    parser.add_argument(
+        "--families",
+        metavar="FILE",
+        help="a table whose first column has ids and whose second has families, for figures of "
+        "each family (default: the components of --split_file)",
+    )
+    parser.add_argument(
         "--batch_size", type=int, metavar="N", help="proteins at a time; less needs less memory"
     )
-    arguments.add_seed(parser, "which residues FlaxBERT is asked for")
+    arguments.add_seed(parser, "which residues FlaxBERT is asked for (default: 0)")
+    parser.add_argument(
+        "--num_seeds",
+        type=int,
+        default=1,
+        metavar="N",
+        help="ask FlaxBERT N times, for other residues each time (default: 1)",
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -38,19 +62,29 @@ def run(options: argparse.Namespace) -> None:
     from fast_attention.protein_lm.output_files import check_output
     from fast_attention.protein_lm.run_folder import write_file
 
+    if options.per_protein:
+        check_output(options.per_protein)
     model, step, folder = load_run(options.run_dir)
     output = Path(options.output or folder.evaluation)
     check_output(output)
     with arguments.skipped_records(options) as skipped:
-        result = evaluation.evaluate_on(
+        found = evaluation.evaluate_in_groups(
             model,
             options.fasta,
             evaluation.load_baselines(folder.baselines),
             batch_size=options.batch_size,
             seed=options.seed,
+            num_seeds=options.num_seeds,
+            split_file=options.split_file,
+            families=options.families,
             on_error=options.on_error,
             skipped=skipped,
         )
-        result = {"run_dir": str(folder.path), "step": step} | result
+        result = {"run_dir": str(folder.path), "step": step} | found.result
+        written = [output]
         write_file(output, json.dumps(result, indent=1) + "\n")
-        print(f"{report.format_evaluation(result)}\n\nwritten to {output}")
+        if options.per_protein:
+            written.append(Path(options.per_protein))
+            write_file(written[1], found.per_protein)
+        places = " and ".join(str(path) for path in written)
+        print(f"{report.format_evaluation(result)}\n\nwritten to {places}")

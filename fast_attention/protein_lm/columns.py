@@ -1,0 +1,99 @@
+"""Reading named columns of a table of text, CSV or TSV, plain or gzip."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import os
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from fast_attention.protein_lm.run_folder import RunError
+
+Columns = dict[str, list[str]]
+
+
+def read_columns(
+    path: str | os.PathLike[str], required: Sequence[str] = (), optional: Sequence[str] = ()
+) -> Columns:
+    """Reads some columns of a table whose first line names them.
+
+    Cells are separated by tabs where the first line has one, and by commas otherwise. Quoted
+    cells, any line ends, a byte order mark and blank lines are accepted; blanks around cells are
+    dropped.
+
+    Args:
+      path: The file.
+      required: Names that must be there.
+      optional: Names that are read where they are there.
+
+    Returns:
+      Lists of equal length by name; without any names all columns, in the order of the file.
+
+    Raises:
+      RunError: If the file cannot be read, lacks a column or has no rows, names a column twice,
+        or has a row of another number of cells.
+    """
+    path = Path(path)
+    text = _read(path)
+    first = text.partition("\n")[0]
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if "\t" in first else ",")
+    try:
+        numbered = [(rows.line_num, [cell.strip() for cell in row]) for row in rows if any(row)]
+    except csv.Error as error:
+        raise RunError(f"{path}, line {rows.line_num}: no table ({error})") from error
+    if len(numbered) < 2:
+        raise RunError(
+            f"{path}: expected a first line with the names of columns, and rows below it; the "
+            f"file has {len(numbered)} lines that are not blank"
+        )
+    names = numbered[0][1]
+    for name in required:
+        if name not in names:
+            raise RunError(
+                f"{path}: there is no column {name!r}, only {', '.join(map(repr, names))}; name "
+                "the column, or put its name into the first line"
+            )
+    wanted = [*required, *(name for name in optional if name in names)] or names
+    for name in wanted:
+        if names.count(name) > 1:
+            raise RunError(f"{path}: {names.count(name)} columns are named {name!r}; rename one")
+    for number, row in numbered[1:]:
+        if len(row) != len(names):
+            raise RunError(
+                f"{path}, line {number}: {len(row)} cells, but the first line names {len(names)} "
+                "columns; quote cells that hold the separator"
+            )
+    places = {name: names.index(name) for name in wanted}
+    return {name: [row[place] for _, row in numbered[1:]] for name, place in places.items()}
+
+
+def format_columns(columns: dict[str, Sequence[object]]) -> str:
+    """A table that `read_columns` reads back: tabs between cells, names in the first line."""
+    cells = [[_cell(value) for value in values] for values in columns.values()]
+    lines = ["\t".join(columns), *("\t".join(row) for row in zip(*cells, strict=True))]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _read(path: Path) -> str:
+    try:
+        content = path.read_bytes()
+        if content.startswith(b"\x1f\x8b"):
+            content = gzip.decompress(content)
+        return content.decode("utf-8-sig")
+    except FileNotFoundError:
+        raise RunError(f"{path}: no such file; check the path") from None
+    except IsADirectoryError:
+        raise RunError(f"{path}: is a folder; give the table in it") from None
+    except (EOFError, zlib.error, OSError) as error:
+        raise RunError(f"{path}: cannot be read ({error})") from error
+    except UnicodeDecodeError:
+        raise RunError(
+            f"{path}: is no text; save a spreadsheet as CSV or TSV, encoded in UTF-8"
+        ) from None

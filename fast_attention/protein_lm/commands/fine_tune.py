@@ -1,0 +1,193 @@
+"""``protein-lm fine-tune``."""
+
+from __future__ import annotations
+
+import argparse
+
+from fast_attention.protein_lm.commands import arguments
+
+SUMMARY = "teach a trained model a property of proteins, or a family"
+DESCRIPTION = """\
+Teach a trained model a property of proteins from a table of examples, such as stability (a number)
+or location (a class):
+
+  protein-lm fine-tune --run_dir=runs/demo --table=stability.csv --task=regression \\
+      --output=runs/stability
+
+A part of the proteins is held out, and the report says how well their property is predicted.
+'protein-lm predict' then predicts it for other proteins. Without --table, the model is trained
+further on the proteins of --fasta, such as one family, and the result is a run like any other."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    arguments.add_run_dir(parser)
+    parser.add_argument(
+        "--output", required=True, metavar="FOLDER", help="where the result is written"
+    )
+    table = parser.add_argument_group("a property")
+    table.add_argument(
+        "--table",
+        metavar="FILE",
+        help="examples, CSV or TSV, plain or gzip, the first line naming the columns",
+    )
+    table.add_argument(
+        "--task",
+        choices=("regression", "classification"),
+        help="whether the label is a number or a class",
+    )
+    table.add_argument(
+        "--method",
+        choices=("frozen", "lora", "full"),
+        default="frozen",
+        help="frozen: a linear model on the vectors of 'protein-lm embed', seconds to minutes "
+        "(default); lora: also small changes of every layer; full: also all parameters",
+    )
+    for name, default, meaning in (
+        ("sequence", "sequence", "the residues"),
+        ("label", "label", "the property"),
+        ("id", "id", "names, needed with --fasta"),
+    ):
+        table.add_argument(
+            f"--{name}_column",
+            default=default,
+            metavar="NAME",
+            help=f"the column of {meaning} (default: {default})",
+        )
+    table.add_argument(
+        "--split_column",
+        metavar="NAME",
+        help="the column that says train, valid or test (default: 'split', if there is one)",
+    )
+    table.add_argument(
+        "--group_column",
+        metavar="NAME",
+        help="a column of families: relatives are then kept on one side of the split",
+    )
+    table.add_argument(
+        "--test_share",
+        type=float,
+        default=0.2,
+        metavar="X",
+        help="the share held out for the report, without a split column (default: 0.2)",
+    )
+    table.add_argument(
+        "--valid_share",
+        type=float,
+        default=0.1,
+        metavar="X",
+        help="the share of the rest that decides when to stop (default: 0.1)",
+    )
+    table.add_argument(
+        "--balanced",
+        action="store_true",
+        help="let classes count equally, however many proteins they have",
+    )
+    table.add_argument("--rank", type=int, default=8, metavar="R", help="of lora (default: 8)")
+    table.add_argument(
+        "--patience",
+        type=int,
+        default=3,
+        metavar="N",
+        help="epochs without improvement after which to stop (default: 3)",
+    )
+    table.add_argument(
+        "--max_length", type=int, metavar="N", help="use the first N residues of longer proteins"
+    )
+    table.add_argument(
+        "--whole_model",
+        action="store_true",
+        help="store the whole model, so that the result does not need --run_dir any more",
+    )
+    both = parser.add_argument_group("training")
+    both.add_argument(
+        "--fasta",
+        action="append",
+        metavar="PATH",
+        help="with --table the residues by id; without it the proteins to train on further; a "
+        "FASTA file or a folder of them; may be repeated",
+    )
+    both.add_argument(
+        "--valid_fasta",
+        action="append",
+        metavar="PATH",
+        help="without --table: proteins to validate and to evaluate on; may be repeated",
+    )
+    both.add_argument(
+        "--epochs", type=int, metavar="N", help="passes through the proteins (default: 20, or 10)"
+    )
+    both.add_argument(
+        "--batch_size", type=int, metavar="N", help="proteins at a time (default: 16, or the run's)"
+    )
+    both.add_argument(
+        "--learning_rate",
+        type=float,
+        metavar="X",
+        help="the highest (default: 1e-3 for lora, else 1e-4)",
+    )
+    arguments.add_on_error_choice(parser, "raise")
+    arguments.add_seed(parser, "of every draw; equal seeds give equal results (default: 0)")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Runs the command."""
+    from fast_attention.protein_lm import continued, tuning_run
+
+    given = {"batch_size": options.batch_size, "learning_rate": options.learning_rate}
+    given = {name: value for name, value in given.items() if value is not None}
+    if options.table is None:
+        if not options.fasta:
+            raise ValueError("give --table (a property to learn) or --fasta (proteins to train on)")
+        if options.task is not None:
+            raise ValueError(f"--task={options.task} needs --table, the proteins with their labels")
+        continued.continue_training(
+            options.run_dir,
+            options.output,
+            options.fasta,
+            valid_fasta=options.valid_fasta,
+            epochs=10 if options.epochs is None else options.epochs,
+            seed=options.seed,
+            on_error=options.on_error,
+            **given,
+        )
+        return
+    if options.task is None:
+        raise ValueError("say --task=regression (a number) or --task=classification (a class)")
+    if options.valid_fasta:
+        raise ValueError("--valid_fasta is without --table; name a --split_column instead")
+    columns = {
+        name: getattr(options, name)
+        for name in (
+            "sequence_column",
+            "label_column",
+            "id_column",
+            "split_column",
+            "group_column",
+            "on_error",
+        )
+    }
+    config = {
+        name: getattr(options, name)
+        for name in (
+            "method",
+            "rank",
+            "patience",
+            "balanced",
+            "test_share",
+            "valid_share",
+            "max_length",
+            "seed",
+        )
+    }
+    if options.epochs is not None:
+        config["max_epochs"] = options.epochs
+    tuning_run.run_tuning(
+        options.run_dir,
+        options.output,
+        options.table,
+        task=options.task,
+        fasta=options.fasta,
+        columns=columns,
+        whole_model=options.whole_model,
+        options=config | given,
+    )

@@ -1,0 +1,45 @@
+"""``protein-lm predict``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from fast_attention.protein_lm.commands import arguments
+
+SUMMARY = "predict a property that a model was taught"
+DESCRIPTION = """\
+Predict the property that 'protein-lm fine-tune --table=...' taught, for the proteins of FASTA
+files, as a table with one line per protein.
+
+  protein-lm predict --model=runs/stability --fasta=new.fasta --output=predictions.tsv"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    parser.add_argument(
+        "--model", required=True, metavar="FOLDER", help="the --output of 'protein-lm fine-tune'"
+    )
+    arguments.add_fasta(parser, "proteins to predict")
+    parser.add_argument(
+        "--output", required=True, metavar="FILE", help="the table, tabs between cells"
+    )
+    arguments.add_on_error(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Runs the command."""
+    from fast_attention.protein_lm.fasta_files import read_proteins
+    from fast_attention.protein_lm.finetuned import FineTuned
+    from fast_attention.protein_lm.output_files import check_output
+    from fast_attention.protein_lm.run_folder import write_file
+    from fast_attention.protein_lm.tuning_run import prediction_table
+
+    check_output(options.output)
+    tuned = FineTuned.load(options.model)
+    with arguments.skipped_records(options) as skipped:
+        records = list(read_proteins(options.fasta, on_error=options.on_error, skipped=skipped))
+        outputs = tuned.outputs(record.sequence for record in records)
+        table = prediction_table([record.id for record in records], tuned.classes, outputs)
+        write_file(Path(options.output), table)
+        print(f"{len(records):,} proteins predicted, written to {options.output}")

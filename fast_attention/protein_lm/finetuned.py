@@ -1,0 +1,278 @@
+"""A model with a head for a property of proteins, and its folder.
+
+Shape letters: N proteins, K classes.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fast_attention.protein_lm import embedding, lora
+from fast_attention.protein_lm.flax_model import FlaxModel
+from fast_attention.protein_lm.linear_head import LinearHead, softmax
+from fast_attention.protein_lm.loading import build_model, load_run
+from fast_attention.protein_lm.run_folder import RunError, RunFolder, write_file
+from fast_attention.protein_lm.token_batches import Shape
+
+_ABOUT, _HEAD, _ADAPTERS, _MODEL = "finetuned.json", "head.npz", "adapters.npz", "model.npz"
+
+
+class Fit(NamedTuple):
+    """What fine-tuning went by and reached.
+
+    Attributes:
+      parts: ``[N]`` strings, train, valid or test.
+      outputs: Of `FineTuned.outputs` for all proteins.
+      metrics: By part, of `property_metrics`.
+      history: Rows with ``epoch``, ``step``, ``split`` and ``loss``.
+    """
+
+    parts: np.ndarray
+    outputs: np.ndarray
+    metrics: dict[str, dict[str, Any]]
+    history: list[dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FineTuned:
+    """Predicts a property of proteins.
+
+    Attributes:
+      model: The trunk, adapters added to its kernels: it can embed, score and sample.
+      classes: Names of the classes, or None of a regression.
+      head: On the mean of the vectors of residues.
+      method: ``"frozen"``, ``"lora"`` or ``"full"``.
+      max_length: Longer proteins are cropped to so many residues; None crops none.
+      trunk: Fingerprint of the model that was fine-tuned.
+      adapters: Of ``"lora"``, and the scale they are added with.
+      fit: How it came about; None when read from a folder.
+    """
+
+    model: FlaxModel
+    classes: tuple[str, ...] | None
+    head: LinearHead
+    method: str
+    max_length: int | None
+    trunk: str
+    adapters: tuple[lora.Adapters, float] | None = None
+    fit: Fit | None = None
+
+    def outputs(self, sequences: Iterable[str]) -> np.ndarray:
+        """Predictions as numbers.
+
+        Args:
+          sequences: Residues, in upper case.
+
+        Returns:
+          float32 ``[N]`` of a regression, otherwise probabilities float64 ``[N, K]``.
+
+        Raises:
+          ValueError: At a sequence that the model cannot read, see `embedding.embed_sequences`.
+        """
+        return head_outputs(self.head, embed(self.model, sequences, self.max_length))
+
+    def predict(self, sequences: Iterable[str]) -> np.ndarray | list[str]:
+        """The number of each protein, float32 ``[N]``, or the name of its most probable class."""
+        outputs = self.outputs(sequences)
+        if self.classes is None:
+            return outputs
+        return [self.classes[number] for number in outputs.argmax(-1)]
+
+    def save(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        run_dir: str | os.PathLike[str] | None = None,
+        whole: bool = False,
+    ) -> None:
+        """Writes what `load` reads.
+
+        A frozen trunk and adapters refer to the run they belong to, and are small. With
+        ``"full"``, or where `whole` asks for it, the folder holds the whole model, adapters added,
+        and needs no other.
+
+        Args:
+          folder: Made when absent.
+          run_dir: The run whose model was fine-tuned; without it, `load` has to be given
+            a model.
+          whole: Whether to store the whole model.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_arrays(folder / _HEAD, self.head._asdict())
+        whole = whole or self.method == "full"
+        if whole:
+            state = self.model.state
+            _write_arrays(
+                folder / _MODEL,
+                _flat({"parameters": state.parameters, "variables": state.variables}),
+            )
+            if run_dir is not None:
+                config = RunFolder(Path(run_dir)).config
+                write_file(folder / config.name, config.read_bytes())
+        elif self.adapters is not None:
+            _write_arrays(folder / _ADAPTERS, _flat(self.adapters[0]))
+        about = {
+            "method": self.method,
+            "classes": self.classes,
+            "max_length": self.max_length,
+            "trunk": self.trunk,
+            "whole": whole,
+            "adapter_scale": None if self.adapters is None else self.adapters[1],
+            "run_dir": None if run_dir is None else str(Path(run_dir).absolute()),
+        }
+        write_file(folder / _ABOUT, json.dumps(about, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], *, model: FlaxModel | None = None) -> FineTuned:
+        """Reads a folder that `save` or ``protein-lm fine-tune`` wrote.
+
+        Args:
+          folder: The folder.
+          model: The model that was fine-tuned; None reads it from its run.
+
+        Raises:
+          RunError: If the folder is no such one, or the model is not the one that was fine-tuned.
+        """
+        folder = Path(folder)
+        if not (folder / _ABOUT).is_file():
+            raise RunError(
+                f"{folder} has no {_ABOUT}: give the --output of a finished 'protein-lm fine-tune'"
+            )
+        about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
+        config = folder / RunFolder(folder).config.name
+        if model is None and about["whole"] and config.is_file():
+            model = build_model(config)
+        elif model is None and about["run_dir"] is not None:
+            model = load_run(about["run_dir"]).model
+        elif model is None:
+            raise RunError(
+                f"{folder} does not say which run it came from: give FineTuned.load the model"
+            )
+        adapters = None
+        if about["whole"]:
+            stored = _nest(_read_arrays(folder / _MODEL))
+            _check_shapes(folder, model, stored)
+            model = with_parameters(model, stored["parameters"], stored.get("variables", {}))
+        elif fingerprint(model) != about["trunk"]:
+            raise RunError(
+                f"{folder} was fine-tuned from another checkpoint than {about['run_dir']} has now: "
+                "fine-tune again, or give FineTuned.load the model of then"
+            )
+        elif about["method"] == "lora":
+            found = _read_arrays(folder / _ADAPTERS)
+            nested: lora.Adapters = {}
+            for name, array in found.items():
+                kernel, _, factor = name.rpartition(".")
+                nested.setdefault(kernel, {})[factor] = array
+            adapters = (nested, about["adapter_scale"])
+            parameters = lora.merge_adapters(model.state.parameters, *adapters)
+            model = with_parameters(model, parameters, model.state.variables)
+        return cls(
+            model=model,
+            classes=None if about["classes"] is None else tuple(about["classes"]),
+            head=LinearHead(**_read_arrays(folder / _HEAD)),
+            method=about["method"],
+            max_length=about["max_length"],
+            trunk=about["trunk"],
+            adapters=adapters,
+        )
+
+
+def embed(
+    model: FlaxModel,
+    sequences: Iterable[str],
+    max_length: int | None,
+    shapes: set[Shape] | None = None,
+) -> np.ndarray:
+    """Mean vectors of proteins, float32 ``[N, M]``.
+
+    Args:
+      model: The model.
+      sequences: N proteins.
+      max_length: Crops them to so many residues.
+      shapes: Of programs that exist, see `embedding.embed_sequences`.
+    """
+    found = list(embedding.embed_sequences(model, sequences, max_length=max_length, shapes=shapes))
+    if not found:
+        return np.zeros((0, model.config.emb_dim), np.float32)
+    return np.stack(found)
+
+
+def head_outputs(head: LinearHead, vectors: np.ndarray) -> np.ndarray:
+    """From vectors ``[N, M]`` to numbers ``[N]`` or probabilities ``[N, K]``."""
+    outputs = head(vectors)
+    return softmax(outputs) if outputs.shape[1] > 1 else outputs[:, 0]
+
+
+def with_parameters(model: FlaxModel, parameters: Any, variables: Any) -> FlaxModel:
+    """Another model of the same structure, sharing no array with the given one."""
+    other = copy.copy(model)
+    other.set_parameters(*jax.tree.map(jnp.array, (parameters, variables)))
+    return other
+
+
+def fingerprint(model: FlaxModel) -> str:
+    """SHA-256 of all arrays of a model."""
+    digest = hashlib.sha256()
+    state = model.state
+    for name, leaf in sorted(_flat({"p": state.parameters, "v": state.variables}).items()):
+        digest.update(f"{name} {leaf.dtype} {leaf.shape} ".encode())
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def _check_shapes(folder: Path, model: FlaxModel, stored: Any) -> None:
+    expected = _flat(model.state.parameters)
+    found = _flat(stored["parameters"])
+    names = [
+        name
+        for name in expected | found
+        if name not in found or name not in expected or found[name].shape != expected[name].shape
+    ]
+    if names:
+        raise RunError(f"{folder / _MODEL} fits another model: they differ in {names[0]!r}")
+
+
+def _flat(tree: Any) -> dict[str, np.ndarray]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(jax.device_get(tree))
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf)
+        for path, leaf in leaves
+    }
+
+
+def _nest(arrays: dict[str, np.ndarray]) -> Any:
+    tree: dict[Any, Any] = {}
+    for name, array in arrays.items():
+        *parents, last = (int(part) if part.isdigit() else part for part in name.split("."))
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = array
+    return tree
+
+
+def _write_arrays(path: Path, arrays: dict[str, Any]) -> None:
+    archive = io.BytesIO()
+    np.savez(archive, allow_pickle=False, **arrays)
+    write_file(path, archive.getvalue())
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    if not path.is_file():
+        raise RunError(f"{path} is missing: the folder was changed; fine-tune again")
+    with np.load(path) as stored:
+        return dict(stored)

@@ -1,0 +1,75 @@
+"""How well a property of proteins is predicted.
+
+Shape letters: N proteins, K classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> float:
+    """Rank correlation of two arrays ``[N]``: Pearson's, of ranks, ties sharing their mean rank.
+
+    It is 0 where one of the two is constant, for then it says nothing of the other.
+    """
+    first, second = _ranks(x), _ranks(y)
+    first, second = first - first.mean(), second - second.mean()
+    scale = np.sqrt((first**2).sum() * (second**2).sum())
+    return float((first * second).sum() / scale) if scale else 0.0
+
+
+def _ranks(x: np.ndarray) -> np.ndarray:
+    _, place, number = np.unique(x, return_inverse=True, return_counts=True)
+    return (np.cumsum(number) - (number - 1) / 2)[place]
+
+
+def regression_metrics(truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
+    """Figures of predicted numbers.
+
+    Args:
+      truth: float ``[N]``.
+      predicted: float ``[N]``.
+
+    Returns:
+      ``spearman``, ``r2`` (1 - residual / total sum of squares, which is negative where the mean
+      of `truth` would be the better guess), ``rmse`` and ``rmse_of_mean`` (of that guess).
+    """
+    residual = float(((truth - predicted) ** 2).mean())
+    total = float(((truth - truth.mean()) ** 2).mean())
+    return {
+        "spearman": spearman(truth, predicted),
+        "r2": 1 - residual / total if total else 0.0,
+        "rmse": residual**0.5,
+        "rmse_of_mean": total**0.5,
+    }
+
+
+def classification_metrics(truth: np.ndarray, probabilities: np.ndarray) -> dict[str, Any]:
+    """Figures of predicted classes.
+
+    Args:
+      truth: int ``[N]``.
+      probabilities: float ``[N, K]``.
+
+    Returns:
+      ``accuracy``, ``accuracy_of_majority`` (of always guessing the class that is most frequent in
+      `truth`), ``macro_f1`` (the mean over the classes that occur or were predicted), ``loss``
+      (mean cross-entropy in nats) and ``confusion`` (rows are true, columns predicted classes).
+    """
+    number = probabilities.shape[1]
+    predicted = probabilities.argmax(-1)
+    confusion = np.bincount(truth * number + predicted, minlength=number**2)
+    confusion = confusion.reshape(number, number)
+    hits, given, found = np.diag(confusion), confusion.sum(1), confusion.sum(0)
+    occurs = given + found > 0
+    chosen = probabilities[np.arange(len(truth)), truth]
+    return {
+        "accuracy": float(hits.sum() / len(truth)),
+        "accuracy_of_majority": float(given.max() / len(truth)),
+        "macro_f1": float((2 * hits[occurs] / (given + found)[occurs]).mean()),
+        "loss": float(-np.log(np.maximum(chosen, 1e-30)).mean()),
+        "confusion": confusion.tolist(),
+    }

@@ -1,0 +1,163 @@
+"""Scores of each protein under a model and baselines, from one pass over a file.
+
+Protocol: the first 1022 residues of each protein are scored (or as many as the model has room
+for), the end token is not, and probabilities are those of the full vocabulary.
+
+Shape letters: N proteins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from fast_attention.protein_lm import batches, data, train_state
+from fast_attention.protein_lm.baselines import (
+    MAX_RESIDUES,
+    NUM_OUTCOMES,
+    ProteinSums,
+    ngram_name,
+    ngram_sums,
+)
+from fast_attention.protein_lm.corpus import Corpus
+from fast_attention.protein_lm.domains import DiscreteDomain, make_protein_domain
+from fast_attention.protein_lm.flax_model import FlaxModel
+from fast_attention.protein_lm.ngrams import NGram, TabulatedNGram
+
+MODEL = "this model"
+
+
+class ProteinScores(NamedTuple):
+    """What became of each protein.
+
+    Attributes:
+      sums: By the name of the model or baseline, the model first; all over the same residues.
+      lengths: int64 ``[N]``, residues of the whole proteins.
+      max_residues: So many of each protein were looked at.
+    """
+
+    sums: dict[str, ProteinSums]
+    lengths: np.ndarray
+    max_residues: int
+
+
+def score_proteins(
+    model: FlaxModel,
+    corpus: Corpus,
+    ngrams: Sequence[NGram | TabulatedNGram],
+    *,
+    batch_size: int | None = None,
+    seeds: Sequence[int] = (0,),
+) -> ProteinScores:
+    """Scores a model and baselines on the same residues.
+
+    A causal model is asked for every residue. A masked model is asked for the residues that each
+    seed chooses, and is shown the others; of the baselines only those that look at no neighbours
+    can be compared then.
+
+    Args:
+      model: The model.
+      corpus: Proteins loaded with the model's domain.
+      ngrams: Baselines.
+      batch_size: Proteins per batch; None takes the model's. It does not change the result.
+      seeds: Of the masks, one pass each, the sums added up; a causal model has none.
+    """
+    length = min(MAX_RESIDUES, model.max_length)
+    order = data.eval_order(corpus, length)
+    found, parts = [], []
+    for seed in seeds if model.objective == "masked" else (0,):
+        batched = data.eval_batches(
+            corpus,
+            model.domain,
+            length=length,
+            batch_size=batch_size or model.batch_size,
+            objective=model.objective,
+            seed=seed,
+            masking=model.masking,
+            score_eos=False,
+        )
+        first = 0
+        for batch in batched:
+            proteins = order[first : first + len(batch["inputs"])]
+            first += len(proteins)
+            found.append((proteins, _row_sums(model, batch)))
+            if model.objective == "masked":
+                rows, columns = np.nonzero(batch["weights"][: len(proteins)])
+                parts.append((proteins[rows], batch["targets"][rows, columns]))
+    sums = {MODEL: _gather(found, len(corpus))}
+    if model.objective == "causal":
+        sums |= _causal_baselines(corpus, sums[MODEL].residues, model.domain, length, ngrams)
+    else:
+        proteins, targets = (np.concatenate(part) for part in zip(*parts, strict=True))
+        sums |= _masked_baselines(proteins, targets, sums[MODEL].residues, model.domain, ngrams)
+    ends = 0 if model.domain.vocab.eos is None else 1
+    return ProteinScores(sums, corpus.lengths - ends, length)
+
+
+def _row_sums(model: FlaxModel, batch: data.Batch) -> train_state.metrics.Sums:
+    state = model.state
+    return train_state.row_sums(
+        model.graphdef,
+        state.parameters,
+        state.variables,
+        train_state.shard_batch(batch, model.mesh),
+        packed=False,
+    )
+
+
+def _gather(found: list[tuple[np.ndarray, train_state.metrics.Sums]], number: int) -> ProteinSums:
+    names = ("loss", "correct", "denominator")
+    totals = {name: np.zeros(number) for name in names}
+    for proteins, sums in jax.device_get(found):
+        for name in names:
+            totals[name][proteins] += sums[name][: len(proteins)]
+    return ProteinSums(*totals.values())
+
+
+def _uniform(outcomes: int, residues: np.ndarray) -> dict[str, ProteinSums]:
+    sums = ProteinSums(residues * np.log(outcomes), residues / outcomes, residues)
+    return {f"uniform over {outcomes}": sums}
+
+
+def _causal_baselines(
+    corpus: Corpus,
+    residues: np.ndarray,
+    domain: DiscreteDomain,
+    length: int,
+    ngrams: Sequence[NGram | TabulatedNGram],
+) -> dict[str, ProteinSums]:
+    full, vocab = make_protein_domain().vocab, domain.vocab
+    known = {token: number for number, token in enumerate(full.tokens)}
+    # Ids of a smaller vocabulary are other ids of the full one.
+    ids = np.array([known.get(token, 0) for token in vocab.tokens])
+    if vocab.eos is not None:
+        ids[vocab.eos] = full.eos
+    whole = batches.crop(Corpus(ids[corpus.tokens], corpus.offsets), length)
+    return _uniform(NUM_OUTCOMES, residues) | {
+        ngram_name(ngram.order): ngram_sums(ngram, whole) for ngram in ngrams
+    }
+
+
+def _masked_baselines(
+    proteins: np.ndarray,
+    targets: np.ndarray,
+    residues: np.ndarray,
+    domain: DiscreteDomain,
+    ngrams: Sequence[NGram | TabulatedNGram],
+) -> dict[str, ProteinSums]:
+    """Only residues are asked for, so that the end of a sequence is no possible outcome."""
+    full = make_protein_domain().vocab
+    unigram = next(ngram for ngram in ngrams if ngram.order == 1).predict(np.zeros(1, int))[0]
+    shares = unigram[full.ordinary_ids] / unigram[full.ordinary_ids].sum()
+    letters = [domain.vocab.tokens[i] for i in domain.vocab.ordinary_ids]
+    probabilities = np.array([shares[full.encode(letter)[0]] for letter in letters])
+    number = len(residues)
+    sums = ProteinSums(
+        np.bincount(proteins, -np.log(probabilities[targets]), number),
+        np.bincount(proteins, targets == probabilities.argmax(), number),
+        residues,
+    )
+    return _uniform(len(letters), residues) | {"unigram": sums}

@@ -1,0 +1,184 @@
+"""Fine-tuning on a table of proteins: from files to a folder with a predictor and a report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fast_attention.protein_lm.columns import format_columns
+from fast_attention.protein_lm.corpus import FastaPaths, domain_letters
+from fast_attention.protein_lm.fasta_files import read_proteins
+from fast_attention.protein_lm.finetuning import fine_tune
+from fast_attention.protein_lm.labelled import read_labelled
+from fast_attention.protein_lm.loading import load_run
+from fast_attention.protein_lm.report import format_table
+from fast_attention.protein_lm.run_folder import RunError, write_file
+from fast_attention.protein_lm.skipped_records import SkippedRecords
+
+_SHOWN_CLASSES = 12
+
+
+def run_tuning(
+    run_dir: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    table: str | os.PathLike[str],
+    *,
+    task: str,
+    fasta: FastaPaths | None = None,
+    columns: Mapping[str, Any] | None = None,
+    whole_model: bool = False,
+    options: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Fine-tunes the model of a run and writes a folder.
+
+    The folder holds what `FineTuned.load` reads, ``metrics.jsonl`` (a row for each epoch),
+    ``predictions.tsv`` (every protein of the table) and, written last, ``result.json``. Where
+    that is there, and of equal arguments, nothing is done but to tell it; what a stopped run left
+    is replaced.
+
+    Args:
+      run_dir: The run.
+      output: The folder, made when absent.
+      table: Proteins with labels.
+      task: ``"regression"`` or ``"classification"``.
+      fasta: Files with the residues, by id; None takes them from the table.
+      columns: Keywords of `labelled.read_labelled`.
+      whole_model: Whether to store the whole model.
+      options: Fields of `finetuning.TuningConfig`.
+
+    Returns:
+      The content of ``result.json``.
+
+    Raises:
+      RunError: If the folder holds another result, or a table cannot be read.
+      ValueError: If an option is out of its range.
+    """
+    folder, columns, options = Path(output), dict(columns or {}), dict(options or {})
+    loaded = load_run(run_dir)
+    letters = domain_letters(loaded.model.domain)
+    sequences = None
+    on_error = columns.get("on_error", "raise")
+    if fasta is not None:
+        records = read_proteins(
+            fasta,
+            alphabet=letters,
+            on_error=on_error,
+            skipped=SkippedRecords() if on_error == "skip" else None,
+            unique_ids=True,
+        )
+        sequences = {record.id: record.sequence for record in records}
+    found = read_labelled(table, **columns, sequences=sequences, alphabet=letters)
+    asked = {
+        "run_dir": str(loaded.folder.path.absolute()),
+        "step": loaded.step,
+        "data": hashlib.sha256(json.dumps(found).encode()).hexdigest(),
+        "task": task,
+        "options": options,
+        "whole_model": whole_model,
+    }
+    result_file = folder / "result.json"
+    if result_file.is_file():
+        result = json.loads(result_file.read_text(encoding="utf-8"))
+        changed = [name for name in asked if result.get("asked", {}).get(name) != asked[name]]
+        if changed:
+            raise RunError(
+                f"{folder} holds the result of another {', '.join(changed)}: give another folder, "
+                "or remove this one"
+            )
+        print(f"{folder} is finished\n\n{format_result(result, folder)}")
+        return result
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise RunError(f"{folder} is not a folder: give the result one of its own") from None
+    for reason in found.left_out:
+        print(f"left out: {reason}")
+    with open(folder / "metrics.jsonl", "w", encoding="utf-8") as lines:
+
+        def log(row: dict[str, Any]) -> None:
+            lines.write(json.dumps(row) + "\n")
+            lines.flush()
+            if row["split"] != "train":
+                print(_progress(row), flush=True)
+
+        tuned = fine_tune(
+            loaded.model,
+            found.sequences,
+            found.labels,
+            task=task,
+            parts=found.parts,
+            groups=found.groups,
+            log=log,
+            **options,
+        )
+    assert tuned.fit is not None
+    tuned.save(folder, run_dir=loaded.folder.path, whole=whole_model)
+    extra = {"part": tuned.fit.parts.tolist(), "label": found.labels}
+    predictions = prediction_table(found.ids, tuned.classes, tuned.fit.outputs, extra)
+    write_file(folder / "predictions.tsv", predictions)
+    result = {
+        "asked": asked,
+        "method": tuned.method,
+        "classes": tuned.classes,
+        "left_out": len(found.left_out),
+        "metrics": tuned.fit.metrics,
+    }
+    write_file(result_file, json.dumps(result, indent=1) + "\n")
+    result = json.loads(result_file.read_text(encoding="utf-8"))
+    print(f"\n{format_result(result, folder)}")
+    return result
+
+
+def prediction_table(
+    ids: Sequence[str],
+    classes: Sequence[str] | None,
+    outputs: np.ndarray,
+    extra: Mapping[str, Sequence[str]] | None = None,
+) -> str:
+    """A table with one line per protein: id, prediction, and the probability of each class."""
+    columns: dict[str, Sequence[object]] = {"id": ids, **(extra or {})}
+    if classes is None:
+        columns["prediction"] = outputs.astype(float).tolist()
+    else:
+        columns["prediction"] = [classes[number] for number in outputs.argmax(-1)]
+        for number, name in enumerate(classes):
+            columns[f"p_{name}"] = outputs[:, number].astype(float).tolist()
+    return format_columns(columns)
+
+
+def format_result(result: dict[str, Any], folder: Path) -> str:
+    """What a finished fine-tuning reached, as told at its end."""
+    if result["classes"] is None:
+        names = ("spearman", "r2", "rmse", "rmse_of_mean")
+    else:
+        names = ("accuracy", "accuracy_of_majority", "macro_f1")
+    rows = [
+        (part, f"{found['proteins']:,}", *(f"{found[name]:.3f}" for name in names))
+        for part, found in result["metrics"].items()
+    ]
+    parts = [format_table(("", "proteins", *(name.replace("_", " ") for name in names)), rows)]
+    held = "test" if "test" in result["metrics"] else "valid"
+    if held == "valid":
+        parts.append(
+            "no protein is held out for a test: the figures of 'valid' are too good, for these "
+            "proteins chose among models"
+        )
+    if result["classes"] is not None and len(result["classes"]) <= _SHOWN_CLASSES:
+        confusion = zip(result["classes"], result["metrics"][held]["confusion"], strict=True)
+        told = [(name, *map(str, counts)) for name, counts in confusion]
+        parts.append(format_table((f"{held}: true, predicted", *result["classes"]), told))
+    parts.append(f"written to {folder}: protein-lm predict --model={folder} predicts more")
+    return "\n\n".join(parts)
+
+
+def _progress(row: dict[str, Any]) -> str:
+    where = "frozen trunk" if row["split"] == "frozen" else f"epoch {row['epoch']}"
+    names = ("loss", "spearman", "accuracy")
+    figures = ", ".join(f"{name} {row[name]:.4f}" for name in names if name in row)
+    return f"{where}: validation {figures}"

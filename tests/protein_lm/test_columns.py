@@ -1,0 +1,56 @@
+import gzip
+
+import pytest
+
+from fast_attention.protein_lm.columns import format_columns, read_columns
+from fast_attention.protein_lm.run_folder import RunError
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"id,sequence,y\na,MK,1\nb,AA,2\n",
+        b"\xef\xbb\xbfid\tsequence\ty\r\na\tMK\t1\r\n\r\nb\tAA\t2",
+        gzip.compress(b'id,"sequence",y\n"a",MK, 1\nb,AA,2\n'),
+    ],
+)
+def test_csv_and_tsv_are_told_apart(tmp_path, content):
+    path = tmp_path / "table"
+    path.write_bytes(content)
+    assert read_columns(path, ["sequence"], ["y", "z"]) == {
+        "sequence": ["MK", "AA"],
+        "y": ["1", "2"],
+    }
+    assert list(read_columns(path)) == ["id", "sequence", "y"]
+
+
+def test_what_is_written_is_read(tmp_path):
+    path = tmp_path / "table"
+    path.write_text(format_columns({"id": ["a", "b"], "y": [0.5, 1e-9]}))
+    assert read_columns(path) == {"id": ["a", "b"], "y": ["0.5", "1e-09"]}
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "has 0 lines"),
+        (b"sequence,label\n", "has 1 lines"),
+        (b"sequence,y\nMK,1\n", "no column 'label', only 'sequence', 'y'"),
+        (b"label,label\n1,2\n", "2 columns are named 'label'"),
+        (b"label,x\n1,2\n3\n", "line 3: 1 cells, but the first line names 2"),
+        (b"\x1f\x8bnothing", "cannot be read"),
+        (b"\xff\xfe", "is no text"),
+    ],
+)
+def test_what_is_no_table_is_told(tmp_path, content, expected):
+    path = tmp_path / "table"
+    path.write_bytes(content)
+    with pytest.raises(RunError, match=expected):
+        read_columns(path, ["label"])
+
+
+def test_a_missing_table_is_told(tmp_path):
+    with pytest.raises(RunError, match="no such file"):
+        read_columns(tmp_path / "absent")
+    with pytest.raises(RunError, match="is a folder"):
+        read_columns(tmp_path)

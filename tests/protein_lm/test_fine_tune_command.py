@@ -1,0 +1,145 @@
+import json
+
+import numpy as np
+import pytest
+
+from fast_attention.protein_lm import cli, read_fasta, write_fasta
+from fast_attention.protein_lm.columns import read_columns
+from fast_attention.protein_lm.finetuning import FineTuned
+from fast_attention.protein_lm.loading import load_run
+
+
+@pytest.fixture(scope="module")
+def records(tiny_fasta):
+    return [record for record in read_fasta(tiny_fasta) if len(record.sequence) <= 60]
+
+
+@pytest.fixture(scope="module")
+def table(records, tmp_path_factory):
+    path = tmp_path_factory.mktemp("table") / "table.csv"
+    lines = ["id,sequence,charge,kind"]
+    for record in records:
+        charge = sum(record.sequence.count(letter) for letter in "KR") / len(record.sequence)
+        kind = "basic" if charge > 0.15 else "other"
+        lines.append(f"{record.id},{record.sequence},{charge:.4f},{kind}")
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def arguments(lm_run, table):
+    def make(folder, *more):
+        given = [f"--run_dir={lm_run}", f"--table={table}", f"--output={folder}"]
+        return ["fine-tune", *given, "--label_column=charge", "--task=regression", *more]
+
+    return make
+
+
+def test_a_property_is_learned_and_predicted(arguments, records, tmp_path, capsys):
+    folder, fasta, output = tmp_path / "out", tmp_path / "new.fasta", tmp_path / "new.tsv"
+    assert cli.main(arguments(folder)) == 0
+    told = capsys.readouterr().out
+    assert "spearman" in told and "rmse of mean" in told and "frozen trunk" in told
+    result = json.loads((folder / "result.json").read_text())
+    assert result["metrics"]["test"]["spearman"] > 0.5
+    table = read_columns(folder / "predictions.tsv")
+    assert table["id"] == [record.id for record in records]
+    assert set(table["part"]) == {"train", "valid", "test"}
+    write_fasta(fasta, records[:5])
+    command = ["predict", f"--model={folder}", f"--fasta={fasta}", f"--output={output}"]
+    assert cli.main(command) == 0
+    assert "5 proteins" in capsys.readouterr().out
+    found = read_columns(output)
+    assert list(found) == ["id", "prediction"]
+    np.testing.assert_allclose(
+        np.array(found["prediction"], float), np.array(table["prediction"][:5], float), atol=1e-4
+    )
+
+    assert cli.main(arguments(folder)) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert cli.main(arguments(folder, "--seed=1")) == 1
+    assert "result of another options" in capsys.readouterr().err
+    (folder / "result.json").unlink()
+    assert cli.main(arguments(folder)) == 0
+    assert json.loads((folder / "result.json").read_text()) == result
+
+
+def test_classes_by_id_with_adapters_in_a_whole_model(lm_run, table, tiny_fasta, tmp_path, capsys):
+    folder = tmp_path / "out"
+    text = table.read_text().replace(",sequence,", ",unused,")
+    (tmp_path / "t.csv").write_text(text)
+    command = [
+        "fine-tune",
+        f"--run_dir={lm_run}",
+        f"--table={tmp_path / 't.csv'}",
+        f"--fasta={tiny_fasta}",
+        "--label_column=kind",
+        "--task=classification",
+        "--method=lora",
+        "--epochs=1",
+        "--rank=2",
+        "--balanced",
+        "--whole_model",
+        f"--output={folder}",
+    ]
+    assert cli.main(command) == 0
+    told = capsys.readouterr().out
+    assert "macro f1" in told and "epoch 1" in told and "true, predicted" in told
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["split"] for row in rows] == ["frozen", "valid", "train", "valid"]
+    (folder / "config.gin").rename(folder / "kept.gin")
+    assert json.loads((folder / "finetuned.json").read_text())["whole"]
+    (folder / "kept.gin").rename(folder / "config.gin")
+    tuned = FineTuned.load(folder)
+    assert tuned.classes == ("basic", "other")
+    assert list(read_columns(folder / "predictions.tsv"))[-2:] == ["p_basic", "p_other"]
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["--label_column=tm"], "no column 'tm'"),
+        (["--label_column=kind"], "no finite number"),
+        (["--rank=0"], "rank must be at least 1"),
+        (["--valid_fasta=x"], "--split_column"),
+    ],
+)
+def test_what_cannot_be_learned_is_told(arguments, tmp_path, more, expected, capsys):
+    assert cli.main(arguments(tmp_path / "out", *more)) == 1
+    told = capsys.readouterr().err
+    assert expected in told and "Traceback" not in told
+
+
+def test_a_folder_that_holds_no_predictor_is_told(lm_run, tiny_fasta, tmp_path, capsys):
+    command = ["predict", f"--model={lm_run}", f"--fasta={tiny_fasta}"]
+    assert cli.main([*command, f"--output={tmp_path / 'x'}"]) == 1
+    assert "protein-lm fine-tune" in capsys.readouterr().err
+    command = ["fine-tune", f"--run_dir={lm_run}", f"--output={tmp_path / 'x'}"]
+    assert cli.main(command) == 1
+    assert "--table" in capsys.readouterr().err
+
+
+def test_a_family_is_learned(lm_run, records, tmp_path, capsys):
+    family, folder = tmp_path / "family.fasta", tmp_path / "run"
+    write_fasta(family, records[:12])
+    command = [
+        "fine-tune",
+        f"--run_dir={lm_run}",
+        f"--fasta={family}",
+        f"--valid_fasta={family}",
+        "--epochs=8",
+        "--learning_rate=0.01",
+        f"--output={folder}",
+    ]
+    assert cli.main(command) == 0
+    before, after = (load_run(path) for path in (lm_run, folder))
+    sequences = [record.sequence for record in records[:12]]
+    losses = [run.model.evaluate(sequences)["loss"] for run in (before, after)]
+    assert losses[1] < losses[0] - 0.1
+    assert after.step == 8
+    capsys.readouterr()
+    assert cli.main(command) == 0
+    assert "is finished" in capsys.readouterr().out
+    command[-1] = f"--output={lm_run}"
+    assert cli.main(command) == 1
+    assert "another folder" in capsys.readouterr().err
