@@ -19,7 +19,7 @@ References:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -35,6 +35,7 @@ _VOCAB = make_protein_domain(include_pad=False, include_mask=False).vocab
 _BOS, _EOS = _VOCAB.encode("<>")
 _BASE = len(_VOCAB)
 _NUM_OUTCOMES = _BASE - 1
+_TOKENS_AT_ONCE = 2**20
 
 # Weights of the shorter contexts that give the least perplexity on the bundled validation split.
 _TUNED_BACK_OFF = {
@@ -102,8 +103,10 @@ def fit_ngram(
             f"Order {order} needs alpha and {order - 1} back-off weights, all positive, but got "
             f"alpha={alpha} and back_off={back_off}."
         )
-    contexts, tokens = _contexts_and_tokens(_load(train), order)
-    counts = np.bincount(contexts * _BASE + tokens, minlength=_BASE**order)
+    counts = np.zeros(_BASE**order, np.int64)
+    for part in _parts(_load(train)):
+        contexts, tokens = _contexts_and_tokens(part, order)
+        counts += np.bincount(contexts * _BASE + tokens, minlength=len(counts))
 
     probabilities = np.full((1, _BASE), 1 / _NUM_OUTCOMES)
     probabilities[:, _BOS] = 0
@@ -164,6 +167,17 @@ def baseline_scores(
 
 def _load(fasta: FastaPaths | Corpus) -> Corpus:
     return fasta if isinstance(fasta, Corpus) else load_corpus(fasta, make_protein_domain())
+
+
+def _parts(corpus: Corpus) -> Iterator[Corpus]:
+    """Successive proteins, so many that what is computed of them takes little memory."""
+    first = 0
+    while first < len(corpus):
+        after = np.searchsorted(corpus.offsets, corpus.offsets[first] + _TOKENS_AT_ONCE)
+        last = max(first + 1, int(after) - 1)
+        begin, end = corpus.offsets[first], corpus.offsets[last]
+        yield Corpus(corpus.tokens[begin:end], corpus.offsets[first : last + 1] - begin)
+        first = last
 
 
 def _contexts_and_tokens(corpus: Corpus, order: int) -> tuple[np.ndarray, np.ndarray]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from fast_attention.protein_lm.commands import COMMANDS
 from fast_attention.protein_lm.huge_pages import restart_with_huge_pages
 from fast_attention.protein_lm.run_folder import RunError
+from fast_attention.protein_lm.stopping import Stopped
 
 _DESCRIPTION = """\
 Train protein language models on FASTA files, and use them.
@@ -30,13 +31,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
       The exit status: 0 for success, 1 for a failure whose reason is on stderr, 2 (by way of
-      SystemExit) for arguments that cannot be understood, 130 when stopped from the keyboard.
+      SystemExit) for arguments that cannot be understood, 130 when stopped from the keyboard and
+      143 when by SIGTERM.
     """
     options = _parser().parse_args(arguments)
     if arguments is None and options.command == "train":
         restart_with_huge_pages()
     try:
         COMMANDS[options.command].run(options)
+    except Stopped as stopped:
+        print(f"\nprotein-lm {options.command}: {stopped}", file=sys.stderr)
+        return stopped.exit_status
     except KeyboardInterrupt:
         remedy = ", and the same command goes on" if options.command == "train" else ""
         print(f"\nprotein-lm {options.command}: stopped{remedy}", file=sys.stderr)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from string import ascii_uppercase
@@ -75,17 +76,16 @@ def load_corpus(
     if not paths:
         raise ValueError("Expected at least one FASTA file, but got an empty list.")
     table, alphabet = _byte_table(domain)
-    suffix = np.array([] if domain.vocab.eos is None else [domain.vocab.eos], np.uint8)
-    proteins = [
-        np.append(table[np.frombuffer(record.sequence.encode("ascii"), np.uint8)], suffix)
-        for path in paths
-        for record in read_fasta(path, alphabet=alphabet, on_error=on_error)
-    ]
-    offsets = np.cumsum([0, *map(len, proteins)], dtype=np.int64)
-    return Corpus(np.concatenate(proteins), offsets)
+    end = b"" if domain.vocab.eos is None else bytes([domain.vocab.eos])
+    tokens, lengths = bytearray(), array("q", [0])
+    for path in paths:
+        for record in read_fasta(path, alphabet=alphabet, on_error=on_error):
+            tokens += record.sequence.encode("ascii").translate(table) + end
+            lengths.append(len(record.sequence) + len(end))
+    return Corpus(np.frombuffer(tokens, np.uint8), np.cumsum(lengths, dtype=np.int64))
 
 
-def _byte_table(domain: DiscreteDomain) -> tuple[np.ndarray, str]:
+def _byte_table(domain: DiscreteDomain) -> tuple[bytes, str]:
     if domain.vocab_size > 255:
         raise ValueError(
             f"Proteins are kept as bytes, so that {domain.vocab_size} tokens are too many; at most "
@@ -93,7 +93,7 @@ def _byte_table(domain: DiscreteDomain) -> tuple[np.ndarray, str]:
         )
     tokens = domain.vocab.tokens
     letters = {tokens[i]: i for i in domain.vocab.ordinary_ids if tokens[i] in ascii_uppercase}
-    table = np.zeros(256, np.uint8)
+    table = bytearray(256)
     for letter, number in letters.items():
         table[ord(letter)] = number
-    return table, "".join(letters)
+    return bytes(table), "".join(letters)

@@ -16,8 +16,8 @@ class LoadedRun(NamedTuple):
     """A trained model and where it comes from.
 
     Attributes:
-      model: With the parameters of the newest checkpoint.
-      step: Of that checkpoint.
+      model: With the parameters of that checkpoint; the averaged ones, where an average was kept.
+      step: Of the checkpoint.
       folder: The run's.
     """
 
@@ -26,17 +26,20 @@ class LoadedRun(NamedTuple):
     folder: RunFolder
 
 
-def load_run(run_dir: str | Path) -> LoadedRun:
-    """Reads the newest checkpoint of a run.
+def load_run(run_dir: str | Path, *, checkpoint: str | int = "best") -> LoadedRun:
+    """Reads a checkpoint of a run.
 
     gin knows one configuration per process, and it is empty afterwards: what the run had bound must
     not reach models made later. A model made before is not changed.
 
     Args:
       run_dir: A folder written by ``protein-lm train``.
+      checkpoint: ``"best"`` (the lowest validation loss; the newest where the run did not
+        validate), ``"last"`` or the number of a step; see `checkpoints.restore_model`.
 
     Raises:
-      RunError: If the folder is not a run's, has no checkpoint yet, or was changed.
+      RunError: If the folder is not a run's, has no such checkpoint, or was changed.
+      ValueError: If `checkpoint` is none of these.
     """
     folder = RunFolder(Path(run_dir))
     if not folder.config.is_file():
@@ -51,7 +54,7 @@ def load_run(run_dir: str | Path) -> LoadedRun:
         gin.clear_config()
     run_folder.check_vocabulary(folder, model.domain)
     step, parameters, variables = checkpoints.restore_model(
-        folder.checkpoints, train.abstract_state(model)
+        folder.checkpoints, train.abstract_state(model), checkpoint=checkpoint
     )
     model.set_parameters(parameters, variables)
     return LoadedRun(model, step, folder)
