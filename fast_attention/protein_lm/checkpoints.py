@@ -135,8 +135,6 @@ def save(
             ),
         )
     except _FAILURES as error:
-        for unfinished in Path(manager.directory).glob("*orbax-checkpoint-tmp*"):
-            shutil.rmtree(unfinished, ignore_errors=True)
         raise RunError(
             f"the checkpoint of step {step} cannot be written to {manager.directory} "
             f"({_first_line(error)}): look whether the disk is full or may not be written to. "

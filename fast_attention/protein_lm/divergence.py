@@ -9,7 +9,7 @@ from typing import Any
 
 from fast_attention.protein_lm import metrics
 
-# Nats above the loss of a blind guess, and multiples of it; see `Guard.check_loss`.
+# Nats above the loss of a blind guess, and multiples of it; see `Guard`.
 _ABOVE_UNIFORM = 1.0
 _TIMES_UNIFORM = 10.0
 
@@ -17,6 +17,11 @@ _TIMES_UNIFORM = 10.0
 @dataclasses.dataclass(frozen=True)
 class Guard:
     """Looks at the figures of successive steps.
+
+    Training has diverged when a loss or a gradient is infinite or not a number; when the mean loss
+    of a summary interval is above log V + 1, and that of an earlier one was below log V, the loss
+    of a blind guess; or when that of an interval or of a validation is above 10 log V. (Overfitting
+    may bring a validation above a blind guess, but not that far.)
 
     ``sums`` are `metrics.token_sums` with ``gradient_norm``, on the host; ``last_step`` is the
     number of the last of them, counted from 1; ``saved`` the step of the last checkpoint, 0 where
@@ -53,9 +58,6 @@ class Guard:
     ) -> float:
         """Asks that the mean loss is not hopeless.
 
-        It is hopeless above log V + 1, where that of earlier steps was below log V, the loss of a
-        blind guess; and above 10 log V in any case.
-
         Args:
           sums: See `Guard`.
           last_step: See `Guard`.
@@ -71,14 +73,25 @@ class Guard:
         loss = metrics.combine_metrics(sums)["loss"]
         uniform = math.log(self.vocab_size)
         learnt = lowest is not None and lowest < uniform
-        if loss > (uniform + _ABOVE_UNIFORM if learnt else _TIMES_UNIFORM * uniform):
+        if not loss <= (uniform + _ABOVE_UNIFORM if learnt else _TIMES_UNIFORM * uniform):
             worst = max(range(len(sums)), key=lambda index: _mean_loss(sums[index]))
             reason = (
-                f"the mean loss of {len(sums)} steps is {loss:.4g}, far above the {uniform:.4g} of "
-                "a blind guess" + (f", after {lowest:.4g} before" if learnt else "")
+                f"the mean loss of {len(sums)} steps is {loss:.4g}, far above that of a blind guess"
             )
             raise self._explain(sums, worst, last_step, saved, reason)
         return loss if lowest is None else min(lowest, loss)
+
+    def check_validation(
+        self, loss: float, sums: Sequence[metrics.Sums], last_step: int, saved: int
+    ) -> None:
+        """Asks that a validation loss is not hopeless, as it may be after one bad update.
+
+        Raises:
+          FloatingPointError: If it is.
+        """
+        if not loss <= _TIMES_UNIFORM * math.log(self.vocab_size):
+            reason = f"the validation loss is {loss:.4g}, far above that of a blind guess"
+            raise self._explain(sums, len(sums) - 1, last_step, saved, reason)
 
     def _explain(
         self, sums: Sequence[metrics.Sums], index: int, last_step: int, saved: int, reason: str

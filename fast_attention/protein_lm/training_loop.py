@@ -187,13 +187,14 @@ def train_loop(
                     log.write(step, "train", values)
                     postfix["loss"] = f"{values['loss']:.3f}"
                     postfix["tokens/s"] = f"{values['tokens_per_second']:,.0f}"
-            if evaluate and validate is not None:
-                found = validate(state)
-                log.write(step, "valid", found)
-                postfix["valid"] = f"{found['loss']:.3f}"
-                if progress.best_loss is None or found["loss"] < progress.best_loss:
-                    progress = progress._replace(best_step=step, best_loss=found["loss"])
-                    checkpoint = True
+                if evaluate and validate is not None:
+                    found = validate(state)
+                    guard.check_validation(found["loss"], rows, step, saved)
+                    log.write(step, "valid", found)
+                    postfix["valid"] = f"{found['loss']:.3f}"
+                    if progress.best_loss is None or found["loss"] < progress.best_loss:
+                        progress = progress._replace(best_step=step, best_loss=found["loss"])
+                        checkpoint = True
             if _is_tired(progress, step, times):
                 batch, checkpoint = None, True
             if checkpoint or stopping:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fast_attention.protein_lm import cli, training_loop
+from fast_attention.protein_lm import cli, train
 from fast_attention.protein_lm.metrics_log import read_metrics
 from fast_attention.protein_lm.training_loop import Times
 
@@ -80,18 +80,18 @@ def test_an_interrupted_run_resumes_as_if_nothing_had_happened(
 ):
     """Stopped after step 11, resumed from the checkpoint of step 8."""
     calls = []
-    save = training_loop.checkpoints.save
+    save = train.checkpoints.save
 
-    def stop_at_the_end(manager, state, progress):
+    def stop_at_the_end(manager, state, progress, **options):
         calls.append(int(state.step))
         if calls[-1] == 12:
             raise KeyboardInterrupt
-        save(manager, state, progress)
+        save(manager, state, progress, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training_loop.checkpoints, "save", stop_at_the_end)
+        patch.setattr(train.checkpoints, "save", stop_at_the_end)
         assert cli.main(train_arguments(tmp_path)) == 130
-    assert calls == [4, 8, 12]
+    assert calls == [4, 6, 8, 12]
     assert steps_of(tmp_path, "train")[-1] == 12
     with open(tmp_path / "metrics.jsonl", "a") as lines:
         lines.write('{"step": 13, "spl')
