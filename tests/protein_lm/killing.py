@@ -10,6 +10,7 @@ first resumes. At the end each row of metrics must be the same, bit for bit.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import random
 import signal
@@ -93,6 +94,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400, help="of the run (default: 400)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     options = parser.parse_args()
+    tell = functools.partial(print, flush=True)
     moments = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as name:
         whole, killed = Path(name, "whole"), Path(name, "killed")
@@ -100,7 +102,7 @@ def main() -> None:
         process = start(train_arguments(whole, options.steps))
         _, err = process.communicate()
         assert process.returncode == 0, err
-        print(f"undisturbed: {time.monotonic() - began:.1f} s")
+        tell(f"undisturbed: {time.monotonic() - began:.1f} s")
 
         for kill in range(1, options.times + 1):
             before = figures(killed)
@@ -114,7 +116,7 @@ def main() -> None:
             assert status == -signal.SIGKILL, f"the run ended before kill {kill}: {err}"
             steps = [row[0] for row in figures(killed)]
             kept = sorted(path.name for path in (killed / "checkpoints").glob("*"))
-            print(f"kill {kill}: metrics to step {max(steps, default=0)}, checkpoints {kept}")
+            tell(f"kill {kill}: metrics to step {max(steps, default=0)}, checkpoints {kept}")
 
         process = start(train_arguments(killed, options.steps))
         out, err = process.communicate()
@@ -123,7 +125,7 @@ def main() -> None:
         expected, found = figures(whole), figures(killed)
         unlike = [pair for pair in zip(expected, found, strict=True) if pair[0] != pair[1]]
         assert not unlike, f"{len(unlike)} rows differ, such as {unlike[0]}"
-        print(f"after {options.times} kills: {len(found)} rows of metrics, all bit-equal")
+        tell(f"after {options.times} kills: {len(found)} rows of metrics, all bit-equal")
 
 
 if __name__ == "__main__":
