@@ -109,7 +109,8 @@ def claim(folder: RunFolder, config: str, domain: DiscreteDomain, *, asked: str)
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) == now.get(name) or (name not in before and name not in wanted):
             continue
-        changes += [f"-{before[name]}"] * (name in before) + [f"+{now[name]}"] * (name in now)
+        changes += [f"-{before[name]}"] if name in before else []
+        changes += [f"+{now[name]}"] if name in now else []
     if changes:
         raise RunError(
             f"{folder.path} holds a run with other settings (- there, + asked for now):\n  "

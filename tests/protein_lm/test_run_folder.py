@@ -39,7 +39,5 @@ def test_a_folder_that_cannot_be_written_to_is_told(tmp_path, monkeypatch):
         raise OSError(errno.EROFS, "Read-only file system", str(path))
 
     monkeypatch.setattr(run_folder, "write_file", refuse)
-    with pytest.raises(
-        RunError, match=r"cannot be written to \(Read-only file system\): .*--work_dir"
-    ):
+    with pytest.raises(RunError, match=r"cannot be written to \(Read-only file system\)"):
         claim(RunFolder(tmp_path), OLD, DOMAIN, asked=OLD)
