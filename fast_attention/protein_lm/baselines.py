@@ -20,7 +20,7 @@ Shape letters: N proteins or contexts, S scored residues.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -47,6 +47,7 @@ _TUNED_BACK_OFF = {
 # So many residues decide the weights to three digits of the perplexity.
 _TUNING_RESIDUES = 50_000
 _ROWS_AT_ONCE = 1 << 15
+_TOKENS_AT_ONCE = 1 << 22
 
 
 class BaselineScore(NamedTuple):
@@ -250,8 +251,23 @@ def _load(fasta: FastaPaths | Corpus) -> Corpus:
 
 
 def _count(corpus: Corpus, order: int) -> NGramCounts:
-    contexts, tokens, _ = _contexts_and_tokens(corpus, order)
-    return NGramCounts.of(contexts * BASE + tokens, order)
+    dense = np.zeros(BASE**order, np.int64)
+    for part in _parts(corpus):
+        contexts, tokens, _ = _contexts_and_tokens(part, order)
+        dense += np.bincount(contexts * BASE + tokens, minlength=len(dense))
+    found = np.flatnonzero(dense)
+    return NGramCounts(order, found, dense[found])
+
+
+def _parts(corpus: Corpus) -> Iterator[Corpus]:
+    """Successive proteins, so many that what is computed of them takes little memory."""
+    first = 0
+    while first < len(corpus):
+        after = np.searchsorted(corpus.offsets, corpus.offsets[first] + _TOKENS_AT_ONCE)
+        last = max(first + 1, int(after) - 1)
+        begin, end = corpus.offsets[first], corpus.offsets[last]
+        yield Corpus(corpus.tokens[begin:end], corpus.offsets[first : last + 1] - begin)
+        first = last
 
 
 def _scored(corpus: Corpus, order: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,15 +1,36 @@
-"""Checkpoints: all that a run needs to go on as if it had never stopped."""
+"""Checkpoints: all that a run needs to go on as if it had never stopped.
+
+A checkpoint is written under a temporary name and renamed when it is whole, so that a run killed
+at any moment leaves whole checkpoints only under their proper names. Each holds a checksum of
+every array, so that one that was damaged later is recognised, and the one before it is read.
+"""
 
 from __future__ import annotations
 
+import shutil
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
 
+from fast_attention.protein_lm.array_records import checksums, describe, find_unsound
+from fast_attention.protein_lm.divergence import REMEDY
 from fast_attention.protein_lm.run_folder import RunError
 from fast_attention.protein_lm.train_state import TrainState
+
+# What orbax raises at files that are cut short, missing or changed, or cannot be written; some of
+# it comes from C++ as RuntimeError.
+_FAILURES = (ValueError, KeyError, TypeError, OSError, RuntimeError, AttributeError, AssertionError)
+
+_NO_OTHER = (
+    "fetch the folder again from where it was copied, take another checkpoint where there is one, "
+    "or train in another --work_dir"
+)
+
+Found = TypeVar("Found")
 
 
 class Progress(NamedTuple):
@@ -20,54 +41,117 @@ class Progress(NamedTuple):
       batch_size: Rows of a batch, over all devices.
       tokens: Tokens trained on.
       seconds: Time spent training, over all resumptions.
+      pending: `metrics.token_sums` and gradient norms of the steps that no row of metrics tells of
+        yet; None where there are none.
+      lowest_loss: The lowest training loss of a row so far; None before the first.
+      best_step: Step of the validation of the lowest loss; None before the first.
+      best_loss: That loss.
     """
 
     iterator: Any
     batch_size: int
     tokens: int
     seconds: float
+    pending: list[dict[str, float]] | None = None
+    lowest_loss: float | None = None
+    best_step: int | None = None
+    best_loss: float | None = None
 
 
-def open_checkpoints(directory: Path, *, keep: int | None = None) -> ocp.CheckpointManager:
+class Restored(NamedTuple):
+    """The model of a checkpoint, without what only training needs.
+
+    Attributes:
+      step: Steps it was trained for.
+      parameters: Nested dict of arrays: the averaged parameters, where an average was kept.
+      variables: Nested dict of the other arrays.
+    """
+
+    step: int
+    parameters: Any
+    variables: Any
+
+
+class _Damaged(RunError):
+    """A checkpoint cannot be read, though it is there."""
+
+
+def open_checkpoints(directory: Path) -> ocp.CheckpointManager:
     """Opens a folder of checkpoints for writing, and removes what a killed run left half-written.
-
-    A checkpoint is written under a temporary name and renamed when it is whole, so that a run
-    killed at any moment leaves whole checkpoints only under their proper names.
 
     Args:
       directory: Created when absent.
-      keep: How many of the newest to keep; None keeps all.
     """
     return ocp.CheckpointManager(
         directory.absolute(),
         options=ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
-            enable_async_checkpointing=False,
-            cleanup_tmp_directories=True,
+            enable_async_checkpointing=False, cleanup_tmp_directories=True
         ),
     )
 
 
-def save(manager: ocp.CheckpointManager, state: TrainState, progress: Progress) -> None:
-    """Writes the checkpoint of ``state.step``, unless it is there already."""
+def save(
+    manager: ocp.CheckpointManager,
+    state: TrainState,
+    progress: Progress,
+    *,
+    keep: int | None = None,
+) -> None:
+    """Writes the checkpoint of ``state.step``, unless it is there already.
+
+    Args:
+      manager: From `open_checkpoints`.
+      state: What to write.
+      progress: What to write beside it.
+      keep: How many of the newest to keep, besides that of ``progress.best_step``; None keeps all.
+        The others are removed once the new one is whole.
+
+    Raises:
+      FloatingPointError: If a parameter is infinite or not a number.
+      RunError: If it cannot be written; earlier checkpoints are as they were.
+    """
     step = int(state.step)
     if step in manager.all_steps():
         return
-    about = {"progress": progress._asdict(), "arrays": _describe(_model_arrays(state))}
-    manager.save(
-        step,
-        args=ocp.args.Composite(
-            model=ocp.args.StandardSave(_model_arrays(state)),
-            training=ocp.args.StandardSave(_training_arrays(state)),
-            about=ocp.args.JsonSave(about),
-        ),
-    )
+    model, training = _model_arrays(state), _training_arrays(state)
+    unsound = find_unsound(model["parameters"])
+    if unsound is not None:
+        raise FloatingPointError(
+            f"training has diverged before step {step}: the parameter {unsound} is not finite. "
+            f"Earlier checkpoints are kept. {REMEDY}"
+        )
+    about = {
+        "progress": progress._asdict(),
+        "arrays": describe(model),
+        "checksums": checksums(model | training),
+    }
+    try:
+        manager.save(
+            step,
+            args=ocp.args.Composite(
+                model=ocp.args.StandardSave(model),
+                training=ocp.args.StandardSave(training),
+                about=ocp.args.JsonSave(about),
+            ),
+        )
+    except _FAILURES as error:
+        raise RunError(
+            f"the checkpoint of step {step} cannot be written to {manager.directory} "
+            f"({_first_line(error)}): look whether the disk is full or may not be written to. "
+            "Earlier checkpoints are as they were, and the same command goes on from the last"
+        ) from error
+    if keep is not None:
+        for old in sorted(manager.all_steps())[:-keep]:
+            if old != progress.best_step:
+                manager.delete(old)
 
 
 def restore(
     manager: ocp.CheckpointManager, abstract: TrainState
 ) -> tuple[TrainState, Progress] | None:
-    """Reads the newest checkpoint.
+    """Reads the newest checkpoint that is not damaged.
+
+    Damaged ones are told on stderr and put aside: they get the ending ``.damaged``.
 
     Args:
       manager: From `open_checkpoints`.
@@ -77,53 +161,118 @@ def restore(
       State and progress, or None where there is no checkpoint.
 
     Raises:
-      RunError: If the checkpoint belongs to a model of other shapes, or is damaged.
+      RunError: If the checkpoint belongs to a model of other shapes, or all are damaged.
     """
-    step = manager.latest_step()
-    if step is None:
+    steps = sorted(manager.all_steps(), reverse=True)
+    if not steps:
         return None
-    about = _check(manager, step, abstract)
-    found = _read(
-        manager,
-        step,
-        model=ocp.args.StandardRestore(_model_arrays(abstract)),
-        training=ocp.args.StandardRestore(_training_arrays(abstract)),
-    )
-    return TrainState(**found["model"], **found["training"]), Progress(**about["progress"])
+
+    def read(step: int) -> tuple[TrainState, Progress]:
+        about = _about(manager, step, abstract)
+        found = _read(
+            manager,
+            step,
+            about,
+            model=_model_arrays(abstract),
+            training=_training_arrays(abstract),
+        )
+        parts = found["model"] | found["training"]
+        return TrainState(**parts), Progress(**about["progress"])
+
+    step, found = _first_sound(manager, steps, read)
+    for damaged in steps[: steps.index(step)]:
+        path = Path(manager.directory) / str(damaged)
+        aside = path.with_name(f"{damaged}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+    manager.reload()
+    return found
 
 
-def restore_model(directory: Path, abstract: TrainState) -> tuple[int, Any, Any]:
-    """Reads the model alone from the newest checkpoint of a folder.
+def restore_model(
+    directory: Path, abstract: TrainState, *, checkpoint: str | int = "best"
+) -> Restored:
+    """Reads the model alone from a checkpoint of a folder.
 
     Args:
       directory: Folder of checkpoints.
-      abstract: As in `restore`; only ``parameters`` and ``variables`` matter.
-
-    Returns:
-      The step, the parameters and the other variables.
+      abstract: As in `restore`; only ``parameters``, ``variables`` and ``average`` matter.
+      checkpoint: ``"best"`` takes the checkpoint of the lowest validation loss, and the newest
+        where there was no validation; ``"last"`` takes the newest; a number that of this step.
+        Where the best or the newest is damaged, stderr says so and the next newest is taken.
 
     Raises:
-      RunError: If there is no checkpoint, or it belongs to a model of other shapes, or is
+      RunError: If there is no such checkpoint, or it belongs to a model of other shapes, or is
         damaged.
+      ValueError: If `checkpoint` is none of these.
     """
+    if checkpoint not in ("best", "last") and not isinstance(checkpoint, int):
+        raise ValueError(
+            f"checkpoint must be 'best', 'last' or the number of a step; got {checkpoint!r}"
+        )
     nothing = f"no checkpoint in {directory}: the run has not reached its first one yet"
     if not directory.is_dir():
         raise RunError(nothing)
     with ocp.CheckpointManager(
         directory.absolute(), options=ocp.CheckpointManagerOptions(create=False)
     ) as manager:
-        step = manager.latest_step()
-        if step is None:
+        steps = sorted(manager.all_steps(), reverse=True)
+        if not steps:
             raise RunError(nothing)
-        _check(manager, step, abstract)
-        arguments = ocp.args.StandardRestore(_model_arrays(abstract))
-        found = _read(manager, step, model=arguments)["model"]
-    return step, found["parameters"], found["variables"]
+        if isinstance(checkpoint, int):
+            if checkpoint not in steps:
+                there = ", ".join(map(str, reversed(steps)))
+                raise RunError(
+                    f"no checkpoint of step {checkpoint} in {directory}; there are those of the "
+                    f"steps {there}"
+                )
+            steps = [checkpoint]
+
+        def read(step: int) -> Restored:
+            about = _about(manager, step, abstract)
+            best = about["progress"].get("best_step")
+            if checkpoint == "best" and best not in (None, step) and best in steps:
+                try:
+                    return read(best)
+                except _Damaged as error:
+                    _warn(error, step)
+            found = _read(manager, step, about, model=_model_arrays(abstract))["model"]
+            average = found.get("average")
+            return Restored(
+                step, found["parameters"] if average is None else average, found["variables"]
+            )
+
+        return _first_sound(manager, steps, read)[1]
 
 
-def _check(manager: ocp.CheckpointManager, step: int, abstract: TrainState) -> dict[str, Any]:
-    about = _read(manager, step, about=ocp.args.JsonRestore())["about"]
-    stored, expected = about["arrays"], _describe(_model_arrays(abstract))
+def _first_sound(
+    manager: ocp.CheckpointManager, steps: Sequence[int], read: Callable[[int], Found]
+) -> tuple[int, Found]:
+    """The first of the steps whose checkpoint is not damaged, and what `read` makes of it."""
+    for step, after in zip(steps, [*steps[1:], None], strict=True):
+        try:
+            return step, read(step)
+        except _Damaged as error:
+            if after is not None:
+                _warn(error, after)
+            elif len(steps) == 1:
+                raise RunError(f"{error}; {_NO_OTHER}") from error
+    raise RunError(f"all {len(steps)} checkpoints in {manager.directory} are damaged; {_NO_OTHER}")
+
+
+def _warn(error: Exception, instead: int) -> None:
+    print(f"warning: {error}; that of step {instead} is taken instead", file=sys.stderr)
+
+
+def _about(manager: ocp.CheckpointManager, step: int, abstract: TrainState) -> dict[str, Any]:
+    """What stands beside the arrays, which are checked to be those that the model expects."""
+    about = _restore(manager, step, about=ocp.args.JsonRestore())["about"]
+    try:
+        stored = about["arrays"]
+        about["progress"]["tokens"]
+    except (KeyError, TypeError) as error:
+        raise _damage(manager, step, error) from error
+    expected = describe(_model_arrays(abstract))
     names = [name for name in stored | expected if stored.get(name) != expected.get(name)]
     if names:
         name = names[0]
@@ -136,26 +285,41 @@ def _check(manager: ocp.CheckpointManager, step: int, abstract: TrainState) -> d
     return about
 
 
-def _read(manager: ocp.CheckpointManager, step: int, **items: Any) -> Any:
+def _read(
+    manager: ocp.CheckpointManager, step: int, about: dict[str, Any], **abstract: Any
+) -> dict[str, Any]:
+    items = {name: ocp.args.StandardRestore(arrays) for name, arrays in abstract.items()}
+    found = _restore(manager, step, **items)
+    # Checkpoints of earlier versions have no checksums.
+    stored = about.get("checksums", {})
+    for arrays in found.values():
+        for name, checksum in checksums(arrays).items():
+            if stored.get(name, checksum) != checksum:
+                raise _damage(manager, step, f"{name} is not what was written")
+    return found
+
+
+def _restore(manager: ocp.CheckpointManager, step: int, **items: Any) -> Any:
     try:
         return manager.restore(step, args=ocp.args.Composite(**items))
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise RunError(
-            f"the checkpoint {manager.directory / str(step)} is damaged ({error}); remove it to "
-            "go back to the one before"
-        ) from error
+    except _FAILURES as error:
+        raise _damage(manager, step, error) from error
 
 
-def _describe(arrays: Any) -> dict[str, str]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(arrays)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): f"{leaf.dtype}{list(leaf.shape)}"
-        for path, leaf in leaves
-    }
+def _damage(manager: ocp.CheckpointManager, step: int, reason: Any) -> _Damaged:
+    return _Damaged(
+        f"the checkpoint {manager.directory / str(step)} is damaged ({_first_line(reason)})"
+    )
+
+
+def _first_line(error: Any) -> str:
+    line = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return line if len(line) <= 200 else f"{line[:200]} ..."
 
 
 def _model_arrays(state: TrainState) -> dict[str, Any]:
-    return {"parameters": state.parameters, "variables": state.variables}
+    arrays = {"parameters": state.parameters, "variables": state.variables}
+    return arrays if state.average is None else arrays | {"average": state.average}
 
 
 def _training_arrays(state: TrainState) -> dict[str, Any]:

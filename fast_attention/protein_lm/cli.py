@@ -14,6 +14,7 @@ import absl.logging
 from fast_attention.protein_lm.commands import COMMANDS
 from fast_attention.protein_lm.failures import describe_failure
 from fast_attention.protein_lm.huge_pages import restart_with_huge_pages
+from fast_attention.protein_lm.stopping import Stopped
 
 _DESCRIPTION = """\
 Train protein language models on FASTA files, and use them.
@@ -38,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
       The exit status: 0 for success, 1 for a failure whose reason is on stderr, 2 (by way of
-      SystemExit) for arguments that cannot be understood, 130 when stopped from the keyboard.
+      SystemExit) for arguments that cannot be understood, 130 when stopped from the keyboard and
+      143 when by SIGTERM.
     """
     if arguments is None:
         # A file's name or a header may have letters that the terminal's encoding lacks.
@@ -53,6 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         restart_with_huge_pages()
     try:
         COMMANDS[options.command].run(options)
+    except Stopped as stopped:
+        print(f"\nprotein-lm {options.command}: {stopped}", file=sys.stderr)
+        return stopped.exit_status
     except KeyboardInterrupt:
         remedy = ", and the same command goes on" if options.command in ("train", "embed") else ""
         print(f"\nprotein-lm {options.command}: stopped{remedy}", file=sys.stderr)

@@ -20,8 +20,9 @@ Letters: B batch, L row length.
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import grain
 import numpy as np
@@ -30,7 +31,14 @@ from fast_attention.protein_lm.corpus import Corpus, FastaPaths, load_corpus
 from fast_attention.protein_lm.corpus import bundled_corpus as bundled_corpus
 from fast_attention.protein_lm.domains import DiscreteDomain, domain_to_bos
 from fast_attention.protein_lm.masking import MaskingConfig, mask_tokens
+from fast_attention.protein_lm.mixture import (
+    MixturePlanner,
+    Weights,
+    load_mixture,
+    row_shares,
+)
 from fast_attention.protein_lm.packing import EpochPlanner, PackedRows, Pieces, fill_rows
+from fast_attention.protein_lm.skipped_records import SkippedRecords
 
 Batch = dict[str, np.ndarray]
 
@@ -39,7 +47,7 @@ _TRAIN_MASKS, _EVAL_MASKS = 2, 3
 
 
 def make_dataset(
-    fasta: FastaPaths | Corpus,
+    fasta: FastaPaths | Weights | Corpus,
     domain: DiscreteDomain,
     *,
     length: int,
@@ -51,6 +59,8 @@ def make_dataset(
     objective: str = "causal",
     crop: str = "random",
     masking: MaskingConfig | None = None,
+    on_error: str = "raise",
+    skipped: SkippedRecords | None = None,
 ) -> grain.IterDataset[Batch]:
     """Returns the batches of a training run.
 
@@ -62,8 +72,14 @@ def make_dataset(
     (``num_epochs=None``) a batch may hold the last rows of one epoch and the first of the next;
     otherwise the last batch is filled up with rows of padding, of weight 0.
 
+    Of a mixture, every 1000 rows from a multiple of 1000 on hold 1000 w / sum(w) rows of a file of
+    weight w (rounded, see ``mixture.row_shares``), evenly spread. Each file is packed by itself, so
+    that this is its share of the residues, too, but for padding. It is begun anew whenever it ends,
+    and an epoch has as many rows as the files have together.
+
     Args:
-      fasta: one FASTA file or several, or proteins already loaded by ``load_corpus``.
+      fasta: one FASTA file or several, a dict from files to weights, or proteins already loaded by
+        ``load_corpus``.
       domain: gives the vocabulary. Rows are padded with its padding token; failing that with its
         end token; failing both with 0.
       length: L; longer proteins are cropped.
@@ -71,25 +87,39 @@ def make_dataset(
       seed: a number from 0 on, the seed of every choice.
       pack: whether several proteins share a row.
       shuffle: whether the order changes from epoch to epoch.
-      num_epochs: how often every protein is seen; None never stops.
+      num_epochs: how often every protein is seen (of a mixture: on average); None never stops.
       objective: ``"causal"`` or ``"masked"``.
       crop: whether long proteins are cropped at ``"random"`` places or at their ``"start"``.
       masking: shares of the masked objective; None takes the defaults of ``MaskingConfig``.
+      on_error: what to do with a record that cannot be read, see ``load_corpus``.
+      skipped: takes the records that were left out.
 
     Raises:
       FastaError: if a file cannot be read.
-      ValueError: if an argument is out of its range, or the vocabulary lacks a mask token that
-        the objective needs.
+      ValueError: if an argument or a weight is out of its range, or the vocabulary lacks a mask
+        token that the objective needs.
     """
     _check(objective=(objective, ("causal", "masked")), crop=(crop, ("random", "start")))
     _check_numbers(length, batch_size, seed)
     _check_masking(objective, domain, masking)
     if num_epochs is not None and num_epochs < 1:
         raise ValueError(f"num_epochs must be at least 1, or None, but got {num_epochs}.")
-    corpus = _load(fasta, domain)
-    planner = EpochPlanner(
-        corpus, length, seed=seed, pack=pack, shuffle=shuffle, random_crop=crop == "random"
+    plan = functools.partial(
+        EpochPlanner,
+        length=length,
+        seed=seed,
+        pack=pack,
+        shuffle=shuffle,
+        random_crop=crop == "random",
     )
+    if isinstance(fasta, Mapping):
+        row_shares(list(fasta.values()))
+        corpus, parts = load_mixture(fasta, domain, on_error, skipped)
+        planners = [plan(part, stream=number) for number, part in enumerate(parts)]
+        planner = MixturePlanner(planners, list(fasta.values()))
+    else:
+        corpus = _load(fasta, domain, on_error, skipped)
+        planner = plan(corpus)
     num_rows = sys.maxsize if num_epochs is None else num_epochs * planner.num_rows
     pad = _pad_token(domain)
 
@@ -217,8 +247,15 @@ def _masked_batch(
     }
 
 
-def _load(fasta: FastaPaths | Corpus, domain: DiscreteDomain) -> Corpus:
-    return fasta if isinstance(fasta, Corpus) else load_corpus(fasta, domain)
+def _load(
+    fasta: FastaPaths | Corpus,
+    domain: DiscreteDomain,
+    on_error: str = "raise",
+    skipped: SkippedRecords | None = None,
+) -> Corpus:
+    if isinstance(fasta, Corpus):
+        return fasta
+    return load_corpus(fasta, domain, on_error=on_error, skipped=skipped)
 
 
 def _pad_token(domain: DiscreteDomain) -> int:

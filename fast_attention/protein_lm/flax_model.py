@@ -73,6 +73,7 @@ class FlaxModel:
         beta1: float = 0.9,
         beta2: float = 0.98,
         epsilon: float = 1e-9,
+        ema_decay: float | None = None,
         **model_kwargs: Any,
     ):
         """Builds the model; its parameters are made when `state` is first read.
@@ -90,12 +91,20 @@ class FlaxModel:
           beta1: AdamW's.
           beta2: AdamW's.
           epsilon: AdamW's.
+          ema_decay: Of a moving average of the parameters, in [0, 1), such as 0.999; validation,
+            evaluation and samples are then those of the average (see
+            `train_state.make_train_step`). None keeps no average.
           **model_kwargs: Fields of `TransformerConfig`, ``max_len`` among them (by default the
             domain's length).
 
         Raises:
           TypeError: At a keyword that `TransformerConfig` does not have.
+          ValueError: If `ema_decay` is out of its range.
         """
+        if ema_decay is not None and not 0 <= ema_decay < 1:
+            raise ValueError(
+                f"ema_decay must be in [0, 1), or None for no average; got {ema_decay}"
+            )
         if not hasattr(self, "objective"):
             raise TypeError("FlaxModel is what FlaxLM and FlaxBERT share: make one of them")
         self.domain = domain
@@ -124,8 +133,13 @@ class FlaxModel:
         abstract = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
         self.graphdef, _, _ = train_state.split_model(abstract)
         self.mesh = train_state.data_mesh()
-        self.initialize = train_state.make_initializer(build, self._optimizer)
-        self.train_step = train_state.make_train_step(self.graphdef, self._optimizer)
+        self._averaged = ema_decay is not None
+        self.initialize = train_state.make_initializer(
+            build, self._optimizer, averaged=self._averaged
+        )
+        self.train_step = train_state.make_train_step(
+            self.graphdef, self._optimizer, ema_decay=ema_decay
+        )
         self.eval_step = train_state.make_eval_step(self.graphdef)
         self.logits_step = train_state.make_logits(self.graphdef)
         self.residue_step = scoring.make_residue_step(self.graphdef, self.objective)
@@ -146,6 +160,11 @@ class FlaxModel:
         self._state = state
 
     @property
+    def weights(self) -> Any:
+        """The parameters that predictions are made with: their average, where one is kept."""
+        return train_state.weights(self.state)
+
+    @property
     def max_length(self) -> int:
         """Most tokens of a sequence: the domain's length, or fewer learned positions."""
         learned = self.config.positions == "learned"
@@ -160,7 +179,9 @@ class FlaxModel:
     def set_parameters(self, parameters: Any, variables: Any) -> None:
         """Replaces the model's arrays; step, optimiser and randomness start anew."""
         key = jax.random.key(self.random_seed)
-        state = train_state.make_state(parameters, variables, self._optimizer, key)
+        state = train_state.make_state(
+            parameters, variables, self._optimizer, key, averaged=self._averaged
+        )
         self.state = train_state.replicate(state, self.mesh)
 
     def fit(
@@ -240,7 +261,7 @@ class FlaxModel:
         state = self.state
         sums = [
             self.eval_step(
-                state.parameters,
+                train_state.weights(state),
                 state.variables,
                 train_state.shard_batch(batch, self.mesh),
                 packed=train_state.is_packed(batch),
@@ -306,7 +327,7 @@ class FlaxModel:
             batch = batches.in_order(corpus, self.domain, self.objective)
         state = self.state
         return self.logits_step(
-            state.parameters,
+            train_state.weights(state),
             state.variables,
             train_state.shard_batch(batch, self.mesh),
             packed=train_state.is_packed(batch),

@@ -17,8 +17,8 @@ class LoadedRun(NamedTuple):
     """A trained model and where it comes from.
 
     Attributes:
-      model: With the parameters of the newest checkpoint.
-      step: Of that checkpoint.
+      model: With the parameters of that checkpoint; the averaged ones, where an average was kept.
+      step: Of the checkpoint.
       folder: The run's.
     """
 
@@ -68,21 +68,27 @@ def open_run(run_dir: str | os.PathLike[str]) -> OpenedRun:
     return OpenedRun(model, settings, folder)
 
 
-def load_run(run_dir: str | os.PathLike[str]) -> LoadedRun:
-    """Reads the newest checkpoint of a run, or an exported model.
+def load_run(run_dir: str | os.PathLike[str], *, checkpoint: str | int = "best") -> LoadedRun:
+    """Reads a checkpoint of a run, or an exported model.
 
     Args:
       run_dir: As for `open_run`.
+      checkpoint: ``"best"`` (the lowest validation loss; the newest where the run did not
+        validate), ``"last"`` or the number of a step; see `checkpoints.restore_model`. An exported
+        model has only one.
 
     Raises:
-      RunError: As `open_run`, or if the run has no checkpoint yet.
+      RunError: As `open_run`, or if the run has no such checkpoint.
+      ValueError: If `checkpoint` is none of these.
     """
     model, _, folder = open_run(run_dir)
     abstract = train.abstract_state(model)
     if folder.export.is_file():
         step, parameters, variables = exporting.read_arrays(folder, abstract)
     else:
-        step, parameters, variables = checkpoints.restore_model(folder.checkpoints, abstract)
+        step, parameters, variables = checkpoints.restore_model(
+            folder.checkpoints, abstract, checkpoint=checkpoint
+        )
     model.set_parameters(parameters, variables)
     return LoadedRun(model, step, folder)
 

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 import tensorboardX
 
-from fast_attention.protein_lm.run_folder import RunFolder, write_file
+from fast_attention.protein_lm.run_folder import RunError, RunFolder, write_file
 
 Row = dict[str, Any]
 
@@ -25,9 +25,20 @@ class MetricsLog:
         self._board = board
 
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """Writes one row: figures of `split` after `step` steps."""
-        self._lines.write(json.dumps({"step": step, "split": split, **values}) + "\n")
-        self._lines.flush()
+        """Writes one row: figures of `split` after `step` steps.
+
+        Raises:
+          RunError: If it cannot be written.
+        """
+        try:
+            self._lines.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+            self._lines.flush()
+        except OSError as error:
+            raise RunError(
+                f"{self._lines.name} cannot be written to ({error.strerror}): look whether the "
+                "disk is full. Checkpoints are as they were, and the same command goes on from "
+                "the last"
+            ) from error
         for name, value in values.items():
             if math.isfinite(value):
                 self._board.add_scalar(f"{split}/{name}", value, step)

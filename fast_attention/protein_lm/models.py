@@ -111,7 +111,7 @@ class FlaxLM(FlaxModel):
         vocab = self.domain.vocab
         never = [token for token in (vocab.bos, vocab.pad, vocab.mask) if token is not None]
         drawn = generate(
-            nnx.merge(self.graphdef, self.state.parameters, self.state.variables),
+            nnx.merge(self.graphdef, self.weights, self.state.variables),
             jnp.asarray(prompt),
             key=jax.random.key(self.random_seed) if rng is None else rng,
             max_new_tokens=new,

@@ -119,6 +119,7 @@ class EpochPlanner:
         pack: bool,
         shuffle: bool,
         random_crop: bool,
+        stream: int = 0,
     ):
         """Packs the lengths, once for all epochs.
 
@@ -129,10 +130,12 @@ class EpochPlanner:
           pack: whether several proteins share a row.
           shuffle: whether rows and proteins change places from epoch to epoch.
           random_crop: whether long proteins are cropped at random places, or at their start.
+          stream: planners of unlike streams choose independently, of an equal seed.
         """
         self._lengths = np.minimum(corpus.lengths, length)
         self._spare = corpus.lengths - self._lengths
-        self._seed = seed
+        self._seed = [seed, _PLANS]
+        self._stream = [stream] * (stream > 0)
         self._shuffle = shuffle
         self._random_crop = random_crop
         self._by_length = np.argsort(self._lengths, kind="stable")
@@ -140,6 +143,11 @@ class EpochPlanner:
         self._places = np.argsort(rows, kind="stable")
         self._row_bounds = np.searchsorted(rows[self._places], np.arange(rows.max() + 2))
         self._plans: dict[int, EpochPlan] = {}
+
+    @property
+    def num_proteins(self) -> int:
+        """N."""
+        return len(self._lengths)
 
     @property
     def num_rows(self) -> int:
@@ -171,7 +179,7 @@ class EpochPlanner:
         return self._plans[epoch]
 
     def _plan_anew(self, epoch: int) -> EpochPlan:
-        generator = np.random.default_rng([self._seed, _PLANS, epoch])
+        generator = np.random.default_rng([*self._seed, epoch, *self._stream])
         proteins = np.arange(len(self._lengths))
         row_order = np.arange(self.num_rows)
         if self._shuffle:

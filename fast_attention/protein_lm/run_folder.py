@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
+import re
 from pathlib import Path
 
 from fast_attention.protein_lm.domains import DiscreteDomain
@@ -87,44 +87,60 @@ def write_file(path: Path, content: str | bytes) -> None:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def claim(folder: RunFolder, config: str, domain: DiscreteDomain) -> None:
+def claim(folder: RunFolder, config: str, domain: DiscreteDomain, *, asked: str) -> None:
     """Writes the configuration and the vocabulary, or checks that a resumed run has the same.
 
     Args:
       folder: Created when absent.
       config: The operative gin configuration of the run about to start.
       domain: Whose vocabulary the run uses.
+      asked: The part of `config` that was asked for, without defaults. A default of which the
+        run in the folder knows nothing came with a later version of this package, and changes
+        nothing.
 
     Raises:
-      RunError: If the folder holds a run of another configuration.
+      RunError: If the folder holds a run of another configuration, or cannot be written to.
     """
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
+        if not folder.config.exists():
+            write_file(folder.vocabulary, json.dumps(describe_vocabulary(domain), indent=1) + "\n")
+            write_file(folder.config, config)
+            return
     except (FileExistsError, NotADirectoryError):
         raise RunError(f"{folder.path} is not a folder: give the run a folder of its own") from None
     except OSError as error:
-        raise OutputError(f"{folder.path} cannot be made: {explain(error)}") from error
-    if folder.config.exists():
-        before, now = _settings(folder.config.read_text(encoding="utf-8")), _settings(config)
-        changes = [
-            line
-            for line in difflib.unified_diff(before, now, lineterm="", n=0)
-            if line[:1] in "+-" and line[:3] not in ("+++", "---")
-        ]
-        if changes:
-            raise RunError(
-                f"{folder.path} holds a run with other settings (- there, + asked for now):\n  "
-                + "\n  ".join(changes)
-                + "\ngive another --work_dir, or the settings of that run to resume it"
-            )
-        return
-    write_file(folder.vocabulary, json.dumps(describe_vocabulary(domain), indent=1) + "\n")
-    write_file(folder.config, config)
+        raise OutputError(f"{folder.path} cannot be written to: {explain(error)}") from error
+    before, now = settings(folder.config.read_text(encoding="utf-8")), settings(config)
+    wanted = settings(asked)
+    changes = []
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) == now.get(name) or (name not in before and name not in wanted):
+            continue
+        changes += [f"-{before[name]}"] if name in before else []
+        changes += [f"+{now[name]}"] if name in now else []
+    if changes:
+        raise RunError(
+            f"{folder.path} holds a run with other settings (- there, + asked for now):\n  "
+            + "\n  ".join(changes)
+            + "\ngive another --work_dir, or the settings of that run to resume it"
+        )
 
 
-def _settings(config: str) -> list[str]:
-    lines = (line.strip() for line in config.splitlines())
-    return [line for line in lines if line and not line.startswith("#")]
+def settings(config: str) -> dict[str, str]:
+    """The settings of a gin configuration as gin writes it, by name: the text of each."""
+    found: dict[str, str] = {}
+    name = ""
+    for line in config.splitlines():
+        start = re.match(r"([\w./]+) = ", line)
+        if start:
+            name = start[1]
+            found[name] = line
+        elif name and line[:1].isspace():
+            found[name] = f"{found[name].removesuffix(chr(92))}{line.strip()}"
+        else:
+            name = ""
+    return found
 
 
 def describe_vocabulary(domain: DiscreteDomain) -> dict:

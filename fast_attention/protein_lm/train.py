@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fast_attention.protein_lm import (
+    baselines,
     batches,
     checkpoints,
     data,
@@ -24,6 +25,7 @@ from fast_attention.protein_lm import (
     report,
     run_folder,
     sampling,
+    stopping,
     training_loop,
 )
 from fast_attention.protein_lm.corpus import Corpus, bundled_corpus, domain_letters, load_corpus
@@ -38,7 +40,7 @@ def run_experiment(
     work_dir: str,
     *,
     model_cls: Callable[[], FlaxModel] = FlaxLM,
-    train_files: str | Sequence[str] | None = None,
+    train_files: str | Sequence[str] | Mapping[str, float] | None = None,
     valid_files: str | Sequence[str] | None = None,
     test_files: str | Sequence[str] | None = None,
     batch_size_per_device: int = 128,
@@ -47,11 +49,13 @@ def run_experiment(
     max_train_length: int = 512,
     max_eval_length: int | None = None,
     pack_sequences: bool = True,
+    crop: str = "random",
     data_seed: int = 0,
     on_error: str = "raise",
     train_summary_frequency: int = 100,
     eval_frequency: int = 500,
     num_eval_steps: int | None = None,
+    early_stopping: int | None = None,
     checkpoint_frequency: int = 10000,
     checkpoints_to_keep: int = 3,
     num_samples: int = 3,
@@ -61,13 +65,18 @@ def run_experiment(
     """Trains a model, or resumes its training, and reports what it reached.
 
     A run that was stopped, by whatever means, goes on from its last checkpoint when it is started
-    again on the same folder, and takes the same steps as if it had not been stopped. A finished
-    run only tells again what it reached.
+    again on the same folder, and takes the same steps as if it had not been stopped. SIGTERM and
+    the first SIGINT let the running step end, and save it. A finished run only tells again what it
+    reached.
+
+    What is evaluated and sampled from at the end is what `loading.load_run` gives: the model at
+    its lowest validation loss, or at the last step of a run that does not validate.
 
     Args:
       work_dir: The run's folder, see `run_folder.RunFolder`.
       model_cls: Makes the model.
-      train_files: FASTA files to train on; None takes the bundled corpus.
+      train_files: FASTA files to train on; a dict from files to weights mixes them, see
+        `data.make_dataset`. None takes the bundled corpus.
       valid_files: FASTA files of the validations during training. None takes the bundled ones
         where training uses the bundled corpus, and otherwise does not validate.
       test_files: FASTA files of the evaluation at the end; None takes the bundled ones where
@@ -79,6 +88,8 @@ def run_experiment(
       max_eval_length: Tokens of a protein that a validation looks at; None is all that the model
         has room for.
       pack_sequences: Whether several proteins share a row.
+      crop: Whether proteins longer than a row are cropped at ``"random"`` places, which differ
+        from epoch to epoch, or at their ``"start"``.
       data_seed: Of order, crops and masks.
       on_error: What to do with a record that cannot be read: ``"raise"``, ``"skip"`` (the run's
         folder lists those) or ``"replace"``, see `fasta_files.read_proteins`.
@@ -86,8 +97,11 @@ def run_experiment(
       eval_frequency: Steps between validations.
       num_eval_steps: Batches of a validation, of proteins spread evenly over the files; None
         takes all proteins.
-      checkpoint_frequency: Steps between checkpoints.
-      checkpoints_to_keep: The newest so many are kept.
+      early_stopping: Successive validations without improvement after which training ends; None
+        is no such end.
+      checkpoint_frequency: Steps between checkpoints; there is also one at each validation that is
+        better than all before.
+      checkpoints_to_keep: The newest so many are kept, and that of the best validation.
       num_samples: Proteins to sample at the end, by a causal model.
       max_sample_length: Most residues of those; None is what the model has room for.
       initial_run: Folder of a run whose parameters this one begins with; None draws them.
@@ -98,13 +112,21 @@ def run_experiment(
     Raises:
       FastaError: If a file cannot be read.
       FloatingPointError: If training diverges.
-      RunError: If the folder holds another run, or one of another number of devices.
+      RunError: If the folder holds another run, or one of another number of devices, or cannot be
+        written to.
+      Stopped: If that was requested by a signal; all is saved.
       ValueError: If a number is out of its range.
     """
     folder = RunFolder(Path(work_dir))
     times = training_loop.Times(
-        max_train_steps, train_summary_frequency, eval_frequency, checkpoint_frequency
+        max_train_steps,
+        train_summary_frequency,
+        eval_frequency,
+        checkpoint_frequency,
+        early_stopping,
     )
+    if checkpoints_to_keep < 1:
+        raise ValueError(f"checkpoints_to_keep must be at least 1; got {checkpoints_to_keep}")
     if train_files is None:
         train_files = str(bundled_corpus("train"))
         valid_files = valid_files or str(bundled_corpus("valid"))
@@ -121,7 +143,7 @@ def run_experiment(
     batch_size = batch_size_per_device * model.mesh.size
     skipped = {name: SkippedRecords(keep=None) for name in ("train", "valid", "test")}
     dataset = data.make_dataset(
-        load_corpus(train_files, model.domain, on_error=on_error, skipped=skipped["train"]),
+        train_files,
         model.domain,
         length=max_train_length,
         batch_size=batch_size,
@@ -129,15 +151,19 @@ def run_experiment(
         pack=pack_sequences,
         num_epochs=epochs,
         objective=model.objective,
+        crop=crop,
         masking=model.masking,
+        on_error=on_error,
+        skipped=skipped["train"],
     )
     validate = None
     if valid_files is not None:
         corpus = load_corpus(valid_files, model.domain, on_error=on_error, skipped=skipped["valid"])
         validate = _make_validation(model, corpus, max_eval_length, num_eval_steps)
 
-    run_folder.claim(folder, gin.operative_config_str(), model.domain)
-    for name in _unused_settings():
+    asked, used = gin.config_str(), gin.operative_config_str()
+    run_folder.claim(folder, used, model.domain, asked=asked)
+    for name in sorted(run_folder.settings(asked).keys() - run_folder.settings(used).keys()):
         print(f"warning: nothing uses the setting {name}", file=sys.stderr)
     if folder.result.exists():
         result = json.loads(folder.result.read_text(encoding="utf-8"))
@@ -145,16 +171,10 @@ def run_experiment(
         return result
     for name in ("train", "valid"):
         _tell_skipped(folder, name, skipped[name])
-    ngrams = evaluation.fit_baselines(
-        train_files,
-        valid=valid_files,
-        on_error=on_error,
-        alphabet=domain_letters(model.domain),
-    )
-    evaluation.save_baselines(folder.baselines, ngrams)
+    ngrams = _baselines(folder, train_files, valid_files, on_error, domain_letters(model.domain))
 
     iterator = iter(dataset)
-    with checkpoints.open_checkpoints(folder.checkpoints, keep=checkpoints_to_keep) as manager:
+    with checkpoints.open_checkpoints(folder.checkpoints) as manager:
         found = checkpoints.restore(manager, abstract_state(model))
         if found is None:
             if initial_run is not None:
@@ -166,15 +186,25 @@ def run_experiment(
             _check_batch_size(folder, progress.batch_size, batch_size)
             iterator.set_state(progress.iterator)
             print(f"resuming the run in {folder.path} after step {int(state.step)}")
-        with metrics_log.open_metrics_log(folder, int(state.step)) as log:
-            model.state, progress = training_loop.train_loop(
-                model, state, progress, iterator, times, log, manager, validate
+        save = functools.partial(checkpoints.save, manager, keep=checkpoints_to_keep)
+        with (
+            metrics_log.open_metrics_log(folder, int(state.step)) as log,
+            stopping.catch_stop_requests() as stop,
+        ):
+            state, progress = training_loop.train_loop(
+                model, state, progress, iterator, times, log, save, validate, stop
             )
 
+    steps = int(state.step)
+    step, parameters, variables = checkpoints.restore_model(
+        folder.checkpoints, abstract_state(model)
+    )
+    model.set_parameters(parameters, variables)
     result = {
         "model": type(model).__name__,
         "parameters": model.num_parameters,
-        "steps": int(model.state.step),
+        "steps": steps,
+        "evaluated_step": step,
         "tokens": progress.tokens,
         "seconds": progress.seconds,
         "evaluation": test_files
@@ -211,12 +241,21 @@ def _check_batch_size(folder: RunFolder, before: int, now: int) -> None:
         )
 
 
-def _unused_settings() -> list[str]:
-    found = [
-        set(re.findall(r"^([\w./]+\.\w+) =", text, flags=re.MULTILINE))
-        for text in (gin.config_str(), gin.operative_config_str())
-    ]
-    return sorted(found[0] - found[1])
+def _baselines(
+    folder: RunFolder,
+    train_files: str | Sequence[str] | Mapping[str, float],
+    valid_files: str | Sequence[str] | None,
+    on_error: str,
+    alphabet: str,
+) -> list[baselines.NGram]:
+    """Those of the run; a resumed run need not count again."""
+    if not folder.baselines.exists():
+        files = [train_files] if isinstance(train_files, str) else list(train_files)
+        found = evaluation.fit_baselines(
+            files, valid=valid_files, on_error=on_error, alphabet=alphabet
+        )
+        evaluation.save_baselines(folder.baselines, found)
+    return evaluation.load_baselines(folder.baselines)
 
 
 def _make_validation(

@@ -33,6 +33,7 @@ class TrainState:
       variables: Nested dict of the model's other arrays, attention projections among them.
       opt_state: The optimiser's own.
       key: Root of all randomness; step s uses ``fold_in(key, s)``.
+      average: Moving average of the parameters, of the same nest; None where none is kept.
     """
 
     step: Any
@@ -40,6 +41,12 @@ class TrainState:
     variables: Any
     opt_state: Any
     key: Any
+    average: Any = None
+
+
+def weights(state: TrainState) -> Any:
+    """What predictions are made with: the averaged parameters, or the parameters themselves."""
+    return state.parameters if state.average is None else state.average
 
 
 def split_model(model: nnx.Module) -> tuple[Any, Any, Any]:
@@ -49,48 +56,67 @@ def split_model(model: nnx.Module) -> tuple[Any, Any, Any]:
 
 
 def make_state(
-    parameters: Any, variables: Any, optimizer: optax.GradientTransformation, key: jax.Array
+    parameters: Any,
+    variables: Any,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    *,
+    averaged: bool = False,
 ) -> TrainState:
-    """The state of step 0 for given arrays of a model."""
+    """The state of step 0 for given arrays of a model, with an average of them if `averaged`."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         parameters=parameters,
         variables=variables,
         opt_state=optimizer.init(parameters),
         key=key,
+        # A state is donated: none of its buffers may serve twice.
+        average=jax.tree.map(jnp.copy, parameters) if averaged else None,
     )
 
 
 def make_initializer(
-    build: Callable[[nnx.Rngs], nnx.Module], optimizer: optax.GradientTransformation
+    build: Callable[[nnx.Rngs], nnx.Module],
+    optimizer: optax.GradientTransformation,
+    *,
+    averaged: bool = False,
 ) -> Callable[[jax.Array], TrainState]:
     """Makes the jitted function from a random key to the state of step 0.
 
     Args:
       build: Makes the model.
       optimizer: Whose state starts empty.
+      averaged: Whether the state has a moving average of the parameters.
     """
 
     @jax.jit
     def initialize(key: jax.Array) -> TrainState:
         model_key, train_key = jax.random.split(key)
         _, parameters, variables = split_model(build(nnx.Rngs(model_key)))
-        return make_state(parameters, variables, optimizer, train_key)
+        return make_state(parameters, variables, optimizer, train_key, averaged=averaged)
 
     return initialize
 
 
 def make_train_step(
-    graphdef: Any, optimizer: optax.GradientTransformation
+    graphdef: Any, optimizer: optax.GradientTransformation, *, ema_decay: float | None = None
 ) -> Callable[[TrainState, Batch], tuple[TrainState, metrics.Sums]]:
     """Makes the jitted step ``(state, batch) -> (state, sums)``.
 
     The loss is the mean cross-entropy over the batch's weights. The state passed in is donated:
     its buffers are reused and must not be read again.
 
+    Where the loss or the gradient is infinite or not a number, the step is counted, and all else
+    of the state stays as it was: nothing of such a step enters the parameters, the moments of the
+    optimiser or the average. ``sums`` tells of it.
+
+    With ``ema_decay`` = d, the average a of parameters p becomes c a + (1 - c) p after step t (from
+    0 on) with c = min(d, (1 + t) / (10 + t)), so that it does not stick to where training began.
+
     Args:
       graphdef: Structure of the model.
       optimizer: Updates the parameters.
+      ema_decay: d of the moving average; None keeps none.
 
     Returns:
       A function whose batch holds ``inputs``, ``targets``, ``weights``, ``segment_ids`` and
@@ -113,15 +139,25 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, metrics.Sums]:
         gradient, (sums, variables) = jax.grad(loss, has_aux=True)(state.parameters, state, batch)
+        norm = optax.tree.norm(gradient)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.parameters)
-        new_state = TrainState(
-            step=state.step + 1,
-            parameters=optax.apply_updates(state.parameters, updates),
-            variables=variables,
-            opt_state=opt_state,
-            key=state.key,
+        parameters = optax.apply_updates(state.parameters, updates)
+        average = state.average
+        if ema_decay is not None:
+            keep = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+            average = jax.tree.map(
+                lambda old, new: (keep * old + (1 - keep) * new).astype(old.dtype),
+                state.average,
+                parameters,
+            )
+        sound = jnp.isfinite(norm) & jnp.isfinite(sums["loss"])
+        before = (state.parameters, state.variables, state.opt_state, state.average)
+        after = (parameters, variables, opt_state, average)
+        parameters, variables, opt_state, average = jax.tree.map(
+            lambda new, old: jnp.where(sound, new, old), after, before
         )
-        return new_state, sums | {"gradient_norm": optax.tree.norm(gradient)}
+        new_state = TrainState(state.step + 1, parameters, variables, opt_state, state.key, average)
+        return new_state, sums | {"gradient_norm": norm}
 
     return jax.jit(step, donate_argnums=0)
 

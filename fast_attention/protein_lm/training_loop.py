@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import grain
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from tqdm import tqdm
 
-from fast_attention.protein_lm import checkpoints, metrics, train_state
+from fast_attention.protein_lm import metrics, train_state
+from fast_attention.protein_lm.checkpoints import Progress
+from fast_attention.protein_lm.divergence import Guard
 from fast_attention.protein_lm.flax_model import FlaxModel
 from fast_attention.protein_lm.metrics_log import MetricsLog
+from fast_attention.protein_lm.stopping import Stopped, StopRequest
 from fast_attention.protein_lm.train_state import TrainState
 
 # The host runs this many steps ahead of the device: enough to hide its own work, and not so many
@@ -34,7 +38,10 @@ class Times:
       total: Steps of the run; the data may end before.
       summary: Steps between rows of training metrics.
       evaluation: Steps between validations.
-      checkpoint: Steps between checkpoints.
+      checkpoint: Steps between checkpoints; a validation better than all before is a time for
+        one, too.
+      patience: Successive validations that are not better than the best before, after which
+        training ends; None is no such end.
 
     Raises:
       ValueError: If a number is not positive.
@@ -44,23 +51,31 @@ class Times:
     summary: int
     evaluation: int
     checkpoint: int
+    patience: int | None = None
 
     def __post_init__(self):
         """Checks the numbers."""
-        for name, value in dataclasses.asdict(self).items():
+        for name in ("total", "summary", "evaluation", "checkpoint"):
+            value = getattr(self, name)
             if value < 1:
                 raise ValueError(f"the number of steps of {name!r} must be positive; got {value}")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(
+                f"the number of validations to wait for a better one must be positive, or None; "
+                f"got {self.patience}"
+            )
 
 
 class _Interval:
     """Figures of the steps since the last row."""
 
-    def __init__(self, compiling: bool):
-        self.sums: list[metrics.Sums] = []
+    def __init__(self, earlier: list[metrics.Sums] | None = None, *, compiling: bool = False):
+        self.sums: list[metrics.Sums] = list(earlier or [])
         self.tokens = 0
         self._compiling = compiling
         self._began = self._rated_from = time.perf_counter()
         self._rated_tokens = 0
+        self._waited = 0.0
 
     def add(self, sums: metrics.Sums, tokens: int) -> bool:
         """Takes the figures of a step; returns whether that step waited for the compiler."""
@@ -76,28 +91,44 @@ class _Interval:
             jax.block_until_ready(self.sums[-1 - _STEPS_AHEAD])
         return False
 
-    def close(self) -> tuple[dict[str, float], float]:
-        """Waits for the device; returns mean metrics and seconds."""
-        sums = jax.device_get(self.sums)
-        now = time.perf_counter()
-        metrics.check_finite(sums)
-        values = metrics.combine_metrics(sums)
-        values["gradient_norm"] = float(np.mean([row["gradient_norm"] for row in sums]))
-        values["tokens_per_second"] = self._rated_tokens / (now - self._rated_from)
-        return values, now - self._began
+    def fetch(self, iterator: Iterator[Any]) -> Any:
+        """The next batch, None after the last; the time that takes is noted."""
+        began = time.perf_counter()
+        batch = next(iterator, None)
+        self._waited += time.perf_counter() - began
+        return batch
+
+    def fetch_sums(self) -> list[dict[str, float]]:
+        """Waits for the device; returns the figures of each step."""
+        rows = jax.device_get(self.sums)
+        return [{name: float(value) for name, value in row.items()} for row in rows]
+
+    @property
+    def seconds(self) -> float:
+        """Time since the interval began."""
+        return time.perf_counter() - self._began
+
+    def speed(self) -> dict[str, float]:
+        """Tokens per second, and the share of the time in which the loop waited for data."""
+        rated = time.perf_counter() - self._rated_from
+        return {
+            "tokens_per_second": self._rated_tokens / rated,
+            "data_wait": min(self._waited / rated, 1.0),
+        }
 
 
 def train_loop(
     model: FlaxModel,
     state: TrainState,
-    progress: checkpoints.Progress,
+    progress: Progress,
     iterator: grain.DatasetIterator,
     times: Times,
     log: MetricsLog,
-    manager: ocp.CheckpointManager,
+    save: Callable[[TrainState, Progress], None],
     validate: Callable[[TrainState], dict[str, float]] | None,
-) -> tuple[TrainState, checkpoints.Progress]:
-    """Trains until `times.total` steps are taken or the data ends.
+    stop: StopRequest,
+) -> tuple[TrainState, Progress]:
+    """Trains until `times.total` steps are taken, the data ends or validations no longer improve.
 
     Args:
       model: Gives the training step.
@@ -106,57 +137,93 @@ def train_loop(
       iterator: At the batch to be trained on next.
       times: When to do what.
       log: Takes the rows ``train`` and ``valid``.
-      manager: Takes the checkpoints, the last of them at the end.
+      save: Takes the checkpoints, the last of them at the end.
       validate: From a state to metrics; None never validates.
+      stop: Looked at after each step.
 
     Returns:
       The last state and progress.
 
     Raises:
       FloatingPointError: If training diverged. The checkpoints from before are kept.
+      Stopped: If that was requested, after the step then running was saved.
     """
-    step = evaluated = saved = int(state.step)
+    guard = Guard(model.schedule, model.domain.vocab_size)
+    step = saved = int(state.step)
     postfix: dict[str, str] = {}
+    interval = _Interval(progress.pending, compiling=True)
+    more = step < times.total and not _is_tired(progress, step, times)
+    batch = interval.fetch(iterator) if more else None
     with _progress_bar(step, times) as bar:
-        interval = _Interval(compiling=True)
-        while True:
-            batch = next(iterator, None) if step < times.total else None
-            if batch is not None:
-                tokens = int(np.count_nonzero(batch["segment_ids"]))
-                state, sums = model.train_step(state, train_state.shard_batch(batch, model.mesh))
-                step += 1
-                if interval.add(sums, tokens):
-                    bar.unpause()
-                bar.update()
-            last = batch is None or step == times.total
-            evaluate = step > evaluated and (last or step % times.evaluation == 0)
-            save = step > saved and (last or step % times.checkpoint == 0)
-            if interval.sums and (evaluate or save or step % times.summary == 0):
-                values, seconds = interval.close()
+        while batch is not None:
+            tokens = int(np.count_nonzero(batch["segment_ids"]))
+            state, sums = model.train_step(state, train_state.shard_batch(batch, model.mesh))
+            step += 1
+            if interval.add(sums, tokens):
+                bar.unpause()
+            bar.update()
+            position = iterator.get_state()
+            batch = interval.fetch(iterator) if step < times.total else None
+            # A request that comes later than here is for the next step.
+            stopping = stop.signal
+            evaluate = batch is None or step % times.evaluation == 0
+            checkpoint = batch is None or step % times.checkpoint == 0
+            tell = evaluate or checkpoint or step % times.summary == 0
+            if tell or stopping:
+                rows = interval.fetch_sums()
+                guard.check_updates(rows, step, saved)
                 progress = progress._replace(
-                    iterator=iterator.get_state(),
+                    iterator=position,
                     tokens=progress.tokens + interval.tokens,
-                    seconds=progress.seconds + seconds,
+                    seconds=progress.seconds + interval.seconds,
+                    pending=rows,
                 )
-                values["learning_rate"] = float(model.schedule(step - 1))
-                values |= {"tokens": progress.tokens, "seconds": progress.seconds}
-                log.write(step, "train", values)
-                postfix["loss"] = f"{values['loss']:.3f}"
-                postfix["tokens/s"] = f"{values['tokens_per_second']:,.0f}"
-            if evaluate:
-                evaluated = step
-                if validate is not None:
+                if tell:
+                    lowest = guard.check_loss(rows, step, saved, progress.lowest_loss)
+                    progress = progress._replace(pending=None, lowest_loss=lowest)
+                    values = _summarise(rows) | interval.speed()
+                    values["learning_rate"] = float(model.schedule(step - 1))
+                    values |= {"tokens": progress.tokens, "seconds": progress.seconds}
+                    log.write(step, "train", values)
+                    postfix["loss"] = f"{values['loss']:.3f}"
+                    postfix["tokens/s"] = f"{values['tokens_per_second']:,.0f}"
+                if evaluate and validate is not None:
                     found = validate(state)
+                    guard.check_validation(found["loss"], rows, step, saved)
                     log.write(step, "valid", found)
                     postfix["valid"] = f"{found['loss']:.3f}"
-            if save:
+                    if progress.best_loss is None or found["loss"] < progress.best_loss:
+                        progress = progress._replace(best_step=step, best_loss=found["loss"])
+                        checkpoint = True
+            if _is_tired(progress, step, times):
+                batch, checkpoint = None, True
+            if checkpoint or stopping:
+                save(state, progress)
                 saved = step
-                checkpoints.save(manager, state, progress)
-            if last:
-                return state, progress
-            if evaluate or save or step % times.summary == 0:
+            if stopping:
+                raise Stopped(stopping, _farewell(stopping, step))
+            if tell:
                 bar.set_postfix(postfix)
-                interval = _Interval(compiling=False)
+                interval = _Interval()
+    return state, progress
+
+
+def _is_tired(progress: Progress, step: int, times: Times) -> bool:
+    if times.patience is None or progress.best_step is None:
+        return False
+    return step - progress.best_step >= times.patience * times.evaluation
+
+
+def _summarise(rows: list[dict[str, float]]) -> dict[str, float]:
+    norm = float(np.mean([row["gradient_norm"] for row in rows]))
+    return metrics.combine_metrics(rows) | {"gradient_norm": norm}
+
+
+def _farewell(number: int, step: int) -> str:
+    return (
+        f"stopped by {signal.Signals(number).name} after step {step}, which is saved: the same "
+        "command goes on from there"
+    )
 
 
 def _progress_bar(step: int, times: Times) -> tqdm:

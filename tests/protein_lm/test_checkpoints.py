@@ -1,3 +1,6 @@
+import dataclasses
+import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,16 +54,167 @@ def test_a_checkpoint_holds_everything(model, tmp_path):
         np.testing.assert_array_equal(restored, saved)
 
 
-def test_the_newest_are_kept_and_the_newest_of_them_is_read(model, tmp_path):
-    with checkpoints.open_checkpoints(tmp_path, keep=2) as manager:
-        for step in (1, 2, 5):
-            checkpoints.save(manager, at_step(model, step), Progress(None, 8, step, 0.0))
-        checkpoints.save(manager, at_step(model, 5), Progress(None, 8, 99, 0.0))
-    with checkpoints.open_checkpoints(tmp_path, keep=2) as manager:
-        assert sorted(manager.all_steps()) == [2, 5]
+@pytest.fixture(scope="module")
+def three_checkpoints(model, tmp_path_factory):
+    """Checkpoints of the steps 3, 6 and 9, the best of them 6."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    with checkpoints.open_checkpoints(folder) as manager:
+        for step in (3, 6, 9):
+            progress = Progress(None, 8, step, 0.0, best_step=min(step, 6), best_loss=1.0)
+            checkpoints.save(manager, at_step(model, step), progress)
+    return folder
+
+
+@pytest.fixture
+def stored(three_checkpoints, tmp_path):
+    return Path(shutil.copytree(three_checkpoints, tmp_path / "stored"))
+
+
+def read(folder, model, checkpoint: str | int = "best") -> int:
+    found = checkpoints.restore_model(folder, train.abstract_state(model), checkpoint=checkpoint)
+    jax.tree.map(np.testing.assert_array_equal, found.parameters, model.state.parameters)
+    return found.step
+
+
+def resume(folder, model) -> int | None:
+    with checkpoints.open_checkpoints(folder) as manager:
         found = checkpoints.restore(manager, train.abstract_state(model))
-    assert found is not None and (int(found[0].step), found[1].tokens) == (5, 5)
-    assert checkpoints.restore_model(tmp_path, train.abstract_state(model))[0] == 5
+        return None if found is None else int(found[0].step)
+
+
+def test_the_newest_and_the_best_are_kept(model, tmp_path):
+    with checkpoints.open_checkpoints(tmp_path) as manager:
+        for step, best in ((1, None), (2, 2), (5, 2), (7, 2), (9, 2)):
+            progress = Progress(None, 8, step, 0.0, best_step=best)
+            checkpoints.save(manager, at_step(model, step), progress, keep=2)
+        checkpoints.save(manager, at_step(model, 9), Progress(None, 8, 99, 0.0), keep=2)
+    with checkpoints.open_checkpoints(tmp_path) as manager:
+        assert sorted(manager.all_steps()) == [2, 7, 9]
+        found = checkpoints.restore(manager, train.abstract_state(model))
+        assert found is not None and (int(found[0].step), found[1].tokens) == (9, 9)
+        progress = Progress(None, 8, 11, 0.0, best_step=11)
+        checkpoints.save(manager, at_step(model, 11), progress, keep=2)
+        assert sorted(manager.all_steps()) == [9, 11]
+
+
+def test_the_best_the_last_or_a_step_is_read(stored, model):
+    assert read(stored, model) == 6
+    assert read(stored, model, "best") == 6
+    assert read(stored, model, "last") == 9
+    assert read(stored, model, 3) == 3
+    with pytest.raises(RunError, match="step 4 .* steps 3, 6, 9"):
+        read(stored, model, 4)
+    with pytest.raises(ValueError, match="'best', 'last' or the number"):
+        read(stored, model, "first")
+    shutil.rmtree(stored / "6")
+    assert read(stored, model, "best") == 9
+
+
+def files_of(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def change(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x40
+    path.write_bytes(content)
+
+
+def largest(folder: Path) -> Path:
+    return max(files_of(folder), key=lambda path: path.stat().st_size)
+
+
+@pytest.mark.parametrize("damage", [cut, change, Path.unlink])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(stored, model, damage, capsys):
+    damage(largest(stored / "9" / "model"))
+    assert read(stored, model, "last") == 6
+    told = capsys.readouterr().err
+    assert "9 is damaged" in told and "step 6 is taken instead" in told
+    damage(largest(stored / "6" / "about"))
+    assert read(stored, model, "last") == 3
+    assert "6 is damaged" in capsys.readouterr().err
+
+
+def test_a_run_resumes_from_before_a_damaged_checkpoint(stored, model, capsys):
+    for path in files_of(stored / "9" / "training"):
+        cut(path)
+    with checkpoints.open_checkpoints(stored) as manager:
+        found = checkpoints.restore(manager, train.abstract_state(model))
+        assert found is not None and int(found[0].step) == found[1].tokens == 6
+        # The place of the damaged one is free.
+        checkpoints.save(manager, at_step(model, 9), Progress(None, 8, 9, 0.0))
+    assert "9 is damaged" in capsys.readouterr().err
+    assert {"6", "9", "9.damaged"} <= {path.name for path in stored.iterdir()}
+    assert resume(stored, model) == 9
+    assert not capsys.readouterr().err
+
+
+def test_a_damaged_best_checkpoint_gives_way_to_the_newest(stored, model, capsys):
+    for path in files_of(stored / "6" / "model"):
+        cut(path)
+    assert read(stored, model) == 9
+    assert "6 is damaged" in capsys.readouterr().err
+    with pytest.raises(RunError, match="6 is damaged"):
+        read(stored, model, 6)
+
+
+def test_nothing_but_damaged_checkpoints_is_an_error(stored, model):
+    for step in ("3", "6", "9"):
+        shutil.rmtree(stored / step / "about")
+    for what in (lambda: read(stored, model), lambda: resume(stored, model)):
+        with pytest.raises(RunError, match="all 3 checkpoints .* damaged"):
+            what()
+    assert {"3", "6", "9"} <= {path.name for path in stored.iterdir()}
+
+
+def test_a_full_disk_leaves_earlier_checkpoints(stored, model):
+    """No file may grow beyond 4 KiB, which fails as a full disk does."""
+    before = {path: path.read_bytes() for path in files_of(stored)}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with checkpoints.open_checkpoints(stored) as manager:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        try:
+            with pytest.raises(RunError, match=r"step 12 cannot be written to .* disk is full"):
+                checkpoints.save(manager, at_step(model, 12), Progress(None, 8, 12, 0.0), keep=1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    # What is half-written goes when the folder is next opened.
+    assert resume(stored, model) == 9
+    assert {path: path.read_bytes() for path in files_of(stored)} == before
+
+
+def test_parameters_that_are_not_finite_are_not_saved(model, tmp_path):
+    state = at_step(model, 1)
+    state = dataclasses.replace(
+        state, parameters=jax.tree.map(lambda leaf: leaf + np.inf, state.parameters)
+    )
+    with (
+        checkpoints.open_checkpoints(tmp_path) as manager,
+        pytest.raises(FloatingPointError, match=r"diverged .* embed"),
+    ):
+        checkpoints.save(manager, state, Progress(None, 8, 0, 0.0))
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
+def test_the_average_is_what_is_loaded(tmp_path):
+    averaged = make(ema_decay=0.9)
+    state = at_step(averaged, 1)
+    average = jax.tree.map(lambda leaf: leaf + 1, averaged.state.parameters)
+    with checkpoints.open_checkpoints(tmp_path) as manager:
+        kept = dataclasses.replace(state, average=average)
+        checkpoints.save(manager, kept, Progress(None, 8, 0, 0.0))
+        found = checkpoints.restore(manager, train.abstract_state(averaged))
+        with pytest.raises(RunError, match=r"does not fit .* average"):
+            checkpoints.restore(manager, train.abstract_state(make()))
+    assert found is not None
+    jax.tree.map(np.testing.assert_array_equal, found[0].average, average)
+    jax.tree.map(np.testing.assert_array_equal, found[0].parameters, state.parameters)
+    loaded = checkpoints.restore_model(tmp_path, train.abstract_state(averaged))
+    jax.tree.map(np.testing.assert_array_equal, loaded.parameters, average)
 
 
 @pytest.mark.parametrize("options", [{"mlp_dim": 16}, {"num_layers": 2}, {"emb_dim": 16}])
@@ -80,13 +234,13 @@ def test_a_checkpoint_that_was_not_written_to_its_end_does_not_count(tmp_path):
 import sys, jax.numpy as jnp, pathlib
 from fast_attention.protein_lm import checkpoints
 arrays = {str(i): jnp.full((256, 256), 1.0) for i in range(60)}
-with checkpoints.open_checkpoints(pathlib.Path(sys.argv[1]), keep=2) as manager:
+with checkpoints.open_checkpoints(pathlib.Path(sys.argv[1])) as manager:
     step = manager.latest_step() or 0
     print("started", flush=True)
     while True:
         step += 1
         state = checkpoints.TrainState(jnp.int32(step), arrays, {}, {}, jnp.zeros(2))
-        checkpoints.save(manager, state, checkpoints.Progress(step, 8, step, 0.0))
+        checkpoints.save(manager, state, checkpoints.Progress(step, 8, step, 0.0), keep=2)
         print("saved", step, flush=True)
 """
 
@@ -115,12 +269,12 @@ with checkpoints.open_checkpoints(pathlib.Path(sys.argv[1]), keep=2) as manager:
         process.wait()
         newest = int(lines[-1].split()[-1])
         cut_short += any("tmp" in path.name for path in tmp_path.iterdir())
-        with checkpoints.open_checkpoints(tmp_path, keep=2) as manager:
+        with checkpoints.open_checkpoints(tmp_path) as manager:
             found = checkpoints.restore(manager, abstract)
             assert found is not None
             assert found[1].tokens == int(found[0].step) in (newest, newest + 1)
     assert cut_short
-    with checkpoints.open_checkpoints(tmp_path, keep=2) as manager:
+    with checkpoints.open_checkpoints(tmp_path) as manager:
         checkpoints.save(manager, state(1000), Progress(None, 8, 0, 0.0))
     assert not any("tmp" in path.name for path in tmp_path.iterdir())
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from fast_attention.protein_lm import cli, read_fasta, write_fasta
+from fast_attention.protein_lm.commands.train import read_weights
 
 
 def test_a_run_is_evaluated(lm_run, tiny_fasta, tmp_path, capsys):
@@ -174,3 +175,12 @@ def test_a_traceback_is_shown_on_request(tmp_path, capsys):
     arguments = ["sample", f"--run_dir={tmp_path}", f"--output={tmp_path}/x", "--traceback"]
     assert cli.main(arguments) == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_files_are_told_from_weights(tmp_path):
+    odd = tmp_path / "odd=3"
+    odd.touch()
+    assert read_weights(["a.fasta", str(odd), "b=c"]) == ["a.fasta", str(odd), "b=c"]
+    assert read_weights(["a=2", "b", f"{odd}=0.5"]) == {"a": 2.0, "b": 1.0, str(odd): 0.5}
+    with pytest.raises(ValueError, match="once"):
+        read_weights(["a=2", "a"])

@@ -1,6 +1,7 @@
 import gzip
 import hashlib
 import re
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -117,3 +118,16 @@ def test_the_table_of_splits_knows_every_bundled_protein():
 def test_an_unknown_split_is_refused():
     with pytest.raises(ValueError, match="train, valid, test, ood_test"):
         bundled_corpus("dev")
+
+
+def test_a_corpus_takes_a_byte_per_residue(tmp_path):
+    """Also while it is read, so that large files can be trained on."""
+    with open(tmp_path / "many.fasta", "w") as file:
+        for number in range(3000):
+            file.write(f">p{number}\n{'ACDEFGHIKLMNPQRSTVWY' * 20}\n")
+    tracemalloc.start()
+    corpus = load_corpus(tmp_path / "many.fasta", DOMAIN)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(corpus.tokens) == 3000 * 401
+    assert peak < 1.4 * len(corpus.tokens)

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 from typing import Any
 
@@ -103,6 +104,55 @@ def test_divergence_stops_fit(untrained):
     batch["weights"] = batch["weights"] * np.nan
     with pytest.raises(FloatingPointError, match="diverged"):
         untrained.fit([batch])
+
+
+def test_an_update_that_is_not_finite_is_left_out():
+    model = make(ema_decay=0.9)
+    batch = packed_batch("ACDEF")
+    model.fit([batch])
+    before = jax.device_get(dataclasses.replace(model.state, key=None))
+    bad = batch | {"weights": batch["weights"] * np.inf}
+    state, sums = model.train_step(model.state, bad)
+    assert not np.isfinite(sums["gradient_norm"])
+    after = jax.device_get(dataclasses.replace(state, key=None))
+    assert (int(before.step), int(after.step)) == (1, 2)
+    for part in ("parameters", "variables", "opt_state", "average"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(after, part), getattr(before, part))
+    model.state = state
+    assert model.fit([batch])["steps"] == 1
+
+
+def test_predictions_are_those_of_the_averaged_parameters():
+    batches = [packed_batch(second) for second in ("ACDEF", "WWHHG", "LLLLL", "ACDEF", "MMMMM")]
+    model, plain = make(ema_decay=0.25), make()
+    expected = jax.device_get(model.state.parameters)
+    for step, batch in enumerate(batches):
+        model.fit([batch])
+        plain.fit([batch])
+        decay = min(0.25, (1 + step) / (10 + step))
+        expected = jax.tree.map(
+            lambda old, new, decay=decay: decay * old + (1 - decay) * np.asarray(new),
+            expected,
+            model.state.parameters,
+        )
+    for one, other in ((model.state.parameters, plain.state.parameters), (model.weights, expected)):
+        jax.tree.map(
+            lambda left, right: np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-6),
+            one,
+            other,
+        )
+    assert plain.weights is plain.state.parameters
+    averaged = make()
+    averaged.set_parameters(model.weights, model.state.variables)
+    assert averaged.evaluate(TOY) == model.evaluate(TOY) != plain.evaluate(TOY)
+    np.testing.assert_array_equal(averaged.score(TOY), model.score(TOY))
+    np.testing.assert_array_equal(averaged.sample(2), model.sample(2))
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0])
+def test_a_decay_out_of_range_is_refused(decay):
+    with pytest.raises(ValueError, match="ema_decay"):
+        make(ema_decay=decay)
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,16 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
+import signal
 from pathlib import Path
 
 import pytest
 
-from fast_attention.protein_lm import cli, training_loop
-from fast_attention.protein_lm.metrics_log import read_metrics
+from fast_attention.protein_lm import cli, train
+from fast_attention.protein_lm.loading import load_run
+from fast_attention.protein_lm.metrics_log import MetricsLog, read_metrics
 from fast_attention.protein_lm.training_loop import Times
+from tests.protein_lm import killing
 
 EXPECTED_FILES = {
     "baselines.npz",
@@ -42,6 +43,7 @@ def test_a_run_leaves_a_whole_folder(lm_run):
     assert steps_of(lm_run, "valid") == [6, 12]
     rows = read_metrics(lm_run / "metrics.jsonl")
     assert rows[-1]["loss"] < rows[0]["loss"]
+    assert all(0 <= row["data_wait"] <= 1 for row in rows if row["split"] == "train")
     result = json.loads((lm_run / "result.json").read_text())
     assert (result["model"], result["steps"], len(result["samples"])) == ("FlaxLM", 12, 3)
     assert (lm_run / "curve.png").read_bytes().startswith(b"\x89PNG")
@@ -80,18 +82,18 @@ def test_an_interrupted_run_resumes_as_if_nothing_had_happened(
 ):
     """Stopped after step 11, resumed from the checkpoint of step 8."""
     calls = []
-    save = training_loop.checkpoints.save
+    save = train.checkpoints.save
 
-    def stop_at_the_end(manager, state, progress):
+    def stop_at_the_end(manager, state, progress, **options):
         calls.append(int(state.step))
         if calls[-1] == 12:
             raise KeyboardInterrupt
-        save(manager, state, progress)
+        save(manager, state, progress, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training_loop.checkpoints, "save", stop_at_the_end)
+        patch.setattr(train.checkpoints, "save", stop_at_the_end)
         assert cli.main(train_arguments(tmp_path)) == 130
-    assert calls == [4, 8, 12]
+    assert calls == [4, 6, 8, 12]
     assert steps_of(tmp_path, "train")[-1] == 12
     with open(tmp_path / "metrics.jsonl", "a") as lines:
         lines.write('{"step": 13, "spl')
@@ -105,25 +107,52 @@ def test_an_interrupted_run_resumes_as_if_nothing_had_happened(
     assert results[0] == results[1]
 
 
+def test_a_run_told_to_stop_saves_its_step_and_goes_on(
+    lm_run, train_arguments, tmp_path, monkeypatch, capsys
+):
+    """Between rows of metrics, after steps 7 and 10."""
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    for row, number, status in ((6, signal.SIGTERM, 143), (9, signal.SIGINT, 130)):
+        write = MetricsLog.write
+
+        def stop(log, step, split, values, row=row, number=number, write=write):
+            write(log, step, split, values)
+            if step == row:
+                os.kill(os.getpid(), number)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(MetricsLog, "write", stop)
+            # Twice the same signal, from both rows of step 6, would be obeyed at once.
+            patch.setattr(train, "_make_validation", lambda *args: None)
+            assert cli.main(train_arguments(tmp_path)) == status
+        told = capsys.readouterr().err
+        assert f"{number.name} after step {row + 1}, which is saved: the same command" in told
+        assert (tmp_path / "checkpoints" / str(row + 1)).is_dir()
+        assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    assert cli.main(train_arguments(tmp_path)) == 0
+    expected = [row for row in losses(lm_run) if row[1] == "train" or row[0] > 6]
+    assert losses(tmp_path) == expected
+
+
+def test_training_ends_when_validations_get_no_better(train_arguments, tmp_path):
+    settings = ["experiment.early_stopping = 2", "experiment.eval_frequency = 1"]
+    settings += ["FlaxModel.learning_rate = 0.0", "FlaxModel.dropout_rate = 0.0"]
+    assert cli.main(train_arguments(tmp_path, *settings, "experiment.num_samples = 0")) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["steps"], result["evaluated_step"]) == (3, 1)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"1", "3"}
+    assert load_run(tmp_path).step == 1
+    assert load_run(tmp_path, checkpoint="last").step == 3
+
+
 def test_another_number_of_devices_is_refused(lm_run, train_arguments, tmp_path):
     """Its batches would be others."""
     shutil.copytree(lm_run, tmp_path / "run")
     (tmp_path / "run" / "result.json").unlink()
-    process = start(train_arguments(tmp_path / "run"), JAX_NUM_CPU_DEVICES="2")
+    process = killing.start(train_arguments(tmp_path / "run"), JAX_NUM_CPU_DEVICES="2")
     _, told = process.communicate()
     assert process.returncode == 1
     assert "4 rows" in told and "device count of this machine (2)" in told
-
-
-def start(arguments: list[str], **environment: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "fast_attention.protein_lm", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
-    )
 
 
 def test_divergence_stops_the_run_and_keeps_the_last_checkpoint(train_arguments, tmp_path, capsys):
@@ -134,7 +163,9 @@ def test_divergence_stops_the_run_and_keeps_the_last_checkpoint(train_arguments,
     ]
     assert cli.main(train_arguments(tmp_path, *settings)) == 1
     told = capsys.readouterr().err
-    assert "diverged" in told and "learning rate" in told
+    assert "diverged at step 6 (batch 5): the validation loss is" in told
+    for expected in ("learning rate 3e+09", "gradient norm", "step 4 is kept", "grad_clip"):
+        assert expected in told
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"4"}
     assert steps_of(tmp_path, "train")[-1] < 12
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from fast_attention.protein_lm.commands import arguments
 
 SUMMARY = "train a model, or resume its training"
 DESCRIPTION = """\
 Train a model and write it to a folder. A run that was stopped goes on from its last checkpoint
-when the same command is given again. Without --fasta, the proteins that come with the package are
-used."""
+when the same command is given again; Ctrl-C and SIGTERM save the running step first. Without
+--fasta, the proteins that come with the package are used.
+
+  protein-lm train --gin_file=protein_lm_configs/demo.gin --work_dir=runs/demo
+  protein-lm train --gin_file=protein_lm_configs/demo.gin --work_dir=runs/mine \\
+      --fasta=family.fasta=3 --fasta=swissprot.fasta.gz --valid_fasta=held_out.fasta --epochs=5"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,17 +38,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--work_dir", required=True, metavar="FOLDER", help="where the run is written; one run each"
     )
+    parser.add_argument(
+        "--fasta",
+        action="append",
+        metavar="PATH[=WEIGHT]",
+        help="proteins to train on: a FASTA file, plain or gzip, or a folder of them; may be "
+        "repeated. A weight makes this "
+        "file's share of what is trained on proportional to it (a file without one then has weight "
+        "1); without weights, a file counts as much as its size",
+    )
     for flag, meaning in (
-        (
-            "--fasta",
-            "proteins to train on: a FASTA file, plain or gzip, or a folder of them; may be "
-            "repeated",
-        ),
         ("--valid_fasta", "proteins to validate on during training; may be repeated"),
         ("--test_fasta", "proteins to evaluate on at the end; may be repeated"),
     ):
         parser.add_argument(flag, action="append", metavar="PATH", help=meaning)
     arguments.add_on_error_choice(parser, None)
+    for flag, meaning in (
+        ("--steps", "training steps after which to end"),
+        ("--epochs", "passes through the proteins after which to end, if that comes first"),
+        ("--batch_size", "rows of a batch on each device; less needs less memory"),
+    ):
+        parser.add_argument(flag, type=int, metavar="N", help=f"{meaning} (default: the settings')")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -52,13 +67,50 @@ def run(options: argparse.Namespace) -> None:
 
     from fast_attention.protein_lm import gin_registry
 
-    files = {
-        "train_files": options.fasta,
+    chosen = {
+        "train_files": options.fasta and read_weights(options.fasta),
         "valid_files": options.valid_fasta,
         "test_files": options.test_fasta,
+        "max_train_steps": options.steps,
+        "epochs": options.epochs,
+        "batch_size_per_device": options.batch_size,
     }
-    bindings = [f"experiment.{name} = {paths!r}" for name, paths in files.items() if paths]
+    bindings = [
+        f"experiment.{name} = {value!r}" for name, value in chosen.items() if value is not None
+    ]
     if options.on_error:
         bindings.append(f"experiment.on_error = {options.on_error!r}")
     gin_registry.configure(options.gin_file, options.gin_bindings + bindings)
     gin.get_configurable("experiment")(options.work_dir)
+
+
+def read_weights(given: list[str]) -> list[str] | dict[str, float]:
+    """Tells files from weights: ``a.fasta=2`` is the file ``a.fasta`` of weight 2.
+
+    A file whose whole name ends in that way is taken to be meant as it is.
+
+    Returns:
+      The files where there is no weight, else a dict from all files to weights, 1 by default.
+
+    Raises:
+      ValueError: If a file with weights was given twice.
+    """
+    found: list[tuple[str, str]] = []
+    for text in given:
+        name, _, number = text.rpartition("=")
+        has_weight = name and _is_number(number) and not Path(text).exists()
+        found.append((name, number) if has_weight else (text, ""))
+    if not any(number for _, number in found):
+        return given
+    weights = {name: float(number or 1) for name, number in found}
+    if len(weights) < len(found):
+        raise ValueError(f"with weights, each file can be given once; got --fasta {given}")
+    return weights
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

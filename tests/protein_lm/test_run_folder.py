@@ -1,0 +1,43 @@
+import errno
+
+import pytest
+
+from fast_attention.protein_lm import make_protein_domain, run_folder
+from fast_attention.protein_lm.run_folder import RunError, RunFolder, claim, settings
+
+DOMAIN = make_protein_domain()
+OLD = """
+# Parameters for experiment:
+experiment.max_train_steps = 5
+experiment.train_files = \\
+    ['a.fasta',
+     'b.fasta']
+"""
+
+
+def test_settings_are_read_by_name():
+    assert settings(OLD) == {
+        "experiment.max_train_steps": "experiment.max_train_steps = 5",
+        "experiment.train_files": "experiment.train_files = ['a.fasta','b.fasta']",
+    }
+
+
+def test_a_run_of_an_earlier_version_goes_on_unless_what_it_lacks_was_asked_for(tmp_path):
+    folder = RunFolder(tmp_path)
+    claim(folder, OLD, DOMAIN, asked=OLD)
+    now = OLD + "experiment.crop = 'random'\n"
+    claim(folder, now, DOMAIN, asked=OLD)
+    with pytest.raises(RunError, match=r"\+experiment.crop = 'random'"):
+        claim(folder, now, DOMAIN, asked=now)
+    with pytest.raises(RunError, match="-experiment.max_train_steps = 5\n.*steps = 6"):
+        claim(folder, now.replace("5", "6"), DOMAIN, asked=OLD)
+    assert folder.config.read_text() == OLD
+
+
+def test_a_folder_that_cannot_be_written_to_is_told(tmp_path, monkeypatch):
+    def refuse(path, content):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(run_folder, "write_file", refuse)
+    with pytest.raises(RunError, match=r"cannot be written to \(Read-only file system\)"):
+        claim(RunFolder(tmp_path), OLD, DOMAIN, asked=OLD)
