@@ -9,10 +9,8 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-import absl.logging
-
 from fast_attention.protein_lm.commands import COMMANDS
-from fast_attention.protein_lm.failures import describe_failure
+from fast_attention.protein_lm.failures import describe_failure, silence_libraries
 from fast_attention.protein_lm.huge_pages import restart_with_huge_pages
 from fast_attention.protein_lm.stopping import Stopped
 
@@ -49,8 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 stream.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(arguments)
     if arguments is None and not options.traceback:
-        # Orbax logs the traceback of what it raises, and so of what is told in one line below.
-        absl.logging.set_verbosity(absl.logging.FATAL)
+        silence_libraries()
     if arguments is None and options.command == "train":
         restart_with_huge_pages()
     try:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import re
+import sys
+import threading
+
+import absl.logging
 
 from fast_attention.protein_lm.output_files import OutputError
 from fast_attention.protein_lm.run_folder import RunError
@@ -51,6 +55,21 @@ def describe_failure(error: Exception) -> str:
         f"unexpected {kind}: {text}. This may be a mistake in the program: --traceback shows where "
         "it was."
     )
+
+
+def silence_libraries() -> None:
+    """Keeps tracebacks of libraries off stderr, in a process that runs one command.
+
+    Orbax logs the traceback of what it raises, which is told in one line in the end. So is what
+    fails in a thread, such as TensorBoard's writer.
+    """
+    absl.logging.set_verbosity(absl.logging.FATAL)
+    threading.excepthook = _tell_thread
+
+
+def _tell_thread(failure: threading.ExceptHookArgs) -> None:
+    if isinstance(failure.exc_value, Exception):
+        print(f"warning: {describe_failure(failure.exc_value)}", file=sys.stderr)
 
 
 def _configurable(error: Exception) -> str | None:
