@@ -103,7 +103,7 @@ def relatives(evaluation: Sequence[Path], corpus: Path, folder: Path) -> set[str
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the script."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="Makes a larger training corpus.")
     parser.add_argument("--databases", type=Path, required=True, metavar="FOLDER")
     parser.add_argument(
         "--evaluation",

@@ -247,7 +247,7 @@ def _baselines(
     valid_files: str | Sequence[str] | None,
     on_error: str,
     alphabet: str,
-) -> list[baselines.NGram]:
+) -> Sequence[baselines.NGram | baselines.TabulatedNGram]:
     """Those of the run; a resumed run need not count again."""
     if not folder.baselines.exists():
         files = [train_files] if isinstance(train_files, str) else list(train_files)
