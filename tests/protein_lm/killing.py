@@ -75,7 +75,9 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
     """Waits until something is so, while the run goes on."""
     deadline = time.monotonic() + 120
     while not condition():
-        assert process.poll() is None, "the run ended before it could be stopped"
+        if process.poll() is not None:
+            _, err = process.communicate()
+            raise AssertionError(f"the run ended before it could be stopped: {err}")
         assert time.monotonic() < deadline
         time.sleep(0.001)
 
