@@ -43,6 +43,8 @@ def test_the_two_commands_stand_there_as_one_line_each():
 def test_python_blocks_run_one_after_the_other():
     namespace = {}
     for block in blocks("python"):
+        if "runs/demo" in block:
+            continue  # Comes after the commands, below.
         exec(compile(block, "README.md", "exec"), namespace)
     assert namespace["y"].shape == namespace["x"].shape
     whole = namespace["attention_fn"](namespace["query"], namespace["key"], namespace["value"])
@@ -87,7 +89,14 @@ SMALL = {
         "--gin_bindings=experiment.max_sample_length = 8",
     ],
     "evaluate": [],
+    "score": [],
+    "mutate": [],
     "sample": ["--max_length=8"],
+    "embed": [],
+    "fine-tune": [],
+    "predict": [],
+    "export": [],
+    "info": [],
 }
 
 
@@ -99,6 +108,9 @@ def test_commands_run_one_after_the_other(tmp_path, monkeypatch, capsys):
         "my_proteins.fasta",
         [FastaRecord(f"p{i}", "", protein) for i, protein in enumerate(proteins)],
     )
+    write_fasta("wild_type.fasta", [FastaRecord("w", "", "MKTAYIAK")])
+    rows = [f"{protein[i:]},{i % 5}" for i, protein in enumerate(proteins)]
+    Path("stability.csv").write_text("\n".join(["sequence,label", *rows]))
     run = [command[1:] for command in commands() if command[0] == "protein-lm"]
     assert [command[0] for command in run] == list(SMALL)
     for command in run:
@@ -106,3 +118,7 @@ def test_commands_run_one_after_the_other(tmp_path, monkeypatch, capsys):
         assert status == 0, capsys.readouterr()
         assert "nan" not in capsys.readouterr().out
     assert len(list(read_fasta("new_proteins.fasta"))) == 10
+    for output in ("scores.tsv", "effects.tsv", "effects.png", "vectors.npz", "predicted.tsv"):
+        assert Path(output).stat().st_size
+    (block,) = (block for block in blocks("python") if "runs/demo" in block)
+    exec(compile(block, "README.md", "exec"), {})

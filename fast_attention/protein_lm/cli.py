@@ -19,12 +19,10 @@ Train protein language models on FASTA files, and use them.
 
   protein-lm train --gin_file=protein_lm_configs/demo.gin --work_dir=runs/demo
   protein-lm evaluate --run_dir=runs/demo --fasta=my_proteins.fasta
-  protein-lm sample --run_dir=runs/demo --num_samples=10 --output=new_proteins.fasta
   protein-lm score --run_dir=runs/demo --fasta=my_proteins.fasta --output=scores.tsv
   protein-lm mutate --run_dir=runs/demo --fasta=wild_type.fasta --all --output=effects.tsv
+  protein-lm sample --run_dir=runs/demo --num_samples=10 --output=new_proteins.fasta
   protein-lm embed --run_dir=runs/demo --fasta=my_proteins.fasta --output=vectors.npz
-  protein-lm export --run_dir=runs/demo --output=demo_model
-  protein-lm info --run_dir=runs/demo
 
 Every command explains itself: protein-lm train --help."""
 

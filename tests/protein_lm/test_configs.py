@@ -19,10 +19,10 @@ def load(name: str, *bindings: str):
 
 def test_every_file_is_known():
     shared = {"base", "small"}
-    assert {path.stem for path in FOLDER.glob("*.gin")} == {*PAPER, *SMALL, *shared, "demo"}
+    assert {path.stem for path in FOLDER.glob("*.gin")} == {*PAPER, *SMALL, *shared, "demo", "longer"}
 
 
-@pytest.mark.parametrize("name", [*PAPER, *SMALL, "demo"])
+@pytest.mark.parametrize("name", [*PAPER, *SMALL, "demo", "longer"])
 def test_the_model_can_be_built(name):
     model = load(name, "FlaxModel.num_layers = 1")
     assert type(model) is (FlaxBERT if name.startswith("bert") else FlaxLM)
