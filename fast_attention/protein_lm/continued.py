@@ -107,7 +107,11 @@ def continue_training(
         "create_learning_rate_scheduler.steps_per_cycle": steps + 1,
     }
     lines = [f"{name} = {value!r}" for name, value in bindings.items()]
-    lines.append(f"{type(before.model).__name__}.learning_rate = @create_learning_rate_scheduler()")
+    # What is bound to the class itself wins over what is bound to FlaxModel.
+    own = f"{type(before.model).__name__}.learning_rate"
+    config = before.folder.config.read_text(encoding="utf-8")
+    name = own if own in config else "FlaxModel.learning_rate"
+    lines.append(f"{name} = @create_learning_rate_scheduler()")
     try:
         gin_registry.configure([before.folder.config], lines)
         return gin.get_configurable("experiment")(str(work_dir))

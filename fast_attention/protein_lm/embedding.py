@@ -206,7 +206,7 @@ def embed_window(
             "residues": residues,
         }
         return model.embedding_step(
-            state.parameters,
+            model.weights,
             state.variables,
             **train_state.shard_batch(batch, model.mesh),
             layers=config.chosen,

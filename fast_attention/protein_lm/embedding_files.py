@@ -150,7 +150,7 @@ def _manifest(
 def _fingerprint(model: FlaxModel) -> str:
     """The SHA-256 of all arrays of a model, and of its shape."""
     digest = hashlib.sha256(f"{model.objective} {model.config}".encode())
-    for leaf in jax.tree.leaves((model.state.parameters, model.state.variables)):
+    for leaf in jax.tree.leaves((model.weights, model.state.variables)):
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
         digest.update(np.ascontiguousarray(leaf).tobytes())

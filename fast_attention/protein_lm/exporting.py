@@ -26,7 +26,7 @@ from fast_attention.protein_lm.run_folder import (
     describe_vocabulary,
     write_file,
 )
-from fast_attention.protein_lm.train_state import TrainState
+from fast_attention.protein_lm.train_state import TrainState, weights
 
 _FORMAT = "fast_attention.protein_lm"
 _VERSION = 1
@@ -147,7 +147,7 @@ def _write_arrays(path: Path, arrays: dict[str, Any]) -> None:
 
 
 def _arrays(state: TrainState) -> dict[str, Any]:
-    return {"parameters": state.parameters, "variables": state.variables}
+    return {"parameters": weights(state), "variables": state.variables}
 
 
 def _named(state: TrainState) -> dict[str, Any]:

@@ -117,7 +117,7 @@ class FineTuned:
             state = self.model.state
             _write_arrays(
                 folder / _MODEL,
-                _flat({"parameters": state.parameters, "variables": state.variables}),
+                _flat({"parameters": self.model.weights, "variables": state.variables}),
             )
             if run_dir is not None:
                 config = RunFolder(Path(run_dir)).config
@@ -178,7 +178,7 @@ class FineTuned:
                 kernel, _, factor = name.rpartition(".")
                 nested.setdefault(kernel, {})[factor] = array
             adapters = (nested, about["adapter_scale"])
-            parameters = lora.merge_adapters(model.state.parameters, *adapters)
+            parameters = lora.merge_adapters(model.weights, *adapters)
             model = with_parameters(model, parameters, model.state.variables)
         return cls(
             model=model,
@@ -228,14 +228,14 @@ def fingerprint(model: FlaxModel) -> str:
     """SHA-256 of all arrays of a model."""
     digest = hashlib.sha256()
     state = model.state
-    for name, leaf in sorted(_flat({"p": state.parameters, "v": state.variables}).items()):
+    for name, leaf in sorted(_flat({"p": model.weights, "v": state.variables}).items()):
         digest.update(f"{name} {leaf.dtype} {leaf.shape} ".encode())
         digest.update(np.ascontiguousarray(leaf).tobytes())
     return digest.hexdigest()
 
 
 def _check_shapes(folder: Path, model: FlaxModel, stored: Any) -> None:
-    expected = _flat(model.state.parameters)
+    expected = _flat(model.weights)
     found = _flat(stored["parameters"])
     names = [
         name

@@ -71,7 +71,7 @@ class _Row(NamedTuple):
 
 def can_share_prefixes(model: FlaxModel) -> bool:
     """Whether the model can go on reading from a state."""
-    transformer = nnx.merge(model.graphdef, model.state.parameters, model.state.variables)
+    transformer = nnx.merge(model.graphdef, model.weights, model.state.variables)
     return bool(getattr(transformer, "can_decode", False))
 
 
@@ -115,7 +115,7 @@ def likelihood_ratios(
         for part, width in _batches([wild, *group], start, limits)
     ]
     room = max((start + width for start, _, width in plan), default=1)
-    arrays = (model.graphdef, model.state.parameters, model.state.variables)
+    arrays = (model.graphdef, model.weights, model.state.variables)
     state, read = _begin(*arrays, room), 0
     inputs, _ = _tokens(model, wild_type)
     found: list[Ratio] = [Ratio(0.0, 0.0)] * len(rows)

@@ -101,7 +101,7 @@ def _row_sums(model: FlaxModel, batch: data.Batch) -> train_state.metrics.Sums:
     state = model.state
     return train_state.row_sums(
         model.graphdef,
-        state.parameters,
+        model.weights,
         state.variables,
         train_state.shard_batch(batch, model.mesh),
         packed=False,

@@ -159,7 +159,7 @@ def _score_read(
             "lengths": row_lengths(wanted, shape[0]),
         }
         batch = train_state.shard_batch(batch, model.mesh)
-        return model.residue_step(state.parameters, state.variables, **batch)
+        return model.residue_step(model.weights, state.variables, **batch)
 
     def take(found: np.ndarray, row: int, item: Encoded) -> tuple[np.ndarray, float]:
         n = len(item.residues)
@@ -224,7 +224,7 @@ def _score_hidden(
             "lengths": row_lengths(rows, shape[0]),
         }
         batch = train_state.shard_batch(batch, model.mesh)
-        return model.residue_step(state.parameters, state.variables, **batch)
+        return model.residue_step(model.weights, state.variables, **batch)
 
     def take(found: np.ndarray, row: int, item: _Hidden) -> tuple[int, float]:
         return item.protein, found[row]

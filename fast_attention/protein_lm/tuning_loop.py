@@ -69,16 +69,16 @@ class AdamW(NamedTuple):
 def make_trunk(model: FlaxModel, rank: int | None, seed: int) -> Trainable:
     """What is trained beside the head: adapters of a rank, or with None all parameters."""
     if rank is None:
-        return {"parameters": model.state.parameters}
+        return {"parameters": model.weights}
     key = jax.random.fold_in(jax.random.key(seed), 1)
-    return {"adapters": lora.init_adapters(model.state.parameters, rank, key)}
+    return {"adapters": lora.init_adapters(model.weights, rank, key)}
 
 
 def trunk_parameters(model: FlaxModel, trainable: Trainable, scale: float) -> Any:
     """The parameters that a trained trunk means."""
     if "parameters" in trainable:
         return trainable["parameters"]
-    return lora.merge_adapters(model.state.parameters, trainable["adapters"], scale)
+    return lora.merge_adapters(model.weights, trainable["adapters"], scale)
 
 
 def tune(
@@ -129,7 +129,7 @@ def tune(
     now = trainable | {"kernel": jnp.asarray(head.kernel), "bias": jnp.asarray(head.bias)}
     opt_state = jax.jit(adamw.make().init)(now)
     fixed = {
-        "parameters": model.state.parameters,
+        "parameters": model.weights,
         "variables": model.state.variables,
         "head": {"mean": head.mean, "scale": head.scale},
         "scale": np.float32(scale),

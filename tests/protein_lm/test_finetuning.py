@@ -1,11 +1,15 @@
+import dataclasses
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
-from fast_attention.protein_lm import lora, make_protein_domain
+from fast_attention.protein_lm import lora, make_protein_domain, tuning_loop
+from fast_attention.protein_lm.encoding import encode_sequences
+from fast_attention.protein_lm.finetuned import with_parameters
 from fast_attention.protein_lm.finetuning import FineTuned, fine_tune
+from fast_attention.protein_lm.linear_head import LinearHead
 from fast_attention.protein_lm.models import FlaxBERT, FlaxLM
 from fast_attention.protein_lm.run_folder import RunError
 
@@ -16,7 +20,7 @@ SIZES: dict[str, Any] = {
     "qkv_dim": 16,
     "mlp_dim": 32,
 }
-SMALL: dict[str, Any] = {"batch_size": 16, "max_epochs": 2, "rank": 2, "learning_rate": 5e-3}
+SMALL: dict[str, Any] = {"batch_size": 16, "max_epochs": 2, "rank": 2}
 HYDROPHOBIC = set("AVILMFWC")
 
 
@@ -59,6 +63,20 @@ def adapted(lm, proteins, shares):
 def whole(lm, proteins, shares):
     names = ["oily" if share > 0.5 else "watery" for share in shares]
     return fine_tune(lm, proteins, names, task="classification", method="full", **SMALL)
+
+
+@pytest.fixture(scope="module")
+def moved(lm, adapted):
+    """With adapters that do something, whether or not training found that good."""
+    adapters, scale = adapted.adapters
+    rng = np.random.default_rng(0)
+    adapters = {
+        name: pair | {"b": rng.normal(0, 0.1, pair["b"].shape).astype(np.float32)}
+        for name, pair in adapters.items()
+    }
+    parameters = lora.merge_adapters(lm.state.parameters, adapters, scale)
+    model = with_parameters(lm, parameters, lm.state.variables)
+    return dataclasses.replace(adapted, model=model, adapters=(adapters, scale))
 
 
 @pytest.mark.parametrize("model_class", [FlaxLM, FlaxBERT])
@@ -111,18 +129,37 @@ def test_adapters_at_zero_are_the_trunk(lm, proteins):
         lora.merge_adapters(lm.state.parameters, {"stack.other": pair}, 1.0)
 
 
-def test_adapters_change_kernels_of_layers_only(lm, adapted):
-    before, after = (
-        dict(jax.tree_util.tree_leaves_with_path(model.state.parameters))
-        for model in (lm, adapted.model)
+@pytest.mark.parametrize("rank", [2, None])
+def test_gradient_steps_train_what_they_should(lm, proteins, shares, rank):
+    residues = list(encode_sequences(lm, proteins[:32], room=None))
+    mean, scale = np.zeros(16, np.float32), np.ones(16, np.float32)
+    head = LinearHead(mean, scale, np.zeros((16, 1), np.float32), np.zeros(1, np.float32))
+    targets = (np.array(shares[:32], np.float32) - 0.5) / 0.3
+    rows: list[dict[str, Any]] = []
+    schedule = tuning_loop.Schedule(0.01, 0.01, 1.0, 16, 4, 1, 0)
+
+    def validate(parameters: Any, head: LinearHead) -> dict[str, float]:
+        return {"loss": -float(len(rows))}  # The last epoch is the best.
+
+    before = tuning_loop.make_trunk(lm, rank, 0)
+    trained, found = tuning_loop.tune(
+        lm, residues, targets, np.ones(32), head, before, 4.0, schedule, validate, rows.append
+    )
+    losses = [row["loss"] for row in rows if row["split"] == "train"]
+    assert len(losses) == 4 and losses[-1] < 0.9 * losses[0]
+    assert found.kernel.any() and not np.asarray(head.kernel).any()
+    old, new = (
+        dict(jax.tree_util.tree_leaves_with_path(tuning_loop.trunk_parameters(lm, part, 4.0)))
+        for part in (before, trained)
     )
     changed = {
         jax.tree_util.keystr(path, simple=True, separator=".")
-        for path, leaf in before.items()
-        if (np.asarray(leaf) != np.asarray(after[path])).any()
+        for path, leaf in old.items()
+        if (np.asarray(leaf) != np.asarray(new[path])).any()
     }
-    assert changed == set(adapted.adapters[0])
-    assert not any(name.startswith(("head", "embed")) for name in changed)
+    kernels = {name for name in lora.init_adapters(lm.state.parameters, 1, jax.random.key(0))}
+    # Logits are not asked for, so that their layer has no gradient.
+    assert changed == kernels if rank else changed > kernels | {"embed.embedding", "norm.scale"}
 
 
 def test_gradient_steps_begin_at_the_frozen_solution_and_keep_the_best(
@@ -138,12 +175,6 @@ def test_gradient_steps_begin_at_the_frozen_solution_and_keep_the_best(
     residual = np.array([shares[row] for row in valid]) - adapted.fit.outputs[valid]
     assert np.mean((residual / spread) ** 2) == pytest.approx(best, rel=1e-3)
     assert adapted.fit.metrics["test"]["spearman"] > 0.9
-
-
-def test_all_parameters_are_trained_on_request(lm, whole):
-    pairs = zip(leaves(lm), leaves(whole.model), strict=True)
-    assert sum((one != other).any() for one, other in pairs) > 8
-    assert whole.fit.metrics["test"]["accuracy"] > 0.8
 
 
 def test_equal_seeds_give_equal_results(adapted, lm, proteins, shares):
@@ -163,8 +194,8 @@ def test_without_a_rate_nothing_moves(lm, proteins, shares):
         np.testing.assert_array_equal(now, then)
 
 
-def test_what_is_saved_is_loaded(lm, adapted, whole, proteins, tmp_path):
-    for tuned, name in ((adapted, "lora"), (whole, "full")):
+def test_what_is_saved_is_loaded(moved, whole, proteins, tmp_path):
+    for tuned, name in ((moved, "lora"), (whole, "full")):
         tuned.save(tmp_path / name)
         found = FineTuned.load(tmp_path / name, model=make())
         np.testing.assert_array_equal(found.outputs(proteins[:5]), tuned.outputs(proteins[:5]))
@@ -180,11 +211,12 @@ def test_what_is_saved_is_loaded(lm, adapted, whole, proteins, tmp_path):
         FineTuned.load(tmp_path)
 
 
-def test_a_merged_model_needs_no_adapters(adapted, proteins, tmp_path):
-    adapted.save(tmp_path, whole=True)
+def test_a_merged_model_needs_no_adapters(adapted, moved, proteins, tmp_path):
+    moved.save(tmp_path, whole=True)
     assert not (tmp_path / "adapters.npz").exists()
     found = FineTuned.load(tmp_path, model=make(random_seed=3))
-    np.testing.assert_array_equal(found.outputs(proteins[:5]), adapted.outputs(proteins[:5]))
+    np.testing.assert_array_equal(found.outputs(proteins[:5]), moved.outputs(proteins[:5]))
+    assert (moved.outputs(proteins[:5]) != adapted.outputs(proteins[:5])).all()
 
 
 def test_the_tuned_model_shares_no_array_with_the_first(lm, adapted):
