@@ -67,13 +67,13 @@ def start(arguments: Sequence[str], **environment: str) -> subprocess.Popen[str]
 def end(process: subprocess.Popen[str], number: int = signal.SIGKILL) -> tuple[int, str, str]:
     """Sends a signal; returns the exit status and what was written to stdout and stderr."""
     process.send_signal(number)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     return process.returncode, out, err
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
     """Waits until something is so, while the run goes on."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not condition():
         if process.poll() is not None:
             _, err = process.communicate()

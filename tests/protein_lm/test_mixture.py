@@ -1,4 +1,5 @@
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from fast_attention.protein_lm.mixture import MixturePlanner, load_mixture, row_
 from fast_attention.protein_lm.packing import EpochPlanner
 
 DOMAIN = make_protein_domain()
-OPTIONS = {"length": 40, "batch_size": 8, "seed": 0}
+OPTIONS: dict[str, Any] = {"length": 40, "batch_size": 8, "seed": 0}
 
 
 @pytest.fixture
