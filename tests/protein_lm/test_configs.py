@@ -19,7 +19,13 @@ def load(name: str, *bindings: str):
 
 def test_every_file_is_known():
     shared = {"base", "small"}
-    assert {path.stem for path in FOLDER.glob("*.gin")} == {*PAPER, *SMALL, *shared, "demo", "longer"}
+    assert {path.stem for path in FOLDER.glob("*.gin")} == {
+        *PAPER,
+        *SMALL,
+        *shared,
+        "demo",
+        "longer",
+    }
 
 
 @pytest.mark.parametrize("name", [*PAPER, *SMALL, "demo", "longer"])
@@ -38,7 +44,7 @@ def test_the_model_can_be_built(name):
     )
     assert logits.shape == (*tokens.shape, 29)
     projections = {leaf.shape for leaf in jax.tree.leaves(state.variables)}
-    features = {"demo": 64}.get(name, 128 if name in SMALL else 256)
+    features = {"demo": 64, "longer": 64}.get(name, 128 if name in SMALL else 256)
     assert projections == {(features, model.config.head_dim)}
 
 

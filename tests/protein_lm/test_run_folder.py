@@ -3,6 +3,7 @@ import errno
 import pytest
 
 from fast_attention.protein_lm import make_protein_domain, run_folder
+from fast_attention.protein_lm.output_files import OutputError
 from fast_attention.protein_lm.run_folder import RunError, RunFolder, claim, settings
 
 DOMAIN = make_protein_domain()
@@ -39,5 +40,5 @@ def test_a_folder_that_cannot_be_written_to_is_told(tmp_path, monkeypatch):
         raise OSError(errno.EROFS, "Read-only file system", str(path))
 
     monkeypatch.setattr(run_folder, "write_file", refuse)
-    with pytest.raises(RunError, match=r"cannot be written to \(Read-only file system\)"):
+    with pytest.raises(OutputError, match="cannot be written to: .*read-only"):
         claim(RunFolder(tmp_path), OLD, DOMAIN, asked=OLD)
