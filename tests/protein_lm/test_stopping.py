@@ -9,6 +9,14 @@ from fast_attention.protein_lm.stopping import Stopped, catch_stop_requests
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
 
+@pytest.fixture(autouse=True)
+def interrupts():
+    """What a shell starts in the background ignores SIGINT; here it is as at a terminal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def handlers():
     return [signal.getsignal(number) for number in NUMBERS]
 
