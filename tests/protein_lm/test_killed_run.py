@@ -21,9 +21,9 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(tmp_path):
         return later and any("tmp" in path.name for path in checkpoints.iterdir())
 
     # First, so that what it compiles is there for the others.
-    assert cli.main(train_arguments(whole, 100)) == 0
+    assert cli.main(train_arguments(whole, 60)) == 0
     for moment in (has_rows, is_writing):
-        process = start(train_arguments(killed, 100))
+        process = start(train_arguments(killed, 60))
         try:
             wait_for(moment, process)
         finally:
@@ -31,10 +31,10 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(tmp_path):
         assert status == -9
         assert not (killed / "result.json").exists()
 
-    process = start(train_arguments(killed, 100))
+    process = start(train_arguments(killed, 60))
     out, err = process.communicate()
     assert process.returncode == 0, err
     assert "resuming" in out
     assert figures(killed) == figures(whole)
     steps = [row["step"] for row in read_metrics(killed / "metrics.jsonl")]
-    assert sorted({*steps}) == list(range(5, 101, 5))
+    assert sorted({*steps}) == list(range(5, 61, 5))
