@@ -1,0 +1,153 @@
+"""Means and covariances of queries and keys, head by head, of visible positions only.
+
+Shape letters: B batch, T queries, S keys, H heads, K key/value heads, G = H / K, D head width,
+N positions.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fast_attention.array_types import Array, Bool, Float
+
+
+class Spread(NamedTuple):
+    """Where the vectors of one head lie.
+
+    Attributes:
+      weight: ``[*B, K]``, the number of vectors, or what counts for it in a running average.
+      mean: ``[*B, K, D]``.
+      covariance: ``[*B, K, D, D]``.
+    """
+
+    weight: Float[Array, "*B K"]
+    mean: Float[Array, "*B K D"]
+    covariance: Float[Array, "*B K D D"]
+
+
+class Moments(NamedTuple):
+    """Where queries and keys lie; queries that share a key head are taken together."""
+
+    query: Spread
+    key: Spread
+
+
+def measure(
+    query: Float[Array, "*B T H D"],
+    key: Float[Array, "*B S K D"],
+    *,
+    query_mask: Bool[Array, "*#B T #K"] | None = None,
+    key_mask: Bool[Array, "*#B S #K"] | None = None,
+    pooled: bool = False,
+) -> Moments:
+    """Measures queries and keys; nothing is differentiated through it.
+
+    Args:
+      query: ``[*B, T, H, D]``.
+      key: ``[*B, S, K, D]``, H a multiple of K.
+      query_mask: ``[*B, T, K or 1]``; queries where it is False do not count, whatever they hold.
+      key_mask: ``[*B, S, K or 1]``; the same for keys.
+      pooled: take the rows of a batch together; else each has moments of its own.
+
+    Returns:
+      Moments with leading axes ``[*B, K]``, or ``[K]`` if pooled; float32, float64 for float64.
+    """
+    *batch_shape, _, heads, width = query.shape
+    kv_heads = key.shape[-2]
+    batch = math.prod(batch_shape)
+    grouped = query.reshape(batch, -1, kv_heads, heads // kv_heads, width)
+    sides = []
+    for x, mask in ((grouped, query_mask), (key.reshape(batch, -1, kv_heads, 1, width), key_mask)):
+        visible = None
+        if mask is not None:
+            shape = (*batch_shape, *mask.shape[-2:])
+            visible = jnp.broadcast_to(mask, shape).reshape(batch, *mask.shape[-2:])
+        spread = _spread(x, visible, pooled)
+        sides.append(
+            jax.tree.map(lambda s: s[0] if pooled else s.reshape(*batch_shape, *s.shape[1:]), spread)
+        )
+    return Moments(*sides)
+
+
+def merge_spreads(left: Spread, right: Spread) -> Spread:
+    """Returns the spread of both sets of vectors together, in proportion to their weights."""
+    weight = left.weight + right.weight
+    share = right.weight / jnp.where(weight > 0, weight, 1)
+    difference = right.mean - left.mean
+    outer = difference[..., :, None] * difference[..., None, :]
+    column, square = share[..., None], share[..., None, None]
+    covariance = (
+        (1 - square) * left.covariance
+        + square * right.covariance
+        + square * (1 - square) * outer
+    )
+    return Spread(weight, left.mean + column * difference, covariance)
+
+
+def merge_moments(left: Moments, right: Moments) -> Moments:
+    """Merges queries with queries and keys with keys."""
+    return Moments(merge_spreads(left.query, right.query), merge_spreads(left.key, right.key))
+
+
+def running_average(old: Moments, new: Moments, decay: float) -> Moments:
+    """Returns ``decay * old + (1 - decay) * new``, without the bias of a start from nothing.
+
+    Heads that saw nothing in ``new`` keep what they had.
+    """
+    faded = jax.tree.map(jnp.asarray, old)
+    faded = Moments(*(side._replace(weight=decay * side.weight) for side in faded))
+    fresh = Moments(
+        *(side._replace(weight=(1 - decay) * (side.weight > 0).astype(side.mean.dtype)) for side in new)
+    )
+    merged = merge_moments(faded, fresh)
+    return Moments(
+        *(
+            jax.tree.map(
+                lambda kept, changed, seen=side.weight: jnp.where(
+                    jnp.expand_dims(seen > 0, tuple(range(seen.ndim, kept.ndim))), changed, kept
+                ),
+                before,
+                after,
+            )
+            for before, after, side in zip(old, merged, new, strict=True)
+        )
+    )
+
+
+def no_moments(num_heads: int, head_dim: int) -> Moments:
+    """Returns moments of weight 0, where nothing has been seen, ``[K, ...]`` in float32."""
+    side = Spread(
+        jnp.zeros(num_heads, jnp.float32),
+        jnp.zeros((num_heads, head_dim), jnp.float32),
+        jnp.zeros((num_heads, head_dim, head_dim), jnp.float32),
+    )
+    return Moments(side, side)
+
+
+def _spread(x: Array, visible: Array | None, pooled: bool) -> Spread:
+    """Measures ``[B, N, K, G, D]`` in two passes: means may be far larger than deviations."""
+    x = jax.lax.stop_gradient(x).astype(jnp.promote_types(x.dtype, jnp.float32))
+    if pooled:
+        x = x.reshape(1, -1, *x.shape[2:])
+        visible = None if visible is None else visible.reshape(1, -1, visible.shape[-1])
+    batch, length, kv_heads, group, _ = x.shape
+    if visible is None:
+        count = jnp.full((batch, kv_heads), length * group, x.dtype)
+    else:
+        visible = visible[..., None, None]
+        x = jnp.where(visible, x, 0)
+        seen = visible[..., 0, 0].sum(1).astype(x.dtype) * group
+        count = jnp.broadcast_to(seen, (batch, kv_heads))
+    divisor = jnp.maximum(count, 1)
+    mean = x.sum((1, 3)) / divisor[..., None]
+    centred = x - mean[:, None, :, None]
+    if visible is not None:
+        centred = jnp.where(visible, centred, 0)
+    products = jnp.einsum(
+        "bnkgi,bnkgj->bkij", centred, centred, precision=jax.lax.Precision.HIGHEST
+    )
+    return Spread(count, mean, products / divisor[..., None, None])
