@@ -313,7 +313,9 @@ class FastAttention:
             return self.feature_map.init(jax.random.fold_in(rng, 1), head_dim)
         given = self.projection_matrix if projection is None else projection
         if given is None:
-            return jax.tree.map(jnp.asarray, _fixed_projection(self.feature_map, self.seed, head_dim))
+            return jax.tree.map(
+                jnp.asarray, _fixed_projection(self.feature_map, self.seed, head_dim)
+            )
         if given.shape[-1] != head_dim:
             raise ValueError(
                 f"projection must be [features, head width] = [M, {head_dim}], got shape "

@@ -156,7 +156,9 @@ def balance(second_x: Array, second_y: Array) -> tuple[Array, Array, Array]:
     # Rounding leaves nothing of the smallest; any positive number keeps P1^T P2 = I.
     sigma = jnp.sqrt(jnp.maximum(squares, 1e-10 * squares[..., -1:]))
     basis = _transpose(u)
-    inverse = jax.scipy.linalg.solve_triangular(root_x, jnp.broadcast_to(eye, root_x.shape), lower=True)
+    inverse = jax.scipy.linalg.solve_triangular(
+        root_x, jnp.broadcast_to(eye, root_x.shape), lower=True
+    )
     p1 = jnp.sqrt(sigma)[..., None] * _multiply(basis, inverse)
     p2 = _multiply(basis, _transpose(root_x)) / jnp.sqrt(sigma)[..., None]
     ratio = (square_y / square_x)[..., None, None] ** 0.25

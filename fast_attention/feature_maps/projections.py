@@ -146,7 +146,7 @@ def hadamard_projection(key: Array, num_rows: int, dim: int) -> Float[Array, "M 
     num_blocks = -(-num_rows // width)
     sign_key, length_key = jax.random.split(key)
     signs = jax.random.rademacher(sign_key, (3, num_blocks, 1, width), jnp.float32)
-    hadamard = jnp.asarray(_hadamard(width))
+    hadamard = jnp.asarray(_hadamard(width))[None]
     block = hadamard * signs[0]
     for sign in signs[1:]:
         block = _multiply(hadamard * sign, block)

@@ -86,6 +86,8 @@ def fold(rows: Float[Array, "*B R D"], tuning: Tuning) -> TunedParameters:
 class TunedFeatures(FeatureMap):
     """Positive features of the Gaussian family, see :mod:`.gaussian_family`.
 
+    Nothing is differentiated with respect to their parameters.
+
     Parameters as drawn are those of FAVOR+, whatever the estimator; those that suit given data come
     from :func:`fast_attention.calibration.calibrate`.
 
@@ -131,7 +133,8 @@ class TunedFeatures(FeatureMap):
         exact_scale: bool,
     ) -> Features:
         """Returns M log-features a position; see the class."""
-        p = parameters
+        # Constants of the data, not weights: without this their gradients would be computed.
+        p: TunedParameters = jax.lax.stop_gradient(parameters)
         own = p.query_shift if is_query else p.key_shift
         centred = x - _as_row(own, x)
         log = project(centred, p.query_weight if is_query else p.key_weight)
@@ -142,10 +145,7 @@ class TunedFeatures(FeatureMap):
         rest = rest if common is None else rest + common
         if not self.both_signs:
             return Features(None, log + rest)
-        # Row for row a sign in front, so that one loop reads the product and takes exponentials.
-        signs = jnp.asarray([1.0, -1.0], x.dtype).reshape((1,) * (log.ndim - 1) + (2, 1))
-        both = signs * log[..., None, :] + rest[..., None, :]
-        return Features(None, both.reshape(*log.shape[:-1], -1))
+        return Features(None, jnp.concatenate([rest + log, rest - log], axis=-1))
 
     def _common(
         self, x: Array, centred: Array, p: TunedParameters, is_query: bool, exact: bool
