@@ -104,9 +104,8 @@ def without_unused(parameters: Any, exact_scale: bool) -> Any:
     """Leaves out arrays that features do not read, and whose gradients need not be computed."""
     if not isinstance(parameters, TunedParameters):
         return parameters
-    if exact_scale:
-        return parameters._replace(rows=None)
-    return parameters._replace(rows=None, query_norm=None, curvature=None)
+    parameters = parameters._replace(rows=None, stretch=None)
+    return parameters if exact_scale else parameters._replace(query_norm=None, log_stretch=None)
 
 
 def tuned_map(attention_fn: Any) -> TunedFeatures:

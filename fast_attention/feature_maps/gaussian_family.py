@@ -23,6 +23,10 @@ wderf       as aderf+, rescaled             one A per direction, weighted toward
 wderf_s     as wderf of ``sqrt(c) x``       the same, and c < 1: biased towards the uniform average
 =========== =============================== ===========================================
 
+Rows are turned into the basis of the eigenvectors before, which changes nothing in distribution:
+their signs, and vectors of equal eigenvalues, are a matter of rounding, and what comes of data must
+not be. Hence ``stretch = U sqrt(S) U^T`` below, and norms with a ``U`` in front.
+
 The first six also with the prefix ``centred_``: a and b are the means (always so for the last two).
 
 References: Choromanski et al., arXiv:2009.14794 (FAVOR+); Likhosherstov et al., arXiv:2205.15317
@@ -68,23 +72,27 @@ class Tuning(NamedTuple):
     Attributes:
       query_shift: a, ``[*B, D]``, on the scale of queries.
       key_shift: b, ``[*B, D]``, on that of keys.
-      query_norm: ``sqrt(c) P1 D^(-1/4)``, ``[*B, D, D]``: ``x~`` is this times ``q - a``.
-      key_norm: ``sqrt(c) P2 D^(-1/4)``, the same for keys.
-      curvature: A, ``[*B, D]``.
+      query_norm: ``U sqrt(c) P1 D^(-1/4)``, ``[*B, D, D]``: ``|x~|`` is the length of this times
+        ``q - a``. U is orthogonal, the basis in which A is diagonal.
+      key_norm: ``U sqrt(c) P2 D^(-1/4)``, the same for keys.
+      stretch: ``U sqrt(1 - 4 A) U^T``, ``[*B, D, D]``, what rows are multiplied by.
+      log_stretch: logarithm of its determinant, ``[*B]``.
     """
 
     query_shift: Float[Array, "*B D"]
     key_shift: Float[Array, "*B D"]
     query_norm: Float[Array, "*B D D"]
     key_norm: Float[Array, "*B D D"]
-    curvature: Float[Array, "*B D"]
+    stretch: Float[Array, "*B D D"]
+    log_stretch: Float[Array, "*B"]
 
 
 def untuned(head_dim: int) -> Tuning:
     """Returns the parameters of FAVOR+: no shift, identity, no curvature."""
     zero = jnp.zeros(head_dim, jnp.float32)
-    eye = jnp.eye(head_dim, dtype=jnp.float32) * head_dim**-0.25
-    return Tuning(zero, zero, eye, eye, zero)
+    eye = jnp.eye(head_dim, dtype=jnp.float32)
+    norm = eye * head_dim**-0.25
+    return Tuning(zero, zero, norm, norm, eye, jnp.float32(0))
 
 
 def keeps_lengths(estimator: str) -> bool:
@@ -118,8 +126,16 @@ def tune(estimator: str, moments: Moments, num_features: int) -> Tuning:
             (side.covariance + side.mean[..., :, None] * side.mean[..., None, :]) * scale**2
             for side in moments
         )
-    p1, p2, curvature = _solve(base, second_x, second_y, mean_x, mean_y, num_features)
-    return Tuning(a / scale, b / scale, p1 * scale, p2 * scale, curvature)
+    p1, p2, curvature, basis = _solve(base, second_x, second_y, mean_x, mean_y, num_features)
+    root = jnp.sqrt(1 - 4 * curvature)
+    return Tuning(
+        a / scale,
+        b / scale,
+        _multiply(basis, p1) * scale,
+        _multiply(basis, p2) * scale,
+        _multiply(basis * root[..., None, :], _transpose(basis)),
+        jnp.log(root).sum(-1),
+    )
 
 
 def check_estimator(estimator: str) -> None:
@@ -130,7 +146,7 @@ def check_estimator(estimator: str) -> None:
         )
 
 
-def balance(second_x: Array, second_y: Array) -> tuple[Array, Array, Array]:
+def balance(second_x: Array, second_y: Array) -> tuple[Array, Array, Array, Array]:
     """Makes two second moments equal and diagonal.
 
     Args:
@@ -138,8 +154,9 @@ def balance(second_x: Array, second_y: Array) -> tuple[Array, Array, Array]:
       second_y: the same.
 
     Returns:
-      ``P1, P2 [*B, D, D]`` with ``P1^T P2 = I``, and ``sigma [*B, D]`` with ``P1 second_x P1^T =
-      P2 second_y P2^T = diag(sigma)``, up to the ridge.
+      ``P1, P2 [*B, D, D]`` with ``P1^T P2 = I``, ``sigma [*B, D]`` with ``P1 second_x P1^T =
+      P2 second_y P2^T = diag(sigma)``, up to the ridge, and an orthogonal ``U [*B, D, D]`` such
+      that ``U P1`` and ``U P2`` depend smoothly on the moments.
     """
     width = second_x.shape[-1]
     eye = jnp.eye(width, dtype=second_x.dtype)
@@ -162,20 +179,20 @@ def balance(second_x: Array, second_y: Array) -> tuple[Array, Array, Array]:
     p1 = jnp.sqrt(sigma)[..., None] * _multiply(basis, inverse)
     p2 = _multiply(basis, _transpose(root_x)) / jnp.sqrt(sigma)[..., None]
     ratio = (square_y / square_x)[..., None, None] ** 0.25
-    return p1 * ratio, p2 / ratio, sigma * jnp.sqrt(square_x * square_y)[..., None]
+    return p1 * ratio, p2 / ratio, sigma * jnp.sqrt(square_x * square_y)[..., None], u
 
 
 def _solve(
     base: str, second_x: Array, second_y: Array, mean_x: Array, mean_y: Array, num_features: int
-) -> tuple[Array, Array, Array]:
-    """Returns P1, P2 (times the root of c) and A."""
+) -> tuple[Array, Array, Array, Array]:
+    """Returns P1, P2 (times the root of c), A, and the basis of rows."""
     width = second_x.shape[-1]
     eye = jnp.broadcast_to(jnp.eye(width, dtype=second_x.dtype), second_x.shape)
     if base == "favor+":
-        return eye, eye, jnp.zeros_like(mean_x)
+        return eye, eye, jnp.zeros_like(mean_x), eye
     if base == "favor++":
         square = _diagonal(second_x) + _diagonal(second_y) + 2 * mean_x * mean_y
-        return eye, eye, _one_curvature(square)
+        return eye, eye, _one_curvature(square), eye
     if base == "saderf":
         square_x, square_y = _diagonal(second_x), _diagonal(second_y)
         floor_x, floor_y = _mean_squares(second_x, second_y)
@@ -183,24 +200,24 @@ def _solve(
         y = jnp.maximum(square_y, RIDGE * floor_y[..., None])
         psi = (y / x) ** 0.25
         square = psi**2 * square_x + square_y / psi**2 + 2 * mean_x * mean_y
-        return eye * psi[..., None], eye / psi[..., None], _one_curvature(square)
+        return eye * psi[..., None], eye / psi[..., None], _one_curvature(square), eye
     if base == "sderf":
         cross = mean_x[..., :, None] * mean_y[..., None, :]
         squares, vectors = jnp.linalg.eigh(second_x + second_y + cross + _transpose(cross))
         rotation = _transpose(vectors)
-        return rotation, rotation, best_curvature(jnp.maximum(squares, 0))
-    p1, p2, sigma = balance(second_x, second_y)
+        return rotation, rotation, best_curvature(jnp.maximum(squares, 0)), vectors
+    p1, p2, sigma, basis = balance(second_x, second_y)
     if base in ("aderf", "aderf+"):
         square = 2 * sigma + 2 * _apply(p1, mean_x) * _apply(p2, mean_y)
         curvature = _one_curvature(square) if base == "aderf" else _curvatures(square)
-        return p1, p2, curvature
+        return p1, p2, curvature, basis
     keep = shrinkage(sigma, num_features) if base == "wderf_s" else jnp.ones_like(sigma)
     sigma = keep * sigma
     # Of the weight that attention gives, keys lie further out than queries.
     gain = (1 + sigma**2) ** 0.25
     p1 = p1 * (jnp.sqrt(keep) * gain)[..., None]
     p2 = p2 * (jnp.sqrt(keep) / gain)[..., None]
-    return p1, p2, best_curvature(weighted_square(sigma))
+    return p1, p2, best_curvature(weighted_square(sigma)), basis
 
 
 def _mean_squares(second_x: Array, second_y: Array) -> tuple[Array, Array]:

@@ -20,6 +20,7 @@ from fast_attention.array_types import Array, Float
 BIAS_COST = 2.0
 
 _LARGEST_LOG_PRICE = 20.0
+_LARGEST_MOMENT = 80.0
 _TRIALS, _ROUNDS, _HALVINGS = 8, 5, 20
 
 
@@ -86,17 +87,25 @@ def shrinkage(sigma: Float[Array, "*B D"], num_features: int) -> Float[Array, "*
         step = (high - low) / (_TRIALS + 1)
         number = jnp.arange(1, _TRIALS + 1, dtype=sigma.dtype)
         trials = low + step * number.reshape((1,) * (low.ndim - 1) + (-1,))
-        square = weighted_square(kept(trials) * sigma[..., None, :])
-        moment = log_second_moment(square, best_curvature(square)).sum(-1)
         # A higher price leaves less variance to pay for.
-        low = low + step * jnp.sum(trials + log_count < moment, -1, keepdims=True)
+        affordable = trials + log_count < moment(kept(trials))
+        low = low + step * jnp.sum(affordable, -1, keepdims=True)
         return low, low + step
+
+    def moment(keep: Array) -> Array:
+        square = weighted_square(keep * sigma[..., None, :])
+        return log_second_moment(square, best_curvature(square)).sum(-1)
 
     start = jnp.full((*sigma.shape[:-1], 1), -log_count, sigma.dtype)
     low, high = jax.lax.fori_loop(
         0, _ROUNDS, narrow, (start, jnp.full_like(start, _LARGEST_LOG_PRICE))
     )
-    return kept(0.5 * (low + high))[..., 0, :]
+    # At some price a direction is given up all at once, and often that is the price found: rounding
+    # must not decide on which side of it.
+    sides = kept(jnp.concatenate([low, high], -1))
+    bias = jnp.sum((1 - sides) ** 2 * sigma[..., None, :] ** 2, -1)
+    cost = jnp.expm1(jnp.minimum(moment(sides), _LARGEST_MOMENT)) / num_features + BIAS_COST * bias
+    return jnp.where(cost[..., :1] <= cost[..., 1:], sides[..., 0, :], sides[..., 1, :])
 
 
 def _slope(sigma: Array) -> Array:

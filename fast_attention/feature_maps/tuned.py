@@ -9,6 +9,7 @@ Shape letters: B batch, T length, K key/value heads, D head width, R rows drawn,
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
@@ -38,10 +39,11 @@ class TunedParameters(NamedTuple):
       key_shift: ``[*B, D]``.
       query_norm: ``[*B, D, D]``.
       key_norm: ``[*B, D, D]``.
-      curvature: ``[*B, D]``.
-      query_weight: ``[*B, R, D]``, ``(rows sqrt(1 - 4 A)) query_norm``.
+      stretch: ``[*B, D, D]``.
+      log_stretch: ``[*B]``.
+      query_weight: ``[*B, R, D]``, ``rows stretch query_norm``.
       key_weight: ``[*B, R, D]``, the same with ``key_norm``.
-      bias: ``[*B, R]``, ``sum_l A_l rows_l^2``.
+      bias: ``[*B, R]``, ``sum_l A_l w_l^2 = (|w|^2 - |stretch w|^2) / 4`` of each row w.
     """
 
     rows: Float[Array, "*B R D"]
@@ -49,7 +51,8 @@ class TunedParameters(NamedTuple):
     key_shift: Float[Array, "*B D"]
     query_norm: Float[Array, "*B D D"]
     key_norm: Float[Array, "*B D D"]
-    curvature: Float[Array, "*B D"]
+    stretch: Float[Array, "*B D D"]
+    log_stretch: Float[Array, "*B"]
     query_weight: Float[Array, "*B R D"]
     key_weight: Float[Array, "*B R D"]
     bias: Float[Array, "*B R"]
@@ -62,23 +65,19 @@ class TunedParameters(NamedTuple):
 
 def fold(rows: Float[Array, "*B R D"], tuning: Tuning) -> TunedParameters:
     """Folds rows and tuning; their leading axes broadcast, from the right."""
-
-    def stretched(x: Array, rank: int) -> Array:
-        return x.reshape((1,) * (rank - x.ndim) + x.shape)
-
-    rank = max(rows.ndim, tuning.query_norm.ndim)
-    wide, curvature = stretched(rows, rank), stretched(tuning.curvature[..., None, :], rank)
-    bent = wide * jnp.sqrt(1 - 4 * curvature)
-
-    def weight(norm: Array) -> Array:
-        return jnp.matmul(bent, stretched(norm, rank), precision=jax.lax.Precision.HIGHEST)
-
+    rank = max(rows.ndim, tuning.stretch.ndim)
+    rows_, *matrices = (
+        x.reshape((1,) * (rank - x.ndim) + x.shape)
+        for x in (rows, tuning.stretch, tuning.query_norm, tuning.key_norm)
+    )
+    product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    long = product(rows_, matrices[0])
     return TunedParameters(
         rows,
         *tuning,
-        query_weight=weight(tuning.query_norm),
-        key_weight=weight(tuning.key_norm),
-        bias=jnp.sum(curvature * wide**2, axis=-1),
+        query_weight=product(long, matrices[1]),
+        key_weight=product(long, matrices[2]),
+        bias=0.25 * (jnp.sum(rows_**2, axis=-1) - jnp.sum(long**2, axis=-1)),
     )
 
 
@@ -162,8 +161,7 @@ class TunedFeatures(FeatureMap):
         if not exact:
             return common
         count = self.num_features(p, x.shape[-1])
-        stretch = 0.25 * jnp.log1p(-4 * p.curvature).sum(-1, keepdims=True)
-        return common + _as_row(stretch, x) - 0.5 * math.log(count)
+        return common + _as_row(0.5 * p.log_stretch[..., None], x) - 0.5 * math.log(count)
 
 
 def _as_row(vector: Array, x: Array) -> Array:
