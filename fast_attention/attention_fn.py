@@ -13,26 +13,30 @@ Reference: Choromanski et al., "Rethinking Attention with Performers", arXiv:200
 
 from __future__ import annotations
 
-from typing import Literal
-
 import jax.numpy as jnp
 import numpy as np
 
 from fast_attention.array_types import Array
+from fast_attention.calibration import Calibration
 from fast_attention.fast_attention_fn import FastAttention
 from fast_attention.feature_maps import (
+    PROJECTIONS,
+    TUNED_ESTIMATORS,
     FeatureMap,
     HyperbolicFeatures,
     PositiveFeatures,
     TrigonometricFeatures,
+    TunedFeatures,
     elementwise_map,
 )
 from fast_attention.feature_maps.elementwise import Kernel, relu
+from fast_attention.feature_maps.projections import ANTITHETIC
 from fast_attention.linear_attention.checks import check_saved_states
 from fast_attention.linear_attention.inputs import SavedStates
 from fast_attention.near_field.parts import check_options as check_near_field
 
-Estimator = Literal["favor+", "hyperbolic", "trigonometric"]
+ESTIMATORS = ("favor+", "hyperbolic", "trigonometric", *TUNED_ESTIMATORS)
+"""Names of the estimators of the softmax kernel; "trigonometric" alone takes both signs."""
 
 # Denominators of signed kernels can vanish; without a guard of the caller's this one is used.
 SIGNED_GUARD = 1e-6
@@ -50,7 +54,10 @@ def make_fast_softmax_attention(
     nonnegative_features: bool = True,
     lax_scan_unroll: int = 1,
     *,
-    estimator: Estimator | None = None,
+    estimator: str | None = None,
+    projection: str | None = None,
+    calibration: Calibration | None = None,
+    moment_decay: float | None = None,
     seed: int = 0,
     projection_matrix: Array | None = None,
     chunk_size: int | None = None,
@@ -77,8 +84,24 @@ def make_fast_softmax_attention(
       nonnegative_features: positive features; if False trigonometric ones, whose denominators can
         vanish.
       lax_scan_unroll: chunks (not tokens) unrolled in the compiled loop.
-      estimator: "favor+" (positive), "hyperbolic" or "trigonometric"; None follows
-        ``nonnegative_features``.
+      estimator: a name in :data:`ESTIMATORS`; None is "favor+" or, without
+        ``nonnegative_features``, "trigonometric". "hyperbolic" is "favor+" with both signs of each
+        row. Those of :data:`fast_attention.feature_maps.TUNED_ESTIMATORS` have parameters from
+        data, see :mod:`fast_attention.feature_maps.gaussian_family`: "wderf_s" errs least where
+        trained softmax attention is approximated, "wderf" least of the unbiased ones.
+      projection: how rows are coupled: "iid", "orthogonal", "orthogonal_sqrt_d" (rows of one
+        length; biased), "simplex", "hadamard", each also with "_antithetic" behind it: half as
+        many rows, used with both signs ("orthogonal_antithetic" errs least of the unbiased ones
+        and halves the product with W). None follows ``ortho_features`` and ``ortho_scaling``.
+        Not to be mistaken for ``projection=`` of a call, the arrays drawn.
+      calibration: where a tuned estimator's parameters come from. "call", the default of
+        bidirectional attention: the moments of the queries and keys of each call, row by row,
+        padding excluded, nothing differentiated. "stored", the only one for causal attention:
+        ``projection=`` of the call, as :func:`fast_attention.calibration.calibrate` makes it (or
+        :func:`fast_attention.layers.calibrate` for a model). **Until calibrated it is plain
+        FAVOR+.**
+      moment_decay: with "stored" calibration, layers keep running averages of the moments in
+        training, for :func:`fast_attention.layers.recalibrate`.
       seed: of the fixed projection.
       projection_matrix: an explicit fixed projection ``[M, D]``.
       chunk_size: positions handled at once; None for the implementation's own.
@@ -101,21 +124,8 @@ def make_fast_softmax_attention(
         )
     _check_options(nb_features, numerical_stabilizer, lax_scan_unroll, chunk_size, qkv_dim)
     check_saved_states(saved_states)
-    projection = _projection_name(ortho_features, ortho_scaling)
-    if estimator == "favor+":
-        feature_map: FeatureMap = PositiveFeatures(nb_features, projection)
-    elif estimator == "hyperbolic":
-        if nb_features % 2:
-            raise ValueError(
-                f"Hyperbolic features come in pairs: nb_features must be even, got {nb_features}."
-            )
-        feature_map = HyperbolicFeatures(nb_features // 2, projection)
-    elif estimator == "trigonometric":
-        feature_map = TrigonometricFeatures(nb_features, projection)
-    else:
-        raise ValueError(
-            f"Unknown estimator {estimator!r}; choose 'favor+', 'hyperbolic' or 'trigonometric'."
-        )
+    name = _coupling(projection, ortho_features, ortho_scaling)
+    feature_map = _softmax_map(estimator, name, nb_features)
     if exact_window is not None:
         check_near_field(exact_window, feature_map)
     return FastAttention(
@@ -133,6 +143,8 @@ def make_fast_softmax_attention(
         saved_states=saved_states,
         check_masks=check_masks,
         exact_window=exact_window,
+        calibration=_calibration(calibration, moment_decay, estimator, unidirectional),
+        moment_decay=moment_decay,
     )
 
 
@@ -225,6 +237,77 @@ def make_fast_generalized_attention(
 def _guard(feature_map: FeatureMap, numerical_stabilizer: float) -> float:
     """Denominators of nonnegative features are divided by exactly; only signed ones can vanish."""
     return (numerical_stabilizer or SIGNED_GUARD) if feature_map.signed else 0.0
+
+
+def _softmax_map(estimator: str, projection: str, nb_features: int) -> FeatureMap:
+    """Returns the map of an estimator, with half the rows where both signs are used."""
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"Unknown estimator {estimator!r}; choose one of {', '.join(ESTIMATORS)}.")
+    base = projection.removesuffix(ANTITHETIC)
+    if estimator == "trigonometric":
+        if base != projection:
+            raise ValueError(
+                f"projection={projection!r} uses rows with both signs, and the cosine and sine of "
+                f"both are the same features twice: use {base!r} with estimator='trigonometric'."
+            )
+        return TrigonometricFeatures(nb_features, projection)
+    both_signs = base != projection or estimator == "hyperbolic"
+    if both_signs and nb_features % 2:
+        raise ValueError(
+            f"Features of both signs come in pairs (estimator={estimator!r}, projection="
+            f"{projection!r}): nb_features must be even, got {nb_features}."
+        )
+    rows = nb_features // 2 if both_signs else nb_features
+    if estimator in TUNED_ESTIMATORS:
+        return TunedFeatures(estimator, rows, base, both_signs)
+    return (HyperbolicFeatures if both_signs else PositiveFeatures)(rows, base)
+
+
+def _calibration(
+    calibration: Calibration | None,
+    moment_decay: float | None,
+    estimator: str,
+    unidirectional: bool,
+) -> Calibration | None:
+    """Returns where parameters come from, None for estimators without parameters from data."""
+    tuned = estimator in TUNED_ESTIMATORS
+    if calibration not in (None, "call", "stored"):
+        raise ValueError(f"calibration must be 'call', 'stored' or None, got {calibration!r}.")
+    if not tuned and (calibration is not None or moment_decay is not None):
+        raise ValueError(
+            f"estimator={estimator!r} has no parameters from data, so that calibration="
+            f"{calibration!r} and moment_decay={moment_decay!r} mean nothing; leave them out, or "
+            f"choose one of {', '.join(TUNED_ESTIMATORS)}."
+        )
+    if calibration == "call" and unidirectional:
+        raise ValueError(
+            "calibration='call' would let causal attention know the future; use 'stored'."
+        )
+    if calibration is None and tuned:
+        calibration = "stored" if unidirectional else "call"
+    if moment_decay is not None and (calibration != "stored" or not 0 <= moment_decay < 1):
+        raise ValueError(
+            f"moment_decay, in [0, 1), is for calibration='stored', got {moment_decay} with "
+            f"calibration={calibration!r}."
+        )
+    return calibration
+
+
+def _coupling(projection: str | None, orthogonal: bool, scaling: float) -> str:
+    """Returns the name of a coupling of rows, given by it or by the original's two options."""
+    implied = _projection_name(orthogonal, scaling)
+    if projection is None:
+        return implied
+    names = [name + suffix for name in PROJECTIONS for suffix in ("", ANTITHETIC)]
+    if projection not in names:
+        raise ValueError(f"Unknown projection {projection!r}; choose one of {', '.join(names)}.")
+    # "orthogonal" is what the two options say where they were left alone.
+    if implied != "orthogonal" and projection.removesuffix(ANTITHETIC) != implied:
+        raise ValueError(
+            f"projection={projection!r} contradicts ortho_features={orthogonal} with "
+            f"ortho_scaling={scaling}, which mean {implied!r}; leave out the one or the other."
+        )
+    return projection
 
 
 def _projection_name(orthogonal: bool, scaling: float) -> str:

@@ -15,8 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from fast_attention.array_types import Array, Bool, Float, Int
+from fast_attention.axes import attended_axes, fold_axes
+from fast_attention.calibration import Calibration, parameters_of_call, without_unused
 from fast_attention.call_arguments import check_heads, prepare_call, refuse_unsupported
-from fast_attention.feature_maps import FeatureMap
+from fast_attention.feature_maps import (
+    FeatureMap,
+    TunedFeatures,
+    TunedParameters,
+    fold,
+    untuned,
+)
+from fast_attention.feature_maps.base import Parameters
 from fast_attention.linear_attention import (
     LinearAttentionState,
     empty_state,
@@ -54,6 +63,10 @@ class FastAttention:
       check_masks: check masks given under jit when the program runs.
       exact_window: positions near each one whose weights are those of softmax attention, see
         :func:`fast_attention.near_field.near_field_attention`; None for none.
+      calibration: where parameters of a tuned estimator come from, see
+        :mod:`fast_attention.calibration`; None for other maps.
+      moment_decay: layers keep running averages of the moments of queries and keys in training,
+        with this decay a call; None keeps none.
     """
 
     feature_map: FeatureMap
@@ -70,6 +83,8 @@ class FastAttention:
     saved_states: SavedStates | None = None
     check_masks: bool = False
     exact_window: int | None = None
+    calibration: Calibration | None = None
+    moment_decay: float | None = None
 
     def __call__(
         self,
@@ -94,7 +109,8 @@ class FastAttention:
         axis: int | tuple[int, ...] | None = None,
         key_mask: Bool[Array, ...] | None = None,
         segment_ids: Int[Array, ...] | None = None,
-        projection: Float[Array, ...] | None = None,
+        query_mask: Bool[Array, ...] | None = None,
+        projection: TunedParameters | Float[Array, ...] | None = None,
     ) -> Float[Array, "*B T H V"]:
         """Computes attention.
 
@@ -128,8 +144,12 @@ class FastAttention:
           key_mask: ``[*B, S]`` (the shape of key without heads and width) or ``[*B, S, K]``,
             True = visible.
           segment_ids: as ``key_mask``, integers: attention stays within runs of equal ids.
+          query_mask: ``[*B, T]`` (the shape of query without heads and width), queries that are no
+            padding. It decides only which queries count where parameters come from the call; None
+            is `key_mask` where T = S, else all.
           projection: ``[M, D]``, or with leading head axes ``[K, M, D]``; used in place of the
-            fixed one. Layers that own their projection pass it here.
+            fixed one. Or calibrated parameters of a tuned estimator, used as they are. Layers that
+            own their projection pass it here.
 
         Returns:
           ``[*B, T, H, V]``. Rows that see no key are 0.
@@ -158,6 +178,13 @@ class FastAttention:
             check_masks=self.check_masks,
         )
         rng = None if deterministic else dropout_rng
+        parameters = self.resolve_parameters(projection, query.shape[-1], rng)
+        if self._from_call(projection, self.unidirectional or is_causal):
+            assert isinstance(self.feature_map, TunedFeatures)
+            if query_mask is not None:
+                axes = attended_axes(query.ndim, axis)
+                query_mask = fold_axes(query_mask.astype(bool), axes, trailing=0)
+            parameters = parameters_of_call(self.feature_map, parameters, call, query_mask)
         attend = linear_attention
         if self.exact_window is not None:
             attend = functools.partial(near_field_attention, exact_window=self.exact_window)
@@ -166,7 +193,7 @@ class FastAttention:
             call.key,
             call.value,
             feature_map=self.feature_map,
-            parameters=self._parameters(projection, rng, query.shape[-1]),
+            parameters=without_unused(parameters, not self.renormalize),
             causal=call.causal,
             key_mask=call.key_mask,
             key_bias=call.key_bias,
@@ -181,9 +208,20 @@ class FastAttention:
         )
         return call.unfold(out)
 
-    def draw_projection(self, key: Array, head_dim: int) -> Float[Array, "M D"] | None:
-        """Draws a projection ``[M, D]``, float32; None for a map without one."""
-        return self.feature_map.init(key, head_dim)
+    def draw_projection(
+        self, key: Array, head_dim: int
+    ) -> TunedParameters | Float[Array, "M D"] | None:
+        """Draws a projection ``[M, D]``, float32; None for a map without one.
+
+        With stored calibration these are parameters, of FAVOR+ to start with.
+        """
+        drawn = self.feature_map.init(key, head_dim)
+        return drawn.rows if self.calibration == "call" else drawn
+
+    def redraw_projection(self, key: Array, projection: TunedParameters) -> TunedParameters:
+        """Draws new rows for stored parameters, which stay calibrated."""
+        assert isinstance(self.feature_map, TunedFeatures)
+        return self.feature_map.redraw(key, projection)
 
     def init_state(
         self,
@@ -195,7 +233,7 @@ class FastAttention:
     ) -> LinearAttentionState | NearFieldState:
         """Returns the state before the first token; its size does not depend on ``max_length``."""
         del max_length
-        parameters = jax.eval_shape(lambda: self._parameters(None, None, head_dim))
+        parameters = jax.eval_shape(lambda: self.resolve_parameters(None, head_dim))
         sizes = batch_shape, num_kv_heads, head_dim, value_dim
         if self.exact_window is not None:
             return empty_near_field_state(self.feature_map, parameters, self.exact_window, *sizes)
@@ -209,7 +247,7 @@ class FastAttention:
         value: Float[Array, "*B T K V"],
         *,
         key_mask: Bool[Array, "*B T"] | None = None,
-        projection: Float[Array, ...] | None = None,
+        projection: TunedParameters | Float[Array, ...] | None = None,
     ) -> tuple[Float[Array, "*B T H V"], Any]:
         """Reads T tokens causally, continuing ``state``; padding (False) may be on either side."""
         check_heads(query, key, value)
@@ -220,7 +258,7 @@ class FastAttention:
             key,
             value,
             feature_map=self.feature_map,
-            parameters=self._parameters(projection, None, query.shape[-1]),
+            parameters=self._causal_parameters(projection, query.shape[-1]),
             key_mask=key_mask,
             normalize=self.renormalize,
             epsilon=self.epsilon,
@@ -235,7 +273,7 @@ class FastAttention:
         key: Float[Array, "*B K D"],
         value: Float[Array, "*B K V"],
         *,
-        projection: Float[Array, ...] | None = None,
+        projection: TunedParameters | Float[Array, ...] | None = None,
     ) -> tuple[Float[Array, "*B H V"], Any]:
         """Reads one token: constant time and memory, however many came before."""
         read = step if self.exact_window is None else near_field_step
@@ -245,39 +283,80 @@ class FastAttention:
             key,
             value,
             feature_map=self.feature_map,
-            parameters=self._parameters(projection, None, query.shape[-1]),
+            parameters=self._causal_parameters(projection, query.shape[-1]),
             normalize=self.renormalize,
             epsilon=self.epsilon,
         )
 
-    def _parameters(
-        self, projection: Array | None, rng: Array | None, head_dim: int
-    ) -> Array | None:
+    def resolve_parameters(
+        self,
+        projection: TunedParameters | Float[Array, ...] | None,
+        head_dim: int,
+        rng: Array | None = None,
+    ) -> Any:
+        """Returns the parameters of the feature map for a call.
+
+        Args:
+          projection: what the call was given.
+          head_dim: D of its queries and keys.
+          rng: a key for a redrawn projection, in training.
+
+        Returns:
+          Parameters: those given, else those drawn from `rng` if the function redraws, else the
+          fixed ones. Rows given to a tuned estimator get the parameters of FAVOR+.
+        """
         if self.qkv_dim is not None and head_dim != self.qkv_dim:
             raise ValueError(
                 f"This attention function was made for heads of width qkv_dim={self.qkv_dim}, but "
                 f"queries and keys have width {head_dim}; qkv_dim is the width of one head, not "
                 "of all heads together. Build it with the right one, or with qkv_dim=None."
             )
-        if projection is not None:
-            if projection.shape[-1] != head_dim:
+        tuned = isinstance(self.feature_map, TunedFeatures)
+        if isinstance(projection, TunedParameters):
+            if not tuned or projection.rows.shape[-1] != head_dim:
                 raise ValueError(
-                    f"projection must be [features, head width] = [M, {head_dim}], got shape "
-                    f"{projection.shape}."
+                    f"projection holds calibrated parameters for heads of width "
+                    f"{projection.rows.shape[-1]}, but this function has "
+                    f"{type(self.feature_map).__name__} and is called with heads of width "
+                    f"{head_dim}; calibrate(...) makes parameters for one function."
                 )
             return projection
-        if self.redraw_features and rng is not None:
+        if projection is None and self.redraw_features and rng is not None:
             # Independent of the dropout mask drawn from the same key.
             return self.feature_map.init(jax.random.fold_in(rng, 1), head_dim)
-        if self.projection_matrix is not None:
-            return self.projection_matrix
-        fixed = _fixed_projection(self.feature_map, self.seed, head_dim)
-        return None if fixed is None else jnp.asarray(fixed)
+        given = self.projection_matrix if projection is None else projection
+        if given is None:
+            return jax.tree.map(
+                jnp.asarray, _fixed_projection(self.feature_map, self.seed, head_dim)
+            )
+        if given.shape[-1] != head_dim:
+            raise ValueError(
+                f"projection must be [features, head width] = [M, {head_dim}], got shape "
+                f"{given.shape}."
+            )
+        return fold(given, untuned(head_dim)) if tuned else given
+
+    def _from_call(self, projection: Any, causal: bool) -> bool:
+        """Whether parameters come from the queries and keys of the call."""
+        if self.calibration != "call" or isinstance(projection, TunedParameters):
+            return False
+        if causal:
+            raise ValueError(
+                f"Causal attention cannot take the parameters of {self.feature_map} from its own "
+                "queries and keys: they would know the future. Make the function with "
+                "unidirectional=True or calibration='stored', and pass calibrate(...) as "
+                "projection=; layers keep it (fast_attention.layers.calibrate)."
+            )
+        return True
+
+    def _causal_parameters(self, projection: Any, head_dim: int) -> Any:
+        self._from_call(projection, causal=True)
+        parameters = self.resolve_parameters(projection, head_dim)
+        return without_unused(parameters, not self.renormalize)
 
 
 @functools.lru_cache(maxsize=64)
-def _fixed_projection(feature_map: FeatureMap, seed: int, head_dim: int) -> np.ndarray | None:
-    """Draws the projection of a seed, once, as a constant also where a trace is going on."""
+def _fixed_projection(feature_map: FeatureMap, seed: int, head_dim: int) -> Parameters:
+    """Draws the parameters of a seed, once, as constants also where a trace is going on."""
     with jax.ensure_compile_time_eval():
-        drawn = feature_map.init(jax.random.key(seed), head_dim)
-        return None if drawn is None else np.asarray(drawn)
+        return jax.tree.map(np.asarray, feature_map.init(jax.random.key(seed), head_dim))

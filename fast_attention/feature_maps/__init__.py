@@ -11,6 +11,11 @@ from fast_attention.feature_maps.elementwise import (
     SignedElementwiseFeatures as SignedElementwiseFeatures,
 )
 from fast_attention.feature_maps.elementwise import elementwise_map as elementwise_map
+from fast_attention.feature_maps.gaussian_family import TUNED_ESTIMATORS as TUNED_ESTIMATORS
+from fast_attention.feature_maps.gaussian_family import Tuning as Tuning
+from fast_attention.feature_maps.gaussian_family import tune as tune
+from fast_attention.feature_maps.gaussian_family import untuned as untuned
+from fast_attention.feature_maps.moments import Moments as Moments
 from fast_attention.feature_maps.projections import PROJECTIONS as PROJECTIONS
 from fast_attention.feature_maps.projections import draw_projection as draw_projection
 from fast_attention.feature_maps.projections import haar_orthogonal as haar_orthogonal
@@ -19,3 +24,6 @@ from fast_attention.feature_maps.projections import orthogonal_projection as ort
 from fast_attention.feature_maps.softmax import HyperbolicFeatures as HyperbolicFeatures
 from fast_attention.feature_maps.softmax import PositiveFeatures as PositiveFeatures
 from fast_attention.feature_maps.softmax import TrigonometricFeatures as TrigonometricFeatures
+from fast_attention.feature_maps.tuned import TunedFeatures as TunedFeatures
+from fast_attention.feature_maps.tuned import TunedParameters as TunedParameters
+from fast_attention.feature_maps.tuned import fold as fold

@@ -1,11 +1,13 @@
 """Random projections ``W [M, D]`` whose rows are standard Gaussian vectors, one by one or coupled.
 
-Shape letters: D head width, M features (rows).
+Shape letters: D head width, M features (rows), N rows of a block.
 
 References:
   Choromanski et al., "Rethinking Attention with Performers", arXiv:2009.14794, section 2.4 and
   appendix B (orthogonal features). Mezzadri, "How to generate random matrices from the classical
-  compact groups", arXiv:math-ph/0609050 (why QR needs the signs of the diagonal of R).
+  compact groups", arXiv:math-ph/0609050 (why QR needs the signs of the diagonal of R). Reid et
+  al., "Simplex Random Features", arXiv:2301.13856. Yu et al., "Orthogonal Random Features",
+  arXiv:1610.09072 (products of Hadamard matrices and random signs).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fast_attention.array_types import Array, Float
 
@@ -84,8 +87,7 @@ def orthogonal_projection(
     rows = haar_orthogonal(block_key, num_blocks, dim).reshape(num_blocks * dim, dim)[:num_rows]
     if scaling == 1:
         return rows * jnp.sqrt(jnp.float32(dim))
-    lengths = jnp.linalg.norm(jax.random.normal(length_key, (num_rows, dim), jnp.float32), axis=1)
-    return rows * lengths[:, None]
+    return rows * _gaussian_lengths(length_key, num_rows, dim)
 
 
 def orthogonal_sqrt_d_projection(key: Array, num_rows: int, dim: int) -> Float[Array, "M D"]:
@@ -93,12 +95,102 @@ def orthogonal_sqrt_d_projection(key: Array, num_rows: int, dim: int) -> Float[A
     return orthogonal_projection(key, num_rows, dim, scaling=1.0)
 
 
+def simplex_projection(key: Array, num_rows: int, dim: int) -> Float[Array, "M D"]:
+    """Draws rows that point to the corners of a simplex, block by block (arXiv:2301.13856).
+
+    The N <= D rows of a block have pairwise cosines ``-1 / (N - 1)``, a random rotation, and the
+    lengths of independent Gaussian vectors: each row by itself is exactly N(0, I).
+
+    Args:
+      key: a JAX random key.
+      num_rows: M, any positive number.
+      dim: D.
+
+    Returns:
+      float32 ``[M, D]``.
+
+    Raises:
+      ValueError: if a size is below 1.
+    """
+    _check_sizes(num_rows, dim)
+    block_key, length_key = jax.random.split(key)
+    num_blocks = -(-num_rows // dim)
+    turns = haar_orthogonal(block_key, num_blocks, dim)
+    blocks = [
+        _multiply(jnp.asarray(_simplex(min(dim, num_rows - start), dim)), turn)
+        for start, turn in zip(range(0, num_rows, dim), turns, strict=True)
+    ]
+    return jnp.concatenate(blocks) * _gaussian_lengths(length_key, num_rows, dim)
+
+
+def hadamard_projection(key: Array, num_rows: int, dim: int) -> Float[Array, "M D"]:
+    """Draws blocks ``H D3 H D2 H D1`` of Hadamard matrices and random signs (arXiv:1610.09072).
+
+    D is padded to a power of two N, and rows have the lengths of Gaussian vectors of width N. Rows
+    are nearly, not exactly, N(0, I), the more nearly the wider: their directions are finite in
+    number. It is drawn without QR; as a matrix it costs what any projection costs.
+
+    Args:
+      key: a JAX random key.
+      num_rows: M, any positive number.
+      dim: D.
+
+    Returns:
+      float32 ``[M, D]``.
+
+    Raises:
+      ValueError: if a size is below 1.
+    """
+    _check_sizes(num_rows, dim)
+    width = 1 << (dim - 1).bit_length()
+    num_blocks = -(-num_rows // width)
+    sign_key, length_key = jax.random.split(key)
+    signs = jax.random.rademacher(sign_key, (3, num_blocks, 1, width), jnp.float32)
+    hadamard = jnp.asarray(_hadamard(width))[None]
+    block = hadamard * signs[0]
+    for sign in signs[1:]:
+        block = _multiply(hadamard * sign, block)
+    rows = block.reshape(num_blocks * width, width)[:num_rows, :dim]
+    return rows * _gaussian_lengths(length_key, num_rows, width)
+
+
+def _simplex(count: int, dim: int) -> np.ndarray:
+    """``count <= dim`` unit vectors of equal angles, ``[count, dim]``."""
+    corners = np.eye(count, dim)
+    if count > 1:
+        corners[:, :count] -= 1 / count
+        corners /= np.linalg.norm(corners, axis=1, keepdims=True)
+    return corners.astype(np.float32)
+
+
+def _hadamard(width: int) -> np.ndarray:
+    """The orthogonal symmetric matrix of entries ``+-width^(-1/2)``, width a power of two."""
+    signs = np.ones((1, 1))
+    while len(signs) < width:
+        signs = np.kron([[1, 1], [1, -1]], signs)
+    return (signs / np.sqrt(width)).astype(np.float32)
+
+
+def _multiply(left: Array, right: Array) -> Array:
+    return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
+
+
+def _gaussian_lengths(key: Array, num_rows: int, dim: int) -> Float[Array, "M 1"]:
+    normal = jax.random.normal(key, (num_rows, dim), jnp.float32)
+    return jnp.linalg.norm(normal, axis=1)[:, None]
+
+
 PROJECTIONS: dict[str, Callable[[Array, int, int], Array]] = {
     "iid": iid_projection,
     "orthogonal": orthogonal_projection,
     "orthogonal_sqrt_d": orthogonal_sqrt_d_projection,
+    "simplex": simplex_projection,
+    "hadamard": hadamard_projection,
 }
 """Projections by name; each takes a key, M and D."""
+
+ANTITHETIC = "_antithetic"
+"""Behind a name: half as many rows, each used with both signs by maps that can."""
 
 
 def draw_projection(name: str, key: Array, num_rows: int, dim: int) -> Float[Array, "M D"]:

@@ -2,8 +2,12 @@
 
 from fast_attention.layers.attention_config import AttentionConfig as AttentionConfig
 from fast_attention.layers.attention_config import HeadGroup as HeadGroup
+from fast_attention.layers.calibrate import calibrate as calibrate
+from fast_attention.layers.calibrate import recalibrate as recalibrate
 from fast_attention.layers.feed_forward import ACTIVATIONS as ACTIVATIONS
 from fast_attention.layers.feed_forward import FeedForward as FeedForward
+from fast_attention.layers.held import Projection as Projection
+from fast_attention.layers.held import RunningMoments as RunningMoments
 from fast_attention.layers.image import ImageLinearAttention as ImageLinearAttention
 from fast_attention.layers.inputs import Inputs as Inputs
 from fast_attention.layers.layer_dropout import draw_layer_mask as draw_layer_mask
@@ -12,7 +16,6 @@ from fast_attention.layers.linformer import LinformerAttention as LinformerAtten
 from fast_attention.layers.masked_batch_norm import MaskedBatchNorm as MaskedBatchNorm
 from fast_attention.layers.multi_axis import MultiAxisAttention as MultiAxisAttention
 from fast_attention.layers.multi_head import MultiHeadAttention as MultiHeadAttention
-from fast_attention.layers.multi_head import Projection as Projection
 from fast_attention.layers.norms import NORMS as NORMS
 from fast_attention.layers.norms import ReZero as ReZero
 from fast_attention.layers.norms import ScaleNorm as ScaleNorm

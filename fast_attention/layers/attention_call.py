@@ -26,6 +26,7 @@ class Visible(NamedTuple):
       segment_ids: ``[B, T]``, positions see their own run of equal ids.
       positions: ``[B, T]``, for functions that rotate by themselves.
       mask: ``[B, T, T]``, what each of the first T keys is seen by.
+      query_mask: ``[B, T]``, False is padding, for functions that look at the queries together.
     """
 
     causal: bool = False
@@ -33,6 +34,7 @@ class Visible(NamedTuple):
     segment_ids: Int[Array, "B T"] | None = None
     positions: Int[Array, "B T"] | None = None
     mask: Bool[Array, "B T T"] | None = None
+    query_mask: Bool[Array, "B T"] | None = None
 
 
 def call_attention(
@@ -80,6 +82,8 @@ def call_attention(
         if mask is not True:
             told["mask"] = mask
         rotates = getattr(attention_fn, "rotary", True)
+        if visible.query_mask is not None and "query_mask" in names:
+            told["query_mask"] = visible.query_mask
         if visible.positions is not None and "positions" in names and rotates:
             told["positions"] = visible.positions
     return attention_fn(query, key, value, **told, **options)

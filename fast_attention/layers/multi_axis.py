@@ -14,8 +14,8 @@ from flax import nnx
 
 from fast_attention.array_types import Array, Bool, Float
 from fast_attention.axes import attended_axes, fold_axes, unfold_axes
+from fast_attention.layers.held import as_held, held_projection, redraw
 from fast_attention.layers.linear import Linear
-from fast_attention.layers.multi_head import Projection
 from fast_attention.softmax_attention import make_softmax_attention
 
 
@@ -26,7 +26,8 @@ class MultiAxisAttention(nnx.Module):
       attention_fn: What attends.
       attention_axes: The axes attended over, or None for all between the first and the last.
       query, key, value, out: Dense layers.
-      projection: The layer's own random `Projection`, None where `attention_fn` draws none.
+      projection: The layer's own random `Projection` (several by name, for stored parameters of
+        random features), None where `attention_fn` draws none.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class MultiAxisAttention(nnx.Module):
         self.out = linear(num_heads * value_dim, math.prod(self.output_shape))
         self.key_dim = key_dim
         drawn = self._draw(rngs)
-        self.projection = nnx.data(None if drawn is None else Projection(drawn))
+        self.projection = nnx.data(as_held(drawn, num_heads))
 
     def __call__(
         self,
@@ -134,7 +135,7 @@ class MultiAxisAttention(nnx.Module):
         if key_mask is not None:
             options["key_mask"] = fold_axes(key_mask, axes, trailing=0)
         if self.projection is not None:
-            options["projection"] = self.projection[...]
+            options["projection"] = held_projection(self.projection)
         if self.dropout_rate > 0 and not deterministic:
             if rngs is None:
                 raise ValueError(
@@ -161,7 +162,7 @@ class MultiAxisAttention(nnx.Module):
     def redraw(self, rngs: nnx.Rngs) -> None:
         """Replaces the layer's projection, if it has one."""
         if self.projection is not None:
-            self.projection[...] = self._draw(rngs)
+            redraw(self.attention_fn, self.projection, None, rngs.params(), self.key_dim)
 
     def _draw(self, rngs: nnx.Rngs) -> Any:
         draw = getattr(self.attention_fn, "draw_projection", None)

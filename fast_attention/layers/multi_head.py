@@ -6,11 +6,9 @@ heads, D head width, M features.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -28,15 +26,12 @@ from fast_attention.layers.head_groups import (
     read_keys,
     rotated,
 )
+from fast_attention.layers.held import as_held, held_projection, no_running_moments, observe, redraw
 from fast_attention.layers.inputs import Inputs
 from fast_attention.layers.linear import Linear
 from fast_attention.layers.query_key_value import QueryKeyValue
 
 NO_INPUTS = Inputs()
-
-
-class Projection(nnx.Variable):
-    """What a group of heads has drawn and not learned, such as random features ``[.., M, D]``."""
 
 
 class AttentionState(NamedTuple):
@@ -58,8 +53,11 @@ class MultiHeadAttention(nnx.Module):
       config: Its shape.
       project: `QueryKeyValue`, the dense layers in front.
       out: The dense layer behind.
-      projections: The `Projection` of each group, or None where a function draws none. They are
-        checkpointed with the model, are no parameters, and change only by `redraw`.
+      projections: The `Projection` of each group (several by name, if calibrated), or None where a
+        function draws none. Checkpointed with the model, no parameters; they change only by
+        `redraw`, `calibrate` and `recalibrate`.
+      moments: `RunningMoments` of groups whose function has a ``moment_decay``; training calls
+        update them.
     """
 
     def __init__(
@@ -85,7 +83,9 @@ class MultiHeadAttention(nnx.Module):
         )
         self.dropout = nnx.Dropout(config.dropout_rate)
         drawn = [draw_projection(group, rngs.params(), config.head_dim) for group in config.groups]
-        self.projections = nnx.List([None if x is None else Projection(x) for x in drawn])
+        kv_heads = [self._kv_heads(group) for group in config.groups]
+        self.projections = nnx.List([as_held(*x) for x in zip(drawn, kv_heads, strict=True)])
+        self.moments = nnx.List(no_running_moments(config, kv_heads))
 
     def __call__(
         self,
@@ -150,11 +150,19 @@ class MultiHeadAttention(nnx.Module):
             positions = jnp.broadcast_to(jnp.arange(length)[None], x.shape[:2])
         query, key, value = self.project(x, inputs.context)
         if self.config.context == "cross":
-            visible = Visible(key_mask=inputs.context_mask)
+            query_mask = inputs.key_mask
+            if query_mask is None:
+                query_mask = jnp.ones(x.shape[:2], bool)
+            visible = Visible(key_mask=inputs.context_mask, query_mask=query_mask)
         else:
             key_mask = self.project.key_mask(inputs, key.shape[:2], length)
             visible = Visible(
-                self.config.causal, key_mask, inputs.segment_ids, positions, inputs.mask
+                self.config.causal,
+                key_mask,
+                inputs.segment_ids,
+                positions,
+                inputs.mask,
+                inputs.key_mask,
             )
         out, chosen = [], []
         for index, (group, q, k, v) in enumerate(self._split(query, key, value)):
@@ -167,6 +175,9 @@ class MultiHeadAttention(nnx.Module):
             if after_memory and not hasattr(group.attention_fn, "init_state"):
                 after_memory, seen = False, causal_by_mask(seen, length)
             q, k = rotated(group, q, k, positions)
+            moments = self.moments[index]
+            if not deterministic and moments is not None:
+                observe(group.attention_fn, moments, q, k, seen)
             options = self._own(index) | dropout_options(group, deterministic, rngs)
             if after_memory:
                 attended = self._after_memory(group, q, k, v, seen, options)
@@ -270,18 +281,14 @@ class MultiHeadAttention(nnx.Module):
         return out[:, 0], state
 
     def redraw(self, rngs: nnx.Rngs) -> None:
-        """Replaces what the groups have drawn, if anything; stacked layers get one each."""
-        width = self.config.head_dim
-        for group, projection in zip(self.config.groups, self.projections, strict=True):
-            if projection is None:
-                continue
-            draw = functools.partial(draw_projection, group, head_dim=width)
-            single = jax.eval_shape(draw, jax.random.key(0)).ndim
-            stack = projection.shape[: projection.ndim - single]
-            for _ in stack:
-                draw = jax.vmap(draw)
-            key = rngs.params()
-            projection[...] = draw(jax.random.split(key, stack) if stack else key)
+        """Replaces what the groups have drawn, if anything; stacked layers get one each.
+
+        Calibrated parameters stay, or follow the running moments where there are any.
+        """
+        own = zip(self.config.groups, self.projections, self.moments, strict=True)
+        for group, held, moments in own:
+            if held is not None:
+                redraw(group.attention_fn, held, moments, rngs.params(), self.config.head_dim)
 
     def _continue(
         self, method: str, state: AttentionState, x: Array, inputs: Inputs, options: dict[str, Any]
@@ -300,10 +307,11 @@ class MultiHeadAttention(nnx.Module):
 
     def _read_context(self, context: tuple[Array, Array, Array | None], x: Array) -> Array:
         key, value, mask = context
+        visible = Visible(key_mask=mask, query_mask=jnp.ones(x.shape[:2], bool))
         split = self._split(self.project.queries(x), key, value)
         return self._merge(
             [
-                call_attention(group.attention_fn, q, k, v, Visible(key_mask=mask), **self._own(i))
+                call_attention(group.attention_fn, q, k, v, visible, **self._own(i))
                 for i, (group, q, k, v) in enumerate(split)
             ]
         )
@@ -355,8 +363,8 @@ class MultiHeadAttention(nnx.Module):
             start += group.num_heads
 
     def _own(self, index: int) -> dict[str, Any]:
-        projection = self.projections[index]
-        return {} if projection is None else {"projection": projection[...]}
+        held = self.projections[index]
+        return {} if held is None else {"projection": held_projection(held)}
 
     def _merge(self, parts: Sequence[Array]) -> Array:
         joined = jnp.concatenate(parts, axis=-2) if len(parts) > 1 else parts[0]

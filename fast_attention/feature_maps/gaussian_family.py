@@ -1,0 +1,252 @@
+r"""The positive Gaussian estimators of ``exp(x . y)``: from moments of the data to parameters.
+
+All of them are one formula, importance sampling of ``E_w exp(w . (x + y))`` with a Gaussian of
+another covariance. With shifts a, b, matrices ``P1^T P2 = I``, curvatures ``A_l <= 0``,
+``S = 1 - 4 A`` and shrinkage ``0 <= c_l <= 1``::
+
+    x~ = sqrt(c) P1 (x - a),   y~ = sqrt(c) P2 (y - b)
+    log phi_Q,m = sum_l A_l w_ml^2 + w_m . (sqrt(S) x~) - |x~|^2 / 2 + b . x - a . b + const
+    log phi_K,m = sum_l A_l w_ml^2 + w_m . (sqrt(S) y~) - |y~|^2 / 2 + a . y         + const
+
+and ``E sum_m phi_Q,m phi_K,m = exp(x . y)`` where ``c = 1``, for any a, b, P1, P2 and A. The
+relative second moment of a feature is the product over directions of
+``(1 - 4 A) (1 - 8 A)^(-1/2) exp(u^2 / (1 - 8 A))`` with ``u = x~ + y~``. What the names choose:
+
+=========== =============================== ===========================================
+favor+      P1 = P2 = I                     A = 0
+favor++     P1 = P2 = I                     one A for all directions
+saderf      diagonal, of equal mean squares one A
+sderf       eigenvectors of E u u^T         one A per direction
+aderf       second moments made equal       one A
+aderf+      second moments made equal       one A per direction
+wderf       as aderf+, rescaled             one A per direction, weighted towards large weights
+wderf_s     as wderf of ``sqrt(c) x``       the same, and c < 1: biased towards the uniform average
+=========== =============================== ===========================================
+
+Rows are turned into the basis of the eigenvectors before, which changes nothing in distribution:
+their signs, and vectors of equal eigenvalues, are a matter of rounding, and what comes of data must
+not be. Hence ``stretch = U sqrt(S) U^T`` below, and norms with a ``U`` in front.
+
+The first six also with the prefix ``centred_``: a and b are the means (always so for the last two).
+
+References: Choromanski et al., arXiv:2009.14794 (FAVOR+); Likhosherstov et al., arXiv:2205.15317
+(FAVOR++) and arXiv:2302.00787 (SADERF, SDERF, ADERF, together FAVOR#). Centring, ADERF+, WDERF and
+WDERF-S are this project's.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fast_attention.array_types import Array, Float
+from fast_attention.feature_maps.moments import Moments
+from fast_attention.feature_maps.shrinkage import (
+    best_curvature,
+    shrinkage,
+    weighted_square,
+)
+
+_UNCENTRED = ("favor+", "favor++", "saderf", "sderf", "aderf", "aderf+")
+CENTRED = "centred_"
+TUNED_ESTIMATORS: tuple[str, ...] = (
+    *_UNCENTRED[1:],
+    *(CENTRED + name for name in _UNCENTRED),
+    "wderf",
+    "wderf_s",
+)
+"""Names of the estimators with parameters from data."""
+
+# Added to second moments of trace D, so that each has an inverse.
+RIDGE = 1e-6
+# Queries that hardly differ are given this share of the keys' mean square at least, and vice versa.
+SMALLEST_SHARE = 1e-6
+SMALLEST_SQUARE = 1e-12
+
+
+class Tuning(NamedTuple):
+    """Parameters of the family for queries and keys as they come, before the scale D^(-1/4).
+
+    Attributes:
+      query_shift: a, ``[*B, D]``, on the scale of queries.
+      key_shift: b, ``[*B, D]``, on that of keys.
+      query_norm: ``U sqrt(c) P1 D^(-1/4)``, ``[*B, D, D]``: ``|x~|`` is the length of this times
+        ``q - a``. U is orthogonal, the basis in which A is diagonal.
+      key_norm: ``U sqrt(c) P2 D^(-1/4)``, the same for keys.
+      stretch: ``U sqrt(1 - 4 A) U^T``, ``[*B, D, D]``, what rows are multiplied by.
+      log_stretch: logarithm of its determinant, ``[*B]``.
+    """
+
+    query_shift: Float[Array, "*B D"]
+    key_shift: Float[Array, "*B D"]
+    query_norm: Float[Array, "*B D D"]
+    key_norm: Float[Array, "*B D D"]
+    stretch: Float[Array, "*B D D"]
+    log_stretch: Float[Array, "*B"]
+
+
+def untuned(head_dim: int) -> Tuning:
+    """Returns the parameters of FAVOR+: no shift, identity, no curvature."""
+    zero = jnp.zeros(head_dim, jnp.float32)
+    eye = jnp.eye(head_dim, dtype=jnp.float32)
+    norm = eye * head_dim**-0.25
+    return Tuning(zero, zero, norm, norm, eye, jnp.float32(0))
+
+
+def keeps_lengths(estimator: str) -> bool:
+    """Whether P1 and P2 are orthogonal, so that ``|y~| = |y - b|`` needs no product."""
+    return estimator.removeprefix(CENTRED) in ("favor+", "favor++", "sderf")
+
+
+def tune(estimator: str, moments: Moments, num_features: int) -> Tuning:
+    """Returns the parameters that suit queries and keys of these moments.
+
+    Args:
+      estimator: one of :data:`TUNED_ESTIMATORS`.
+      moments: of raw queries and keys, leading axes ``[*B]``.
+      num_features: M, which decides how far "wderf_s" shrinks.
+
+    Returns:
+      Finite parameters, whatever the moments: equal keys, one position or none.
+    """
+    check_estimator(estimator)
+    width = moments.query.mean.shape[-1]
+    scale = width**-0.25
+    base = estimator.removeprefix(CENTRED)
+    if base.startswith("wderf") or base != estimator:
+        a, b = moments.query.mean * scale, moments.key.mean * scale
+        mean_x, mean_y = jnp.zeros_like(a), jnp.zeros_like(b)
+        second_x, second_y = (side.covariance * scale**2 for side in moments)
+    else:
+        mean_x, mean_y = moments.query.mean * scale, moments.key.mean * scale
+        a, b = jnp.zeros_like(mean_x), jnp.zeros_like(mean_y)
+        second_x, second_y = (
+            (side.covariance + side.mean[..., :, None] * side.mean[..., None, :]) * scale**2
+            for side in moments
+        )
+    p1, p2, curvature, basis = _solve(base, second_x, second_y, mean_x, mean_y, num_features)
+    root = jnp.sqrt(1 - 4 * curvature)
+    return Tuning(
+        a / scale,
+        b / scale,
+        _multiply(basis, p1) * scale,
+        _multiply(basis, p2) * scale,
+        _multiply(basis * root[..., None, :], _transpose(basis)),
+        jnp.log(root).sum(-1),
+    )
+
+
+def check_estimator(estimator: str) -> None:
+    """Raises ValueError unless the name is one of :data:`TUNED_ESTIMATORS`."""
+    if estimator not in TUNED_ESTIMATORS:
+        raise ValueError(
+            f"Unknown tuned estimator {estimator!r}; choose one of {', '.join(TUNED_ESTIMATORS)}."
+        )
+
+
+def balance(second_x: Array, second_y: Array) -> tuple[Array, Array, Array, Array]:
+    """Makes two second moments equal and diagonal.
+
+    Args:
+      second_x: ``[*B, D, D]``, symmetric, not negative.
+      second_y: the same.
+
+    Returns:
+      ``P1, P2 [*B, D, D]`` with ``P1^T P2 = I``, ``sigma [*B, D]`` with ``P1 second_x P1^T =
+      P2 second_y P2^T = diag(sigma)``, up to the ridge, and an orthogonal ``U [*B, D, D]`` such
+      that ``U P1`` and ``U P2`` depend smoothly on the moments.
+    """
+    width = second_x.shape[-1]
+    eye = jnp.eye(width, dtype=second_x.dtype)
+    square_x, square_y = _mean_squares(second_x, second_y)
+
+    def root(second: Array, square: Array) -> Array:
+        unit = second / square[..., None, None]
+        return jnp.linalg.cholesky(unit + RIDGE * jnp.broadcast_to(eye, unit.shape))
+
+    root_x, root_y = root(second_x, square_x), root(second_y, square_y)
+    # With L1, L2 these roots and L1^T L2 = U Sigma V^T: one decomposition gives both matrices.
+    mixed = _multiply(_transpose(root_x), root_y)
+    squares, u = jnp.linalg.eigh(_multiply(mixed, _transpose(mixed)))
+    # Rounding leaves nothing of the smallest; any positive number keeps P1^T P2 = I.
+    sigma = jnp.sqrt(jnp.maximum(squares, 1e-10 * squares[..., -1:]))
+    basis = _transpose(u)
+    inverse = jax.scipy.linalg.solve_triangular(
+        root_x, jnp.broadcast_to(eye, root_x.shape), lower=True
+    )
+    p1 = jnp.sqrt(sigma)[..., None] * _multiply(basis, inverse)
+    p2 = _multiply(basis, _transpose(root_x)) / jnp.sqrt(sigma)[..., None]
+    ratio = (square_y / square_x)[..., None, None] ** 0.25
+    return p1 * ratio, p2 / ratio, sigma * jnp.sqrt(square_x * square_y)[..., None], u
+
+
+def _solve(
+    base: str, second_x: Array, second_y: Array, mean_x: Array, mean_y: Array, num_features: int
+) -> tuple[Array, Array, Array, Array]:
+    """Returns P1, P2 (times the root of c), A, and the basis of rows."""
+    width = second_x.shape[-1]
+    eye = jnp.broadcast_to(jnp.eye(width, dtype=second_x.dtype), second_x.shape)
+    if base == "favor+":
+        return eye, eye, jnp.zeros_like(mean_x), eye
+    if base == "favor++":
+        square = _diagonal(second_x) + _diagonal(second_y) + 2 * mean_x * mean_y
+        return eye, eye, _one_curvature(square), eye
+    if base == "saderf":
+        square_x, square_y = _diagonal(second_x), _diagonal(second_y)
+        floor_x, floor_y = _mean_squares(second_x, second_y)
+        x = jnp.maximum(square_x, RIDGE * floor_x[..., None])
+        y = jnp.maximum(square_y, RIDGE * floor_y[..., None])
+        psi = (y / x) ** 0.25
+        square = psi**2 * square_x + square_y / psi**2 + 2 * mean_x * mean_y
+        return eye * psi[..., None], eye / psi[..., None], _one_curvature(square), eye
+    if base == "sderf":
+        cross = mean_x[..., :, None] * mean_y[..., None, :]
+        squares, vectors = jnp.linalg.eigh(second_x + second_y + cross + _transpose(cross))
+        rotation = _transpose(vectors)
+        return rotation, rotation, best_curvature(jnp.maximum(squares, 0)), vectors
+    p1, p2, sigma, basis = balance(second_x, second_y)
+    if base in ("aderf", "aderf+"):
+        square = 2 * sigma + 2 * _apply(p1, mean_x) * _apply(p2, mean_y)
+        curvature = _one_curvature(square) if base == "aderf" else _curvatures(square)
+        return p1, p2, curvature, basis
+    keep = shrinkage(sigma, num_features) if base == "wderf_s" else jnp.ones_like(sigma)
+    sigma = keep * sigma
+    # Of the weight that attention gives, keys lie further out than queries.
+    gain = (1 + sigma**2) ** 0.25
+    p1 = p1 * (jnp.sqrt(keep) * gain)[..., None]
+    p2 = p2 * (jnp.sqrt(keep) / gain)[..., None]
+    return p1, p2, best_curvature(weighted_square(sigma)), basis
+
+
+def _mean_squares(second_x: Array, second_y: Array) -> tuple[Array, Array]:
+    """Mean squares ``[*B]`` per direction, none of them vanishing beside the other."""
+    x, y = (_diagonal(second).mean(-1) for second in (second_x, second_y))
+    floor = jnp.maximum(SMALLEST_SHARE * jnp.maximum(x, y), SMALLEST_SQUARE)
+    return jnp.maximum(x, floor), jnp.maximum(y, floor)
+
+
+def _one_curvature(square: Array) -> Array:
+    mean = jnp.maximum(square.mean(-1, keepdims=True), 0)
+    return jnp.broadcast_to(best_curvature(mean), square.shape)
+
+
+def _curvatures(square: Array) -> Array:
+    return best_curvature(jnp.maximum(square, 0))
+
+
+def _diagonal(matrix: Array) -> Array:
+    return jnp.diagonal(matrix, axis1=-2, axis2=-1)
+
+
+def _transpose(matrix: Array) -> Array:
+    return jnp.swapaxes(matrix, -1, -2)
+
+
+def _multiply(left: Array, right: Array) -> Array:
+    return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
+
+
+def _apply(matrix: Array, vector: Array) -> Array:
+    return _multiply(matrix, vector[..., None])[..., 0]

@@ -1,0 +1,162 @@
+"""What layers hold for their attention functions: random projections, parameters, moments.
+
+Shape letters: B batch, T length, S keys, H heads, K key/value heads, D head width, R rows drawn.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fast_attention.array_types import Array
+from fast_attention.calibration import retune, tuned_map
+from fast_attention.feature_maps.moments import (
+    Moments,
+    Spread,
+    measure,
+    no_moments,
+    running_average,
+)
+from fast_attention.feature_maps.tuned import TunedParameters, fold
+from fast_attention.layers.attention_call import Visible
+from fast_attention.layers.attention_config import AttentionConfig
+
+
+class Projection(nnx.Variable):
+    """What a group of heads has drawn and not learned, such as random features ``[.., M, D]``."""
+
+
+class RunningMoments(nnx.BatchStat):
+    """A running average over training of means or covariances of queries or keys."""
+
+
+def as_held(drawn: Any, kv_heads: int) -> Any:
+    """Makes variables of what an attention function drew.
+
+    Args:
+      drawn: an array, parameters of tuned features, or None.
+      kv_heads: K; each key head gets tuned parameters of its own.
+
+    Returns:
+      A `Projection`, an ``nnx.Dict`` of them by the names of `TunedParameters`, or None.
+    """
+    if drawn is None:
+        return None
+    if not isinstance(drawn, TunedParameters):
+        return Projection(drawn)
+    heads = jax.tree.map(lambda x: jnp.broadcast_to(x, (kv_heads, *x.shape)), drawn.tuning)
+    parameters = fold(drawn.rows[None], heads)
+    return nnx.Dict({name: Projection(x) for name, x in parameters._asdict().items()})
+
+
+def held_projection(held: Any) -> Any:
+    """Returns what was held, as attention functions take it."""
+    if not isinstance(held, nnx.Dict):
+        return held[...]
+    return TunedParameters(**{name: held[name][...] for name in TunedParameters._fields})
+
+
+def hold(held: nnx.Dict, parameters: TunedParameters) -> None:
+    """Replaces the parameters held."""
+    for name, x in parameters._asdict().items():
+        held[name][...] = x
+
+
+def redraw(
+    attention_fn: Callable[..., Any], held: Any, moments: Any, key: Array, head_dim: int
+) -> None:
+    """Replaces what was drawn, one draw for each of stacked layers.
+
+    Args:
+      attention_fn: Which drew it.
+      held: As from `as_held`.
+      moments: Running moments, which calibrated parameters follow; None leaves these as they are.
+      key: Random key.
+      head_dim: D.
+    """
+    function: Any = attention_fn
+    if isinstance(held, nnx.Dict):
+        hold(held, function.redraw_projection(key, held_projection(held)))
+        if moments is not None:
+            recalibrate_held(attention_fn, held, moments)
+        return
+    draw = functools.partial(function.draw_projection, head_dim=head_dim)
+    single = jax.eval_shape(draw, jax.random.key(0)).ndim
+    stack = held.shape[: held.ndim - single]
+    for _ in stack:
+        draw = jax.vmap(draw)
+    held[...] = draw(jax.random.split(key, stack) if stack else key)
+
+
+def no_running_moments(config: AttentionConfig, kv_heads: Sequence[int]) -> list[nnx.Dict | None]:
+    """Variables for running moments that have seen nothing, for each group that wants them."""
+    made: list[nnx.Dict | None] = []
+    for group, heads in zip(config.groups, kv_heads, strict=True):
+        if getattr(group.attention_fn, "moment_decay", None) is None:
+            made.append(None)
+            continue
+        parts = {
+            f"{side}_{name}": RunningMoments(x)
+            for side, spread in no_moments(heads, config.head_dim)._asdict().items()
+            for name, x in spread._asdict().items()
+        }
+        made.append(nnx.Dict(parts))
+    return made
+
+
+def observe(
+    attention_fn: Callable[..., Any], held: nnx.Dict, query: Array, key: Array, visible: Visible
+) -> None:
+    """Updates running moments by the queries and keys of a call.
+
+    Args:
+      attention_fn: With its ``moment_decay``.
+      held: As from `no_running_moments`.
+      query: ``[B, T, H, D]``.
+      key: ``[B, S, K, D]``.
+      visible: Whose masks tell padding.
+    """
+    new = measure_visible(query, key, visible.query_mask, visible.key_mask)
+    decay = attention_fn.moment_decay  # pyright: ignore[reportFunctionMemberAccess]
+    averaged = running_average(running_moments(held), new, decay)
+    for side, spread in averaged._asdict().items():
+        for name, x in spread._asdict().items():
+            held[f"{side}_{name}"][...] = x
+
+
+def measure_visible(
+    query: Array, key: Array, query_mask: Array | None, key_mask: Array | None
+) -> Moments:
+    """Measures a batch as one, for each key head; masks are ``[B, T]`` and ``[B, S]``."""
+    if query_mask is None and query.shape[-3] == key.shape[-3]:
+        query_mask = key_mask
+    masks = [None if mask is None else mask[..., None] for mask in (query_mask, key_mask)]
+    return measure(query, key, query_mask=masks[0], key_mask=masks[1], pooled=True)
+
+
+def running_moments(held: nnx.Dict) -> Moments:
+    """Returns the moments held."""
+    sides = (
+        Spread(*(held[f"{side}_{name}"][...] for name in Spread._fields))
+        for side in Moments._fields
+    )
+    return Moments(*sides)
+
+
+def recalibrate_held(attention_fn: Callable[..., Any], held: nnx.Dict, moments: nnx.Dict) -> None:
+    """Derives parameters from running moments; heads that have seen nothing keep theirs."""
+    averages, before = running_moments(moments), held_projection(held)
+    after = retune(tuned_map(attention_fn), before, averages)
+    seen = jnp.minimum(averages.query.weight, averages.key.weight) > 0
+
+    def choose(old: Array, new: Array) -> Array:
+        return jnp.where(seen.reshape(seen.shape + (1,) * (old.ndim - seen.ndim)), new, old)
+
+    # The rows, which heads share, are the same in both.
+    chosen = jax.tree.map(choose, before._replace(rows=None), after._replace(rows=None))
+    hold(held, chosen._replace(rows=after.rows))
