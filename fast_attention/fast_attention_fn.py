@@ -193,7 +193,9 @@ class FastAttention:
             call.key,
             call.value,
             feature_map=self.feature_map,
-            parameters=without_unused(parameters, not self.renormalize),
+            parameters=without_unused(
+                parameters, not self.renormalize or self.exact_window is not None
+            ),
             causal=call.causal,
             key_mask=call.key_mask,
             key_bias=call.key_bias,
