@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import traceback
@@ -37,6 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if arguments is None and options.command == "train":
         restart_with_huge_pages()
+    if arguments is None and not options.traceback:
+        # This process is the command's own, and what fails is told below in one line: the logs of
+        # libraries would bury that under the tracebacks of their threads.
+        logging.disable(logging.ERROR)
     try:
         COMMANDS[options.command].run(options)
     except Stopped as stopped:
