@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 import threading
@@ -61,9 +62,10 @@ def silence_libraries() -> None:
     """Keeps tracebacks of libraries off stderr, in a process that runs one command.
 
     Orbax logs the traceback of what it raises, which is told in one line in the end. So is what
-    fails in a thread, such as TensorBoard's writer.
+    fails in a thread, such as TensorBoard's writer, or in an event loop.
     """
     absl.logging.set_verbosity(absl.logging.FATAL)
+    logging.disable(logging.ERROR)
     threading.excepthook = _tell_thread
 
 
