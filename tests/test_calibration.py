@@ -49,7 +49,7 @@ def test_masked_is_truncated_and_rows_do_not_know_of_each_other():
     out = attend(*wild, key_mask=mask)
     for row, length in enumerate(lengths):
         alone = attend(*(x[row : row + 1, :length] for x in (q, k, v)))
-        np.testing.assert_allclose(out[row : row + 1, :length], alone, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(out[row : row + 1, :length], alone, rtol=1e-3, atol=1e-4)
 
 
 def test_queries_of_another_sequence_have_a_mask_of_their_own():
@@ -59,7 +59,7 @@ def test_queries_of_another_sequence_have_a_mask_of_their_own():
     attend = jax.jit(tuned())
     out = attend(q, k, v, key_mask=mask, query_mask=np.ones((B, T), bool))
     short = attend(q, k[:, :7], v[:, :7])
-    np.testing.assert_allclose(out, short, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(out, short, rtol=1e-3, atol=1e-4)
 
 
 def test_parameters_of_a_call_are_those_calibrated_on_it():

@@ -21,7 +21,7 @@ BIAS_COST = 2.0
 
 _LARGEST_LOG_PRICE = 20.0
 _LARGEST_MOMENT = 80.0
-_TRIALS, _ROUNDS, _HALVINGS = 8, 5, 20
+_TRIALS, _ROUNDS, _HALVINGS = 8, 8, 24
 
 
 def best_curvature(square: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
