@@ -14,6 +14,7 @@ from fast_attention.protein_lm.fasta_parser import (
     scan_fasta,
 )
 from fast_attention.protein_lm.skipped_records import SkippedRecord, SkippedRecords
+from fast_attention.protein_lm.table_parser import is_table, scan_table
 from fast_attention.protein_lm.text_source import FastaError
 
 FastaPaths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -72,7 +73,10 @@ def read_proteins(
     unique_ids: bool = False,
     max_residues: int = MAX_RESIDUES,
 ) -> Iterator[FastaRecord]:
-    """Reads proteins one by one from one or several files; see `read_fasta` for what a file may be.
+    """Reads proteins one by one from one or several files.
+
+    See `read_fasta` for what a FASTA file may be. A file whose name ends in ``.csv`` or ``.tsv``
+    (or these and ``.gz``) is a table, see `table_parser`.
 
     What is wrong with a record can be skipped. What is wrong with a file (missing, empty, cut off,
     no FASTA file, NUL bytes) always raises, since nobody knows how many records it has lost.
@@ -116,7 +120,8 @@ def _read(
     # Hashes of ids, and one number for file and line: half of what ids and tuples would take.
     places: dict[int, int] = {}
     for index, path in enumerate(files):
-        found = scan_fasta(path, alphabet=alphabet, replace=replace, max_residues=max_residues)
+        scan = scan_table if is_table(path) else scan_fasta
+        found = scan(path, alphabet=alphabet, replace=replace, max_residues=max_residues)
         for line, record in found:
             if unique_ids and isinstance(record, FastaRecord):
                 place = line * len(files) + index

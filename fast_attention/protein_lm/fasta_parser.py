@@ -83,7 +83,7 @@ def scan_fasta(
       FastaError: if the file as a whole cannot be read: missing, empty, cut off, no FASTA file, or
         with NUL bytes.
     """
-    rules = _Rules(alphabet, replace, max_residues)
+    rules = RecordRules(alphabet, replace, max_residues)
     draft = None
     line, begins_line = 1, True
     for piece in read_pieces(path):
@@ -110,8 +110,11 @@ def scan_fasta(
         yield draft.line, found
 
 
-class _Rules:
+class RecordRules:
+    """What a record may hold."""
+
     def __init__(self, alphabet: str, replace: bool, max_residues: int):
+        """Takes the arguments of `scan_fasta`."""
         self.alphabet = "".join(sorted(alphabet))
         allowed = (alphabet + alphabet.lower()).encode()
         self.passing = _LETTERS if replace else allowed
@@ -120,10 +123,22 @@ class _Rules:
         self.replacements = bytes.maketrans(unknown, b"X" * len(unknown)) if replace else None
 
 
+def make_record(
+    rules: RecordRules, header: str, residues: str, line: int
+) -> FastaRecord | BadRecord:
+    """Makes a record of a header and residues that stand in one line of a file."""
+    draft = _Draft(rules, line)
+    header = header.replace("\n", " ")
+    bad = draft.add(f"{header}\n{residues}".encode(), line - 1)
+    found = bad or draft.finish()
+    assert found is not None, "a draft that is not bad becomes a record"
+    return found
+
+
 class _Draft:
     """The record that is being read."""
 
-    def __init__(self, rules: _Rules, line: int):
+    def __init__(self, rules: RecordRules, line: int):
         self.line = line
         self._rules = rules
         self._header, self._in_header = b"", True

@@ -58,7 +58,10 @@ def name_format(head: bytes) -> str:
         return "This looks like JSON: write its proteins to a FASTA file."
     line = text.partition(b"\n")[0].strip()
     if re.search(rb"[\t,;]", line):
-        return "This looks like a table: write two lines for each protein, '>id' and its residues."
+        return (
+            "This looks like a table: with columns of ids and sequences it is read if its name ends "
+            "in .csv or .tsv. Otherwise write two lines for each protein, '>id' and its residues."
+        )
     if re.fullmatch(rb"[A-Za-z*]+", line):
         return "These may be residues without a header: put a line such as '>name' before them."
     return _PROTEINS

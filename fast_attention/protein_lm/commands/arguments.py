@@ -27,7 +27,8 @@ def add_fasta(parser: argparse.ArgumentParser, meaning: str) -> None:
         action="append",
         required=True,
         metavar="PATH",
-        help=f"{meaning}: a FASTA file, plain or gzip, or a folder of them; may be repeated",
+        help=f"{meaning}: a FASTA file (or a table, .csv or .tsv), plain or gzip, or "
+        "a folder of FASTA files; may be repeated",
     )
 
 
