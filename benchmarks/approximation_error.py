@@ -14,6 +14,7 @@ import argparse
 import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -147,7 +148,7 @@ def squared_errors(
             projection=coupling,
         )
         draw = functools.partial(attention.draw_projection, head_dim=target.shape[-1])
-        rows = jax.vmap(draw)(keys)
+        rows: Any = jax.jit(jax.vmap(draw))(keys)
         if estimator == "google":
             out = np.stack([google(data, np.asarray(w)) for w in rows])
         else:

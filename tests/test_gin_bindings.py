@@ -12,7 +12,11 @@ from fast_attention import (
     make_local_attention,
     make_strided_attention,
 )
-from fast_attention.feature_maps import ExponentialFeatures, SignedElementwiseFeatures
+from fast_attention.feature_maps import (
+    ExponentialFeatures,
+    SignedElementwiseFeatures,
+    TunedFeatures,
+)
 
 FORMULAS = {
     "jcos": np.cos,
@@ -105,3 +109,15 @@ def test_the_list_is_complete():
 def test_an_unknown_parameter_is_refused():
     with pytest.raises(ValueError, match="nb_featurs"):
         built("make_fast_softmax_attention.nb_featurs = 3")
+
+
+def test_estimators_and_couplings_by_name():
+    attention = built(
+        "a_model.attention_fn = @make_fast_softmax_attention()",
+        "make_fast_softmax_attention.unidirectional = True",
+        "make_fast_softmax_attention.estimator = 'wderf_s'",
+        "make_fast_softmax_attention.projection = 'orthogonal_antithetic'",
+        "make_fast_softmax_attention.moment_decay = 0.99",
+    )
+    assert attention.feature_map == TunedFeatures("wderf_s", 128, "orthogonal", both_signs=True)
+    assert attention.calibration == "stored" and attention.moment_decay == 0.99

@@ -145,7 +145,8 @@ def hadamard_projection(key: Array, num_rows: int, dim: int) -> Float[Array, "M 
     width = 1 << (dim - 1).bit_length()
     num_blocks = -(-num_rows // width)
     sign_key, length_key = jax.random.split(key)
-    signs = jax.random.rademacher(sign_key, (3, num_blocks, 1, width), jnp.float32)
+    bits = jax.random.bits(sign_key, (3, num_blocks, 1, width), jnp.uint32)
+    signs = jnp.where(bits % 2 == 0, jnp.float32(1), jnp.float32(-1))
     hadamard = jnp.asarray(_hadamard(width))[None]
     block = hadamard * signs[0]
     for sign in signs[1:]:

@@ -84,7 +84,7 @@ class MultiHeadAttention(nnx.Module):
         self.dropout = nnx.Dropout(config.dropout_rate)
         drawn = [draw_projection(group, rngs.params(), config.head_dim) for group in config.groups]
         kv_heads = [self._kv_heads(group) for group in config.groups]
-        self.projections = nnx.List([as_held(*x) for x in zip(drawn, kv_heads, strict=True)])
+        self.projections = nnx.List(map(as_held, drawn, kv_heads))
         self.moments = nnx.List(no_running_moments(config, kv_heads))
 
     def __call__(
@@ -150,10 +150,8 @@ class MultiHeadAttention(nnx.Module):
             positions = jnp.broadcast_to(jnp.arange(length)[None], x.shape[:2])
         query, key, value = self.project(x, inputs.context)
         if self.config.context == "cross":
-            query_mask = inputs.key_mask
-            if query_mask is None:
-                query_mask = jnp.ones(x.shape[:2], bool)
-            visible = Visible(key_mask=inputs.context_mask, query_mask=query_mask)
+            own = jnp.ones(x.shape[:2], bool) if inputs.key_mask is None else inputs.key_mask
+            visible = Visible(key_mask=inputs.context_mask, query_mask=own)
         else:
             key_mask = self.project.key_mask(inputs, key.shape[:2], length)
             visible = Visible(
@@ -307,11 +305,11 @@ class MultiHeadAttention(nnx.Module):
 
     def _read_context(self, context: tuple[Array, Array, Array | None], x: Array) -> Array:
         key, value, mask = context
-        visible = Visible(key_mask=mask, query_mask=jnp.ones(x.shape[:2], bool))
+        seen = Visible(key_mask=mask, query_mask=jnp.ones(x.shape[:2], bool))
         split = self._split(self.project.queries(x), key, value)
         return self._merge(
             [
-                call_attention(group.attention_fn, q, k, v, visible, **self._own(i))
+                call_attention(group.attention_fn, q, k, v, seen, **self._own(i))
                 for i, (group, q, k, v) in enumerate(split)
             ]
         )
