@@ -60,7 +60,7 @@ def name_format(head: bytes) -> str:
     if re.search(rb"[\t,;]", line):
         return (
             "This looks like a table: with columns of ids and sequences it is read if its name "
-            "ends in .csv or .tsv. Otherwise write two lines for each protein, '>id' and its residues."
+            "ends in .csv or .tsv. Otherwise write two lines for each: '>id' and its residues."
         )
     if re.fullmatch(rb"[A-Za-z*]+", line):
         return "These may be residues without a header: put a line such as '>name' before them."
