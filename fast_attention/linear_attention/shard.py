@@ -22,7 +22,6 @@ from jax import lax
 
 from fast_attention.array_types import Array, Bool, Float, Int
 from fast_attention.feature_maps.base import FeatureMap, Parameters
-from fast_attention.linear_attention import chunked
 from fast_attention.linear_attention.api import implementation_names, run_implementation
 from fast_attention.linear_attention.checks import spread_segments
 from fast_attention.linear_attention.inputs import Inputs, Plan, SavedStates
@@ -32,6 +31,9 @@ from fast_attention.linear_attention.segments import attend_within_segments
 from fast_attention.linear_attention.state import LinearAttentionState, emptied
 from fast_attention.manual_axes import vary_alike
 from fast_attention.mesh_layout import AxisName
+
+REDUCTIONS = ("chunked",)
+"""What reduces keys alone, and lets queries read a state alone."""
 
 
 class Edges(NamedTuple):
@@ -234,7 +236,7 @@ def reduced_keys(plan: Plan, inputs: Inputs) -> LinearAttentionState:
     """Returns the state of all keys in ``inputs``, and of no other."""
     reduce = dataclasses.replace(plan, causal=False)
     keys = inputs._replace(query=inputs.query[:, :0], segment_ids=None, state=emptied(inputs.state))
-    return chunked.attend(reduce, keys)[1]
+    return run_implementation(reduce, keys, REDUCTIONS)[1]
 
 
 def state_read(plan: Plan, inputs: Inputs, state: LinearAttentionState) -> Array:
@@ -249,7 +251,7 @@ def state_read(plan: Plan, inputs: Inputs, state: LinearAttentionState) -> Array
         segment_ids=None,
         state=state,
     )
-    return chunked.attend(plan, vary_alike(nothing))[0]
+    return run_implementation(plan, vary_alike(nothing), REDUCTIONS)[0]
 
 
 def _reduced_segment(plan: Plan, inputs: Inputs, place: int) -> LinearAttentionState:

@@ -175,21 +175,22 @@ def sharded_linear_attention(
         arrays["initial_state"] = initial_state
         specs["initial_state"] = layout.spec(length=False, heads=True)
 
-    def attend(arrays: dict[str, Any]) -> tuple[Array, LinearAttentionState] | Array:
-        return linear_attention_of_shard(
-            **arrays,
-            axis_name=axis,
-            feature_map=feature_map,
-            causal=causal,
-            return_state=return_state,
-            normalize=normalize,
-            epsilon=epsilon,
-            chunk_size=chunk_size,
-            unroll=unroll,
-            saved_states=saved_states,
-            implementation=implementation,
-            precision=precision,
-        )
+    options: dict[str, Any] = {
+        "axis_name": axis,
+        "feature_map": feature_map,
+        "causal": causal,
+        "return_state": return_state,
+        "normalize": normalize,
+        "epsilon": epsilon,
+        "chunk_size": chunk_size,
+        "unroll": unroll,
+        "saved_states": saved_states,
+        "implementation": implementation,
+        "precision": precision,
+    }
+
+    def attend(arrays: dict[str, Any]) -> Any:
+        return linear_attention_of_shard(**arrays, **options)
 
     out_spec: Any = specs["query"]
     if return_state:
