@@ -21,10 +21,12 @@ from fast_attention.linear_attention import (
     LinearAttentionState,
     empty_state,
     linear_attention,
+    linear_attention_of_shard,
     prefill,
     step,
 )
 from fast_attention.linear_attention.inputs import SavedStates
+from fast_attention.mesh_layout import AxisName, own_dropout_key
 from fast_attention.near_field import NearFieldState, near_field_attention
 from fast_attention.near_field import empty_state as empty_near_field_state
 from fast_attention.near_field import prefill as near_field_prefill
@@ -54,6 +56,8 @@ class FastAttention:
       check_masks: check masks given under jit when the program runs.
       exact_window: positions near each one whose weights are those of softmax attention, see
         :func:`fast_attention.near_field.near_field_attention`; None for none.
+      sequence_axis: the mesh axis along which sequences lie where it is called inside
+        ``jax.shard_map``, see :func:`fast_attention.sequence_parallel.along_mesh_axis`.
     """
 
     feature_map: FeatureMap
@@ -70,6 +74,7 @@ class FastAttention:
     saved_states: SavedStates | None = None
     check_masks: bool = False
     exact_window: int | None = None
+    sequence_axis: AxisName | None = None
 
     def __call__(
         self,
@@ -141,6 +146,7 @@ class FastAttention:
         refuse_unsupported(
             module, qk_attn_weights_einsum, attn_weights_value_einsum, input_positions
         )
+        rng = None if deterministic else dropout_rng
         call = prepare_call(
             query,
             key,
@@ -148,7 +154,7 @@ class FastAttention:
             bias=bias,
             mask=mask,
             broadcast_dropout=broadcast_dropout,
-            dropout_rng=dropout_rng,
+            dropout_rng=own_dropout_key(rng, self.sequence_axis),
             dropout_rate=0.0 if deterministic else dropout_rate,
             dtype=dtype,
             causal=self.unidirectional or is_causal,
@@ -157,8 +163,9 @@ class FastAttention:
             segment_ids=segment_ids,
             check_masks=self.check_masks,
         )
-        rng = None if deterministic else dropout_rng
         attend = linear_attention
+        if self.sequence_axis is not None:
+            attend = functools.partial(linear_attention_of_shard, axis_name=self.sequence_axis)
         if self.exact_window is not None:
             attend = functools.partial(near_field_attention, exact_window=self.exact_window)
         out = attend(

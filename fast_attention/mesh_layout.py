@@ -9,6 +9,7 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
@@ -85,3 +86,10 @@ def layout_of(mesh: Mesh, axis: AxisName, spec: PartitionSpec | None, ndim: int)
             f"{spec}."
         )
     return Layout(mesh, axis, tuple(whole[: ndim - 3]), whole[-2])
+
+
+def own_dropout_key(key: Array | None, axis: AxisName | None) -> Array | None:
+    """Makes every device of ``axis`` drop something else, inside ``jax.shard_map``."""
+    if key is None or axis is None:
+        return key
+    return jax.random.fold_in(key, jax.lax.axis_index(axis))
