@@ -30,10 +30,12 @@ from fast_attention.linear_attention import (
     LinearAttentionState,
     empty_state,
     linear_attention,
+    linear_attention_of_shard,
     prefill,
     step,
 )
 from fast_attention.linear_attention.inputs import SavedStates
+from fast_attention.mesh_layout import AxisName, own_dropout_key
 from fast_attention.near_field import NearFieldState, near_field_attention
 from fast_attention.near_field import empty_state as empty_near_field_state
 from fast_attention.near_field import prefill as near_field_prefill
@@ -67,6 +69,8 @@ class FastAttention:
         :mod:`fast_attention.calibration`; None for other maps.
       moment_decay: layers keep running averages of the moments of queries and keys in training,
         with this decay a call; None keeps none.
+      sequence_axis: the mesh axis along which sequences lie where it is called inside
+        ``jax.shard_map``, see :func:`fast_attention.sequence_parallel.along_mesh_axis`.
     """
 
     feature_map: FeatureMap
@@ -85,6 +89,7 @@ class FastAttention:
     exact_window: int | None = None
     calibration: Calibration | None = None
     moment_decay: float | None = None
+    sequence_axis: AxisName | None = None
 
     def __call__(
         self,
@@ -161,6 +166,7 @@ class FastAttention:
         refuse_unsupported(
             module, qk_attn_weights_einsum, attn_weights_value_einsum, input_positions
         )
+        rng = None if deterministic else dropout_rng
         call = prepare_call(
             query,
             key,
@@ -168,7 +174,7 @@ class FastAttention:
             bias=bias,
             mask=mask,
             broadcast_dropout=broadcast_dropout,
-            dropout_rng=dropout_rng,
+            dropout_rng=own_dropout_key(rng, self.sequence_axis),
             dropout_rate=0.0 if deterministic else dropout_rate,
             dtype=dtype,
             causal=self.unidirectional or is_causal,
@@ -177,7 +183,6 @@ class FastAttention:
             segment_ids=segment_ids,
             check_masks=self.check_masks,
         )
-        rng = None if deterministic else dropout_rng
         parameters = self.resolve_parameters(projection, query.shape[-1], rng)
         if self._from_call(projection, self.unidirectional or is_causal):
             assert isinstance(self.feature_map, TunedFeatures)
@@ -186,6 +191,8 @@ class FastAttention:
                 query_mask = fold_axes(query_mask.astype(bool), axes, trailing=0)
             parameters = parameters_of_call(self.feature_map, parameters, call, query_mask)
         attend = linear_attention
+        if self.sequence_axis is not None:
+            attend = functools.partial(linear_attention_of_shard, axis_name=self.sequence_axis)
         if self.exact_window is not None:
             attend = functools.partial(near_field_attention, exact_window=self.exact_window)
         out = attend(

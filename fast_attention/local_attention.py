@@ -159,16 +159,7 @@ def local_attention(
         share_dropout=broadcast_dropout,
         precision=precision,
     )
-    if distance_bias is not None:
-        distances = most_ahead(choices) + most_back(choices) + 1
-        if distance_bias.ndim != 2 or distance_bias.shape not in (
-            (heads, distances),
-            (1, distances),
-        ):
-            raise ValueError(
-                f"distance_bias must have shape (heads or 1, distances) = ({heads}, {distances}) "
-                f"for this window, got {distance_bias.shape}."
-            )
+    check_distance_bias(distance_bias, heads, choices)
     if length == 0:
         empty = jnp.zeros((*query.shape[:-1], value.shape[-1]), dtype)
         return (empty, jnp.zeros(query.shape[:-1])) if return_logsumexp else empty
@@ -183,6 +174,18 @@ def local_attention(
     )
     out = out.reshape(*batch, *out.shape[1:])
     return (out, logsumexp.reshape(*batch, length, heads)) if return_logsumexp else out
+
+
+def check_distance_bias(distance_bias: Array | None, heads: int, choices: Choices) -> None:
+    """Raises ValueError unless there is one entry for each distance within reach."""
+    if distance_bias is None:
+        return
+    distances = most_ahead(choices) + most_back(choices) + 1
+    if distance_bias.ndim != 2 or distance_bias.shape not in ((heads, distances), (1, distances)):
+        raise ValueError(
+            f"distance_bias must have shape (heads or 1, distances) = ({heads}, {distances}) "
+            f"for this window, got {distance_bias.shape}."
+        )
 
 
 def normalized(key: Float[Array, "*B T K D"]) -> Float[Array, "*B T K D"]:

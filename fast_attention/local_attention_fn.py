@@ -20,6 +20,8 @@ from fast_attention.call_arguments import refuse
 from fast_attention.local_attention import local_attention
 from fast_attention.local_decoding import LocalState
 from fast_attention.local_window import Window, make_window
+from fast_attention.mesh_layout import AxisName
+from fast_attention.sharded_local_attention import local_attention_of_shard
 
 _ADVICE = {
     "module": "attention weights are not kept; use sow_weights=False",
@@ -27,6 +29,13 @@ _ADVICE = {
     "projection": "it has no random features",
 }
 """What to do in place of an option that there is not."""
+
+_ADVICE_ALONG_AXIS = {
+    "bias": "leave it out",
+    "mask": "pass key_mask or segment_ids of the positions on the device",
+    "dropout_rate": "use 0, or dropout elsewhere",
+}
+"""The same, for sequences that lie across devices."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +49,8 @@ class LocalAttention:
       look_forward: blocks in sight behind it; None is 0 for a causal call, else 1.
       exact_window: the reach is counted from each position, not from its block.
       shared_qk: keys are normalised queries, and a position's own key is the last resort.
+      sequence_axis: the mesh axis along which sequences lie where it is called inside
+        ``jax.shard_map``, see :func:`fast_attention.sequence_parallel.along_mesh_axis`.
     """
 
     window_size: int
@@ -48,6 +59,7 @@ class LocalAttention:
     look_forward: int | None = None
     exact_window: bool = False
     shared_qk: bool = False
+    sequence_axis: AxisName | None = None
 
     def __call__(
         self,
@@ -157,6 +169,29 @@ class LocalAttention:
                 key_mask,
                 shared_qk=self.shared_qk,
                 **dropout,
+            )
+        elif self.sequence_axis is not None:
+            refuse(
+                "Local attention along a mesh axis",
+                _ADVICE_ALONG_AXIS,
+                bias=bias,
+                mask=mask,
+                dropout_rate=dropout_rate if drop else None,
+            )
+            out = local_attention_of_shard(
+                query,
+                key,
+                value,
+                axis_name=self.sequence_axis,
+                window_size=window.size,
+                causal=window.causal,
+                look_backward=window.look_backward,
+                look_forward=window.look_forward,
+                exact_window=window.exact,
+                shared_qk=self.shared_qk,
+                key_mask=key_mask,
+                segment_ids=segment_ids,
+                precision=precision,
             )
         else:
             out = local_attention(

@@ -40,7 +40,7 @@ _CPU_TILING = Tiling(queries=128, scores=2**20)
 _DEVICE_TILING = Tiling(queries=128, scores=2**27)
 
 
-@functools.partial(jax.jit, static_argnames=("choices", "tiling"))
+@functools.partial(jax.jit, static_argnames=("choices", "tiling", "around"))
 def tiled_attention(
     query: Array,
     key: Array,
@@ -50,6 +50,7 @@ def tiled_attention(
     dropout_key: Array | None,
     choices: Choices,
     tiling: Tiling | None = None,
+    around: bool = False,
 ) -> tuple[Array, Array]:
     """Attends, tile after tile.
 
@@ -63,6 +64,8 @@ def tiled_attention(
       dropout_key: random key, or None.
       choices: see there.
       tiling: None is the platform's.
+      around: `key`, `value` and the key mask begin ``choices.back`` positions before the queries
+        and end ``choices.ahead`` behind them, none if causal; blocks are of one position.
 
     Returns:
       ``[B, T, H, V]``, and the logsumexp of the logits ``[B, T, H]``; zeros and ``-inf`` for a
@@ -76,8 +79,11 @@ def tiled_attention(
     # A tile may start within a block, which is seen from where it begins to where it ends.
     back = choices.back + block - math.gcd(block, size)
     ahead = 0 if choices.causal else choices.ahead + block - math.gcd(block, size)
-    back, ahead = min(back, length), min(ahead, length)
-    if length <= size:
+    if around:
+        size = min(size, length)
+    elif length > size:
+        back, ahead = min(back, length), min(ahead, length)
+    else:
         # One tile has all keys: none is out of its reach.
         back, ahead, size = 0, 0, length
     width = back + size + ahead
@@ -96,7 +102,8 @@ def tiled_attention(
 
     def of_keys(x: Array) -> Array:
         """``[B, T, ...]`` to ``[B * groups, back + N * C + ahead, ...]``, overlapping."""
-        pad = [(0, 0), (back, padded - length + ahead), *[(0, 0)] * (x.ndim - 2)]
+        before, behind = (0, 0) if around else (back, ahead)
+        pad = [(0, 0), (before, padded - length + behind), *[(0, 0)] * (x.ndim - 2)]
         x = jax.vmap(functools.partial(_windows, size=group, count=groups))(jnp.pad(x, pad))
         return x.reshape(rows * groups, *x.shape[2:])
 

@@ -1,4 +1,4 @@
-"""Tests marked `devices`, in a process where one CPU stands for four devices.
+"""Tests marked `devices` or `eight_devices`, in processes where one CPU stands for several devices.
 
 Not everywhere: on fewer cores than devices XLA's collectives can starve in a long training run.
 """
@@ -8,13 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
-def test_on_four_devices():
-    arguments = ["--numprocesses=0", "-q", "-m", "devices", "-p", "no:cacheprovider"]
+
+@pytest.mark.parametrize(("marker", "count"), [("devices", 4), ("eight_devices", 8)])
+def test_on_several_devices(marker, count):
+    arguments = ["--numprocesses=0", "-q", "-m", marker, "-p", "no:cacheprovider"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *arguments],
         cwd=Path(__file__).parents[1],
-        env=os.environ | {"JAX_NUM_CPU_DEVICES": "4"},
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": str(count)},
         capture_output=True,
         text=True,
     )

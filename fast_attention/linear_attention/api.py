@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, overload
 
 import jax
-import jax.numpy as jnp
 
 from fast_attention.array_types import Array, Bool, Float, Int
 from fast_attention.feature_maps.base import FeatureMap, Parameters
 from fast_attention.linear_attention import chunked, pallas_gpu, reference
-from fast_attention.linear_attention.checks import (
-    broadcast_segments,
-    check_saved_states,
-    check_shapes,
-    check_state,
-    per_key,
-    promote_floating,
-    split_bias,
-)
 from fast_attention.linear_attention.inputs import Inputs, Plan, SavedStates
+from fast_attention.linear_attention.prepare import prepare
 from fast_attention.linear_attention.segments import attend_within_segments
-from fast_attention.linear_attention.state import LinearAttentionState, empty_state
-from fast_attention.linear_attention.wrapped_maps import match_scales, with_position_scale
+from fast_attention.linear_attention.state import LinearAttentionState
+from fast_attention.manual_axes import vary_alike
 
 Implementation = Callable[[Plan, Inputs], Any]
 
@@ -215,49 +204,19 @@ def attend(
       The output ``[*B, T, H, V]``, or its :class:`~.inputs.Parts` with ``*B`` in front if the plan
       asks for them, and the state after the last key.
     """
-    check_shapes(query, key, value, plan.causal, segment_ids)
-    for name, number in (("chunk_size", plan.chunk_size), ("unroll", plan.unroll)):
-        if number is not None and number < 1:
-            raise ValueError(f"{name} must be at least 1, got {number}.")
-    check_saved_states(plan.saved_states)
-    feature_map = plan.feature_map
-    if key_bias is not None:
-        feature_map = with_position_scale(feature_map)
-    feature_map, initial_state = match_scales(feature_map, initial_state)
-
-    batch_shape = query.shape[:-3]
-    batch = math.prod(batch_shape)
-    query, key, value = promote_floating(query, key, value)
-    compute = jnp.promote_types(query.dtype, jnp.float32)
-    state = initial_state
-    if state is None:
-        state = empty_state(
-            feature_map,
-            parameters,
-            batch_shape,
-            key.shape[-2],
-            key.shape[-1],
-            value.shape[-1],
-            compute,
-        )
-    check_state(state, batch_shape, key, value)
-    key_bias, key_mask = split_bias(
-        per_key(key_bias, key, "key_bias"), per_key(key_mask, key, "key_mask")
-    )
-    inputs = Inputs(
-        query=query.reshape(batch, *query.shape[-3:]),
-        key=key.reshape(batch, *key.shape[-3:]),
-        value=value.reshape(batch, *value.shape[-3:]),
+    plan, inputs = prepare(
+        plan,
+        query,
+        key,
+        value,
         parameters=parameters,
         key_mask=key_mask,
         key_bias=key_bias,
-        segment_ids=None if segment_ids is None else broadcast_segments(segment_ids, query),
-        state=jax.tree.map(
-            lambda x: x.astype(compute).reshape(batch, *x.shape[len(batch_shape) :]), state
-        ),
+        segment_ids=segment_ids,
+        initial_state=initial_state,
     )
-    plan = dataclasses.replace(plan, feature_map=feature_map)
-    attended = _compiled(plan, inputs, _names(implementation))
+    batch_shape = query.shape[:-3]
+    attended = _compiled(plan, vary_alike(inputs), implementation_names(implementation))
     return jax.tree.map(lambda x: x.reshape(*batch_shape, *x.shape[1:]), attended)
 
 
@@ -266,12 +225,17 @@ def attend(
 def _compiled(
     plan: Plan, inputs: Inputs, names: tuple[str, ...]
 ) -> tuple[Any, LinearAttentionState]:
-    return _run(plan, inputs, names)
+    return run_implementation(plan, inputs, names)
 
 
-def _run(plan: Plan, inputs: Inputs, names: tuple[str, ...]) -> tuple[Any, LinearAttentionState]:
+def run_implementation(
+    plan: Plan, inputs: Inputs, names: tuple[str, ...]
+) -> tuple[Any, LinearAttentionState]:
+    """Runs the first of the implementations that can serve a prepared call."""
     if inputs.segment_ids is not None and not plan.causal:
-        return attend_within_segments(lambda plan, inputs: _run(plan, inputs, names), plan, inputs)
+        return attend_within_segments(
+            lambda plan, inputs: run_implementation(plan, inputs, names), plan, inputs
+        )
     errors: list[NotImplementedError] = []
     for name in names:
         try:
@@ -283,7 +247,8 @@ def _run(plan: Plan, inputs: Inputs, names: tuple[str, ...]) -> tuple[Any, Linea
     raise ExceptionGroup(f"No implementation of {names} can serve this call.", errors)
 
 
-def _names(implementation: str | Sequence[str] | None) -> tuple[str, ...]:
+def implementation_names(implementation: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Returns the names to try in order, for what the caller asks for."""
     if implementation is None:
         return DEFAULT_ORDER
     names = (implementation,) if isinstance(implementation, str) else tuple(implementation)

@@ -40,6 +40,13 @@ def split_bias(key_bias: Array | None, key_mask: Array | None) -> tuple[Array | 
 
 def broadcast_segments(segment_ids: Array, query: Array) -> Array:
     """Brings segment ids to ``[B, T]``, and numbers the runs: ids may come again later."""
+    ids = spread_segments(segment_ids, query)
+    new_run = jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)))
+    return jnp.cumsum(new_run, axis=1)
+
+
+def spread_segments(segment_ids: Array, query: Array) -> Array:
+    """Brings segment ids to ``[B, T]``."""
     shape = query.shape[:-2]
     try:
         ids = jnp.broadcast_to(segment_ids, shape)
@@ -48,9 +55,7 @@ def broadcast_segments(segment_ids: Array, query: Array) -> Array:
             f"segment_ids must have the shape {shape} of query without heads and width, got "
             f"{segment_ids.shape}."
         ) from error
-    ids = ids.reshape(math.prod(shape[:-1]), shape[-1])
-    new_run = jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)))
-    return jnp.cumsum(new_run, axis=1)
+    return ids.reshape(math.prod(shape[:-1]), shape[-1])
 
 
 def per_key(x: Array | None, key: Array, name: str) -> Array | None:

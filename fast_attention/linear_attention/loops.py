@@ -24,7 +24,9 @@ def scan_chunks(
     offset: Array | int = 0,
 ) -> tuple[Any, tuple[Any, Any]]:
     """Runs ``body(carry, start, size)`` over chunks from ``offset``; returns what each saved."""
-    count, rest = divmod(length, size) if size else (0, 0)
+    if not length:
+        return carry, (None, None)
+    count, rest = divmod(length, size)
     carry, saved = jax.lax.scan(
         lambda carry, i: body(carry, offset + i * size, size),
         carry,
@@ -47,7 +49,9 @@ def scan_chunks_back(
     offset: Array | int = 0,
 ) -> Any:
     """Runs ``body(carry, start, size, saved)`` over the same chunks from last to first."""
-    count, rest = divmod(length, size) if size else (0, 0)
+    if not length:
+        return carry
+    count, rest = divmod(length, size)
     states, last = saved
     if rest:
         carry = body(carry, offset + count * size, rest, last)

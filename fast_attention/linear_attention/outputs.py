@@ -21,6 +21,7 @@ from fast_attention.linear_attention.inputs import (
     safe_inverse,
 )
 from fast_attention.linear_attention.slices import compute_dtype, load_rows, store, unload_rows
+from fast_attention.manual_axes import vary_alike
 
 
 def empty_output(plan: Plan, inputs: Inputs) -> Any:
@@ -28,10 +29,11 @@ def empty_output(plan: Plan, inputs: Inputs) -> Any:
     shape = (*inputs.query.shape[:3], inputs.value.shape[-1])
     dtype = compute_dtype(inputs)
     if plan.output != "parts":
-        return jnp.zeros(shape, jnp.result_type(inputs.query, inputs.key, inputs.value))
+        out = jnp.zeros(shape, jnp.result_type(inputs.query, inputs.key, inputs.value))
+        return vary_alike(out, inputs.query)
     row = jnp.zeros(shape[:3], dtype)
     scale = None if plan.feature_map.log_kind == "none" else row
-    return Parts(jnp.zeros(shape, dtype), row, scale)
+    return vary_alike(Parts(jnp.zeros(shape, dtype), row, scale), inputs.query)
 
 
 def write_output(plan: Plan, out: Any, parts: Parts, start: Array | int) -> Any:

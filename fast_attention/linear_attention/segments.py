@@ -10,19 +10,25 @@ import jax.numpy as jnp
 
 from fast_attention.array_types import Array
 from fast_attention.linear_attention.inputs import Inputs, Parts, Plan, finish, merge_parts
-from fast_attention.linear_attention.state import EMPTY_LOG_SCALE, LinearAttentionState
+from fast_attention.linear_attention.state import LinearAttentionState, emptied
 from fast_attention.linear_attention.wrapped_maps import Complete
 
 Run = Callable[[Plan, Inputs], tuple[Array | Parts, LinearAttentionState]]
 
 
 def attend_within_segments(
-    run: Run, plan: Plan, inputs: Inputs
+    run: Run, plan: Plan, inputs: Inputs, after: LinearAttentionState | None = None
 ) -> tuple[Array, LinearAttentionState]:
     """Attention within segments: one causal pass from each side, merged.
 
     The second pass runs over the reversed sequence with keys moved on by one, so that it covers
     exactly the keys after a position.
+
+    Args:
+      run: attends causally.
+      plan: bidirectional.
+      inputs: with segments.
+      after: keys behind the last one that belong to its segment, None for none.
     """
     assert inputs.segment_ids is not None
     one_way = dataclasses.replace(plan, causal=True, output="parts")
@@ -53,19 +59,10 @@ def attend_within_segments(
             key_mask=mask,
             key_bias=moved(inputs.key_bias),
             segment_ids=ids,
-            state=_emptied(inputs.state),
+            state=emptied(inputs.state) if after is None else after,
         ),
     )
     right = jax.tree.map(lambda x: jnp.flip(x, 1), right)
     assert isinstance(left, Parts) and isinstance(right, Parts)
     out = finish(merge_parts(left, right), plan.output, plan.epsilon)
     return out.astype(jnp.result_type(inputs.query, inputs.key, inputs.value)), state
-
-
-def _emptied(state: LinearAttentionState) -> LinearAttentionState:
-    scale = state.log_scale
-    return LinearAttentionState(
-        jnp.zeros_like(state.kv),
-        jnp.zeros_like(state.k_sum),
-        None if scale is None else jnp.full_like(scale, EMPTY_LOG_SCALE),
-    )

@@ -79,6 +79,22 @@ def empty_state(
     )
 
 
+def emptied(state: LinearAttentionState, gone: Array | None = None) -> LinearAttentionState:
+    """Forgets all keys: everywhere, or in the rows ``[*B]`` where ``gone`` is True."""
+
+    def filled(x: Array, empty: float) -> Array:
+        if gone is None:
+            return jnp.full_like(x, empty)
+        return jnp.where(gone.reshape(*gone.shape, *(1,) * (x.ndim - gone.ndim)), empty, x)
+
+    scale = state.log_scale
+    return LinearAttentionState(
+        kv=filled(state.kv, 0),
+        k_sum=filled(state.k_sum, 0),
+        log_scale=None if scale is None else filled(scale, EMPTY_LOG_SCALE),
+    )
+
+
 def merge(left: LinearAttentionState, right: LinearAttentionState) -> LinearAttentionState:
     """Returns the state that has seen the keys of both; associative and commutative.
 
