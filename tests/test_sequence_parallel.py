@@ -42,6 +42,7 @@ def test_functions_attend_across_devices():
     [
         (make_lsh_attention(8), "make_fast_softmax_attention"),
         (make_fast_softmax_attention(4, exact_window=2), "make_local_attention"),
+        (make_fast_softmax_attention(4, estimator="wderf_s"), "calibrate it"),
         (jax.nn.dot_product_attention, "make_local_attention"),
     ],
 )
