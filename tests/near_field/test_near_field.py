@@ -231,14 +231,15 @@ def test_squared_norms_of_200(causal):
 
 def test_under_every_transformation():
     q, k, v = cases.qkv(length=4)
+    with jax.checking_leaks():
+        cases.compiled(jax.vmap(attend(2, True)))(q, k, v)
 
     def gradient(function):
         loss = lambda *x: cases.weighted_sum(function(*x))  # noqa: E731
         return cases.compiled(jax.grad(loss, argnums=(0, 1, 2)))
 
     function = functools.partial(attend(2, True), implementation="reference")
-    with jax.checking_leaks():
-        grads = gradient(jax.checkpoint(jax.vmap(attend(2, True))))(q, k, v)
+    grads = gradient(jax.checkpoint(jax.vmap(attend(2, True))))(q, k, v)
     cases.assert_close(grads, gradient(function)(q, k, v), 1e-5)
 
 
