@@ -89,8 +89,8 @@ def emptied(state: LinearAttentionState, gone: Array | None = None) -> LinearAtt
 
     scale = state.log_scale
     return LinearAttentionState(
-        kv=filled(state.kv, 0),
-        k_sum=filled(state.k_sum, 0),
+        kv=filled(state.kv, 0.0),
+        k_sum=filled(state.k_sum, 0.0),
         log_scale=None if scale is None else filled(scale, EMPTY_LOG_SCALE),
     )
 
