@@ -171,7 +171,17 @@ def test_nothing_but_damaged_checkpoints_is_an_error(stored, model):
     assert {"3", "6", "9"} <= {path.name for path in stored.iterdir()}
 
 
-def test_a_full_disk_leaves_earlier_checkpoints(stored, model):
+def test_a_disk_without_room_is_not_written_to(stored, model, monkeypatch):
+    usage = shutil.disk_usage(stored)._replace(free=1_048_577)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with (
+        checkpoints.open_checkpoints(stored) as manager,
+        pytest.raises(RunError, match=r"1,048,577 bytes are free, 1,06\d,\d{3} needed"),
+    ):
+        checkpoints.save(manager, at_step(model, 12), Progress(None, 8, 12, 0.0))
+
+
+def test_a_disk_that_fills_up_leaves_earlier_checkpoints(stored, model):
     """No file may grow beyond 4 KiB, which fails as a full disk does."""
     before = {path: path.read_bytes() for path in files_of(stored)}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
