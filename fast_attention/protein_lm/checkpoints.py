@@ -25,6 +25,8 @@ from fast_attention.protein_lm.train_state import TrainState
 # it comes from C++ as RuntimeError.
 _FAILURES = (ValueError, KeyError, TypeError, OSError, RuntimeError, AttributeError, AssertionError)
 
+# Room for what a checkpoint has beside its arrays, generously.
+_METADATA_BYTES = 2**20
 _NO_OTHER = (
     "fetch the folder again from where it was copied, take another checkpoint where there is one, "
     "or train in another --work_dir"
@@ -120,6 +122,10 @@ def save(
             f"training has diverged before step {step}: the parameter {unsound} is not finite. "
             f"Earlier checkpoints are kept. {REMEDY}"
         )
+    needed = _METADATA_BYTES + sum(leaf.nbytes for leaf in jax.tree.leaves((model, training)))
+    free = shutil.disk_usage(manager.directory).free
+    if free < needed:
+        raise _unwritten(manager, step, f"{free:,} bytes are free, {needed:,} needed")
     about = {
         "progress": progress._asdict(),
         "arrays": describe(model),
@@ -135,11 +141,7 @@ def save(
             ),
         )
     except _FAILURES as error:
-        raise RunError(
-            f"the checkpoint of step {step} cannot be written to {manager.directory} "
-            f"({_first_line(error)}): look whether the disk is full or may not be written to. "
-            "Earlier checkpoints are as they were, and the same command goes on from the last"
-        ) from error
+        raise _unwritten(manager, step, error) from error
     if keep is not None:
         for old in sorted(manager.all_steps())[:-keep]:
             if old != progress.best_step:
@@ -309,6 +311,14 @@ def _restore(manager: ocp.CheckpointManager, step: int, **items: Any) -> Any:
 def _damage(manager: ocp.CheckpointManager, step: int, reason: Any) -> _Damaged:
     return _Damaged(
         f"the checkpoint {manager.directory / str(step)} is damaged ({_first_line(reason)})"
+    )
+
+
+def _unwritten(manager: ocp.CheckpointManager, step: int, reason: Any) -> RunError:
+    return RunError(
+        f"the checkpoint of step {step} cannot be written to {manager.directory} "
+        f"({_first_line(reason)}): look whether the disk is full or may not be written to. "
+        "Earlier checkpoints are as they were, and the same command goes on from the last"
     )
 
 

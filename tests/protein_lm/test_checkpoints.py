@@ -1,5 +1,5 @@
 import dataclasses
-import resource
+import errno
 import shutil
 import subprocess
 import sys
@@ -171,21 +171,31 @@ def test_nothing_but_damaged_checkpoints_is_an_error(stored, model):
     assert {"3", "6", "9"} <= {path.name for path in stored.iterdir()}
 
 
-def test_a_full_disk_leaves_earlier_checkpoints(stored, model):
-    """No file may grow beyond 4 KiB, which fails as a full disk does."""
+def test_a_disk_without_room_is_not_written_to(stored, model, monkeypatch):
+    usage = shutil.disk_usage(stored)._replace(free=1_048_577)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with (
+        checkpoints.open_checkpoints(stored) as manager,
+        pytest.raises(RunError, match=r"1,048,577 bytes are free, 1,06\d,\d{3} needed"),
+    ):
+        checkpoints.save(manager, at_step(model, 12), Progress(None, 8, 12, 0.0))
+
+
+def test_a_disk_that_fills_up_leaves_earlier_checkpoints(stored, model, monkeypatch):
     before = {path: path.read_bytes() for path in files_of(stored)}
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(manager, step, args):
+        half = Path(manager.directory, f"{step}.orbax-checkpoint-tmp", "model")
+        half.mkdir(parents=True)
+        (half / "manifest").write_bytes(b"ha")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     with checkpoints.open_checkpoints(stored) as manager:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-        try:
-            with pytest.raises(RunError, match=r"step 12 cannot be written to .* disk is full"):
-                checkpoints.save(manager, at_step(model, 12), Progress(None, 8, 12, 0.0), keep=1)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    # What is half-written has a temporary name.
+        monkeypatch.setattr(type(manager), "save", fill)
+        with pytest.raises(RunError, match=r"step 12 cannot be written to .* disk is full"):
+            checkpoints.save(manager, at_step(model, 12), Progress(None, 8, 12, 0.0), keep=1)
     assert resume(stored, model) == 9
-    whole = [path for path in files_of(stored) if "12.orbax-checkpoint-tmp" not in str(path)]
-    assert {path: path.read_bytes() for path in whole} == before
+    assert {path: path.read_bytes() for path in files_of(stored)} == before
 
 
 def test_parameters_that_are_not_finite_are_not_saved(model, tmp_path):
