@@ -179,8 +179,8 @@ def _scorer(model: FlaxModel) -> Callable[[list[np.ndarray], Shape], jax.Array]:
         return model.residue_step(
             state.parameters,
             state.variables,
-            inputs=fill(rows, shape, 0),
-            targets=fill([row[1:] for row in rows], shape, 0),
+            inputs=fill(rows, shape),
+            targets=fill([row[1:] for row in rows], shape),
             lengths=row_lengths(rows, shape[0]),
         )
 
@@ -195,7 +195,7 @@ def _embedder(model: FlaxModel) -> Callable[[list[np.ndarray], Shape], jax.Array
         return model.embedding_step(
             state.parameters,
             state.variables,
-            inputs=fill(rows, shape, 0),
+            inputs=fill(rows, shape),
             lengths=lengths,
             residues=np.maximum(lengths - 1, 0),
             layers=("last",),

@@ -22,8 +22,9 @@ import jax
 from fast_attention.array_types import Array, Bool, Float
 from fast_attention.call_arguments import CallArguments
 from fast_attention.feature_maps.gaussian_family import tune
-from fast_attention.feature_maps.moments import Moments, measure
+from fast_attention.feature_maps.moments import Moments, measure, measure_visible
 from fast_attention.feature_maps.tuned import TunedFeatures, TunedParameters, fold
+from fast_attention.linear_attention.checks import split_bias
 
 if TYPE_CHECKING:
     from fast_attention.fast_attention_fn import FastAttention
@@ -57,13 +58,7 @@ def calibrate(
       ValueError: If the function's features have no parameters from data.
     """
     feature_map = tuned_map(attention_fn)
-    moments = measure(
-        query,
-        key,
-        query_mask=_query_mask(query_mask, key_mask, query, key),
-        key_mask=None if key_mask is None else key_mask[..., None],
-        pooled=True,
-    )
+    moments = measure_visible(query, key, query_mask, key_mask)
     parameters = attention_fn.resolve_parameters(projection, query.shape[-1])
     return retune(feature_map, parameters, moments)
 
@@ -89,11 +84,13 @@ def parameters_of_call(
             "of a call, which would be those of several segments. Pack no segments, or make the "
             "function with calibration='stored' and pass calibrate(...) as projection=."
         )
+    # A bias may mask keys, too.
+    _, key_mask = split_bias(call.key_bias, call.key_mask)
     if query_mask is not None:
         query_mask = query_mask[..., None]
     elif call.query.shape[-3] == call.key.shape[-3]:
-        query_mask = call.key_mask
-    moments = measure(call.query, call.key, query_mask=query_mask, key_mask=call.key_mask)
+        query_mask = key_mask
+    moments = measure(call.query, call.key, query_mask=query_mask, key_mask=key_mask)
     flat: Moments = jax.tree.map(
         lambda x, rank=call.query.ndim - 3: x.reshape(-1, *x.shape[rank:]), moments
     )
@@ -117,11 +114,3 @@ def tuned_map(attention_fn: Any) -> TunedFeatures:
             "make it with make_fast_softmax_attention(estimator='wderf_s')."
         )
     return feature_map
-
-
-def _query_mask(
-    query_mask: Array | None, key_mask: Array | None, query: Array, key: Array
-) -> Array | None:
-    if query_mask is None and query.shape[-3] == key.shape[-3]:
-        query_mask = key_mask
-    return None if query_mask is None else query_mask[..., None]

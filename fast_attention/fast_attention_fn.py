@@ -200,9 +200,7 @@ class FastAttention:
             call.key,
             call.value,
             feature_map=self.feature_map,
-            parameters=without_unused(
-                parameters, not self.renormalize or self.exact_window is not None
-            ),
+            parameters=self._read(parameters),
             causal=call.causal,
             key_mask=call.key_mask,
             key_bias=call.key_bias,
@@ -361,7 +359,11 @@ class FastAttention:
     def _causal_parameters(self, projection: Any, head_dim: int) -> Any:
         self._from_call(projection, causal=True)
         parameters = self.resolve_parameters(projection, head_dim)
-        return without_unused(parameters, not self.renormalize)
+        return self._read(parameters)
+
+    def _read(self, parameters: Any) -> Any:
+        """The parameters that features read here."""
+        return without_unused(parameters, not self.renormalize or self.exact_window is not None)
 
 
 @functools.lru_cache(maxsize=64)

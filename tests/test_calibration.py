@@ -52,6 +52,17 @@ def test_masked_is_truncated_and_rows_do_not_know_of_each_other():
         np.testing.assert_allclose(out[row : row + 1, :length], alone, rtol=1e-3, atol=1e-4)
 
 
+def test_a_bias_that_masks_keys_masks_them_here_too():
+    q, k, v = inputs()
+    mask = np.broadcast_to(np.arange(T) < 7, (B, T))
+    wild = [jnp.where(mask[..., None, None], x, 50.0) for x in (q, k, v)]
+    attend = jax.jit(tuned())
+    bias = jnp.where(mask, 0.0, -1e9)[:, None, None]
+    np.testing.assert_allclose(
+        attend(*wild, bias=bias)[:, :7], attend(*wild, key_mask=mask)[:, :7], rtol=1e-5, atol=1e-6
+    )
+
+
 def test_queries_of_another_sequence_have_a_mask_of_their_own():
     """Keys of equal number, of which some are padding, while all queries count."""
     q, k, v = inputs()

@@ -144,3 +144,13 @@ def _spread(x: Array, visible: Array | None, pooled: bool) -> Spread:
     products = jnp.matmul(jnp.swapaxes(flat, 1, 2), flat, precision=jax.lax.Precision.HIGHEST)
     products = products.reshape(batch, kv_heads, width, width)
     return Spread(count, mean, products / divisor[..., None])
+
+
+def measure_visible(
+    query: Array, key: Array, query_mask: Array | None, key_mask: Array | None
+) -> Moments:
+    """Measures a batch as one, for each key head; masks are ``[B, T]`` and ``[B, S]``."""
+    if query_mask is None and query.shape[-3] == key.shape[-3]:
+        query_mask = key_mask
+    masks = [None if mask is None else mask[..., None] for mask in (query_mask, key_mask)]
+    return measure(query, key, query_mask=masks[0], key_mask=masks[1], pooled=True)

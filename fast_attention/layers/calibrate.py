@@ -11,15 +11,15 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
 
 from fast_attention.array_types import Array
 from fast_attention.calibration import retune, tuned_map
-from fast_attention.feature_maps.moments import Moments, merge_moments
+from fast_attention.feature_maps.moments import Moments, measure_visible, merge_moments
 from fast_attention.layers.held import (
     held_projection,
     hold,
-    measure_visible,
     recalibrate_held,
 )
 from fast_attention.layers.multi_axis import MultiAxisAttention
@@ -148,8 +148,13 @@ class _Observed:
         return self.function(query, key, value, **options)
 
     def prefill(self, state: Any, query: Array, key: Array, value: Array, **options: Any) -> Any:
-        """Reads on from causal memory, whose keys count too."""
-        self._measure(query, key, None, options.get("key_mask"))
+        """Reads on from causal memory, whose keys count too.
+
+        Reading the memory itself asks nothing: its queries are zeros, and do not count.
+        """
+        mask = options.get("key_mask")
+        asked = jnp.any(query != 0, axis=(-2, -1))
+        self._measure(query, key, asked if mask is None else asked & mask, mask)
         function: Any = self.function
         return function.prefill(state, query, key, value, **options)
 

@@ -18,7 +18,7 @@ from fast_attention.calibration import retune, tuned_map
 from fast_attention.feature_maps.moments import (
     Moments,
     Spread,
-    measure,
+    measure_visible,
     no_moments,
     running_average,
 )
@@ -127,16 +127,6 @@ def observe(
     for side, spread in averaged._asdict().items():
         for name, x in spread._asdict().items():
             held[f"{side}_{name}"][...] = x
-
-
-def measure_visible(
-    query: Array, key: Array, query_mask: Array | None, key_mask: Array | None
-) -> Moments:
-    """Measures a batch as one, for each key head; masks are ``[B, T]`` and ``[B, S]``."""
-    if query_mask is None and query.shape[-3] == key.shape[-3]:
-        query_mask = key_mask
-    masks = [None if mask is None else mask[..., None] for mask in (query_mask, key_mask)]
-    return measure(query, key, query_mask=masks[0], key_mask=masks[1], pooled=True)
 
 
 def running_moments(held: nnx.Dict) -> Moments:

@@ -71,6 +71,11 @@ class MultiAxisAttention(nnx.Module):
         value_dim = key_dim if value_dim is None else value_dim
         output = features if output_features is None else output_features
         self.attention_fn: Callable[..., Array] = attention_fn or make_softmax_attention()
+        if getattr(attention_fn, "moment_decay", None) is not None:
+            raise ValueError(
+                "MultiAxisAttention keeps no running moments: leave out moment_decay, and use "
+                "calibrate(model, inputs)."
+            )
         self.attention_axes = (
             tuple(attention_axes) if isinstance(attention_axes, Sequence) else attention_axes
         )

@@ -175,25 +175,20 @@ class Stack(nnx.Module):
         return self._flow(x, add)
 
     def hidden_states(
-        self,
-        x: Float[Array, "B T M"],
-        *,
-        positions: Array | None = None,
-        segment_ids: Array | None = None,
-        key_mask: Bool[Array, "B T"] | None = None,
-        context: Float[Array, "B S N"] | None = None,
-        context_mask: Bool[Array, "B S"] | None = None,
-        mask: Bool[Array, "B T T"] | None = None,
+        self, x: Float[Array, "B T M"], inputs: Inputs = NO_INPUTS
     ) -> list[Float[Array, "B T M"]]:
         """Computes the stream before the first block and after every block, without dropout.
 
-        The arguments are those of a call. Of two streams it is what would come of them if the
-        stack ended there, their mean or sum; they are differentiated as any other program.
+        Of two streams it is what would come of them if the stack ended there, their mean or sum;
+        they are differentiated as any other program.
+
+        Args:
+          x: ``[B, T, M]``.
+          inputs: What a call takes by name.
 
         Returns:
           ``[B, T, M]`` for each of 0 (`x` itself), 1, ..., ``len(blocks)`` blocks.
         """
-        inputs = Inputs(positions, segment_ids, key_mask, context, context_mask, mask)
         self._check(inputs)
 
         def add(block: int, part: int, x: Array) -> Array:

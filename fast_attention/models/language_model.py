@@ -211,12 +211,7 @@ class LanguageModel(nnx.Module):
         positions = self._number(tokens) if positions is None else positions
         states = self.stack.hidden_states(
             self._enter(self._embed(tokens, positions)),
-            positions=positions,
-            segment_ids=segment_ids,
-            key_mask=key_mask,
-            context=context,
-            context_mask=context_mask,
-            mask=mask,
+            Inputs(positions, segment_ids, key_mask, context, context_mask, mask),
         )
         return [self._leave(states[-1]) if layer == "last" else states[layer] for layer in layers]
 

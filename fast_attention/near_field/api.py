@@ -15,14 +15,10 @@ import jax.numpy as jnp
 
 from fast_attention.array_types import Array, Bool, Float, Int
 from fast_attention.feature_maps.base import FeatureMap, Parameters
-from fast_attention.linear_attention.checks import (
-    broadcast_segments,
-    check_shapes,
-    per_key,
-    promote_floating,
-    split_bias,
-)
+from fast_attention.linear_attention.api import implementation_names
+from fast_attention.linear_attention.checks import check_shapes
 from fast_attention.linear_attention.inputs import Plan, SavedStates, finish, merge_parts
+from fast_attention.linear_attention.prepare import prepare
 from fast_attention.near_field.parts import (
     Sequences,
     check_options,
@@ -104,19 +100,6 @@ def near_field_attention(
             f"there are {query.shape[-3]} queries and {key.shape[-3]} keys. Leave it out for "
             "attention to another sequence; to decode use init_state, prefill and step."
         )
-    batch_shape = query.shape[:-3]
-    query, key, value = promote_floating(query, key, value)
-    key_bias, key_mask = split_bias(
-        per_key(key_bias, key, "key_bias"), per_key(key_mask, key, "key_mask")
-    )
-    arrays = Sequences(
-        query=query.reshape(-1, *query.shape[-3:]),
-        key=key.reshape(-1, *key.shape[-3:]),
-        value=value.reshape(-1, *value.shape[-3:]),
-        key_mask=key_mask,
-        key_bias=key_bias,
-        segment_ids=None if segment_ids is None else broadcast_segments(segment_ids, query),
-    )
     plan = Plan(
         feature_map=feature_map,
         causal=causal,
@@ -127,10 +110,20 @@ def near_field_attention(
         saved_states=saved_states,
         precision=precision,
     )
-    if implementation is not None and not isinstance(implementation, str):
-        implementation = tuple(implementation)
-    out = _attend(plan, exact_window, implementation, arrays, parameters)
-    return out.reshape(*batch_shape, *out.shape[1:])
+    plan, inputs = prepare(
+        plan,
+        query,
+        key,
+        value,
+        parameters=parameters,
+        key_mask=key_mask,
+        key_bias=key_bias,
+        segment_ids=segment_ids,
+    )
+    arrays = Sequences(*(getattr(inputs, name) for name in Sequences._fields))
+    names = implementation_names(implementation)
+    out = _attend(plan, exact_window, names, arrays, parameters)
+    return out.reshape(*query.shape[:-3], *out.shape[1:])
 
 
 # Compiled as one, as linear attention is.
@@ -138,7 +131,7 @@ def near_field_attention(
 def _attend(
     plan: Plan,
     window: int,
-    implementation: str | tuple[str, ...] | None,
+    implementation: tuple[str, ...],
     arrays: Sequences,
     parameters: Any,
 ) -> Array:

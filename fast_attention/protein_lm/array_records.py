@@ -11,26 +11,27 @@ import numpy as np
 
 def describe(arrays: Any) -> dict[str, str]:
     """Dtype and shape of each array (or its abstract stand-in), by its dotted name."""
-    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in _named(arrays).items()}
+    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in named(arrays).items()}
 
 
 def checksums(arrays: Any) -> dict[str, int]:
     """The CRC-32 of the bytes of each array, by its dotted name."""
     return {
         name: zlib.crc32(np.ascontiguousarray(_on_host(leaf)).reshape(-1).view(np.uint8).data)
-        for name, leaf in _named(arrays).items()
+        for name, leaf in named(arrays).items()
     }
 
 
 def find_unsound(arrays: Any) -> str | None:
     """The dotted name of an array with an infinity or what is not a number; None without one."""
-    for name, leaf in _named(arrays).items():
+    for name, leaf in named(arrays).items():
         if not np.isfinite(_on_host(leaf)).all():
             return name
     return None
 
 
-def _named(arrays: Any) -> dict[str, Any]:
+def named(arrays: Any) -> dict[str, Any]:
+    """Each array by its dotted name, in the order of the tree."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(arrays)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 

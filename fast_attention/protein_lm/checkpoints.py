@@ -191,6 +191,17 @@ def restore(
     return found
 
 
+def tokens_seen(directory: Path, step: int) -> int | None:
+    """Tokens trained on up to a checkpoint; None where that cannot be read."""
+    options = ocp.CheckpointManagerOptions(create=False)
+    with ocp.CheckpointManager(directory.absolute(), options=options) as manager:
+        try:
+            about = _restore(manager, step, about=ocp.args.JsonRestore())["about"]
+            return about["progress"]["tokens"]
+        except (_Damaged, KeyError, TypeError):
+            return None
+
+
 def restore_model(
     directory: Path, abstract: TrainState, *, checkpoint: str | int = "best"
 ) -> Restored:

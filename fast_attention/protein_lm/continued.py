@@ -65,6 +65,10 @@ def continue_training(
             f"{epochs}, {batch_size} and {learning_rate}"
         )
     before = load_run(run_dir)
+    if before.folder.export.is_file():
+        raise RunError(
+            f"{run_dir} is an exported model, from which training cannot go on: give the run itself"
+        )
     if Path(work_dir).absolute() == before.folder.path.absolute():
         raise RunError(f"{work_dir} is the run to begin from: give the new run another folder")
     corpus = load_corpus(

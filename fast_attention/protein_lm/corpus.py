@@ -70,6 +70,7 @@ def load_corpus(
     on_error: str = "raise",
     skipped: SkippedRecords | None = None,
     alphabet: str | None = None,
+    ids: list[str] | None = None,
 ) -> Corpus:
     """Reads and encodes whole FASTA files; proteins keep their full length and their order.
 
@@ -81,6 +82,7 @@ def load_corpus(
       skipped: collects what ``on_error="skip"`` leaves out, which needs it.
       alphabet: the letters that a record may have; None takes `domain_letters` of ``domain``.
         Those of another domain leave out the same records as there.
+      ids: takes the id of each protein.
 
     Raises:
       FastaError: if a file cannot be read or has a symbol that the vocabulary lacks.
@@ -109,6 +111,8 @@ def load_corpus(
     ):
         tokens += record.sequence.encode("ascii").translate(table) + end
         offsets.append(len(tokens))
+        if ids is not None:
+            ids.append(record.id)
     return Corpus(np.frombuffer(tokens, np.uint8), np.frombuffer(offsets, np.int64))
 
 

@@ -201,7 +201,7 @@ def embed_window(
         ]
         residues = row_lengths([item.residues for item in items], shape[0])
         batch = {
-            "inputs": token_batches.fill(rows, shape, 0),
+            "inputs": token_batches.fill(rows, shape),
             "lengths": row_lengths(rows, shape[0]),
             "residues": residues,
         }

@@ -99,7 +99,7 @@ def embed_to_file(
         embedding.layer_names(model, config),
         pooled=config.pool is not None,
         stacked=isinstance(config.layers, tuple),
-        width=_load(parts[0], config)[1][0].shape[-1],
+        width=model.config.emb_dim,
         dtype=config.dtype,
     )
     write_arrays(output, layout, (_load(path, config) for path in parts))

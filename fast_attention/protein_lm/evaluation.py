@@ -16,9 +16,8 @@ import numpy as np
 from fast_attention.protein_lm import groups, metrics, protein_scores
 from fast_attention.protein_lm.baselines import ProteinSums, fit_ngrams
 from fast_attention.protein_lm.columns import format_columns
-from fast_attention.protein_lm.corpus import FastaPaths, domain_letters, load_corpus
+from fast_attention.protein_lm.corpus import FastaPaths, load_corpus
 from fast_attention.protein_lm.domains import make_protein_domain
-from fast_attention.protein_lm.fasta_files import read_proteins
 from fast_attention.protein_lm.flax_model import FlaxModel
 from fast_attention.protein_lm.groups import Groups
 from fast_attention.protein_lm.ngrams import NGram, TabulatedNGram
@@ -156,14 +155,8 @@ def evaluate_in_groups(
     if num_seeds < 1:
         raise ValueError(f"the number of seeds must be at least 1; got {num_seeds}")
     paths = [fasta] if isinstance(fasta, (str, os.PathLike)) else list(fasta)
-    corpus = load_corpus(paths, model.domain, on_error=on_error, skipped=skipped)
-    records = read_proteins(
-        paths,
-        alphabet=domain_letters(model.domain),
-        on_error=on_error,
-        skipped=SkippedRecords(),
-    )
-    ids = [record.id for record in records]
+    ids: list[str] = []
+    corpus = load_corpus(paths, model.domain, on_error=on_error, skipped=skipped, ids=ids)
     clusters = Groups("protein", ids, np.arange(len(ids)))
     family = None
     if split_file is not None:

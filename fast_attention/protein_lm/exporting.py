@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from fast_attention.protein_lm import descriptions
+from fast_attention.protein_lm.array_records import describe, named
 from fast_attention.protein_lm.flax_model import FlaxModel
 from fast_attention.protein_lm.output_files import replacing
 from fast_attention.protein_lm.run_folder import (
@@ -63,7 +64,7 @@ def export_model(
         "vocabulary": describe_vocabulary(model.domain),
         "gin": configuration(folder),
     }
-    _write_arrays(target.weights, _named(model.state))
+    _write_arrays(target.weights, named(_arrays(model.state)))
     if folder.baselines.is_file():
         with replacing(target.baselines) as temporary:
             shutil.copyfile(folder.baselines, temporary)
@@ -122,12 +123,9 @@ def read_arrays(folder: RunFolder, abstract: TrainState) -> tuple[int, Any, Any]
         raise RunError(
             f"{folder.weights} cannot be read ({error}): export the run again"
         ) from error
-    expected = _named(abstract)
-    for name in [*expected, *found]:
-        there, wanted = (
-            f"{tree[name].dtype}{list(tree[name].shape)}" if name in tree else "absent"
-            for tree in (found, expected)
-        )
+    expected, stored = describe(_arrays(abstract)), describe(found)
+    for name in [*expected, *stored]:
+        there, wanted = (tree.get(name, "absent") for tree in (stored, expected))
         if there != wanted:
             raise RunError(
                 f"{folder.weights} does not fit {folder.export.name}: {name} is {there} there, and "
@@ -148,9 +146,3 @@ def _write_arrays(path: Path, arrays: dict[str, Any]) -> None:
 
 def _arrays(state: TrainState) -> dict[str, Any]:
     return {"parameters": weights(state), "variables": state.variables}
-
-
-def _named(state: TrainState) -> dict[str, Any]:
-    """Every array, in the order of the tree, by its path."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(_arrays(state))
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}

@@ -14,8 +14,8 @@ from fast_attention.protein_lm.run_folder import RunError
 
 _EXPECTED = (RunError, FloatingPointError, OSError, TypeError, ValueError)
 _MEMORY = (
-    "take a smaller --batch_size (in training a smaller experiment.batch_size_per_device), or "
-    "shorter rows"
+    "take a smaller --batch_size or --tokens_per_batch (in training a smaller "
+    "experiment.batch_size_per_device), or shorter rows"
 )
 
 _DISK = {

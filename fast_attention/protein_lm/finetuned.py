@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.special import softmax
 
-from fast_attention.protein_lm import embedding, lora
+from fast_attention.protein_lm import embedding, exporting, lora
 from fast_attention.protein_lm.flax_model import FlaxModel
-from fast_attention.protein_lm.linear_head import LinearHead, softmax
+from fast_attention.protein_lm.linear_head import LinearHead
 from fast_attention.protein_lm.loading import build_model, load_run
 from fast_attention.protein_lm.run_folder import RunError, RunFolder, write_file
 from fast_attention.protein_lm.token_batches import Shape
@@ -120,8 +121,8 @@ class FineTuned:
                 _flat({"parameters": self.model.weights, "variables": state.variables}),
             )
             if run_dir is not None:
-                config = RunFolder(Path(run_dir)).config
-                write_file(folder / config.name, config.read_bytes())
+                text = exporting.configuration(RunFolder(Path(run_dir)))
+                write_file(RunFolder(folder).config, text)
         elif self.adapters is not None:
             _write_arrays(folder / _ADAPTERS, _flat(self.adapters[0]))
         about = {
@@ -214,7 +215,7 @@ def embed(
 def head_outputs(head: LinearHead, vectors: np.ndarray) -> np.ndarray:
     """From vectors ``[N, M]`` to numbers ``[N]`` or probabilities ``[N, K]``."""
     outputs = head(vectors)
-    return softmax(outputs) if outputs.shape[1] > 1 else outputs[:, 0]
+    return softmax(outputs.astype(np.float64), -1) if outputs.shape[1] > 1 else outputs[:, 0]
 
 
 def with_parameters(model: FlaxModel, parameters: Any, variables: Any) -> FlaxModel:

@@ -255,9 +255,10 @@ def _tune_trunk(
     held = [sequences[row] for row in rows["valid"]]
 
     def validate(parameters: Any, head: LinearHead) -> dict[str, float]:
-        # Never trained, so that it may share arrays with the model.
+        # Never trained, so that it may share arrays with the model; an average of the parameters
+        # before would be read in their place.
         tuned = copy.copy(model)
-        tuned.state = dataclasses.replace(model.state, parameters=parameters)
+        tuned.state = dataclasses.replace(model.state, parameters=parameters, average=None)
         vectors = embed(tuned, held, config.max_length, shapes)
         return _valid_metrics(head, vectors, targets[rows["valid"]], class_weights)
 

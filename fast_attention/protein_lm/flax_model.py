@@ -272,10 +272,10 @@ class FlaxModel:
 
     @classmethod
     def load(cls, run_dir: str | os.PathLike[str]) -> Self:
-        """Reads the model of a trained run, with the parameters of its newest checkpoint.
+        """Reads the model of a trained run, with the parameters of its best checkpoint.
 
         Args:
-          run_dir: A folder written by ``protein-lm train``.
+          run_dir: A folder written by ``protein-lm train`` or ``export``.
 
         Raises:
           RunError: If the folder is no run's, or its model is of another class.

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import orbax.checkpoint as ocp
-
-from fast_attention.protein_lm import descriptions, exporting, metrics_log
+from fast_attention.protein_lm import checkpoints, descriptions, exporting, metrics_log
 from fast_attention.protein_lm.corpus import bundled_corpus
 from fast_attention.protein_lm.fasta_files import read_proteins
 from fast_attention.protein_lm.loading import open_run
 from fast_attention.protein_lm.report import format_table
 from fast_attention.protein_lm.run_folder import RunFolder, describe_vocabulary
+from fast_attention.protein_lm.skipped_records import SkippedRecords
 from fast_attention.protein_lm.text_source import FastaError
 
 _SPLITS = ("train", "valid", "test")
@@ -70,14 +69,7 @@ def tokens_seen(folder: RunFolder, step: int) -> int | None:
     """Tokens trained on up to a checkpoint; None where that is not on record."""
     if folder.export.is_file():
         return exporting.read_export(folder)["tokens"]
-    try:
-        with ocp.CheckpointManager(
-            folder.checkpoints.absolute(), options=ocp.CheckpointManagerOptions(create=False)
-        ) as manager:
-            found = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
-        return found["about"]["progress"]["tokens"]
-    except (ValueError, KeyError, TypeError, OSError):
-        return None
+    return checkpoints.tokens_seen(folder.checkpoints, step)
 
 
 def format_information(about: dict[str, Any]) -> str:
@@ -142,14 +134,16 @@ def _corpus(settings: dict[str, Any], count: bool) -> dict[str, Any]:
             files = str(bundled_corpus(split))
         if files:
             files = [files] if isinstance(files, str) else list(files)
-            corpus[split] = {"files": files} | (_count(files) if count else {})
+            corpus[split] = {"files": files} | (
+                _count(files, settings.get("on_error", "raise")) if count else {}
+            )
     return corpus
 
 
-def _count(files: Sequence[str]) -> dict[str, Any]:
+def _count(files: Sequence[str], on_error: str) -> dict[str, Any]:
     proteins = residues = 0
     try:
-        for record in read_proteins(files):
+        for record in read_proteins(files, on_error=on_error, skipped=SkippedRecords()):
             proteins += 1
             residues += len(record.sequence)
     except FastaError as error:

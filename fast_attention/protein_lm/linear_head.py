@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.optimize import minimize
+from scipy.special import log_softmax
 
 _PENALTIES = 10.0 ** np.arange(-4, 3.5, 0.5)
 
@@ -101,14 +102,8 @@ def fit_classification(
 def cross_entropy(logits: np.ndarray, classes: np.ndarray, class_weights: np.ndarray) -> float:
     """Mean cross-entropy of ``[N, K]``, each protein counted as its class says."""
     weights = class_weights[classes]
-    chosen = np.log(softmax(logits)[np.arange(len(classes)), classes] + 1e-30)
+    chosen = log_softmax(logits.astype(np.float64), -1)[np.arange(len(classes)), classes]
     return float(-(weights * chosen).sum() / max(weights.sum(), 1e-30))
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities ``[N, K]``, float64."""
-    exponentials = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
-    return exponentials / exponentials.sum(-1, keepdims=True)
 
 
 def _logistic_loss(
@@ -121,10 +116,10 @@ def _logistic_loss(
     parameters = flat.reshape(x.shape[1] + 1, -1)
     logits = x @ parameters[:-1] + parameters[-1][None]
     weights = class_weights[classes] / class_weights[classes].sum()
-    probabilities = softmax(logits)
-    chosen = probabilities[np.arange(len(x)), classes]
-    loss = -(weights * np.log(chosen + 1e-300)).sum() + penalty / 2 * (parameters[:-1] ** 2).sum()
-    slope = probabilities
+    logs = log_softmax(logits, -1)
+    chosen = logs[np.arange(len(x)), classes]
+    loss = -(weights * chosen).sum() + penalty / 2 * (parameters[:-1] ** 2).sum()
+    slope = np.exp(logs)
     slope[np.arange(len(x)), classes] -= 1
     slope *= weights[:, None]
     gradient = np.concatenate([x.T @ slope + penalty * parameters[:-1], slope.sum(0)[None]])

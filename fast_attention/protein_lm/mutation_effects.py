@@ -237,7 +237,7 @@ def _log_probabilities(
 
     def compute(items: list[_Hidden], shape: token_batches.Shape):
         rows = [tokens] * len(items)
-        inputs = token_batches.fill(rows, shape, 0)
+        inputs = token_batches.fill(rows, shape)
         for row, item in enumerate(items):
             inputs[row, list(item.hidden)] = model.domain.vocab.mask
         place = np.broadcast_to(np.arange(shape[1]), shape)

@@ -185,8 +185,8 @@ def _batch(
     lengths = np.array([len(tokens) for tokens in inputs] + [width] * (number - len(rows)))
     visible = np.arange(width)[None] < lengths[:, None]
     batch: dict[str, Any] = {
-        "inputs": token_batches.fill(inputs, (number, width), 0),
-        "targets": token_batches.fill(targets, (number, width), 0),
+        "inputs": token_batches.fill(inputs, (number, width)),
+        "targets": token_batches.fill(targets, (number, width)),
         "visible": None if visible.all() else visible,
     }
     return train_state.shard_batch(batch, model.mesh)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from scipy.stats import rankdata
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
@@ -15,15 +16,10 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float:
 
     It is 0 where one of the two is constant, for then it says nothing of the other.
     """
-    first, second = _ranks(x), _ranks(y)
+    first, second = rankdata(x), rankdata(y)
     first, second = first - first.mean(), second - second.mean()
     scale = np.sqrt((first**2).sum() * (second**2).sum())
     return float((first * second).sum() / scale) if scale else 0.0
-
-
-def _ranks(x: np.ndarray) -> np.ndarray:
-    _, place, number = np.unique(x, return_inverse=True, return_counts=True)
-    return (np.cumsum(number) - (number - 1) / 2)[place]
 
 
 def regression_metrics(truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:

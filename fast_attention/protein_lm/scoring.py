@@ -32,6 +32,7 @@ from fast_attention.protein_lm.encoding import (
     with_begin,
     with_end,
 )
+from fast_attention.protein_lm.metrics import perplexity
 
 if TYPE_CHECKING:
     from fast_attention.protein_lm.flax_model import FlaxModel
@@ -59,7 +60,7 @@ class SequenceScore(NamedTuple):
     @property
     def perplexity(self) -> float:
         """``exp(-mean_log_likelihood)``: among how many residues the model in effect wavers."""
-        return _exp(-self.mean_log_likelihood)
+        return perplexity(-self.mean_log_likelihood)
 
 
 class PseudoScore(NamedTuple):
@@ -81,7 +82,7 @@ class PseudoScore(NamedTuple):
     @property
     def pseudo_perplexity(self) -> float:
         """``exp(-mean_pseudo_log_likelihood)``."""
-        return _exp(-self.mean_pseudo_log_likelihood)
+        return perplexity(-self.mean_pseudo_log_likelihood)
 
 
 def score_sequences(
@@ -154,8 +155,8 @@ def _score_read(
         wanted = [with_end(model, item) for item in items]
         given = [with_begin(model, tokens[:-1]) for tokens in wanted]
         batch = {
-            "inputs": token_batches.fill(given, shape, 0),
-            "targets": token_batches.fill(wanted, shape, 0),
+            "inputs": token_batches.fill(given, shape),
+            "targets": token_batches.fill(wanted, shape),
             "lengths": row_lengths(wanted, shape[0]),
         }
         batch = train_state.shard_batch(batch, model.mesh)
@@ -212,7 +213,7 @@ def _score_hidden(
 
     def compute(items: list[_Hidden], shape: token_batches.Shape) -> jax.Array:
         rows = [item.tokens for item in items]
-        inputs = token_batches.fill(rows, shape, 0)
+        inputs = token_batches.fill(rows, shape)
         places, targets = np.zeros((2, shape[0]), np.int32)
         for row, item in enumerate(items):
             places[row], targets[row] = item.place, item.tokens[item.place]
@@ -291,8 +292,3 @@ def _sum_up(
         return PseudoScore(len(result[0]), float(result[0].sum(dtype=np.float64)))
 
     return exact if model.objective == "causal" else pseudo
-
-
-def _exp(exponent: float) -> float:
-    """The exponential, infinite where Python's would overflow."""
-    return math.exp(exponent) if exponent < 709 else math.inf

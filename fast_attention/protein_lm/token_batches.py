@@ -196,7 +196,6 @@ def compute_stream(
     tokens_per_batch: int,
     shapes: set[Shape],
     *,
-    batches: int = WINDOW,
     devices: int = 1,
     progress: Callable[[list[Item]], None] | None = None,
 ) -> Iterator[Result]:
@@ -204,7 +203,7 @@ def compute_stream(
 
     The arguments are those of `windows` and `compute_window`.
     """
-    for window in windows(items, length, tokens_per_batch, batches):
+    for window in windows(items, length, tokens_per_batch):
         yield from compute_window(
             window,
             length,
@@ -217,9 +216,9 @@ def compute_stream(
         )
 
 
-def fill(rows: Sequence[np.ndarray], shape: Shape, value: int) -> np.ndarray:
-    """Returns int32 ``[rows, width]`` that holds the given rows from the left, then `value`."""
-    filled = np.full(shape, value, np.int32)
+def fill(rows: Sequence[np.ndarray], shape: Shape) -> np.ndarray:
+    """Returns int32 ``[rows, width]`` that holds the given rows from the left, then zeros."""
+    filled = np.zeros(shape, np.int32)
     for row, tokens in zip(filled, rows, strict=False):
         row[: len(tokens)] = tokens
     return filled

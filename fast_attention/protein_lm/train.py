@@ -161,6 +161,10 @@ def run_experiment(
         corpus = load_corpus(valid_files, model.domain, on_error=on_error, skipped=skipped["valid"])
         validate = _make_validation(model, corpus, max_eval_length, num_eval_steps)
 
+    if initial_run is not None and not folder.config.exists():
+        _check_initial_run(RunFolder(Path(initial_run)), model)
+    if early_stopping is not None and validate is None:
+        print("warning: early_stopping needs valid_files, and there are none", file=sys.stderr)
     asked, used = gin.config_str(), gin.operative_config_str()
     run_folder.claim(folder, used, model.domain, asked=asked)
     for name in sorted(run_folder.settings(asked).keys() - run_folder.settings(used).keys()):
@@ -226,8 +230,14 @@ def abstract_state(model: FlaxModel) -> TrainState:
     return checkpoints.abstract_like(state, NamedSharding(model.mesh, PartitionSpec()))
 
 
-def _begin_from(model: FlaxModel, folder: RunFolder) -> None:
+def _check_initial_run(folder: RunFolder, model: FlaxModel) -> None:
+    # Before anything is written: what is refused can then be asked for again, put right.
+    if not folder.vocabulary.is_file():
+        raise RunError(f"experiment.initial_run: {folder.path} is not the folder of a run")
     run_folder.check_vocabulary(folder, model.domain)
+
+
+def _begin_from(model: FlaxModel, folder: RunFolder) -> None:
     _, parameters, variables = checkpoints.restore_model(folder.checkpoints, abstract_state(model))
     model.set_parameters(parameters, variables)
 

@@ -248,7 +248,7 @@ def _batches(
         width = next(width for width in widths if width >= lengths[members].max())
         missing = (0, batch_size - len(members))
         yield {
-            "inputs": token_batches.fill([rows[i] for i in members], (batch_size, width), 0),
+            "inputs": token_batches.fill([rows[i] for i in members], (batch_size, width)),
             "lengths": np.pad(lengths[members], missing).astype(np.int32),
             "residues": np.pad([len(proteins[i].residues) for i in members], missing).astype(
                 np.int32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -14,11 +15,11 @@ import numpy as np
 from fast_attention.protein_lm.columns import format_columns
 from fast_attention.protein_lm.corpus import FastaPaths, domain_letters
 from fast_attention.protein_lm.fasta_files import read_proteins
-from fast_attention.protein_lm.finetuning import fine_tune
+from fast_attention.protein_lm.finetuning import TuningConfig, fine_tune
 from fast_attention.protein_lm.labelled import read_labelled
 from fast_attention.protein_lm.loading import load_run
 from fast_attention.protein_lm.report import format_table
-from fast_attention.protein_lm.run_folder import RunError, write_file
+from fast_attention.protein_lm.run_folder import RunError, RunFolder, write_file
 from fast_attention.protein_lm.skipped_records import SkippedRecords
 
 _SHOWN_CLASSES = 12
@@ -79,7 +80,7 @@ def run_tuning(
         "step": loaded.step,
         "data": hashlib.sha256(json.dumps(found).encode()).hexdigest(),
         "task": task,
-        "options": options,
+        "options": dataclasses.asdict(TuningConfig(**options)),
         "whole_model": whole_model,
     }
     result_file = folder / "result.json"
@@ -93,6 +94,9 @@ def run_tuning(
             )
         print(f"{folder} is finished\n\n{format_result(result, folder)}")
         return result
+    target = RunFolder(folder)
+    if target.checkpoints.exists() or target.export.is_file():
+        raise RunError(f"{folder} holds a run: give the result a folder of its own")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):

@@ -1,5 +1,6 @@
 """Layers hold calibrated parameters: from samples, from running averages, through redraws."""
 
+import dataclasses
 import functools
 
 import jax
@@ -117,14 +118,14 @@ def test_a_redraw_keeps_the_calibration():
     assert not np.allclose(before["query_weight"][...], after["query_weight"][...])
 
 
-def stack(**options):
+def stack(memory=0, **options):
+    attention = dataclasses.replace(config(moment_decay=0.9), memory=memory)
     return Stack(
-        StackConfig(FEATURES, ((SublayerConfig(config(moment_decay=0.9)),) * 2,), **options),
-        rngs=nnx.Rngs(0),
+        StackConfig(FEATURES, ((SublayerConfig(attention),) * 2,), **options), rngs=nnx.Rngs(0)
     )
 
 
-@pytest.mark.parametrize("options", [{}, {"remat": True}, {"reversible": True}])
+@pytest.mark.parametrize("options", [{"memory": 3}, {"remat": True}, {"reversible": True}])
 def test_running_averages_follow_training_and_rest_in_evaluation(options):
     model = stack(**options)
     start = held(model, RunningMoments)

@@ -22,7 +22,12 @@ def attention(window, **options):
 
 @pytest.mark.parametrize(
     ("window", "options"),
-    [(1, {}), (4, {"renormalize_attention": False}), (20, {"estimator": "hyperbolic"})],
+    [
+        (1, {}),
+        (4, {"renormalize_attention": False}),
+        (4, {"estimator": "wderf_s"}),
+        (20, {"estimator": "hyperbolic"}),
+    ],
 )
 def test_prefill_and_steps_are_the_whole(window, options):
     """Two prompts of different lengths, padded on either side, more tokens at once, then steps."""

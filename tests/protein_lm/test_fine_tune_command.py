@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from fast_attention.protein_lm import cli, read_fasta, write_fasta
+from fast_attention.protein_lm import cli, finetuned, read_fasta, write_fasta
 from fast_attention.protein_lm.columns import read_columns
 from fast_attention.protein_lm.finetuning import FineTuned
 from fast_attention.protein_lm.loading import load_run
@@ -64,7 +64,9 @@ def test_a_property_is_learned_and_predicted(arguments, records, tmp_path, capsy
     assert json.loads((folder / "result.json").read_text()) == result
 
 
-def test_classes_by_id_with_adapters_in_a_whole_model(lm_run, table, tiny_fasta, tmp_path, capsys):
+def test_classes_by_id_with_adapters_in_a_whole_model(
+    lm_run, table, tiny_fasta, tmp_path, capsys, monkeypatch
+):
     folder = tmp_path / "out"
     text = table.read_text().replace(",sequence,", ",unused,")
     (tmp_path / "t.csv").write_text(text)
@@ -87,9 +89,11 @@ def test_classes_by_id_with_adapters_in_a_whole_model(lm_run, table, tiny_fasta,
     assert "macro f1" in told and "epoch 1" in told and "true, predicted" in told
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["split"] for row in rows] == ["frozen", "valid", "train", "valid"]
-    (folder / "config.gin").rename(folder / "kept.gin")
-    assert json.loads((folder / "finetuned.json").read_text())["whole"]
-    (folder / "kept.gin").rename(folder / "config.gin")
+
+    def read_run(*_, **__):
+        raise AssertionError("the whole model needs no run")
+
+    monkeypatch.setattr(finetuned, "load_run", read_run)
     tuned = FineTuned.load(folder)
     assert tuned.classes == ("basic", "other")
     assert list(read_columns(folder / "predictions.tsv"))[-2:] == ["p_basic", "p_other"]
@@ -100,7 +104,10 @@ def test_classes_by_id_with_adapters_in_a_whole_model(lm_run, table, tiny_fasta,
     [
         (["--label_column=tm"], "no column 'tm'"),
         (["--label_column=kind"], "no finite number"),
-        (["--rank=0"], "rank must be at least 1"),
+        (["--method=lora", "--rank=0"], "rank must be at least 1"),
+        (["--epochs=3"], "--epochs needs --method"),
+        (["--method=full", "--rank=3"], "--rank needs --method=lora"),
+        (["--balanced"], "--balanced needs --task=classification"),
         (["--valid_fasta=x"], "--split_column"),
     ],
 )
@@ -117,6 +124,20 @@ def test_a_folder_that_holds_no_predictor_is_told(lm_run, tiny_fasta, tmp_path, 
     command = ["fine-tune", f"--run_dir={lm_run}", f"--output={tmp_path / 'x'}"]
     assert cli.main(command) == 1
     assert "--table" in capsys.readouterr().err
+    assert cli.main([*command, f"--fasta={tiny_fasta}", "--method=lora"]) == 1
+    assert "--method needs --table" in capsys.readouterr().err
+
+
+def test_a_run_is_not_written_over(lm_run, arguments, capsys):
+    before = (lm_run / "metrics.jsonl").read_text()
+    result = lm_run / "result.json"
+    kept = result.rename(lm_run / "kept.json")
+    try:
+        assert cli.main(arguments(lm_run)) == 1
+    finally:
+        kept.rename(result)
+    assert "holds a run" in capsys.readouterr().err
+    assert (lm_run / "metrics.jsonl").read_text() == before
 
 
 def test_a_family_is_learned(lm_run, records, tmp_path, capsys):

@@ -177,6 +177,14 @@ def test_gradient_steps_begin_at_the_frozen_solution_and_keep_the_best(
     assert adapted.fit.metrics["test"]["spearman"] > 0.9
 
 
+def test_the_trained_trunk_is_validated_also_where_averages_are_kept(proteins, shares):
+    averaging = make(ema_decay=0.9)
+    tuned = fine_tune(averaging, proteins, shares, task="regression", method="lora", **SMALL)
+    plain = fine_tune(make(), proteins, shares, task="regression", method="lora", **SMALL)
+    assert tuned.fit is not None and plain.fit is not None
+    assert tuned.fit.history == plain.fit.history
+
+
 def test_equal_seeds_give_equal_results(adapted, lm, proteins, shares):
     again = fine_tune(lm, proteins, shares, task="regression", method="lora", **SMALL)
     assert again.fit is not None

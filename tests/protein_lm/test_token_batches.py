@@ -73,16 +73,15 @@ def test_few_sequences_make_small_batches():
 
 def test_results_come_in_the_order_of_the_stream():
     generator = np.random.default_rng(1)
-    items = [np.arange(n) for n in generator.integers(1, 70, 500)]
+    items = [np.arange(n) for n in generator.integers(1, 70, 1500)]
     done = []
     found = compute_stream(
         items,
         len,
-        lambda rows, shape: token_batches.fill(rows, shape, -1),
+        lambda rows, shape: token_batches.fill(rows, shape),
         lambda batch, row, item: batch[row, : len(item)],
         256,
         set(),
-        batches=4,
         progress=lambda members: done.extend(map(len, members)),
     )
     for one, other in zip(found, items, strict=True):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from typing import Any
 
 from fast_attention.protein_lm.commands import arguments
 
@@ -39,7 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     table.add_argument(
         "--method",
         choices=("frozen", "lora", "full"),
-        default="frozen",
         help="frozen: a linear model on the vectors of 'protein-lm embed', seconds to minutes "
         "(default); lora: also small changes of every layer; full: also all parameters",
     )
@@ -50,7 +51,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         table.add_argument(
             f"--{name}_column",
-            default=default,
             metavar="NAME",
             help=f"the column of {meaning} (default: {default})",
         )
@@ -67,27 +67,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     table.add_argument(
         "--test_share",
         type=float,
-        default=0.2,
         metavar="X",
         help="the share held out for the report, without a split column (default: 0.2)",
     )
     table.add_argument(
         "--valid_share",
         type=float,
-        default=0.1,
         metavar="X",
         help="the share of the rest that decides when to stop (default: 0.1)",
     )
     table.add_argument(
         "--balanced",
         action="store_true",
+        default=None,
         help="let classes count equally, however many proteins they have",
     )
-    table.add_argument("--rank", type=int, default=8, metavar="R", help="of lora (default: 8)")
+    table.add_argument("--rank", type=int, metavar="R", help="of lora (default: 8)")
     table.add_argument(
         "--patience",
         type=int,
-        default=3,
         metavar="N",
         help="epochs without improvement after which to stop (default: 3)",
     )
@@ -97,6 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     table.add_argument(
         "--whole_model",
         action="store_true",
+        default=None,
         help="store the whole model, so that the result does not need --run_dir any more",
     )
     both = parser.add_argument_group("training")
@@ -129,17 +128,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_seed(parser, "of every draw; equal seeds give equal results (default: 0)")
 
 
+_COLUMNS = ("sequence_column", "label_column", "id_column", "split_column", "group_column")
+_PROPERTY = ("method", "rank", "patience", "balanced", "test_share", "valid_share", "max_length")
+_STEPS = ("rank", "patience", "epochs", "batch_size", "learning_rate")
+"""What only gradient steps need, and not the exact solution of a frozen trunk."""
+
+
 def run(options: argparse.Namespace) -> None:
     """Runs the command."""
     from fast_attention.protein_lm import continued, tuning_run
 
-    given = {"batch_size": options.batch_size, "learning_rate": options.learning_rate}
-    given = {name: value for name, value in given.items() if value is not None}
+    training = _given(options, ("batch_size", "learning_rate"))
     if options.table is None:
         if not options.fasta:
             raise ValueError("give --table (a property to learn) or --fasta (proteins to train on)")
         if options.task is not None:
             raise ValueError(f"--task={options.task} needs --table, the proteins with their labels")
+        _refuse(options, (*_COLUMNS, *_PROPERTY, "whole_model"), "needs --table")
         continued.continue_training(
             options.run_dir,
             options.output,
@@ -148,46 +153,38 @@ def run(options: argparse.Namespace) -> None:
             epochs=10 if options.epochs is None else options.epochs,
             seed=options.seed,
             on_error=options.on_error,
-            **given,
+            **training,
         )
         return
     if options.task is None:
         raise ValueError("say --task=regression (a number) or --task=classification (a class)")
     if options.valid_fasta:
         raise ValueError("--valid_fasta is without --table; name a --split_column instead")
-    columns = {
-        name: getattr(options, name)
-        for name in (
-            "sequence_column",
-            "label_column",
-            "id_column",
-            "split_column",
-            "group_column",
-            "on_error",
-        )
-    }
-    config = {
-        name: getattr(options, name)
-        for name in (
-            "method",
-            "rank",
-            "patience",
-            "balanced",
-            "test_share",
-            "valid_share",
-            "max_length",
-            "seed",
-        )
-    }
+    if options.method in (None, "frozen"):
+        _refuse(options, _STEPS, "needs --method=lora or full")
+    if options.method == "full":
+        _refuse(options, ("rank",), "needs --method=lora")
+    if options.task == "regression":
+        _refuse(options, ("balanced",), "needs --task=classification")
     if options.epochs is not None:
-        config["max_epochs"] = options.epochs
+        training["max_epochs"] = options.epochs
     tuning_run.run_tuning(
         options.run_dir,
         options.output,
         options.table,
         task=options.task,
         fasta=options.fasta,
-        columns=columns,
-        whole_model=options.whole_model,
-        options=config | given,
+        columns=_given(options, _COLUMNS) | {"on_error": options.on_error},
+        whole_model=bool(options.whole_model),
+        options=_given(options, _PROPERTY) | training | {"seed": options.seed},
     )
+
+
+def _given(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    found = {name: getattr(options, name) for name in names}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _refuse(options: argparse.Namespace, names: Sequence[str], why: str) -> None:
+    for name in _given(options, names):
+        raise ValueError(f"--{name} {why}: leave it out")

@@ -21,24 +21,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", required=True, metavar="FOLDER", help="the --output of 'protein-lm fine-tune'"
     )
     arguments.add_fasta(parser, "proteins to predict")
-    parser.add_argument(
-        "--output", required=True, metavar="FILE", help="the table, tabs between cells"
-    )
+    parser.add_argument("--output", required=True, metavar="FILE", help="the table (.tsv)")
     arguments.add_on_error(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Runs the command."""
-    from fast_attention.protein_lm.fasta_files import read_proteins
+    from fast_attention.protein_lm.embedding import room
     from fast_attention.protein_lm.finetuned import FineTuned
+    from fast_attention.protein_lm.model_inputs import read_for_model
     from fast_attention.protein_lm.output_files import check_output
     from fast_attention.protein_lm.run_folder import write_file
+    from fast_attention.protein_lm.tables import find_extension
     from fast_attention.protein_lm.tuning_run import prediction_table
 
+    find_extension(options.output, (".tsv",))
     check_output(options.output)
     tuned = FineTuned.load(options.model)
     with arguments.skipped_records(options) as skipped:
-        records = list(read_proteins(options.fasta, on_error=options.on_error, skipped=skipped))
+        records = list(
+            read_for_model(
+                tuned.model,
+                options.fasta,
+                room=room(tuned.model),
+                max_length=tuned.max_length,
+                on_error=options.on_error,
+                skipped=skipped,
+            )
+        )
         outputs = tuned.outputs(record.sequence for record in records)
         table = prediction_table([record.id for record in records], tuned.classes, outputs)
         write_file(Path(options.output), table)
