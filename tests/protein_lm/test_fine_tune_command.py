@@ -119,7 +119,7 @@ def test_what_cannot_be_learned_is_told(arguments, tmp_path, more, expected, cap
 
 def test_a_folder_that_holds_no_predictor_is_told(lm_run, tiny_fasta, tmp_path, capsys):
     command = ["predict", f"--model={lm_run}", f"--fasta={tiny_fasta}"]
-    assert cli.main([*command, f"--output={tmp_path / 'x'}"]) == 1
+    assert cli.main([*command, f"--output={tmp_path / 'x.tsv'}"]) == 1
     assert "protein-lm fine-tune" in capsys.readouterr().err
     command = ["fine-tune", f"--run_dir={lm_run}", f"--output={tmp_path / 'x'}"]
     assert cli.main(command) == 1
