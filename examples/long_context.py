@@ -2,12 +2,18 @@
 
 The text goes through the model stretch by stretch; between two stretches the model keeps its
 state, a few numbers for each head and feature. What comes out is what one call with the whole text
-would give, which the first tokens are checked for. The model is trained for a moment before, on
-windows of the same text.
+would give, which the first tokens are checked for.
+
+The model is that of a run of ``protein-lm train``, which reads proteins one after the other and
+never forgets one:
+
+    python -m examples.long_context --run=runs/demo --length=1000000
+
+Without a run it is a model of bytes, trained for a moment on windows of the text it then reads:
 
     python -m examples.long_context --file=README.md --length=1000000
 
-A file shorter than that is read over and over.
+What is shorter than that is read over and over.
 """
 
 from __future__ import annotations
@@ -18,7 +24,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +36,19 @@ from examples.char_lm import windows
 from fast_attention import make_fast_softmax_attention
 from fast_attention.models import Transformer, TransformerConfig, next_token_loss
 from fast_attention.models.training import make_train_step
+
+
+class Text(NamedTuple):
+    """What is read, and what is to be foretold.
+
+    Attributes:
+      inputs: int32 ``[L]``.
+      targets: int32 ``[L]``, the token after each.
+    """
+
+    inputs: np.ndarray
+    targets: np.ndarray
+
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -59,46 +78,76 @@ def train(model: Transformer, text: np.ndarray, steps: int, length: int, seed: i
         step(model, optimizer, batch, None)
 
 
+def proteins(run_dir: str, length: int) -> tuple[Any, Text]:
+    """Reads a trained causal model, and bundled proteins that it has not been trained on.
+
+    A protein begins with the begin token, as in training, but in training none sees another.
+    """
+    from fast_attention.protein_lm.corpus import bundled_corpus, load_corpus
+    from fast_attention.protein_lm.domains import domain_to_bos
+    from fast_attention.protein_lm.encoding import longest_input
+    from fast_attention.protein_lm.models import FlaxLM
+    from fast_attention.protein_lm.train_state import weights
+
+    trained = FlaxLM.load(run_dir)
+    room = longest_input(trained)
+    if room is not None and room < length:
+        raise SystemExit(
+            f"the model of {run_dir} has positions for {room:,} tokens, not {length:,}: take one "
+            "trained with FlaxModel.positions = 'rotary', or a smaller --length"
+        )
+    files = [str(bundled_corpus(split)) for split in ("test", "ood_test", "valid", "test_iid")]
+    targets = load_corpus(files, trained.domain).tokens.astype(np.int32)
+    targets = np.resize(targets, length)
+    begin = domain_to_bos(trained.domain)
+    before = np.concatenate([[begin], targets[:-1]])
+    inputs = np.where(before == trained.domain.vocab.eos, begin, before).astype(np.int32)
+    state = trained.state
+    return nnx.merge(trained.graphdef, weights(state), state.variables), Text(inputs, targets)
+
+
 @nnx.jit
-def read_stretch(model: Transformer, state: Any, tokens: jax.Array) -> tuple[Any, Any, Any]:
-    """Reads ``[1, C + 1]`` tokens, the last of which is only foretold.
+def read_stretch(
+    model: Transformer, state: Any, inputs: jax.Array, targets: jax.Array
+) -> tuple[Any, Any, Any]:
+    """Reads ``[1, C]`` tokens and foretells as many, those after them.
 
     Returns:
-      The logits, the next state, and the sum of the tokens' losses in bits.
+      The logits, the next state, and the sum of the targets' losses in bits.
     """
-    logits, state = model.prefill(state, tokens[:, :-1])
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+    logits, state = model.prefill(state, inputs)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     return logits, state, losses.sum() / jnp.log(2.0)
 
 
-def read(model: Transformer, tokens: np.ndarray, stretch: int) -> float:
+def read(model: Transformer, text: Text, stretch: int) -> float:
     """Reads a whole text and returns the bits per token; the logits of a stretch are not kept."""
     state = model.init_state(1, max_length=stretch)
-    total, began, count = 0.0, time.perf_counter(), len(tokens) - 1
-    reported = 0
+    total, told, began, count = 0.0, (0, 0.0), time.perf_counter(), len(text.inputs)
     for start in range(0, count, stretch):
-        piece = jnp.asarray(tokens[None, start : start + stretch + 1])
-        _, state, bits = read_stretch(model, state, piece)
-        total += float(bits)
         end = min(start + stretch, count)
-        if end == count or 4 * end // count > reported:
-            reported = 4 * end // count
+        pieces = (jnp.asarray(x[None, start:end]) for x in text)
+        _, state, bits = read_stretch(model, state, *pieces)
+        total += float(bits)
+        if end == count or start == 0 or 4 * end // count > 4 * told[0] // count:
             seconds = time.perf_counter() - began
             print(
-                f"{end:,} tokens: {total / end:.3f} bits per token, {end / seconds:,.0f} tokens/s, "
-                f"peak memory {peak_memory() / 2**20:,.0f} MiB",
+                f"tokens {told[0]:,} to {end:,}: {(total - told[1]) / (end - told[0]):.3f} bits "
+                f"per token; {end / seconds:,.0f} tokens/s so far, peak memory "
+                f"{peak_memory() / 2**20:,.0f} MiB",
                 flush=True,
             )
+            told = end, total
     return total / count
 
 
-def difference(model: Transformer, tokens: np.ndarray, stretch: int) -> float:
+def difference(model: Transformer, inputs: np.ndarray, stretch: int) -> float:
     """Returns the largest difference between logits by stretches and those of one call."""
-    whole = nnx.jit(lambda model, tokens: model(tokens))(model, jnp.asarray(tokens[None, :-1]))
+    whole = nnx.jit(lambda model, tokens: model(tokens))(model, jnp.asarray(inputs[None]))
     state, logits = model.init_state(1, max_length=stretch), []
-    for start in range(0, len(tokens) - 1, stretch):
-        piece = jnp.asarray(tokens[None, start : start + stretch + 1])
-        read, state, _ = read_stretch(model, state, piece)
+    for start in range(0, len(inputs), stretch):
+        piece = jnp.asarray(inputs[None, start : start + stretch])
+        read, state, _ = read_stretch(model, state, piece, piece)
         logits.append(read)
     return float(jnp.abs(jnp.concatenate(logits, axis=1) - whole).max())
 
@@ -112,7 +161,10 @@ def peak_memory() -> int:
 def main(argv: Sequence[str] | None = None) -> tuple[float, float]:
     """Reads as the command line says; returns bits per token and the difference of the check."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--file", type=Path, default=README, help="the text")
+    parser.add_argument(
+        "--run", help="folder of a run of a causal protein model, which is read with"
+    )
+    parser.add_argument("--file", type=Path, default=README, help="the text, without --run")
     parser.add_argument("--length", type=int, default=1_000_000, help="tokens to read")
     parser.add_argument("--stretch", type=int, default=8192, help="tokens read at once")
     parser.add_argument("--check", type=int, default=2048, help="tokens also read in one call")
@@ -124,13 +176,17 @@ def main(argv: Sequence[str] | None = None) -> tuple[float, float]:
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args(argv)
 
-    text = np.frombuffer(flags.file.read_bytes(), np.uint8).astype(np.int32)
-    tokens = np.resize(text, flags.length + 1)
-    model = build(dim=flags.dim, depth=flags.depth, features=flags.features, seed=flags.seed)
-    train(model, text, flags.steps, flags.window, flags.seed)
-    apart = difference(model, tokens[: flags.check + 1], max(1, flags.check // 4))
+    if flags.run:
+        model, text = proteins(flags.run, flags.length)
+    else:
+        data = np.frombuffer(flags.file.read_bytes(), np.uint8).astype(np.int32)
+        tokens = np.resize(data, flags.length + 1)
+        text = Text(tokens[:-1], tokens[1:])
+        model = build(dim=flags.dim, depth=flags.depth, features=flags.features, seed=flags.seed)
+        train(model, data, flags.steps, flags.window, flags.seed)
+    apart = difference(model, text.inputs[: flags.check], max(1, flags.check // 4))
     print(f"the first {flags.check:,} tokens in one call and in four: {apart:.1e} apart")
-    return read(model, tokens, flags.stretch), apart
+    return read(model, text, flags.stretch), apart
 
 
 if __name__ == "__main__":

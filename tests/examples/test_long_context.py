@@ -9,4 +9,4 @@ def test_stretches_are_the_whole(capsys):
     bits, apart = long_context.main([*sizes, *model])
     assert 0 < bits < 10
     assert apart < 1e-4
-    assert "70 tokens:" in capsys.readouterr().out
+    assert "to 70:" in capsys.readouterr().out
