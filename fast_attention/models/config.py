@@ -114,6 +114,8 @@ class TransformerConfig:
       dtype: To compute in; parameters, logits and decoding states of attention are float32.
       qk_norm: Queries and keys of a head have one length, learned as a temperature, see
         `fast_attention.layers.UnitQueryKey`.
+      remat: The backward pass keeps the stream before each attention and feed-forward part, and
+        computes the rest again: less memory, about a third more time.
     """
 
     vocab_size: int
@@ -133,6 +135,7 @@ class TransformerConfig:
     activation: str = "gelu"
     dtype: Any = jnp.float32
     qk_norm: bool = False
+    remat: bool = False
 
     def __post_init__(self):
         """Checks every field.
@@ -175,8 +178,9 @@ class TransformerConfig:
             raise ValueError(
                 f"activation must be one of {sorted(ACTIVATIONS)}, got {self.activation!r}."
             )
-        if not isinstance(self.qk_norm, bool):
-            raise ValueError(f"qk_norm must be True or False, got {self.qk_norm!r}.")
+        for name in ("qk_norm", "remat"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         if not jnp.issubdtype(self.dtype, jnp.floating):
             raise ValueError(f"dtype must be a floating point type, got {self.dtype!r}.")
 
@@ -215,7 +219,7 @@ class TransformerConfig:
         block = (SublayerConfig(attention, shifts), SublayerConfig(feed_forward, shifts))
         return LanguageModelConfig(
             self.vocab_size,
-            StackConfig(self.emb_dim, (block,) * self.num_layers),
+            StackConfig(self.emb_dim, (block,) * self.num_layers, remat=self.remat),
             max_len=self.max_len,
             positions="none" if self.positions == "rotary" else self.positions,
             dropout_rate=self.dropout_rate,

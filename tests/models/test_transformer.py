@@ -1,5 +1,7 @@
 """The Transformer against its definition in numpy, and what its configuration decides."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,6 +79,24 @@ def test_gradients_reach_every_parameter():
 
     for x in parameters(gradient(model)):
         assert np.all(np.isfinite(x)) and np.all(np.any(x != 0, axis=-1))
+
+
+def test_remat_changes_memory_alone():
+    def differentiate(remat):
+        @compiled
+        @nnx.value_and_grad
+        def step(model):
+            out = model(TOKENS, deterministic=False, rngs=nnx.Rngs(0))
+            return jnp.sum(out**2)
+
+        return step(build(remat=remat, **KINDS["rotary"]))
+
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5),
+        *(differentiate(remat) for remat in (True, False)),
+    )
+    program = jax.make_jaxpr(lambda: build(remat=True)(TOKENS))()
+    assert "remat" in str(program) or "checkpoint" in str(program)
 
 
 @pytest.mark.parametrize("kind", ["learned", "sinusoidal"])
