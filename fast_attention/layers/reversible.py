@@ -13,17 +13,20 @@ arXiv:2001.04451, section 3.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
 
 import jax
-import jax.numpy as jnp
 
 from fast_attention.array_types import Array, Float
-
-Function = Callable[[Any, Array, Any, Any], tuple[Array, Any]]
-"""``f(parameters, x, shared, saved) -> (increment, saved)``, see `reversible_residual`."""
+from fast_attention.layers.recomputing import (
+    Function,
+    add_gradients,
+    as_cotangent,
+    in_one_piece,
+    working_type,
+)
 
 
 def residual(
@@ -37,7 +40,7 @@ def residual(
 ) -> tuple[Any, ...]:
     """Applies the layers of `reversible_residual`, differentiated in the ordinary way."""
     _check(functions, parameters, x1, x2)
-    working = _working_type(x1)
+    working = working_type(x1)
     streams = x1.astype(working), x2.astype(working)
     streams, saved = _forward(functions, x1.dtype, parameters, streams, shared)
     return _results(streams, jax.lax.stop_gradient(saved), x1.dtype, return_saved)
@@ -92,7 +95,7 @@ def reversible_residual(
     order = {place: i for i, place in enumerate(sorted(places.values()))}
     chosen = tuple(order[places[id(leaf)]] for leaf in leaves)
     unique = tuple(leaves[place] for place in sorted(places.values()))
-    working = _working_type(x1)
+    working = working_type(x1)
     program = _Program(tuple(functions), tree, chosen, x1.dtype)
     both = x1.astype(working), x2.astype(working)
     streams, saved = cast(Any, _reversible(program, unique, both, shared))
@@ -135,7 +138,7 @@ def _reversible_backward(program: _Program, residuals: Any, cotangents: Any) -> 
         changed, seen = _roles(i)
         used = sorted(set(jax.tree.leaves(places[i])))
         own = jax.tree.map(used.index, places[i])
-        streams[changed], d_streams[seen], totals, d_shared = _in_one_piece(
+        streams[changed], d_streams[seen], totals, d_shared = in_one_piece(
             partial(_undo, program.functions[i], program.dtype, own, shared_tree),
             streams[changed],
             streams[seen],
@@ -150,9 +153,9 @@ def _reversible_backward(program: _Program, residuals: Any, cotangents: Any) -> 
         for place, total in zip(used, totals, strict=True):
             d_unique[place] = total
     return (
-        tuple(map(_cotangent, unique, d_unique)),
+        tuple(map(as_cotangent, unique, d_unique)),
         tuple(d_streams),
-        jax.tree.unflatten(shared_tree, map(_cotangent, shared, d_shared)),
+        jax.tree.unflatten(shared_tree, map(as_cotangent, shared, d_shared)),
     )
 
 
@@ -181,30 +184,8 @@ def _undo(
     d_own, d_x, d_known = pullback(d_changed)
     totals = list(totals)
     for place, gradient in zip(jax.tree.leaves(own), jax.tree.leaves(d_own), strict=True):
-        totals[place] = _add(totals[place], gradient)
-    return changed - increment, d_seen + d_x, totals, list(map(_add, d_shared, d_known))
-
-
-def _in_one_piece(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Returns ``function(*arguments)``, computed whole before anything that needs a part of it.
-
-    Left to itself, XLA keeps what the forward pass computed from the same numbers, and puts off
-    the gradients of parameters until the end, with all that they need. A barrier keeps it from
-    both, except on CPU, where barriers are gone when the order is chosen; there it is the branch of
-    a condition that nobody knows to be true.
-    """
-    function = jax.jit(function)  # Traced once for the two uses below.
-    shapes = jax.eval_shape(function, *arguments)
-
-    def unreached(*_):
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-
-    always = jax.lax.platform_dependent(
-        cpu=lambda: jax.lax.optimization_barrier(jnp.array(True)),
-        default=lambda: jnp.array(True),
-    )
-    arguments = jax.lax.optimization_barrier(arguments)
-    return jax.lax.optimization_barrier(jax.lax.cond(always, function, unreached, *arguments))
+        totals[place] = add_gradients(totals[place], gradient)
+    return changed - increment, d_seen + d_x, totals, list(map(add_gradients, d_shared, d_known))
 
 
 _reversible.defvjp(_reversible_forward, _reversible_backward)
@@ -243,21 +224,6 @@ def _results(streams: Any, saved: list[Any], dtype: Any, return_saved: bool) -> 
 def _roles(i: int) -> tuple[int, int]:
     """Returns which stream function i changes and which it sees."""
     return (0, 1) if i % 2 == 0 else (1, 0)
-
-
-def _add(total: Array | None, gradient: Array) -> Array | None:
-    if gradient.dtype == jax.dtypes.float0:
-        return None
-    # Sums over many layers are not left to 16 bits.
-    return gradient if total is None else total.astype(_working_type(total)) + gradient
-
-
-def _cotangent(primal: Any, gradient: Array | None) -> Array | None:
-    return None if gradient is None else gradient.astype(jnp.result_type(primal))
-
-
-def _working_type(x: Array) -> Any:
-    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def _check(functions: Sequence[Function], parameters: Sequence[Any], x1: Array, x2: Array) -> None:

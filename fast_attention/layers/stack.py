@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from fast_attention.array_types import Array, Bool, Float
 from fast_attention.layers.inputs import Inputs
 from fast_attention.layers.layer_dropout import draw_layer_mask
 from fast_attention.layers.multi_head import NO_INPUTS
+from fast_attention.layers.recomputing import recomputed
 from fast_attention.layers.reversible import reversible_residual
 from fast_attention.layers.sublayer import NormConfig, Sublayer, SublayerConfig, build_inner
 
@@ -290,7 +291,7 @@ class Stack(nnx.Module):
         else:
             saved = []
             for function, own in zip(functions, parameters, strict=True):
-                increment, kept = jax.checkpoint(function)(own, x, inputs, None)
+                increment, kept = cast(Any, recomputed(function, own, x, inputs))
                 x = x + increment
                 saved.append(kept)
         if not deterministic:
