@@ -11,7 +11,6 @@ from typing import Any
 
 import gin
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from fast_attention.protein_lm import (
     baselines,
@@ -226,8 +225,7 @@ def run_experiment(
 
 def abstract_state(model: FlaxModel) -> TrainState:
     """Shapes, dtypes and placement of the arrays that a checkpoint of `model` must hold."""
-    state = jax.eval_shape(model.initialize, jax.random.key(0))
-    return checkpoints.abstract_like(state, NamedSharding(model.mesh, PartitionSpec()))
+    return model.abstract_state
 
 
 def _check_initial_run(folder: RunFolder, model: FlaxModel) -> None:
