@@ -90,7 +90,7 @@ def prepare_call(
             "query, key and value must all be [*batch, length, heads, width] with the same number "
             f"of axes, got {query.shape}, {key.shape} and {value.shape}."
         )
-    query, key, value = _promote(query, key, value, dtype)
+    query, key, value = promote(query, key, value, dtype)
     axes = attended_axes(query.ndim, axis)
     shape = query.shape
     query, key, value = (fold_axes(x, axes, trailing=2) for x in (query, key, value))
@@ -113,7 +113,7 @@ def prepare_call(
     if mask is not None:
         masks.append(key_mask_from_mask(mask, **sizes, causal=causal, check_traced=check_masks))
     if dropout_rate > 0:
-        value = _drop_keys(value, dropout_rng, dropout_rate, broadcast_dropout)
+        value = drop_keys(value, dropout_rng, dropout_rate, broadcast_dropout)
     return CallArguments(
         query,
         key,
@@ -179,7 +179,8 @@ def refuse_unsupported(
         )
 
 
-def _promote(query: Array, key: Array, value: Array, dtype: Any) -> tuple[Array, Array, Array]:
+def promote(query: Array, key: Array, value: Array, dtype: Any) -> tuple[Array, Array, Array]:
+    """Brings queries, keys and values to one floating type; None is that of all together."""
     if dtype is None:
         dtype = jnp.result_type(query, key, value)
         if not jnp.issubdtype(dtype, jnp.floating):
@@ -187,7 +188,8 @@ def _promote(query: Array, key: Array, value: Array, dtype: Any) -> tuple[Array,
     return query.astype(dtype), key.astype(dtype), value.astype(dtype)
 
 
-def _drop_keys(value: Array, rng: Array | None, rate: float, broadcast: bool) -> Array:
+def drop_keys(value: Array, rng: Array | None, rate: float, broadcast: bool) -> Array:
+    """Drops whole keys ``[*B, S, K, V]`` at a rate; the others are scaled to make up for them."""
     if rng is None:
         raise ValueError(
             f"dropout_rate={rate} needs dropout_rng, a JAX random key; or pass deterministic=True."

@@ -15,11 +15,16 @@ class Linear(nnx.Linear):
     The values are the same. The gradient of the kernel is then a product of two matrices, where
     with separate batch and length axes XLA on CPU transposes its operands, activation functions
     fused into them, at several times the cost.
+
+    Attributes:
+      flat: Whether inputs are flattened; not where both batch and length lie across devices.
     """
 
+    flat: bool = True
+
     def __call__(self, inputs: Float[Array, "*B I"], out_sharding: Any = None) -> Array:
-        """Returns ``inputs @ kernel + bias``, ``[*B, O]``; with `out_sharding` not flattened."""
-        if out_sharding is not None:
+        """Returns ``inputs @ kernel + bias``, ``[*B, O]``; not flattened with `out_sharding`."""
+        if out_sharding is not None or not self.flat:
             return super().__call__(inputs, out_sharding=out_sharding)
         out = super().__call__(inputs.reshape(-1, inputs.shape[-1]))
         return out.reshape(*inputs.shape[:-1], out.shape[-1])

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from fast_attention.array_types import Array, Bool, Float, Int
 from fast_attention.layers.inputs import Inputs
@@ -17,6 +18,7 @@ from fast_attention.layers.linear import Linear
 from fast_attention.layers.norms import make_norm
 from fast_attention.layers.positions import AxialPositions, LearnedPositions, sinusoids
 from fast_attention.layers.stack import Stack
+from fast_attention.meshes import lay_activations
 from fast_attention.models.config import LanguageModelConfig
 
 
@@ -44,6 +46,8 @@ class LanguageModel(nnx.Module):
       stack: The layers.
       norm: Final norm, or identity.
       head: Dense layer to the logits, or None where the embeddings of tokens serve.
+      mesh: On which activations lie, see `fast_attention.models.on_mesh`; None is one device, or
+        what the compiler makes of it.
     """
 
     def __init__(self, config: LanguageModelConfig, *, rngs: nnx.Rngs):
@@ -55,6 +59,7 @@ class LanguageModel(nnx.Module):
         """
         self.config: Any = config
         self.shape = config
+        self.mesh: Mesh | None = None
         dtype, features = config.dtype, config.stack.features
         width = config.embedding_features
         self.embed = nnx.Embed(
@@ -315,7 +320,8 @@ class LanguageModel(nnx.Module):
         return jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
 
     def _enter(self, x: Array) -> Array:
-        return x if self.project_in is None else self.project_in(x)
+        x = x if self.project_in is None else self.project_in(x)
+        return lay_activations(x, self.mesh)
 
     def _leave(self, x: Array) -> Array:
         if self.project_out is None or self.shape.norm_before_projection:

@@ -16,8 +16,11 @@ from typing import Any, ClassVar, Self
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
+from fast_attention.meshes import make_mesh
 from fast_attention.models.config import TransformerConfig
+from fast_attention.models.on_mesh import lay_on_mesh
 from fast_attention.models.transformer import Transformer
 from fast_attention.protein_lm import (
     batches,
@@ -47,8 +50,9 @@ class FlaxModel:
       masking: How residues are corrupted; None for a causal model.
       random_seed: As given.
       schedule: Learning rate of each step.
-      mesh: All devices; batches are split over them.
+      mesh: The devices; batches are divided over them, and so may be parameters.
       graphdef: Structure of the Transformer.
+      abstract_state: Shapes, dtypes and shardings of `state`.
       initialize: ``key -> TrainState``.
       train_step: ``(state, batch) -> (state, sums)``; donates the state.
       eval_step: ``(parameters, variables, batch, packed) -> sums``.
@@ -74,6 +78,7 @@ class FlaxModel:
         beta2: float = 0.98,
         epsilon: float = 1e-9,
         ema_decay: float | None = None,
+        mesh: Mesh | None = None,
         **model_kwargs: Any,
     ):
         """Builds the model; its parameters are made when `state` is first read.
@@ -94,6 +99,8 @@ class FlaxModel:
           ema_decay: Of a moving average of the parameters, in [0, 1), such as 0.999; validation,
             evaluation and samples are then those of the average (see
             `train_state.make_train_step`). None keeps no average.
+          mesh: From `make_mesh`; None divides batches over all devices, which hold the same
+            parameters.
           **model_kwargs: Fields of `TransformerConfig`, ``max_len`` among them (by default the
             domain's length).
 
@@ -131,14 +138,19 @@ class FlaxModel:
             return model_cls(self.config, attention_fn, rngs=rngs)
 
         abstract = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
-        self.graphdef, _, _ = train_state.split_model(abstract)
-        self.mesh = train_state.data_mesh()
+        self.mesh = make_mesh() if mesh is None else mesh
+        lay_on_mesh(abstract, self.mesh)
+        self.graphdef, parameters, variables = train_state.split_model(abstract)
         self._averaged = ema_decay is not None
+        self.abstract_state = train_state.abstract_state(
+            parameters, variables, self._optimizer, self.mesh, averaged=self._averaged
+        )
+        shardings = self._shardings()
         self.initialize = train_state.make_initializer(
-            build, self._optimizer, averaged=self._averaged
+            build, self._optimizer, averaged=self._averaged, shardings=shardings
         )
         self.train_step = train_state.make_train_step(
-            self.graphdef, self._optimizer, ema_decay=ema_decay
+            self.graphdef, self._optimizer, ema_decay=ema_decay, shardings=shardings
         )
         self.eval_step = train_state.make_eval_step(self.graphdef)
         self.logits_step = train_state.make_logits(self.graphdef)
@@ -151,8 +163,7 @@ class FlaxModel:
         """All arrays; made from `random_seed` when first read."""
         state = self._state
         if state is None:
-            state = self.initialize(jax.random.key(self.random_seed))
-            state = self._state = train_state.replicate(state, self.mesh)
+            state = self._state = self.initialize(jax.random.key(self.random_seed))
         return state
 
     @state.setter
@@ -173,8 +184,7 @@ class FlaxModel:
     @property
     def num_parameters(self) -> int:
         """Number of trained scalars."""
-        abstract = jax.eval_shape(self.initialize, jax.random.key(0))
-        return sum(leaf.size for leaf in jax.tree.leaves(abstract.parameters))
+        return sum(leaf.size for leaf in jax.tree.leaves(self.abstract_state.parameters))
 
     def set_parameters(self, parameters: Any, variables: Any) -> None:
         """Replaces the model's arrays; step, optimiser and randomness start anew."""
@@ -182,7 +192,7 @@ class FlaxModel:
         state = train_state.make_state(
             parameters, variables, self._optimizer, key, averaged=self._averaged
         )
-        self.state = train_state.replicate(state, self.mesh)
+        self.state = jax.device_put(state, self._shardings())
 
     def fit(
         self,
@@ -332,6 +342,9 @@ class FlaxModel:
             train_state.shard_batch(batch, self.mesh),
             packed=train_state.is_packed(batch),
         )
+
+    def _shardings(self) -> train_state.TrainState:
+        return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
 
     def _training_batches(
         self, xs: Any, epochs: int, batch_size: int | None, example_weights: Any

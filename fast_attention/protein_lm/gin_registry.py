@@ -11,6 +11,7 @@ from pathlib import Path
 import gin
 
 from fast_attention import gin_bindings as gin_bindings
+from fast_attention.meshes import make_mesh
 from fast_attention.protein_lm import domains, models, optimizer, train
 
 # What holds unless a configuration says otherwise.
@@ -31,7 +32,8 @@ def register() -> None:
         # gin changes the constructors of classes in place, so that the subclasses inherit what
         # is bound to FlaxModel.
         gin.configurable(target, module="protein_lm")
-    for target in (domains.make_protein_domain, optimizer.create_learning_rate_scheduler):
+    schedule = optimizer.create_learning_rate_scheduler
+    for target in (domains.make_protein_domain, schedule, make_mesh):
         gin.configurable(target, module="protein_lm")
     gin.external_configurable(train.run_experiment, "experiment", module="protein_lm")
 

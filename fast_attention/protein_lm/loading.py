@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import gin
+import jax
 
+from fast_attention.meshes import MeshError
 from fast_attention.protein_lm import checkpoints, exporting, gin_registry, run_folder, train
 from fast_attention.protein_lm.flax_model import FlaxModel
 from fast_attention.protein_lm.run_folder import RunError, RunFolder
@@ -110,6 +113,18 @@ def _build(config: Path | str) -> tuple[FlaxModel, dict[str, Any]]:
         else:
             gin_registry.configure(bindings=[config])
         settings = gin.get_bindings("experiment")
-        return settings["model_cls"](), settings
+        try:
+            return settings["model_cls"](), settings
+        except MeshError:
+            # What was trained on many devices is to be used on few; arrays are the same on any.
+            with gin.unlock_config():
+                for name, size in {"data": None, "fsdp": 1, "model": 1, "sequence": 1}.items():
+                    gin.bind_parameter(f"make_mesh.{name}", size)
+            print(
+                f"note: the run's mesh does not fit the {jax.device_count()} devices here, among "
+                "which rows are divided instead",
+                file=sys.stderr,
+            )
+            return settings["model_cls"](), settings
     finally:
         gin.clear_config()

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import gin
-import jax
-from jax.sharding import NamedSharding, PartitionSpec
 
+from fast_attention.meshes import row_shards
 from fast_attention.protein_lm import (
     baselines,
     batches,
@@ -44,6 +43,7 @@ def run_experiment(
     valid_files: str | Sequence[str] | None = None,
     test_files: str | Sequence[str] | None = None,
     batch_size_per_device: int = 128,
+    batch_size: int | None = None,
     max_train_steps: int = 10**6,
     epochs: int | None = None,
     max_train_length: int = 512,
@@ -81,7 +81,10 @@ def run_experiment(
         where training uses the bundled corpus, and otherwise does not validate.
       test_files: FASTA files of the evaluation at the end; None takes the bundled ones where
         training uses the bundled corpus, and otherwise `valid_files`.
-      batch_size_per_device: Rows of a batch on each device.
+      batch_size_per_device: Rows of a batch for each of the devices among which rows are divided
+        (``data`` times ``fsdp`` of `meshes.make_mesh`), unless `batch_size` is given.
+      batch_size: Rows of a batch over all devices; None is what `batch_size_per_device` makes. A
+        resumed run has the batches that it began with, whatever the devices.
       max_train_steps: Steps after which training ends.
       epochs: Passes through the training data after which training ends; None is no such end.
       max_train_length: Tokens of a row.
@@ -112,8 +115,7 @@ def run_experiment(
     Raises:
       FastaError: If a file cannot be read.
       FloatingPointError: If training diverges.
-      RunError: If the folder holds another run, or one of another number of devices, or cannot be
-        written to.
+      RunError: If the folder holds another run, or cannot be written to.
       Stopped: If that was requested by a signal; all is saved.
       ValueError: If a number is out of its range.
     """
@@ -140,13 +142,14 @@ def run_experiment(
             f"{model.max_length} tokens of the model: lower it, or raise "
             "make_protein_domain.length (and FlaxModel.max_len, if that is set)"
         )
-    batch_size = batch_size_per_device * model.mesh.size
+    if batch_size is None:
+        batch_size = batch_size_per_device * row_shards(model.mesh)
     skipped = {name: SkippedRecords(keep=None) for name in ("train", "valid", "test")}
-    dataset = data.make_dataset(
+    make_dataset = functools.partial(
+        data.make_dataset,
         train_files,
         model.domain,
         length=max_train_length,
-        batch_size=batch_size,
         seed=data_seed,
         pack=pack_sequences,
         num_epochs=epochs,
@@ -154,8 +157,8 @@ def run_experiment(
         crop=crop,
         masking=model.masking,
         on_error=on_error,
-        skipped=skipped["train"],
     )
+    dataset = make_dataset(batch_size=batch_size, skipped=skipped["train"])
     validate = None
     if valid_files is not None:
         corpus = load_corpus(valid_files, model.domain, on_error=on_error, skipped=skipped["valid"])
@@ -187,7 +190,9 @@ def run_experiment(
             progress = checkpoints.Progress(iterator.get_state(), batch_size, 0, 0.0)
         else:
             state, progress = found
-            _check_batch_size(folder, progress.batch_size, batch_size)
+            if progress.batch_size != batch_size:
+                # Begun on other devices: the same batches are divided among those that are here.
+                iterator = iter(make_dataset(batch_size=progress.batch_size))
             iterator.set_state(progress.iterator)
             print(f"resuming the run in {folder.path} after step {int(state.step)}")
         save = functools.partial(checkpoints.save, manager, keep=checkpoints_to_keep)
@@ -226,8 +231,7 @@ def run_experiment(
 
 def abstract_state(model: FlaxModel) -> TrainState:
     """Shapes, dtypes and placement of the arrays that a checkpoint of `model` must hold."""
-    state = jax.eval_shape(model.initialize, jax.random.key(0))
-    return checkpoints.abstract_like(state, NamedSharding(model.mesh, PartitionSpec()))
+    return model.abstract_state
 
 
 def _check_initial_run(folder: RunFolder, model: FlaxModel) -> None:
@@ -240,15 +244,6 @@ def _check_initial_run(folder: RunFolder, model: FlaxModel) -> None:
 def _begin_from(model: FlaxModel, folder: RunFolder) -> None:
     _, parameters, variables = checkpoints.restore_model(folder.checkpoints, abstract_state(model))
     model.set_parameters(parameters, variables)
-
-
-def _check_batch_size(folder: RunFolder, before: int, now: int) -> None:
-    if before != now:
-        raise RunError(
-            f"the run in {folder.path} was trained with batches of {before} rows, but with the "
-            f"device count of this machine ({jax.device_count()}) they have {now}: resume it on "
-            "as many devices as before"
-        )
 
 
 def _baselines(

@@ -17,6 +17,8 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from fast_attention.meshes import batch_shardings
+from fast_attention.models.placement import parameter_shardings
 from fast_attention.protein_lm import metrics
 
 Batch = Mapping[str, Any]
@@ -80,6 +82,7 @@ def make_initializer(
     optimizer: optax.GradientTransformation,
     *,
     averaged: bool = False,
+    shardings: Any = None,
 ) -> Callable[[jax.Array], TrainState]:
     """Makes the jitted function from a random key to the state of step 0.
 
@@ -87,9 +90,10 @@ def make_initializer(
       build: Makes the model.
       optimizer: Whose state starts empty.
       averaged: Whether the state has a moving average of the parameters.
+      shardings: From `state_shardings`: no device ever holds more than its part.
     """
 
-    @jax.jit
+    @partial(jax.jit, out_shardings=shardings)
     def initialize(key: jax.Array) -> TrainState:
         model_key, train_key = jax.random.split(key)
         _, parameters, variables = split_model(build(nnx.Rngs(model_key)))
@@ -99,7 +103,11 @@ def make_initializer(
 
 
 def make_train_step(
-    graphdef: Any, optimizer: optax.GradientTransformation, *, ema_decay: float | None = None
+    graphdef: Any,
+    optimizer: optax.GradientTransformation,
+    *,
+    ema_decay: float | None = None,
+    shardings: Any = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, metrics.Sums]]:
     """Makes the jitted step ``(state, batch) -> (state, sums)``.
 
@@ -117,6 +125,7 @@ def make_train_step(
       graphdef: Structure of the model.
       optimizer: Updates the parameters.
       ema_decay: d of the moving average; None keeps none.
+      shardings: Of the state, which leaves a step as it came; None leaves that to the compiler.
 
     Returns:
       A function whose batch holds ``inputs``, ``targets``, ``weights``, ``segment_ids`` and
@@ -159,7 +168,10 @@ def make_train_step(
         new_state = TrainState(state.step + 1, parameters, variables, opt_state, state.key, average)
         return new_state, sums | {"gradient_norm": norm}
 
-    return jax.jit(step, donate_argnums=0)
+    if shardings is None:
+        return jax.jit(step, donate_argnums=0)
+    replicated = shardings.step
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
 
 
 def make_forward(graphdef: Any) -> Callable[..., jax.Array]:
@@ -213,18 +225,60 @@ def is_packed(batch: Batch) -> bool:
     return int(np.max(np.asarray(batch["segment_ids"]), initial=0)) > 1
 
 
-def data_mesh() -> Mesh:
-    """A mesh of all devices along one axis, ``data``, over which batches are split."""
-    return Mesh(np.asarray(jax.devices()), ("data",))
+def abstract_state(
+    parameters: Any,
+    variables: Any,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    averaged: bool = False,
+) -> TrainState:
+    """Shapes, dtypes and shardings of the state of a model, as `jax.ShapeDtypeStruct`.
+
+    Args:
+      parameters: Arrays, or their shapes.
+      variables: The same of the other arrays.
+      optimizer: Updates the parameters.
+      mesh: On which the state lies.
+      averaged: Whether the state has a moving average of the parameters.
+    """
+
+    def make(parameters: Any, variables: Any) -> TrainState:
+        return make_state(parameters, variables, optimizer, jax.random.key(0), averaged=averaged)
+
+    state = jax.eval_shape(make, parameters, variables)
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        state,
+        state_shardings(state, mesh),
+    )
 
 
-def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Places a copy of every array on every device."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
+    """Where the arrays of a state lie.
+
+    Moments and averages lie as their parameters (`placement.parameter_spec`); every device holds
+    all of the rest.
+
+    Args:
+      state: Arrays, or their shapes.
+      mesh: From `meshes.make_mesh`.
+    """
+    whole = NamedSharding(mesh, PartitionSpec())
+    return TrainState(
+        step=whole,
+        parameters=parameter_shardings(state.parameters, mesh),
+        variables=jax.tree.map(lambda _: whole, state.variables),
+        opt_state=parameter_shardings(state.opt_state, mesh),
+        key=whole,
+        average=parameter_shardings(state.average, mesh),
+    )
 
 
 def shard_batch(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
-    """Splits the rows of a batch over the devices, or copies it where they do not divide it."""
-    rows = len(batch["inputs"])
-    spec = PartitionSpec() if rows % mesh.size else PartitionSpec("data")
-    return jax.device_put(dict(batch), NamedSharding(mesh, spec))
+    """Divides a batch over the devices, or copies it where they do not divide it.
+
+    See `meshes.batch_spec`.
+    """
+    batch = dict(batch)
+    return jax.device_put(batch, batch_shardings(mesh, batch))

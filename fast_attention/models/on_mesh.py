@@ -1,0 +1,44 @@
+"""Models whose activations lie on a mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from flax import nnx
+from jax.sharding import Mesh
+
+from fast_attention.layers.linear import Linear
+from fast_attention.layers.multi_head import MultiHeadAttention
+from fast_attention.mesh_attention import on_mesh
+from fast_attention.meshes import SEQUENCE
+from fast_attention.models.language_model import LanguageModel
+
+
+def lay_on_mesh(model: nnx.Module, mesh: Mesh) -> None:
+    """Makes a model one for whole batches, under ``jax.jit``, that lie on a mesh.
+
+    Attention is that of :func:`fast_attention.mesh_attention.on_mesh`, and activations are divided
+    as batches are, see :func:`fast_attention.meshes.batch_spec`. Nothing else changes: the
+    parameters are the same, and so are values and gradients, up to the order of sums.
+
+    Args:
+      model: With `MultiHeadAttention` layers; changed in place, its arrays are left alone.
+      mesh: From :func:`fast_attention.meshes.make_mesh`.
+
+    Raises:
+      ValueError: If the mesh divides positions, and an attention function cannot do that.
+    """
+    if mesh.size == 1:
+        return
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, MultiHeadAttention):
+            groups = tuple(
+                dataclasses.replace(group, attention_fn=on_mesh(group.attention_fn, mesh))
+                for group in module.config.groups
+            )
+            module.config = dataclasses.replace(module.config, groups=groups)
+        elif isinstance(module, Linear):
+            # Rows and positions that both lie across devices cannot be one axis.
+            module.flat = mesh.shape[SEQUENCE] == 1
+        elif isinstance(module, LanguageModel):
+            module.mesh = mesh
