@@ -28,7 +28,7 @@ def test_flops_are_those_that_the_compiler_counts():
     ("layout", "kinds"),
     [
         (Layout(fsdp=2, sequence=4), ["all-gather", "collective-permute"]),
-        (Layout(sequence=2, data=2, model=2), ["collective-permute", "state"]),
+        (Layout(sequence=2, data=2, model=2), ["collective-permute"]),
     ],
     ids=str,
 )
