@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 
 Calibration = Literal["call", "stored"]
 
+MOST_POSITIONS = 512
+"""Positions of each row and head from which the moments of a call are taken, at most: with more of
+them their cost would show, their errors no longer do."""
+
 
 def calibrate(
     attention_fn: FastAttention,
@@ -90,7 +94,9 @@ def parameters_of_call(
         query_mask = query_mask[..., None]
     elif call.query.shape[-3] == call.key.shape[-3]:
         query_mask = key_mask
-    moments = measure(call.query, call.key, query_mask=query_mask, key_mask=key_mask)
+    moments = measure(
+        call.query, call.key, query_mask=query_mask, key_mask=key_mask, most=MOST_POSITIONS
+    )
     flat: Moments = jax.tree.map(
         lambda x, rank=call.query.ndim - 3: x.reshape(-1, *x.shape[rank:]), moments
     )

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from fast_attention.array_types import Array, Bool, Float
+from fast_attention.feature_maps.subset import spread_out
 
 
 class Spread(NamedTuple):
@@ -44,6 +45,7 @@ def measure(
     query_mask: Bool[Array, "*#B T #K"] | None = None,
     key_mask: Bool[Array, "*#B S #K"] | None = None,
     pooled: bool = False,
+    most: int | None = None,
 ) -> Moments:
     """Measures queries and keys; nothing is differentiated through it.
 
@@ -53,6 +55,8 @@ def measure(
       query_mask: ``[*B, T, K or 1]``; queries where it is False do not count, whatever they hold.
       key_mask: ``[*B, S, K or 1]``; the same for keys.
       pooled: take the rows of a batch together; else each has moments of its own.
+      most: measure no more than this many positions of a row, spread over those that count, see
+        :func:`fast_attention.feature_maps.subset.spread_out`; None measures all.
 
     Returns:
       Moments with leading axes ``[*B, K]``, or ``[K]`` if pooled; float32, float64 for float64.
@@ -67,6 +71,8 @@ def measure(
         if mask is not None:
             shape = (*batch_shape, *mask.shape[-2:])
             visible = jnp.broadcast_to(mask, shape).reshape(batch, *mask.shape[-2:])
+        if most is not None and most < x.shape[1]:
+            x, visible = spread_out(x, visible, most)
         spread = _spread(x, visible, pooled)
         sides.append(
             jax.tree.map(

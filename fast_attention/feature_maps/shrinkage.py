@@ -21,7 +21,9 @@ BIAS_COST = 2.0
 
 _LARGEST_LOG_PRICE = 20.0
 _LARGEST_MOMENT = 80.0
-_TRIALS, _ROUNDS, _HALVINGS = 8, 8, 24
+_TRIALS, _ROUNDS = 4, 11
+# Halvings of a direction's bracket: few suffice to tell which price can be paid.
+_ROUGH, _FINE = 14, 24
 
 
 def best_curvature(square: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
@@ -66,7 +68,7 @@ def shrinkage(sigma: Float[Array, "*B D"], num_features: int) -> Float[Array, "*
     sigma = jnp.maximum(sigma, 1e-12)
     log_count = math.log(num_features)
 
-    def kept(log_price: Array) -> Array:
+    def kept(log_price: Array, halvings: int) -> Array:
         """Solves every direction for prices ``[*B, P]``, giving ``[*B, P, D]``."""
         price, spread = jnp.exp(log_price)[..., None], sigma[..., None, :]
         shape = jnp.broadcast_shapes(price.shape, spread.shape)
@@ -78,7 +80,7 @@ def shrinkage(sigma: Float[Array, "*B D"], num_features: int) -> Float[Array, "*
             return jnp.where(worth, middle, low), jnp.where(worth, high, middle)
 
         low, high = jax.lax.fori_loop(
-            0, _HALVINGS, halve, (jnp.zeros(shape, sigma.dtype), jnp.ones(shape, sigma.dtype))
+            0, halvings, halve, (jnp.zeros(shape, sigma.dtype), jnp.ones(shape, sigma.dtype))
         )
         return 0.5 * (low + high)
 
@@ -88,7 +90,7 @@ def shrinkage(sigma: Float[Array, "*B D"], num_features: int) -> Float[Array, "*
         number = jnp.arange(1, _TRIALS + 1, dtype=sigma.dtype)
         trials = low + step * number.reshape((1,) * (low.ndim - 1) + (-1,))
         # A higher price leaves less variance to pay for.
-        affordable = trials + log_count < moment(kept(trials))
+        affordable = trials + log_count < moment(kept(trials, _ROUGH))
         low = low + step * jnp.sum(affordable, -1, keepdims=True)
         return low, low + step
 
@@ -102,7 +104,7 @@ def shrinkage(sigma: Float[Array, "*B D"], num_features: int) -> Float[Array, "*
     )
     # At some price a direction is given up all at once, and often that is the price found: rounding
     # must not decide on which side of it.
-    sides = kept(jnp.concatenate([low, high], -1))
+    sides = kept(jnp.concatenate([low, high], -1), _FINE)
     bias = jnp.sum((1 - sides) ** 2 * sigma[..., None, :] ** 2, -1)
     cost = jnp.expm1(jnp.minimum(moment(sides), _LARGEST_MOMENT)) / num_features + BIAS_COST * bias
     return jnp.where(cost[..., :1] <= cost[..., 1:], sides[..., 0, :], sides[..., 1, :])
