@@ -130,8 +130,8 @@ def test_what_a_step_exchanges_does_not_grow_with_the_length():
 
     def exchanged(length):
         state = model.abstract_state
-        shapes = jax.eval_shape(lambda: batch(0, rows=2, length=length))
-        text = model.train_step.lower(state, shapes).compile().as_text()
+        placed = train_state.shard_batch(batch(0, rows=2, length=length), model.mesh)
+        text = model.train_step.lower(state, placed).compile().as_text()
         pattern = r"= (.*?) (?:all-gather|all-reduce|all-to-all|collective-permute)(?:-start)?\("
         return sorted(re.findall(pattern, text))
 
