@@ -20,6 +20,8 @@ from fast_attention.local_attention_fn import make_local_attention as make_local
 from fast_attention.lsh_attention import lsh_attention as lsh_attention
 from fast_attention.lsh_attention_fn import LSHAttention as LSHAttention
 from fast_attention.lsh_attention_fn import make_lsh_attention as make_lsh_attention
+from fast_attention.mesh_attention import on_mesh as on_mesh
+from fast_attention.meshes import make_mesh as make_mesh
 from fast_attention.shared_qk_attention import shared_qk_attention as shared_qk_attention
 from fast_attention.shared_query_key import LSHOutput as LSHOutput
 from fast_attention.strided_attention_fn import StridedAttention as StridedAttention

@@ -22,6 +22,8 @@ CORE = [
     "fast_attention.local_attention",
     "fast_attention.local_attention_fn",
     "fast_attention.masks",
+    "fast_attention.mesh_attention",
+    "fast_attention.meshes",
     "fast_attention.strided_attention_fn",
     *(
         f"fast_attention.{folder}.{path.stem}"

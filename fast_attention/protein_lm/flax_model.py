@@ -5,8 +5,6 @@ Shape letters: B batch, T length, V vocabulary.
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import itertools
 import os
 import time
@@ -19,7 +17,6 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from fast_attention.meshes import make_mesh
-from fast_attention.models.config import TransformerConfig
 from fast_attention.models.on_mesh import lay_on_mesh
 from fast_attention.models.transformer import Transformer
 from fast_attention.protein_lm import (
@@ -34,6 +31,7 @@ from fast_attention.protein_lm import (
 from fast_attention.protein_lm.corpus import Corpus
 from fast_attention.protein_lm.domains import DiscreteDomain
 from fast_attention.protein_lm.masking import MaskingConfig
+from fast_attention.protein_lm.model_config import make_config
 from fast_attention.protein_lm.run_folder import RunError
 
 
@@ -119,7 +117,7 @@ class FlaxModel:
         self.masking: MaskingConfig | None = None
         self.random_seed = random_seed
         self.batch_size = batch_size
-        self.config = _make_config(self.objective == "causal", domain, model_kwargs)
+        self.config = make_config(self.objective == "causal", domain, model_kwargs)
         self.schedule: optimizer.Schedule = (
             learning_rate
             if callable(learning_rate)
@@ -383,17 +381,3 @@ class FlaxModel:
                 masking=self.masking,
             )
         )
-
-
-def _make_config(
-    causal: bool, domain: DiscreteDomain, model_kwargs: dict[str, Any]
-) -> TransformerConfig:
-    known = {field.name for field in dataclasses.fields(TransformerConfig)}
-    known -= {"vocab_size", "causal"}
-    for name in model_kwargs:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"there are {sorted(known)}"
-            raise TypeError(f"the model has no parameter {name!r}: {hint}")
-    options: dict[str, Any] = {"max_len": domain.length} | model_kwargs
-    return TransformerConfig(vocab_size=domain.vocab_size, causal=causal, **options)

@@ -11,7 +11,7 @@ import gin
 import jax
 
 from fast_attention.meshes import MeshError
-from fast_attention.protein_lm import checkpoints, exporting, gin_registry, run_folder, train
+from fast_attention.protein_lm import checkpoints, exporting, gin_registry, run_folder
 from fast_attention.protein_lm.flax_model import FlaxModel
 from fast_attention.protein_lm.run_folder import RunError, RunFolder
 
@@ -85,7 +85,7 @@ def load_run(run_dir: str | os.PathLike[str], *, checkpoint: str | int = "best")
       ValueError: If `checkpoint` is none of these.
     """
     model, _, folder = open_run(run_dir)
-    abstract = train.abstract_state(model)
+    abstract = model.abstract_state
     if folder.export.is_file():
         step, parameters, variables = exporting.read_arrays(folder, abstract)
     else:

@@ -182,7 +182,7 @@ def run_experiment(
 
     iterator = iter(dataset)
     with checkpoints.open_checkpoints(folder.checkpoints) as manager:
-        found = checkpoints.restore(manager, abstract_state(model))
+        found = checkpoints.restore(manager, model.abstract_state)
         if found is None:
             if initial_run is not None:
                 _begin_from(model, RunFolder(Path(initial_run)))
@@ -206,7 +206,7 @@ def run_experiment(
 
     steps = int(state.step)
     step, parameters, variables = checkpoints.restore_model(
-        folder.checkpoints, abstract_state(model)
+        folder.checkpoints, model.abstract_state
     )
     model.set_parameters(parameters, variables)
     result = {
@@ -229,11 +229,6 @@ def run_experiment(
     return result
 
 
-def abstract_state(model: FlaxModel) -> TrainState:
-    """Shapes, dtypes and placement of the arrays that a checkpoint of `model` must hold."""
-    return model.abstract_state
-
-
 def _check_initial_run(folder: RunFolder, model: FlaxModel) -> None:
     # Before anything is written: what is refused can then be asked for again, put right.
     if not folder.vocabulary.is_file():
@@ -242,7 +237,7 @@ def _check_initial_run(folder: RunFolder, model: FlaxModel) -> None:
 
 
 def _begin_from(model: FlaxModel, folder: RunFolder) -> None:
-    _, parameters, variables = checkpoints.restore_model(folder.checkpoints, abstract_state(model))
+    _, parameters, variables = checkpoints.restore_model(folder.checkpoints, model.abstract_state)
     model.set_parameters(parameters, variables)
 
 

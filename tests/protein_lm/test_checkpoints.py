@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from fast_attention.protein_lm import checkpoints, make_protein_domain, train
+from fast_attention.protein_lm import checkpoints, make_protein_domain
 from fast_attention.protein_lm.checkpoints import Progress
 from fast_attention.protein_lm.loading import load_run
 from fast_attention.protein_lm.models import FlaxLM
@@ -40,10 +40,10 @@ def test_a_checkpoint_holds_everything(model, tmp_path):
     state = at_step(model, 7)
     progress = Progress({"next_index": 7, "nested": {"list": [1, 2]}}, 8, 12345, 1.25)
     with checkpoints.open_checkpoints(tmp_path) as manager:
-        assert checkpoints.restore(manager, train.abstract_state(model)) is None
+        assert checkpoints.restore(manager, model.abstract_state) is None
         checkpoints.save(manager, state, progress)
     with checkpoints.open_checkpoints(tmp_path) as manager:
-        found = checkpoints.restore(manager, train.abstract_state(model))
+        found = checkpoints.restore(manager, model.abstract_state)
     assert found is not None
     assert found[1] == progress
     assert jax.tree.structure(found[0]) == jax.tree.structure(state)
@@ -71,14 +71,14 @@ def stored(three_checkpoints, tmp_path):
 
 
 def read(folder, model, checkpoint: str | int = "best") -> int:
-    found = checkpoints.restore_model(folder, train.abstract_state(model), checkpoint=checkpoint)
+    found = checkpoints.restore_model(folder, model.abstract_state, checkpoint=checkpoint)
     jax.tree.map(np.testing.assert_array_equal, found.parameters, model.state.parameters)
     return found.step
 
 
 def resume(folder, model) -> int | None:
     with checkpoints.open_checkpoints(folder) as manager:
-        found = checkpoints.restore(manager, train.abstract_state(model))
+        found = checkpoints.restore(manager, model.abstract_state)
         return None if found is None else int(found[0].step)
 
 
@@ -90,7 +90,7 @@ def test_the_newest_and_the_best_are_kept(model, tmp_path):
         checkpoints.save(manager, at_step(model, 9), Progress(None, 8, 99, 0.0), keep=2)
     with checkpoints.open_checkpoints(tmp_path) as manager:
         assert sorted(manager.all_steps()) == [2, 7, 9]
-        found = checkpoints.restore(manager, train.abstract_state(model))
+        found = checkpoints.restore(manager, model.abstract_state)
         assert found is not None and (int(found[0].step), found[1].tokens) == (9, 9)
         progress = Progress(None, 8, 11, 0.0, best_step=11)
         checkpoints.save(manager, at_step(model, 11), progress, keep=2)
@@ -143,7 +143,7 @@ def test_a_run_resumes_from_before_a_damaged_checkpoint(stored, model, capsys):
     for path in files_of(stored / "9" / "training"):
         cut(path)
     with checkpoints.open_checkpoints(stored) as manager:
-        found = checkpoints.restore(manager, train.abstract_state(model))
+        found = checkpoints.restore(manager, model.abstract_state)
         assert found is not None and int(found[0].step) == found[1].tokens == 6
         # The place of the damaged one is free.
         checkpoints.save(manager, at_step(model, 9), Progress(None, 8, 9, 0.0))
@@ -218,13 +218,13 @@ def test_the_average_is_what_is_loaded(tmp_path):
     with checkpoints.open_checkpoints(tmp_path) as manager:
         kept = dataclasses.replace(state, average=average)
         checkpoints.save(manager, kept, Progress(None, 8, 0, 0.0))
-        found = checkpoints.restore(manager, train.abstract_state(averaged))
+        found = checkpoints.restore(manager, averaged.abstract_state)
         with pytest.raises(RunError, match=r"does not fit .* average"):
-            checkpoints.restore(manager, train.abstract_state(make()))
+            checkpoints.restore(manager, make().abstract_state)
     assert found is not None
     jax.tree.map(np.testing.assert_array_equal, found[0].average, average)
     jax.tree.map(np.testing.assert_array_equal, found[0].parameters, state.parameters)
-    loaded = checkpoints.restore_model(tmp_path, train.abstract_state(averaged))
+    loaded = checkpoints.restore_model(tmp_path, averaged.abstract_state)
     jax.tree.map(np.testing.assert_array_equal, loaded.parameters, average)
 
 
@@ -232,7 +232,7 @@ def test_the_average_is_what_is_loaded(tmp_path):
 def test_a_checkpoint_of_another_model_is_refused(model, tmp_path, options):
     with checkpoints.open_checkpoints(tmp_path) as manager:
         checkpoints.save(manager, at_step(model, 1), Progress(None, 8, 0, 0.0))
-        abstract = train.abstract_state(make(**options))
+        abstract = make(**options).abstract_state
         with pytest.raises(RunError, match="does not fit"):
             checkpoints.restore(manager, abstract)
     with pytest.raises(RunError, match="does not fit"):
@@ -297,7 +297,7 @@ def test_a_folder_without_a_run_is_told(tmp_path, model):
         load_run(tmp_path)
     for folder in (tmp_path, tmp_path / "absent"):
         with pytest.raises(RunError, match="not reached its first"):
-            checkpoints.restore_model(folder, train.abstract_state(model))
+            checkpoints.restore_model(folder, model.abstract_state)
 
 
 def test_a_run_is_read_back(lm_run):

@@ -4,6 +4,8 @@ import shutil
 import signal
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from fast_attention.protein_lm import cli, train
@@ -145,14 +147,40 @@ def test_training_ends_when_validations_get_no_better(train_arguments, tmp_path)
     assert load_run(tmp_path, checkpoint="last").step == 3
 
 
-def test_another_number_of_devices_is_refused(lm_run, train_arguments, tmp_path):
-    """Its batches would be others."""
-    shutil.copytree(lm_run, tmp_path / "run")
-    (tmp_path / "run" / "result.json").unlink()
-    process = killing.start(train_arguments(tmp_path / "run"), JAX_NUM_CPU_DEVICES="2")
+def test_a_run_goes_on_on_other_devices(lm_run, train_arguments, tmp_path):
+    """With the batches that it began with, and the losses; and is then read on one device."""
+    run = tmp_path / "run"
+    shutil.copytree(lm_run, run)
+    (run / "result.json").unlink()
+    shutil.rmtree(run / "checkpoints" / "12")
+    settings = ["FlaxModel.mesh = @make_mesh()", "make_mesh.fsdp = 2", "experiment.num_samples = 0"]
+    config = (run / "config.gin").read_text().replace("num_samples = 3", "num_samples = 0")
+    (run / "config.gin").write_text(config)
+    process = killing.start(train_arguments(run, *settings), JAX_NUM_CPU_DEVICES="2")
     _, told = process.communicate()
-    assert process.returncode == 1
-    assert "4 rows" in told and "device count of this machine (2)" in told
+    assert process.returncode == 0, told
+    for row, expected in zip(losses(run), losses(lm_run), strict=True):
+        assert row[:2] == expected[:2]
+        np.testing.assert_allclose(row[2:4], expected[2:4], rtol=1e-5)
+    other = load_run(lm_run, checkpoint="last").model.state.parameters
+    for found, wanted in zip(
+        jax.tree.leaves(load_run(run, checkpoint="last").model.state.parameters),
+        jax.tree.leaves(other),
+        strict=True,
+    ):
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def test_a_run_of_many_devices_is_read_on_one(lm_run, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(lm_run, run)
+    config = (run / "config.gin").read_text()
+    (run / "config.gin").write_text(
+        f"{config}\nFlaxModel.mesh = @make_mesh()\nmake_mesh.fsdp = 64\nmake_mesh.data = 2\n"
+    )
+    found, expected = (load_run(folder).model for folder in (run, lm_run))
+    assert "does not fit the 1 devices here" in capsys.readouterr().err
+    assert found.score(["MKT"]) == expected.score(["MKT"])
 
 
 def test_divergence_stops_the_run_and_keeps_the_last_checkpoint(train_arguments, tmp_path, capsys):
