@@ -88,7 +88,9 @@ def plot_head_errors(
     image = axes.imshow(values, cmap="RdBu_r", vmin=0, vmax=2, aspect="auto")
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
-            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7)
+            colour = "white" if abs(value - 1) > 0.7 else "black"
+            place = {"ha": "center", "va": "center", "fontsize": 7, "color": colour}
+            axes.text(column, row, f"{value:.2f}", **place)
     axes.set_xticks(range(values.shape[1]), range(1, values.shape[1] + 1))
     axes.set_yticks(range(values.shape[0]), range(1, values.shape[0] + 1))
     axes.set_xlabel("head")

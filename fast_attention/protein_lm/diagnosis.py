@@ -98,6 +98,7 @@ class Diagnosis(NamedTuple):
       calibrated_on: How many others the features' parameters are from; 0 where they need none.
       recommended: For each entry of `layers` the number of features for the target error; None
         without a target.
+      features: What was judged in place of the model's own attention, or None.
       parameters: The projection of each layer, see `fidelity_sums`; None for the model's own.
     """
 
@@ -105,6 +106,7 @@ class Diagnosis(NamedTuple):
     proteins: int
     calibrated_on: int
     recommended: list[Recommendation] | None
+    features: Features | None
     parameters: Mapping[str, Any] | None
 
 
@@ -176,7 +178,7 @@ def diagnose(
     recommended = None
     if features is not None and target_error is not None:
         recommended = _recommend(model, judged, features, moments, target_error, seed)
-    return Diagnosis(layers, len(judged), len(others), recommended, parameters)
+    return Diagnosis(layers, len(judged), len(others), recommended, features, parameters)
 
 
 def head_matrices(

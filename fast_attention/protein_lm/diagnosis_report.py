@@ -219,33 +219,14 @@ def plot(
 
 def _heading(found: Diagnosis, about: Mapping[str, Any]) -> str:
     text = f"{about['positions']:,} positions of {found.proteins:,} proteins"
-    function = found.layers[0].attention_fn
-    if found.parameters is not None and isinstance(function, FastAttention):
-        text += f"; in place of the model's own attention: {_describe(function)}"
+    if found.features is not None:
+        own = found.features
+        text += f"; in place of the model's own attention: {own.estimator}, {own.nb_features:,} features"
+        if own.exact_window is not None:
+            text += f", exact within {own.exact_window} residues"
     if found.calibrated_on:
-        text += f", calibrated on {found.calibrated_on:,} other proteins"
+        text += f"; calibrated on {found.calibrated_on:,} other proteins"
     return text
-
-
-def _describe(function: FastAttention) -> str:
-    features = function.feature_map
-    estimator = {
-        PositiveFeatures: "favor+",
-        HyperbolicFeatures: "hyperbolic",
-        TrigonometricFeatures: "trigonometric",
-    }.get(type(features)) or getattr(features, "estimator", type(features).__name__)
-    window = function.exact_window
-    near = "" if window is None else f", exact within {window} residues"
-    return f"{estimator}, {_number(function)} features{near}"
-
-
-def _number(function: FastAttention) -> int:
-    import jax
-
-    features = function.feature_map
-    width = 8
-    drawn = jax.eval_shape(lambda: features.init(jax.random.key(0), width))
-    return features.num_features(drawn, width)
 
 
 def _verdict(about: Mapping[str, Any]) -> str:
