@@ -221,7 +221,7 @@ def _heading(found: Diagnosis, about: Mapping[str, Any]) -> str:
     text = f"{about['positions']:,} positions of {found.proteins:,} proteins"
     if found.features is not None:
         own = found.features
-        text += f"; in place of the model's own attention: {own.estimator}, {own.nb_features:,} features"
+        text += f"; in place of the model's attention {own.estimator}, {own.nb_features:,} features"
         if own.exact_window is not None:
             text += f", exact within {own.exact_window} residues"
     if found.calibrated_on:
