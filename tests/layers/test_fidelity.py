@@ -54,9 +54,14 @@ def assert_same(left, right, **tolerance):
             np.testing.assert_allclose(getattr(a, name), getattr(b, name), **tolerance)
 
 
-@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(
-    "function", [FAST, make_fast_generalized_attention(nb_features=6), make_local_attention(3)]
+    ("function", "causal"),
+    [
+        (FAST, False),
+        (FAST, True),
+        (make_fast_generalized_attention(nb_features=6), False),
+        (make_local_attention(3), True),
+    ],
 )
 def test_figures_are_those_of_the_queries_keys_and_values_inside(function, causal):
     model = layer(function, num_kv_heads=K, causal=causal)
