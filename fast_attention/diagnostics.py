@@ -78,7 +78,8 @@ def attention_matrix(
       attention_fn: linear in the values, whose width may be any.
       query: ``[*B, T, H, D]``.
       key: ``[*B, S, K, D]``.
-      rows: positions of queries to return, ``[R]``; None is all. All are computed.
+      rows: positions of queries to return, ``[R]``, or ``[*B, R]`` where they differ; None is all.
+        All are computed.
       **options: handed to ``attention_fn``: key_mask, is_causal, projection ...
 
     Returns:
@@ -97,7 +98,11 @@ def attention_matrix(
             hot.reshape((1,) * (key.ndim - 3) + hot.shape), (*key.shape[:-1], width)
         )
         out = attention_fn(query.astype(dtype), key.astype(dtype), value, **options)
-        return jnp.moveaxis(jnp.take(out, rows, axis=-3), -2, -3)
+        if rows.ndim == 1:
+            out = jnp.take(out, rows, axis=-3)
+        else:
+            out = jnp.take_along_axis(out, rows[..., None, None], axis=-3)
+        return jnp.moveaxis(out, -2, -3)
 
     blocks = jax.jit(lambda starts: jax.lax.map(columns, starts))(starts)
     blocks = jnp.moveaxis(blocks, 0, -2)
@@ -166,6 +171,7 @@ def recommend_features(
     *,
     make_attention: Callable[[int], AttentionFn] | None = None,
     is_causal: bool = False,
+    key_mask: Bool[Array, "*B S"] | None = None,
     smallest: int = 16,
     largest: int = LARGEST_RUN,
 ) -> Recommendation:
@@ -181,6 +187,8 @@ def recommend_features(
         ``make_fast_softmax_attention(nb_features=M)``. With ``exact_window`` bound it says what a
         near field saves.
       is_causal: position t sees keys 0..t.
+      key_mask: ``[*B, S]``; keys where it is False are not seen and, with T = S, neither do the
+        queries there count.
       smallest: M to begin with.
       largest: M to end with; beyond it errors are extrapolated from the last.
 
@@ -198,12 +206,20 @@ def recommend_features(
     make = make_attention or (lambda m: make_fast_softmax_attention(nb_features=m))
     options: dict[str, Any] = {"is_causal": True} if is_causal else {}
     rows = _some_rows(query.shape[-3])
-    exact = np.asarray(attention_matrix(make_softmax_attention(), query, key, rows, **options))
+    counted = np.ones((1, len(rows), 1), bool)
+    if key_mask is not None:
+        options["key_mask"] = key_mask
+        if key.shape[-3] == query.shape[-3]:
+            counted = np.asarray(key_mask, bool)[..., None, rows, None]
+
+    def matrix(function: AttentionFn) -> np.ndarray:
+        return np.where(counted, attention_matrix(function, query, key, rows, **options), 0)
+
+    exact = matrix(make_softmax_attention())
     measured: list[tuple[int, float]] = []
     features = smallest
     while features <= largest:
-        found = np.asarray(attention_matrix(make(features), query, key, rows, **options))
-        error = float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+        error = float(np.linalg.norm(matrix(make(features)) - exact) / np.linalg.norm(exact))
         measured.append((features, error))
         if error <= target_error:
             return Recommendation(features, error, False, tuple(measured))

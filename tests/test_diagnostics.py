@@ -10,7 +10,7 @@ from fast_attention.diagnostics import (
     attention_matrix,
     recommend_features,
 )
-from fast_attention.diagnostics_plots import plot_matrices, plot_recommendation
+from fast_attention.diagnostics_plots import plot_head_errors, plot_matrices, plot_recommendation
 from fast_attention.softmax_attention import make_softmax_attention
 from tests.linear_attention import cases
 
@@ -32,6 +32,8 @@ def test_the_matrix_of_exact_attention_is_the_softmax_at_any_rows():
     np.testing.assert_allclose(attention_matrix(function, q, k), exact, atol=1e-6)
     some = attention_matrix(function, q, k, [3, 69])
     np.testing.assert_allclose(some, exact[:, :, [3, 69]], atol=1e-6)
+    own = attention_matrix(function, q, k, [[3, 69], [5, 0]])
+    np.testing.assert_allclose(own[1], exact[1][:, [5, 0]], atol=1e-6)
 
 
 def test_the_matrix_gives_the_output_of_any_function():
@@ -102,11 +104,23 @@ def test_features_are_doubled_until_the_error_is_reached_and_then_extrapolated()
         find(0)
 
 
+def test_features_are_recommended_for_what_is_no_padding():
+    q, k, _ = cases.qkv(length=T)
+    fast = make_fast_softmax_attention(nb_features=8)
+    options = {"make_attention": lambda features: fast, "smallest": 8, "largest": 8}
+    mask = np.arange(T)[None] < np.full((B, 1), T - 3)
+    padded = recommend_features(q, k, 9.0, key_mask=mask, **options)
+    alone = recommend_features(q[:, : T - 3], k[:, : T - 3], 9.0, **options)
+    np.testing.assert_allclose(padded.error, alone.error, rtol=1e-4)
+
+
 def test_pictures(tmp_path):
     plot_matrices({"exact": np.eye(3), "fast": np.ones((3, 3)) / 3}, tmp_path / "matrices.png")
     for extrapolated in (True, False):
         found = Recommendation(32, 0.2, extrapolated, ((8, 0.4), (16, 0.3)))
         plot_recommendation(found, tmp_path / f"{extrapolated}.png")
-    assert len(list(tmp_path.iterdir())) == 3
+    ratios = [[0.5, np.nan], [1.2, 3.0]]
+    plot_head_errors(ratios, tmp_path / "heads.png", {"exact": np.eye(3)}, "errors")
+    assert len(list(tmp_path.iterdir())) == 4
     with pytest.raises(ValueError, match="matrices"):
         plot_matrices({"cube": np.ones((2, 2, 2))}, tmp_path / "none.png")

@@ -97,6 +97,7 @@ SMALL = {
     "predict": [],
     "export": [],
     "info": [],
+    "diagnose": [],
 }
 
 
@@ -118,7 +119,8 @@ def test_commands_run_one_after_the_other(tmp_path, monkeypatch, capsys):
         assert status == 0, capsys.readouterr()
         assert "nan" not in capsys.readouterr().out
     assert len(list(read_fasta("new_proteins.fasta"))) == 10
-    for output in ("scores.tsv", "effects.tsv", "effects.png", "vectors.npz", "predicted.tsv"):
+    tables = ("scores.tsv", "effects.tsv", "predicted.tsv")
+    for output in (*tables, "effects.png", "fidelity.png", "vectors.npz"):
         assert Path(output).stat().st_size
     (block,) = (block for block in blocks("python") if "runs/demo" in block)
     exec(compile(block, "README.md", "exec"), {})

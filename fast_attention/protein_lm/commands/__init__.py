@@ -8,6 +8,7 @@ mistyped flag should not have to wait for: modules import what they need inside 
 from types import ModuleType
 
 from fast_attention.protein_lm.commands import (
+    diagnose,
     embed,
     evaluate,
     export,
@@ -31,5 +32,6 @@ COMMANDS: dict[str, ModuleType] = {
     "predict": predict,
     "export": export,
     "info": info,
+    "diagnose": diagnose,
 }
 """Modules by the name of their command, in the order of ``protein-lm --help``."""

@@ -1,0 +1,198 @@
+"""``protein-lm diagnose``."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from fast_attention.protein_lm.commands import arguments
+
+if TYPE_CHECKING:
+    from fast_attention.protein_lm import diagnosis
+
+SUMMARY = "say how far a trained model's attention is from exact attention"
+DESCRIPTION = """\
+Say how far the attention of a trained model is from exact softmax attention, layer by layer and
+head by head, on some proteins.
+
+The error is relative: 0 is exact. Beside it stands the error of uniform attention, the plain mean
+of all that a residue may look at: a head whose error is no smaller has learned nothing from
+approximating. Effective keys says how many residues an exact head looks at in effect; the fewer,
+the harder it is to approximate.
+
+A model with exact attention has no error. With --estimator, --nb_features, --projection or
+--exact_window the command tells the error that such random features would have in its place, and
+with --target_error how many it would take:
+
+  protein-lm diagnose --run_dir=runs/demo --fasta=my_proteins.fasta
+  protein-lm diagnose --run_dir=runs/exact --fasta=my_proteins.fasta --nb_features=256"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    arguments.add_run_dir(parser)
+    arguments.add_fasta(parser, "proteins to look at the model with")
+    arguments.add_on_error(parser)
+    parser.add_argument(
+        "--max_proteins",
+        type=_positive,
+        default=32,
+        metavar="N",
+        help="look at N proteins, spread evenly over the files (default: 32)",
+    )
+    parser.add_argument(
+        "--max_length",
+        type=_positive,
+        default=512,
+        metavar="N",
+        help="use the first N residues of a longer protein: exact attention, which is computed "
+        "beside, takes time as the square of the length (default: 512)",
+    )
+    parser.add_argument(
+        "--estimator",
+        metavar="NAME",
+        help="judge random features in place of the model's own attention: favor+, hyperbolic, "
+        "wderf_s, ... (docs/choosing-features.md; default, with one of the next: wderf_s)",
+    )
+    parser.add_argument(
+        "--nb_features",
+        type=_positive,
+        metavar="M",
+        help="how many of these features (default, with one of the others: 256)",
+    )
+    parser.add_argument(
+        "--projection",
+        metavar="NAME",
+        help="how they are drawn: iid, orthogonal, orthogonal_antithetic, ... (default: the last "
+        "for estimators with parameters from data, orthogonal for others)",
+    )
+    parser.add_argument(
+        "--exact_window",
+        type=_positive,
+        metavar="W",
+        help="compute residues this near exactly, and only the others by features (default: none)",
+    )
+    parser.add_argument(
+        "--target_error",
+        type=float,
+        metavar="X",
+        help="also say how many such features each layer needs for a relative error of its "
+        "attention matrix of at most X, such as 0.3",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="also write the figures: .json, or a table, .tsv, .csv (.gz behind either compresses "
+        "it) or .parquet",
+    )
+    parser.add_argument(
+        "--plot",
+        metavar="FILE",
+        help="also draw them (PNG): the error of each head, and the attention matrices of "
+        "one head, exact and as it is",
+    )
+    parser.add_argument(
+        "--layer",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="whose matrices --plot draws (default: 1)",
+    )
+    parser.add_argument(
+        "--head",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="of that layer (default: 1)",
+    )
+    arguments.add_seed(parser, "which features are drawn (default: 0)")
+
+
+def _positive(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return number
+
+
+def run(options: argparse.Namespace) -> None:
+    """Runs the command."""
+    from fast_attention.protein_lm import diagnosis, diagnosis_report
+    from fast_attention.protein_lm.embedding import room
+    from fast_attention.protein_lm.loading import load_run
+    from fast_attention.protein_lm.model_inputs import read_for_model
+    from fast_attention.protein_lm.output_files import check_output
+
+    if options.output:
+        diagnosis_report.check_name(options.output)
+    if options.plot:
+        # Told before the work where it is missing.
+        import matplotlib  # noqa: F401
+
+    for path in filter(None, (options.output, options.plot)):
+        check_output(path)
+    features = _features(options)
+    model, step, folder = load_run(options.run_dir)
+    diagnosis_report.check_head(model, options.layer, options.head)
+    longest = room(model)
+    max_length = options.max_length if longest is None else min(options.max_length, longest)
+    with arguments.skipped_records(options) as skipped:
+        records = read_for_model(
+            model,
+            options.fasta,
+            room=longest,
+            max_length=max_length,
+            on_error=options.on_error,
+            skipped=skipped,
+        )
+        chosen = diagnosis.spread_evenly(records, options.max_proteins)
+        sequences = [record.sequence for record in chosen]
+        found = diagnosis.diagnose(
+            model,
+            sequences,
+            features=features,
+            target_error=options.target_error,
+            max_length=max_length,
+            seed=options.seed,
+        )
+        about = {
+            "run_dir": str(folder.path),
+            "step": step,
+            "fasta": list(options.fasta),
+            "max_length": max_length,
+        }
+        if options.output:
+            diagnosis_report.write(options.output, found, about, options.target_error)
+        if options.plot:
+            matrices = diagnosis.head_matrices(
+                model,
+                sequences[0],
+                options.layer,
+                options.head,
+                features=features,
+                parameters=found.parameters,
+                max_length=max_length,
+            )
+            diagnosis_report.plot(options.plot, found, matrices, options.layer, options.head)
+        print(diagnosis_report.format_diagnosis(found, options.target_error))
+        written = [path for path in (options.output, options.plot) if path]
+        if written:
+            print(f"\nwritten to {' and '.join(written)}")
+
+
+def _features(options: argparse.Namespace) -> diagnosis.Features | None:
+    """What is to be judged in place of the model's own attention, checked."""
+    from fast_attention.protein_lm import diagnosis
+
+    named = ("estimator", "nb_features", "projection", "exact_window")
+    given = {name: getattr(options, name) for name in named if getattr(options, name) is not None}
+    if options.target_error is not None and not options.target_error > 0:
+        raise ValueError(f"--target_error must be above 0, got {options.target_error}")
+    if not given and options.target_error is None:
+        return None
+    features = diagnosis.Features(**given)
+    features.attention_fn(causal=True)
+    return features
