@@ -125,3 +125,12 @@ def lay_activations(x: Array, mesh: Mesh | None) -> Array:
         return x
     spec = batch_spec(mesh, x.shape[:-1])
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def lay_whole_rows(table: Array, mesh: Mesh) -> Array:
+    """Tells the compiler to put the rows of a ``[V, M]`` table together before they are looked up.
+
+    Along ``model`` the vocabulary stays divided, where the devices divide it.
+    """
+    spec = PartitionSpec(axis_dividing(mesh, MODEL, table.shape[0]))
+    return jax.lax.with_sharding_constraint(table, NamedSharding(mesh, spec))

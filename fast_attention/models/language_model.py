@@ -18,7 +18,7 @@ from fast_attention.layers.linear import Linear
 from fast_attention.layers.norms import make_norm
 from fast_attention.layers.positions import AxialPositions, LearnedPositions, sinusoids
 from fast_attention.layers.stack import Stack
-from fast_attention.meshes import lay_activations
+from fast_attention.meshes import lay_activations, lay_whole_rows
 from fast_attention.models.config import LanguageModelConfig
 
 
@@ -306,7 +306,7 @@ class LanguageModel(nnx.Module):
         return self._logits(self._leave(x)), DecodeState(layers, state.positions + 1)
 
     def _embed(self, tokens: Array, positions: Array) -> Array:
-        x = self.embed(tokens)
+        x = self._look_up(tokens)
         if self.positions is not None:
             return x + self.positions(positions).astype(x.dtype)
         if self.shape.positions in ("sinusoidal", "concatenated"):
@@ -314,6 +314,13 @@ class LanguageModel(nnx.Module):
             encoded = sinusoids(positions, x.shape[-1], concatenated=concatenated)
             return x + encoded.astype(x.dtype)
         return x
+
+    def _look_up(self, tokens: Array) -> Array:
+        if self.mesh is None:
+            return self.embed(tokens)
+        # Left to choose, the compiler may gather what was looked up, which grows with the length.
+        table = lay_whole_rows(self.embed.embedding[...], self.mesh)
+        return jnp.take(table, tokens, axis=0).astype(self.shape.dtype)
 
     def _number(self, tokens: Array) -> Array:
         self._check_length(tokens.shape[1])
