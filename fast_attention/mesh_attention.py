@@ -127,7 +127,7 @@ class MeshAttention:
           ValueError: for what cannot be honoured where positions are divided.
         """
         del force_fp32_for_softmax  # Always so.
-        others = {
+        others: dict[str, Any] = {
             "bias": bias,
             "mask": mask,
             "module": module,
@@ -145,7 +145,8 @@ class MeshAttention:
             refuse("Attention with positions divided over a mesh", _ADVICE, **others)
         if asked or cached:
             # Left to the compiler, which divides rows and heads where it can.
-            return self.attention_fn(
+            whole: Any = self.attention_fn
+            return whole(
                 query,
                 key,
                 value,

@@ -208,7 +208,7 @@ def parameters_from_moments(
     """
     found: dict[str, Any] = {}
     for number, (name, own) in enumerate(moments.items()):
-        drawn = None
+        drawn: Any = None
         if hasattr(attention_fn, "draw_projection"):
             width = own.query.mean.shape[-1]
             drawn = attention_fn.draw_projection(jax.random.fold_in(key, number), width)

@@ -318,7 +318,7 @@ def _observe(model: Any, batch: Any, tell: Callable[[AttentionCall], None]) -> N
     observed_copy(model, tell)(inputs, **options)
 
 
-def _inputs(batch: Mapping[str, Any]) -> tuple[jax.Array, dict[str, jax.Array]]:
+def _inputs(batch: Mapping[str, Any]) -> tuple[jax.Array, dict[str, Any]]:
     positions, visible = number_rows(batch["inputs"], batch["lengths"])
     return jnp.asarray(batch["inputs"]), {"positions": positions, "key_mask": visible}
 
