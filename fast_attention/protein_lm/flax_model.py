@@ -5,8 +5,10 @@ Shape letters: B batch, T length, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
+import functools
 import itertools
 import os
 import time
@@ -14,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -108,37 +111,45 @@ class FlaxModel:
         if not hasattr(self, "objective"):
             raise TypeError("FlaxModel is what FlaxLM and FlaxBERT share: make one of them")
         self.domain = domain
-        self.attention_fn = attention_fn
         self.masking: MaskingConfig | None = None
         self.random_seed = random_seed
         self.batch_size = batch_size
         self.config = _make_config(self.objective == "causal", domain, model_kwargs)
-        self.schedule: optimizer.Schedule = (
-            learning_rate
-            if callable(learning_rate)
-            else optimizer.create_learning_rate_scheduler("constant", learning_rate)
-        )
-        self._optimizer = optimizer.create_optimizer(
-            self.schedule,
+        self._make_optimizer = functools.partial(
+            optimizer.create_optimizer,
             weight_decay=weight_decay,
             grad_clip=grad_clip,
             beta1=beta1,
             beta2=beta2,
             epsilon=epsilon,
         )
+        self._model_cls = model_cls
+        self._ema_decay = ema_decay
+        self.mesh = train_state.data_mesh()
+        self._build(attention_fn, learning_rate)
+
+    def _build(
+        self, attention_fn: Callable[..., Any] | None, learning_rate: float | optimizer.Schedule
+    ) -> None:
+        """Makes the structure around an attention function, and what is compiled of it."""
+        self.attention_fn = attention_fn
+        self.schedule: optimizer.Schedule = (
+            learning_rate
+            if callable(learning_rate)
+            else optimizer.create_learning_rate_scheduler("constant", learning_rate)
+        )
+        self._optimizer = self._make_optimizer(self.schedule)
 
         def build(rngs: nnx.Rngs) -> nnx.Module:
-            return model_cls(self.config, attention_fn, rngs=rngs)
+            return self._model_cls(self.config, attention_fn, rngs=rngs)
 
         abstract = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
         self.graphdef, _, _ = train_state.split_model(abstract)
-        self.mesh = train_state.data_mesh()
-        self._averaged = ema_decay is not None
         self.initialize = train_state.make_initializer(
-            build, self._optimizer, averaged=self._averaged
+            build, self._optimizer, averaged=self._ema_decay is not None
         )
         self.train_step = train_state.make_train_step(
-            self.graphdef, self._optimizer, ema_decay=ema_decay
+            self.graphdef, self._optimizer, ema_decay=self._ema_decay
         )
         self.eval_step = train_state.make_eval_step(self.graphdef)
         self.logits_step = train_state.make_logits(self.graphdef)
@@ -180,9 +191,67 @@ class FlaxModel:
         """Replaces the model's arrays; step, optimiser and randomness start anew."""
         key = jax.random.key(self.random_seed)
         state = train_state.make_state(
-            parameters, variables, self._optimizer, key, averaged=self._averaged
+            parameters, variables, self._optimizer, key, averaged=self._ema_decay is not None
         )
         self.state = train_state.replicate(state, self.mesh)
+
+    def with_attention(
+        self,
+        attention_fn: Callable[..., Any] | None,
+        *,
+        learning_rate: float | optimizer.Schedule | None = None,
+    ) -> Self:
+        """The same model, with the same parameters, around another attention function.
+
+        Nothing is converted, see `fast_attention.layers.with_attention`: a model trained with exact
+        attention becomes a Performer. Projections are drawn from `random_seed`; step and optimiser
+        start anew. Random features with stored parameters wait for `calibrate`::
+
+            model = FlaxLM.load(run_dir).with_attention(attention_fn)
+            model.calibrate(proteins)
+
+        Args:
+          attention_fn: As for the constructor; None is exact attention.
+          learning_rate: Of its training; None is that of this model, from the first step on.
+
+        Returns:
+          A model of its own, whose training leaves this one as it is.
+        """
+        model = copy.copy(self)
+        model._state = None
+        model._build(attention_fn, self.schedule if learning_rate is None else learning_rate)
+        # A state is donated: no buffer may belong to two.
+        parameters = jax.tree.map(jnp.copy, self.weights)
+        model.set_parameters(parameters, model.state.variables)
+        return model
+
+    def calibrate(self, xs: Any, *, num_batches: int = 4, batch_size: int | None = None) -> None:
+        """Fits random features with stored parameters to the queries and keys of some proteins.
+
+        For an attention function made with a tuned estimator and ``unidirectional=True`` or
+        ``calibration="stored"``, see `fast_attention.layers.calibrate`. Parameters of the model do
+        not change.
+
+        Args:
+          xs: As for `fit`.
+          num_batches: How many batches of `xs` to look at, all together.
+          batch_size: Rows per batch; None takes the model's.
+
+        Raises:
+          ValueError: If the attention function has nothing to calibrate, or there is no batch.
+        """
+        found = list(itertools.islice(self._training_batches(xs, 1, batch_size, None), num_batches))
+        if not found:
+            raise ValueError(
+                f"there is no batch to calibrate on: num_batches is {num_batches}, and xs may be "
+                "empty"
+            )
+        rows = {name: np.concatenate([batch[name] for batch in found]) for name in found[0]}
+        batch = train_state.shard_batch(rows, self.mesh)
+        fit = train_state.make_calibration(self.graphdef)
+        variables = fit(self.weights, self.state.variables, batch)
+        variables = train_state.replicate(variables, self.mesh)
+        self.state = dataclasses.replace(self.state, variables=variables)
 
     def fit(
         self,
