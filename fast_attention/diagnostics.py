@@ -78,7 +78,8 @@ def attention_matrix(
       attention_fn: linear in the values, whose width may be any.
       query: ``[*B, T, H, D]``.
       key: ``[*B, S, K, D]``.
-      rows: positions of queries to return, ``[R]``; None is all. All are computed.
+      rows: positions of queries to return, ``[R]``, or ``[*B, R]`` where they differ; None is all.
+        All are computed.
       **options: handed to ``attention_fn``: key_mask, is_causal, projection ...
 
     Returns:
@@ -97,7 +98,11 @@ def attention_matrix(
             hot.reshape((1,) * (key.ndim - 3) + hot.shape), (*key.shape[:-1], width)
         )
         out = attention_fn(query.astype(dtype), key.astype(dtype), value, **options)
-        return jnp.moveaxis(jnp.take(out, rows, axis=-3), -2, -3)
+        if rows.ndim == 1:
+            out = jnp.take(out, rows, axis=-3)
+        else:
+            out = jnp.take_along_axis(out, rows[..., None, None], axis=-3)
+        return jnp.moveaxis(out, -2, -3)
 
     blocks = jax.jit(lambda starts: jax.lax.map(columns, starts))(starts)
     blocks = jnp.moveaxis(blocks, 0, -2)

@@ -3,9 +3,14 @@
 from fast_attention.layers.attention_config import AttentionConfig as AttentionConfig
 from fast_attention.layers.attention_config import HeadGroup as HeadGroup
 from fast_attention.layers.calibrate import calibrate as calibrate
+from fast_attention.layers.calibrate import query_key_moments as query_key_moments
 from fast_attention.layers.calibrate import recalibrate as recalibrate
 from fast_attention.layers.feed_forward import ACTIVATIONS as ACTIVATIONS
 from fast_attention.layers.feed_forward import FeedForward as FeedForward
+from fast_attention.layers.fidelity import LayerFidelity as LayerFidelity
+from fast_attention.layers.fidelity import fidelity_sums as fidelity_sums
+from fast_attention.layers.fidelity import measure_fidelity as measure_fidelity
+from fast_attention.layers.fidelity import summarize_fidelity as summarize_fidelity
 from fast_attention.layers.held import Projection as Projection
 from fast_attention.layers.held import RunningMoments as RunningMoments
 from fast_attention.layers.image import ImageLinearAttention as ImageLinearAttention

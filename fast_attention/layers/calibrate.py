@@ -5,16 +5,12 @@ Shape letters: B batch, T length, S keys, H heads, K key/value heads, D head wid
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 
-from fast_attention.array_types import Array
 from fast_attention.calibration import retune, tuned_map
 from fast_attention.feature_maps.moments import Moments, measure_visible, merge_moments
 from fast_attention.layers.held import (
@@ -24,7 +20,7 @@ from fast_attention.layers.held import (
 )
 from fast_attention.layers.multi_axis import MultiAxisAttention
 from fast_attention.layers.multi_head import MultiHeadAttention
-from fast_attention.layers.stack import Stack
+from fast_attention.layers.observing import AttentionCall, observed_copy, place_name
 
 
 def calibrate(model: nnx.Module, *args: Any, **kwargs: Any) -> int:
@@ -48,23 +44,7 @@ def calibrate(model: nnx.Module, *args: Any, **kwargs: Any) -> int:
     Raises:
       ValueError: If the model has nothing to calibrate.
     """
-    met: dict[tuple[Any, ...], Moments] = {}
-    # Sums of moments are kept as they come: no programs around the layers.
-    copy = nnx.clone(model)
-    for path, module in nnx.iter_modules(copy):
-        if isinstance(module, MultiHeadAttention):
-            groups = tuple(
-                dataclasses.replace(
-                    group, attention_fn=_observed(group.attention_fn, met, (path, index))
-                )
-                for index, group in enumerate(module.config.groups)
-            )
-            module.config = dataclasses.replace(module.config, groups=groups)
-        elif isinstance(module, MultiAxisAttention):
-            module.attention_fn = _observed(module.attention_fn, met, (path, 0))
-        elif isinstance(module, Stack):
-            module.config = dataclasses.replace(module.config, remat=False, reverse_threshold=2**62)
-    copy(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+    met = query_key_moments(model, *args, where=_is_stored, **kwargs)
     if not met:
         raise ValueError(
             f"{type(model).__name__} has no attention with stored parameters to calibrate: make "
@@ -73,10 +53,39 @@ def calibrate(model: nnx.Module, *args: Any, **kwargs: Any) -> int:
         )
     for path, module in nnx.iter_modules(model):
         for index, (function, held) in enumerate(_held_by(module)):
-            moments = met.get((path, index))
+            moments = met.get(place_name(path, index))
             if moments is not None:
                 hold(held, retune(tuned_map(function), held_projection(held), moments))
     return len(met)
+
+
+def query_key_moments(
+    model: nnx.Module, *args: Any, where: Callable[[Any], bool] | None = None, **kwargs: Any
+) -> dict[str, Moments]:
+    """Calls a model and measures the queries and keys of its attention layers.
+
+    All rows of the batch are taken together, after rotary positions and without padding; so are
+    the calls of a tied layer. The model itself is left as it is. It may be called under jit.
+
+    Args:
+      model: As for `calibrate`.
+      *args: Of the call, such as tokens.
+      where: From an attention function to whether its layers are measured; None is all of them.
+      **kwargs: Of that call.
+
+    Returns:
+      `Moments` with leading axis K, by `place_name` of the layer and its group of heads.
+    """
+    met: dict[str, Moments] = {}
+
+    def measure(call: AttentionCall) -> None:
+        seen = call.visible
+        moments = measure_visible(call.query, call.key, seen.query_mask, seen.key_mask)
+        known = [met[call.name]] if call.name in met else []
+        met[call.name] = functools.reduce(merge_moments, [*known, moments])
+
+    observed_copy(model, measure, where or (lambda function: True))(*args, **kwargs)
+    return met
 
 
 def recalibrate(model: nnx.Module) -> int:
@@ -122,48 +131,5 @@ def _held_by(module: Any) -> list[tuple[Any, Any]]:
     return []
 
 
-def _observed(
-    function: Callable[..., Any], met: dict[tuple[Any, ...], Moments], place: tuple[Any, ...]
-) -> Any:
-    """The same function, telling what it is called with; others are left alone."""
-    if getattr(function, "calibration", None) != "stored":
-        return function
-    return _Observed(function, met, place)
-
-
-class _Observed:
-    """An attention function that also measures queries and keys."""
-
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        met: dict[tuple[Any, ...], Moments],
-        place: tuple[Any, ...],
-    ):
-        self.function, self.met, self.place = function, met, place
-        self.__signature__ = inspect.signature(function)
-
-    def __call__(self, query: Array, key: Array, value: Array, **options: Any) -> Any:
-        self._measure(query, key, options.get("query_mask"), options.get("key_mask"))
-        return self.function(query, key, value, **options)
-
-    def prefill(self, state: Any, query: Array, key: Array, value: Array, **options: Any) -> Any:
-        """Reads on from causal memory, whose keys count too.
-
-        Reading the memory itself asks nothing: its queries are zeros, and do not count.
-        """
-        mask = options.get("key_mask")
-        asked = jnp.any(query != 0, axis=(-2, -1))
-        self._measure(query, key, asked if mask is None else asked & mask, mask)
-        function: Any = self.function
-        return function.prefill(state, query, key, value, **options)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.function, name)
-
-    def _measure(
-        self, query: Array, key: Array, query_mask: Array | None, key_mask: Array | None
-    ) -> None:
-        moments = measure_visible(query, key, query_mask, key_mask)
-        known = [self.met[self.place]] if self.place in self.met else []
-        self.met[self.place] = functools.reduce(merge_moments, [*known, moments])
+def _is_stored(function: Callable[..., Any]) -> bool:
+    return getattr(function, "calibration", None) == "stored"
