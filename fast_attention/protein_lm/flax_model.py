@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import functools
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Self
 
 import jax
@@ -20,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fast_attention.models.config import TransformerConfig
 from fast_attention.models.transformer import Transformer
 from fast_attention.protein_lm import (
     batches,
@@ -34,6 +32,7 @@ from fast_attention.protein_lm import (
 from fast_attention.protein_lm.corpus import Corpus
 from fast_attention.protein_lm.domains import DiscreteDomain
 from fast_attention.protein_lm.masking import MaskingConfig
+from fast_attention.protein_lm.model_config import transformer_config
 from fast_attention.protein_lm.run_folder import RunError
 
 
@@ -114,7 +113,7 @@ class FlaxModel:
         self.masking: MaskingConfig | None = None
         self.random_seed = random_seed
         self.batch_size = batch_size
-        self.config = _make_config(self.objective == "causal", domain, model_kwargs)
+        self.config = transformer_config(self.objective == "causal", domain, model_kwargs)
         self._make_optimizer = functools.partial(
             optimizer.create_optimizer,
             weight_decay=weight_decay,
@@ -133,11 +132,9 @@ class FlaxModel:
     ) -> None:
         """Makes the structure around an attention function, and what is compiled of it."""
         self.attention_fn = attention_fn
-        self.schedule: optimizer.Schedule = (
-            learning_rate
-            if callable(learning_rate)
-            else optimizer.create_learning_rate_scheduler("constant", learning_rate)
-        )
+        if not callable(learning_rate):
+            learning_rate = optimizer.create_learning_rate_scheduler("constant", learning_rate)
+        self.schedule: optimizer.Schedule = learning_rate
         self._optimizer = self._make_optimizer(self.schedule)
 
         def build(rngs: nnx.Rngs) -> nnx.Module:
@@ -203,19 +200,12 @@ class FlaxModel:
     ) -> Self:
         """The same model, with the same parameters, around another attention function.
 
-        Nothing is converted, see `fast_attention.layers.with_attention`: a model trained with exact
-        attention becomes a Performer. Projections are drawn from `random_seed`; step and optimiser
-        start anew. Random features with stored parameters wait for `calibrate`::
-
-            model = FlaxLM.load(run_dir).with_attention(attention_fn)
-            model.calibrate(proteins)
+        Nothing is converted, see `fast_attention.layers.with_attention`. Projections are drawn from
+        `random_seed`, stored parameters of features wait for `calibrate`, training starts anew.
 
         Args:
           attention_fn: As for the constructor; None is exact attention.
           learning_rate: Of its training; None is that of this model, from the first step on.
-
-        Returns:
-          A model of its own, whose training leaves this one as it is.
         """
         model = copy.copy(self)
         model._state = None
@@ -228,9 +218,7 @@ class FlaxModel:
     def calibrate(self, xs: Any, *, num_batches: int = 4, batch_size: int | None = None) -> None:
         """Fits random features with stored parameters to the queries and keys of some proteins.
 
-        For an attention function made with a tuned estimator and ``unidirectional=True`` or
-        ``calibration="stored"``, see `fast_attention.layers.calibrate`. Parameters of the model do
-        not change.
+        See `fast_attention.layers.calibrate`. The parameters of the model do not change.
 
         Args:
           xs: As for `fit`.
@@ -240,15 +228,10 @@ class FlaxModel:
         Raises:
           ValueError: If the attention function has nothing to calibrate, or there is no batch.
         """
-        found = list(itertools.islice(self._training_batches(xs, 1, batch_size, None), num_batches))
-        if not found:
-            raise ValueError(
-                f"there is no batch to calibrate on: num_batches is {num_batches}, and xs may be "
-                "empty"
-            )
-        rows = {name: np.concatenate([batch[name] for batch in found]) for name in found[0]}
-        batch = train_state.shard_batch(rows, self.mesh)
+        found = self._training_batches(xs, batch_size)
+        batch = batches.joined(itertools.islice(found, num_batches))
         fit = train_state.make_calibration(self.graphdef)
+        batch = train_state.shard_batch(batch, self.mesh)
         variables = fit(self.weights, self.state.variables, batch)
         variables = train_state.replicate(variables, self.mesh)
         self.state = dataclasses.replace(self.state, variables=variables)
@@ -280,7 +263,9 @@ class FlaxModel:
           ValueError: If there is nothing to train on, or an iterator should be repeated.
         """
         began = time.perf_counter()
-        found = self._training_batches(xs, epochs, batch_size, example_weights)
+        found = self._training_batches(
+            xs, batch_size, epochs=epochs, example_weights=example_weights
+        )
         sums = []
         for batch in itertools.islice(found, max_steps):
             self.state, batch_sums = self.train_step(
@@ -403,53 +388,14 @@ class FlaxModel:
         )
 
     def _training_batches(
-        self, xs: Any, epochs: int, batch_size: int | None, example_weights: Any
+        self, xs: Any, batch_size: int | None, **options: Any
     ) -> Iterator[train_state.Batch]:
-        found = batches.as_batches(xs)
-        if found is not None:
-            if example_weights is not None:
-                raise ValueError(
-                    "example_weights are for sequences; a batch has its own 'weights' [B, T]"
-                )
-            if epochs != 1 and isinstance(xs, Iterator):
-                raise ValueError(f"an iterator can be read once, but epochs is {epochs}")
-            return itertools.chain.from_iterable(itertools.repeat(found, epochs))
-        corpus = batches.as_corpus(xs, self.domain)
-        if example_weights is not None:
-            return batches.weighted(
-                corpus,
-                self.domain,
-                example_weights,
-                batch_size=batch_size or self.batch_size,
-                seed=self.random_seed + int(self.state.step),
-                epochs=epochs,
-                objective=self.objective,
-                masking=self.masking,
-            )
-        return iter(
-            data.make_dataset(
-                corpus,
-                self.domain,
-                length=int(corpus.lengths.max()),
-                batch_size=batch_size or self.batch_size,
-                seed=self.random_seed + int(self.state.step),
-                pack=False,
-                num_epochs=epochs,
-                objective=self.objective,
-                masking=self.masking,
-            )
+        return batches.training_batches(
+            xs,
+            self.domain,
+            objective=self.objective,
+            masking=self.masking,
+            batch_size=batch_size or self.batch_size,
+            seed=self.random_seed + int(self.state.step),
+            **options,
         )
-
-
-def _make_config(
-    causal: bool, domain: DiscreteDomain, model_kwargs: dict[str, Any]
-) -> TransformerConfig:
-    known = {field.name for field in dataclasses.fields(TransformerConfig)}
-    known -= {"vocab_size", "causal"}
-    for name in model_kwargs:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"there are {sorted(known)}"
-            raise TypeError(f"the model has no parameter {name!r}: {hint}")
-    options: dict[str, Any] = {"max_len": domain.length} | model_kwargs
-    return TransformerConfig(vocab_size=domain.vocab_size, causal=causal, **options)
