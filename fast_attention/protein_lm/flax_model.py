@@ -211,8 +211,7 @@ class FlaxModel:
         model._state = None
         model._build(attention_fn, self.schedule if learning_rate is None else learning_rate)
         # A state is donated: no buffer may belong to two.
-        parameters = jax.tree.map(jnp.copy, self.weights)
-        model.set_parameters(parameters, model.state.variables)
+        model.set_parameters(jax.tree.map(jnp.copy, self.weights), model.state.variables)
         return model
 
     def calibrate(self, xs: Any, *, num_batches: int = 4, batch_size: int | None = None) -> None:
@@ -229,9 +228,9 @@ class FlaxModel:
           ValueError: If the attention function has nothing to calibrate, or there is no batch.
         """
         found = self._training_batches(xs, batch_size)
-        batch = batches.joined(itertools.islice(found, num_batches))
+        rows = batches.joined(itertools.islice(found, num_batches))
         fit = train_state.make_calibration(self.graphdef)
-        batch = train_state.shard_batch(batch, self.mesh)
+        batch = train_state.shard_batch(rows, self.mesh)
         variables = fit(self.weights, self.state.variables, batch)
         variables = train_state.replicate(variables, self.mesh)
         self.state = dataclasses.replace(self.state, variables=variables)
