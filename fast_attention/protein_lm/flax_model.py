@@ -6,7 +6,6 @@ Shape letters: B batch, T length, V vocabulary.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import itertools
 import os
@@ -24,6 +23,7 @@ from fast_attention.protein_lm import (
     batches,
     data,
     embedding,
+    exchange,
     metrics,
     optimizer,
     scoring,
@@ -211,7 +211,8 @@ class FlaxModel:
         model._state = None
         model._build(attention_fn, self.schedule if learning_rate is None else learning_rate)
         # A state is donated: no buffer may belong to two.
-        model.set_parameters(jax.tree.map(jnp.copy, self.weights), model.state.variables)
+        parameters = jax.tree.map(jnp.copy, self.weights)
+        model.set_parameters(*exchange.keep_features(model.state, parameters))
         return model
 
     def calibrate(self, xs: Any, *, num_batches: int = 4, batch_size: int | None = None) -> None:
@@ -229,11 +230,9 @@ class FlaxModel:
         """
         found = self._training_batches(xs, batch_size)
         rows = batches.joined(itertools.islice(found, num_batches))
-        fit = train_state.make_calibration(self.graphdef)
         batch = train_state.shard_batch(rows, self.mesh)
-        variables = fit(self.weights, self.state.variables, batch)
-        variables = train_state.replicate(variables, self.mesh)
-        self.state = dataclasses.replace(self.state, variables=variables)
+        state = exchange.calibrate_state(self.graphdef, self.state, batch)
+        self.state = train_state.replicate(state, self.mesh)
 
     def fit(
         self,

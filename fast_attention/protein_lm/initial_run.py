@@ -13,6 +13,7 @@ from fast_attention.protein_lm import run_folder
 from fast_attention.protein_lm.array_records import describe
 from fast_attention.protein_lm.flax_model import FlaxModel
 from fast_attention.protein_lm.run_folder import RunError
+from fast_attention.protein_lm.train_state import TrainState
 
 
 class Beginning(NamedTuple):
@@ -61,8 +62,8 @@ def read_initial_run(path: Path, model: FlaxModel) -> Beginning:
     before = load_run(path).model
     _check(path, before, model)
     same = _draw_alike(before.attention_fn, model.attention_fn)
-    now = jax.eval_shape(model.initialize, jax.random.key(0)).variables
-    same = same and describe(before.state.variables) == describe(now)
+    now = jax.eval_shape(model.initialize, jax.random.key(0))
+    same = same and _shapes(before.state) == _shapes(now)
     return Beginning(before.weights, before.state.variables if same else None)
 
 
@@ -77,7 +78,12 @@ def _check(path: Path, before: FlaxModel, model: FlaxModel) -> None:
         describe(jax.eval_shape(m.initialize, jax.random.key(0)).parameters)
         for m in (before, model)
     )
-    names = [name for name in stored | expected if stored.get(name) != expected.get(name)]
+    # Features that are trained belong to the attention function.
+    names = [
+        name
+        for name in stored | expected
+        if stored.get(name) != expected.get(name) and ".projections." not in name
+    ]
     if names:
         name = names[0]
         raise RunError(
@@ -88,6 +94,10 @@ def _check(path: Path, before: FlaxModel, model: FlaxModel) -> None:
             "num_layers, num_heads, ...) must be as it was: begin with --gin_file="
             f"{path}/config.gin"
         )
+
+
+def _shapes(state: TrainState) -> dict[str, str]:
+    return describe({"parameters": state.parameters, "variables": state.variables})
 
 
 def _draw_alike(before: Any, now: Any) -> bool:

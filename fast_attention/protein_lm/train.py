@@ -19,6 +19,7 @@ from fast_attention.protein_lm import (
     checkpoints,
     data,
     evaluation,
+    exchange,
     metrics,
     metrics_log,
     plots,
@@ -174,7 +175,7 @@ def run_experiment(
 
     if early_stopping is not None and validate is None:
         print("warning: early_stopping needs valid_files, and there are none", file=sys.stderr)
-    stored = getattr(model.attention_fn, "calibration", None) == "stored"
+    stored = getattr(model.attention_fn, "calibration", None) in ("stored", "trained")
     if calibration_batches and not stored:
         raise ValueError(
             f"experiment.calibration_batches is {calibration_batches}, but the attention function "
@@ -257,7 +258,9 @@ def _begin_from(model: FlaxModel, path: Path) -> bool:
     """Takes what there is to take of a run; tells whether the attention function drew its own."""
     parameters, variables = read_initial_run(path, model)
     drawn = variables is None
-    model.set_parameters(parameters, model.state.variables if drawn else variables)
+    if drawn:
+        parameters, variables = exchange.keep_features(model.state, parameters)
+    model.set_parameters(parameters, variables)
     return drawn
 
 

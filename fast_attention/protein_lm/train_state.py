@@ -17,7 +17,6 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fast_attention import layers
 from fast_attention.protein_lm import metrics
 
 Batch = Mapping[str, Any]
@@ -182,25 +181,6 @@ def make_forward(graphdef: Any) -> Callable[..., jax.Array]:
         )
 
     return forward
-
-
-def make_calibration(graphdef: Any) -> Callable[[Any, Any, Batch], Any]:
-    """Makes the jitted ``(parameters, variables, batch) -> variables`` of `layers.calibrate`."""
-
-    def fit(parameters: Any, variables: Any, batch: Batch) -> Any:
-        model = nnx.merge(graphdef, parameters, variables)
-        segment_ids = jnp.asarray(batch["segment_ids"])
-        # The mask keeps padding out of what is measured.
-        layers.calibrate(
-            model,
-            batch["inputs"],
-            positions=batch["positions"],
-            segment_ids=segment_ids,
-            key_mask=segment_ids > 0,
-        )
-        return split_model(model)[2]
-
-    return jax.jit(fit)
 
 
 def make_logits(graphdef: Any) -> Callable[..., jax.Array]:
