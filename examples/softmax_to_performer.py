@@ -222,7 +222,7 @@ def draw(losses: Mapping[str, Any], path: Path) -> None:
     axes = figure.subplots()
     for name, found in losses.items():
         steps, values = zip(*found["curve"], strict=True)
-        style = {"color": "black", "linestyle": "--"} if name == EXACT else {}
+        style: Any = {"color": "black", "linestyle": "--"} if name == EXACT else {}
         line = axes.plot(steps, values, marker=".", label=name, **style)[0]
         if "calibrated" in found:
             axes.plot(0, found["switched"], marker="x", color=line.get_color())
