@@ -46,4 +46,5 @@ from fast_attention.layers.sublayer import MemoryConfig as MemoryConfig
 from fast_attention.layers.sublayer import NormConfig as NormConfig
 from fast_attention.layers.sublayer import Sublayer as Sublayer
 from fast_attention.layers.sublayer import SublayerConfig as SublayerConfig
+from fast_attention.layers.switch import with_attention as with_attention
 from fast_attention.layers.token_shift import shift_tokens as shift_tokens

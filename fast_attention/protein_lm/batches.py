@@ -5,6 +5,7 @@ Shape letters: B batch, T length, N sequences.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -64,6 +65,80 @@ def as_corpus(sequences: Iterable[Any], domain: DiscreteDomain) -> Corpus:
     if not rows:
         raise ValueError("no sequence was given")
     return Corpus(np.concatenate(rows), np.cumsum([0, *map(len, rows)], dtype=np.int64))
+
+
+def training_batches(
+    xs: Any,
+    domain: DiscreteDomain,
+    *,
+    objective: str,
+    masking: MaskingConfig | None,
+    batch_size: int,
+    seed: int,
+    epochs: int = 1,
+    example_weights: Any = None,
+) -> Iterator[Mapping[str, Any]]:
+    """Batches to train on, of what a caller gave.
+
+    Args:
+      xs: Strings, rows of ids (see `as_corpus`), or batches of the form of `data.make_dataset`.
+      domain: What is modelled.
+      objective: "causal" or "masked".
+      masking: Of a masked model.
+      batch_size: Rows per batch.
+      seed: Of order and masks.
+      epochs: How often to go through `xs`; 1 for an iterator of batches.
+      example_weights: What each sequence counts, see `weighted`; None counts all equally.
+
+    Raises:
+      ValueError: If batches were given weights, or an iterator should be repeated.
+    """
+    found = as_batches(xs)
+    if found is not None:
+        if example_weights is not None:
+            raise ValueError(
+                "example_weights are for sequences; a batch has its own 'weights' [B, T]"
+            )
+        if epochs != 1 and isinstance(xs, Iterator):
+            raise ValueError(f"an iterator can be read once, but epochs is {epochs}")
+        return itertools.chain.from_iterable(itertools.repeat(found, epochs))
+    corpus = as_corpus(xs, domain)
+    if example_weights is not None:
+        return weighted(
+            corpus,
+            domain,
+            example_weights,
+            batch_size=batch_size,
+            seed=seed,
+            epochs=epochs,
+            objective=objective,
+            masking=masking,
+        )
+    return iter(
+        data.make_dataset(
+            corpus,
+            domain,
+            length=int(corpus.lengths.max()),
+            batch_size=batch_size,
+            seed=seed,
+            pack=False,
+            num_epochs=epochs,
+            objective=objective,
+            masking=masking,
+        )
+    )
+
+
+def joined(parts: Iterable[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """One batch with the rows of several of one length.
+
+    Raises:
+      ValueError: If there is none.
+    """
+    found = list(parts)
+    if not found:
+        raise ValueError("there is no batch: nothing was given, or no batch was asked for")
+    return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
 
 
 def select(corpus: Corpus, proteins: Sequence[int] | np.ndarray) -> Corpus:

@@ -5,6 +5,8 @@ Shape letters: B batch, T length, V vocabulary.
 
 from __future__ import annotations
 
+import copy
+import functools
 import itertools
 import os
 import time
@@ -12,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -23,6 +26,7 @@ from fast_attention.protein_lm import (
     batches,
     data,
     embedding,
+    exchange,
     metrics,
     optimizer,
     scoring,
@@ -113,42 +117,49 @@ class FlaxModel:
         if not hasattr(self, "objective"):
             raise TypeError("FlaxModel is what FlaxLM and FlaxBERT share: make one of them")
         self.domain = domain
-        self.attention_fn = attention_fn
         self.masking: MaskingConfig | None = None
         self.random_seed = random_seed
         self.batch_size = batch_size
         self.config = make_config(self.objective == "causal", domain, model_kwargs)
-        self.schedule: optimizer.Schedule = (
-            learning_rate
-            if callable(learning_rate)
-            else optimizer.create_learning_rate_scheduler("constant", learning_rate)
-        )
-        self._optimizer = optimizer.create_optimizer(
-            self.schedule,
+        self._make_optimizer = functools.partial(
+            optimizer.create_optimizer,
             weight_decay=weight_decay,
             grad_clip=grad_clip,
             beta1=beta1,
             beta2=beta2,
             epsilon=epsilon,
         )
+        self._model_cls = model_cls
+        self._ema_decay = ema_decay
+        self.mesh = make_mesh() if mesh is None else mesh
+        self._build(attention_fn, learning_rate)
+
+    def _build(
+        self, attention_fn: Callable[..., Any] | None, learning_rate: float | optimizer.Schedule
+    ) -> None:
+        """Makes the structure around an attention function, and what is compiled of it."""
+        self.attention_fn = attention_fn
+        if not callable(learning_rate):
+            learning_rate = optimizer.create_learning_rate_scheduler("constant", learning_rate)
+        self.schedule: optimizer.Schedule = learning_rate
+        self._optimizer = self._make_optimizer(self.schedule)
 
         def build(rngs: nnx.Rngs) -> nnx.Module:
-            return model_cls(self.config, attention_fn, rngs=rngs)
+            return self._model_cls(self.config, attention_fn, rngs=rngs)
 
         abstract = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
-        self.mesh = make_mesh() if mesh is None else mesh
         lay_on_mesh(abstract, self.mesh)
         self.graphdef, parameters, variables = train_state.split_model(abstract)
-        self._averaged = ema_decay is not None
+        averaged = self._ema_decay is not None
         self.abstract_state = train_state.abstract_state(
-            parameters, variables, self._optimizer, self.mesh, averaged=self._averaged
+            parameters, variables, self._optimizer, self.mesh, averaged=averaged
         )
         shardings = self._shardings()
         self.initialize = train_state.make_initializer(
-            build, self._optimizer, averaged=self._averaged, shardings=shardings
+            build, self._optimizer, averaged=averaged, shardings=shardings
         )
         self.train_step = train_state.make_train_step(
-            self.graphdef, self._optimizer, ema_decay=ema_decay, shardings=shardings
+            self.graphdef, self._optimizer, ema_decay=self._ema_decay, shardings=shardings
         )
         self.eval_step = train_state.make_eval_step(self.graphdef)
         self.logits_step = train_state.make_logits(self.graphdef)
@@ -188,8 +199,50 @@ class FlaxModel:
         """Replaces the model's arrays; step, optimiser and randomness start anew."""
         key = jax.random.key(self.random_seed)
         state = train_state.make_state(
-            parameters, variables, self._optimizer, key, averaged=self._averaged
+            parameters, variables, self._optimizer, key, averaged=self._ema_decay is not None
         )
+        self.state = jax.device_put(state, self._shardings())
+
+    def with_attention(
+        self,
+        attention_fn: Callable[..., Any] | None,
+        *,
+        learning_rate: float | optimizer.Schedule | None = None,
+    ) -> Self:
+        """The same model, with the same parameters, around another attention function.
+
+        Nothing is converted, see `fast_attention.layers.with_attention`. Projections are drawn from
+        `random_seed`, stored parameters of features wait for `calibrate`, training starts anew.
+
+        Args:
+          attention_fn: As for the constructor; None is exact attention.
+          learning_rate: Of its training; None is that of this model, from the first step on.
+        """
+        model = copy.copy(self)
+        model._state = None
+        model._build(attention_fn, self.schedule if learning_rate is None else learning_rate)
+        # A state is donated: no buffer may belong to two.
+        parameters = jax.tree.map(jnp.copy, self.weights)
+        model.set_parameters(*exchange.keep_features(model.state, parameters))
+        return model
+
+    def calibrate(self, xs: Any, *, num_batches: int = 4, batch_size: int | None = None) -> None:
+        """Fits random features with stored parameters to the queries and keys of some proteins.
+
+        See `fast_attention.layers.calibrate`. The parameters of the model do not change.
+
+        Args:
+          xs: As for `fit`.
+          num_batches: How many batches of `xs` to look at, all together.
+          batch_size: Rows per batch; None takes the model's.
+
+        Raises:
+          ValueError: If the attention function has nothing to calibrate, or there is no batch.
+        """
+        found = self._training_batches(xs, batch_size)
+        rows = batches.joined(itertools.islice(found, num_batches))
+        batch = train_state.shard_batch(rows, self.mesh)
+        state = exchange.calibrate_state(self.graphdef, self.state, batch)
         self.state = jax.device_put(state, self._shardings())
 
     def fit(
@@ -219,7 +272,9 @@ class FlaxModel:
           ValueError: If there is nothing to train on, or an iterator should be repeated.
         """
         began = time.perf_counter()
-        found = self._training_batches(xs, epochs, batch_size, example_weights)
+        found = self._training_batches(
+            xs, batch_size, epochs=epochs, example_weights=example_weights
+        )
         sums = []
         for batch in itertools.islice(found, max_steps):
             self.state, batch_sums = self.train_step(
@@ -345,39 +400,14 @@ class FlaxModel:
         return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
 
     def _training_batches(
-        self, xs: Any, epochs: int, batch_size: int | None, example_weights: Any
+        self, xs: Any, batch_size: int | None, **options: Any
     ) -> Iterator[train_state.Batch]:
-        found = batches.as_batches(xs)
-        if found is not None:
-            if example_weights is not None:
-                raise ValueError(
-                    "example_weights are for sequences; a batch has its own 'weights' [B, T]"
-                )
-            if epochs != 1 and isinstance(xs, Iterator):
-                raise ValueError(f"an iterator can be read once, but epochs is {epochs}")
-            return itertools.chain.from_iterable(itertools.repeat(found, epochs))
-        corpus = batches.as_corpus(xs, self.domain)
-        if example_weights is not None:
-            return batches.weighted(
-                corpus,
-                self.domain,
-                example_weights,
-                batch_size=batch_size or self.batch_size,
-                seed=self.random_seed + int(self.state.step),
-                epochs=epochs,
-                objective=self.objective,
-                masking=self.masking,
-            )
-        return iter(
-            data.make_dataset(
-                corpus,
-                self.domain,
-                length=int(corpus.lengths.max()),
-                batch_size=batch_size or self.batch_size,
-                seed=self.random_seed + int(self.state.step),
-                pack=False,
-                num_epochs=epochs,
-                objective=self.objective,
-                masking=self.masking,
-            )
+        return batches.training_batches(
+            xs,
+            self.domain,
+            objective=self.objective,
+            masking=self.masking,
+            batch_size=batch_size or self.batch_size,
+            seed=self.random_seed + int(self.state.step),
+            **options,
         )

@@ -18,6 +18,7 @@ from fast_attention.protein_lm import (
     checkpoints,
     data,
     evaluation,
+    exchange,
     metrics,
     metrics_log,
     plots,
@@ -29,10 +30,14 @@ from fast_attention.protein_lm import (
 )
 from fast_attention.protein_lm.corpus import Corpus, bundled_corpus, domain_letters, load_corpus
 from fast_attention.protein_lm.flax_model import FlaxModel
+from fast_attention.protein_lm.initial_run import check_initial_run, read_initial_run
 from fast_attention.protein_lm.models import FlaxLM
-from fast_attention.protein_lm.run_folder import RunError, RunFolder
+from fast_attention.protein_lm.run_folder import RunFolder
 from fast_attention.protein_lm.skipped_records import SkippedRecords
 from fast_attention.protein_lm.train_state import TrainState
+
+# Thousands of positions for each head of a small model, which says enough of means and covariances.
+_CALIBRATION_BATCHES = 4
 
 
 def run_experiment(
@@ -61,6 +66,7 @@ def run_experiment(
     num_samples: int = 3,
     max_sample_length: int | None = None,
     initial_run: str | None = None,
+    calibration_batches: int | None = None,
 ) -> dict[str, Any]:
     """Trains a model, or resumes its training, and reports what it reached.
 
@@ -107,7 +113,13 @@ def run_experiment(
       checkpoints_to_keep: The newest so many are kept, and that of the best validation.
       num_samples: Proteins to sample at the end, by a causal model.
       max_sample_length: Most residues of those; None is what the model has room for.
-      initial_run: Folder of a run whose parameters this one begins with; None draws them.
+      initial_run: Folder of a run whose parameters this one begins with; None draws them. The
+        attention function may be another one than there: it has no parameters, and what it draws
+        is drawn anew.
+      calibration_batches: Batches of training data to which random features with stored parameters
+        are fitted before the first step, see `FlaxModel.calibrate`. None takes 4 where such
+        features begin in a trained model (`initial_run`), and otherwise none: queries and keys of
+        an untrained model say little.
 
     Returns:
       The content of ``result.json``.
@@ -164,11 +176,19 @@ def run_experiment(
         corpus = load_corpus(valid_files, model.domain, on_error=on_error, skipped=skipped["valid"])
         validate = _make_validation(model, corpus, max_eval_length, num_eval_steps)
 
-    if initial_run is not None and not folder.config.exists():
-        _check_initial_run(RunFolder(Path(initial_run)), model)
     if early_stopping is not None and validate is None:
         print("warning: early_stopping needs valid_files, and there are none", file=sys.stderr)
+    stored = getattr(model.attention_fn, "calibration", None) in ("stored", "trained")
+    if calibration_batches and not stored:
+        raise ValueError(
+            f"experiment.calibration_batches is {calibration_batches}, but the attention function "
+            "has no stored parameters to fit: use make_fast_softmax_attention with an estimator "
+            "such as 'wderf_s' and unidirectional = True, or leave calibration_batches out"
+        )
     asked, used = gin.config_str(), gin.operative_config_str()
+    if initial_run is not None and not folder.config.exists():
+        # Before anything is written: what is refused can then be asked for again, put right.
+        check_initial_run(Path(initial_run), model)
     run_folder.claim(folder, used, model.domain, asked=asked)
     for name in sorted(run_folder.settings(asked).keys() - run_folder.settings(used).keys()):
         print(f"warning: nothing uses the setting {name}", file=sys.stderr)
@@ -184,8 +204,12 @@ def run_experiment(
     with checkpoints.open_checkpoints(folder.checkpoints) as manager:
         found = checkpoints.restore(manager, model.abstract_state)
         if found is None:
-            if initial_run is not None:
-                _begin_from(model, RunFolder(Path(initial_run)))
+            drawn = initial_run is None or _begin_from(model, Path(initial_run))
+            number = calibration_batches
+            if number is None:
+                number = _CALIBRATION_BATCHES if stored and drawn and initial_run else 0
+            if number:
+                model.calibrate(iter(dataset), num_batches=number)
             state = model.state
             progress = checkpoints.Progress(iterator.get_state(), batch_size, 0, 0.0)
         else:
@@ -229,16 +253,14 @@ def run_experiment(
     return result
 
 
-def _check_initial_run(folder: RunFolder, model: FlaxModel) -> None:
-    # Before anything is written: what is refused can then be asked for again, put right.
-    if not folder.vocabulary.is_file():
-        raise RunError(f"experiment.initial_run: {folder.path} is not the folder of a run")
-    run_folder.check_vocabulary(folder, model.domain)
-
-
-def _begin_from(model: FlaxModel, folder: RunFolder) -> None:
-    _, parameters, variables = checkpoints.restore_model(folder.checkpoints, model.abstract_state)
+def _begin_from(model: FlaxModel, path: Path) -> bool:
+    """Takes what there is to take of a run; tells whether the attention function drew its own."""
+    parameters, variables = read_initial_run(path, model)
+    drawn = variables is None
+    if drawn:
+        parameters, variables = exchange.keep_features(model.state, parameters)
     model.set_parameters(parameters, variables)
+    return drawn
 
 
 def _baselines(
