@@ -1,12 +1,12 @@
 """The near and the far field in one pass over the sequence, causal, forward and backward.
 
-A chunk of rows reads three things: the state of keys that are far from all of its rows; the C keys
-after those, that become far one after the other, through features; and the exact weights of the
-keys between. The latter two lie in one window of ``C + n`` keys, with n the distance from which on
-keys are far, and no row reads a key in both ways: one matrix of weights, on one scale, goes into one
-product with the values.
+A chunk of rows reads three things: the state of the keys that are far from all of its rows; the C
+keys after those, which become far one after the other, through features; and the exact weights of
+the keys between. The latter two lie in one window of ``C + n`` keys, with n the distance from which
+on keys are far, and no row reads a key in both ways: one matrix of weights, on one scale, goes into
+one product with the values.
 
-This is causal linear attention between rows from the n-th on and keys up to the n-th last one, as in
+This is causal linear attention between rows from the n-th on and keys up to the n-th last, as in
 :mod:`fast_attention.linear_attention.chunked_causal`, with more weights to each row. The first n
 rows have no far keys and are done apart.
 
