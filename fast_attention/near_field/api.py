@@ -165,7 +165,8 @@ def _fused(plan: Plan, reach: Reach, inputs: Inputs) -> Any:
         ids = inputs.segment_ids
         same = (ids[:, reach.distance :] == ids[:, : length - reach.distance])[..., None]
         far_mask = same if far_mask is None else far_mask & same
-    return fused.attend(plan, reach, fused.Operands(inputs, far_mask))[0]
+    attended: Any = fused.attend(plan, reach, fused.Operands(inputs, far_mask))
+    return attended[0]
 
 
 def _reversed(tree: Any) -> Any:

@@ -182,7 +182,8 @@ def _prefill(
             ),
         )
         operands = fused.Operands(vary_alike(inputs), leaving)
-        out, far_state = fused.attend(far_plan(plan, plan.output), Reach(window), operands)
+        attended: Any = fused.attend(far_plan(plan, plan.output), Reach(window), operands)
+        out, far_state = attended
     else:
         padded = jnp.pad(query, [(0, 0), (window, 0), (0, 0), (0, 0)])
         near = near_parts(Sequences(padded, keys_, values_, visible), window - 1, 0, plan.precision)
