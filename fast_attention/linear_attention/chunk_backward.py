@@ -31,6 +31,7 @@ def pull_back_causal(
     past: Past,
     read: CausalRead,
     absorbed: Absorbed,
+    d_weights: Array,
     d_numerator: Array,
     d_denominator: Array,
     d_kv: Array,
@@ -47,22 +48,22 @@ def pull_back_causal(
       past: the state read.
       read: what :func:`read_causal` returned.
       absorbed: what :func:`absorb_keys` returned for the keys after the first.
-      d_numerator: cotangent of ``read.numerator``.
-      d_denominator: cotangent of ``read.kept.denominator``.
+      d_weights: cotangent of ``read.weights``, from the numerator and the denominator.
+      d_numerator: cotangent of the numerator.
+      d_denominator: cotangent of the denominator.
       d_kv: cotangent of ``kv`` after the chunk.
       d_k_sum: cotangent of ``k_sum`` after the chunk.
       enter: which keys entered the state, as in :class:`Sight`.
       einsum: the matrix products.
 
     Returns:
-      Cotangents of the inputs and of the state before the chunk.
+      Cotangents of the inputs and of the state before the chunk; that of values is without what
+      comes through ``read.weights``.
     """
     # Inside the chunk.
-    d_weights = einsum("bkrv,bkcv->bkrc", d_numerator, value) + d_denominator[..., None]
     d_products = d_weights * read.factor
     d_read = einsum("bkrc,bkcm->bkrm", d_products, read.key)
     d_key = einsum("bkrc,bkrm->bkcm", d_products, read.read.features)
-    d_value = einsum("bkrc,bkrv->bkcv", read.weights, d_numerator)
 
     # What rows read from the state and the first key.
     if read.gain is not None:
@@ -100,9 +101,7 @@ def pull_back_causal(
             ),
             _first(keys).pull_back(first_shift, first_key[..., None, :], d_first_key[..., None, :]),
         ),
-        value=d_value
-        + d_entered_value
-        + _in_first_row(d_first_value[..., None, :], value.shape[-2]),
+        value=d_entered_value + _in_first_row(d_first_value[..., None, :], value.shape[-2]),
         kv=d_first_kv,
         k_sum=d_first_sum,
     )

@@ -79,10 +79,10 @@ class CausalRead(NamedTuple):
 
     With ``w`` the weights inside the chunk and ``g`` the factor on what is read from the state:
     ``num = g (features . kv) + w value`` and ``den = g (features . k_sum) + sum w``, both in units
-    of ``exp(log_scale)``.
+    of ``exp(log_scale)``. The product with values is left to the caller.
 
     Attributes:
-      numerator: ``[B, K, R, V]``.
+      past: ``g (features . kv)``, ``[B, K, R, V]``.
       log_scale: ``[B, K, R]`` or None.
       kept: the denominator, and maxima.
       read: queries on the scale of that state.
@@ -93,7 +93,7 @@ class CausalRead(NamedTuple):
       weights: w, ``[B, K, R, C]``.
     """
 
-    numerator: Array
+    past: Array
     log_scale: Array | None
     kept: Kept
     read: Read
@@ -108,10 +108,10 @@ def read_causal(
     first: LinearAttentionState,
     queries: Features,
     keys: Features,
-    value: Array,
     sight: Sight,
     einsum: Einsum,
     kept: Kept | None = None,
+    at_least: Array | None = None,
 ) -> CausalRead:
     """Reads a chunk causally: the state and the first key together, later keys pair by pair.
 
@@ -125,10 +125,11 @@ def read_causal(
       first: the state with the chunk's first key, as from :func:`add_first_key`.
       queries: features.
       keys: features.
-      value: ``[B, K, C, V]``.
       sight: who sees whom.
       einsum: the matrix products.
       kept: of an earlier call; maxima are not looked for again.
+      at_least: ``[B, K, R]``, the least that ``log_scale`` may be, for rows that also see keys
+        which are not here; None for none. Maps with exponents only.
     """
     largest = None if kept is None else kept.row_max
     read = read_state(first.log_scale, queries, largest, sight.occupied)
@@ -160,6 +161,9 @@ def read_causal(
         if kept is None:
             logs = jnp.where(sight.pairs, jnp.log(jnp.abs(products)) + exponent, -jnp.inf)
             pair_max = jnp.maximum(past, logs.max(-1))
+            if at_least is not None:
+                assert read.row_max is not None
+                pair_max = jnp.maximum(pair_max, at_least - read.row_max)
         else:
             pair_max = kept.pair_max
         assert pair_max is not None
@@ -174,10 +178,10 @@ def read_causal(
     if gain is not None:
         inter, inter_sum = inter * gain[..., None], inter_sum * gain
     if kept is None:
-        denominator = inter_sum + _row_sums(weights)
+        denominator = inter_sum + row_sums(weights)
         kept = Kept(read.row_max, key_max, pair_max, denominator)
     return CausalRead(
-        numerator=inter + einsum("bkrc,bkcv->bkrv", weights, value),
+        past=inter,
         log_scale=log_scale,
         kept=kept,
         read=read,
@@ -224,5 +228,6 @@ def add_first_key(
     return LinearAttentionState(kv, k_sum + first_key, scale), old
 
 
-def _row_sums(x: Array) -> Array:
+def row_sums(x: Array) -> Array:
+    """Sums weights ``[B, K, R, C]`` over keys, as a product."""
     return sums("bkrc,c->bkr", x, jnp.ones(x.shape[-1:], x.dtype))

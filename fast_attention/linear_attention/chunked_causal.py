@@ -45,9 +45,10 @@ def forward(plan: Plan, inputs: Inputs, *, save: bool):
         keys, value, _ = key_features(plan, inputs, start, size)
         sight = causal_sight(inputs, start, size)
         first, old = add_first_key(state, keys, value, sight)
-        read = read_causal(first, queries, keys, value, sight, einsum)
+        read = read_causal(first, queries, keys, sight, einsum)
+        numerator = read.past + einsum("bkrc,bkcv->bkrv", read.weights, value)
         out = write_output(
-            plan, out, Parts(read.numerator, read.kept.denominator, read.log_scale), start
+            plan, out, Parts(numerator, read.kept.denominator, read.log_scale), start
         )
         absorbed = absorb_keys(first, keys, sight.enter, sight.keep)
         after = next_state(first, absorbed, value, einsum)
@@ -91,10 +92,11 @@ def backward(plan: Plan, residuals: Any, cotangents: Any) -> Inputs:
         queries, pull_queries = query_features(plan, inputs, start, size)
         keys, value, pull_keys = key_features(plan, inputs, start, size)
         sight = causal_sight(inputs, start, size)
-        read = read_causal(past.first, queries, keys, value, sight, einsum, kept)
+        read = read_causal(past.first, queries, keys, sight, einsum, kept)
         d_numerator, d_denominator = parts_gradient(
             plan, inputs, kept.denominator, read.log_scale, *outputs_in(grads), start, size
         )
+        d_weights = einsum("bkrv,bkcv->bkrc", d_numerator, value) + d_denominator[..., None]
         pulled = pull_back_causal(
             queries,
             keys,
@@ -102,6 +104,7 @@ def backward(plan: Plan, residuals: Any, cotangents: Any) -> Inputs:
             past,
             read,
             absorb_keys(past.first, keys, sight.enter, sight.keep, past.log_scale),
+            d_weights,
             d_numerator,
             d_denominator,
             d_kv,
@@ -109,8 +112,9 @@ def backward(plan: Plan, residuals: Any, cotangents: Any) -> Inputs:
             sight.enter,
             einsum,
         )
+        d_value = pulled.value + einsum("bkrc,bkrv->bkcv", read.weights, d_numerator)
         grads = add_query_gradient(grads, pull_queries(pulled.queries), start)
-        grads = add_key_gradient(grads, pull_keys(pulled.keys, pulled.value), start)
+        grads = add_key_gradient(grads, pull_keys(pulled.keys, d_value), start)
         return pulled.kv, pulled.k_sum, grads
 
     def group_of_chunks(carry, start, length, saved):
@@ -134,12 +138,17 @@ def _sizes(plan: Plan, inputs: Inputs) -> tuple[int, int, int, int]:
     length = inputs.query.shape[1]
     size, unroll = planned_chunk(plan, inputs)
     size = min(size, length)
+    return length, size, group_length(plan, length, size), unroll
+
+
+def group_length(plan: Plan, length: int, size: int) -> int:
+    """Returns the positions in a group of chunks; 0 where all states are kept."""
     count = length // size if size else 0
     few = plan.saved_states == "few" or (plan.saved_states is None and count > FEW_CHUNKS)
     if not few or count < 2:
-        return length, size, 0, unroll
+        return 0
     # Near the square root as many states are kept as are computed again at a time; a divisor
     # leaves no shorter last group, which would be compiled by itself.
     root = math.isqrt(count - 1) + 1
     group = next((n for n in range(root, 2 * root) if count % n == 0), root)
-    return length, size, group * size, unroll
+    return group * size

@@ -17,15 +17,19 @@ from fast_attention.array_types import Array, Bool, Float, Int
 from fast_attention.feature_maps.base import FeatureMap, Parameters
 from fast_attention.linear_attention.api import implementation_names
 from fast_attention.linear_attention.checks import check_shapes
-from fast_attention.linear_attention.inputs import Plan, SavedStates, finish, merge_parts
+from fast_attention.linear_attention.inputs import Inputs, Plan, SavedStates, finish, merge_parts
 from fast_attention.linear_attention.prepare import prepare
+from fast_attention.manual_axes import vary_alike
+from fast_attention.near_field import fused
 from fast_attention.near_field.parts import (
     Sequences,
     check_options,
     far_plan,
     near_parts,
     parts_before,
+    settled,
 )
+from fast_attention.near_field.window import Reach
 
 
 def near_field_attention(
@@ -120,29 +124,51 @@ def near_field_attention(
         key_bias=key_bias,
         segment_ids=segment_ids,
     )
-    arrays = Sequences(*(getattr(inputs, name) for name in Sequences._fields))
-    names = implementation_names(implementation)
-    out = _attend(plan, exact_window, names, arrays, parameters)
+    out = _attend(plan, exact_window, implementation_names(implementation), vary_alike(inputs))
     return out.reshape(*query.shape[:-3], *out.shape[1:])
 
 
 # Compiled as one, as linear attention is.
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _attend(
-    plan: Plan,
-    window: int,
-    implementation: tuple[str, ...],
-    arrays: Sequences,
-    parameters: Any,
-) -> Array:
-    length = arrays.query.shape[1]
+def _attend(plan: Plan, window: int, implementation: tuple[str, ...], inputs: Inputs) -> Array:
     distance = window if plan.causal else window + 1
+    dtype = inputs.query.dtype
+    if implementation[0] == "chunked":
+        if plan.causal:
+            return _fused(far_plan(plan, plan.output), Reach(distance), inputs)
+        # Keys up to a position, its own among them, and those behind it.
+        half = far_plan(plan)
+        parts = _fused(half, Reach(distance), inputs)
+        turned = ("query", "key", "value", "key_mask", "key_bias", "segment_ids")
+        backwards = inputs._replace(**{name: _reversed(getattr(inputs, name)) for name in turned})
+        after = _fused(half, Reach(distance, nearest=1), backwards)
+        parts = merge_parts(settled(parts), settled(_reversed(after)))
+        return finish(parts, plan.output, plan.epsilon).astype(dtype)
+    arrays = Sequences(*(getattr(inputs, name) for name in Sequences._fields))
     parts = near_parts(arrays, distance - 1, 0 if plan.causal else window, plan.precision)
-    if distance < length:
-        far = far_plan(plan)
+    if distance < inputs.query.shape[1]:
+        far, parameters = far_plan(plan), inputs.parameters
         parts = merge_parts(parts, parts_before(far, arrays, parameters, distance, implementation))
         if not plan.causal:
             backwards = jax.tree.map(lambda x: jnp.flip(x, 1), arrays)
             after = parts_before(far, backwards, parameters, distance, implementation)
             parts = merge_parts(parts, jax.tree.map(lambda x: jnp.flip(x, 1), after))
-    return finish(parts, plan.output, plan.epsilon).astype(arrays.query.dtype)
+    return finish(parts, plan.output, plan.epsilon).astype(dtype)
+
+
+def _fused(plan: Plan, reach: Reach, inputs: Inputs) -> Any:
+    length = inputs.query.shape[1]
+    reach = reach._replace(distance=min(reach.distance, length))
+    far_mask = None if inputs.key_mask is None else inputs.key_mask[:, : length - reach.distance]
+    if inputs.segment_ids is not None:
+        # A key enters the state with a query of its own segment, or never.
+        ids = inputs.segment_ids
+        same = (ids[:, reach.distance :] == ids[:, : length - reach.distance])[..., None]
+        far_mask = same if far_mask is None else far_mask & same
+    attended: Any = fused.attend(plan, reach, fused.Operands(inputs, far_mask))
+    return attended[0]
+
+
+def _reversed(tree: Any) -> Any:
+    """Turns arrays ``[B, T, ...]`` round."""
+    return jax.tree.map(lambda x: jnp.flip(x, 1), tree)

@@ -15,12 +15,14 @@ import jax.numpy as jnp
 
 from fast_attention.array_types import Array, Bool, Float, Int
 from fast_attention.feature_maps.base import FeatureMap, Parameters
-from fast_attention.linear_attention.api import attend
+from fast_attention.linear_attention.api import attend, implementation_names
 from fast_attention.linear_attention.decode import step_parts
-from fast_attention.linear_attention.inputs import Plan, finish, merge_parts
+from fast_attention.linear_attention.inputs import Inputs, Plan, finish, merge_parts
 from fast_attention.linear_attention.state import LinearAttentionState
 from fast_attention.linear_attention.state import empty_state as empty_linear_state
 from fast_attention.local_tile import Choices, Sight, Tile, attend_tile
+from fast_attention.manual_axes import vary_alike
+from fast_attention.near_field import fused
 from fast_attention.near_field.parts import (
     Sequences,
     check_options,
@@ -29,6 +31,7 @@ from fast_attention.near_field.parts import (
     parts_of_softmax,
     settled,
 )
+from fast_attention.near_field.window import Reach
 
 
 class NearFieldState(NamedTuple):
@@ -162,20 +165,40 @@ def _prefill(
     values = jnp.concatenate([_taken(state.value, before), value], axis=1)
     arriving = jnp.arange(new)[None] < count[:, None]
     visible = jnp.concatenate([in_use, arriving], axis=1)[..., None]
-    padded = jnp.pad(query, [(0, 0), (window, 0), (0, 0), (0, 0)])
-    arrays = Sequences(padded.astype(dtype), keys.astype(dtype), values.astype(dtype), visible)
-    near = jax.tree.map(lambda x: x[:, window:], near_parts(arrays, window - 1, 0, plan.precision))
-    far, far_state = attend(
-        far_plan(plan),
-        query.astype(dtype),
-        arrays.key[:, :new],
-        arrays.value[:, :new],
-        parameters=parameters,
-        key_mask=visible[:, :new] & arriving[..., None],
-        initial_state=state.far,
-        implementation=implementation,
-    )
-    out = finish(merge_parts(near, settled(far)), plan.output, plan.epsilon).astype(dtype)
+    # Of the far keys those count that a token of this call pushes out of the window.
+    leaving = visible[:, :new] & arriving[..., None]
+    query, keys_, values_ = (x.astype(dtype) for x in (query, keys, values))
+    if implementation_names(implementation)[0] == "chunked":
+        inputs = Inputs(
+            query,
+            keys_,
+            values_,
+            parameters,
+            key_mask=visible,
+            key_bias=None,
+            segment_ids=None,
+            state=jax.tree.map(
+                lambda x: x.astype(jnp.promote_types(dtype, jnp.float32)), state.far
+            ),
+        )
+        operands = fused.Operands(vary_alike(inputs), leaving)
+        attended: Any = fused.attend(far_plan(plan, plan.output), Reach(window), operands)
+        out, far_state = attended
+    else:
+        padded = jnp.pad(query, [(0, 0), (window, 0), (0, 0), (0, 0)])
+        near = near_parts(Sequences(padded, keys_, values_, visible), window - 1, 0, plan.precision)
+        far, far_state = attend(
+            far_plan(plan),
+            query,
+            keys_[:, :new],
+            values_[:, :new],
+            parameters=parameters,
+            key_mask=leaving,
+            initial_state=state.far,
+            implementation=implementation,
+        )
+        near = jax.tree.map(lambda x: x[:, window:], near)
+        out = finish(merge_parts(near, settled(far)), plan.output, plan.epsilon).astype(dtype)
     if key_mask is not None:
         assert rank is not None
         out = jnp.where(key_mask[..., None, None], _taken(out, rank), 0)
