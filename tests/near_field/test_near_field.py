@@ -318,6 +318,6 @@ def test_memory_is_linear():
 
     program = cases.compiled(jax.grad(loss, argnums=(0, 1, 2))).lower(x, x, x).compile()
     size = program.memory_analysis().temp_size_in_bytes
-    # Gradients and the output, and states between groups of chunks; features of all queries and keys
+    # Gradients, the output, states between groups of chunks; features of all queries and keys
     # alone would take 32.
     assert size < 8 * length * heads * width * 4
