@@ -110,10 +110,13 @@ def state_bytes(shape: Shape, layout: Layout) -> float:
 def working_bytes(shape: Shape, layout: Layout) -> float:
     """Gradients, the stream before each of the 2 N parts, and what the largest part needs.
 
+    Gradients count twice where they are summed over devices: what goes in and what comes out.
     Of the last, what lies along heads and feed-forward widths is divided along ``model``, and the
     streams are not: a fifth is taken to be streams.
     """
     gradients = 4 * (shape.matrices / (layout.fsdp * layout.model) + shape.vectors)
+    if layout.devices > layout.model:
+        gradients *= 2
     part = WORKING_SET * (0.2 + 0.8 / layout.model)
     streams = shape.itemsize * tokens(shape, layout) * shape.width * (2 * shape.layers + part)
     return gradients + streams
