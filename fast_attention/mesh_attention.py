@@ -127,7 +127,7 @@ class MeshAttention:
           ValueError: for what cannot be honoured where positions are divided.
         """
         del force_fp32_for_softmax  # Always so.
-        others = {
+        others: dict[str, Any] = {
             "bias": bias,
             "mask": mask,
             "module": module,
@@ -145,6 +145,7 @@ class MeshAttention:
             refuse("Attention with positions divided over a mesh", _ADVICE, **others)
         if asked or cached:
             # Left to the compiler, which divides rows and heads where it can.
+            options: dict[str, Any] = {"dropout_rate": dropout_rate} | others | {"axis": axis}
             return self.attention_fn(
                 query,
                 key,
@@ -158,7 +159,7 @@ class MeshAttention:
                 key_mask=key_mask,
                 segment_ids=segment_ids,
                 projection=projection,
-                **{"dropout_rate": dropout_rate} | others | {"axis": axis},
+                **options,
             )
         query, key, value = promote(query, key, value, dtype)
         if dropped:

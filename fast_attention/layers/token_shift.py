@@ -75,7 +75,7 @@ def _shift_group(x: Array, shift: int, starts: Array | None, fill: Array) -> Arr
     moved = _moved(x, shift, fill)
     if starts is None:
         return moved
-    # Not by a running number of starts: that would need all positions where they lie across devices.
+    # A running number of starts would need all positions, where these lie across devices.
     nearby = range(shift) if shift > 0 else range(shift, 0)
     none = jnp.zeros_like(starts[:, :1])
     elsewhere = functools.reduce(jnp.logical_or, (_moved(starts, n, none) for n in nearby))
