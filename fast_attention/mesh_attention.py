@@ -185,7 +185,7 @@ class MeshAttention:
             specs["projection"] = _projection_specs(projection, layout, key)
         if dropout_rng is not None and getattr(self.attention_fn, "redraw_features", False):
             arrays["dropout_rng"], specs["dropout_rng"] = dropout_rng, PartitionSpec()
-        function = self.attention_fn
+        function: Any = self.attention_fn
         if divided or isinstance(function, LocalAttention):
             function = along_mesh_axis(function, SEQUENCE)
 
