@@ -137,7 +137,8 @@ class MeshAttention:
             "axis": None if axis in (query.ndim - 3, -3) else axis,
         }
         dropped = dropout_rate > 0 and not deterministic
-        if dropped and isinstance(self.attention_fn, LocalAttention):
+        local = isinstance(self.attention_fn, LocalAttention)
+        if dropped and local:
             others["dropout_rate"] = dropout_rate
         asked = any(x is not None for x in others.values())
         divided, cached = self.mesh.shape[SEQUENCE] > 1, query.shape[-3] == 1 < key.shape[-3]
@@ -186,7 +187,7 @@ class MeshAttention:
         if dropout_rng is not None and getattr(self.attention_fn, "redraw_features", False):
             arrays["dropout_rng"], specs["dropout_rng"] = dropout_rng, PartitionSpec()
         function: Any = self.attention_fn
-        if divided or isinstance(function, LocalAttention):
+        if divided or local:
             function = along_mesh_axis(function, SEQUENCE)
 
         def attend(arrays: dict[str, Any]) -> Array:
