@@ -137,7 +137,8 @@ class MeshAttention:
             "axis": None if axis in (query.ndim - 3, -3) else axis,
         }
         dropped = dropout_rate > 0 and not deterministic
-        if dropped and isinstance(self.attention_fn, LocalAttention):
+        local = isinstance(self.attention_fn, LocalAttention)
+        if dropped and local:
             others["dropout_rate"] = dropout_rate
         asked = any(x is not None for x in others.values())
         divided, cached = self.mesh.shape[SEQUENCE] > 1, query.shape[-3] == 1 < key.shape[-3]
@@ -145,6 +146,7 @@ class MeshAttention:
             refuse("Attention with positions divided over a mesh", _ADVICE, **others)
         if asked or cached:
             # Left to the compiler, which divides rows and heads where it can.
+            options: dict[str, Any] = {"dropout_rate": dropout_rate} | others | {"axis": axis}
             whole: Any = self.attention_fn
             return whole(
                 query,
@@ -159,7 +161,7 @@ class MeshAttention:
                 key_mask=key_mask,
                 segment_ids=segment_ids,
                 projection=projection,
-                **{"dropout_rate": dropout_rate} | others | {"axis": axis},
+                **options,
             )
         query, key, value = promote(query, key, value, dtype)
         if dropped:
@@ -185,8 +187,8 @@ class MeshAttention:
             specs["projection"] = _projection_specs(projection, layout, key)
         if dropout_rng is not None and getattr(self.attention_fn, "redraw_features", False):
             arrays["dropout_rng"], specs["dropout_rng"] = dropout_rng, PartitionSpec()
-        function = self.attention_fn
-        if divided or isinstance(function, LocalAttention):
+        function: Any = self.attention_fn
+        if divided or local:
             function = along_mesh_axis(function, SEQUENCE)
 
         def attend(arrays: dict[str, Any]) -> Array:

@@ -11,6 +11,7 @@ Reference: the ``shift_tokens`` of performer-pytorch (there (0, 1) for causal mo
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -74,8 +75,10 @@ def _shift_group(x: Array, shift: int, starts: Array | None, fill: Array) -> Arr
     moved = _moved(x, shift, fill)
     if starts is None:
         return moved
-    runs = jnp.cumsum(starts, axis=1)
-    elsewhere = _moved(runs, shift, jnp.full_like(runs[:, :1], -1)) != runs
+    # A running number of starts would need all positions, where these lie across devices.
+    nearby = range(shift) if shift > 0 else range(shift, 0)
+    none = jnp.zeros_like(starts[:, :1])
+    elsewhere = functools.reduce(jnp.logical_or, (_moved(starts, n, none) for n in nearby))
     return jnp.where(elsewhere[..., None], fill, moved)
 
 
@@ -83,9 +86,12 @@ def _moved(x: Array, shift: int, fill: Array) -> Array:
     """Puts position t - shift at t, and ``fill``, of length 1, where there is none."""
     length = x.shape[1]
     count = min(abs(shift), length)
-    filled = jnp.repeat(fill, count, axis=1)
-    parts = [filled, x[:, : length - count]] if shift > 0 else [x[:, count:], filled]
-    return jnp.concatenate(parts, axis=1)
+    # Padded, not concatenated: across devices that costs an exchange of edges, and no more.
+    kept, widths = (x[:, : length - count], (count, 0)) if shift > 0 else (x[:, count:], (0, count))
+    moved = jnp.pad(kept, [(0, 0), widths, *[(0, 0)] * (x.ndim - 2)])
+    place = jnp.arange(length) - (0 if shift > 0 else length - count)
+    there = (place < 0) | (place >= count)
+    return jnp.where(there.reshape(1, -1, *[1] * (x.ndim - 2)), moved, fill)
 
 
 def last_visible(
