@@ -152,9 +152,9 @@ def approximation_error(
     weights = counted[..., rows, None]
     keys = (np.exp(entropy) * weights).reshape(-1, heads).sum(0) / max(weights.sum(), 1)
     return ApproximationError(
-        output=_relative(found, exact, counted),
-        uniform=_relative(equal, exact, counted),
-        matrix=_relative(matrix, target, counted[..., rows]),
+        output=relative_error(found, exact, counted),
+        uniform=relative_error(equal, exact, counted),
+        matrix=relative_error(matrix, target, counted[..., rows]),
         effective_keys=keys,
     )
 
@@ -219,8 +219,17 @@ def _some_rows(length: int) -> np.ndarray:
     return np.unique(np.linspace(0, length - 1, min(length, MOST_ROWS)).round().astype(int))
 
 
-def _relative(found: Any, exact: Any, counted: np.ndarray) -> np.ndarray:
-    """Relative Frobenius error ``[H]`` of ``[*B, R, H, N]`` where ``counted`` ``[*B, R]``."""
+def relative_error(found: Any, exact: Any, counted: np.ndarray) -> np.ndarray:
+    """Returns the relative Frobenius error of every head.
+
+    Args:
+      found: ``[*B, R, H, N]``.
+      exact: the same.
+      counted: ``[*B, R]``, rows that count.
+
+    Returns:
+      ``[H]`` float64.
+    """
     found, exact = (
         np.where(counted[..., None, None], np.asarray(x, np.float64), 0) for x in (found, exact)
     )

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fast_attention.diagnostics import Recommendation
+from fast_attention.diagnostics_curves import ErrorCurves
+
+# Okabe and Ito's colours, told apart with any colour vision; the markers do without any.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+GREY = "#777777"
+LABEL_HEIGHT = 0.045
+"""Of a name beside a line, as a share of the height of a picture."""
 
 
 def plot_matrices(matrices: Mapping[str, Any], path: str | Path) -> None:
@@ -59,6 +67,48 @@ def plot_recommendation(recommendation: Recommendation, path: str | Path) -> Non
     figure.savefig(path, dpi=120)
 
 
+def plot_errors(
+    curves: ErrorCurves | Mapping[str, ErrorCurves],
+    path: str | Path,
+    *,
+    emphasis: Sequence[str] | None = None,
+    largest: float = 2.0,
+) -> None:
+    """Draws error against the number of features, a line for every function.
+
+    A line is the median over draws of the root mean square over heads, its band goes from the best
+    to the worst draw. What lies wholly above the picture is named at its upper edge.
+
+    Args:
+      curves: What ``error_curves`` returned, or several such by title, drawn side by side.
+      path: The picture, in the format of its suffix.
+      emphasis: Functions drawn in colours; others are thin and grey. None colours all.
+      largest: Upper end of the axis of errors; 1 is an error as large as the exact output.
+
+    Raises:
+      ImportError: Without matplotlib.
+      ValueError: If there is nothing to draw, or a name in `emphasis` was not measured.
+    """
+    panels = {"": curves} if isinstance(curves, ErrorCurves) else dict(curves)
+    names = list(dict.fromkeys(name for panel in panels.values() for name in panel.errors))
+    strong = names if emphasis is None else list(emphasis)
+    if not names or not set(strong) <= set(names):
+        raise ValueError(f"Cannot emphasise {strong} in pictures of {names}.")
+    styles = {
+        name: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+        for i, name in enumerate(strong)
+    }
+    figure = _figure(5.2 * len(panels), max(3.6, 0.17 * len(names) + 1.6))
+    for number, (title, panel) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(1, len(panels), number)
+        _errors(axes, panel, styles, largest)
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("features M", fontsize=8)
+        if number == 1:
+            axes.set_ylabel("relative error of outputs", fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
 def _figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure
@@ -67,3 +117,76 @@ def _figure(width: float, height: float) -> Any:
             "Pictures need matplotlib: pip install 'fast-attention[protein]', or matplotlib alone."
         ) from error
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def _errors(axes: Any, curves: ErrorCurves, styles: Mapping[str, Any], largest: float) -> None:
+    ends: dict[str, tuple[float, str]] = {}
+    above, least = [], curves.uniform_over_heads()
+    for name in sorted(curves.errors, key=lambda name: name in styles):
+        draws = np.nan_to_num(curves.over_heads(name), nan=np.inf, posinf=1e9)
+        middle = np.median(draws, axis=1)
+        if (middle > largest).all():
+            above.append(f"{name} ({middle.min():.2g} to {middle.max():.2g})")
+            continue
+        style = styles.get(name, {"color": GREY, "marker": ""})
+        wide = name in styles
+        axes.plot(
+            curves.features,
+            middle,
+            **style,
+            linewidth=1.8 if wide else 0.9,
+            markersize=4,
+            clip_on=True,
+        )
+        if wide:
+            low, high = draws.min(1), draws.max(1)
+            axes.fill_between(
+                curves.features, low, high, color=style["color"], alpha=0.15, linewidth=0
+            )
+        least = min(least, float(draws.min()))
+        ends[name] = (min(float(middle[-1]), largest), style["color"])
+    uniform = curves.uniform_over_heads()
+    axes.axhline(uniform, color="black", linestyle=":", linewidth=1.2)
+    ends["uniform weights"] = (min(uniform, largest), "black")
+    axes.set(xscale="log", yscale="log", ylim=(0.9 * least, largest))
+    axes.set_xlim(curves.features[0], curves.features[-1] * 1.02)
+    axes.set_xticks(curves.features, [str(m) for m in curves.features])
+    axes.set_xticks([], minor=True)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(labelsize=7, which="both")
+    axes.grid(alpha=0.25, which="both", linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    if above:
+        axes.text(0.01, 0.99, "above: " + ", ".join(above), transform=axes.transAxes, va="top")
+    _label_ends(axes, ends)
+
+
+def _label_ends(axes: Any, ends: Mapping[str, tuple[float, str]]) -> None:
+    """Writes names beside the ends of lines, moved apart where they would overlap."""
+    to_fraction = axes.transScale + axes.transLimits
+    names = sorted(ends, key=lambda name: ends[name][0])
+    heights = np.array([to_fraction.transform((1, ends[name][0]))[1] for name in names])
+    places = _apart(heights, min(LABEL_HEIGHT, 1 / max(len(names) - 1, 1)))
+    for name, height, place in zip(names, heights, places, strict=True):
+        axes.annotate(
+            name,
+            (1, height),
+            (1.05, place),
+            xycoords="axes fraction",
+            textcoords="axes fraction",
+            color=ends[name][1],
+            fontsize=7,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": ends[name][1], "linewidth": 0.5},
+        )
+
+
+def _apart(heights: np.ndarray, distance: float) -> np.ndarray:
+    """Moves ascending heights as little as keeps them `distance` apart and within 0 to 1."""
+    places = heights.copy()
+    for i in range(len(places)):
+        places[i] = max(places[i], 0 if i == 0 else places[i - 1] + distance)
+    for i in reversed(range(len(places))):
+        places[i] = min(places[i], 1 if i == len(places) - 1 else places[i + 1] - distance)
+    return places
