@@ -19,7 +19,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import importlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,7 @@ from fast_attention.softmax_attention import make_softmax_attention
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 NUMBERS = "approximation.json"
 BEST = "orthogonal_antithetic"
+MATRICES = "matrices"
 HEAD = 1
 """The head of MiniLM whose matrices are drawn."""
 
@@ -155,22 +158,20 @@ def measure(what: Measurement) -> dict[str, ErrorCurves]:
     }
 
 
-def numbers(curves: ErrorCurves, data: Data) -> dict[str, Any]:
-    """Returns what tables need: medians over draws, over all heads and head by head."""
+def as_numbers(curves: ErrorCurves, data: Data) -> dict[str, Any]:
+    """Returns what is kept of a panel: errors ``[P, R, H]``, and effective keys of the data."""
     return {
         "features": list(curves.features),
-        "uniform": _short(curves.uniform_over_heads()),
-        "errors": {
-            name: _short(np.median(curves.over_heads(name), axis=1)) for name in curves.errors
-        },
-        "by head": {
-            name: _short(np.median(curves.errors[name], axis=1).T)
-            for name in ("favor+", "wderf_s, antithetic", NEAR)
-            if name in curves.errors
-        },
-        "uniform by head": _short(curves.uniform),
         "effective keys": _short(effective_keys(data)),
+        "uniform": _short(curves.uniform),
+        "errors": {name: _short(errors) for name, errors in curves.errors.items()},
     }
+
+
+def as_curves(panel: Mapping[str, Any]) -> ErrorCurves:
+    """Reads what :func:`as_numbers` returned."""
+    errors = {name: np.asarray(values) for name, values in panel["errors"].items()}
+    return ErrorCurves(tuple(panel["features"]), errors, np.asarray(panel["uniform"]))
 
 
 def effective_keys(data: Data, rows: int = 256) -> np.ndarray:
@@ -184,8 +185,17 @@ def effective_keys(data: Data, rows: int = 256) -> np.ndarray:
     return np.exp(entropy).mean(-1)
 
 
-def _short(values: Any) -> Any:
-    return json.loads(json.dumps(np.vectorize(lambda x: float(f"{x:.4g}"))(values).tolist()))
+def _short(values: np.ndarray) -> Any:
+    """Nested lists of numbers of three digits."""
+    return np.vectorize(lambda x: float(f"{x:.3g}"), otypes=[float])(values).tolist()
+
+
+def shrink(path: Path) -> None:
+    """Keeps 256 colours of a picture, which makes its file half as large."""
+    image = importlib.import_module("PIL.Image")
+    with image.open(path) as picture:
+        small = picture.convert("RGB").quantize(256, kmeans=2)
+    small.save(path, optimize=True)
 
 
 def draw_matrices(folder: Path) -> None:
@@ -200,29 +210,44 @@ def draw_matrices(folder: Path) -> None:
         ),
     }
     matrices = {name: attention_matrix(f, query, key)[0, 0] for name, f in functions.items()}
-    plot_matrices(matrices, folder / "attention-matrices.png")
+    path = folder / "attention-matrices.png"
+    plot_matrices(matrices, path)
+    shrink(path)
 
 
-def run(names: Sequence[str], folder: Path) -> None:
-    """Measures and draws; numbers of pictures not asked for are kept."""
+def draw(name: str, folder: Path, panels: Mapping[str, Any]) -> None:
+    """Draws a picture of errors from its numbers."""
+    what, path = MEASUREMENTS[name], folder / f"approximation-{name}.png"
+    curves = {title: as_curves(panel) for title, panel in panels.items()}
+    plot_errors(curves, path, emphasis=what.emphasis, largest=what.largest)
+    shrink(path)
+    print(path, flush=True)
+
+
+def run(names: Sequence[str], folder: Path, redraw: bool = False) -> None:
+    """Measures and draws; numbers of pictures not asked for are kept.
+
+    Args:
+      names: Of pictures.
+      folder: For pictures and numbers.
+      redraw: Measure nothing, draw the numbers that are there.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / NUMBERS
-    kept = json.loads(file.read_text()) if file.exists() else {}
     for name in names:
-        if name == "matrices":
+        if name == MATRICES:
             draw_matrices(folder)
             continue
-        what = MEASUREMENTS[name]
-        panels = measure(what)
-        plot_errors(
-            panels,
-            folder / f"approximation-{name}.png",
-            emphasis=what.emphasis,
-            largest=what.largest,
-        )
-        kept[name] = {panel: numbers(panels[panel], what.data[panel]()) for panel in panels}
-        file.write_text(json.dumps(kept, indent=1) + "\n")
-        print(f"{folder / f'approximation-{name}.png'}", flush=True)
+        what, file = MEASUREMENTS[name], folder / NUMBERS
+        curves = {} if redraw else measure(what)
+        # Read late: another run may have measured another picture meanwhile.
+        kept = json.loads(file.read_text()) if file.exists() else {}
+        if not redraw:
+            kept[name] = {title: as_numbers(curves[title], what.data[title]()) for title in curves}
+            lines = json.dumps({key: kept[key] for key in MEASUREMENTS if key in kept}, indent=1)
+            # Innermost lists on one line each.
+            lines = re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found[0].split()), lines)
+            file.write_text(lines + "\n")
+        draw(name, folder, kept[name])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -231,15 +256,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m benchmarks.approximation_figure",
         description=(__doc__ or "").split("\n", 1)[0],
     )
-    choices = [*MEASUREMENTS, "matrices"]
+    choices = [*MEASUREMENTS, MATRICES]
     parser.add_argument("--only", nargs="+", choices=choices, default=choices)
     parser.add_argument("--folder", type=Path, default=IMAGES, help="(%(default)s)")
+    parser.add_argument("--redraw", action="store_true", help="draw what was measured before")
     parser.add_argument("--tables", action="store_true", help="print the tables of the numbers")
     options = parser.parse_args(arguments)
     if options.tables:
         print(tables(json.loads((options.folder / NUMBERS).read_text())))
     else:
-        run(options.only, options.folder)
+        run(options.only, options.folder, options.redraw)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,9 @@ Numbers = Mapping[str, Mapping[str, Any]]
 """By picture and panel, as ``approximation.json`` has them."""
 
 
-def features_for(target: float, features: Sequence[int], errors: Sequence[float]) -> str:
+def features_for(
+    target: float, features: Sequence[int], errors: Sequence[float] | np.ndarray
+) -> str:
     """Returns the least M whose error is at most a target, between measured ones in logarithms.
 
     Args:
@@ -39,75 +41,69 @@ def features_for(target: float, features: Sequence[int], errors: Sequence[float]
     return f"over {features[-1]}"
 
 
+def overall(panel: Mapping[str, Any], function: str) -> np.ndarray:
+    """Median over draws of the root mean square over heads, ``[P]``."""
+    return np.median(_rms(np.asarray(panel["errors"][function])), axis=1)
+
+
 def target_table(numbers: Numbers, functions: Sequence[str]) -> str:
     """Features that bring the error over all heads to a target."""
-    lines = [
-        "| data | uniform weights | estimator | "
-        + " | ".join(f"error {target:g}" for target in TARGETS)
-        + " |",
-        "|---|---|---|" + "---|" * len(TARGETS),
-    ]
-    for name, panel in _panels(numbers):
-        for function in functions:
-            errors = panel["errors"].get(function)
-            if errors is None:
-                continue
-            cells = [features_for(target, panel["features"], errors) for target in TARGETS]
-            lines.append(
-                f"| {name} | {panel['uniform']:.2f} | {function} | " + " | ".join(cells) + " |"
-            )
+    lines = _head(
+        "data", "uniform weights", "estimator", *(f"error {target:g}" for target in TARGETS)
+    )
+    for panels in numbers.values():
+        for title, panel in panels.items():
+            for function in functions:
+                if function in panel["errors"]:
+                    errors = overall(panel, function)
+                    cells = [features_for(goal, panel["features"], errors) for goal in TARGETS]
+                    uniform = f"{_rms(panel['uniform']):.2f}"
+                    lines.append(_row(title, uniform, function, *cells))
     return "\n".join(lines)
 
 
-def error_table(numbers: Numbers, picture: str) -> str:
-    """Errors of every function of a picture at every M."""
-    lines = []
-    for name, panel in numbers[picture].items():
-        lines += [
-            f"| {name} | " + " | ".join(f"M = {m}" for m in panel["features"]) + " |",
-            "|---|" + "---|" * len(panel["features"]),
-            f"| uniform weights | {panel['uniform']:.3g} |" + " |" * (len(panel["features"]) - 1),
-        ]
-        for function, errors in panel["errors"].items():
-            lines.append(f"| {function} | " + " | ".join(f"{x:.3g}" for x in errors) + " |")
-        lines.append("")
-    return "\n".join(lines[:-1])
+def error_table(title: str, panel: Mapping[str, Any]) -> str:
+    """Errors of every function at every M."""
+    features = panel["features"]
+    lines = _head(title, *(f"M = {m}" for m in features))
+    lines.append(_row("uniform weights", *[f"{_rms(panel['uniform']):.3g}"] * len(features)))
+    for function in panel["errors"]:
+        lines.append(_row(function, *(f"{x:.3g}" for x in overall(panel, function))))
+    return "\n".join(lines)
 
 
-def head_table(numbers: Numbers, function: str, pictures: Sequence[str]) -> str:
+def head_table(panels: Mapping[str, Mapping[str, Any]], function: str) -> str:
     """Errors head by head, the sharpest first: effective keys, uniform weights, and every M."""
-    features = numbers[pictures[0]][pictures[0]]["features"]
-    lines = [
-        "| head | effective keys | uniform weights | "
-        + " | ".join(f"M = {m}" for m in features)
-        + " |",
-        "|---|---|---|" + "---|" * len(features),
-    ]
-    for picture in pictures:
-        panel = numbers[picture][picture]
-        for head in np.argsort(panel["effective keys"]):
-            errors = panel["by head"][function][head]
-            lines.append(
-                f"| {picture} {head} | {panel['effective keys'][head]:.0f} | "
-                f"{panel['uniform by head'][head]:.2f} | "
-                + " | ".join(f"{x:.2f}" for x in errors)
-                + " |"
-            )
+    features = next(iter(panels.values()))["features"]
+    lines = _head("head", "effective keys", "uniform weights", *(f"M = {m}" for m in features))
+    for title, panel in panels.items():
+        errors = np.median(np.asarray(panel["errors"][function]), axis=1)
+        keys = panel["effective keys"]
+        for head in np.argsort(keys):
+            start = f"{title} {head}", f"{keys[head]:.0f}", f"{panel['uniform'][head]:.2f}"
+            lines.append(_row(*start, *(f"{x:.2f}" for x in errors[:, head])))
     return "\n".join(lines)
 
 
 def tables(numbers: Numbers) -> str:
     """All tables, in the order of the guide."""
-    functions = ("favor+", "wderf_s, antithetic", "wderf_s, window 32")
-    heads = [name for name in ("minilm", "rxnfp") if name in numbers]
-    measured = {name: panels for name, panels in numbers.items() if name != "paper"}
-    parts = [target_table(measured, functions)]
+    best, near = "wderf_s, antithetic", "wderf_s, window 32"
+    parts = [error_table(title, panel) for title, panel in numbers.get("paper", {}).items()]
+    others = {name: panels for name, panels in numbers.items() if name != "paper"}
+    parts.append(target_table(others, ("favor+", best, near)))
+    heads = {name: numbers[name][name] for name in ("minilm", "rxnfp") if name in numbers}
     if heads:
-        parts.append(head_table(numbers, functions[1], heads))
-    if "paper" in numbers:
-        parts.append(error_table(numbers, "paper"))
+        parts.append(head_table(heads, best))
     return "\n\n".join(parts)
 
 
-def _panels(numbers: Numbers) -> list[tuple[str, Mapping[str, Any]]]:
-    return [pair for panels in numbers.values() for pair in panels.items()]
+def _rms(errors: Any) -> np.ndarray:
+    return np.sqrt(np.mean(np.square(errors), axis=-1))
+
+
+def _head(*cells: str) -> list[str]:
+    return [_row(*cells), "|" + "---|" * len(cells)]
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |"

@@ -15,8 +15,8 @@ from fast_attention.diagnostics_curves import ErrorCurves
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREY = "#777777"
-LABEL_HEIGHT = 0.045
-"""Of a name beside a line, as a share of the height of a picture."""
+LABEL_INCHES = 0.13
+"""From one name beside a line to the next."""
 
 
 def plot_matrices(matrices: Mapping[str, Any], path: str | Path) -> None:
@@ -98,10 +98,11 @@ def plot_errors(
         name: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
         for i, name in enumerate(strong)
     }
-    figure = _figure(5.2 * len(panels), max(3.6, 0.17 * len(names) + 1.6))
+    height = max(3.6, 0.16 * len(names) + 1.6)
+    figure = _figure(5.2 * len(panels), height)
     for number, (title, panel) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(1, len(panels), number)
-        _errors(axes, panel, styles, largest)
+        _label_ends(axes, _errors(axes, panel, styles, largest), height)
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("features M", fontsize=8)
         if number == 1:
@@ -119,7 +120,10 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _errors(axes: Any, curves: ErrorCurves, styles: Mapping[str, Any], largest: float) -> None:
+def _errors(
+    axes: Any, curves: ErrorCurves, styles: Mapping[str, Any], largest: float
+) -> dict[str, tuple[float, str]]:
+    """Draws one panel and returns where lines end, and their colours."""
     ends: dict[str, tuple[float, str]] = {}
     above, least = [], curves.uniform_over_heads()
     for name in sorted(curves.errors, key=lambda name: name in styles):
@@ -153,40 +157,73 @@ def _errors(axes: Any, curves: ErrorCurves, styles: Mapping[str, Any], largest: 
     axes.set_xticks(curves.features, [str(m) for m in curves.features])
     axes.set_xticks([], minor=True)
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
+    # Within two decades there is room for 0.2 and 0.5, too.
+    few = largest < 100 * least
+    axes.set_yticks(_ticks(0.9 * least, largest, (1, 2, 5) if few else (1,)))
+    axes.set_yticks([], minor=True)
     axes.tick_params(labelsize=7, which="both")
     axes.grid(alpha=0.25, which="both", linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
     if above:
-        axes.text(0.01, 0.99, "above: " + ", ".join(above), transform=axes.transAxes, va="top")
-    _label_ends(axes, ends)
+        note = "above the picture: " + ", ".join(above)
+        axes.text(0.02, 0.985, note, transform=axes.transAxes, va="top", fontsize=7, color=GREY)
+    return ends
 
 
-def _label_ends(axes: Any, ends: Mapping[str, tuple[float, str]]) -> None:
-    """Writes names beside the ends of lines, moved apart where they would overlap."""
+def _ticks(low: float, high: float, steps: tuple[int, ...]) -> list[float]:
+    decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
+    values = [step * 10.0**decade for decade in decades for step in steps]
+    return [value for value in values if low <= value <= high]
+
+
+def _label_ends(axes: Any, ends: Mapping[str, tuple[float, str]], height: float) -> None:
+    """Writes names beside the ends of lines, apart where they would overlap.
+
+    Args:
+      axes: Where lines end at the right edge.
+      ends: Their last values and colours by name.
+      height: Of the picture in inches.
+    """
     to_fraction = axes.transScale + axes.transLimits
     names = sorted(ends, key=lambda name: ends[name][0])
     heights = np.array([to_fraction.transform((1, ends[name][0]))[1] for name in names])
-    places = _apart(heights, min(LABEL_HEIGHT, 1 / max(len(names) - 1, 1)))
-    for name, height, place in zip(names, heights, places, strict=True):
+    places = _apart(heights, LABEL_INCHES / (0.8 * height))
+    for name, start, place in zip(names, heights, places, strict=True):
         axes.annotate(
             name,
-            (1, height),
-            (1.05, place),
+            (1, start),
+            (1.09, place),
             xycoords="axes fraction",
             textcoords="axes fraction",
             color=ends[name][1],
             fontsize=7,
             va="center",
-            arrowprops={"arrowstyle": "-", "color": ends[name][1], "linewidth": 0.5},
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": ends[name][1],
+                "linewidth": 0.5,
+                "relpos": (0, 0.5),
+                "shrinkA": 1,
+                "shrinkB": 0,
+            },
         )
 
 
 def _apart(heights: np.ndarray, distance: float) -> np.ndarray:
-    """Moves ascending heights as little as keeps them `distance` apart and within 0 to 1."""
-    places = heights.copy()
-    for i in range(len(places)):
-        places[i] = max(places[i], 0 if i == 0 else places[i - 1] + distance)
-    for i in reversed(range(len(places))):
-        places[i] = min(places[i], 1 if i == len(places) - 1 else places[i + 1] - distance)
-    return places
+    """Moves ascending heights as little as keeps them `distance` apart and, if it can be, in 0..1.
+
+    Less ``distance`` times their number they have to ascend: neighbours that do not share their
+    mean (isotonic regression).
+    """
+    steps = distance * np.arange(len(heights))
+    groups: list[tuple[float, int]] = []
+    for height in heights - steps:
+        mean, count = float(height), 1
+        while groups and groups[-1][0] > mean:
+            before, others = groups.pop()
+            mean = (mean * count + before * others) / (count + others)
+            count += others
+        groups.append((mean, count))
+    flat = np.concatenate([np.full(count, mean) for mean, count in groups])
+    return np.clip(flat, 0, max(1 - steps[-1], 0)) + steps
