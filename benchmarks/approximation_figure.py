@@ -44,8 +44,9 @@ IMAGES = Path(__file__).parents[1] / "docs" / "images"
 NUMBERS = "approximation.json"
 BEST = "orthogonal_antithetic"
 MATRICES = "matrices"
-HEAD = 1
-"""The head of MiniLM whose matrices are drawn."""
+HEAD = 4
+TOKENS = 128
+"""The head of MiniLM whose matrices are drawn, and how much of its text."""
 
 NEAR = "wderf_s, window 32"
 """Exact weights 32 positions to either side."""
@@ -201,7 +202,7 @@ def shrink(path: Path) -> None:
 def draw_matrices(folder: Path) -> None:
     """Draws exact attention of one head beside FAVOR+ and WDERF-S with 256 features."""
     query, key, _ = arrays(DATA["minilm"]())
-    query, key = query[:, :, HEAD : HEAD + 1], key[:, :, HEAD : HEAD + 1]
+    query, key = (x[:, :TOKENS, HEAD : HEAD + 1] for x in (query, key))
     functions = {
         "exact": make_softmax_attention(),
         "favor+, M = 256": make_fast_softmax_attention(nb_features=256),

@@ -8,6 +8,7 @@ R rows looked at.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -90,7 +91,7 @@ def attention_matrix(
     width = min(COLUMNS, length)
     starts = width * jnp.arange(-(-length // width))
 
-    def columns(start: Array) -> Array:
+    def columns(query: Array, key: Array, start: Array) -> Array:
         hot = jnp.arange(length)[:, None] == start + jnp.arange(width)[None]
         hot = jnp.expand_dims(hot, -2).astype(dtype)
         value = jnp.broadcast_to(
@@ -99,7 +100,8 @@ def attention_matrix(
         out = attention_fn(query.astype(dtype), key.astype(dtype), value, **options)
         return jnp.moveaxis(jnp.take(out, rows, axis=-3), -2, -3)
 
-    blocks = jax.jit(lambda starts: jax.lax.map(columns, starts))(starts)
+    # Queries and keys as arguments: as constants the compiler would compute with them.
+    blocks = jax.jit(lambda *x: jax.lax.map(functools.partial(columns, *x), starts))(query, key)
     blocks = jnp.moveaxis(blocks, 0, -2)
     return blocks.reshape(*blocks.shape[:-2], -1)[..., :length]
 

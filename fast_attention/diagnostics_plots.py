@@ -22,6 +22,9 @@ LABEL_INCHES = 0.13
 def plot_matrices(matrices: Mapping[str, Any], path: str | Path) -> None:
     """Draws attention matrices side by side, on one scale of colours.
 
+    Colours go with the root of weights (weights themselves where some are negative); the largest
+    thousandth of them all shares one.
+
     Args:
       matrices: ``[R, S]`` by name, such as one head of ``attention_matrix``.
       path: The picture, in the format of its suffix.
@@ -34,15 +37,24 @@ def plot_matrices(matrices: Mapping[str, Any], path: str | Path) -> None:
     if not squares or any(square.ndim != 2 for square in squares.values()):
         shapes = {name: square.shape for name, square in squares.items()}
         raise ValueError(f"Give one or more matrices [rows, keys], got {shapes}.")
-    figure = _figure(3.0 * len(squares), 3.2)
-    low = min(0.0, *(float(square.min()) for square in squares.values()))
-    high = max(float(square.max()) for square in squares.values())
-    for number, (name, square) in enumerate(squares.items(), 1):
-        axes = figure.add_subplot(1, len(squares), number)
-        axes.imshow(square, cmap="viridis", vmin=low, vmax=high, aspect="auto")
-        axes.set_title(name, fontsize=8)
-        axes.tick_params(labelsize=6)
-    figure.savefig(path, dpi=120)
+    figure = _figure(2.7 * len(squares) + 0.6, 3.0)
+    everything = np.concatenate([square.ravel() for square in squares.values()])
+    low, high = min(0.0, float(everything.min())), float(np.quantile(everything, 0.999))
+    # Weights differ by orders of magnitude: their roots can be seen side by side.
+    signed = {"vmin": low, "vmax": high}
+    scale = signed if low < 0 else {"norm": _root_scale(max(high, 1e-30))}
+    panels = figure.subplots(1, len(squares), sharex=True, sharey=True, squeeze=False)[0]
+    image = None
+    for axes, (name, square) in zip(panels, squares.items(), strict=True):
+        image = axes.imshow(square, cmap="viridis", aspect="auto", **scale)
+        axes.set_title(name, fontsize=9)
+        axes.set_xlabel("key", fontsize=8)
+        axes.tick_params(labelsize=7)
+    panels[0].set_ylabel("query", fontsize=8)
+    bar = figure.colorbar(image, ax=list(panels), extend="max", pad=0.01)
+    bar.set_label("weight", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    figure.savefig(path, dpi=110)
 
 
 def plot_recommendation(recommendation: Recommendation, path: str | Path) -> None:
@@ -130,7 +142,8 @@ def _errors(
         draws = np.nan_to_num(curves.over_heads(name), nan=np.inf, posinf=1e9)
         middle = np.median(draws, axis=1)
         if (middle > largest).all():
-            above.append(f"{name} ({middle.min():.2g} to {middle.max():.2g})")
+            ends_at = (float(f"{x:.2g}") for x in (middle.min(), middle.max()))
+            above.append(f"{name} ({' to '.join(f'{x:g}' for x in ends_at)})")
             continue
         style = styles.get(name, {"color": GREY, "marker": ""})
         wide = name in styles
@@ -227,3 +240,9 @@ def _apart(heights: np.ndarray, distance: float) -> np.ndarray:
         groups.append((mean, count))
     flat = np.concatenate([np.full(count, mean) for mean, count in groups])
     return np.clip(flat, 0, max(1 - steps[-1], 0)) + steps
+
+
+def _root_scale(largest: float) -> Any:
+    from matplotlib.colors import PowerNorm
+
+    return PowerNorm(0.5, vmin=0, vmax=largest)
