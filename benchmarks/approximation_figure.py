@@ -44,9 +44,9 @@ IMAGES = Path(__file__).parents[1] / "docs" / "images"
 NUMBERS = "approximation.json"
 BEST = "orthogonal_antithetic"
 MATRICES = "matrices"
-HEAD = 4
-TOKENS = 128
-"""The head of MiniLM whose matrices are drawn, and how much of its text."""
+HEAD = 6
+TOKENS = 64
+"""The head of MiniLM whose matrices are drawn, the median by effective keys, and how much text."""
 
 NEAR = "wderf_s, window 32"
 """Exact weights 32 positions to either side."""

@@ -9,6 +9,7 @@ import pytest
 from benchmarks import approximation_figure as figure
 from benchmarks.approximation_error import anisotropic
 from benchmarks.approximation_tables import features_for, tables
+from fast_attention.diagnostics_curves import error_curves
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -34,6 +35,26 @@ def test_matrices_are_drawn(monkeypatch, tmp_path):
     monkeypatch.setattr(figure, "HEAD", 0)
     figure.run(["matrices"], tmp_path)
     assert (tmp_path / "attention-matrices.png").exists()
+
+
+def test_errors_on_gaussian_data_are_those_of_an_independent_implementation():
+    """In float64, 10 draws: L = 1024, D = 64, M = 256, queries and keys of deviation 0.5.
+
+    Against the error of uniform weights, 0.249 there, which depends on the values drawn.
+    """
+    published = {
+        ("favor+", "orthogonal"): 0.448,
+        ("favor+", "orthogonal_sqrt_d"): 0.305,
+        ("favor++", "orthogonal"): 0.378,
+        ("wderf_s", "orthogonal_antithetic"): 0.143,
+    }
+    functions = {str(name): figure.maker(*name) for name in published}
+    data = figure.arrays(figure.gaussian(0.5))
+    found = error_curves(functions, *data, features=(256,), draws=12)
+    assert found.uniform_over_heads() == pytest.approx(0.249, rel=0.06)
+    for name, error in published.items():
+        rms = np.sqrt(np.mean(found.errors[str(name)] ** 2))
+        assert rms / found.uniform_over_heads() == pytest.approx(error / 0.249, rel=0.06)
 
 
 def test_features_for_an_error_lie_between_measured_ones():
