@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREY = "#777777"
 LABEL_INCHES = 0.13
 """From one name beside a line to the next."""
+NOTE_WIDTH = 60
+"""Characters of a line in a picture."""
 
 
 def plot_matrices(matrices: Mapping[str, Any], path: str | Path) -> None:
@@ -95,7 +98,7 @@ def plot_errors(
       curves: What ``error_curves`` returned, or several such by title, drawn side by side.
       path: The picture, in the format of its suffix.
       emphasis: Functions drawn in colours; others are thin and grey. None colours all.
-      largest: Upper end of the axis of errors; 1 is an error as large as the exact output.
+      largest: Upper end of the axis of errors at most; 1 is an error as large as the exact output.
 
     Raises:
       ImportError: Without matplotlib.
@@ -137,7 +140,7 @@ def _errors(
 ) -> dict[str, tuple[float, str]]:
     """Draws one panel and returns where lines end, and their colours."""
     ends: dict[str, tuple[float, str]] = {}
-    above, least = [], curves.uniform_over_heads()
+    above, least, most = [], curves.uniform_over_heads(), curves.uniform_over_heads()
     for name in sorted(curves.errors, key=lambda name: name in styles):
         draws = np.nan_to_num(curves.over_heads(name), nan=np.inf, posinf=1e9)
         middle = np.median(draws, axis=1)
@@ -155,13 +158,16 @@ def _errors(
             markersize=4,
             clip_on=True,
         )
+        low, high = draws.min(1), draws.max(1)
         if wide:
-            low, high = draws.min(1), draws.max(1)
             axes.fill_between(
                 curves.features, low, high, color=style["color"], alpha=0.15, linewidth=0
             )
-        least = min(least, float(draws.min()))
-        ends[name] = (min(float(middle[-1]), largest), style["color"])
+        least = min(least, float(low.min()))
+        most = max(most, float(high.max() if wide else middle.max()))
+        ends[name] = (float(middle[-1]), style["color"])
+    largest = min(largest, 1.2 * most)
+    ends = {name: (min(end, largest), colour) for name, (end, colour) in ends.items()}
     uniform = curves.uniform_over_heads()
     axes.axhline(uniform, color="black", linestyle=":", linewidth=1.2)
     ends["uniform weights"] = (min(uniform, largest), "black")
@@ -178,8 +184,9 @@ def _errors(
     axes.grid(alpha=0.25, which="both", linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
     if above:
-        note = "above the picture: " + ", ".join(above)
-        axes.text(0.02, 0.985, note, transform=axes.transAxes, va="top", fontsize=7, color=GREY)
+        note = textwrap.fill("above the picture: " + ", ".join(above), NOTE_WIDTH)
+        text = axes.text(0.02, 0.985, note, transform=axes.transAxes, va="top", fontsize=7)
+        text.set(color=GREY, in_layout=False)
     return ends
 
 
