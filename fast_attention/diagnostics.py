@@ -8,6 +8,7 @@ R rows looked at.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -91,7 +92,7 @@ def attention_matrix(
     width = min(COLUMNS, length)
     starts = width * jnp.arange(-(-length // width))
 
-    def columns(start: Array) -> Array:
+    def columns(query: Array, key: Array, start: Array) -> Array:
         hot = jnp.arange(length)[:, None] == start + jnp.arange(width)[None]
         hot = jnp.expand_dims(hot, -2).astype(dtype)
         value = jnp.broadcast_to(
@@ -104,7 +105,8 @@ def attention_matrix(
             out = jnp.take_along_axis(out, rows[..., None, None], axis=-3)
         return jnp.moveaxis(out, -2, -3)
 
-    blocks = jax.jit(lambda starts: jax.lax.map(columns, starts))(starts)
+    # Queries and keys as arguments: as constants the compiler would compute with them.
+    blocks = jax.jit(lambda *x: jax.lax.map(functools.partial(columns, *x), starts))(query, key)
     blocks = jnp.moveaxis(blocks, 0, -2)
     return blocks.reshape(*blocks.shape[:-2], -1)[..., :length]
 
@@ -157,9 +159,9 @@ def approximation_error(
     weights = counted[..., rows, None]
     keys = (np.exp(entropy) * weights).reshape(-1, heads).sum(0) / max(weights.sum(), 1)
     return ApproximationError(
-        output=_relative(found, exact, counted),
-        uniform=_relative(equal, exact, counted),
-        matrix=_relative(matrix, target, counted[..., rows]),
+        output=relative_error(found, exact, counted),
+        uniform=relative_error(equal, exact, counted),
+        matrix=relative_error(matrix, target, counted[..., rows]),
         effective_keys=keys,
     )
 
@@ -235,8 +237,17 @@ def _some_rows(length: int) -> np.ndarray:
     return np.unique(np.linspace(0, length - 1, min(length, MOST_ROWS)).round().astype(int))
 
 
-def _relative(found: Any, exact: Any, counted: np.ndarray) -> np.ndarray:
-    """Relative Frobenius error ``[H]`` of ``[*B, R, H, N]`` where ``counted`` ``[*B, R]``."""
+def relative_error(found: Any, exact: Any, counted: np.ndarray) -> np.ndarray:
+    """Returns the relative Frobenius error of every head.
+
+    Args:
+      found: ``[*B, R, H, N]``.
+      exact: the same.
+      counted: ``[*B, R]``, rows that count.
+
+    Returns:
+      ``[H]`` float64.
+    """
     found, exact = (
         np.where(counted[..., None, None], np.asarray(x, np.float64), 0) for x in (found, exact)
     )
