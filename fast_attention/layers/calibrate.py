@@ -35,7 +35,8 @@ def calibrate(model: nnx.Module, *args: Any, **kwargs: Any) -> int:
     the parameters for the queries and keys (after rotary positions, without padding) that they met,
     all rows of the batch together. The parameters are stored with the model, and used by calls and
     by decoding until calibrated again. Calibrating deeper layers changes nothing before them, but
-    what layers see depends on the layers before: calibrate twice where that matters.
+    what layers see depends on the layers before: calibrate twice where that matters. With
+    ``calibration="trained"`` this is where training goes on from.
 
     Args:
       model: Any module with `MultiHeadAttention` or `MultiAxisAttention` layers inside.
@@ -126,7 +127,7 @@ def _observed(
     function: Callable[..., Any], met: dict[tuple[Any, ...], Moments], place: tuple[Any, ...]
 ) -> Any:
     """The same function, telling what it is called with; others are left alone."""
-    if getattr(function, "calibration", None) != "stored":
+    if getattr(function, "calibration", None) not in ("stored", "trained"):
         return function
     return _Observed(function, met, place)
 

@@ -114,6 +114,9 @@ class TransformerConfig:
       dtype: To compute in; parameters, logits and decoding states of attention are float32.
       qk_norm: Queries and keys of a head have one length, learned as a temperature, see
         `fast_attention.layers.UnitQueryKey`.
+      redraw_interval: Training steps between two redraws of random features; None keeps them.
+      recalibrate_interval: Training steps between two fits of tuned features to the running
+        averages of queries and keys, for attention functions with ``moment_decay``.
     """
 
     vocab_size: int
@@ -133,6 +136,8 @@ class TransformerConfig:
     activation: str = "gelu"
     dtype: Any = jnp.float32
     qk_norm: bool = False
+    redraw_interval: int | None = None
+    recalibrate_interval: int | None = None
 
     def __post_init__(self):
         """Checks every field.
@@ -215,7 +220,12 @@ class TransformerConfig:
         block = (SublayerConfig(attention, shifts), SublayerConfig(feed_forward, shifts))
         return LanguageModelConfig(
             self.vocab_size,
-            StackConfig(self.emb_dim, (block,) * self.num_layers),
+            StackConfig(
+                self.emb_dim,
+                (block,) * self.num_layers,
+                redraw_interval=self.redraw_interval,
+                recalibrate_interval=self.recalibrate_interval,
+            ),
             max_len=self.max_len,
             positions="none" if self.positions == "rotary" else self.positions,
             dropout_rate=self.dropout_rate,
