@@ -241,9 +241,7 @@ def _guard(feature_map: FeatureMap, numerical_stabilizer: float) -> float:
     return (numerical_stabilizer or SIGNED_GUARD) if feature_map.signed else 0.0
 
 
-def _softmax_map(
-    estimator: str, projection: str, nb_features: int, trained: bool
-) -> FeatureMap:
+def _softmax_map(estimator: str, projection: str, nb_features: int, trained: bool) -> FeatureMap:
     """Returns the map of an estimator, with half the rows where both signs are used."""
     if estimator not in ESTIMATORS:
         raise ValueError(f"Unknown estimator {estimator!r}; choose one of {', '.join(ESTIMATORS)}.")

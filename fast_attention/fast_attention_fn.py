@@ -44,7 +44,6 @@ from fast_attention.near_field import empty_state as empty_near_field_state
 from fast_attention.near_field import prefill as near_field_prefill
 from fast_attention.near_field import step as near_field_step
 
-
 AnyProjection = TunedParameters | TrainedParameters | Float[Array, "..."] | None
 
 

