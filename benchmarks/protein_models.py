@@ -121,13 +121,14 @@ def train_and_evaluate(
         f"--valid_fasta={bundled_corpus('valid')}",
         f"--test_fasta={bundled_corpus('tiny')}",
     ]
-    _command(
-        "train",
-        f"--gin_file={_CONFIG}",
-        f"--work_dir={run}",
-        *files,
-        *(f"--gin_bindings={setting}" for setting in (*common, *settings)),
-    )
+    if not (run / "result.json").exists():
+        _command(
+            "train",
+            f"--gin_file={_CONFIG}",
+            f"--work_dir={run}",
+            *files,
+            *(f"--gin_bindings={setting}" for setting in (*common, *settings)),
+        )
     for name, split in sets.items():
         output = evaluation_file(run, name)
         if not output.exists():
