@@ -41,6 +41,7 @@ VARIANTS = {
     "relu": _RELU,
     "wderf_s running": [
         *_WDERF_S,
+        "make_fast_softmax_attention.calibration = 'stored'",
         "make_fast_softmax_attention.moment_decay = 0.99",
         "FlaxModel.recalibrate_interval = 20",
     ],
