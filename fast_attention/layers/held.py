@@ -73,8 +73,8 @@ def held_projection(held: Any) -> Any:
     if not isinstance(held, nnx.Dict):
         return held[...]
     if "norm" in held:
-        names = TrainedParameters._fields
-        return TrainedParameters(**{n: held[n][...] if n in held else None for n in names})
+        arrays: dict[str, Any] = {name: held[name][...] for name in held}
+        return TrainedParameters(**{"keep": None} | arrays)
     return TunedParameters(**{name: held[name][...] for name in TunedParameters._fields})
 
 

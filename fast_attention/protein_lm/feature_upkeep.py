@@ -41,14 +41,15 @@ def keep_up_features(
         redraw(stack, nnx.Rngs(jax.random.fold_in(key, _REDRAW)))
 
     def change(act: Callable[[Stack], Any], field: str, interval: int) -> Callable[[Any], Any]:
-        def changed(variables: Any) -> Any:
+        def apply(variables: Any) -> Any:
             model = nnx.merge(graphdef, parameters, variables)
             for stack in _stacks(model):
                 if getattr(stack.config, field) == interval:
                     act(stack)
-            return nnx.to_pure_dict(nnx.split(model, nnx.Param, ...)[2])
+            _, _, changed = nnx.split(model, nnx.Param, ...)
+            return nnx.to_pure_dict(changed)
 
-        return changed
+        return apply
 
     actions = {"recalibrate_interval": recalibrate, "redraw_interval": redraw_stack}
     configs = [stack.config for stack in _stacks(nnx.merge(graphdef, parameters, variables))]
