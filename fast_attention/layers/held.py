@@ -73,8 +73,8 @@ def held_projection(held: Any) -> Any:
     if not isinstance(held, nnx.Dict):
         return held[...]
     if "norm" in held:
-        arrays: dict[str, Any] = {name: held[name][...] for name in held}
-        return TrainedParameters(**{"keep": None} | arrays)
+        arrays: dict[str, Any] = {"keep": None} | {name: held[name][...] for name in held}
+        return TrainedParameters(**arrays)
     return TunedParameters(**{name: held[name][...] for name in TunedParameters._fields})
 
 
