@@ -26,7 +26,11 @@ from fast_attention.array_types import Array, Bool, Float
 from fast_attention.call_arguments import CallArguments
 from fast_attention.feature_maps.gaussian_family import tune
 from fast_attention.feature_maps.moments import Moments, measure, measure_visible
-from fast_attention.feature_maps.trained import TrainedParameters, begin_training
+from fast_attention.feature_maps.trained import (
+    SMALLEST_KEPT,
+    TrainedParameters,
+    begin_training,
+)
 from fast_attention.feature_maps.tuned import TunedFeatures, TunedParameters, fold
 from fast_attention.linear_attention.checks import split_bias
 
@@ -75,10 +79,10 @@ def retune(
     They are `TrainedParameters` for a map that is trained, else `TunedParameters`.
     """
     count = parameters.rows.shape[-2] * (2 if feature_map.both_signs else 1)
-    tuning = tune(feature_map.estimator, moments, count)
     if feature_map.trained:
+        tuning = tune(feature_map.estimator, moments, count, smallest_kept=SMALLEST_KEPT)
         return begin_training(parameters.rows, tuning, feature_map.estimator)
-    return fold(parameters.rows, tuning)
+    return fold(parameters.rows, tune(feature_map.estimator, moments, count))
 
 
 def parameters_of_call(

@@ -35,8 +35,8 @@ TRAINABLE_ESTIMATORS = ("wderf", "wderf_s")
 """Names of the estimators whose parameters can be trained: the unbiased ones, and with C."""
 
 
-SMALLEST_KEPT = 1e-5
-_SMALLEST = 1e-6
+SMALLEST_KEPT = 1e-4
+"""Of every direction, where training begins: what has no inverse cannot be trained."""
 
 
 class TrainedParameters(NamedTuple):
@@ -95,7 +95,8 @@ def begin_training(
 
     Args:
       rows: ``[*B, R, D]``.
-      tuning: From :func:`.gaussian_family.tune` or `untuned`, of leading axes ``[*B]``.
+      tuning: From :func:`.gaussian_family.tune` with `SMALLEST_KEPT`, or `untuned`, of leading
+        axes ``[*B]``.
       estimator: One of `TRAINABLE_ESTIMATORS`.
     """
     width = tuning.query_shift.shape[-1]
@@ -110,8 +111,7 @@ def begin_training(
     keep = None
     if estimator == "wderf_s":
         kept = _multiply(_transpose(turn), _multiply(key_norm, _transpose(norm)))
-        # Directions of which nothing is kept have no logarithm.
-        keep = _pack(_root(0.5 * (kept + _transpose(kept)) + SMALLEST_KEPT * eye))
+        keep = _pack(_root(0.5 * (kept + _transpose(kept))))
     return TrainedParameters(
         rows,
         tuning.query_shift,
@@ -141,7 +141,7 @@ def _pack(triangle: Array) -> Array:
     rows, columns = np.triu_indices(width)
     entries = triangle[..., rows, columns]
     diagonal = np.broadcast_to(rows == columns, entries.shape)
-    logarithm = jnp.log(jnp.where(diagonal, jnp.maximum(entries, _SMALLEST), 1))
+    logarithm = jnp.log(jnp.where(diagonal, entries, 1))
     return jnp.where(diagonal, logarithm, entries * width**0.5)
 
 
