@@ -15,7 +15,7 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,50 +79,58 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def measure(variant: Variant, steps: int, folder: Path) -> dict[str, Any]:
-    """Trains and evaluates one model.
+    """Trains and evaluates one model, see `train_and_evaluate`."""
+    settings = [f"experiment.model_cls = @{MODELS[variant.direction]}"]
+    settings += ATTENTION[variant.attention]
+    return train_and_evaluate(folder / variant.folder, settings, steps, variant.seed, SETS)
+
+
+def train_and_evaluate(
+    run: Path, settings: Sequence[str], steps: int, seed: int, sets: Mapping[str, str]
+) -> dict[str, Any]:
+    """Trains and evaluates one model of the demo's size on the demo's corpus.
 
     Args:
-      variant: Which.
+      run: The run's folder.
+      settings: Lines of gin after those of the demo.
       steps: Of training.
-      folder: Where the run goes.
+      seed: Of parameters and data.
+      sets: Bundled files to evaluate on, by name.
 
     Returns:
-      The evaluation by the names of `SETS`, and ``minutes`` of training.
+      The evaluation by the names of `sets`, and ``minutes`` of training.
 
     Raises:
       RuntimeError: If a command fails.
     """
     from fast_attention.protein_lm.corpus import bundled_corpus, bundled_splits
 
-    run = folder / variant.folder
     warmup = min(60, max(1, steps // 10))
-    settings = [
-        f"experiment.model_cls = @{MODELS[variant.direction]}",
-        f"FlaxModel.random_seed = {variant.seed}",
-        f"experiment.data_seed = {variant.seed}",
+    common = [
+        f"FlaxModel.random_seed = {seed}",
+        f"experiment.data_seed = {seed}",
         f"experiment.max_train_steps = {steps}",
         f"experiment.eval_frequency = {steps}",
         f"experiment.checkpoint_frequency = {min(200, steps)}",
         "experiment.num_samples = 0",
         f"create_learning_rate_scheduler.warmup_steps = {warmup}",
         f"create_learning_rate_scheduler.steps_per_cycle = {steps - warmup}",
-        *ATTENTION[variant.attention],
     ]
     files = [
         f"--fasta={bundled_corpus('train')}",
         f"--valid_fasta={bundled_corpus('valid')}",
         f"--test_fasta={bundled_corpus('tiny')}",
     ]
-    _command(
-        "train",
-        f"--gin_file={_CONFIG}",
-        f"--work_dir={run}",
-        *files,
-        *(f"--gin_bindings={setting}" for setting in settings),
-    )
-    found: dict[str, Any] = {}
-    for name, split in SETS.items():
-        output = run / f"evaluation-{name}.json"
+    if not (run / "result.json").exists():
+        _command(
+            "train",
+            f"--gin_file={_CONFIG}",
+            f"--work_dir={run}",
+            *files,
+            *(f"--gin_bindings={setting}" for setting in (*common, *settings)),
+        )
+    for name, split in sets.items():
+        output = evaluation_file(run, name)
         if not output.exists():
             _command(
                 "evaluate",
@@ -131,8 +139,20 @@ def measure(variant: Variant, steps: int, folder: Path) -> dict[str, Any]:
                 f"--split_file={bundled_splits()}",
                 f"--output={output}",
             )
-        found[name] = json.loads(output.read_text(encoding="utf-8"))
+    return read_figures(run, sets)
+
+
+def evaluation_file(run: Path, name: str) -> Path:
+    """Where the evaluation of a run on one of the sets is."""
+    return run / f"evaluation-{name}.json"
+
+
+def read_figures(run: Path, sets: Iterable[str]) -> dict[str, Any]:
+    """Returns what `train_and_evaluate` returned for a finished run."""
     result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+    found = {
+        name: json.loads(evaluation_file(run, name).read_text(encoding="utf-8")) for name in sets
+    }
     return found | {"minutes": result["seconds"] / 60}
 
 

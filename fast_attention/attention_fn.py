@@ -21,6 +21,7 @@ from fast_attention.calibration import Calibration
 from fast_attention.fast_attention_fn import FastAttention
 from fast_attention.feature_maps import (
     PROJECTIONS,
+    TRAINABLE_ESTIMATORS,
     TUNED_ESTIMATORS,
     FeatureMap,
     HyperbolicFeatures,
@@ -99,7 +100,8 @@ def make_fast_softmax_attention(
         padding excluded, nothing differentiated. "stored", the only one for causal attention:
         ``projection=`` of the call, as :func:`fast_attention.calibration.calibrate` makes it (or
         :func:`fast_attention.layers.calibrate` for a model). **Until calibrated it is plain
-        FAVOR+.**
+        FAVOR+.** "trained": parameters of "wderf" or "wderf_s" that layers hold as ``nnx.Param``
+        and the optimiser changes, see :mod:`fast_attention.feature_maps.trained`.
       moment_decay: with "stored" calibration, layers keep running averages of the moments in
         training, for :func:`fast_attention.layers.recalibrate`.
       seed: of the fixed projection.
@@ -125,7 +127,7 @@ def make_fast_softmax_attention(
     _check_options(nb_features, numerical_stabilizer, lax_scan_unroll, chunk_size, qkv_dim)
     check_saved_states(saved_states)
     name = _coupling(projection, ortho_features, ortho_scaling)
-    feature_map = _softmax_map(estimator, name, nb_features)
+    feature_map = _softmax_map(estimator, name, nb_features, calibration == "trained")
     if exact_window is not None:
         check_near_field(exact_window, feature_map)
     return FastAttention(
@@ -239,7 +241,7 @@ def _guard(feature_map: FeatureMap, numerical_stabilizer: float) -> float:
     return (numerical_stabilizer or SIGNED_GUARD) if feature_map.signed else 0.0
 
 
-def _softmax_map(estimator: str, projection: str, nb_features: int) -> FeatureMap:
+def _softmax_map(estimator: str, projection: str, nb_features: int, trained: bool) -> FeatureMap:
     """Returns the map of an estimator, with half the rows where both signs are used."""
     if estimator not in ESTIMATORS:
         raise ValueError(f"Unknown estimator {estimator!r}; choose one of {', '.join(ESTIMATORS)}.")
@@ -259,7 +261,7 @@ def _softmax_map(estimator: str, projection: str, nb_features: int) -> FeatureMa
         )
     rows = nb_features // 2 if both_signs else nb_features
     if estimator in TUNED_ESTIMATORS:
-        return TunedFeatures(estimator, rows, base, both_signs)
+        return TunedFeatures(estimator, rows, base, both_signs, trained)
     return (HyperbolicFeatures if both_signs else PositiveFeatures)(rows, base)
 
 
@@ -271,8 +273,10 @@ def _calibration(
 ) -> Calibration | None:
     """Returns where parameters come from, None for estimators without parameters from data."""
     tuned = estimator in TUNED_ESTIMATORS
-    if calibration not in (None, "call", "stored"):
-        raise ValueError(f"calibration must be 'call', 'stored' or None, got {calibration!r}.")
+    if calibration not in (None, "call", "stored", "trained"):
+        raise ValueError(
+            f"calibration must be 'call', 'stored', 'trained' or None, got {calibration!r}."
+        )
     if not tuned and (calibration is not None or moment_decay is not None):
         raise ValueError(
             f"estimator={estimator!r} has no parameters from data, so that calibration="
@@ -282,6 +286,11 @@ def _calibration(
     if calibration == "call" and unidirectional:
         raise ValueError(
             "calibration='call' would let causal attention know the future; use 'stored'."
+        )
+    if calibration == "trained" and estimator not in TRAINABLE_ESTIMATORS:
+        raise ValueError(
+            f"The parameters of estimator={estimator!r} cannot be trained: the family of "
+            f"{' and '.join(TRAINABLE_ESTIMATORS)} contains them all, so choose one of these."
         )
     if calibration is None and tuned:
         calibration = "stored" if unidirectional else "call"

@@ -1,14 +1,17 @@
 """Parameters of random features from the queries and keys they will meet.
 
 An attention function made with one of the tuned estimators (see
-:mod:`fast_attention.feature_maps.gaussian_family`) has its parameters either from each call or
-stored:
+:mod:`fast_attention.feature_maps.gaussian_family`) has its parameters from each call, stored or
+trained:
 
 * ``calibration="call"``: from the moments of the very queries and keys of a call, row by row and
   head by head, without the masked positions. Bidirectional attention only.
 * ``calibration="stored"``: given as ``projection=``, as :func:`calibrate` makes them from samples.
   Causal attention can have no others: what came from the whole sequence would know the future.
   Until they are calibrated they are those of plain FAVOR+.
+* ``calibration="trained"``: given as ``projection=``, too, and changed by the optimiser, see
+  :mod:`fast_attention.feature_maps.trained`. Layers hold them as ``nnx.Param``. They begin as those
+  of plain FAVOR+ or as :func:`calibrate` finds them. ("wderf" and "wderf_s".)
 
 Shape letters: B batch, T queries, S keys, H heads, K key/value heads, D head width, R rows drawn.
 """
@@ -23,13 +26,18 @@ from fast_attention.array_types import Array, Bool, Float
 from fast_attention.call_arguments import CallArguments
 from fast_attention.feature_maps.gaussian_family import tune
 from fast_attention.feature_maps.moments import Moments, measure, measure_visible
+from fast_attention.feature_maps.trained import (
+    SMALLEST_KEPT,
+    TrainedParameters,
+    begin_training,
+)
 from fast_attention.feature_maps.tuned import TunedFeatures, TunedParameters, fold
 from fast_attention.linear_attention.checks import split_bias
 
 if TYPE_CHECKING:
     from fast_attention.fast_attention_fn import FastAttention
 
-Calibration = Literal["call", "stored"]
+Calibration = Literal["call", "stored", "trained"]
 
 MOST_POSITIONS = 512
 """Positions of each row and head from which the moments of a call are taken, at most: with more of
@@ -43,8 +51,8 @@ def calibrate(
     *,
     query_mask: Bool[Array, "*B T"] | None = None,
     key_mask: Bool[Array, "*B S"] | None = None,
-    projection: TunedParameters | Float[Array, "*K R D"] | None = None,
-) -> TunedParameters:
+    projection: TunedParameters | TrainedParameters | Float[Array, "*K R D"] | None = None,
+) -> TunedParameters | TrainedParameters:
     """Returns parameters for queries and keys like these, for each key head.
 
     Args:
@@ -68,10 +76,16 @@ def calibrate(
 
 
 def retune(
-    feature_map: TunedFeatures, parameters: TunedParameters, moments: Moments
-) -> TunedParameters:
-    """Returns parameters with the same rows, for queries and keys of other moments."""
+    feature_map: TunedFeatures, parameters: TunedParameters | TrainedParameters, moments: Moments
+) -> Any:
+    """Returns parameters with the same rows, for queries and keys of other moments.
+
+    They are `TrainedParameters` for a map that is trained, else `TunedParameters`.
+    """
     count = parameters.rows.shape[-2] * (2 if feature_map.both_signs else 1)
+    if feature_map.trained:
+        tuning = tune(feature_map.estimator, moments, count, smallest_kept=SMALLEST_KEPT)
+        return begin_training(parameters.rows, tuning, feature_map.estimator)
     return fold(parameters.rows, tune(feature_map.estimator, moments, count))
 
 

@@ -120,9 +120,9 @@ def _projections(
 ) -> list[Any]:
     """Draws what the function is called with, calibrated where it has to be."""
     width = query.shape[-1]
-    if getattr(attention_fn, "calibration", None) != "stored":
+    if getattr(attention_fn, "calibration", None) not in ("stored", "trained"):
         return [attention_fn.draw_projection(k, width) for k in keys]
     first = attention_fn.draw_projection(keys[0], width)
-    tuned = calibrate(attention_fn, query, key, key_mask=key_mask, projection=first)
+    tuned: Any = calibrate(attention_fn, query, key, key_mask=key_mask, projection=first)
     redraw = tuned_map(attention_fn).redraw
     return [tuned, *(redraw(k, tuned) for k in keys[1:])]

@@ -20,9 +20,12 @@ from fast_attention.calibration import Calibration, parameters_of_call, without_
 from fast_attention.call_arguments import check_heads, prepare_call, refuse_unsupported
 from fast_attention.feature_maps import (
     FeatureMap,
+    TrainedParameters,
     TunedFeatures,
     TunedParameters,
+    begin_training,
     fold,
+    fold_trained,
     untuned,
 )
 from fast_attention.feature_maps.base import Parameters
@@ -40,6 +43,8 @@ from fast_attention.near_field import NearFieldState, near_field_attention
 from fast_attention.near_field import empty_state as empty_near_field_state
 from fast_attention.near_field import prefill as near_field_prefill
 from fast_attention.near_field import step as near_field_step
+
+AnyProjection = TunedParameters | TrainedParameters | Float[Array, "..."] | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -115,7 +120,7 @@ class FastAttention:
         key_mask: Bool[Array, ...] | None = None,
         segment_ids: Int[Array, ...] | None = None,
         query_mask: Bool[Array, ...] | None = None,
-        projection: TunedParameters | Float[Array, ...] | None = None,
+        projection: AnyProjection = None,
     ) -> Float[Array, "*B T H V"]:
         """Computes attention.
 
@@ -153,8 +158,8 @@ class FastAttention:
             padding. It decides only which queries count where parameters come from the call; None
             is `key_mask` where T = S, else all.
           projection: ``[M, D]``, or with leading head axes ``[K, M, D]``; used in place of the
-            fixed one. Or calibrated parameters of a tuned estimator, used as they are. Layers that
-            own their projection pass it here.
+            fixed one. Or parameters of a tuned estimator, calibrated or trained, used as they are.
+            Layers that own their projection pass it here.
 
         Returns:
           ``[*B, T, H, V]``. Rows that see no key are 0.
@@ -215,19 +220,25 @@ class FastAttention:
         )
         return call.unfold(out)
 
-    def draw_projection(
-        self, key: Array, head_dim: int
-    ) -> TunedParameters | Float[Array, "M D"] | None:
+    def draw_projection(self, key: Array, head_dim: int) -> AnyProjection:
         """Draws a projection ``[M, D]``, float32; None for a map without one.
 
-        With stored calibration these are parameters, of FAVOR+ to start with.
+        With stored or trained parameters these come with it, of FAVOR+ to start with.
         """
         drawn = self.feature_map.init(key, head_dim)
+        if self.calibration == "trained":
+            assert isinstance(self.feature_map, TunedFeatures)
+            return begin_training(drawn.rows, drawn.tuning, self.feature_map.estimator)
         return drawn.rows if self.calibration == "call" else drawn
 
-    def redraw_projection(self, key: Array, projection: TunedParameters) -> TunedParameters:
-        """Draws new rows for stored parameters, which stay calibrated."""
+    def redraw_projection(
+        self, key: Array, projection: TunedParameters | TrainedParameters
+    ) -> TunedParameters | TrainedParameters:
+        """Draws new rows for stored or trained parameters, which stay as they are."""
         assert isinstance(self.feature_map, TunedFeatures)
+        if isinstance(projection, TrainedParameters):
+            rows = self.feature_map.redraw_rows(key, projection.rows)
+            return projection._replace(rows=rows)
         return self.feature_map.redraw(key, projection)
 
     def init_state(
@@ -254,7 +265,7 @@ class FastAttention:
         value: Float[Array, "*B T K V"],
         *,
         key_mask: Bool[Array, "*B T"] | None = None,
-        projection: TunedParameters | Float[Array, ...] | None = None,
+        projection: AnyProjection = None,
     ) -> tuple[Float[Array, "*B T H V"], Any]:
         """Reads T tokens causally, continuing ``state``; padding (False) may be on either side."""
         check_heads(query, key, value)
@@ -280,7 +291,7 @@ class FastAttention:
         key: Float[Array, "*B K D"],
         value: Float[Array, "*B K V"],
         *,
-        projection: TunedParameters | Float[Array, ...] | None = None,
+        projection: AnyProjection = None,
     ) -> tuple[Float[Array, "*B H V"], Any]:
         """Reads one token: constant time and memory, however many came before."""
         read = step if self.exact_window is None else near_field_step
@@ -297,7 +308,7 @@ class FastAttention:
 
     def resolve_parameters(
         self,
-        projection: TunedParameters | Float[Array, ...] | None,
+        projection: AnyProjection,
         head_dim: int,
         rng: Array | None = None,
     ) -> Any:
@@ -319,15 +330,18 @@ class FastAttention:
                 "of all heads together. Build it with the right one, or with qkv_dim=None."
             )
         tuned = isinstance(self.feature_map, TunedFeatures)
-        if isinstance(projection, TunedParameters):
-            if not tuned or projection.rows.shape[-1] != head_dim:
+        if isinstance(projection, TunedParameters | TrainedParameters):
+            trained = isinstance(projection, TrainedParameters)
+            fits = self.calibration == "trained" or not trained
+            if not tuned or not fits or projection.rows.shape[-1] != head_dim:
                 raise ValueError(
-                    f"projection holds calibrated parameters for heads of width "
-                    f"{projection.rows.shape[-1]}, but this function has "
-                    f"{type(self.feature_map).__name__} and is called with heads of width "
-                    f"{head_dim}; calibrate(...) makes parameters for one function."
+                    f"projection holds {'trained' if trained else 'calibrated'} parameters for "
+                    f"heads of width {projection.rows.shape[-1]}, but this function has "
+                    f"{type(self.feature_map).__name__} with calibration={self.calibration!r} and "
+                    f"is called with heads of width {head_dim}; draw_projection(...) and "
+                    "calibrate(...) make parameters for one function."
                 )
-            return projection
+            return fold_trained(projection) if trained else projection
         if projection is None and self.redraw_features and rng is not None:
             # Independent of the dropout mask drawn from the same key.
             return self.feature_map.init(jax.random.fold_in(rng, 1), head_dim)

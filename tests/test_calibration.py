@@ -310,7 +310,10 @@ def test_original_options_mean_the_new_names():
         ({"projection": "orthogonal_antithetic", "nb_features": 5}, "must be even, got 5"),
         ({"estimator": "wderf_s", "calibration": "call", "unidirectional": True}, "the future"),
         ({"calibration": "stored"}, "'favor\\+' has no parameters from data"),
-        ({"estimator": "wderf", "calibration": "ema"}, "must be 'call', 'stored' or None"),
+        (
+            {"estimator": "wderf", "calibration": "ema"},
+            "'stored', 'trained' or None, got 'ema'",
+        ),
         ({"estimator": "wderf", "moment_decay": 0.9}, "is for calibration='stored'"),
         (
             {"estimator": "wderf", "calibration": "stored", "moment_decay": 1.0},

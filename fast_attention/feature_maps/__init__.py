@@ -24,6 +24,10 @@ from fast_attention.feature_maps.projections import orthogonal_projection as ort
 from fast_attention.feature_maps.softmax import HyperbolicFeatures as HyperbolicFeatures
 from fast_attention.feature_maps.softmax import PositiveFeatures as PositiveFeatures
 from fast_attention.feature_maps.softmax import TrigonometricFeatures as TrigonometricFeatures
+from fast_attention.feature_maps.trained import TRAINABLE_ESTIMATORS as TRAINABLE_ESTIMATORS
+from fast_attention.feature_maps.trained import TrainedParameters as TrainedParameters
+from fast_attention.feature_maps.trained import begin_training as begin_training
+from fast_attention.feature_maps.trained import fold_trained as fold_trained
 from fast_attention.feature_maps.tuned import TunedFeatures as TunedFeatures
 from fast_attention.feature_maps.tuned import TunedParameters as TunedParameters
 from fast_attention.feature_maps.tuned import fold as fold

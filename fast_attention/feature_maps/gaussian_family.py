@@ -100,13 +100,16 @@ def keeps_lengths(estimator: str) -> bool:
     return estimator.removeprefix(CENTRED) in ("favor+", "favor++", "sderf")
 
 
-def tune(estimator: str, moments: Moments, num_features: int) -> Tuning:
+def tune(
+    estimator: str, moments: Moments, num_features: int, *, smallest_kept: float = 0.0
+) -> Tuning:
     """Returns the parameters that suit queries and keys of these moments.
 
     Args:
       estimator: one of :data:`TUNED_ESTIMATORS`.
       moments: of raw queries and keys, leading axes ``[*B]``.
       num_features: M, which decides how far "wderf_s" shrinks.
+      smallest_kept: the least c of a direction; 0 may leave matrices without an inverse.
 
     Returns:
       Finite parameters, whatever the moments: equal keys, one position or none.
@@ -126,7 +129,9 @@ def tune(estimator: str, moments: Moments, num_features: int) -> Tuning:
             (side.covariance + side.mean[..., :, None] * side.mean[..., None, :]) * scale**2
             for side in moments
         )
-    p1, p2, curvature, basis = _solve(base, second_x, second_y, mean_x, mean_y, num_features)
+    p1, p2, curvature, basis = _solve(
+        base, second_x, second_y, mean_x, mean_y, num_features, smallest_kept
+    )
     root = jnp.sqrt(1 - 4 * curvature)
     return Tuning(
         a / scale,
@@ -183,7 +188,13 @@ def balance(second_x: Array, second_y: Array) -> tuple[Array, Array, Array, Arra
 
 
 def _solve(
-    base: str, second_x: Array, second_y: Array, mean_x: Array, mean_y: Array, num_features: int
+    base: str,
+    second_x: Array,
+    second_y: Array,
+    mean_x: Array,
+    mean_y: Array,
+    num_features: int,
+    smallest_kept: float,
 ) -> tuple[Array, Array, Array, Array]:
     """Returns P1, P2 (times the root of c), A, and the basis of rows."""
     width = second_x.shape[-1]
@@ -211,7 +222,9 @@ def _solve(
         square = 2 * sigma + 2 * _apply(p1, mean_x) * _apply(p2, mean_y)
         curvature = _one_curvature(square) if base == "aderf" else _curvatures(square)
         return p1, p2, curvature, basis
-    keep = shrinkage(sigma, num_features) if base == "wderf_s" else jnp.ones_like(sigma)
+    keep = jnp.ones_like(sigma)
+    if base == "wderf_s":
+        keep = jnp.maximum(shrinkage(sigma, num_features), smallest_kept)
     sigma = keep * sigma
     # Of the weight that attention gives, keys lie further out than queries.
     gain = (1 + sigma**2) ** 0.25

@@ -85,7 +85,7 @@ def fold(rows: Float[Array, "*B R D"], tuning: Tuning) -> TunedParameters:
 class TunedFeatures(FeatureMap):
     """Positive features of the Gaussian family, see :mod:`.gaussian_family`.
 
-    Nothing is differentiated with respect to their parameters.
+    Nothing is differentiated with respect to their parameters, unless these are trained.
 
     Parameters as drawn are those of FAVOR+, whatever the estimator; those that suit given data come
     from :func:`fast_attention.calibration.calibrate`.
@@ -95,12 +95,14 @@ class TunedFeatures(FeatureMap):
       num_rows: R, rows of the projection.
       projection: its name in :data:`fast_attention.feature_maps.projections.PROJECTIONS`.
       both_signs: use every row and its negative, M = 2 R features for the product of R.
+      trained: differentiate with respect to the parameters, see :mod:`.trained`.
     """
 
     estimator: str
     num_rows: int = 256
     projection: str = "orthogonal"
     both_signs: bool = False
+    trained: bool = False
 
     def __post_init__(self):
         """Raises ValueError for an unknown estimator."""
@@ -113,10 +115,14 @@ class TunedFeatures(FeatureMap):
 
     def redraw(self, key: Array, parameters: TunedParameters) -> TunedParameters:
         """Draws new rows for the same tuning; rows with leading axes get new ones each."""
-        *leading, num_rows, width = parameters.rows.shape
+        return fold(self.redraw_rows(key, parameters.rows), parameters.tuning)
+
+    def redraw_rows(self, key: Array, rows: Float[Array, "*B R D"]) -> Float[Array, "*B R D"]:
+        """Draws new rows in place of others."""
+        *leading, num_rows, width = rows.shape
         keys = jax.random.split(key, math.prod(leading))
-        rows = jax.vmap(lambda k: draw_projection(self.projection, k, num_rows, width))(keys)
-        return fold(rows.reshape(parameters.rows.shape), parameters.tuning)
+        drawn = jax.vmap(lambda k: draw_projection(self.projection, k, num_rows, width))(keys)
+        return drawn.reshape(rows.shape)
 
     def num_features(self, parameters: Parameters, head_dim: int) -> int:
         """Returns M."""
@@ -133,7 +139,7 @@ class TunedFeatures(FeatureMap):
     ) -> Features:
         """Returns M log-features a position; see the class."""
         # Constants of the data, not weights: without this their gradients would be computed.
-        p: TunedParameters = jax.lax.stop_gradient(parameters)
+        p = parameters if self.trained else jax.lax.stop_gradient(parameters)
         own = p.query_shift if is_query else p.key_shift
         centred = x - _as_row(own, x)
         log = project(centred, p.query_weight if is_query else p.key_weight)

@@ -31,7 +31,8 @@ def calibrate(model: nnx.Module, *args: Any, **kwargs: Any) -> int:
     the parameters for the queries and keys (after rotary positions, without padding) that they met,
     all rows of the batch together. The parameters are stored with the model, and used by calls and
     by decoding until calibrated again. Calibrating deeper layers changes nothing before them, but
-    what layers see depends on the layers before: calibrate twice where that matters.
+    what layers see depends on the layers before: calibrate twice where that matters. With
+    ``calibration="trained"`` this is where training goes on from.
 
     Args:
       model: Any module with `MultiHeadAttention` or `MultiAxisAttention` layers inside.
@@ -44,7 +45,7 @@ def calibrate(model: nnx.Module, *args: Any, **kwargs: Any) -> int:
     Raises:
       ValueError: If the model has nothing to calibrate.
     """
-    met = query_key_moments(model, *args, where=_is_stored, **kwargs)
+    met = query_key_moments(model, *args, where=_is_fitted, **kwargs)
     if not met:
         raise ValueError(
             f"{type(model).__name__} has no attention with stored parameters to calibrate: make "
@@ -131,5 +132,5 @@ def _held_by(module: Any) -> list[tuple[Any, Any]]:
     return []
 
 
-def _is_stored(function: Callable[..., Any]) -> bool:
-    return getattr(function, "calibration", None) == "stored"
+def _is_fitted(function: Callable[..., Any]) -> bool:
+    return getattr(function, "calibration", None) in ("stored", "trained")

@@ -22,6 +22,7 @@ from fast_attention.feature_maps.moments import (
     no_moments,
     running_average,
 )
+from fast_attention.feature_maps.trained import TrainedParameters
 from fast_attention.feature_maps.tuned import TunedParameters, fold
 from fast_attention.layers.attention_call import Visible
 from fast_attention.layers.attention_config import AttentionConfig
@@ -29,6 +30,10 @@ from fast_attention.layers.attention_config import AttentionConfig
 
 class Projection(nnx.Variable):
     """What a group of heads has drawn and not learned, such as random features ``[.., M, D]``."""
+
+
+class TrainedTuning(nnx.Param):
+    """Parameters of random features that the optimiser changes, of a group of heads."""
 
 
 class RunningMoments(nnx.BatchStat):
@@ -43,10 +48,19 @@ def as_held(drawn: Any, kv_heads: int) -> Any:
       kv_heads: K; each key head gets tuned parameters of its own.
 
     Returns:
-      A `Projection`, an ``nnx.Dict`` of them by the names of `TunedParameters`, or None.
+      A `Projection`, an ``nnx.Dict`` of them by the names of `TunedParameters`, one of a
+      `Projection` and of `TrainedTuning` by the names of `TrainedParameters`, or None.
     """
     if drawn is None:
         return None
+    if isinstance(drawn, TrainedParameters):
+        trained = drawn._replace(rows=None)._asdict()
+        made: dict[str, Any] = {
+            name: TrainedTuning(jnp.broadcast_to(x, (kv_heads, *x.shape)))
+            for name, x in trained.items()
+            if x is not None
+        }
+        return nnx.Dict(made | {"rows": Projection(drawn.rows[None])})
     if not isinstance(drawn, TunedParameters):
         return Projection(drawn)
     heads = jax.tree.map(lambda x: jnp.broadcast_to(x, (kv_heads, *x.shape)), drawn.tuning)
@@ -58,13 +72,17 @@ def held_projection(held: Any) -> Any:
     """Returns what was held, as attention functions take it."""
     if not isinstance(held, nnx.Dict):
         return held[...]
+    if "norm" in held:
+        arrays: dict[str, Any] = {"keep": None} | {name: held[name][...] for name in held}
+        return TrainedParameters(**arrays)
     return TunedParameters(**{name: held[name][...] for name in TunedParameters._fields})
 
 
-def hold(held: nnx.Dict, parameters: TunedParameters) -> None:
+def hold(held: nnx.Dict, parameters: TunedParameters | TrainedParameters) -> None:
     """Replaces the parameters held."""
     for name, x in parameters._asdict().items():
-        held[name][...] = x
+        if x is not None:
+            held[name][...] = x
 
 
 def redraw(

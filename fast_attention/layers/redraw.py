@@ -6,6 +6,7 @@ import dataclasses
 
 from flax import nnx
 
+from fast_attention.layers.calibrate import recalibrate
 from fast_attention.layers.multi_axis import MultiAxisAttention
 from fast_attention.layers.multi_head import MultiHeadAttention
 from fast_attention.layers.stack import Stack
@@ -43,11 +44,7 @@ def redraw_every(model: nnx.Module, interval: int | None, step: int, rngs: nnx.R
     Raises:
       ValueError: If `interval` is not positive.
     """
-    if interval is None:
-        return False
-    if interval < 1:
-        raise ValueError(f"interval must be at least 1, or None for never, got {interval}.")
-    if step == 0 or step % interval:
+    if not _due(interval, step):
         return False
     redraw(model, rngs)
     return True
@@ -55,6 +52,9 @@ def redraw_every(model: nnx.Module, interval: int | None, step: int, rngs: nnx.R
 
 def redraw_due(model: nnx.Module, step: int, rngs: nnx.Rngs) -> bool:
     """Redraws every stack whose ``redraw_interval`` has gone by, see `redraw_every`.
+
+    Where the ``recalibrate_interval`` has gone by, features are fitted to the running averages, see
+    `recalibrate`.
 
     Args:
       model: Any module with `Stack` modules somewhere inside.
@@ -65,6 +65,9 @@ def redraw_due(model: nnx.Module, step: int, rngs: nnx.Rngs) -> bool:
       Whether it redrew any.
     """
     stacks = [module for _, module in nnx.iter_modules(model) if isinstance(module, Stack)]
+    for stack in stacks:
+        if _due(stack.config.recalibrate_interval, step):
+            recalibrate(stack)
     return any([redraw_every(s, s.config.redraw_interval, step, rngs) for s in stacks])
 
 
@@ -73,3 +76,11 @@ def fix_projections(model: nnx.Module) -> None:
     for _, module in nnx.iter_modules(model):
         if isinstance(module, Stack):
             module.config = dataclasses.replace(module.config, redraw_interval=None)
+
+
+def _due(interval: int | None, step: int) -> bool:
+    if interval is None:
+        return False
+    if interval < 1:
+        raise ValueError(f"interval must be at least 1, or None for never, got {interval}.")
+    return step != 0 and step % interval == 0

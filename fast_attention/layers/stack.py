@@ -40,6 +40,8 @@ class StackConfig:
       layer_dropout_rate: Of whole blocks in training; one block always stays.
       redraw_interval: Optimiser steps between two redraws of random features, for
         `redraw_due`; None keeps them.
+      recalibrate_interval: Optimiser steps between two fits of tuned features to the running
+        averages of queries and keys (attention functions with ``moment_decay``), for `redraw_due`.
     """
 
     features: int
@@ -52,6 +54,7 @@ class StackConfig:
     remat: bool = False
     layer_dropout_rate: float = 0.0
     redraw_interval: int | None = None
+    recalibrate_interval: int | None = None
 
     def __post_init__(self):
         """Checks every field.
@@ -74,11 +77,10 @@ class StackConfig:
             raise ValueError(
                 f"layer_dropout_rate must be in [0, 1), got {self.layer_dropout_rate}."
             )
-        if self.redraw_interval is not None and self.redraw_interval < 1:
-            raise ValueError(
-                "redraw_interval must be at least 1, or None for never, got "
-                f"{self.redraw_interval}."
-            )
+        for name in ("redraw_interval", "recalibrate_interval"):
+            interval = getattr(self, name)
+            if interval is not None and interval < 1:
+                raise ValueError(f"{name} must be at least 1, or None for never, got {interval}.")
 
 
 class Stack(nnx.Module):

@@ -116,6 +116,9 @@ class TransformerConfig:
         `fast_attention.layers.UnitQueryKey`.
       remat: The backward pass keeps the stream before each attention and feed-forward part, and
         computes the rest again: less memory, about a third more time.
+      redraw_interval: Training steps between two redraws of random features; None keeps them.
+      recalibrate_interval: Training steps between two fits of tuned features to the running
+        averages of queries and keys, for attention functions with ``moment_decay``.
     """
 
     vocab_size: int
@@ -136,6 +139,8 @@ class TransformerConfig:
     dtype: Any = jnp.float32
     qk_norm: bool = False
     remat: bool = False
+    redraw_interval: int | None = None
+    recalibrate_interval: int | None = None
 
     def __post_init__(self):
         """Checks every field.
@@ -219,7 +224,13 @@ class TransformerConfig:
         block = (SublayerConfig(attention, shifts), SublayerConfig(feed_forward, shifts))
         return LanguageModelConfig(
             self.vocab_size,
-            StackConfig(self.emb_dim, (block,) * self.num_layers, remat=self.remat),
+            StackConfig(
+                self.emb_dim,
+                (block,) * self.num_layers,
+                remat=self.remat,
+                redraw_interval=self.redraw_interval,
+                recalibrate_interval=self.recalibrate_interval,
+            ),
             max_len=self.max_len,
             positions="none" if self.positions == "rotary" else self.positions,
             dropout_rate=self.dropout_rate,

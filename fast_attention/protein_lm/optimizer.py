@@ -97,7 +97,8 @@ def decay_mask(parameters: Any) -> Any:
     """Says which parameters weight decay may shrink: matrices, and no embedding.
 
     Norms and biases have their natural value elsewhere than at zero, and the rows of an embedding
-    are mostly absent from a batch, so that decay would erase the rare ones.
+    are mostly absent from a batch, so that decay would erase the rare ones. Trained parameters of
+    random features (within ``projections``) belong to the estimate of attention, not to the model.
 
     Args:
       parameters: Nested dict of arrays.
@@ -109,7 +110,7 @@ def decay_mask(parameters: Any) -> Any:
     def decays(path: tuple[Any, ...], parameter: Any) -> bool:
         names = [str(getattr(entry, "key", entry)).lower() for entry in path]
         excluded = names[-1] in ("bias", "scale") or any(
-            word in name for name in names for word in ("embed", "position", "norm")
+            word in name for name in names for word in ("embed", "position", "norm", "projections")
         )
         return jnp.ndim(parameter) >= 2 and not excluded
 

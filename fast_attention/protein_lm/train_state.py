@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from fast_attention.meshes import batch_shardings
 from fast_attention.models.placement import parameter_shardings
 from fast_attention.protein_lm import metrics
+from fast_attention.protein_lm.feature_upkeep import keep_up_features
 
 Batch = Mapping[str, Any]
 
@@ -112,7 +113,8 @@ def make_train_step(
     """Makes the jitted step ``(state, batch) -> (state, sums)``.
 
     The loss is the mean cross-entropy over the batch's weights. The state passed in is donated:
-    its buffers are reused and must not be read again.
+    its buffers are reused and must not be read again. Random features are redrawn and recalibrated
+    after the steps that the model's stacks say, see `keep_up_features`.
 
     Where the loss or the gradient is infinite or not a number, the step is counted, and all else
     of the state stays as it was: nothing of such a step enters the parameters, the moments of the
@@ -159,6 +161,8 @@ def make_train_step(
                 state.average,
                 parameters,
             )
+        step_key = jax.random.fold_in(state.key, state.step)
+        variables = keep_up_features(graphdef, parameters, variables, step_key, state.step + 1)
         sound = jnp.isfinite(norm) & jnp.isfinite(sums["loss"])
         before = (state.parameters, state.variables, state.opt_state, state.average)
         after = (parameters, variables, opt_state, average)

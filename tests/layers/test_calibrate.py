@@ -24,7 +24,9 @@ from fast_attention.layers import (
     calibrate,
     recalibrate,
     redraw,
+    redraw_due,
 )
+from fast_attention.layers.held import TrainedTuning
 from fast_attention.layers.inputs import Inputs
 
 B, T, H, K, D, FEATURES = 2, 8, 4, 2, 4, 16
@@ -175,3 +177,58 @@ def test_bidirectional_layers_need_no_calibration():
         calibrate(layer, sample())
     with pytest.raises(ValueError, match="keeps no running moments"):
         recalibrate(layer)
+
+
+def trained_layer():
+    return MultiHeadAttention(FEATURES, config(calibration="trained"), rngs=nnx.Rngs(0))
+
+
+def test_trained_parameters_are_parameters_of_the_layer():
+    layer = trained_layer()
+    names = {"query_shift", "key_shift", "norm", "spread", "keep"}
+    assert set(held(layer, TrainedTuning)["projections"][0]) == names
+    assert set(held(layer, Projection)["projections"][0]) == {"rows"}
+    graphdef, parameters, rest = nnx.split(layer, nnx.Param, ...)
+
+    @jax.jit
+    def gradient(parameters, x):
+        loss = lambda p: jnp.sum(nnx.merge(graphdef, p, rest)(x) ** 2)  # noqa: E731
+        return jax.grad(loss)(parameters)
+
+    slopes = gradient(parameters, sample())["projections"][0]
+    assert set(slopes) == names
+    assert all(np.abs(slopes[name][...]).max() > 1e-6 for name in names)
+
+
+def test_training_goes_on_from_the_calibration_and_a_redraw_keeps_it():
+    layer = trained_layer()
+    plain = MultiHeadAttention(FEATURES, config(), rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(layer(sample()), plain(sample()), rtol=1e-3, atol=1e-4)
+    start = held(layer, TrainedTuning)
+    assert calibrate(layer, sample()) == 1
+    found = held(layer, TrainedTuning)
+    assert_state_close(start, found, close=False)
+    rows = held(layer)
+    redraw(layer, nnx.Rngs(3))
+    assert_state_close(found, held(layer, TrainedTuning))
+    assert_state_close(rows, held(layer), close=False)
+    whole = layer(sample())
+    places = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
+    first, state = layer.prefill(
+        layer.init_state(B, T), sample()[:, :-1], Inputs(positions=places[:, :-1])
+    )
+    last, _ = layer.step(state, sample()[:, -1], Inputs(positions=places[:, -1]))
+    together = jnp.concatenate([first, last[:, None]], 1)
+    np.testing.assert_allclose(together, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_running_averages_are_used_at_their_interval():
+    model = stack(recalibrate_interval=3)
+    nnx.jit(lambda m, x: m(x, deterministic=False, rngs=nnx.Rngs(0)))(model, sample())
+    start = held(model)
+    assert not redraw_due(model, 2, nnx.Rngs(0))
+    assert_state_close(start, held(model))
+    assert not redraw_due(model, 3, nnx.Rngs(0))
+    assert_state_close(start, held(model), close=False)
+    with pytest.raises(ValueError, match="recalibrate_interval must be at least 1.*got 0"):
+        stack(recalibrate_interval=0)

@@ -1,0 +1,157 @@
+r"""Parameters of the positive Gaussian family that an optimiser changes, whatever it makes of them.
+
+The formula is that of :mod:`.gaussian_family` with ``w`` replaced by ``F^T w``: for any matrices N
+and F that have an inverse, and any a and b,
+
+    log phi_Q,m = (|w|^2 - |F^T w|^2) / 4 + (F^T w) . x~ - |x~|^2 / 2 + b . x - a . b + const
+    x~ = N (x - a),   y~ = C N^(-T) (y - b)
+
+has ``E sum_m phi_Q,m phi_K,m = exp(x . y)`` where ``C = I``. The second moment of a feature is
+finite where ``F^T F > I / 2``. Hence triangular matrices, their diagonals as logarithms, and
+
+    N = U(norm),   F^T F = (I + U(spread)^T U(spread)) / 2,   C = U(keep)^T U(keep)
+
+with F triangular, too: every array of numbers is admissible, and zeros are FAVOR+. Since rows may
+be turned, this is the whole family, ADERF+ and WDERF among it, once. With ``keep`` ("wderf_s") the
+kernel estimated is ``exp((x - a)^T N^T C N^(-T) (y - b) + ..)``, which is another one: shrunk where
+C is less than I. It may become more, too.
+
+Shape letters: B batch (key heads), D head width, R rows drawn, N = D (D + 1) / 2.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fast_attention.array_types import Array, Float
+from fast_attention.feature_maps.gaussian_family import Tuning
+from fast_attention.feature_maps.tuned import TunedParameters, fold
+
+TRAINABLE_ESTIMATORS = ("wderf", "wderf_s")
+"""Names of the estimators whose parameters can be trained: the unbiased ones, and with C."""
+
+
+SMALLEST_KEPT = 1e-4
+"""Of every direction, where training begins: what has no inverse cannot be trained."""
+
+
+class TrainedParameters(NamedTuple):
+    """Random rows, and numbers of which any value will do; heads may differ in all of them.
+
+    Entries of triangles beside the diagonal are in units of ``D^(-1/2)``, so that steps of one
+    size in all of them change a matrix equally at every width.
+
+    Attributes:
+      rows: ``[*B, R, D]``, as drawn, not trained.
+      query_shift: a, ``[*B, D]``, on the scale of queries.
+      key_shift: b, ``[*B, D]``, on that of keys.
+      norm: upper triangle of N, ``[*B, N]``.
+      spread: of the root of ``2 F^T F - I``, ``[*B, N]``.
+      keep: of the root of C, ``[*B, N]``; None is ``C = I``.
+    """
+
+    rows: Float[Array, "*B R D"]
+    query_shift: Float[Array, "*B D"]
+    key_shift: Float[Array, "*B D"]
+    norm: Float[Array, "*B N"]
+    spread: Float[Array, "*B N"]
+    keep: Float[Array, "*B N"] | None
+
+
+def fold_trained(parameters: TrainedParameters) -> TunedParameters:
+    """Returns what features are computed with; differentiable, but for the rows."""
+    width = parameters.query_shift.shape[-1]
+    norm = _triangle(parameters.norm, width)
+    spread = _triangle(parameters.spread, width)
+    eye = _eye_like(norm)
+    root = jnp.linalg.cholesky(0.5 * (eye + _multiply(_transpose(spread), spread)))
+    inverse = jax.scipy.linalg.solve_triangular(norm, eye, trans="T", lower=False)
+    if parameters.keep is not None:
+        keep = _triangle(parameters.keep, width)
+        inverse = _multiply(_transpose(keep), _multiply(keep, inverse))
+    scale = width**-0.25
+    tuning = Tuning(
+        parameters.query_shift,
+        parameters.key_shift,
+        query_norm=norm * scale,
+        key_norm=inverse * scale,
+        stretch=_transpose(root),
+        log_stretch=jnp.log(jnp.diagonal(root, axis1=-2, axis2=-1)).sum(-1),
+    )
+    return fold(jax.lax.stop_gradient(parameters.rows), tuning)
+
+
+def begin_training(
+    rows: Float[Array, "*B R D"], tuning: Tuning, estimator: str
+) -> TrainedParameters:
+    """Returns the numbers that stand for a tuning, where training begins.
+
+    Features of the same rows differ, as those of turned rows would: in distribution they are the
+    same. A tuning that shrinks keeps its shrinkage for "wderf_s" alone.
+
+    Args:
+      rows: ``[*B, R, D]``.
+      tuning: From :func:`.gaussian_family.tune` with `SMALLEST_KEPT`, or `untuned`, of leading
+        axes ``[*B]``.
+      estimator: One of `TRAINABLE_ESTIMATORS`.
+    """
+    width = tuning.query_shift.shape[-1]
+    query_norm, key_norm = (x * width**0.25 for x in (tuning.query_norm, tuning.key_norm))
+    turn, norm = jnp.linalg.qr(query_norm)
+    # A triangle with a positive diagonal.
+    sign = jnp.where(jnp.diagonal(norm, axis1=-2, axis2=-1) < 0, -1, 1).astype(norm.dtype)
+    turn, norm = turn * sign[..., None, :], norm * sign[..., :, None]
+    eye = _eye_like(norm)
+    stretch = _multiply(tuning.stretch, turn)
+    spread = 2 * _multiply(_transpose(stretch), stretch) - eye
+    keep = None
+    if estimator == "wderf_s":
+        kept = _multiply(_transpose(turn), _multiply(key_norm, _transpose(norm)))
+        keep = _pack(_root(0.5 * (kept + _transpose(kept))))
+    return TrainedParameters(
+        rows,
+        tuning.query_shift,
+        tuning.key_shift,
+        norm=_pack(norm),
+        spread=_pack(_root(spread)),
+        keep=keep,
+    )
+
+
+def _root(square: Array) -> Array:
+    """The upper triangle U with ``U^T U`` equal to a matrix."""
+    return _transpose(jnp.linalg.cholesky(square))
+
+
+def _triangle(packed: Array, width: int) -> Array:
+    """Makes ``[*B, D, D]`` of ``[*B, N]``."""
+    rows, columns = np.triu_indices(width)
+    diagonal = np.broadcast_to(rows == columns, packed.shape)
+    entries = jnp.where(diagonal, jnp.exp(packed), packed * width**-0.5)
+    empty = jnp.zeros((*packed.shape[:-1], width, width), packed.dtype)
+    return empty.at[..., rows, columns].set(entries)
+
+
+def _pack(triangle: Array) -> Array:
+    width = triangle.shape[-1]
+    rows, columns = np.triu_indices(width)
+    entries = triangle[..., rows, columns]
+    diagonal = np.broadcast_to(rows == columns, entries.shape)
+    logarithm = jnp.log(jnp.where(diagonal, entries, 1))
+    return jnp.where(diagonal, logarithm, entries * width**0.5)
+
+
+def _eye_like(matrix: Array) -> Array:
+    return jnp.broadcast_to(jnp.eye(matrix.shape[-1], dtype=matrix.dtype), matrix.shape)
+
+
+def _transpose(matrix: Array) -> Array:
+    return jnp.swapaxes(matrix, -1, -2)
+
+
+def _multiply(left: Array, right: Array) -> Array:
+    return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
