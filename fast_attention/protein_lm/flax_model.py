@@ -25,6 +25,7 @@ from fast_attention.protein_lm import (
     embedding,
     metrics,
     optimizer,
+    process_arrays,
     scoring,
     train_state,
 )
@@ -268,7 +269,7 @@ class FlaxModel:
             )
             for batch in found
         ]
-        return jax.device_get(sums)
+        return process_arrays.fetch(sums)
 
     @classmethod
     def load(cls, run_dir: str | os.PathLike[str]) -> Self:

@@ -22,10 +22,13 @@ from fast_attention.protein_lm import (
     metrics,
     metrics_log,
     plots,
+    process_arrays,
+    processes,
     report,
     run_folder,
     sampling,
     stopping,
+    train_state,
     training_loop,
 )
 from fast_attention.protein_lm.corpus import Corpus, bundled_corpus, domain_letters, load_corpus
@@ -141,6 +144,7 @@ def run_experiment(
             "make_protein_domain.length (and FlaxModel.max_len, if that is set)"
         )
     batch_size = batch_size_per_device * model.mesh.size
+    rows = process_arrays.own_rows(train_state.batch_sharding(model.mesh, batch_size), batch_size)
     skipped = {name: SkippedRecords(keep=None) for name in ("train", "valid", "test")}
     dataset = data.make_dataset(
         train_files,
@@ -155,6 +159,7 @@ def run_experiment(
         masking=model.masking,
         on_error=on_error,
         skipped=skipped["train"],
+        rows=(rows.first, rows.last),
     )
     validate = None
     if valid_files is not None:
@@ -164,14 +169,14 @@ def run_experiment(
     if initial_run is not None and not folder.config.exists():
         _check_initial_run(RunFolder(Path(initial_run)), model)
     if early_stopping is not None and validate is None:
-        print("warning: early_stopping needs valid_files, and there are none", file=sys.stderr)
+        _warn("early_stopping needs valid_files, and there are none")
     asked, used = gin.config_str(), gin.operative_config_str()
-    run_folder.claim(folder, used, model.domain, asked=asked)
+    processes.in_turn(lambda: run_folder.claim(folder, used, model.domain, asked=asked))
     for name in sorted(run_folder.settings(asked).keys() - run_folder.settings(used).keys()):
-        print(f"warning: nothing uses the setting {name}", file=sys.stderr)
-    if folder.result.exists():
+        _warn(f"nothing uses the setting {name}")
+    if process_arrays.any_process(folder.result.exists()):
         result = json.loads(folder.result.read_text(encoding="utf-8"))
-        print(f"the run in {folder.path} is finished\n\n{report.format_report(result, folder)}")
+        _tell(f"the run in {folder.path} is finished\n\n{report.format_report(result, folder)}")
         return result
     for name in ("train", "valid"):
         _tell_skipped(folder, name, skipped[name])
@@ -189,14 +194,14 @@ def run_experiment(
             state, progress = found
             _check_batch_size(folder, progress.batch_size, batch_size)
             iterator.set_state(progress.iterator)
-            print(f"resuming the run in {folder.path} after step {int(state.step)}")
+            _tell(f"resuming the run in {folder.path} after step {int(state.step)}")
         save = functools.partial(checkpoints.save, manager, keep=checkpoints_to_keep)
         with (
             metrics_log.open_metrics_log(folder, int(state.step)) as log,
             stopping.catch_stop_requests() as stop,
         ):
             state, progress = training_loop.train_loop(
-                model, state, progress, iterator, times, log, save, validate, stop
+                model, state, progress, iterator, times, log, save, validate, stop, rows
             )
 
     steps = int(state.step)
@@ -218,10 +223,21 @@ def run_experiment(
         "samples": _sample(model, num_samples, max_sample_length),
     }
     _tell_skipped(folder, "test", skipped["test"])
-    _draw(folder, result)
-    run_folder.write_file(folder.result, json.dumps(result, indent=1) + "\n")
-    print(report.format_report(result, folder))
+    if processes.is_primary():
+        _draw(folder, result)
+        run_folder.write_file(folder.result, json.dumps(result, indent=1) + "\n")
+    _tell(report.format_report(result, folder))
     return result
+
+
+def _tell(text: str) -> None:
+    if processes.is_primary():
+        print(text)
+
+
+def _warn(text: str) -> None:
+    if processes.is_primary():
+        print(f"warning: {text}", file=sys.stderr)
 
 
 def abstract_state(model: FlaxModel) -> TrainState:
@@ -259,12 +275,15 @@ def _baselines(
     alphabet: str,
 ) -> Sequence[baselines.NGram | baselines.TabulatedNGram]:
     """Those of the run; a resumed run need not count again."""
-    if not folder.baselines.exists():
+    # What is there is there for all processes; what is not, each counts rather than waits.
+    if not process_arrays.any_process(folder.baselines.exists()):
         files = [train_files] if isinstance(train_files, str) else list(train_files)
         found = evaluation.fit_baselines(
             files, valid=valid_files, on_error=on_error, alphabet=alphabet
         )
-        evaluation.save_baselines(folder.baselines, found)
+        if processes.is_primary():
+            evaluation.save_baselines(folder.baselines, found)
+        process_arrays.any_process(False)
     return evaluation.load_baselines(folder.baselines)
 
 
@@ -291,7 +310,7 @@ def _make_validation(
 
 
 def _tell_skipped(folder: RunFolder, name: str, skipped: SkippedRecords) -> None:
-    if skipped.count:
+    if skipped.count and processes.is_primary():
         print(skipped.summary(), file=sys.stderr)
         run_folder.write_file(folder.path / f"skipped_{name}.tsv", skipped.table())
 
@@ -299,8 +318,18 @@ def _tell_skipped(folder: RunFolder, name: str, skipped: SkippedRecords) -> None
 def _sample(model: FlaxModel, number: int, max_length: int | None) -> list[str]:
     if not isinstance(model, FlaxLM) or not number:
         return []
+    _take_home(model)
     records = sampling.sample_proteins(model, number, max_length=max_length)
     return [record.sequence for record in records]
+
+
+def _take_home(model: FlaxModel) -> None:
+    """Gives each of several processes a model of its own, on its own devices."""
+    if processes.count() == 1:
+        return
+    parameters, variables = process_arrays.fetch((model.weights, model.state.variables))
+    model.mesh = train_state.data_mesh(jax.local_devices())
+    model.set_parameters(parameters, variables)
 
 
 def _draw(folder: RunFolder, result: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ Shape letters: B batch, T length, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fast_attention.protein_lm import metrics
+from fast_attention.protein_lm import metrics, process_arrays
 
 Batch = Mapping[str, Any]
 
@@ -121,7 +121,7 @@ def make_train_step(
     Returns:
       A function whose batch holds ``inputs``, ``targets``, ``weights``, ``segment_ids`` and
       ``positions``, each [B, T], and whose second result is `metrics.token_sums` with
-      ``gradient_norm`` (before clipping) added.
+      ``gradient_norm`` (before clipping) and ``tokens`` (int32, without padding) added.
     """
 
     def loss(parameters: Any, state: TrainState, batch: Batch) -> Any:
@@ -157,7 +157,8 @@ def make_train_step(
             lambda new, old: jnp.where(sound, new, old), after, before
         )
         new_state = TrainState(state.step + 1, parameters, variables, opt_state, state.key, average)
-        return new_state, sums | {"gradient_norm": norm}
+        tokens = jnp.count_nonzero(batch["segment_ids"])
+        return new_state, sums | {"gradient_norm": norm, "tokens": tokens}
 
     return jax.jit(step, donate_argnums=0)
 
@@ -213,9 +214,9 @@ def is_packed(batch: Batch) -> bool:
     return int(np.max(np.asarray(batch["segment_ids"]), initial=0)) > 1
 
 
-def data_mesh() -> Mesh:
-    """A mesh of all devices along one axis, ``data``, over which batches are split."""
-    return Mesh(np.asarray(jax.devices()), ("data",))
+def data_mesh(devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of all devices, or of some, along the axis ``data``: batches are split over it."""
+    return Mesh(np.asarray(devices or jax.devices()), ("data",))
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
@@ -223,8 +224,20 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
-def shard_batch(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
+def batch_sharding(mesh: Mesh, rows: int) -> NamedSharding:
     """Splits the rows of a batch over the devices, or copies it where they do not divide it."""
-    rows = len(batch["inputs"])
-    spec = PartitionSpec() if rows % mesh.size else PartitionSpec("data")
-    return jax.device_put(dict(batch), NamedSharding(mesh, spec))
+    return NamedSharding(mesh, PartitionSpec() if rows % mesh.size else PartitionSpec("data"))
+
+
+def shard_batch(
+    batch: Batch, mesh: Mesh, rows: process_arrays.Rows | None = None
+) -> dict[str, jax.Array]:
+    """Places a batch as `batch_sharding` says.
+
+    Args:
+      batch: Arrays on the host.
+      mesh: The devices.
+      rows: Which rows of the batch of all processes `batch` holds; None stands for all.
+    """
+    total = len(batch["inputs"]) if rows is None else rows.total
+    return process_arrays.place(batch, batch_sharding(mesh, total), rows)
