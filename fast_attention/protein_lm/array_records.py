@@ -38,7 +38,7 @@ def checksums(arrays: Any) -> dict[str, int]:
     sums = np.zeros(len(leaves), np.uint32)
     for number, leaf in enumerate(leaves.values()):
         for index, part in _own_parts(leaf):
-            sums[number] += _weighted_sum(part, index, leaf.shape)
+            sums[number : number + 1] += _weighted_sum(part, index, leaf.shape)
     total = process_arrays.add_up(sums) if _is_spread(leaves) else sums
     return dict(zip(leaves, total.tolist(), strict=True))
 

@@ -49,6 +49,19 @@ def own_rows(sharding: NamedSharding, total: int) -> Rows:
     return Rows(min(first for first, _ in held), max(last for _, last in held), total)
 
 
+def put(array: Any, sharding: NamedSharding) -> jax.Array:
+    """As `jax.device_put`, also onto devices of other processes, all of which have this array."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return array if array.sharding == sharding else jax.device_put(array, sharding)
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        data = put(jax.random.key_data(array), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(array))
+    whole = np.asarray(array)
+    return jax.make_array_from_callback(whole.shape, sharding, whole.__getitem__)
+
+
 def place(
     batch: Mapping[str, Any], sharding: NamedSharding, rows: Rows | None = None
 ) -> dict[str, jax.Array]:

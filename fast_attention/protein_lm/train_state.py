@@ -221,7 +221,8 @@ def data_mesh(devices: Sequence[Any] | None = None) -> Mesh:
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """Places a copy of every array on every device."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    sharding = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda leaf: process_arrays.put(leaf, sharding), tree)
 
 
 def batch_sharding(mesh: Mesh, rows: int) -> NamedSharding:
