@@ -30,7 +30,7 @@ import numpy as np
 from fast_attention.protein_lm.corpus import Corpus, FastaPaths, load_corpus
 from fast_attention.protein_lm.corpus import bundled_corpus as bundled_corpus
 from fast_attention.protein_lm.domains import DiscreteDomain, domain_to_bos
-from fast_attention.protein_lm.masking import MaskingConfig, mask_tokens
+from fast_attention.protein_lm.masking import MaskingConfig, mask_tokens, row_draws
 from fast_attention.protein_lm.mixture import (
     MixturePlanner,
     Weights,
@@ -140,7 +140,7 @@ def make_dataset(
         packed = fill_rows(corpus, pieces, (end - begin, length), pad)
         if objective == "causal":
             return _causal_batch(packed, domain)
-        draws = _mask_draws([seed, _TRAIN_MASKS, index], batch_size, length, begin, end)
+        draws = row_draws([seed, _TRAIN_MASKS, index], (batch_size, length), begin, end)
         return _masked_batch(packed, domain, draws, masking)
 
     return (
@@ -230,16 +230,6 @@ def _eval_batches(
         if not score_eos:
             batch["weights"] *= batch["targets"] != domain.vocab.eos
         yield batch
-
-
-def _mask_draws(seed: list[int], batch_size: int, length: int, begin: int, end: int) -> np.ndarray:
-    """Some rows of ``default_rng(seed).random((2, B, L))``, without drawing the others."""
-    found = []
-    for plane in range(2):
-        generator = np.random.PCG64(seed)
-        generator.advance((plane * batch_size + begin) * length)
-        found.append(np.random.Generator(generator).random((end - begin, length)))
-    return np.stack(found)
 
 
 def _causal_batch(rows: PackedRows, domain: DiscreteDomain) -> Batch:
