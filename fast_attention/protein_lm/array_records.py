@@ -6,6 +6,7 @@ what it holds, no array is gathered, and what is noted does not tell how the arr
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -50,6 +51,11 @@ def checksums_of_bytes(arrays: Any) -> dict[str, int]:
         whole = np.ascontiguousarray(process_arrays.fetch(_data(leaf)))
         found[name] = zlib.crc32(whole.reshape(-1).view(np.uint8).data)
     return found
+
+
+def seal(about: dict[str, Any]) -> int:
+    """The CRC-32 of what is fit for JSON."""
+    return zlib.crc32(json.dumps(about, sort_keys=True).encode())
 
 
 def find_unsound(arrays: Any) -> str | None:

@@ -27,6 +27,7 @@ from fast_attention.protein_lm.array_records import (
     checksums_of_bytes,
     describe,
     find_unsound,
+    seal,
 )
 from fast_attention.protein_lm.divergence import REMEDY
 from fast_attention.protein_lm.run_folder import RunError
@@ -143,6 +144,7 @@ def save(
         "arrays": describe(model),
         "sums": checksums(model | training),
     }
+    about["seal"] = seal(about)
     try:
         manager.save(
             step,
@@ -303,6 +305,9 @@ def _warn(error: Exception, instead: int) -> None:
 def _about(manager: ocp.CheckpointManager, step: int, abstract: TrainState) -> dict[str, Any]:
     """What stands beside the arrays, which are checked to be those that the model expects."""
     about = _restore(manager, step, about=ocp.args.JsonRestore())["about"]
+    # Of earlier versions, there is no seal.
+    if about.keys() & {"seal", "sums"} and about.pop("seal", None) != seal(about):
+        raise _damage(manager, step, "what stands beside the arrays is not what was written")
     try:
         stored = about["arrays"]
         about["progress"]["tokens"]
