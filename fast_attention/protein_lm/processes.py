@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import jax
 
@@ -115,7 +116,6 @@ def joined(
         except BaseException as error:
             ending.leave_alone(130 if isinstance(error, KeyboardInterrupt) else 1)
             if isinstance(error, Exception) and tells_a_loss(error):
-                ending.told = True
                 raise RunError(ending.lost(str(error))) from error
             raise
 
@@ -216,10 +216,13 @@ class _Ending:
 
     def leave_alone(self, status: int) -> None:
         """At its exit, this process shall not wait for the others, who may never come."""
+        self.told = True
 
         def leave() -> None:
             sys.stdout.flush()
             sys.stderr.flush()
+            # All is told; the runtime may still have its say.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             time.sleep(_GRACE_SECONDS)
             os._exit(status)
 
@@ -238,13 +241,15 @@ class _Ending:
         def tell(number: int) -> None:
             with suppress(BaseException):
                 if self.told:
-                    time.sleep(_GRACE_SECONDS)
+                    # The message of the main thread is under way.
+                    time.sleep(2 * _GRACE_SECONDS)
                 else:
                     text = message or self.lost("")
                     os.write(self.stderr, f"\nprotein-lm: error: {text}\n".encode())
             os._exit(1)
 
         handler = _HANDLER(tell)
+        _handlers.append(handler)
         library = ctypes.CDLL(None)
         library.signal.restype = ctypes.c_void_p
         library.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
@@ -252,10 +257,14 @@ class _Ending:
         try:
             yield
         finally:
-            library.signal(signal.SIGABRT, before)
+            # After a failure the runtime can end this process until it has left by itself.
+            if not self.told:
+                library.signal(signal.SIGABRT, before)
 
 
 _HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)
+# What the C library may call must not be collected.
+_handlers: list[Any] = []
 
 
 @contextmanager
