@@ -3,6 +3,11 @@
 A checkpoint is written under a temporary name and renamed when it is whole, so that a run killed
 at any moment leaves whole checkpoints only under their proper names. Each holds a checksum of
 every array, so that one that was damaged later is recognised, and the one before it is read.
+
+Of a run of several processes, all call these functions together: each writes and reads the parts of
+the arrays that its devices hold, in one folder that all of them see, and the first process
+gives the checkpoint its name when all parts are there. A checkpoint does not tell how the arrays
+lay, so that any number of processes and devices can read it.
 """
 
 from __future__ import annotations
@@ -16,7 +21,14 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import orbax.checkpoint as ocp
 
-from fast_attention.protein_lm.array_records import checksums, describe, find_unsound
+from fast_attention.protein_lm import process_arrays, processes
+from fast_attention.protein_lm.array_records import (
+    checksums,
+    checksums_of_bytes,
+    describe,
+    find_unsound,
+    seal,
+)
 from fast_attention.protein_lm.divergence import REMEDY
 from fast_attention.protein_lm.run_folder import RunError
 from fast_attention.protein_lm.train_state import TrainState
@@ -124,13 +136,15 @@ def save(
         )
     needed = _METADATA_BYTES + sum(leaf.nbytes for leaf in jax.tree.leaves((model, training)))
     free = shutil.disk_usage(manager.directory).free
-    if free < needed:
+    # A disk is not equally full at all times, but all must save, or none.
+    if process_arrays.any_process(free < needed):
         raise _unwritten(manager, step, f"{free:,} bytes are free, {needed:,} needed")
     about = {
         "progress": progress._asdict(),
         "arrays": describe(model),
-        "checksums": checksums(model | training),
+        "sums": checksums(model | training),
     }
+    about["seal"] = seal(about)
     try:
         manager.save(
             step,
@@ -141,6 +155,8 @@ def save(
             ),
         )
     except _FAILURES as error:
+        if processes.tells_a_loss(error):
+            raise
         raise _unwritten(manager, step, error) from error
     if keep is not None:
         for old in sorted(manager.all_steps())[:-keep]:
@@ -185,10 +201,18 @@ def restore(
     for damaged in steps[: steps.index(step)]:
         path = Path(manager.directory) / str(damaged)
         aside = path.with_name(f"{damaged}.damaged")
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
+        if processes.is_primary():
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+    process_arrays.any_process(False)
     manager.reload()
     return found
+
+
+def newest_step(directory: Path) -> int | None:
+    """Step of the newest checkpoint of a folder, found without reading it; None without one."""
+    names = [path.name for path in directory.glob("*") if path.name.isdigit()]
+    return max(map(int, names), default=None)
 
 
 def tokens_seen(directory: Path, step: int) -> int | None:
@@ -274,12 +298,16 @@ def _first_sound(
 
 
 def _warn(error: Exception, instead: int) -> None:
-    print(f"warning: {error}; that of step {instead} is taken instead", file=sys.stderr)
+    if processes.is_primary():
+        print(f"warning: {error}; that of step {instead} is taken instead", file=sys.stderr)
 
 
 def _about(manager: ocp.CheckpointManager, step: int, abstract: TrainState) -> dict[str, Any]:
     """What stands beside the arrays, which are checked to be those that the model expects."""
     about = _restore(manager, step, about=ocp.args.JsonRestore())["about"]
+    # Of earlier versions, there is no seal.
+    if about.keys() & {"seal", "sums"} and about.pop("seal", None) != seal(about):
+        raise _damage(manager, step, "what stands beside the arrays is not what was written")
     try:
         stored = about["arrays"]
         about["progress"]["tokens"]
@@ -303,10 +331,12 @@ def _read(
 ) -> dict[str, Any]:
     items = {name: ocp.args.StandardRestore(arrays) for name, arrays in abstract.items()}
     found = _restore(manager, step, **items)
-    # Checkpoints of earlier versions have no checksums.
-    stored = about.get("checksums", {})
-    for arrays in found.values():
-        for name, checksum in checksums(arrays).items():
+    stored, compute = about.get("sums"), checksums
+    if stored is None:
+        # Checkpoints of earlier versions have other checksums, or none.
+        stored, compute = about.get("checksums", {}), checksums_of_bytes
+    for arrays in found.values() if stored else ():
+        for name, checksum in compute(arrays).items():
             if stored.get(name, checksum) != checksum:
                 raise _damage(manager, step, f"{name} is not what was written")
     return found
@@ -316,6 +346,8 @@ def _restore(manager: ocp.CheckpointManager, step: int, **items: Any) -> Any:
     try:
         return manager.restore(step, args=ocp.args.Composite(**items))
     except _FAILURES as error:
+        if processes.tells_a_loss(error):
+            raise
         raise _damage(manager, step, error) from error
 
 

@@ -30,7 +30,7 @@ import numpy as np
 from fast_attention.protein_lm.corpus import Corpus, FastaPaths, load_corpus
 from fast_attention.protein_lm.corpus import bundled_corpus as bundled_corpus
 from fast_attention.protein_lm.domains import DiscreteDomain, domain_to_bos
-from fast_attention.protein_lm.masking import MaskingConfig, mask_tokens
+from fast_attention.protein_lm.masking import MaskingConfig, mask_tokens, row_draws
 from fast_attention.protein_lm.mixture import (
     MixturePlanner,
     Weights,
@@ -61,12 +61,15 @@ def make_dataset(
     masking: MaskingConfig | None = None,
     on_error: str = "raise",
     skipped: SkippedRecords | None = None,
+    rows: tuple[int, int] | None = None,
 ) -> grain.IterDataset[Batch]:
     """Returns the batches of a training run.
 
     Batch i is a function of the arguments and of i alone. The iterator of the result therefore
     has a state of one number: ``set_state(state)`` continues at once, in any process, with the
-    batch that would have come next after ``state = get_state()``.
+    batch that would have come next after ``state = get_state()``. With ``rows``, a process builds
+    only its part of each batch; the state does not tell which, so that a run goes on with another
+    number of processes.
 
     Proteins take other rows, and long ones are cropped elsewhere, in every epoch. Without end
     (``num_epochs=None``) a batch may hold the last rows of one epoch and the first of the next;
@@ -93,6 +96,8 @@ def make_dataset(
       masking: shares of the masked objective; None takes the defaults of ``MaskingConfig``.
       on_error: what to do with a record that cannot be read, see ``load_corpus``.
       skipped: takes the records that were left out.
+      rows: the first of the rows to build of each batch and the one after the last; None builds
+        all. Row r is the same in any case.
 
     Raises:
       FastaError: if a file cannot be read.
@@ -122,15 +127,21 @@ def make_dataset(
         planner = plan(corpus)
     num_rows = sys.maxsize if num_epochs is None else num_epochs * planner.num_rows
     pad = _pad_token(domain)
+    begin, end = rows or (0, batch_size)
+    if not 0 <= begin < end <= batch_size:
+        raise ValueError(
+            f"rows must be a first row and one after the last, within the {batch_size} of a batch, "
+            f"but got {rows}."
+        )
 
     def batch_at(index: int) -> Batch:
-        first = index * batch_size
-        pieces = planner.pieces(first, min(batch_size, num_rows - first))
-        rows = fill_rows(corpus, pieces, (batch_size, length), pad)
+        first = index * batch_size + begin
+        pieces = planner.pieces(first, max(min(end - begin, num_rows - first), 0))
+        packed = fill_rows(corpus, pieces, (end - begin, length), pad)
         if objective == "causal":
-            return _causal_batch(rows, domain)
-        draws = np.random.default_rng([seed, _TRAIN_MASKS, index])
-        return _masked_batch(rows, domain, draws.random((2, batch_size, length)), masking)
+            return _causal_batch(packed, domain)
+        draws = row_draws([seed, _TRAIN_MASKS, index], (batch_size, length), begin, end)
+        return _masked_batch(packed, domain, draws, masking)
 
     return (
         grain.MapDataset.range(-(-num_rows // batch_size))

@@ -29,6 +29,7 @@ from fast_attention.protein_lm import (
     exchange,
     metrics,
     optimizer,
+    process_arrays,
     scoring,
     train_state,
 )
@@ -201,7 +202,7 @@ class FlaxModel:
         state = train_state.make_state(
             parameters, variables, self._optimizer, key, averaged=self._ema_decay is not None
         )
-        self.state = jax.device_put(state, self._shardings())
+        self.state = jax.tree.map(process_arrays.put, state, self._shardings())
 
     def with_attention(
         self,
@@ -226,6 +227,14 @@ class FlaxModel:
         model.set_parameters(*exchange.keep_features(model.state, parameters))
         return model
 
+    def with_mesh(self, mesh: Mesh) -> Self:
+        """The same model, with the same parameters, on other devices; training starts anew."""
+        model = copy.copy(self)
+        model._state, model.mesh = None, mesh
+        model._build(self.attention_fn, self.schedule)
+        model.set_parameters(*process_arrays.fetch((self.weights, self.state.variables)))
+        return model
+
     def calibrate(self, xs: Any, *, num_batches: int = 4, batch_size: int | None = None) -> None:
         """Fits random features with stored parameters to the queries and keys of some proteins.
 
@@ -243,7 +252,7 @@ class FlaxModel:
         rows = batches.joined(itertools.islice(found, num_batches))
         batch = train_state.shard_batch(rows, self.mesh)
         state = exchange.calibrate_state(self.graphdef, self.state, batch)
-        self.state = jax.device_put(state, self._shardings())
+        self.state = jax.tree.map(process_arrays.put, state, self._shardings())
 
     def fit(
         self,
@@ -331,7 +340,7 @@ class FlaxModel:
             )
             for batch in found
         ]
-        return jax.device_get(sums)
+        return process_arrays.fetch(sums)
 
     @classmethod
     def load(cls, run_dir: str | os.PathLike[str]) -> Self:

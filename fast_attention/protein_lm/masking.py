@@ -93,3 +93,24 @@ def mask_tokens(
     inputs[hidden] = vocab.mask
     inputs[replaced] = residues[picked]
     return inputs, chosen
+
+
+def row_draws(seed: list[int], shape: tuple[int, int], begin: int, end: int) -> np.ndarray:
+    """Rows of ``default_rng(seed).random((2, *shape))``, for `mask_tokens`, without the others.
+
+    Args:
+      seed: of the generator.
+      shape: ``(B, L)`` of the whole batch.
+      begin: first of the rows.
+      end: the row after the last.
+
+    Returns:
+      float64 ``[2, end - begin, L]``.
+    """
+    planes = []
+    for plane in range(2):
+        generator = np.random.PCG64(seed)
+        # One number of the generator is one draw.
+        generator.advance((plane * shape[0] + begin) * shape[1])
+        planes.append(np.random.Generator(generator).random((end - begin, shape[1])))
+    return np.stack(planes)

@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 import tensorboardX
 
+from fast_attention.protein_lm import processes
 from fast_attention.protein_lm.run_folder import RunError, RunFolder, write_file
 
 Row = dict[str, Any]
@@ -45,8 +46,15 @@ class MetricsLog:
         self._board.flush()
 
 
+class SilentLog:
+    """The log of a process that does not write, beside the one that does."""
+
+    def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        """Does nothing."""
+
+
 @contextmanager
-def open_metrics_log(folder: RunFolder, step: int) -> Iterator[MetricsLog]:
+def open_metrics_log(folder: RunFolder, step: int) -> Iterator[MetricsLog | SilentLog]:
     """Opens the records of a run that continues after `step`.
 
     Rows of later steps, left by a run that was killed after its last checkpoint, are dropped, and
@@ -57,8 +65,11 @@ def open_metrics_log(folder: RunFolder, step: int) -> Iterator[MetricsLog]:
       step: Step of the checkpoint that training continues from; 0 starts anew.
 
     Yields:
-      The log.
+      The log; of several processes, only the first writes.
     """
+    if not processes.is_primary():
+        yield SilentLog()
+        return
     kept = [row for row in read_metrics(folder.metrics) if row["step"] <= step]
     write_file(folder.metrics, "".join(json.dumps(row) + "\n" for row in kept))
     board = tensorboardX.SummaryWriter(str(folder.tensorboard), purge_step=step + 1)

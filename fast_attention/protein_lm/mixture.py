@@ -96,7 +96,7 @@ class MixturePlanner:
 
     def pieces(self, first_row: int, num_rows: int) -> Pieces:
         """Returns the pieces of rows ``first_row .. first_row + num_rows - 1``."""
-        found = []
+        found = [self._planners[0].pieces(0, 0)]
         for row in range(num_rows):
             period, place = divmod(first_row + row, _PERIOD)
             source = int(self._sources[place])

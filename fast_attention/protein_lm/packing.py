@@ -159,7 +159,8 @@ class EpochPlanner:
 
         Rows are counted through all epochs: row ``e * R + r`` is row r of epoch e.
         """
-        proteins, starts, rows = [], [], []
+        # Of no rows at all, too, the pieces are arrays.
+        proteins, starts, rows = ([np.zeros(0, np.int64)] for _ in range(3))
         for row in range(num_rows):
             epoch, number = divmod(first_row + row, self.num_rows)
             plan = self._plan(epoch)
@@ -208,7 +209,7 @@ def fill_rows(corpus: Corpus, pieces: Pieces, shape: tuple[int, int], pad: int) 
     segments = np.arange(len(lengths)) - first_of_row + 1
     columns = ends - lengths - (ends - lengths)[first_of_row]
 
-    within = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
+    within = np.arange(lengths.sum()) - np.repeat(ends - lengths, lengths)
     target = np.repeat(pieces.rows * shape[1] + columns, lengths) + within
     source = np.repeat(corpus.offsets[pieces.proteins] + pieces.starts, lengths) + within
 

@@ -11,10 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
-from fast_attention.protein_lm import batches, data, train_state
+from fast_attention.protein_lm import batches, data, process_arrays, train_state
 from fast_attention.protein_lm.baselines import (
     MAX_RESIDUES,
     NUM_OUTCOMES,
@@ -111,7 +110,7 @@ def _row_sums(model: FlaxModel, batch: data.Batch) -> train_state.metrics.Sums:
 def _gather(found: list[tuple[np.ndarray, train_state.metrics.Sums]], number: int) -> ProteinSums:
     names = ("loss", "correct", "denominator")
     totals = {name: np.zeros(number) for name in names}
-    for proteins, sums in jax.device_get(found):
+    for proteins, sums in process_arrays.fetch(found):
         for name in names:
             totals[name][proteins] += sums[name][: len(proteins)]
     return ProteinSums(*totals.values())

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import gin
+import jax
 
-from fast_attention.meshes import row_shards
+from fast_attention.meshes import make_mesh, row_shards
 from fast_attention.protein_lm import (
     baselines,
     batches,
@@ -22,6 +23,8 @@ from fast_attention.protein_lm import (
     metrics,
     metrics_log,
     plots,
+    process_arrays,
+    processes,
     report,
     run_folder,
     sampling,
@@ -170,14 +173,15 @@ def run_experiment(
         masking=model.masking,
         on_error=on_error,
     )
-    dataset = make_dataset(batch_size=batch_size, skipped=skipped["train"])
+    rows = process_arrays.own_rows(model.mesh, batch_size)
+    dataset = make_dataset(batch_size=batch_size, skipped=skipped["train"], rows=rows[:2])
     validate = None
     if valid_files is not None:
         corpus = load_corpus(valid_files, model.domain, on_error=on_error, skipped=skipped["valid"])
         validate = _make_validation(model, corpus, max_eval_length, num_eval_steps)
 
     if early_stopping is not None and validate is None:
-        print("warning: early_stopping needs valid_files, and there are none", file=sys.stderr)
+        _warn("early_stopping needs valid_files, and there are none")
     stored = getattr(model.attention_fn, "calibration", None) in ("stored", "trained")
     if calibration_batches and not stored:
         raise ValueError(
@@ -189,12 +193,12 @@ def run_experiment(
     if initial_run is not None and not folder.config.exists():
         # Before anything is written: what is refused can then be asked for again, put right.
         check_initial_run(Path(initial_run), model)
-    run_folder.claim(folder, used, model.domain, asked=asked)
+    processes.in_turn(lambda: run_folder.claim(folder, used, model.domain, asked=asked))
     for name in sorted(run_folder.settings(asked).keys() - run_folder.settings(used).keys()):
-        print(f"warning: nothing uses the setting {name}", file=sys.stderr)
-    if folder.result.exists():
+        _warn(f"nothing uses the setting {name}")
+    if process_arrays.any_process(folder.result.exists()):
         result = json.loads(folder.result.read_text(encoding="utf-8"))
-        print(f"the run in {folder.path} is finished\n\n{report.format_report(result, folder)}")
+        _tell(f"the run in {folder.path} is finished\n\n{report.format_report(result, folder)}")
         return result
     for name in ("train", "valid"):
         _tell_skipped(folder, name, skipped[name])
@@ -209,23 +213,24 @@ def run_experiment(
             if number is None:
                 number = _CALIBRATION_BATCHES if stored and drawn and initial_run else 0
             if number:
-                model.calibrate(iter(dataset), num_batches=number)
+                model.calibrate(iter(make_dataset(batch_size=batch_size)), num_batches=number)
             state = model.state
             progress = checkpoints.Progress(iterator.get_state(), batch_size, 0, 0.0)
         else:
             state, progress = found
             if progress.batch_size != batch_size:
                 # Begun on other devices: the same batches are divided among those that are here.
-                iterator = iter(make_dataset(batch_size=progress.batch_size))
+                rows = process_arrays.own_rows(model.mesh, progress.batch_size)
+                iterator = iter(make_dataset(batch_size=progress.batch_size, rows=rows[:2]))
             iterator.set_state(progress.iterator)
-            print(f"resuming the run in {folder.path} after step {int(state.step)}")
+            _tell(f"resuming the run in {folder.path} after step {int(state.step)}")
         save = functools.partial(checkpoints.save, manager, keep=checkpoints_to_keep)
         with (
             metrics_log.open_metrics_log(folder, int(state.step)) as log,
             stopping.catch_stop_requests() as stop,
         ):
             state, progress = training_loop.train_loop(
-                model, state, progress, iterator, times, log, save, validate, stop
+                model, state, progress, iterator, times, log, save, validate, stop, rows
             )
 
     steps = int(state.step)
@@ -247,10 +252,21 @@ def run_experiment(
         "samples": _sample(model, num_samples, max_sample_length),
     }
     _tell_skipped(folder, "test", skipped["test"])
-    _draw(folder, result)
-    run_folder.write_file(folder.result, json.dumps(result, indent=1) + "\n")
-    print(report.format_report(result, folder))
+    if processes.is_primary():
+        _draw(folder, result)
+        run_folder.write_file(folder.result, json.dumps(result, indent=1) + "\n")
+    _tell(report.format_report(result, folder))
     return result
+
+
+def _tell(text: str) -> None:
+    if processes.is_primary():
+        print(text)
+
+
+def _warn(text: str) -> None:
+    if processes.is_primary():
+        print(f"warning: {text}", file=sys.stderr)
 
 
 def _begin_from(model: FlaxModel, path: Path) -> bool:
@@ -271,12 +287,15 @@ def _baselines(
     alphabet: str,
 ) -> Sequence[baselines.NGram | baselines.TabulatedNGram]:
     """Those of the run; a resumed run need not count again."""
-    if not folder.baselines.exists():
+    # What is there is there for all processes; what is not, each counts rather than waits.
+    if not process_arrays.any_process(folder.baselines.exists()):
         files = [train_files] if isinstance(train_files, str) else list(train_files)
         found = evaluation.fit_baselines(
             files, valid=valid_files, on_error=on_error, alphabet=alphabet
         )
-        evaluation.save_baselines(folder.baselines, found)
+        if processes.is_primary():
+            evaluation.save_baselines(folder.baselines, found)
+        process_arrays.any_process(False)
     return evaluation.load_baselines(folder.baselines)
 
 
@@ -303,7 +322,7 @@ def _make_validation(
 
 
 def _tell_skipped(folder: RunFolder, name: str, skipped: SkippedRecords) -> None:
-    if skipped.count:
+    if skipped.count and processes.is_primary():
         print(skipped.summary(), file=sys.stderr)
         run_folder.write_file(folder.path / f"skipped_{name}.tsv", skipped.table())
 
@@ -311,6 +330,9 @@ def _tell_skipped(folder: RunFolder, name: str, skipped: SkippedRecords) -> None
 def _sample(model: FlaxModel, number: int, max_length: int | None) -> list[str]:
     if not isinstance(model, FlaxLM) or not number:
         return []
+    if processes.count() > 1:
+        # Each process samples on its own devices.
+        model = model.with_mesh(make_mesh(devices=jax.local_devices()))
     records = sampling.sample_proteins(model, number, max_length=max_length)
     return [record.sequence for record in records]
 

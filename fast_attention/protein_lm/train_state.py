@@ -17,9 +17,9 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fast_attention.meshes import batch_shardings
+from fast_attention.meshes import batch_spec
 from fast_attention.models.placement import parameter_shardings
-from fast_attention.protein_lm import metrics
+from fast_attention.protein_lm import metrics, process_arrays
 from fast_attention.protein_lm.feature_upkeep import keep_up_features
 
 Batch = Mapping[str, Any]
@@ -132,7 +132,7 @@ def make_train_step(
     Returns:
       A function whose batch holds ``inputs``, ``targets``, ``weights``, ``segment_ids`` and
       ``positions``, each [B, T], and whose second result is `metrics.token_sums` with
-      ``gradient_norm`` (before clipping) added.
+      ``gradient_norm`` (before clipping) and ``tokens`` (int32, without padding) added.
     """
 
     def loss(parameters: Any, state: TrainState, batch: Batch) -> Any:
@@ -170,7 +170,8 @@ def make_train_step(
             lambda new, old: jnp.where(sound, new, old), after, before
         )
         new_state = TrainState(state.step + 1, parameters, variables, opt_state, state.key, average)
-        return new_state, sums | {"gradient_norm": norm}
+        tokens = jnp.count_nonzero(batch["segment_ids"])
+        return new_state, sums | {"gradient_norm": norm, "tokens": tokens}
 
     if shardings is None:
         return jax.jit(step, donate_argnums=0)
@@ -279,10 +280,21 @@ def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
     )
 
 
-def shard_batch(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
+def shard_batch(
+    batch: Batch, mesh: Mesh, rows: process_arrays.Rows | None = None
+) -> dict[str, jax.Array]:
     """Divides a batch over the devices, or copies it where they do not divide it.
 
     See `meshes.batch_spec`.
+
+    Args:
+      batch: Arrays on the host.
+      mesh: The devices.
+      rows: Which rows of the batch of all processes `batch` holds; None stands for all.
     """
-    batch = dict(batch)
-    return jax.device_put(batch, batch_shardings(mesh, batch))
+    total = len(batch["inputs"]) if rows is None else rows.total
+    shardings = {
+        name: NamedSharding(mesh, batch_spec(mesh, (total, *np.shape(value)[1:])))
+        for name, value in batch.items()
+    }
+    return process_arrays.place(batch, shardings, rows)

@@ -14,11 +14,12 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from fast_attention.protein_lm import metrics, train_state
+from fast_attention.protein_lm import metrics, processes, train_state
 from fast_attention.protein_lm.checkpoints import Progress
 from fast_attention.protein_lm.divergence import Guard
 from fast_attention.protein_lm.flax_model import FlaxModel
-from fast_attention.protein_lm.metrics_log import MetricsLog
+from fast_attention.protein_lm.metrics_log import MetricsLog, SilentLog
+from fast_attention.protein_lm.process_arrays import Rows, Votes
 from fast_attention.protein_lm.stopping import Stopped, StopRequest
 from fast_attention.protein_lm.train_state import TrainState
 
@@ -71,21 +72,20 @@ class _Interval:
 
     def __init__(self, earlier: list[metrics.Sums] | None = None, *, compiling: bool = False):
         self.sums: list[metrics.Sums] = list(earlier or [])
-        self.tokens = 0
+        self._earlier = len(self.sums)
         self._compiling = compiling
         self._began = self._rated_from = time.perf_counter()
-        self._rated_tokens = 0
+        self._unrated = self._earlier
         self._waited = 0.0
 
-    def add(self, sums: metrics.Sums, tokens: int) -> bool:
+    def add(self, sums: metrics.Sums) -> bool:
         """Takes the figures of a step; returns whether that step waited for the compiler."""
         self.sums.append(sums)
-        self.tokens += tokens
-        self._rated_tokens += tokens
         if self._compiling:
             # Such a step says nothing of the speed.
             jax.block_until_ready(sums)
-            self._compiling, self._rated_from, self._rated_tokens = False, time.perf_counter(), 0
+            self._compiling, self._rated_from = False, time.perf_counter()
+            self._unrated = len(self.sums)
             return True
         if len(self.sums) > _STEPS_AHEAD:
             jax.block_until_ready(self.sums[-1 - _STEPS_AHEAD])
@@ -100,8 +100,18 @@ class _Interval:
 
     def fetch_sums(self) -> list[dict[str, float]]:
         """Waits for the device; returns the figures of each step."""
-        rows = jax.device_get(self.sums)
-        return [{name: float(value) for name, value in row.items()} for row in rows]
+        self.sums = [
+            {name: float(value) for name, value in row.items()} for row in jax.device_get(self.sums)
+        ]
+        return self.sums
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the steps of this interval, once their figures are fetched."""
+        return self._count(self._earlier)
+
+    def _count(self, first: int) -> int:
+        return int(sum(row["tokens"] for row in self.sums[first:]))
 
     @property
     def seconds(self) -> float:
@@ -112,7 +122,7 @@ class _Interval:
         """Tokens per second, and the share of the time in which the loop waited for data."""
         rated = time.perf_counter() - self._rated_from
         return {
-            "tokens_per_second": self._rated_tokens / rated,
+            "tokens_per_second": self._count(self._unrated) / rated,
             "data_wait": min(self._waited / rated, 1.0),
         }
 
@@ -123,10 +133,11 @@ def train_loop(
     progress: Progress,
     iterator: grain.DatasetIterator,
     times: Times,
-    log: MetricsLog,
+    log: MetricsLog | SilentLog,
     save: Callable[[TrainState, Progress], None],
     validate: Callable[[TrainState], dict[str, float]] | None,
     stop: StopRequest,
+    rows: Rows | None = None,
 ) -> tuple[TrainState, Progress]:
     """Trains until `times.total` steps are taken, the data ends or validations no longer improve.
 
@@ -139,7 +150,8 @@ def train_loop(
       log: Takes the rows ``train`` and ``valid``.
       save: Takes the checkpoints, the last of them at the end.
       validate: From a state to metrics; None never validates.
-      stop: Looked at after each step.
+      stop: Looked at after each step; the processes stop together, at most two steps later.
+      rows: Which rows of the batches of all processes `iterator` gives; None stands for all.
 
     Returns:
       The last state and progress.
@@ -149,6 +161,7 @@ def train_loop(
       Stopped: If that was requested, after the step then running was saved.
     """
     guard = Guard(model.schedule, model.domain.vocab_size)
+    votes = Votes()
     step = saved = int(state.step)
     postfix: dict[str, str] = {}
     interval = _Interval(progress.pending, compiling=True)
@@ -156,32 +169,31 @@ def train_loop(
     batch = interval.fetch(iterator) if more else None
     with _progress_bar(step, times) as bar:
         while batch is not None:
-            tokens = int(np.count_nonzero(batch["segment_ids"]))
-            state, sums = model.train_step(state, train_state.shard_batch(batch, model.mesh))
+            state, sums = model.train_step(state, train_state.shard_batch(batch, model.mesh, rows))
             step += 1
-            if interval.add(sums, tokens):
+            if interval.add(sums):
                 bar.unpause()
             bar.update()
             position = iterator.get_state()
             batch = interval.fetch(iterator) if step < times.total else None
             # A request that comes later than here is for the next step.
-            stopping = stop.signal
+            stopping = votes.cast(stop.signal)
             evaluate = batch is None or step % times.evaluation == 0
             checkpoint = batch is None or step % times.checkpoint == 0
             tell = evaluate or checkpoint or step % times.summary == 0
             if tell or stopping:
-                rows = interval.fetch_sums()
-                guard.check_updates(rows, step, saved)
+                figures = interval.fetch_sums()
+                guard.check_updates(figures, step, saved)
                 progress = progress._replace(
                     iterator=position,
                     tokens=progress.tokens + interval.tokens,
                     seconds=progress.seconds + interval.seconds,
-                    pending=rows,
+                    pending=figures,
                 )
                 if tell:
-                    lowest = guard.check_loss(rows, step, saved, progress.lowest_loss)
+                    lowest = guard.check_loss(figures, step, saved, progress.lowest_loss)
                     progress = progress._replace(pending=None, lowest_loss=lowest)
-                    values = _summarise(rows) | interval.speed()
+                    values = _summarise(figures) | interval.speed()
                     values["learning_rate"] = float(model.schedule(step - 1))
                     values |= {"tokens": progress.tokens, "seconds": progress.seconds}
                     log.write(step, "train", values)
@@ -189,7 +201,7 @@ def train_loop(
                     postfix["tokens/s"] = f"{values['tokens_per_second']:,.0f}"
                 if evaluate and validate is not None:
                     found = validate(state)
-                    guard.check_validation(found["loss"], rows, step, saved)
+                    guard.check_validation(found["loss"], figures, step, saved)
                     log.write(step, "valid", found)
                     postfix["valid"] = f"{found['loss']:.3f}"
                     if progress.best_loss is None or found["loss"] < progress.best_loss:
@@ -234,5 +246,6 @@ def _progress_bar(step: int, times: Times) -> tqdm:
         desc="training",
         dynamic_ncols=True,
         smoothing=0,
+        disable=not processes.is_primary(),
         mininterval=0.5 if sys.stderr.isatty() else 15.0,
     )

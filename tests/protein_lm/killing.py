@@ -1,10 +1,14 @@
 """Kills a training run at random moments, and compares what it leaves with an undisturbed one.
 
     python -m tests.protein_lm.killing --times=20
+    python -m tests.protein_lm.killing --times=10 --processes=2
 
 trains a tiny model once without disturbance, and once with so many kills (SIGKILL, at a random
 moment after the start, while the program compiles, steps, validates or saves); every start but the
 first resumes. At the end each row of metrics must be the same, bit for bit.
+
+With several processes one of them, at random, is killed: the others must end by themselves, with
+an error that says so.
 """
 
 from __future__ import annotations
@@ -14,9 +18,11 @@ import functools
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -64,6 +70,37 @@ def start(arguments: Sequence[str], **environment: str) -> subprocess.Popen[str]
     )
 
 
+def free_port() -> int:
+    """A port that nobody listens to."""
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
+def start_all(
+    arguments: Sequence[str], number: int, **environment: str
+) -> list[subprocess.Popen[str]]:
+    """Starts the command in so many processes, which join each other."""
+    if number == 1:
+        return [start(arguments, **environment)]
+    joining = [f"--coordinator=localhost:{free_port()}", f"--num_processes={number}"]
+    return [
+        start([*arguments, *joining, f"--process_id={index}"], **environment)
+        for index in range(number)
+    ]
+
+
+def finish(
+    processes: Sequence[subprocess.Popen[str]], timeout: float = 600
+) -> list[tuple[int, str, str]]:
+    """Waits for all; returns the exit status and what was written to stdout and stderr of each."""
+    killer = threading.Timer(timeout, lambda: [process.kill() for process in processes])
+    killer.start()
+    told = [process.communicate() for process in processes]
+    killer.cancel()
+    return [(process.returncode, *told) for process, told in zip(processes, told, strict=True)]
+
+
 def end(process: subprocess.Popen[str], number: int = signal.SIGKILL) -> tuple[int, str, str]:
     """Sends a signal; returns the exit status and what was written to stdout and stderr."""
     process.send_signal(number)
@@ -71,13 +108,13 @@ def end(process: subprocess.Popen[str], number: int = signal.SIGKILL) -> tuple[i
     return process.returncode, out, err
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def wait_for(condition: Callable[[], bool], *processes: subprocess.Popen[str]) -> None:
     """Waits until something is so, while the run goes on."""
     deadline = time.monotonic() + 600
     while not condition():
-        if process.poll() is not None:
-            _, err = process.communicate()
-            raise AssertionError(f"the run ended before it could be stopped: {err}")
+        if any(process.poll() is not None for process in processes):
+            told = [err for _, _, err in finish(processes, 10)]
+            raise AssertionError(f"the run ended before it could be stopped: {told}")
         assert time.monotonic() < deadline
         time.sleep(0.001)
 
@@ -95,35 +132,43 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=20, help="kills (default: 20)")
     parser.add_argument("--steps", type=int, default=400, help="of the run (default: 400)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--processes", type=int, default=1, help="of the run (default: 1)")
     options = parser.parse_args()
     tell = functools.partial(print, flush=True)
     moments = random.Random(options.seed)
+
+    def complete(folder: Path) -> str:
+        running = start_all(train_arguments(folder, options.steps), options.processes)
+        found = finish(running, 3600)
+        assert not any(status for status, _, _ in found), found
+        return found[0][1]
+
     with tempfile.TemporaryDirectory() as name:
         whole, killed = Path(name, "whole"), Path(name, "killed")
         began = time.monotonic()
-        process = start(train_arguments(whole, options.steps))
-        _, err = process.communicate()
-        assert process.returncode == 0, err
+        complete(whole)
         tell(f"undisturbed: {time.monotonic() - began:.1f} s")
 
         for kill in range(1, options.times + 1):
             before = figures(killed)
-            process = start(train_arguments(killed, options.steps))
+            running = start_all(train_arguments(killed, options.steps), options.processes)
             # From the middle of the imports on; where the run has ended, kills are of no use.
-            wait_for(lambda: (killed / "config.gin").exists(), process)
+            wait_for(lambda: (killed / "config.gin").exists(), *running)
             if moments.random() < 0.8:
-                wait_for(lambda before=before: len(figures(killed)) > len(before), process)
+                wait_for(lambda before=before: len(figures(killed)) > len(before), *running)
             time.sleep(moments.uniform(0, 1))
-            status, _, err = end(process)
+            victim = running.pop(moments.randrange(len(running)))
+            status, _, err = end(victim)
             assert status == -signal.SIGKILL, f"the run ended before kill {kill}: {err}"
+            at = time.monotonic()
+            for status, _, err in finish(running):
+                assert status == 1 and "another process of this run was lost" in err, (status, err)
+            after = f", the others ended in {time.monotonic() - at:.1f} s" if running else ""
             steps = [row[0] for row in figures(killed)]
             kept = sorted(path.name for path in (killed / "checkpoints").glob("*"))
-            tell(f"kill {kill}: metrics to step {max(steps, default=0)}, checkpoints {kept}")
+            tell(f"kill {kill}: metrics to step {max(steps, default=0)}, checkpoints {kept}{after}")
 
-        process = start(train_arguments(killed, options.steps))
-        out, err = process.communicate()
-        assert process.returncode == 0, err
-        assert "resuming" in out
+        assert "resuming" in complete(killed)
         expected, found = figures(whole), figures(killed)
         unlike = [pair for pair in zip(expected, found, strict=True) if pair[0] != pair[1]]
         assert not unlike, f"{len(unlike)} rows differ, such as {unlike[0]}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from fast_attention.protein_lm.commands import arguments
@@ -15,7 +16,9 @@ when the same command is given again; Ctrl-C and SIGTERM save the running step f
 
   protein-lm train --gin_file=protein_lm_configs/demo.gin --work_dir=runs/demo
   protein-lm train --gin_file=protein_lm_configs/demo.gin --work_dir=runs/mine \\
-      --fasta=family.fasta=3 --fasta=swissprot.fasta.gz --valid_fasta=held_out.fasta --epochs=5"""
+      --fasta=family.fasta=3 --fasta=swissprot.fasta.gz --valid_fasta=held_out.fasta --epochs=5
+
+Several machines can train one model: see docs/multi-process.md."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,10 +62,62 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--batch_size", "rows of a batch on each device; less needs less memory"),
     ):
         parser.add_argument(flag, type=int, metavar="N", help=f"{meaning} (default: the settings')")
+    group = parser.add_argument_group(
+        "several processes",
+        "Start the same command on every machine, all of which must see the same --work_dir.",
+    )
+    group.add_argument(
+        "--distributed",
+        action="store_true",
+        help="join the processes that Slurm, Open MPI, Kubernetes or Cloud TPU has started",
+    )
+    group.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="join without such help: the machine of process 0, and a free port there",
+    )
+    group.add_argument("--num_processes", type=int, metavar="N", help="how many there are")
+    group.add_argument("--process_id", type=int, metavar="I", help="which this one is, from 0 on")
+    group.add_argument(
+        "--join_timeout",
+        type=int,
+        default=300,
+        metavar="SECONDS",
+        help="in which all processes must have come (default: 300)",
+    )
 
 
 def run(options: argparse.Namespace) -> None:
     """Runs the command."""
+    with _processes(options):
+        _train(options)
+
+
+def _processes(options: argparse.Namespace) -> AbstractContextManager[None]:
+    given = (options.coordinator, options.num_processes, options.process_id)
+    if given == (None, None, None) and not options.distributed:
+        return nullcontext()
+    if options.distributed and given != (None, None, None):
+        raise ValueError(
+            "--distributed finds the others by itself: leave it out, or --coordinator, "
+            "--num_processes and --process_id"
+        )
+    from fast_attention.protein_lm import checkpoints, processes
+    from fast_attention.protein_lm.run_folder import RunFolder
+
+    def remedy() -> str:
+        step = checkpoints.newest_step(RunFolder(Path(options.work_dir)).checkpoints)
+        if step is None:
+            return "There was no checkpoint yet: the same command begins anew"
+        return (
+            f"The checkpoint of step {step} is whole, and the same command goes on from there, "
+            "also with another number of processes if batches have as many rows as before"
+        )
+
+    return processes.joined(*given, timeout=options.join_timeout, remedy=remedy)
+
+
+def _train(options: argparse.Namespace) -> None:
     import gin
 
     from fast_attention.protein_lm import gin_registry
