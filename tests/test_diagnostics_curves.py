@@ -3,6 +3,7 @@
 import builtins
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -31,7 +32,7 @@ def made_up(**errors):
 
 def test_errors_are_those_of_the_functions_for_every_draw_and_masked():
     q, k, v = cases.qkv(length=T)
-    mask = np.arange(T)[None] < np.array([T, T - 3])[:, None]
+    mask = jnp.asarray(np.arange(T)[None] < np.array([T, T - 3])[:, None])
     found = error_curves({"plain": plain}, q, k, v, mask, features=FEATURES, draws=2)
     assert found.errors["plain"].shape == (2, 2, H) and found.features == FEATURES
     assert np.unique(found.errors["plain"]).size == 4 * H
