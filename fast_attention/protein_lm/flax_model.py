@@ -9,7 +9,6 @@ import copy
 import functools
 import itertools
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, Self
 
@@ -27,6 +26,7 @@ from fast_attention.protein_lm import (
     data,
     embedding,
     exchange,
+    fitting,
     metrics,
     optimizer,
     process_arrays,
@@ -111,10 +111,6 @@ class FlaxModel:
           TypeError: At a keyword that `TransformerConfig` does not have.
           ValueError: If `ema_decay` is out of its range.
         """
-        if ema_decay is not None and not 0 <= ema_decay < 1:
-            raise ValueError(
-                f"ema_decay must be in [0, 1), or None for no average; got {ema_decay}"
-            )
         if not hasattr(self, "objective"):
             raise TypeError("FlaxModel is what FlaxLM and FlaxBERT share: make one of them")
         self.domain = domain
@@ -155,12 +151,12 @@ class FlaxModel:
         self.abstract_state = train_state.abstract_state(
             parameters, variables, self._optimizer, self.mesh, averaged=averaged
         )
-        shardings = self._shardings()
+        self._shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
         self.initialize = train_state.make_initializer(
-            build, self._optimizer, averaged=averaged, shardings=shardings
+            build, self._optimizer, averaged=averaged, shardings=self._shardings
         )
         self.train_step = train_state.make_train_step(
-            self.graphdef, self._optimizer, ema_decay=self._ema_decay, shardings=shardings
+            self.graphdef, self._optimizer, ema_decay=self._ema_decay, shardings=self._shardings
         )
         self.eval_step = train_state.make_eval_step(self.graphdef)
         self.logits_step = train_state.make_logits(self.graphdef)
@@ -202,7 +198,7 @@ class FlaxModel:
         state = train_state.make_state(
             parameters, variables, self._optimizer, key, averaged=self._ema_decay is not None
         )
-        self.state = jax.tree.map(process_arrays.put, state, self._shardings())
+        self.state = jax.tree.map(process_arrays.put, state, self._shardings)
 
     def with_attention(
         self,
@@ -252,7 +248,7 @@ class FlaxModel:
         rows = batches.joined(itertools.islice(found, num_batches))
         batch = train_state.shard_batch(rows, self.mesh)
         state = exchange.calibrate_state(self.graphdef, self.state, batch)
-        self.state = jax.tree.map(process_arrays.put, state, self._shardings())
+        self.state = jax.tree.map(process_arrays.put, state, self._shardings)
 
     def fit(
         self,
@@ -280,26 +276,10 @@ class FlaxModel:
           FloatingPointError: If the loss or the gradient is not finite.
           ValueError: If there is nothing to train on, or an iterator should be repeated.
         """
-        began = time.perf_counter()
         found = self._training_batches(
             xs, batch_size, epochs=epochs, example_weights=example_weights
         )
-        sums = []
-        for batch in itertools.islice(found, max_steps):
-            self.state, batch_sums = self.train_step(
-                self.state, train_state.shard_batch(batch, self.mesh)
-            )
-            sums.append(batch_sums)
-        if not sums:
-            raise ValueError("no step was taken: there is no batch, or epochs or max_steps is 0")
-        sums = jax.device_get(sums)
-        metrics.check_finite(sums)
-        return {
-            "last": metrics.combine_metrics(sums[-1:]),
-            "average": metrics.combine_metrics(sums),
-            "steps": len(sums),
-            "seconds": time.perf_counter() - began,
-        }
+        return fitting.take_steps(self, itertools.islice(found, max_steps))
 
     def evaluate(
         self, xs: Any, *, batch_size: int | None = None, seed: int = 0
@@ -404,9 +384,6 @@ class FlaxModel:
             train_state.shard_batch(batch, self.mesh),
             packed=train_state.is_packed(batch),
         )
-
-    def _shardings(self) -> train_state.TrainState:
-        return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
 
     def _training_batches(
         self, xs: Any, batch_size: int | None, **options: Any

@@ -133,7 +133,12 @@ def make_train_step(
       A function whose batch holds ``inputs``, ``targets``, ``weights``, ``segment_ids`` and
       ``positions``, each [B, T], and whose second result is `metrics.token_sums` with
       ``gradient_norm`` (before clipping) and ``tokens`` (int32, without padding) added.
+
+    Raises:
+      ValueError: If `ema_decay` is out of its range.
     """
+    if ema_decay is not None and not 0 <= ema_decay < 1:
+        raise ValueError(f"ema_decay must be in [0, 1), or None for no average; got {ema_decay}")
 
     def loss(parameters: Any, state: TrainState, batch: Batch) -> Any:
         model = nnx.merge(graphdef, parameters, state.variables)

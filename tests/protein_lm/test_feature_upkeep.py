@@ -11,7 +11,6 @@ from fast_attention.feature_maps import TrainedParameters
 from fast_attention.protein_lm import checkpoints, make_protein_domain
 from fast_attention.protein_lm.models import FlaxLM
 from fast_attention.protein_lm.optimizer import decay_mask
-from fast_attention.protein_lm.train import abstract_state
 
 DOMAIN = make_protein_domain(length=12)
 TOY = ["MKTAYIAK", "ACDEF", "WWWWHHHHGG"]
@@ -85,7 +84,7 @@ def test_trained_parameters_are_trained_saved_and_not_decayed(tmp_path):
     with checkpoints.open_checkpoints(tmp_path / "checkpoints") as manager:
         checkpoints.save(manager, model.state, checkpoints.Progress({}, 4, 0, 0.0), keep=1)
     _, parameters, variables = checkpoints.restore_model(
-        tmp_path / "checkpoints", abstract_state(model)
+        tmp_path / "checkpoints", model.abstract_state
     )
     other = make(tuned(calibration="trained"))
     other.set_parameters(parameters, variables)
