@@ -68,6 +68,8 @@ def attention_matrix(
     query: Float[Array, "*B T H D"],
     key: Float[Array, "*B S K D"],
     rows: Any = None,
+    *,
+    value_width: int | None = None,
     **options: Any,
 ) -> Float[Array, "*B H R S"]:
     """Writes out the weights that a function gives to keys.
@@ -76,11 +78,13 @@ def attention_matrix(
     matrix is that of the function itself, whatever it computes inside.
 
     Args:
-      attention_fn: linear in the values, whose width may be any.
+      attention_fn: linear in the values, whose width may be any, but for `value_width`.
       query: ``[*B, T, H, D]``.
       key: ``[*B, S, K, D]``.
       rows: positions of queries to return, ``[R]``, or ``[*B, R]`` where they differ; None is all.
         All are computed.
+      value_width: of the values that the function is applied to, where it takes only one, as Flax's
+        own ``dot_product_attention`` (D); None is a width that suits the length.
       **options: handed to ``attention_fn``: key_mask, is_causal, projection ...
 
     Returns:
@@ -89,7 +93,7 @@ def attention_matrix(
     length = key.shape[-3]
     rows = jnp.arange(query.shape[-3]) if rows is None else jnp.asarray(rows)
     dtype = jnp.promote_types(jnp.result_type(query, key), jnp.float32)
-    width = min(COLUMNS, length)
+    width = value_width or min(COLUMNS, length)
     starts = width * jnp.arange(-(-length // width))
 
     def columns(query: Array, key: Array, start: Array) -> Array:

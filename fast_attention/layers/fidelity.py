@@ -344,7 +344,9 @@ def _looked_at(call: AttentionCall, exact: AttentionCall, counted: Array) -> dic
         def attend(query: Array, key: Array, value: Array) -> Array:
             return of.attend(query=query, key=key, value=value)
 
-        weights = attention_matrix(attend, query, key, rows)
+        # Flax's own functions take values of the width of queries only.
+        width = None if dataclasses.is_dataclass(of.function) else query.shape[-1]
+        weights = attention_matrix(attend, query, key, rows, value_width=width)
         return jnp.where(own[:, None, :, None], weights, 0)
 
     def effective(weights: Array) -> Array:

@@ -41,7 +41,12 @@ def own_rows(mesh: Mesh, total: int) -> Rows:
     Args:
       mesh: From `meshes.make_mesh`.
       total: Rows of the batch of all processes.
+
+    Raises:
+      ValueError: If there are none.
     """
+    if total < 1:
+        raise ValueError(f"batch_size must be at least 1, but got {total}.")
     rows = NamedSharding(mesh, batch_spec(mesh, (total,)))
     held = [
         index[0].indices(total)[:2]
