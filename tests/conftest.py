@@ -21,6 +21,11 @@ hypothesis.settings.register_profile("fast_attention", deadline=None, max_exampl
 hypothesis.settings.load_profile("fast_attention")
 
 
+def pytest_collection_modifyitems(items):
+    """Tests that take minutes come first: at the end, one worker would wait for the other."""
+    items.sort(key=lambda item: item.path.name != "test_devices.py")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _compile_once(tmp_path_factory):
     """Equal programs are compiled once, also by the processes that tests start."""
