@@ -1,7 +1,4 @@
-"""Tests marked `devices` or `eight_devices`, in processes where one CPU stands for several devices.
-
-Not everywhere: on fewer cores than devices XLA's collectives can starve in a long training run.
-"""
+"""Tests marked `devices` or `eight_devices`, in processes where one CPU stands for several devices."""
 
 import os
 import subprocess
@@ -10,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from fast_attention.protein_lm import host_threads
+
 
 @pytest.mark.parametrize(("marker", "count"), [("devices", 4), ("eight_devices", 8)])
 def test_on_several_devices(marker, count):
@@ -17,7 +16,7 @@ def test_on_several_devices(marker, count):
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *arguments],
         cwd=Path(__file__).parents[1],
-        env=os.environ | {"JAX_NUM_CPU_DEVICES": str(count)},
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": str(count), host_threads.POOL: str(3 * count)},
         capture_output=True,
         text=True,
     )

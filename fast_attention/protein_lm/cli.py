@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from fast_attention.protein_lm.commands import COMMANDS
 from fast_attention.protein_lm.failures import describe_failure, silence_libraries
+from fast_attention.protein_lm.host_threads import provide_threads
 from fast_attention.protein_lm.huge_pages import restart_with_huge_pages
 from fast_attention.protein_lm.stopping import Stopped
 
@@ -46,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if arguments is None and not options.traceback:
         silence_libraries()
+    provide_threads()
     if arguments is None and options.command == "train":
         restart_with_huge_pages()
     try:
