@@ -377,10 +377,3 @@ def _model_arrays(state: TrainState) -> dict[str, Any]:
 
 def _training_arrays(state: TrainState) -> dict[str, Any]:
     return {"step": state.step, "opt_state": state.opt_state, "key": state.key}
-
-
-def abstract_like(state: TrainState, sharding: jax.sharding.Sharding) -> TrainState:
-    """Shapes and dtypes of `state`, to be placed by `sharding`."""
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state
-    )

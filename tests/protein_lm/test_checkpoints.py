@@ -259,8 +259,9 @@ with checkpoints.open_checkpoints(pathlib.Path(sys.argv[1])) as manager:
         arrays = {str(i): jax.numpy.ones((256, 256)) for i in range(60)}
         return checkpoints.TrainState(jax.numpy.int32(step), arrays, {}, {}, jax.numpy.zeros(2))
 
-    abstract = checkpoints.abstract_like(
-        state(0), jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), state(0)
     )
     cut_short = 0
     for delay in (0.001, 0.01, 0.03):
