@@ -1,4 +1,4 @@
-"""Tests marked `devices` or `eight_devices`, in processes where one CPU stands for several devices."""
+"""Tests marked `devices` or `eight_devices`, in processes whose CPU stands for several devices."""
 
 import os
 import subprocess
