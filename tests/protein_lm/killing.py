@@ -50,6 +50,9 @@ SETTINGS = {
     "FlaxModel.ema_decay": 0.99,
 }
 
+LOST = ("another process of this run was lost", "not all processes have come")
+"""What the others tell when one was killed, or was killed before all had met."""
+
 
 def train_arguments(folder: Path, steps: int) -> list[str]:
     """Arguments of ``protein-lm train`` for a run of a tiny model."""
@@ -137,8 +140,15 @@ def main() -> None:
     tell = functools.partial(print, flush=True)
     moments = random.Random(options.seed)
 
+    def begin(folder: Path) -> list[subprocess.Popen[str]]:
+        arguments = train_arguments(folder, options.steps)
+        if options.processes > 1:
+            # One that is killed before all have met lets the others wait so long.
+            arguments.append("--join_timeout=60")
+        return start_all(arguments, options.processes)
+
     def complete(folder: Path) -> str:
-        running = start_all(train_arguments(folder, options.steps), options.processes)
+        running = begin(folder)
         found = finish(running, 3600)
         assert not any(status for status, _, _ in found), found
         return found[0][1]
@@ -151,7 +161,7 @@ def main() -> None:
 
         for kill in range(1, options.times + 1):
             before = figures(killed)
-            running = start_all(train_arguments(killed, options.steps), options.processes)
+            running = begin(killed)
             # From the middle of the imports on; where the run has ended, kills are of no use.
             wait_for(lambda: (killed / "config.gin").exists(), *running)
             if moments.random() < 0.8:
@@ -162,7 +172,7 @@ def main() -> None:
             assert status == -signal.SIGKILL, f"the run ended before kill {kill}: {err}"
             at = time.monotonic()
             for status, _, err in finish(running):
-                assert status == 1 and "another process of this run was lost" in err, (status, err)
+                assert status == 1 and any(text in err for text in LOST), (status, err)
             after = f", the others ended in {time.monotonic() - at:.1f} s" if running else ""
             steps = [row[0] for row in figures(killed)]
             kept = sorted(path.name for path in (killed / "checkpoints").glob("*"))
