@@ -111,7 +111,7 @@ def _processes(options: argparse.Namespace) -> AbstractContextManager[None]:
             return "There was no checkpoint yet: the same command begins anew"
         return (
             f"The checkpoint of step {step} is whole, and the same command goes on from there, "
-            "also with another number of processes if batches have as many rows as before"
+            "also with another number of processes or devices"
         )
 
     return processes.joined(*given, timeout=options.join_timeout, remedy=remedy)
