@@ -1,3 +1,4 @@
+import collections
 import os
 
 import hypothesis
@@ -22,8 +23,9 @@ hypothesis.settings.load_profile("fast_attention")
 
 
 def pytest_collection_modifyitems(items):
-    """Tests that take minutes come first: at the end, one worker would wait for the other."""
-    items.sort(key=lambda item: item.path.name != "test_devices.py")
+    """Files that take long come first: at the end, one worker would wait for the other."""
+    sizes = collections.Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.name != "test_devices.py", -sizes[item.path]))
 
 
 @pytest.fixture(autouse=True, scope="session")
