@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import gin
-import jax
 
+from fast_attention.meshes import row_shards
 from fast_attention.protein_lm import gin_registry
 from fast_attention.protein_lm.corpus import load_corpus
 from fast_attention.protein_lm.loading import load_run
@@ -87,10 +87,11 @@ def continue_training(
         shuffle=True,
         random_crop=True,
     )
-    rows = batch_size or min(
-        settings.get("batch_size_per_device", 128), -(-planner.num_rows // jax.device_count())
-    )
-    per_epoch = math.ceil(planner.num_rows / (rows * jax.device_count()))
+    shards = row_shards(before.model.mesh)
+    whole = settings.get("batch_size")
+    before_rows = settings.get("batch_size_per_device", 128) if whole is None else whole // shards
+    rows = batch_size or min(max(before_rows, 1), -(-planner.num_rows // shards))
+    per_epoch = math.ceil(planner.num_rows / (rows * shards))
     steps = epochs * per_epoch
     bindings = {
         "experiment.initial_run": str(before.folder.path.absolute()),
@@ -99,6 +100,7 @@ def continue_training(
         "experiment.test_files": None if valid_fasta is None else list(valid_fasta),
         "experiment.epochs": epochs,
         "experiment.max_train_steps": steps,
+        "experiment.batch_size": None,
         "experiment.batch_size_per_device": rows,
         "experiment.train_summary_frequency": per_epoch,
         "experiment.eval_frequency": per_epoch,
