@@ -29,10 +29,11 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _compile_once(tmp_path_factory):
-    """Equal programs are compiled once, also by the processes that tests start."""
+def _compile_once(pytestconfig):
+    """Equal programs are compiled once, by the processes that tests start and by later runs too."""
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or pytestconfig.cache.mkdir("compiled")
     options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_compilation_cache_dir": str(folder),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
         "jax_disable_most_optimizations": True,

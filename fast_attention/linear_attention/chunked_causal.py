@@ -10,6 +10,7 @@ Shape letters: B batch, T length, C chunk.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -78,13 +79,7 @@ def backward(plan: Plan, residuals: Any, cotangents: Any) -> Inputs:
     einsum = einsum_of(plan, inputs)
     buffers, outputs_in = gradient_buffers(plan, inputs, out, d_out)
 
-    def rerun(state, start, size):
-        keys, value, _ = key_features(plan, inputs, start, size)
-        sight = causal_sight(inputs, start, size)
-        first, old = add_first_key(state, keys, value, sight)
-        absorbed = absorb_keys(first, keys, sight.enter, sight.keep)
-        past = Past(first, old, absorbed.log_scale)
-        return next_state(first, absorbed, value, einsum), past
+    rerun = functools.partial(pass_chunk, plan, inputs, einsum)
 
     def chunk(carry, start, size, saved):
         kept, past = saved
@@ -139,6 +134,17 @@ def _sizes(plan: Plan, inputs: Inputs) -> tuple[int, int, int, int]:
     size, unroll = planned_chunk(plan, inputs)
     size = min(size, length)
     return length, size, group_length(plan, length, size), unroll
+
+
+def pass_chunk(
+    plan: Plan, inputs: Inputs, einsum: Any, state: LinearAttentionState, start: Any, size: int
+) -> tuple[LinearAttentionState, Past]:
+    """Takes up the keys of a chunk again; returns the state behind it, and what it was read from."""
+    keys, value, _ = key_features(plan, inputs, start, size)
+    sight = causal_sight(inputs, start, size)
+    first, old = add_first_key(state, keys, value, sight)
+    absorbed = absorb_keys(first, keys, sight.enter, sight.keep)
+    return next_state(first, absorbed, value, einsum), Past(first, old, absorbed.log_scale)
 
 
 def group_length(plan: Plan, length: int, size: int) -> int:

@@ -31,7 +31,7 @@ from fast_attention.linear_attention.chunk_causal import (
 )
 from fast_attention.linear_attention.chunk_choice import planned_chunk
 from fast_attention.linear_attention.chunk_state import absorb_keys, next_state
-from fast_attention.linear_attention.chunked_causal import group_length
+from fast_attention.linear_attention.chunked_causal import group_length, pass_chunk
 from fast_attention.linear_attention.gradients import (
     add_key_gradient,
     add_query_gradient,
@@ -163,13 +163,7 @@ def _backward(plan: Plan, reach: Reach, residuals: Any, cotangents: Any) -> tupl
     einsum = einsum_of(plan, inputs)
     buffers, outputs_in = gradient_buffers(plan, inputs, out, d_out)
 
-    def rerun(state, start, size):
-        keys, value, _ = key_features(plan, far, start, size)
-        sight = causal_sight(far, start, size)
-        first, old = add_first_key(state, keys, value, sight)
-        absorbed = absorb_keys(first, keys, sight.enter, sight.keep)
-        past = Past(first, old, absorbed.log_scale)
-        return next_state(first, absorbed, value, einsum), past
+    rerun = functools.partial(pass_chunk, plan, far, einsum)
 
     def chunk(carry, start, size, saved):
         kept, past = saved
