@@ -24,6 +24,7 @@ from fast_attention.mesh_attention import on_mesh as on_mesh
 from fast_attention.meshes import make_mesh as make_mesh
 from fast_attention.shared_qk_attention import shared_qk_attention as shared_qk_attention
 from fast_attention.shared_query_key import LSHOutput as LSHOutput
+from fast_attention.softmax_attention import make_softmax_attention as make_softmax_attention
 from fast_attention.strided_attention_fn import StridedAttention as StridedAttention
 from fast_attention.strided_attention_fn import make_strided_attention as make_strided_attention
 

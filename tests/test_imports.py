@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -51,6 +52,13 @@ def test_the_core_needs_jax_and_numpy_alone():
     loaded = {name.partition(".")[0] for name in names}
     assert "jax" in loaded
     assert not {*HEAVY, "flax"} & loaded
+
+
+def test_every_factory_of_the_readme_is_exported():
+    readme = PACKAGE.parent.joinpath("README.md").read_text(encoding="utf-8")
+    factories = set(re.findall(r"\bmake_\w+", readme))
+    assert "make_softmax_attention" in factories
+    assert [name for name in sorted(factories) if not hasattr(fast_attention, name)] == []
 
 
 def test_import_runs_no_computation():

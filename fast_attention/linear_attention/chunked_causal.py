@@ -139,7 +139,7 @@ def _sizes(plan: Plan, inputs: Inputs) -> tuple[int, int, int, int]:
 def pass_chunk(
     plan: Plan, inputs: Inputs, einsum: Any, state: LinearAttentionState, start: Any, size: int
 ) -> tuple[LinearAttentionState, Past]:
-    """Takes up the keys of a chunk again; returns the state behind it, and what it was read from."""
+    """Adds the keys of a chunk again; returns the next state, and what the chunk read it from."""
     keys, value, _ = key_features(plan, inputs, start, size)
     sight = causal_sight(inputs, start, size)
     first, old = add_first_key(state, keys, value, sight)

@@ -30,6 +30,7 @@ from fast_attention.protein_lm.array_records import (
     seal,
 )
 from fast_attention.protein_lm.divergence import REMEDY
+from fast_attention.protein_lm.machine_failures import machine_failure
 from fast_attention.protein_lm.run_folder import RunError
 from fast_attention.protein_lm.train_state import TrainState
 
@@ -179,7 +180,8 @@ def restore(
       State and progress, or None where there is no checkpoint.
 
     Raises:
-      RunError: If the checkpoint belongs to a model of other shapes, or all are damaged.
+      RunError: If the checkpoint belongs to a model of other shapes, or all are damaged, or one
+        cannot be read for lack of memory or a failure of the disk, which is no damage.
     """
     steps = sorted(manager.all_steps(), reverse=True)
     if not steps:
@@ -222,7 +224,7 @@ def tokens_seen(directory: Path, step: int) -> int | None:
         try:
             about = _restore(manager, step, about=ocp.args.JsonRestore())["about"]
             return about["progress"]["tokens"]
-        except (_Damaged, KeyError, TypeError):
+        except (RunError, KeyError, TypeError):
             return None
 
 
@@ -240,7 +242,7 @@ def restore_model(
 
     Raises:
       RunError: If there is no such checkpoint, or it belongs to a model of other shapes, or is
-        damaged.
+        damaged, or cannot be read for lack of memory or a failure of the disk.
       ValueError: If `checkpoint` is none of these.
     """
     if checkpoint not in ("best", "last") and not isinstance(checkpoint, int):
@@ -345,9 +347,15 @@ def _read(
 def _restore(manager: ocp.CheckpointManager, step: int, **items: Any) -> Any:
     try:
         return manager.restore(step, args=ocp.args.Composite(**items))
-    except _FAILURES as error:
+    except (MemoryError, *_FAILURES) as error:
         if processes.tells_a_loss(error):
             raise
+        if (reason := machine_failure(error)) is not None:
+            # The files may be intact: nothing is put aside, and no older checkpoint is taken.
+            raise RunError(
+                f"the checkpoint {manager.directory / str(step)} cannot be read now: {reason} "
+                f"({_first_line(error)})"
+            ) from error
         raise _damage(manager, step, error) from error
 
 
@@ -358,10 +366,12 @@ def _damage(manager: ocp.CheckpointManager, step: int, reason: Any) -> _Damaged:
 
 
 def _unwritten(manager: ocp.CheckpointManager, step: int, reason: Any) -> RunError:
+    found = machine_failure(reason) if isinstance(reason, Exception) else None
+    remedy = found or "check that the disk has space and that the folder may be written to"
     return RunError(
         f"the checkpoint of step {step} cannot be written to {manager.directory} "
-        f"({_first_line(reason)}): look whether the disk is full or may not be written to. "
-        "Earlier checkpoints are as they were, and the same command goes on from the last"
+        f"({_first_line(reason)}): {remedy}. "
+        "Earlier checkpoints are unchanged, and the same command resumes from the last one"
     )
 
 

@@ -66,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if options.traceback:
             traceback.print_exc()
-        print(f"protein-lm {options.command}: error: {describe_failure(error)}", file=sys.stderr)
+        told = describe_failure(error, vars(options))
+        print(f"protein-lm {options.command}: error: {told}", file=sys.stderr)
         return 1
     return 0
 

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from fast_attention.protein_lm.machine_failures import machine_failure
 from fast_attention.protein_lm.run_folder import RunError
 
 Columns = dict[str, list[str]]
@@ -91,8 +92,13 @@ def _read(path: Path) -> str:
         raise RunError(f"{path}: no such file; check the path") from None
     except IsADirectoryError:
         raise RunError(f"{path}: is a folder; give the table in it") from None
-    except (EOFError, zlib.error, OSError) as error:
-        raise RunError(f"{path}: cannot be read ({error})") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise RunError(
+            f"{path}: the compressed data is cut off or damaged ({error}); fetch the file again"
+        ) from error
+    except OSError as error:
+        remedy = machine_failure(error) or "check the file"
+        raise RunError(f"{path}: cannot be read ({error.strerror or error}): {remedy}") from error
     except UnicodeDecodeError:
         raise RunError(
             f"{path}: is no text; save a spreadsheet as CSV or TSV, encoded in UTF-8"

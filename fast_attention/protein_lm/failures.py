@@ -6,37 +6,36 @@ import logging
 import re
 import sys
 import threading
+from collections.abc import Collection
 
 import absl.logging
 
+from fast_attention.protein_lm.machine_failures import (
+    OUT_OF_MEMORY,
+    machine_failure,
+    memory_remedy,
+)
 from fast_attention.protein_lm.output_files import OutputError
 from fast_attention.protein_lm.run_folder import RunError
+from fast_attention.protein_lm.text_source import FastaError
 
 _EXPECTED = (RunError, FloatingPointError, OSError, TypeError, ValueError)
-_MEMORY = (
-    "take a smaller --batch_size or --tokens_per_batch (in training a smaller "
-    "experiment.batch_size_per_device), or shorter rows"
-)
-
-_DISK = {
-    "No space left on device": "the disk is full: make room",
-    "Disk quota exceeded": "your share of the disk is used up: make room",
-    "File too large": "a file is larger than is allowed here: raise the limit",
-    "Read-only file system": "the folder is read-only: change that",
-}
+_EXPLAINED = (RunError, OutputError, FastaError)
+"""Errors of this package, which say themselves what to do."""
 
 
-def describe_failure(error: Exception) -> str:
-    """Says what went wrong in the words of the error, without places in the program."""
+def describe_failure(error: Exception, options: Collection[str] = ()) -> str:
+    """Says what went wrong in the words of the error, without places in the program.
+
+    Args:
+      error: What ended the command.
+      options: The names of the command's options, of which those that save memory are named.
+    """
     kind, text = type(error).__name__, _without_places(str(error)) or type(error).__name__
-    if isinstance(error, MemoryError):
-        return f"out of memory: {_MEMORY}"
-    if kind in ("JaxRuntimeError", "XlaRuntimeError") and "RESOURCE_EXHAUSTED" in text:
-        return f"out of memory: {_MEMORY} ({text.splitlines()[0]})"
-    for reason, remedy in _DISK.items():
-        # The libraries that write checkpoints have errors of their own, with this text inside.
-        if reason in text and not isinstance(error, OutputError):
-            return f"{remedy}, or write elsewhere ({text.splitlines()[0][:300]})"
+    if isinstance(error, _EXPLAINED):
+        return text
+    if (reason := machine_failure(error)) is not None:
+        return _describe_machine(reason, error, text, options)
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, SyntaxError):
@@ -56,6 +55,15 @@ def describe_failure(error: Exception) -> str:
         f"unexpected {kind}: {text}. This may be a mistake in the program: --traceback shows where "
         "it was."
     )
+
+
+def _describe_machine(reason: str, error: Exception, text: str, options: Collection[str]) -> str:
+    if reason == OUT_OF_MEMORY:
+        reason = f"{reason}: {memory_remedy(options)}"
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {reason}"
+    line = text.splitlines()[0][:300]
+    return reason if line in ("MemoryError", "") else f"{reason} ({line})"
 
 
 def silence_libraries() -> None:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, cast
 
+from fast_attention.protein_lm.machine_failures import machine_failure
+
 PIECE_BYTES = 1 << 18
 """Bytes read at a time: a file that unpacks to more than the memory is still read in this much."""
 
@@ -57,8 +59,9 @@ def read_pieces(path: Path) -> Iterator[bytes]:
             f"{path}: the compressed data is cut off or damaged ({error}). Fetch the file again."
         ) from error
     except OSError as error:
+        remedy = machine_failure(error) or "check the file"
         raise FastaError(
-            f"{path}: cannot be read ({error.strerror or error}). Check the file."
+            f"{path}: cannot be read ({error.strerror or error}): {remedy}."
         ) from error
 
 

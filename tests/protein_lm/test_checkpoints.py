@@ -12,6 +12,7 @@ import pytest
 
 from fast_attention.protein_lm import checkpoints, make_protein_domain
 from fast_attention.protein_lm.checkpoints import Progress
+from fast_attention.protein_lm.failures import describe_failure
 from fast_attention.protein_lm.loading import load_run
 from fast_attention.protein_lm.models import FlaxLM
 from fast_attention.protein_lm.run_folder import RunError
@@ -169,6 +170,35 @@ def test_nothing_but_damaged_checkpoints_is_an_error(stored, model):
         with pytest.raises(RunError, match="all 3 checkpoints .* damaged"):
             what()
     assert {"3", "6", "9"} <= {path.name for path in stored.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (MemoryError(), "out of memory"),
+        (ValueError('Error reading "a" [OS error 5: EIO Input/output error]'), "read error"),
+        (OSError(errno.ESTALE, "Stale file handle"), "read error"),
+        (OSError(errno.EINTR, "Interrupted system call"), "read error"),
+    ],
+    ids=["memory", "input_output", "stale", "interrupted"],
+)
+def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(
+    stored, model, monkeypatch, capsys, error, reason
+):
+    def fail(*_, **__):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.ocp.CheckpointManager, "restore", fail)
+        for what in (lambda: read(stored, model, "last"), lambda: resume(stored, model)):
+            with pytest.raises(RunError) as caught:
+                what()
+            told = describe_failure(caught.value)
+            assert reason in told and "damaged" not in told
+            assert str(stored / "9") in told
+    assert not capsys.readouterr().err
+    # Nothing was put aside, and no older checkpoint was taken.
+    assert resume(stored, model) == 9
 
 
 def test_a_disk_without_room_is_not_written_to(stored, model, monkeypatch):

@@ -38,7 +38,7 @@ def test_what_is_written_is_read(tmp_path):
         (b"sequence,y\nMK,1\n", "no column 'label', only 'sequence', 'y'"),
         (b"label,label\n1,2\n", "2 columns are named 'label'"),
         (b"label,x\n1,2\n3\n", "line 3: 1 cells, but the first line names 2"),
-        (b"\x1f\x8bnothing", "cannot be read"),
+        (b"\x1f\x8bnothing", "cut off or damaged"),
         (b"\xff\xfe", "is no text"),
     ],
 )

@@ -58,13 +58,14 @@ def test_a_gin_file_may_begin_with_a_byte_order_mark(tmp_path):
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (MemoryError(), "out of memory: take a smaller --batch_size"),
+        (MemoryError(), "out of memory: take a smaller --max_length"),
         (
             jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nx"),
-            "out of memory: take a smaller .*allocating 9 bytes",
+            "out of memory: .*allocating 9 bytes",
         ),
         (FileNotFoundError(2, "No such file or directory", "a.gin"), "^a.gin: No such file"),
         (OSError(28, "No space left on device"), "the disk is full: make room"),
+        (OSError(5, "Input/output error", "a.npz"), "^a.npz: a read error .*try again"),
         (KeyError("weights"), "unexpected KeyError: 'weights'.*--traceback"),
         (AssertionError(), "unexpected AssertionError: AssertionError.*--traceback"),
         (ModuleNotFoundError("No module named 'grain'"), "'grain'.*pip install"),
