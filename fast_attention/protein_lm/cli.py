@@ -10,7 +10,11 @@ import traceback
 from collections.abc import Sequence
 
 from fast_attention.protein_lm.commands import COMMANDS
-from fast_attention.protein_lm.failures import describe_failure, silence_libraries
+from fast_attention.protein_lm.failures import (
+    describe_failure,
+    silence_libraries,
+    without_places,
+)
 from fast_attention.protein_lm.host_threads import provide_threads
 from fast_attention.protein_lm.huge_pages import restart_with_huge_pages
 from fast_attention.protein_lm.stopping import Stopped
@@ -53,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         COMMANDS[options.command].run(options)
     except Stopped as stopped:
-        print(f"\nprotein-lm {options.command}: {stopped}", file=sys.stderr)
+        told = without_places(str(stopped))
+        print(f"\nprotein-lm {options.command}: {told}", file=sys.stderr)
         return stopped.exit_status
     except KeyboardInterrupt:
         remedy = ", and the same command goes on" if options.command in ("train", "embed") else ""

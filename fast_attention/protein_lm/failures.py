@@ -31,7 +31,7 @@ def describe_failure(error: Exception, options: Collection[str] = ()) -> str:
       error: What ended the command.
       options: The names of the command's options, of which those that save memory are named.
     """
-    kind, text = type(error).__name__, _without_places(str(error)) or type(error).__name__
+    kind, text = type(error).__name__, without_places(str(error)) or type(error).__name__
     if isinstance(error, _EXPLAINED):
         return text
     if (reason := machine_failure(error)) is not None:
@@ -87,8 +87,8 @@ def _configurable(error: Exception) -> str | None:
     return found[1] if found else None
 
 
-def _without_places(text: str) -> str:
-    """Drops what gin adds for programmers, and puts the file and the line behind the message."""
+def without_places(text: str) -> str:
+    """Removes what gin adds for programmers, and puts the file and the line after the message."""
     text = re.sub(r" in config string: \n.*", ".", text, flags=re.DOTALL)
     text = re.sub(r"\n *In call to configurable .*", "", text)
     text = re.sub(

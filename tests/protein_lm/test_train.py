@@ -129,6 +129,7 @@ def test_a_run_told_to_stop_saves_its_step_and_goes_on(
             assert cli.main(train_arguments(tmp_path)) == status
         told = capsys.readouterr().err
         assert f"{number.name} after step {row + 1}, which is saved: the same command" in told
+        assert "configurable" not in told and "<function" not in told
         assert (tmp_path / "checkpoints" / str(row + 1)).is_dir()
         assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     assert cli.main(train_arguments(tmp_path)) == 0
