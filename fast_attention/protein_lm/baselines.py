@@ -2,15 +2,18 @@ r"""Baselines that need no neural network: uniform, unigram, and n-grams with ba
 
 An n-gram of order n interpolates from the shortest context to the longest,
 
-    p_n(w | h) = (c(h w) + k_n p_{n-1}(w | h')) / (c(h) + k_n),    p_0(w) = 1 / 26,
+    p_n(w | h) = (c(h w) + k_n p_{n-1}(w | h')) / (c(h) + k_n),    p_0(w) = 1 / V,
 
 with ``c`` the counts in the training proteins, ``h'`` the context ``h`` without its oldest token,
-and ``k_n`` the weight of the shorter context. Order 1 with ``k_1 = 26 alpha`` is the empirical
-distribution with Laplace smoothing ``(c(w) + alpha) / (c + 26 alpha)``, the baseline of the
+and ``k_n`` the weight of the shorter context. Order 1 with ``k_1 = V alpha`` is the empirical
+distribution with Laplace smoothing ``(c(w) + alpha) / (c + V alpha)``, the baseline of the
 ProGen (arXiv:2004.03497) and Performer (arXiv:2009.14794) papers.
 
-Protocol: the first 1022 residues of each protein are scored, with the 26 outcomes ``20 + BOUXZ +
-end``. The end is an outcome, and counted in training, but not scored. Contexts begin with BOS.
+The V outcomes are those of the vocabulary of the corpus: its ordinary tokens, and the end where it
+has an end token. For the protein vocabulary these are 26, ``20 + BOUXZ + end``.
+
+Protocol: the first 1022 residues of each protein are scored. The end is an outcome, and counted in
+training, but not scored. Contexts begin with the begin.
 
 References:
   MacKay and Peto. A hierarchical Dirichlet language model. Natural Language Engineering 1 (1995).
@@ -27,9 +30,7 @@ import numpy as np
 
 from fast_attention.protein_lm.corpus import Corpus, FastaPaths, load_corpus
 from fast_attention.protein_lm.domains import make_protein_domain
-from fast_attention.protein_lm.ngrams import BASE, BOS, EOS, NGram, NGramCounts, TabulatedNGram
-from fast_attention.protein_lm.ngrams import NUM_OUTCOMES as NUM_OUTCOMES
-from fast_attention.protein_lm.vocabulary import STANDARD_RESIDUES
+from fast_attention.protein_lm.ngrams import NGram, NGramCounts, Outcomes
 
 MAX_RESIDUES = 1022
 MAX_ORDER = 5
@@ -46,7 +47,7 @@ _TUNED_BACK_OFF = {
 }
 # So many residues decide the weights to three digits of the perplexity.
 _TUNING_RESIDUES = 50_000
-_ROWS_AT_ONCE = 1 << 15
+_CELLS_AT_ONCE = 1 << 20
 _TOKENS_AT_ONCE = 1 << 22
 
 
@@ -90,7 +91,7 @@ def fit_ngram(
     """Counts the n-grams of some proteins; order 1 is the unigram baseline.
 
     Args:
-      train: FASTA files, or proteins loaded with a domain of ``make_protein_domain``.
+      train: FASTA files, or proteins already loaded, over any vocabulary.
       order: n, at most 5.
       alpha: Laplace smoothing of the unigram.
       back_off: ``k_2 .. k_n``; None takes weights tuned on the bundled validation split.
@@ -101,13 +102,15 @@ def fit_ngram(
     """
     if not 1 <= order <= MAX_ORDER:
         raise ValueError(f"order must be in 1 .. {MAX_ORDER}, but got {order}.")
-    weights = (NUM_OUTCOMES * alpha, *(_TUNED_BACK_OFF[order] if back_off is None else back_off))
+    corpus = _load(train)
+    outcomes = Outcomes.of(corpus.vocab)
+    weights = (outcomes.number * alpha, *(_TUNED_BACK_OFF[order] if back_off is None else back_off))
     if len(weights) != order or min(weights) <= 0:
         raise ValueError(
             f"Order {order} needs alpha and {order - 1} back-off weights, all positive, but got "
             f"alpha={alpha} and back_off={back_off}."
         )
-    return NGram(_count(_load(train), order), weights)
+    return NGram(_count(corpus, order), weights)
 
 
 def fit_ngrams(
@@ -120,16 +123,20 @@ def fit_ngrams(
 
     Args:
       train: proteins to count, as in ``fit_ngram``.
-      orders: of the results, at most 5 each.
+      orders: of the results, at most 5 each. Orders whose n-grams do not fit into 64 bits are left
+        out: of 5,000 tokens or more, 5-grams.
       valid: proteins whose likelihood decides the weights of the shorter contexts; None takes
         those tuned on the bundled validation split.
 
     Raises:
       FastaError: if a file cannot be read.
     """
-    counts = _count(_load(train), max(orders))
+    corpus = _load(train)
+    outcomes = Outcomes.of(corpus.vocab)
+    orders = [order for order in orders if order <= outcomes.max_order]
+    counts = _count(corpus, max(orders))
     found = [
-        NGram(counts.shorten(order), (float(NUM_OUTCOMES), *_TUNED_BACK_OFF[order]))
+        NGram(counts.shorten(order), (float(outcomes.number), *_TUNED_BACK_OFF[order]))
         for order in orders
     ]
     if valid is None:
@@ -150,10 +157,11 @@ def tune_back_off(ngram: NGram, valid: FastaPaths | Corpus) -> NGram:
     """
     contexts, tokens, _ = _scored(_load(valid), ngram.order)
     stride = -(-len(tokens) // _TUNING_RESIDUES)
-    seen = ngram.counts.occurrences(contexts[::stride] * BASE + tokens[::stride])
+    base = ngram.outcomes.base
+    seen = ngram.counts.occurrences(contexts[::stride] * base + tokens[::stride])
 
     def loss(weights: tuple[float, ...]) -> float:
-        probability = np.full(len(seen[0][0]), 1 / NUM_OUTCOMES)
+        probability = np.full(len(seen[0][0]), 1 / ngram.outcomes.number)
         for (count, total), weight in zip(seen, weights, strict=True):
             probability = (count + weight * probability) / (total + weight)
         return -float(np.log(probability).mean())
@@ -180,23 +188,25 @@ def ngram_name(order: int) -> str:
     return {1: "unigram", 2: "bigram", 3: "trigram"}.get(order, f"{order}-gram")
 
 
-def ngram_sums(model: NGram | TabulatedNGram, corpus: Corpus) -> ProteinSums:
+def ngram_sums(model: NGram, corpus: Corpus) -> ProteinSums:
     """Scores each protein under an n-gram.
 
     Args:
       model: the n-gram.
-      corpus: proteins loaded with a domain of ``make_protein_domain``.
+      corpus: proteins already loaded, over any vocabulary.
     """
+    _check_outcomes(model, corpus)
     contexts, tokens, proteins = _scored(corpus, model.order)
+    rows_at_once = max(1, _CELLS_AT_ONCE // model.outcomes.base)
     distinct, place = np.unique(contexts, return_inverse=True)
     guesses = np.empty(len(distinct), np.int64)
     log_likelihood = np.empty(len(tokens))
     order = np.argsort(place, kind="stable")
-    bounds = np.searchsorted(place[order], np.arange(0, len(distinct) + 1, _ROWS_AT_ONCE))
-    for number, first in enumerate(range(0, len(distinct), _ROWS_AT_ONCE)):
-        probabilities = model.predict(distinct[first : first + _ROWS_AT_ONCE])
+    bounds = np.searchsorted(place[order], np.arange(0, len(distinct) + 1, rows_at_once))
+    for number, first in enumerate(range(0, len(distinct), rows_at_once)):
+        probabilities = model.predict(distinct[first : first + rows_at_once])
         # No residue is the end, so that nobody would guess it.
-        guesses[first : first + _ROWS_AT_ONCE] = probabilities[:, :BOS].argmax(-1)
+        guesses[first : first + rows_at_once] = probabilities[:, : model.outcomes.begin].argmax(-1)
         end = bounds[number + 1] if number + 1 < len(bounds) else len(order)
         rows = order[bounds[number] : end]
         log_likelihood[rows] = np.log(probabilities[place[rows] - first, tokens[rows]])
@@ -208,12 +218,12 @@ def ngram_sums(model: NGram | TabulatedNGram, corpus: Corpus) -> ProteinSums:
     )
 
 
-def evaluate_ngram(model: NGram | TabulatedNGram, fasta: FastaPaths | Corpus) -> BaselineScore:
+def evaluate_ngram(model: NGram, fasta: FastaPaths | Corpus) -> BaselineScore:
     """Scores the residues of some proteins under an n-gram.
 
     Args:
       model: the n-gram.
-      fasta: FASTA files, or proteins loaded with a domain of ``make_protein_domain``.
+      fasta: FASTA files, or proteins already loaded, over any vocabulary.
     """
     loss, correct, residues = (float(values.sum()) for values in ngram_sums(model, _load(fasta)))
     name = ngram_name(model.order)
@@ -225,8 +235,9 @@ def baseline_scores(
 ) -> list[BaselineScore]:
     """Returns the scores of both uniform baselines and of n-grams of some orders.
 
-    The first uniform baseline spreads over all 26 outcomes, the second over the 20 standard
-    residues and is scored at those only; their accuracy is that of a random guess.
+    The first uniform baseline spreads over all outcomes, the second over the standard residues and
+    is scored at those only; their accuracy is that of a random guess. There is one where every
+    outcome is a standard residue.
 
     Args:
       train: proteins to count, as in ``fit_ngram``.
@@ -235,13 +246,14 @@ def baseline_scores(
     """
     test = _load(test)
     _, tokens, _ = _scored(test, 1)
-    num_standard = int((tokens < len(STANDARD_RESIDUES)).sum())
+    num_standard = len(test.vocab.standard_ids)
+    scored = {
+        Outcomes.of(test.vocab).number: len(tokens),
+        num_standard: int((tokens < num_standard).sum()),
+    }
     scores = [
         BaselineScore(f"uniform over {outcomes}", float(outcomes), 1 / outcomes, number)
-        for outcomes, number in (
-            (NUM_OUTCOMES, len(tokens)),
-            (len(STANDARD_RESIDUES), num_standard),
-        )
+        for outcomes, number in scored.items()
     ]
     return scores + [evaluate_ngram(ngram, test) for ngram in fit_ngrams(train, orders)]
 
@@ -251,12 +263,17 @@ def _load(fasta: FastaPaths | Corpus) -> Corpus:
 
 
 def _count(corpus: Corpus, order: int) -> NGramCounts:
-    dense = np.zeros(BASE**order, np.int64)
+    outcomes = Outcomes.of(corpus.vocab)
+    if order > outcomes.max_order:
+        raise ValueError(
+            f"{order}-grams of {outcomes.number} outcomes do not fit into 64 bits: take an order "
+            f"of at most {outcomes.max_order}."
+        )
+    found = NGramCounts.of(np.zeros(0, np.int64), order, outcomes)
     for part in _parts(corpus):
         contexts, tokens, _ = _contexts_and_tokens(part, order)
-        dense += np.bincount(contexts * BASE + tokens, minlength=len(dense))
-    found = np.flatnonzero(dense)
-    return NGramCounts(order, found, dense[found])
+        found = found.merge(NGramCounts.of(contexts * outcomes.base + tokens, order, outcomes))
+    return found
 
 
 def _parts(corpus: Corpus) -> Iterator[Corpus]:
@@ -266,26 +283,37 @@ def _parts(corpus: Corpus) -> Iterator[Corpus]:
         after = np.searchsorted(corpus.offsets, corpus.offsets[first] + _TOKENS_AT_ONCE)
         last = max(first + 1, int(after) - 1)
         begin, end = corpus.offsets[first], corpus.offsets[last]
-        yield Corpus(corpus.tokens[begin:end], corpus.offsets[first : last + 1] - begin)
+        offsets = corpus.offsets[first : last + 1] - begin
+        yield Corpus(corpus.tokens[begin:end], offsets, corpus.vocab)
         first = last
+
+
+def _check_outcomes(model: NGram, corpus: Corpus) -> None:
+    outcomes = Outcomes.of(corpus.vocab)
+    if outcomes != model.outcomes:
+        raise ValueError(
+            f"the n-gram was counted over {model.outcomes.number} outcomes, but the vocabulary of "
+            f"the proteins has {outcomes.number}: count it over the same vocabulary."
+        )
 
 
 def _scored(corpus: Corpus, order: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     contexts, tokens, proteins = _contexts_and_tokens(corpus, order)
-    residues = tokens != EOS
+    residues = tokens < Outcomes.of(corpus.vocab).num_ordinary
     return contexts[residues], tokens[residues], proteins[residues]
 
 
 def _contexts_and_tokens(corpus: Corpus, order: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the context (``order - 1`` digits to the base 27) of each token, and its protein."""
-    lengths = corpus.lengths
-    within = np.arange(len(corpus.tokens)) - np.repeat(corpus.offsets[:-1], lengths)
+    """Returns the context (``order - 1`` digits) of each token, its digit, and its protein."""
+    outcomes, lengths = Outcomes.of(corpus.vocab), corpus.lengths
+    digits = outcomes.digits(corpus.tokens, corpus.vocab)
+    within = np.arange(len(digits)) - np.repeat(corpus.offsets[:-1], lengths)
     # A protein of more residues is cropped, and its end is not seen.
-    kept = np.where(lengths <= MAX_RESIDUES + 1, lengths, MAX_RESIDUES)
-    contexts = np.zeros(len(corpus.tokens), np.int64)
+    kept = np.where(lengths <= MAX_RESIDUES + outcomes.has_end, lengths, MAX_RESIDUES)
+    contexts = np.zeros(len(digits), np.int64)
     for lag in range(1, order):
-        previous = np.where(within >= lag, np.roll(corpus.tokens, lag), BOS)
-        contexts += previous * np.int64(BASE ** (lag - 1))
+        previous = np.where(within >= lag, np.roll(digits, lag), outcomes.begin)
+        contexts += previous * np.int64(outcomes.base ** (lag - 1))
     counts = within < np.repeat(kept, lengths)
     proteins = np.repeat(np.arange(len(corpus)), lengths)
-    return contexts[counts], corpus.tokens[counts], proteins[counts]
+    return contexts[counts], digits[counts], proteins[counts]

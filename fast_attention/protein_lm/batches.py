@@ -5,6 +5,7 @@ Shape letters: B batch, T length, N sequences.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fast_attention.protein_lm import data
-from fast_attention.protein_lm.corpus import Corpus
+from fast_attention.protein_lm.corpus import Corpus, join_rows
 from fast_attention.protein_lm.domains import DiscreteDomain
 from fast_attention.protein_lm.masking import MaskingConfig
 from fast_attention.protein_lm.vocabulary import Vocabulary
@@ -48,7 +49,7 @@ def as_corpus(sequences: Iterable[Any], domain: DiscreteDomain) -> Corpus:
         ended = np.isin(ids, [token for token in (vocab.eos, vocab.pad) if token is not None])
         length = int(np.argmax(ended)) if ended.any() else len(ids)
         body = ids[:length]
-        if not ended[length:].all() or not np.isin(body, vocab.ordinary_ids).all() or not length:
+        if not ended[length:].all() or not vocab.are_ordinary(body).all() or not length:
             raise ValueError(
                 f"sequence {number} must be one or more of the ids {vocab.ordinary_ids[0]} .. "
                 f"{vocab.ordinary_ids[-1]}, then nothing but end or padding tokens; got "
@@ -61,10 +62,10 @@ def as_corpus(sequences: Iterable[Any], domain: DiscreteDomain) -> Corpus:
             )
         if vocab.eos is not None and (length < domain.length or ended.any()):
             body = np.append(body, vocab.eos)
-        rows.append(body.astype(np.uint8))
+        rows.append(body)
     if not rows:
         raise ValueError("no sequence was given")
-    return Corpus(np.concatenate(rows), np.cumsum([0, *map(len, rows)], dtype=np.int64))
+    return join_rows(rows, vocab)
 
 
 def training_batches(
@@ -144,7 +145,7 @@ def joined(parts: Iterable[Mapping[str, Any]]) -> dict[str, np.ndarray]:
 def select(corpus: Corpus, proteins: Sequence[int] | np.ndarray) -> Corpus:
     """The corpus of some proteins, in the given order."""
     rows = [corpus.tokens[corpus.offsets[i] : corpus.offsets[i + 1]] for i in proteins]
-    return Corpus(np.concatenate(rows), np.cumsum([0, *map(len, rows)], dtype=np.int64))
+    return join_rows(rows, corpus.vocab)
 
 
 def spread(corpus: Corpus, number: int | None) -> Corpus:
@@ -159,7 +160,7 @@ def crop(corpus: Corpus, length: int) -> Corpus:
     lengths = corpus.lengths
     within = np.arange(len(corpus.tokens)) - np.repeat(corpus.offsets[:-1], lengths)
     offsets = np.cumsum([0, *np.minimum(lengths, length)], dtype=np.int64)
-    return Corpus(corpus.tokens[within < length], offsets)
+    return dataclasses.replace(corpus, tokens=corpus.tokens[within < length], offsets=offsets)
 
 
 def as_batches(xs: Any) -> Iterable[Mapping[str, Any]] | None:

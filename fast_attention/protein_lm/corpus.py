@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 from array import array
+from collections.abc import Sequence
 from pathlib import Path
-from string import ascii_uppercase
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from fast_attention.protein_lm.fasta_files import FastaPaths as FastaPaths
 from fast_attention.protein_lm.fasta_files import fasta_paths, read_proteins
 from fast_attention.protein_lm.skipped_records import SkippedRecords
 from fast_attention.protein_lm.text_source import FastaError
+from fast_attention.protein_lm.vocabulary import Vocabulary
 
 BUNDLED_SPLITS = ("train", "valid", "test", "ood_test", "valid_iid", "test_iid", "tiny")
 
@@ -28,12 +29,14 @@ class Corpus:
     """Encoded proteins, each followed by one end token if the vocabulary has that.
 
     Attributes:
-      tokens: uint8 ``[S]``, all proteins one after the other.
+      tokens: ``[S]`` of `Vocabulary.id_dtype`, all proteins one after the other.
       offsets: int64 ``[N + 1]``; protein i is ``tokens[offsets[i] : offsets[i + 1]]``.
+      vocab: what the ids mean.
     """
 
     tokens: np.ndarray
     offsets: np.ndarray
+    vocab: Vocabulary
 
     def __len__(self) -> int:
         """Returns the number of proteins."""
@@ -43,6 +46,17 @@ class Corpus:
     def lengths(self) -> np.ndarray:
         """int64 ``[N]``: tokens of each protein, its end token included."""
         return np.diff(self.offsets)
+
+
+def join_rows(rows: Sequence[np.ndarray], vocab: Vocabulary) -> Corpus:
+    """The corpus of some proteins, each an array of ids.
+
+    Args:
+      rows: one array or more.
+      vocab: what the ids mean.
+    """
+    offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+    return Corpus(np.concatenate(rows).astype(vocab.id_dtype), offsets, vocab)
 
 
 def bundled_corpus(split: str) -> Path:
@@ -69,7 +83,6 @@ def load_corpus(
     *,
     on_error: str = "raise",
     skipped: SkippedRecords | None = None,
-    alphabet: str | None = None,
     ids: list[str] | None = None,
 ) -> Corpus:
     """Reads and encodes whole FASTA files; proteins keep their full length and their order.
@@ -80,13 +93,11 @@ def load_corpus(
       domain: gives the vocabulary; its length is not looked at.
       on_error: what to do with a record that cannot be read, see `read_proteins`.
       skipped: collects what ``on_error="skip"`` leaves out, which needs it.
-      alphabet: the letters that a record may have; None takes `domain_letters` of ``domain``.
-        Those of another domain leave out the same records as there.
       ids: takes the id of each protein.
 
     Raises:
       FastaError: if a file cannot be read or has a symbol that the vocabulary lacks.
-      ValueError: if there is no file, or more tokens than a byte can tell apart.
+      ValueError: if there is no file, or the vocabulary has no token that a FASTA file can hold.
     """
     paths = fasta_paths(fasta)
     for path in paths:
@@ -95,28 +106,22 @@ def load_corpus(
                 f"{path}: is a pipe or a device, but has to be read more than once. Write its "
                 "content to a file first."
             )
-    if domain.vocab_size > 255:
+    vocab = domain.vocab
+    symbols = vocab.symbols
+    if not symbols:
         raise ValueError(
-            f"Proteins are kept as bytes, so that {domain.vocab_size} tokens are too many; at most "
-            "255 are possible."
+            "A FASTA file has one symbol for each residue, but no ordinary token of the vocabulary "
+            "is a single upper-case letter, digit or sign: give rows of ids instead."
         )
-    letters = domain_letters(domain)
-    if alphabet is not None and not set(alphabet) <= set(letters):
-        raise ValueError(f"alphabet must be some of the letters {letters}, but got {alphabet!r}.")
-    table = bytes.maketrans(letters.encode(), bytes(domain.vocab.encode(letters)))
-    end = b"" if domain.vocab.eos is None else bytes([domain.vocab.eos])
+    table = np.zeros(128, vocab.id_dtype)
+    table[np.frombuffer(symbols.encode("ascii"), np.uint8)] = vocab.encode(symbols)
+    end = b"" if vocab.eos is None else np.array([vocab.eos], vocab.id_dtype).tobytes()
     tokens, offsets = bytearray(), array("q", [0])
-    for record in read_proteins(
-        paths, alphabet=alphabet or letters, on_error=on_error, skipped=skipped
-    ):
-        tokens += record.sequence.encode("ascii").translate(table) + end
-        offsets.append(len(tokens))
+    for record in read_proteins(paths, alphabet=symbols, on_error=on_error, skipped=skipped):
+        tokens += table[np.frombuffer(record.sequence.encode("ascii"), np.uint8)].tobytes() + end
+        offsets.append(len(tokens) // vocab.id_dtype.itemsize)
         if ids is not None:
             ids.append(record.id)
-    return Corpus(np.frombuffer(tokens, np.uint8), np.frombuffer(offsets, np.int64))
-
-
-def domain_letters(domain: DiscreteDomain) -> str:
-    """The letters that a protein of ``domain`` may have."""
-    tokens = domain.vocab.tokens
-    return "".join(tokens[i] for i in domain.vocab.ordinary_ids if tokens[i] in ascii_uppercase)
+    return Corpus(
+        np.frombuffer(tokens, vocab.id_dtype), np.frombuffer(offsets, np.int64), domain.vocab
+    )

@@ -17,10 +17,10 @@ from fast_attention.protein_lm import groups, metrics, protein_scores
 from fast_attention.protein_lm.baselines import ProteinSums, fit_ngrams
 from fast_attention.protein_lm.columns import format_columns
 from fast_attention.protein_lm.corpus import FastaPaths, load_corpus
-from fast_attention.protein_lm.domains import make_protein_domain
+from fast_attention.protein_lm.domains import DiscreteDomain
 from fast_attention.protein_lm.flax_model import FlaxModel
 from fast_attention.protein_lm.groups import Groups
-from fast_attention.protein_lm.ngrams import NGram, TabulatedNGram
+from fast_attention.protein_lm.ngrams import NGram
 from fast_attention.protein_lm.ngrams import load_baselines as load_baselines
 from fast_attention.protein_lm.ngrams import save_baselines as save_baselines
 from fast_attention.protein_lm.protein_scores import MODEL, ProteinScores
@@ -47,26 +47,23 @@ class Evaluation:
 
 def fit_baselines(
     train: FastaPaths,
+    domain: DiscreteDomain,
     *,
     valid: FastaPaths | None = None,
     on_error: str = "raise",
-    alphabet: str | None = None,
 ) -> list[NGram]:
     """The n-grams that a model is shown beside, see `baselines.fit_ngrams`.
 
     Args:
       train: FASTA files to count.
+      domain: Of the model, whose vocabulary has the outcomes.
       valid: FASTA files to tune on, or None.
       on_error: See `load_corpus`.
-      alphabet: See `load_corpus`.
     """
-    domain = make_protein_domain()
     counted, tuned = (
         None
         if files is None
-        else load_corpus(
-            files, domain, on_error=on_error, skipped=SkippedRecords(), alphabet=alphabet
-        )
+        else load_corpus(files, domain, on_error=on_error, skipped=SkippedRecords())
         for files in (train, valid)
     )
     assert counted is not None
@@ -76,7 +73,7 @@ def fit_baselines(
 def evaluate_on(
     model: FlaxModel,
     fasta: FastaPaths,
-    ngrams: Sequence[NGram | TabulatedNGram],
+    ngrams: Sequence[NGram],
     *,
     batch_size: int | None = None,
     seed: int = 0,
@@ -121,7 +118,7 @@ def evaluate_on(
 def evaluate_in_groups(
     model: FlaxModel,
     fasta: FastaPaths,
-    ngrams: Sequence[NGram | TabulatedNGram],
+    ngrams: Sequence[NGram],
     *,
     batch_size: int | None = None,
     seed: int = 0,

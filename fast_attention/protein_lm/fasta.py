@@ -17,7 +17,11 @@ from fast_attention.protein_lm.fasta_parser import (
 )
 from fast_attention.protein_lm.output_files import replacing
 from fast_attention.protein_lm.text_source import FastaError
-from fast_attention.protein_lm.vocabulary import ANOMALOUS_RESIDUES, STANDARD_RESIDUES
+from fast_attention.protein_lm.vocabulary import (
+    ANOMALOUS_RESIDUES,
+    FASTA_SYMBOLS,
+    STANDARD_RESIDUES,
+)
 
 PROTEIN_LETTERS = STANDARD_RESIDUES + ANOMALOUS_RESIDUES
 
@@ -39,9 +43,11 @@ def read_fasta(
 
     Args:
       path: the file.
-      alphabet: the residues that may occur, in upper case.
+      alphabet: the residues that may occur, in upper case; digits and signs of `FASTA_SYMBOLS`
+        are possible, such as the gaps of an alignment.
       on_error: what to do at a letter outside ``alphabet``: ``"raise"``, or ``"replace"`` it by
-        ``X``, the unknown residue. Other symbols (gaps, digits, inner stops) always raise.
+        ``X``, the unknown residue. Other symbols outside ``alphabet`` (gaps, digits, inner stops)
+        always raise.
 
     Yields:
       The records, in the order of the file.
@@ -94,7 +100,7 @@ def write_fasta(
 
     Raises:
       ValueError: at a record that could not be read back (a blank in the id, a line end in the
-        description, an empty sequence or one with other symbols than upper-case letters), or if
+        description, an empty sequence or one with a symbol outside `FASTA_SYMBOLS`), or if
         ``width`` is not positive; nothing is written then.
     """
     if width < 1:
@@ -119,8 +125,8 @@ def _check_writable(record: FastaRecord) -> None:
             f"around it, but got {record.id!r} and {record.description!r}."
         )
     letters = record.sequence
-    if not (letters.isascii() and letters.isalpha() and letters.isupper()):
+    if not letters or not set(letters) <= set(FASTA_SYMBOLS):
         raise ValueError(
-            f"The sequence of record {record.id!r} must be one or more upper-case letters, but "
-            f"got {letters[:60]!r}."
+            f"The sequence of record {record.id!r} must be one or more of the symbols "
+            f"{FASTA_SYMBOLS}, but got {letters[:60]!r}."
         )

@@ -72,7 +72,7 @@ def scan_fasta(
 
     Args:
       path: the file.
-      alphabet: the residues that may occur, in upper case.
+      alphabet: the residues that may occur, some of `FASTA_SYMBOLS`.
       replace: whether letters outside ``alphabet`` are taken for ``X``.
       max_residues: a longer record is bad; what of it is held in memory is not more.
 
@@ -117,7 +117,7 @@ class RecordRules:
         """Takes the arguments of `scan_fasta`."""
         self.alphabet = "".join(sorted(alphabet))
         allowed = (alphabet + alphabet.lower()).encode()
-        self.passing = _LETTERS if replace else allowed
+        self.passing = allowed + _LETTERS if replace else allowed
         self.max_residues = max_residues
         unknown = bytes(letter for letter in _LETTERS if letter not in allowed)
         self.replacements = bytes.maketrans(unknown, b"X" * len(unknown)) if replace else None
@@ -206,7 +206,10 @@ class _Draft:
 
 def _remedy(symbol: str) -> str:
     if symbol in "-.":
-        return "Remove the gaps of the alignment first."
+        return (
+            "Remove the gaps of the alignment first, or take a model whose vocabulary has them "
+            "(ProteinVocab.include_align_tokens)."
+        )
     if symbol == "*":
         return "A stop may only end a sequence: cut the sequence there."
     if symbol == ">":

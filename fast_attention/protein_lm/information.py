@@ -52,7 +52,7 @@ def describe_run(run_dir: str | Path, *, count_corpus: bool = True) -> dict[str,
         "step": step,
         "tokens": None if step is None else tokens_seen(folder, step),
         "finished": exported or folder.result.is_file(),
-        "corpus": _corpus(settings, count_corpus),
+        "corpus": _corpus(settings, count_corpus, model.domain.vocab.symbols),
         "metrics": {row["split"]: row for row in rows},
         "evaluation": _evaluation(folder),
     }
@@ -125,7 +125,7 @@ def _evaluation(folder: RunFolder) -> dict[str, Any] | None:
     return None
 
 
-def _corpus(settings: dict[str, Any], count: bool) -> dict[str, Any]:
+def _corpus(settings: dict[str, Any], count: bool, symbols: str) -> dict[str, Any]:
     bundled = settings.get("train_files") is None
     corpus = {}
     for split in _SPLITS:
@@ -135,15 +135,16 @@ def _corpus(settings: dict[str, Any], count: bool) -> dict[str, Any]:
         if files:
             files = [files] if isinstance(files, str) else list(files)
             corpus[split] = {"files": files} | (
-                _count(files, settings.get("on_error", "raise")) if count else {}
+                _count(files, settings.get("on_error", "raise"), symbols) if count else {}
             )
     return corpus
 
 
-def _count(files: Sequence[str], on_error: str) -> dict[str, Any]:
+def _count(files: Sequence[str], on_error: str, symbols: str) -> dict[str, Any]:
     proteins = residues = 0
     try:
-        for record in read_proteins(files, on_error=on_error, skipped=SkippedRecords()):
+        skipped = SkippedRecords()
+        for record in read_proteins(files, alphabet=symbols, on_error=on_error, skipped=skipped):
             proteins += 1
             residues += len(record.sequence)
     except FastaError as error:

@@ -45,7 +45,8 @@ def load_mixture(
     shifts = np.cumsum([0, *(len(part.tokens) for part in parts)])
     shifted = [part.offsets + shift for part, shift in zip(parts, shifts[:-1], strict=True)]
     whole = np.concatenate([offsets[:-1] for offsets in shifted] + [shifts[-1:]])
-    return Corpus(tokens, whole), [Corpus(tokens, offsets) for offsets in shifted]
+    vocab = domain.vocab
+    return Corpus(tokens, whole, vocab), [Corpus(tokens, part, vocab) for part in shifted]
 
 
 def row_shares(weights: Sequence[float]) -> np.ndarray:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from fast_attention.protein_lm.corpus import domain_letters
 from fast_attention.protein_lm.fasta import FastaRecord
 from fast_attention.protein_lm.fasta_files import FastaPaths, read_proteins
 from fast_attention.protein_lm.fasta_parser import MAX_RESIDUES
@@ -65,7 +64,7 @@ def read_for_model(
     limit = room if max_length is None else None
     records = read_proteins(
         paths,
-        alphabet=domain_letters(model.domain),
+        alphabet=model.domain.vocab.symbols,
         on_error=on_error,
         skipped=skipped,
         unique_ids=unique_ids,

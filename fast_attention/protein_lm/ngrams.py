@@ -1,10 +1,11 @@
 """Counts of n-grams, kept sparsely, and the probabilities that follow from them.
 
-An n-gram is a number of n digits to the base 27, the id of its oldest token the highest digit. Its
-remainder by ``27 ** m`` is therefore the m-gram that it ends with, and all shorter counts follow
-from the longest ones.
+An n-gram is a number of n digits, that of its oldest token the highest. Digits are those of
+`Outcomes`: each ordinary token of the vocabulary, the begin, and the end. The remainder by
+``base ** m`` is therefore the m-gram that an n-gram ends with, and all shorter counts follow from
+the longest ones.
 
-Shape letters: G distinct n-grams, N contexts or n-grams asked for.
+Shape letters: G distinct n-grams, N contexts or n-grams asked for, D digits.
 """
 
 from __future__ import annotations
@@ -16,14 +17,63 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fast_attention.protein_lm.domains import make_protein_domain
 from fast_attention.protein_lm.run_folder import write_file
+from fast_attention.protein_lm.vocabulary import Vocabulary
 
-_VOCAB = make_protein_domain(include_pad=False, include_mask=False).vocab
-BOS, EOS = _VOCAB.encode("<>")
-BASE = len(_VOCAB)
-NUM_OUTCOMES = BASE - 1
-"""20 residues, B, O, U, X, Z, and the end."""
+_DENSE = 1 << 25
+"""Up to so many possible n-grams are counted in one array; more are sorted."""
+
+
+class Outcomes(NamedTuple):
+    """What may come next in a sequence over a vocabulary, and its number as a digit.
+
+    Ordinary tokens are ``0 .. num_ordinary - 1``, in the order of their ids; then come the begin,
+    which only contexts have, and the end, if there is one. Padding and mask tokens have no digit.
+
+    Attributes:
+      num_ordinary: Ordinary tokens.
+      has_end: Whether the vocabulary has an end token.
+    """
+
+    num_ordinary: int
+    has_end: bool
+
+    @classmethod
+    def of(cls, vocab: Vocabulary) -> Outcomes:
+        """Those of a vocabulary."""
+        return cls(len(vocab.ordinary_ids), vocab.eos is not None)
+
+    @property
+    def base(self) -> int:
+        """D."""
+        return self.num_ordinary + 1 + self.has_end
+
+    @property
+    def number(self) -> int:
+        """How many outcomes there are: ordinary tokens and the end."""
+        return self.num_ordinary + self.has_end
+
+    @property
+    def begin(self) -> int:
+        """The digit of the begin."""
+        return self.num_ordinary
+
+    @property
+    def max_order(self) -> int:
+        """The longest n-gram that a signed number of 64 bits can hold."""
+        order = 1
+        while self.base ** (order + 1) < 2**63:
+            order += 1
+        return order
+
+    def digits(self, ids: np.ndarray, vocab: Vocabulary) -> np.ndarray:
+        """The digits of some ids, int64.
+
+        Args:
+          ids: Ordinary and end tokens of `vocab`.
+          vocab: That these outcomes are of.
+        """
+        return np.where(ids == vocab.eos, self.base - 1, ids.astype(np.int64))
 
 
 class NGramCounts(NamedTuple):
@@ -33,37 +83,58 @@ class NGramCounts(NamedTuple):
       order: n.
       keys: int64 ``[G]``, n-grams that occur, in order.
       counts: int64 ``[G]``.
+      outcomes: What the digits are.
     """
 
     order: int
     keys: np.ndarray
     counts: np.ndarray
+    outcomes: Outcomes
 
     @classmethod
-    def of(cls, keys: np.ndarray, order: int, counts: np.ndarray | None = None) -> NGramCounts:
+    def of(
+        cls, keys: np.ndarray, order: int, outcomes: Outcomes, counts: np.ndarray | None = None
+    ) -> NGramCounts:
         """Adds up equal n-grams, each counted once or as often as `counts` says."""
-        dense = np.bincount(keys, counts, BASE**order)
-        found = np.flatnonzero(dense)
-        return cls(order, found, dense[found].astype(np.int64))
+        size = outcomes.base**order
+        if size <= _DENSE:
+            dense = np.bincount(keys, counts, size)
+            found = np.flatnonzero(dense)
+            totals = dense[found]
+        else:
+            found, places = np.unique(keys, return_inverse=True)
+            totals = np.bincount(places, counts, len(found))
+        return cls(order, found, totals.astype(np.int64), outcomes)
+
+    def merge(self, other: NGramCounts) -> NGramCounts:
+        """The sum of two counts of one order."""
+        return NGramCounts.of(
+            np.concatenate([self.keys, other.keys]),
+            self.order,
+            self.outcomes,
+            np.concatenate([self.counts, other.counts]),
+        )
 
     def shorten(self, order: int) -> NGramCounts:
         """The counts of a shorter order."""
         if order == self.order:
             return self
-        return NGramCounts.of(self.keys % BASE**order, order, self.counts)
+        base = self.outcomes.base
+        return NGramCounts.of(self.keys % base**order, order, self.outcomes, self.counts)
 
     def following(self, contexts: np.ndarray) -> np.ndarray:
-        """How often each token follows some contexts, float64 ``[N, 27]``.
+        """How often each token follows some contexts, float64 ``[N, D]``.
 
         Args:
           contexts: int ``[N]``, of ``order - 1`` digits.
         """
-        first = np.searchsorted(self.keys, contexts * BASE)
-        sizes = np.searchsorted(self.keys, contexts * BASE + BASE) - first
+        base = self.outcomes.base
+        first = np.searchsorted(self.keys, contexts * base)
+        sizes = np.searchsorted(self.keys, contexts * base + base) - first
         rows = np.repeat(np.arange(len(contexts)), sizes)
         places = np.repeat(first - np.cumsum(sizes) + sizes, sizes) + np.arange(len(rows))
-        table = np.zeros((len(contexts), BASE))
-        table[rows, self.keys[places] % BASE] = self.counts[places]
+        table = np.zeros((len(contexts), base))
+        table[rows, self.keys[places] % base] = self.counts[places]
         return table
 
     def occurrences(self, keys: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -75,17 +146,17 @@ class NGramCounts(NamedTuple):
         Returns:
           For the orders 1 .. n two float64 arrays ``[N]``, of the n-gram and of its context.
         """
-        found = []
+        found, base = [], self.outcomes.base
         for order in range(1, self.order + 1):
-            shorter, wanted = self.shorten(order), keys % BASE**order
+            shorter, wanted = self.shorten(order), keys % base**order
             below = np.concatenate([[0.0], np.cumsum(shorter.counts)])
-            contexts = wanted - wanted % BASE
+            contexts = wanted - wanted % base
 
             def between(low: np.ndarray, high: np.ndarray) -> np.ndarray:
                 first, last = np.searchsorted(shorter.keys, [low, high])  # noqa: B023
                 return below[last] - below[first]  # noqa: B023
 
-            found.append((between(wanted, wanted + 1), between(contexts, contexts + BASE)))
+            found.append((between(wanted, wanted + 1), between(contexts, contexts + base)))
         return found
 
 
@@ -105,38 +176,29 @@ class NGram(NamedTuple):
         """n; the last ``n - 1`` tokens are the context."""
         return self.counts.order
 
-    def predict(self, contexts: np.ndarray) -> np.ndarray:
-        """Probabilities after some contexts, float64 ``[N, 27]``.
+    @property
+    def outcomes(self) -> Outcomes:
+        """What may come next."""
+        return self.counts.outcomes
 
-        Rows sum to 1; that of BOS is 0.
+    def predict(self, contexts: np.ndarray) -> np.ndarray:
+        """Probabilities after some contexts, float64 ``[N, D]``.
+
+        Rows sum to 1; that of the begin is 0.
 
         Args:
-          contexts: int ``[N]``, of ``order - 1`` digits to the base 27.
+          contexts: int ``[N]``, of ``order - 1`` digits.
         """
-        probabilities = np.full((len(contexts), BASE), 1 / NUM_OUTCOMES)
-        probabilities[:, BOS] = 0
+        outcomes = self.outcomes
+        probabilities = np.full((len(contexts), outcomes.base), 1 / outcomes.number)
+        probabilities[:, outcomes.begin] = 0
         for length, weight in enumerate(self.weights):
-            count = self.counts.shorten(length + 1).following(contexts % BASE**length)
+            contexts_here = contexts % outcomes.base**length
+            count = self.counts.shorten(length + 1).following(contexts_here)
             probabilities *= weight
             probabilities += count
             probabilities /= count.sum(-1, keepdims=True) + weight
         return probabilities
-
-
-class TabulatedNGram(NamedTuple):
-    """An n-gram whose probabilities were stored in full, by versions before 5-grams.
-
-    Attributes:
-      order: n.
-      probabilities: float64 ``[27 ** (n - 1), 27]``.
-    """
-
-    order: int
-    probabilities: np.ndarray
-
-    def predict(self, contexts: np.ndarray) -> np.ndarray:
-        """Probabilities after some contexts, as in `NGram`."""
-        return self.probabilities[contexts]
 
 
 def save_baselines(path: Path, ngrams: Sequence[NGram]) -> None:
@@ -154,24 +216,30 @@ def save_baselines(path: Path, ngrams: Sequence[NGram]) -> None:
         archive,
         allow_pickle=False,
         # Small numbers compress: 5-grams of seven million residues take two megabytes.
-        gaps=np.diff(longest.keys, prepend=0).astype(np.int32),
-        counts=longest.counts.astype(np.int32),
+        gaps=_narrow(np.diff(longest.keys, prepend=0)),
+        counts=_narrow(longest.counts),
         order=np.array(longest.order),
+        outcomes=np.array(longest.outcomes, np.int64),
         **weights,
     )
     write_file(path, archive.getvalue())
 
 
-def load_baselines(path: Path) -> list[NGram | TabulatedNGram]:
-    """Reads what `save_baselines` wrote, in this version or an earlier one."""
-    with np.load(path) as stored:
+def load_baselines(path: Path) -> list[NGram]:
+    """Reads what `save_baselines` wrote."""
+    with np.load(path, allow_pickle=False) as stored:
         tables = dict(stored)
-    if "gaps" not in tables:
-        return [TabulatedNGram(int(order), table) for order, table in tables.items()]
     keys, counts = np.cumsum(tables["gaps"], dtype=np.int64), tables["counts"].astype(np.int64)
-    longest = NGramCounts(int(tables["order"]), keys, counts)
+    num_ordinary, has_end = tables["outcomes"].tolist()
+    outcomes = Outcomes(num_ordinary, bool(has_end))
+    longest = NGramCounts(int(tables["order"]), keys, counts, outcomes)
     orders = sorted(int(name[8:]) for name in tables if name.startswith("weights_"))
     return [
         NGram(longest.shorten(order), tuple(tables[f"weights_{order}"].tolist()))
         for order in orders
     ]
+
+
+def _narrow(values: np.ndarray) -> np.ndarray:
+    """Non-negative integers in the smallest type that holds them."""
+    return values.astype(np.min_scalar_type(int(values.max(initial=0))))

@@ -16,15 +16,14 @@ import numpy as np
 from fast_attention.protein_lm import batches, data, process_arrays, train_state
 from fast_attention.protein_lm.baselines import (
     MAX_RESIDUES,
-    NUM_OUTCOMES,
     ProteinSums,
     ngram_name,
     ngram_sums,
 )
 from fast_attention.protein_lm.corpus import Corpus
-from fast_attention.protein_lm.domains import DiscreteDomain, make_protein_domain
+from fast_attention.protein_lm.domains import DiscreteDomain
 from fast_attention.protein_lm.flax_model import FlaxModel
-from fast_attention.protein_lm.ngrams import NGram, TabulatedNGram
+from fast_attention.protein_lm.ngrams import NGram, Outcomes
 
 MODEL = "this model"
 
@@ -46,7 +45,7 @@ class ProteinScores(NamedTuple):
 def score_proteins(
     model: FlaxModel,
     corpus: Corpus,
-    ngrams: Sequence[NGram | TabulatedNGram],
+    ngrams: Sequence[NGram],
     *,
     batch_size: int | None = None,
     seeds: Sequence[int] = (0,),
@@ -88,7 +87,7 @@ def score_proteins(
                 parts.append((proteins[rows], batch["targets"][rows, columns]))
     sums = {MODEL: _gather(found, len(corpus))}
     if model.objective == "causal":
-        sums |= _causal_baselines(corpus, sums[MODEL].residues, model.domain, length, ngrams)
+        sums |= _causal_baselines(corpus, sums[MODEL].residues, length, ngrams)
     else:
         proteins, targets = (np.concatenate(part) for part in zip(*parts, strict=True))
         sums |= _masked_baselines(proteins, targets, sums[MODEL].residues, model.domain, ngrams)
@@ -124,18 +123,11 @@ def _uniform(outcomes: int, residues: np.ndarray) -> dict[str, ProteinSums]:
 def _causal_baselines(
     corpus: Corpus,
     residues: np.ndarray,
-    domain: DiscreteDomain,
     length: int,
-    ngrams: Sequence[NGram | TabulatedNGram],
+    ngrams: Sequence[NGram],
 ) -> dict[str, ProteinSums]:
-    full, vocab = make_protein_domain().vocab, domain.vocab
-    known = {token: number for number, token in enumerate(full.tokens)}
-    # Ids of a smaller vocabulary are other ids of the full one.
-    ids = np.array([known.get(token, 0) for token in vocab.tokens])
-    if vocab.eos is not None:
-        ids[vocab.eos] = full.eos
-    whole = batches.crop(Corpus(ids[corpus.tokens], corpus.offsets), length)
-    return _uniform(NUM_OUTCOMES, residues) | {
+    whole = batches.crop(corpus, length)
+    return _uniform(Outcomes.of(corpus.vocab).number, residues) | {
         ngram_name(ngram.order): ngram_sums(ngram, whole) for ngram in ngrams
     }
 
@@ -145,18 +137,16 @@ def _masked_baselines(
     targets: np.ndarray,
     residues: np.ndarray,
     domain: DiscreteDomain,
-    ngrams: Sequence[NGram | TabulatedNGram],
+    ngrams: Sequence[NGram],
 ) -> dict[str, ProteinSums]:
     """Only residues are asked for, so that the end of a sequence is no possible outcome."""
-    full = make_protein_domain().vocab
     unigram = next(ngram for ngram in ngrams if ngram.order == 1).predict(np.zeros(1, int))[0]
-    shares = unigram[full.ordinary_ids] / unigram[full.ordinary_ids].sum()
-    letters = [domain.vocab.tokens[i] for i in domain.vocab.ordinary_ids]
-    probabilities = np.array([shares[full.encode(letter)[0]] for letter in letters])
+    shares = unigram[: len(domain.vocab.ordinary_ids)]
+    probabilities = shares / shares.sum()
     number = len(residues)
     sums = ProteinSums(
         np.bincount(proteins, -np.log(probabilities[targets]), number),
         np.bincount(proteins, targets == probabilities.argmax(), number),
         residues,
     )
-    return _uniform(len(letters), residues) | {"unigram": sums}
+    return _uniform(len(probabilities), residues) | {"unigram": sums}

@@ -31,7 +31,8 @@ from fast_attention.protein_lm import (
     stopping,
     training_loop,
 )
-from fast_attention.protein_lm.corpus import Corpus, bundled_corpus, domain_letters, load_corpus
+from fast_attention.protein_lm.corpus import Corpus, bundled_corpus, load_corpus
+from fast_attention.protein_lm.domains import DiscreteDomain
 from fast_attention.protein_lm.flax_model import FlaxModel
 from fast_attention.protein_lm.initial_run import check_initial_run, read_initial_run
 from fast_attention.protein_lm.models import FlaxLM
@@ -202,7 +203,7 @@ def run_experiment(
         return result
     for name in ("train", "valid"):
         _tell_skipped(folder, name, skipped[name])
-    ngrams = _baselines(folder, train_files, valid_files, on_error, domain_letters(model.domain))
+    ngrams = _baselines(folder, train_files, valid_files, on_error, model.domain)
 
     iterator = iter(dataset)
     with checkpoints.open_checkpoints(folder.checkpoints) as manager:
@@ -284,15 +285,13 @@ def _baselines(
     train_files: str | Sequence[str] | Mapping[str, float],
     valid_files: str | Sequence[str] | None,
     on_error: str,
-    alphabet: str,
-) -> Sequence[baselines.NGram | baselines.TabulatedNGram]:
+    domain: DiscreteDomain,
+) -> Sequence[baselines.NGram]:
     """Those of the run; a resumed run need not count again."""
     # What is there is there for all processes; what is not, each counts rather than waits.
     if not process_arrays.any_process(folder.baselines.exists()):
         files = [train_files] if isinstance(train_files, str) else list(train_files)
-        found = evaluation.fit_baselines(
-            files, valid=valid_files, on_error=on_error, alphabet=alphabet
-        )
+        found = evaluation.fit_baselines(files, domain, valid=valid_files, on_error=on_error)
         if processes.is_primary():
             evaluation.save_baselines(folder.baselines, found)
         process_arrays.any_process(False)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fast_attention.protein_lm.columns import format_columns
-from fast_attention.protein_lm.corpus import FastaPaths, domain_letters
+from fast_attention.protein_lm.corpus import FastaPaths
 from fast_attention.protein_lm.fasta_files import read_proteins
 from fast_attention.protein_lm.finetuning import TuningConfig, fine_tune
 from fast_attention.protein_lm.labelled import read_labelled
@@ -62,7 +62,7 @@ def run_tuning(
     """
     folder, columns, options = Path(output), dict(columns or {}), dict(options or {})
     loaded = load_run(run_dir)
-    letters = domain_letters(loaded.model.domain)
+    letters = loaded.model.domain.vocab.symbols
     sequences = None
     on_error = columns.get("on_error", "raise")
     if fasta is not None:

@@ -7,6 +7,7 @@ order begin, end, padding, mask. The ids of the full protein vocabulary are ther
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, overload
 
@@ -16,6 +17,15 @@ STANDARD_RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
 ANOMALOUS_RESIDUES = "BOUXZ"
 ALIGNMENT_TOKENS = ".-"
 RESERVED_TOKEN = "|"
+FASTA_SYMBOLS = "".join(
+    chr(code) for code in range(33, 127) if not chr(code).islower() and chr(code) not in ">*"
+)
+"""What may stand for a residue in a FASTA file. Readers take lower case for upper case; ``>`` begins
+a record and ``*`` is a stop."""
+
+
+def _is_symbol(token: str) -> bool:
+    return len(token) == 1 and token in FASTA_SYMBOLS
 
 
 class Vocabulary:
@@ -57,7 +67,7 @@ class Vocabulary:
             (include_mask, mask_token),
         ]
         names = ordinary + [name for included, name in special if included]
-        repeated = sorted({name for name in names if names.count(name) > 1})
+        repeated = sorted(name for name, number in Counter(names).items() if number > 1)
         if repeated:
             raise ValueError(
                 f"Tokens must differ from each other and from the special tokens, but {repeated} "
@@ -100,6 +110,20 @@ class Vocabulary:
     def ordinary_ids(self) -> list[int]:
         """Ids of the tokens that are not special."""
         return list(range(self._num_ordinary))
+
+    def are_ordinary(self, values: Any) -> np.ndarray:
+        """Returns a bool array, of the shape of ``values``, true at ids of ordinary tokens."""
+        return self.are_valid(values) & (np.asarray(values) < self._num_ordinary)
+
+    @property
+    def symbols(self) -> str:
+        """The ordinary tokens that a FASTA file can hold, see `FASTA_SYMBOLS`."""
+        return "".join(token for token in self._tokens[: self._num_ordinary] if _is_symbol(token))
+
+    @property
+    def id_dtype(self) -> np.dtype:
+        """The smallest unsigned integer type that holds every id."""
+        return np.min_scalar_type(len(self._tokens) - 1)
 
     @property
     def special_ids(self) -> list[int]:

@@ -14,7 +14,7 @@ from fast_attention.protein_lm.baselines import (
 from fast_attention.protein_lm.corpus import bundled_corpus, load_corpus
 from fast_attention.protein_lm.domains import make_protein_domain
 from fast_attention.protein_lm.fasta import FastaRecord, write_fasta
-from fast_attention.protein_lm.ngrams import TabulatedNGram, load_baselines, save_baselines
+from fast_attention.protein_lm.ngrams import load_baselines, save_baselines
 
 LETTERS = "ACDEFGHIKLMNPQRSTVWYBOUXZ"
 
@@ -192,16 +192,6 @@ def test_baselines_are_read_back(tmp_path):
     for one, other in zip(found, fitted, strict=True):
         contexts %= 27 ** (one.order - 1)
         np.testing.assert_array_equal(one.predict(contexts), other.predict(contexts))
-
-
-def test_tables_of_earlier_versions_are_read(tmp_path):
-    path = fasta(tmp_path / "a", "MKTAYIAKMKT", "MX")
-    fitted = fit_ngrams(path, (1, 2))
-    tables = {str(ngram.order): probabilities(ngram) for ngram in fitted}
-    np.savez(tmp_path / "baselines.npz", allow_pickle=False, **tables)
-    for one, other in zip(load_baselines(tmp_path / "baselines.npz"), fitted, strict=True):
-        assert isinstance(one, TabulatedNGram)
-        assert evaluate_ngram(one, path) == evaluate_ngram(other, path)
 
 
 @pytest.mark.parametrize(

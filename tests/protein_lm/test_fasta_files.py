@@ -106,8 +106,6 @@ def test_options_that_make_no_sense_are_refused(write):
         read_proteins(path, on_error="skip")
     with pytest.raises(ValueError, match="needs X"):
         read_proteins(path, on_error="replace", alphabet="ACDE")
-    with pytest.raises(ValueError, match="some of the letters"):
-        load_corpus(path, make_protein_domain(include_anomalous_amino_acids=False), alphabet="AX")
 
 
 def test_letters_can_be_replaced_in_several_files(write):

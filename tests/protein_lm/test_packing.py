@@ -5,12 +5,13 @@ from hypothesis import strategies as st
 
 from fast_attention.protein_lm.corpus import Corpus
 from fast_attention.protein_lm.packing import EpochPlanner, Pieces, fill_rows, pack_lengths
+from fast_attention.protein_lm.vocabulary import Vocabulary
 
 
 def corpus_of(lengths):
     """A corpus in which no two tokens of two hundred and fifty in a row are the same."""
     offsets = np.cumsum([0, *lengths])
-    return Corpus((np.arange(offsets[-1]) % 251).astype(np.uint8), offsets)
+    return Corpus((np.arange(offsets[-1]) % 251).astype(np.uint8), offsets, Vocabulary(251))
 
 
 def planner_of(lengths, length, **options):
@@ -125,7 +126,9 @@ def test_crops_reach_every_place_alike():
 
 
 def test_rows_hold_their_pieces_with_segments_and_positions():
-    corpus = Corpus(np.array([1, 2, 3, 4, 5, 6, 7, 8, 9], np.uint8), np.array([0, 4, 6, 9]))
+    corpus = Corpus(
+        np.array([1, 2, 3, 4, 5, 6, 7, 8, 9], np.uint8), np.array([0, 4, 6, 9]), Vocabulary(10)
+    )
     pieces = Pieces(
         proteins=np.array([1, 0, 2]),
         starts=np.array([0, 1, 0]),

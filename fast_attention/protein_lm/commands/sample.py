@@ -147,7 +147,7 @@ def _write(model: FlaxModel, options: argparse.Namespace) -> tuple[int, Iterator
 
     number = 10 if options.num_samples is None else options.num_samples
     if options.prompt_fasta:
-        prompts = list(read_fasta(options.prompt_fasta))
+        prompts = list(read_fasta(options.prompt_fasta, alphabet=model.domain.vocab.symbols))
     else:
         prompts = [FastaRecord("sample", "", options.prompt)]
 
@@ -172,13 +172,14 @@ def _write(model: FlaxModel, options: argparse.Namespace) -> tuple[int, Iterator
 
 
 def _fill(model: FlaxModel, options: argparse.Namespace) -> tuple[int, Iterator[FastaRecord]]:
-    from fast_attention.protein_lm.fasta import PROTEIN_LETTERS, FastaRecord, read_fasta
+    from fast_attention.protein_lm.fasta import FastaRecord, read_fasta
     from fast_attention.protein_lm.infilling import HIDDEN, infill_proteins
 
     number = 1 if options.num_samples is None else options.num_samples
+    symbols = model.domain.vocab.symbols + HIDDEN
     if Path(options.infill).is_file():
-        proteins = list(read_fasta(options.infill, alphabet=PROTEIN_LETTERS + HIDDEN))
-    elif set(options.infill.upper()) <= set(PROTEIN_LETTERS + HIDDEN):
+        proteins = list(read_fasta(options.infill, alphabet=symbols))
+    elif set(options.infill.upper()) <= set(symbols):
         proteins = [FastaRecord("infill", "", options.infill.upper())]
     else:
         raise ValueError(
