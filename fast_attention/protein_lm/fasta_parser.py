@@ -196,7 +196,7 @@ class _Draft:
 
     def _bad_symbol(self, line: int, symbol: str) -> BadRecord:
         reason = f"has the symbol {symbol!r}, which is none of the residues {self._rules.alphabet}"
-        return self._bad(line, reason, _remedy(symbol))
+        return self._bad(line, reason, _remedy(symbol, self._rules.alphabet))
 
     def _bad(self, line: int, reason: str, remedy: str) -> BadRecord:
         name, _ = split_header(self._header[:200].decode(errors="replace"))
@@ -204,7 +204,7 @@ class _Draft:
         return BadRecord(line, name, reason, remedy)
 
 
-def _remedy(symbol: str) -> str:
+def _remedy(symbol: str, alphabet: str) -> str:
     if symbol in "-.":
         return (
             "Remove the gaps of the alignment first, or take a model whose vocabulary has them "
@@ -216,9 +216,9 @@ def _remedy(symbol: str) -> str:
         return "Remove it, or begin a line before it if it begins a header."
     if symbol == "\ufeff":
         return "Remove it: a byte order mark may only begin a file."
-    if symbol in string.ascii_letters:
+    if symbol in string.ascii_letters and "X" in alphabet:
         return "Replace it, or read the file with on_error='replace', which takes it for X."
-    return "Remove it, and check that this is a FASTA file of proteins."
+    return "Remove it, and check that the file is FASTA of the model's alphabet."
 
 
 def _nul(path: Path, line: int) -> FastaError:

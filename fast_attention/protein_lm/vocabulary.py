@@ -20,8 +20,8 @@ RESERVED_TOKEN = "|"
 FASTA_SYMBOLS = "".join(
     chr(code) for code in range(33, 127) if not chr(code).islower() and chr(code) not in ">*"
 )
-"""What may stand for a residue in a FASTA file. Readers take lower case for upper case; ``>`` begins
-a record and ``*`` is a stop."""
+"""What may stand for a residue in a FASTA file, whose readers take lower case for upper case. A
+record begins with ``>``, and ``*`` is a stop codon."""
 
 
 def _is_symbol(token: str) -> bool:
