@@ -26,6 +26,7 @@ from fast_attention.feature_maps import LogFeatures
 from fast_attention.linear_attention import LinearAttentionState, empty_state, merge
 from fast_attention.linear_attention.inputs import safe_inverse
 from fast_attention.linear_attention.state import EMPTY_LOG_SCALE
+from fast_attention.manual_axes import vary_alike
 from fast_attention.ragged import from_grid, places, to_grid
 
 
@@ -112,7 +113,7 @@ def attend_to_buckets(
         return lax.scan(one_bucket, state, buckets)
 
     arrays = jax.tree.map(grouped, (query, key, value, key_mask))
-    state, out = lax.scan(one_group, complete, arrays)
+    state, out = lax.scan(one_group, vary_alike(complete, arrays), arrays)
     out = jnp.moveaxis(out, (0, 1), (axis, axis + 1))
     out = out.reshape(*batch_shape, -1, *out.shape[-2:])
     return lax.slice_in_dim(out, 0, length, axis=axis), state

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from fast_attention.array_types import Array
 from fast_attention.axes import attended_axes, fold_axes, unfold_axes
+from fast_attention.dtypes import at_least_float32
 from fast_attention.masks import key_bias_from_bias, key_mask_from_mask
 
 
@@ -184,7 +185,7 @@ def promote(query: Array, key: Array, value: Array, dtype: Any) -> tuple[Array, 
     if dtype is None:
         dtype = jnp.result_type(query, key, value)
         if not jnp.issubdtype(dtype, jnp.floating):
-            dtype = jnp.promote_types(dtype, jnp.float32)
+            dtype = at_least_float32(dtype)
     return query.astype(dtype), key.astype(dtype), value.astype(dtype)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from fast_attention.array_types import Array, Bool, Float
 from fast_attention.attention_fn import make_fast_softmax_attention
+from fast_attention.dtypes import at_least_float32
 from fast_attention.softmax_attention import make_softmax_attention
 
 AttentionFn = Callable[..., Array]
@@ -92,7 +93,7 @@ def attention_matrix(
     """
     length = key.shape[-3]
     rows = jnp.arange(query.shape[-3]) if rows is None else jnp.asarray(rows)
-    dtype = jnp.promote_types(jnp.result_type(query, key), jnp.float32)
+    dtype = at_least_float32(jnp.result_type(query, key))
     width = value_width or min(COLUMNS, length)
     starts = width * jnp.arange(-(-length // width))
 

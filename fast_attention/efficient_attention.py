@@ -16,6 +16,7 @@ from jax import lax
 
 from fast_attention.array_types import Array, Bool, Float, Int
 from fast_attention.blindspot import attend_to_buckets
+from fast_attention.dtypes import at_least_float32
 from fast_attention.feature_maps import IdentityFeatures, LogFeatures
 from fast_attention.linear_attention import linear_attention
 from fast_attention.linear_attention.checks import (
@@ -105,7 +106,7 @@ def efficient_attention(
             segment_ids=segment_ids,
             precision=precision,
         )
-    dtype, compute = query.dtype, jnp.promote_types(query.dtype, jnp.float32)
+    dtype, compute = query.dtype, at_least_float32(query.dtype)
     query, key, value = (x.astype(compute) for x in (query, key, value))
     if key_bias is not None:
         key = key + key_bias[..., None].astype(compute)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from fast_attention.array_types import Array, Float
+from fast_attention.dtypes import at_least_float32
 from fast_attention.softmax_attention import make_softmax_attention
 
 
@@ -70,7 +71,7 @@ def linformer_attention(
             "any length, such as make_efficient_attention."
         )
     dtype = jnp.result_type(query, key, value)
-    compute = jnp.promote_types(dtype, jnp.float32)
+    compute = at_least_float32(dtype)
 
     def project(x: Array, projection: Array) -> Array:
         return jnp.einsum(

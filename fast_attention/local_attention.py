@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fast_attention.array_types import Array, Bool, Float, Int
+from fast_attention.dtypes import at_least_float32
 from fast_attention.local_blocks import tiled_attention
 from fast_attention.local_tile import Choices, Sight, most_ahead, most_back
 from fast_attention.local_window import Window, check_shapes, fold_batch, make_window
@@ -190,7 +191,7 @@ def check_distance_bias(distance_bias: Array | None, heads: int, choices: Choice
 
 def normalized(key: Float[Array, "*B T K D"]) -> Float[Array, "*B T K D"]:
     """Divides keys by their length, in float32 at least; a key of zeros stays."""
-    wide = key.astype(jnp.promote_types(key.dtype, jnp.float32))
+    wide = key.astype(at_least_float32(key.dtype))
     square = jnp.sum(wide * wide, axis=-1, keepdims=True)
     return jnp.where(square > 0, wide * lax.rsqrt(jnp.where(square > 0, square, 1)), 0).astype(
         key.dtype

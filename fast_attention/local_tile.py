@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fast_attention.array_types import Array
+from fast_attention.dtypes import at_least_float32
 
 # The logit of a position's own key where queries and keys are the same vectors.
 SELF_LOGIT = -5e4
@@ -108,7 +109,7 @@ def attend_tile(
     """
     query, key, value, sight = tile.query, tile.key, tile.value, tile.sight
     (queries, heads, width), (keys, kv_heads, _) = query.shape, key.shape
-    compute = jnp.promote_types(query.dtype, jnp.float32)
+    compute = at_least_float32(query.dtype)
     product = functools.partial(
         jnp.einsum, precision=choices.precision, preferred_element_type=compute
     )

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fast_attention.array_types import Array, Bool, Float, Int
+from fast_attention.dtypes import at_least_float32
 from fast_attention.shared_query_key import (
     SELF_LOGIT,
     LSHOutput,
@@ -108,7 +109,7 @@ def shared_qk_attention(
         raise ValueError("positions are those of rotary=True: pass both, or neither.")
     dtype = jnp.result_type(qk, value)
     qk, value = qk.astype(dtype), value.astype(dtype)
-    compute = jnp.promote_types(dtype, jnp.float32)
+    compute = at_least_float32(dtype)
     visible = None
     if key_mask is not None:
         visible = jnp.broadcast_to(key_mask.astype(bool), (*batch, length)).reshape(-1, length)

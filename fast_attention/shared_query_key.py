@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fast_attention.array_types import Array, Float, Int
+from fast_attention.dtypes import at_least_float32
 
 SELF_LOGIT = -5e4
 """Logit of a position with itself; half precision can hold it."""
@@ -44,7 +45,7 @@ def unit_keys(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
     Returns:
       ``[*B, D]`` in the type of `x`, computed in float32 at least.
     """
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(at_least_float32(x.dtype))
     squares = jnp.sum(wide * wide, axis=-1, keepdims=True)
     # The inner where keeps the infinite slope of the root at 0 out of the gradient.
     long = squares > 1e-24
@@ -74,7 +75,7 @@ def rotate_pairs(x: Float[Array, "*B H D"], positions: Int[Array, "*B"]) -> Floa
     frequencies = jnp.asarray(10000.0 ** (-np.arange(0, width, 2) / width), jnp.float32)
     frequencies = frequencies.reshape((1,) * (positions.ndim + 1) + (-1,))
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = at_least_float32(x.dtype)
     cos, sin = jnp.cos(angles).astype(wide), jnp.sin(angles).astype(wide)
     even, odd = x[..., 0::2].astype(wide), x[..., 1::2].astype(wide)
     turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)

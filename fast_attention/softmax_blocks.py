@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fast_attention.array_types import Array
+from fast_attention.dtypes import at_least_float32
 
 
 class Tiling(NamedTuple):
@@ -254,7 +255,7 @@ def _attend_block(
         split = (1, 1) if len(x) == 1 else (kv_heads, group)
         return x.reshape(*split, *x.shape[1:])
 
-    compute = jnp.promote_types(query.dtype, jnp.float32)
+    compute = at_least_float32(query.dtype)
     product = functools.partial(
         jnp.einsum, precision=choices.precision, preferred_element_type=compute
     )

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from fast_attention.array_types import Array, Bool, Float
+from fast_attention.dtypes import at_least_float32
 from fast_attention.feature_maps.subset import spread_out
 
 
@@ -126,7 +127,7 @@ def no_moments(num_heads: int, head_dim: int) -> Moments:
 
 def _spread(x: Array, visible: Array | None, pooled: bool) -> Spread:
     """Measures ``[B, N, K, G, D]`` in two passes: means may be far larger than deviations."""
-    x = jax.lax.stop_gradient(x).astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = jax.lax.stop_gradient(x).astype(at_least_float32(x.dtype))
     if pooled:
         x = x.reshape(1, -1, *x.shape[2:])
         visible = None if visible is None else visible.reshape(1, -1, visible.shape[-1])

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from fast_attention.array_types import Array, Float
+from fast_attention.manual_axes import vary_alike
 
 # Squared bias counts this many times as much as variance; chosen on anisotropic Gaussian data and
 # a third of the heads of two trained encoders.
@@ -79,9 +80,8 @@ def shrinkage(sigma: Float[Array, "*B D"], num_features: int) -> Float[Array, "*
             worth = 2 * BIAS_COST * (1 - middle) * spread - price * _slope(middle * spread) > 0
             return jnp.where(worth, middle, low), jnp.where(worth, high, middle)
 
-        low, high = jax.lax.fori_loop(
-            0, halvings, halve, (jnp.zeros(shape, sigma.dtype), jnp.ones(shape, sigma.dtype))
-        )
+        bracket = jnp.zeros(shape, sigma.dtype), jnp.ones(shape, sigma.dtype)
+        low, high = jax.lax.fori_loop(0, halvings, halve, vary_alike(bracket, sigma))
         return 0.5 * (low + high)
 
     def narrow(_, bracket):
@@ -91,7 +91,7 @@ def shrinkage(sigma: Float[Array, "*B D"], num_features: int) -> Float[Array, "*
         trials = low + step * number.reshape((1,) * (low.ndim - 1) + (-1,))
         # A higher price leaves less variance to pay for.
         affordable = trials + log_count < moment(kept(trials, _ROUGH))
-        low = low + step * jnp.sum(affordable, -1, keepdims=True)
+        low = low + step * jnp.sum(affordable, -1, keepdims=True, dtype=sigma.dtype)
         return low, low + step
 
     def moment(keep: Array) -> Array:
@@ -99,9 +99,8 @@ def shrinkage(sigma: Float[Array, "*B D"], num_features: int) -> Float[Array, "*
         return log_second_moment(square, best_curvature(square)).sum(-1)
 
     start = jnp.full((*sigma.shape[:-1], 1), -log_count, sigma.dtype)
-    low, high = jax.lax.fori_loop(
-        0, _ROUNDS, narrow, (start, jnp.full_like(start, _LARGEST_LOG_PRICE))
-    )
+    bracket = start, jnp.full_like(start, _LARGEST_LOG_PRICE)
+    low, high = jax.lax.fori_loop(0, _ROUNDS, narrow, vary_alike(bracket, sigma))
     # At some price a direction is given up all at once, and often that is the price found: rounding
     # must not decide on which side of it.
     sides = kept(jnp.concatenate([low, high], -1), _FINE)

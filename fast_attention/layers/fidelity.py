@@ -23,6 +23,7 @@ from flax import nnx
 from fast_attention.array_types import Array
 from fast_attention.calibration import retune, tuned_map
 from fast_attention.diagnostics import MOST_ROWS, attention_matrix
+from fast_attention.dtypes import at_least_float32
 from fast_attention.feature_maps.moments import Moments
 from fast_attention.layers.attention_call import causal_by_mask
 from fast_attention.layers.observing import AttentionCall, Path, observed_copy
@@ -258,8 +259,7 @@ def summarize_fidelity(sums: Sequence[FidelitySums]) -> list[LayerFidelity]:
 def exact_call(call: AttentionCall) -> AttentionCall:
     """Returns the same call of exact attention, in float32 at least."""
     query, key, value = (
-        x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        for x in (call.query, call.key, call.value)
+        x.astype(at_least_float32(x.dtype)) for x in (call.query, call.key, call.value)
     )
     call = call._replace(query=query, key=key, value=value)
     if isinstance(call.function, LSHAttention):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fast_attention.array_types import Array, Bool, Float
+from fast_attention.dtypes import at_least_float32
 
 
 class MaskedBatchNorm(nnx.Module):
@@ -55,7 +56,7 @@ class MaskedBatchNorm(nnx.Module):
         Returns:
           ``[*B, M]`` in the type of `x`; computed in float32 at least.
         """
-        working = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        working = x.astype(at_least_float32(x.dtype))
         if use_running_average:
             mean, var = self.mean[...], self.var[...]
         else:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fast_attention.array_types import Array, Float
+from fast_attention.dtypes import at_least_float32
 
 NORMS = ("layer", "scale", "rms", "none")
 """What `make_norm` makes."""
@@ -77,7 +78,7 @@ class ScaleNorm(nnx.Module):
         """Scales each vector ``[M]`` by itself; its length is computed in float32 at least."""
         scale = self.scale[...]
         dtype = jnp.promote_types(x.dtype, scale.dtype) if self.dtype is None else self.dtype
-        working = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        working = x.astype(at_least_float32(x.dtype))
         # The maximum is taken of squares, so that the root has a finite slope at zero vectors.
         square = jnp.sum(jnp.square(working), axis=-1, keepdims=True)
         length = jnp.sqrt(jnp.maximum(square, self.epsilon**2))

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fast_attention.array_types import Array, Bool, Float, Int
+from fast_attention.dtypes import at_least_float32
 from fast_attention.layers.linear import Linear
 from fast_attention.layers.masked_batch_norm import MaskedBatchNorm
 
@@ -139,7 +140,7 @@ class ProductKeyMemory(nnx.Module):
         queries = self.query_dropout(queries, deterministic=deterministic, rngs=rngs)
         halves = queries.reshape(*x.shape[:-1], 2, self.num_heads, -1)
         keys = self.keys[...]
-        working = jnp.promote_types(queries.dtype, jnp.float32)
+        working = at_least_float32(queries.dtype)
         scores = jnp.einsum("...phd,hnpd->...hpn", halves, keys, preferred_element_type=working)
         if chosen is None:
             chosen = self._choose(jax.lax.stop_gradient(scores))

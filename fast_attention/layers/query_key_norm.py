@@ -12,6 +12,7 @@ from flax import nnx
 from jax import lax
 
 from fast_attention.array_types import Array, Float
+from fast_attention.dtypes import at_least_float32
 
 TEMPERATURE = 1.0
 """Of every head, at first: logits lie between -1 and 1."""
@@ -46,7 +47,7 @@ class UnitQueryKey(nnx.Module):
         """Scales queries or keys of H heads, a multiple of K, in float32 at least."""
         heads, width = x.shape[-2:]
         log = self.log_temperature[...]
-        compute = jnp.promote_types(x.dtype, jnp.float32)
+        compute = at_least_float32(x.dtype)
         # exp(log / 2) D^(1/4), for the query heads of each key head.
         length = jnp.repeat(jnp.exp(0.5 * log.astype(compute)), heads // len(log)) * width**0.25
         wide = x.astype(compute)

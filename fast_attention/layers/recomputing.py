@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from fast_attention.array_types import Array
+from fast_attention.dtypes import at_least_float32
 
 Function = Callable[[Any, Array, Any, Any], tuple[Array, Any]]
 """``f(parameters, x, shared, saved) -> (out, saved)``, see `reversible.reversible_residual`."""
@@ -99,4 +100,4 @@ def as_cotangent(primal: Any, gradient: Array | None) -> Array | None:
 
 def working_type(x: Array) -> Any:
     """At least float32."""
-    return jnp.promote_types(x.dtype, jnp.float32)
+    return at_least_float32(x.dtype)

@@ -7,6 +7,7 @@ import math
 import jax.numpy as jnp
 
 from fast_attention.array_types import Array
+from fast_attention.dtypes import at_least_float32
 from fast_attention.linear_attention.state import LinearAttentionState
 
 
@@ -14,7 +15,7 @@ def promote_floating(query: Array, key: Array, value: Array) -> tuple[Array, Arr
     """Casts the three to their common floating type."""
     dtype = jnp.result_type(query, key, value)
     if not jnp.issubdtype(dtype, jnp.floating):
-        dtype = jnp.promote_types(dtype, jnp.float32)
+        dtype = at_least_float32(dtype)
     return query.astype(dtype), key.astype(dtype), value.astype(dtype)
 
 

@@ -9,9 +9,9 @@ import dataclasses
 import math
 
 import jax
-import jax.numpy as jnp
 
 from fast_attention.array_types import Array
+from fast_attention.dtypes import at_least_float32
 from fast_attention.feature_maps.base import Parameters
 from fast_attention.linear_attention.checks import (
     broadcast_segments,
@@ -57,7 +57,7 @@ def prepare(
     batch_shape = query.shape[:-3]
     batch = math.prod(batch_shape)
     query, key, value = promote_floating(query, key, value)
-    compute = jnp.promote_types(query.dtype, jnp.float32)
+    compute = at_least_float32(query.dtype)
     state = initial_state
     if state is None:
         state = empty_state(

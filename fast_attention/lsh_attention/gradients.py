@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fast_attention.array_types import Array, Float
+from fast_attention.dtypes import at_least_float32
 from fast_attention.lsh_attention.rounds import (
     Row,
     Sums,
@@ -24,6 +25,7 @@ from fast_attention.lsh_attention.rounds import (
 )
 from fast_attention.lsh_attention.scores import Choices
 from fast_attention.lsh_attention.windows import Windows, fold_key, rows_at, unsort
+from fast_attention.manual_axes import vary_alike
 
 
 def pull_back_rounds(
@@ -46,7 +48,7 @@ def pull_back_rounds(
       Gradients of query, key and value, float32 at least.
     """
     scores = scores_of(row, choices)
-    size, compute = choices.size, jnp.promote_types(row.query.dtype, jnp.float32)
+    size, compute = choices.size, at_least_float32(row.query.dtype)
     product = functools.partial(
         jnp.einsum, precision=choices.precision, preferred_element_type=compute
     )
@@ -97,6 +99,7 @@ def pull_back_rounds(
         ), None
 
     start = tuple(jnp.zeros(x.shape, compute) for x in (row.query, row.key, row.value))
+    start = vary_alike(start, row, cotangent)
     rounds = jnp.arange(len(row.order.slot))
     operands = (windows_of(row, choices), row.order.slot, rounds)
     d_query, d_key, d_value = lax.scan(pull_back_round, start, operands)[0]

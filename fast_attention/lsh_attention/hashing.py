@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fast_attention.array_types import Array, Float, Int
+from fast_attention.dtypes import at_least_float32
 
 # Products computed at once, per row: on a CPU what stays in the cache.
 _CPU_PRODUCTS = 2**17
@@ -78,7 +79,7 @@ def hash_vectors(
     most = _CPU_PRODUCTS if on_cpu else _DEVICE_PRODUCTS
     block = max(1, min(length, most // max(1, n_rotations * half)))
     blocks = -(-length // block)
-    compute = jnp.promote_types(x.dtype, jnp.float32)
+    compute = at_least_float32(x.dtype)
     shared = rotations.shape[0] == 1
     rotations = jnp.moveaxis(rotations, 1, -1).astype(compute).reshape(len(rotations), -1, width)
 

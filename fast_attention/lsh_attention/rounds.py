@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fast_attention.array_types import Array, Float
+from fast_attention.dtypes import at_least_float32
 from fast_attention.lsh_attention.scores import Choices, Restrictions, block_scores, meetings
 from fast_attention.lsh_attention.sorting import Order
 from fast_attention.lsh_attention.windows import (
@@ -29,6 +30,7 @@ from fast_attention.lsh_attention.windows import (
     rows_at,
     unsort,
 )
+from fast_attention.manual_axes import vary_alike
 
 
 class Row(NamedTuple):
@@ -92,7 +94,8 @@ def kept(key: Array | None, weights: Array, choices: Choices) -> Array | None:
     if key is None:
         return None
     keep = 1 - choices.dropout_rate
-    return jax.random.bernoulli(key, keep, weights.shape) / max(keep, 1e-6)
+    kept = jax.random.bernoulli(key, keep, weights.shape)
+    return kept.astype(weights.dtype) / max(keep, 1e-6)
 
 
 def attend_rounds(row: Row, choices: Choices) -> Sums:
@@ -106,7 +109,7 @@ def attend_rounds(row: Row, choices: Choices) -> Sums:
       The sums over all rounds, float32 at least.
     """
     scores = scores_of(row, choices)
-    compute = jnp.promote_types(row.query.dtype, jnp.float32)
+    compute = at_least_float32(row.query.dtype)
 
     def attend_block(key: Array | None, operands: tuple[Windows, Array]) -> Sums:
         window, number = operands
@@ -138,6 +141,7 @@ def attend_rounds(row: Row, choices: Choices) -> Sums:
         jnp.zeros(length, compute),
         jnp.full(length, -jnp.inf, compute),
     )
+    start = vary_alike(start, row)
     rounds = jnp.arange(len(row.order.slot))
     return lax.scan(attend_round, start, (windows_of(row, choices), row.order.slot, rounds))[0]
 

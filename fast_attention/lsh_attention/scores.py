@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from fast_attention.array_types import Array, Float, Int
+from fast_attention.dtypes import at_least_float32
 from fast_attention.lsh_attention.sorting import Order
 from fast_attention.lsh_attention.windows import rows_at
 from fast_attention.shared_query_key import SELF_LOGIT
@@ -123,7 +124,7 @@ def block_scores(
         query,
         key,
         precision=choices.precision,
-        preferred_element_type=jnp.promote_types(query.dtype, jnp.float32),
+        preferred_element_type=at_least_float32(query.dtype),
     )
     scores = scores * choices.scale
     own = position[:, :size]

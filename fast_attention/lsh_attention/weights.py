@@ -13,6 +13,7 @@ from fast_attention.lsh_attention.core import Shared, map_rows, row_of
 from fast_attention.lsh_attention.rounds import finite, scores_of, windows_of
 from fast_attention.lsh_attention.scores import Choices
 from fast_attention.lsh_attention.windows import Windows, rows_at
+from fast_attention.manual_axes import vary_alike
 
 
 def dense_weights(
@@ -56,7 +57,7 @@ def dense_weights(
         def add_round(matrix: Array, windows: Windows):
             return lax.scan(add_block, matrix, (windows, number))[0], None
 
-        start = jnp.zeros((length, length), weight.dtype)
+        start = vary_alike(jnp.zeros((length, length), weight.dtype), row, weight)
         return lax.scan(add_round, start, windows)[0]
 
     operands = tuple(lax.stop_gradient(x) for x in (query, key, weight, largest))

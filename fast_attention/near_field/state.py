@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from fast_attention.array_types import Array, Bool, Float, Int
+from fast_attention.dtypes import at_least_float32
 from fast_attention.feature_maps.base import FeatureMap, Parameters
 from fast_attention.linear_attention.api import attend, implementation_names
 from fast_attention.linear_attention.decode import step_parts
@@ -177,9 +178,7 @@ def _prefill(
             key_mask=visible,
             key_bias=None,
             segment_ids=None,
-            state=jax.tree.map(
-                lambda x: x.astype(jnp.promote_types(dtype, jnp.float32)), state.far
-            ),
+            state=jax.tree.map(lambda x: x.astype(at_least_float32(dtype)), state.far),
         )
         operands = fused.Operands(vary_alike(inputs), leaving)
         attended: Any = fused.attend(far_plan(plan, plan.output), Reach(window), operands)

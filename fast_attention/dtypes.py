@@ -1,0 +1,16 @@
+"""The type in which sums and exponentials are computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+
+
+def at_least_float32(dtype: Any) -> Any:
+    """Returns float32, or `dtype` itself if it is a wider floating type.
+
+    Unlike ``jnp.promote_types`` this does not depend on ``jax.numpy_dtype_promotion``.
+    """
+    wide = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits > 32
+    return jnp.dtype(dtype) if wide else jnp.dtype(jnp.float32)
