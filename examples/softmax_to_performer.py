@@ -34,7 +34,7 @@ from fast_attention.protein_lm import cli, data
 from fast_attention.protein_lm.corpus import bundled_corpus
 from fast_attention.protein_lm.models import FlaxLM
 from fast_attention.protein_lm.optimizer import create_learning_rate_scheduler
-from fast_attention.protein_lm.run_folder import write_file
+from fast_attention.protein_lm.output_files import write_file
 
 EXACT = "exact"
 _FAVOR: dict[str, Any] = {"unidirectional": True, "chunk_size": 32}

@@ -11,12 +11,11 @@ from __future__ import annotations
 import os
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from fast_attention.protein_lm.output_files import replacing
+from fast_attention.protein_lm.output_files import open_output
 from fast_attention.protein_lm.tables import find_extension
 
 EXTENSIONS = (".npz", ".h5", ".hdf5", ".parquet")
@@ -57,10 +56,8 @@ def write_arrays(path: str | os.PathLike[str], layout: Layout, parts: Iterable[P
     ``id`` and ``embedding`` or, for several layers, ``embedding_<layer>``; of residues, a row per
     residue with ``id``, ``position`` (from 1) and the same.
 
-    The file appears under its name when it is whole; an old one is replaced then.
-
     Args:
-      path: The file, with one of `EXTENSIONS`.
+      path: The file, with one of `EXTENSIONS`, opened by `output_files.open_output`.
       layout: What the arrays are.
       parts: Proteins, in order.
 
@@ -70,8 +67,8 @@ def write_arrays(path: str | os.PathLike[str], layout: Layout, parts: Iterable[P
     """
     write = {".npz": _write_npz, ".parquet": _write_parquet}
     extension = find_extension(path, EXTENSIONS)
-    with replacing(path) as temporary:
-        write.get(extension, _write_hdf5)(temporary, layout, parts)
+    with open_output(path, seekable=True) as file:
+        write.get(extension, _write_hdf5)(file, layout, parts)
 
 
 def _shape(layout: Layout) -> tuple[int, ...]:
@@ -79,9 +76,9 @@ def _shape(layout: Layout) -> tuple[int, ...]:
     return (layout.proteins, *layers, layout.width)
 
 
-def _write_npz(path: Path, layout: Layout, parts: Iterable[Part]) -> None:
+def _write_npz(file: BinaryIO, layout: Layout, parts: Iterable[Part]) -> None:
     ids: list[str] = []
-    with zipfile.ZipFile(path, "w") as archive:
+    with zipfile.ZipFile(file, "w") as archive:
         if layout.pooled:
             header = {
                 "descr": np.lib.format.dtype_to_descr(np.dtype(layout.dtype)),
@@ -113,10 +110,10 @@ def _add_array(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
         np.lib.format.write_array(member, array, allow_pickle=False)
 
 
-def _write_hdf5(path: Path, layout: Layout, parts: Iterable[Part]) -> None:
+def _write_hdf5(output: BinaryIO, layout: Layout, parts: Iterable[Part]) -> None:
     import h5py
 
-    with h5py.File(path, "w") as file:
+    with h5py.File(output.name, "w") as file:
         file.attrs["layers"] = layout.layers
         ids = file.create_dataset("ids", (layout.proteins,), h5py.string_dtype())
         if layout.pooled:
@@ -141,7 +138,7 @@ def _link(name: str) -> str:
     return name.replace(".", "%2E") if set(name) == {"."} else name
 
 
-def _write_parquet(path: Path, layout: Layout, parts: Iterable[Part]) -> None:
+def _write_parquet(file: BinaryIO, layout: Layout, parts: Iterable[Part]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -162,6 +159,6 @@ def _write_parquet(path: Path, layout: Layout, parts: Iterable[Part]) -> None:
         for vectors in np.concatenate(rows, axis=1):
             yield pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), layout.width)
 
-    with pq.ParquetWriter(path, schema) as writer:
+    with pq.ParquetWriter(file, schema) as writer:
         for ids, arrays in parts:
             writer.write_table(pa.Table.from_arrays([*columns(ids, arrays)], schema=schema))

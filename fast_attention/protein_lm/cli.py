@@ -17,7 +17,7 @@ from fast_attention.protein_lm.failures import (
 )
 from fast_attention.protein_lm.host_threads import provide_threads
 from fast_attention.protein_lm.huge_pages import restart_with_huge_pages
-from fast_attention.protein_lm.stopping import Stopped
+from fast_attention.protein_lm.stopping import Interrupted, Stopped, interrupt_on_signals
 
 _DESCRIPTION = """\
 Train protein language models on FASTA files, and use them.
@@ -40,8 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
       The exit status: 0 for success, 1 for a failure whose reason is on stderr, 2 (by way of
-      SystemExit) for arguments that cannot be understood, 130 when stopped from the keyboard and
-      143 when by SIGTERM.
+      SystemExit) for arguments that cannot be understood, 130 when stopped from the keyboard, 143
+      when by SIGTERM and 129 when by SIGHUP.
     """
     if arguments is None:
         # A file's name or a header may have letters that the terminal's encoding lacks.
@@ -55,15 +55,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None and options.command == "train":
         restart_with_huge_pages()
     try:
-        COMMANDS[options.command].run(options)
+        with interrupt_on_signals():
+            COMMANDS[options.command].run(options)
     except Stopped as stopped:
         told = without_places(str(stopped))
         print(f"\nprotein-lm {options.command}: {told}", file=sys.stderr)
         return stopped.exit_status
-    except KeyboardInterrupt:
-        remedy = ", and the same command goes on" if options.command in ("train", "embed") else ""
-        print(f"\nprotein-lm {options.command}: stopped{remedy}", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stopped:
+        remedy = "; the same command resumes" if options.command in ("train", "embed") else ""
+        reason = str(stopped) or "stopped by SIGINT"
+        print(f"\nprotein-lm {options.command}: {reason}{remedy}", file=sys.stderr)
+        return stopped.exit_status if isinstance(stopped, Interrupted) else 130
     except BrokenPipeError:
         # The reader of our output has gone; writing there again at exit would fail, too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -71,17 +71,6 @@ def read_columns(
     return {name: [row[place] for _, row in numbered[1:]] for name, place in places.items()}
 
 
-def format_columns(columns: dict[str, Sequence[object]]) -> str:
-    """A table that `read_columns` reads back: tabs between cells, names in the first line."""
-    cells = [[_cell(value) for value in values] for values in columns.values()]
-    lines = ["\t".join(columns), *("\t".join(row) for row in zip(*cells, strict=True))]
-    return "\n".join(lines) + "\n"
-
-
-def _cell(value: object) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
 def _read(path: Path) -> str:
     try:
         content = path.read_bytes()

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +20,7 @@ from fast_attention.feature_maps import (
 from fast_attention.local_attention_fn import LocalAttention
 from fast_attention.lsh_attention_fn import LSHAttention
 from fast_attention.protein_lm.diagnosis import Diagnosis
-from fast_attention.protein_lm.run_folder import write_file
+from fast_attention.protein_lm.output_files import write_file, write_json
 from fast_attention.protein_lm.tables import EXTENSIONS, find_extension, open_table
 from fast_attention.softmax_attention import SoftmaxAttention
 
@@ -43,6 +41,9 @@ COLUMNS: dict[str, type] = {
 }
 """Of the table, with ``features`` behind where a target error was asked for."""
 
+FORMATS = (".json", *EXTENSIONS)
+"""What the name of a file of figures may end in."""
+
 _NOTES = {
     "other kernel": "other kernel: the model was trained with a kernel of its own, which was never "
     "meant to be the softmax; the error is its distance from softmax attention all the same",
@@ -55,7 +56,7 @@ _SOFTMAX = (PositiveFeatures, HyperbolicFeatures, TrigonometricFeatures, TunedFe
 
 def check_name(path: str | os.PathLike[str]) -> None:
     """Raises ValueError unless a file's name says how to write it."""
-    find_extension(path, (".json", *EXTENSIONS))
+    find_extension(path, FORMATS)
 
 
 def check_head(model: FlaxModel, layer: int, head: int) -> None:
@@ -176,11 +177,9 @@ def write(
       OutputError: If the file cannot be written.
     """
     check_name(path)
-    if Path(path).name.lower().endswith(".json"):
+    if find_extension(path, FORMATS) == ".json":
         content = {**about, "target_error": target_error, "summary": summary(found)}
-        # JSON has no NaN.
-        heads = [{name: None if x != x else x for name, x in row.items()} for row in rows(found)]
-        write_file(Path(path), json.dumps(content | {"heads": heads}, indent=1) + "\n")
+        write_json(path, content | {"heads": list(rows(found))})
         return
     columns = dict(COLUMNS)
     if found.recommended is not None:
@@ -214,7 +213,7 @@ def plot(
     named = {f"{name}, layer {layer}, head {head}": x for name, x in matrices.items()}
     picture = io.BytesIO()
     plot_head_errors(ratios, picture, named, "error of each head")
-    write_file(Path(path), picture.getvalue())
+    write_file(path, picture.getvalue())
 
 
 def _heading(found: Diagnosis, about: Mapping[str, Any]) -> str:

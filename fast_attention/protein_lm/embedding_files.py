@@ -6,10 +6,12 @@ Proteins are embedded window by window. What is done lies in parts in a folder b
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -25,8 +27,13 @@ from fast_attention.protein_lm.embedding import EmbeddingConfig
 from fast_attention.protein_lm.encoding import Encoded, encode_sequences
 from fast_attention.protein_lm.fasta import FastaRecord
 from fast_attention.protein_lm.model_inputs import Done
-from fast_attention.protein_lm.output_files import check_output, replacing
-from fast_attention.protein_lm.run_folder import RunError, write_file
+from fast_attention.protein_lm.output_files import (
+    check_output,
+    is_special,
+    open_output,
+    write_json,
+)
+from fast_attention.protein_lm.run_folder import RunError
 from fast_attention.protein_lm.tables import find_extension
 
 if TYPE_CHECKING:
@@ -69,9 +76,26 @@ def embed_to_file(
     find_extension(output, EXTENSIONS)
     check_output(output)
     embedding.check_config(model, config)
-    folder = output.with_name(f"{output.name}.partial")
-    _claim(folder, _manifest(model, config, origin or {}))
+    with contextlib.ExitStack() as stack:
+        if is_special(output):
+            # Nothing lies beside a pipe, and nobody resumes it.
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="protein-lm.")))
+        else:
+            whole = Path(os.path.realpath(output))
+            folder = whole.with_name(f"{whole.name}.partial")
+        _claim(folder, _manifest(model, config, origin or {}))
+        return _embed(model, records, output, config, folder, progress)
 
+
+def _embed(
+    model: FlaxModel,
+    records: Iterable[FastaRecord],
+    output: Path,
+    config: EmbeddingConfig,
+    folder: Path,
+    progress: Callable[[int], None] | None,
+) -> Done:
+    """Writes parts to `folder`, or takes those that are there, and puts the output together."""
     shapes: set[token_batches.Shape] = set()
     parts: list[Path] = []
     proteins = residues = longer = computed = 0
@@ -103,7 +127,7 @@ def embed_to_file(
         dtype=config.dtype,
     )
     write_arrays(output, layout, (_load(path, config) for path in parts))
-    shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)
     return Done(proteins, residues, longer, computed)
 
 
@@ -181,7 +205,7 @@ def _claim(folder: Path, manifest: dict[str, Any]) -> None:
             "move it, or give another output"
         )
     folder.mkdir(exist_ok=True)
-    write_file(path, json.dumps(manifest, indent=1) + "\n")
+    write_json(path, manifest)
 
 
 def _digest(window: list[tuple[str, Encoded]]) -> str:
@@ -206,7 +230,7 @@ def _save(
     path: Path, digest: str, ids: list[str], arrays: list[np.ndarray], config: EmbeddingConfig
 ) -> None:
     pooled = config.pool is not None
-    with replacing(path) as temporary, open(temporary, "wb") as file:
+    with open_output(path, seekable=True) as file:
         np.savez(
             file,
             allow_pickle=False,

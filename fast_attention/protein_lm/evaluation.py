@@ -15,7 +15,6 @@ import numpy as np
 
 from fast_attention.protein_lm import groups, metrics, protein_scores
 from fast_attention.protein_lm.baselines import ProteinSums, fit_ngrams
-from fast_attention.protein_lm.columns import format_columns
 from fast_attention.protein_lm.corpus import FastaPaths, load_corpus
 from fast_attention.protein_lm.domains import DiscreteDomain
 from fast_attention.protein_lm.flax_model import FlaxModel
@@ -38,11 +37,11 @@ class Evaluation:
 
     Attributes:
       result: Figures, fit for JSON; see `evaluate_on`.
-      per_protein: The table of single proteins, tabs between cells.
+      per_protein: The columns of the table of single proteins.
     """
 
     result: dict[str, Any]
-    per_protein: str
+    per_protein: dict[str, Sequence[Any]]
 
 
 def fit_baselines(
@@ -231,8 +230,10 @@ def _by_family(scores: ProteinScores, family: Groups) -> list[Row]:
     return sorted(rows, key=lambda row: -row["residues"])
 
 
-def _per_protein(ids: Sequence[str], scores: ProteinScores, family: Groups | None) -> str:
-    columns: dict[str, Sequence[object]] = {"id": ids, "length": scores.lengths.tolist()}
+def _per_protein(
+    ids: Sequence[str], scores: ProteinScores, family: Groups | None
+) -> dict[str, Sequence[Any]]:
+    columns: dict[str, Sequence[Any]] = {"id": ids, "length": scores.lengths.tolist()}
     if family is not None:
         columns[family.name] = [family.labels[number] for number in family.of]
     residues = scores.sums[MODEL].residues
@@ -243,4 +244,4 @@ def _per_protein(ids: Sequence[str], scores: ProteinScores, family: Groups | Non
         prefix = "" if name == MODEL else f"{name}_"
         columns[f"{prefix}perplexity"] = np.exp(loss / residues).tolist()
         columns[f"{prefix}accuracy"] = (correct / residues).tolist()
-    return format_columns(columns)
+    return columns

@@ -20,12 +20,16 @@ import numpy as np
 from fast_attention.protein_lm import descriptions
 from fast_attention.protein_lm.array_records import describe, named
 from fast_attention.protein_lm.flax_model import FlaxModel
-from fast_attention.protein_lm.output_files import replacing
+from fast_attention.protein_lm.output_files import (
+    check_output_folder,
+    open_output,
+    open_output_folder,
+    write_json,
+)
 from fast_attention.protein_lm.run_folder import (
     RunError,
     RunFolder,
     describe_vocabulary,
-    write_file,
 )
 from fast_attention.protein_lm.train_state import TrainState, weights
 
@@ -46,15 +50,11 @@ def export_model(
       tokens: That it was trained on, if that is known.
 
     Raises:
-      RunError: If `output` is the folder of a run, or not a folder.
+      OutputError: If the folder cannot be written.
+      RunError: If it holds a run, or is the exported folder itself.
     """
     target = RunFolder(Path(output))
-    try:
-        target.path.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise RunError(f"{target.path} is not a folder: give the export one of its own") from None
-    if target.config.exists() or target.path.samefile(folder.path):
-        raise RunError(f"{target.path} holds a run already: give the export a folder of its own")
+    check_export(folder, target)
     about = {
         "format": _FORMAT,
         "format_version": _VERSION,
@@ -64,13 +64,27 @@ def export_model(
         "vocabulary": describe_vocabulary(model.domain),
         "gin": configuration(folder),
     }
-    _write_arrays(target.weights, named(_arrays(model.state)))
-    if folder.baselines.is_file():
-        with replacing(target.baselines) as temporary:
-            shutil.copyfile(folder.baselines, temporary)
-    # It makes the folder an exported one, and so comes last.
-    write_file(target.export, json.dumps(about, indent=1) + "\n")
+    with open_output_folder(target.path, last=target.export.name) as path:
+        new = RunFolder(path)
+        _write_arrays(new.weights, named(_arrays(model.state)))
+        if folder.baselines.is_file():
+            with open_output(new.baselines) as file, open(folder.baselines, "rb") as source:
+                shutil.copyfileobj(source, file)
+        write_json(new.export, about)
     return target
+
+
+def check_export(folder: RunFolder, target: RunFolder) -> None:
+    """Checks whether a run can be exported to a folder, before any work.
+
+    Raises:
+      OutputError: If the folder cannot be created or filled.
+      RunError: If it holds a run, or is the exported folder itself.
+    """
+    check_output_folder(target.path)
+    same = target.path.exists() and folder.path.exists() and target.path.samefile(folder.path)
+    if target.config.exists() or same:
+        raise RunError(f"{target.path} holds a run already: give the export a folder of its own")
 
 
 def configuration(folder: RunFolder) -> str:
@@ -140,8 +154,8 @@ def _write_arrays(path: Path, arrays: dict[str, Any]) -> None:
     import safetensors.numpy
 
     host = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    with replacing(path) as temporary:
-        safetensors.numpy.save_file(host, temporary, metadata={"format": _FORMAT})
+    with open_output(path, seekable=True) as file:
+        safetensors.numpy.save_file(host, file.name, metadata={"format": _FORMAT})
 
 
 def _arrays(state: TrainState) -> dict[str, Any]:

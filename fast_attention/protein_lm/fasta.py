@@ -15,7 +15,7 @@ from fast_attention.protein_lm.fasta_parser import (
     scan_fasta,
     split_header,
 )
-from fast_attention.protein_lm.output_files import replacing
+from fast_attention.protein_lm.output_files import open_output
 from fast_attention.protein_lm.text_source import FastaError
 from fast_attention.protein_lm.vocabulary import (
     ANOMALOUS_RESIDUES,
@@ -90,8 +90,7 @@ def write_fasta(
 ) -> None:
     """Writes proteins so that ``read_fasta`` gives the same records back.
 
-    The file appears under its name only when it is complete; an old one is replaced then. It is
-    compressed when the name ends in ``.gz``.
+    It is compressed when the name ends in ``.gz``, and opened by `output_files.open_output`.
 
     Args:
       path: the file.
@@ -106,7 +105,7 @@ def write_fasta(
     if width < 1:
         raise ValueError(f"width must be at least 1, but got {width}.")
     path = Path(path)
-    with replacing(path) as temporary, open(temporary, "wb") as raw:
+    with open_output(path) as raw:
         # Without a name and a time stamp, equal records give equal bytes.
         stream = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if path.suffix == ".gz" else raw
         with io.TextIOWrapper(stream, encoding="utf-8", newline="\n") as text:
@@ -124,6 +123,10 @@ def _check_writable(record: FastaRecord) -> None:
             "A record needs an id without blanks and a description of one line without blanks "
             f"around it, but got {record.id!r} and {record.description!r}."
         )
+    try:
+        header.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"The header of record {record.id!r} is no text: {error}.") from None
     letters = record.sequence
     if not letters or not set(letters) <= set(FASTA_SYMBOLS):
         raise ValueError(

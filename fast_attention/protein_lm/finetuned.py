@@ -24,10 +24,11 @@ from fast_attention.protein_lm import embedding, exporting, lora
 from fast_attention.protein_lm.flax_model import FlaxModel
 from fast_attention.protein_lm.linear_head import LinearHead
 from fast_attention.protein_lm.loading import build_model, load_run
-from fast_attention.protein_lm.run_folder import RunError, RunFolder, write_file
+from fast_attention.protein_lm.output_files import open_output_folder, write_file, write_json
+from fast_attention.protein_lm.run_folder import PREDICTOR_FILES, RunError, RunFolder
 from fast_attention.protein_lm.token_batches import Shape
 
-_ABOUT, _HEAD, _ADAPTERS, _MODEL = "finetuned.json", "head.npz", "adapters.npz", "model.npz"
+_ABOUT, _HEAD, _ADAPTERS, _MODEL = PREDICTOR_FILES
 
 
 class Fit(NamedTuple):
@@ -110,10 +111,11 @@ class FineTuned:
             a model.
           whole: Whether to store the whole model.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        with open_output_folder(folder, last=_ABOUT) as path:
+            self._write(path, run_dir, whole or self.method == "full")
+
+    def _write(self, folder: Path, run_dir: str | os.PathLike[str] | None, whole: bool) -> None:
         _write_arrays(folder / _HEAD, self.head._asdict())
-        whole = whole or self.method == "full"
         if whole:
             state = self.model.state
             _write_arrays(
@@ -134,7 +136,7 @@ class FineTuned:
             "adapter_scale": None if self.adapters is None else self.adapters[1],
             "run_dir": None if run_dir is None else str(Path(run_dir).absolute()),
         }
-        write_file(folder / _ABOUT, json.dumps(about, indent=1) + "\n")
+        write_json(folder / _ABOUT, about)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], *, model: FlaxModel | None = None) -> FineTuned:

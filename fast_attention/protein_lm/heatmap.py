@@ -5,13 +5,12 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from fast_attention.protein_lm.mutations import Variant
-from fast_attention.protein_lm.run_folder import write_file
+from fast_attention.protein_lm.output_files import write_file
 from fast_attention.protein_lm.vocabulary import STANDARD_RESIDUES
 
 _POSITIONS_PER_ROW = 100
@@ -101,7 +100,7 @@ def plot_heatmap(
         figure.colorbar(image, ax=list(grid), label=name.replace("_", " "), pad=0.01)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)
-    write_file(Path(path), picture.getvalue())
+    write_file(path, picture.getvalue())
 
 
 def _is_single(variant: Variant) -> bool:

@@ -12,7 +12,8 @@ from typing import Any, TextIO
 import tensorboardX
 
 from fast_attention.protein_lm import processes
-from fast_attention.protein_lm.run_folder import RunError, RunFolder, write_file
+from fast_attention.protein_lm.output_files import json_text, write_file
+from fast_attention.protein_lm.run_folder import RunError, RunFolder
 
 Row = dict[str, Any]
 
@@ -32,7 +33,7 @@ class MetricsLog:
           RunError: If it cannot be written.
         """
         try:
-            self._lines.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+            self._lines.write(json_text({"step": step, "split": split, **values}) + "\n")
             self._lines.flush()
         except OSError as error:
             raise RunError(
@@ -71,7 +72,7 @@ def open_metrics_log(folder: RunFolder, step: int) -> Iterator[MetricsLog | Sile
         yield SilentLog()
         return
     kept = [row for row in read_metrics(folder.metrics) if row["step"] <= step]
-    write_file(folder.metrics, "".join(json.dumps(row) + "\n" for row in kept))
+    write_file(folder.metrics, "".join(json_text(row) + "\n" for row in kept))
     board = tensorboardX.SummaryWriter(str(folder.tensorboard), purge_step=step + 1)
     with open(folder.metrics, "a", encoding="utf-8") as lines:
         try:

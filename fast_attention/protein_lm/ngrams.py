@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fast_attention.protein_lm.run_folder import write_file
+from fast_attention.protein_lm.output_files import write_file
 from fast_attention.protein_lm.vocabulary import Vocabulary
 
 _DENSE = 1 << 25

@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from fast_attention.protein_lm.run_folder import write_file
+from fast_attention.protein_lm.output_files import write_file
 
 
 def plot_learning_curve(

@@ -114,7 +114,8 @@ def joined(
             # All processes stop together.
             raise
         except BaseException as error:
-            ending.leave_alone(130 if isinstance(error, KeyboardInterrupt) else 1)
+            status = 130 if isinstance(error, KeyboardInterrupt) else 1
+            ending.leave_alone(getattr(error, "exit_status", status))
             if isinstance(error, Exception) and tells_a_loss(error):
                 raise RunError(ending.lost(str(error))) from error
             raise

@@ -5,10 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from fast_attention.protein_lm.domains import DiscreteDomain
-from fast_attention.protein_lm.output_files import OutputError, explain, replacing
+from fast_attention.protein_lm.output_files import OutputError, explain, write_file, write_json
+
+PREDICTOR_FILES = ("finetuned.json", "head.npz", "adapters.npz", "model.npz")
+"""What the folder of a predictor may hold, see `finetuned.FineTuned.save`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,14 +81,20 @@ class RunFolder:
         return self.path / "model.safetensors"
 
 
+def files_read(path: Path) -> Iterator[Path]:
+    """Yields the files in the folder of a run, an export or a predictor that commands read."""
+    folder = RunFolder(path)
+    names = [name for name, value in vars(RunFolder).items() if isinstance(value, property)]
+    places = [getattr(folder, name) for name in names if name != "evaluation"]
+    for place in [*places, *(path / name for name in PREDICTOR_FILES)]:
+        if place.is_dir():
+            yield from (file for file in place.rglob("*") if file.is_file())
+        elif place.exists():
+            yield place
+
+
 class RunError(RuntimeError):
     """A run cannot be started, resumed or read; the message says why and what to do."""
-
-
-def write_file(path: Path, content: str | bytes) -> None:
-    """Writes a file that appears under its name only when it is whole."""
-    with replacing(path) as temporary:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def claim(folder: RunFolder, config: str, domain: DiscreteDomain, *, asked: str) -> None:
@@ -104,7 +114,7 @@ def claim(folder: RunFolder, config: str, domain: DiscreteDomain, *, asked: str)
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
         if not folder.config.exists():
-            write_file(folder.vocabulary, json.dumps(describe_vocabulary(domain), indent=1) + "\n")
+            write_json(folder.vocabulary, describe_vocabulary(domain))
             write_file(folder.config, config)
             return
     except (FileExistsError, NotADirectoryError):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import os
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple, TextIO
+from collections.abc import Iterator
+from typing import NamedTuple
 
-from fast_attention.protein_lm.output_files import printable, replacing
+from fast_attention.protein_lm.tables import Write, open_table
 
 _SHOWN = 10
+_COLUMNS = {"path": str, "line": int, "id": str, "reason": str}
 
 
 class SkippedRecord(NamedTuple):
@@ -38,32 +38,32 @@ class SkippedRecords:
       records: the first of them.
     """
 
-    def __init__(self, *, keep: int | None = _SHOWN, listing: TextIO | None = None):
+    def __init__(self, *, keep: int | None = _SHOWN, write: Write | None = None):
         """Nothing is left out so far.
 
         Args:
           keep: how many are kept in ``records``, the others are only counted; None keeps all.
-          listing: takes one line per record, a table with tabs; `list_skipped` opens one.
+          write: takes each record, as a row of the table that `list_skipped` opens.
         """
         self.count = 0
         self.total = 0
         self.records: list[SkippedRecord] = []
         self._keep = keep
-        self._listing = listing
-        if listing is not None:
-            listing.write(_row(SkippedRecord._fields))
+        self._write = write
 
     def add(self, record: SkippedRecord) -> None:
         """Counts and lists a record."""
         self.count += 1
         if self._keep is None or len(self.records) < self._keep:
             self.records.append(record)
-        if self._listing is not None:
-            self._listing.write(_row(record))
+        if self._write is not None:
+            self._write(record)
 
-    def table(self) -> str:
-        """The records that were kept, as the file of `list_skipped` has them."""
-        return "".join(map(_row, [SkippedRecord._fields, *self.records]))
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the records that were kept, as `list_skipped` writes all of them."""
+        with open_table(path, _COLUMNS) as write:
+            for record in self.records:
+                write(record)
 
     def summary(self) -> str:
         """Says how many were left out, and the first of them; empty if none was."""
@@ -82,23 +82,14 @@ class SkippedRecords:
 
 @contextlib.contextmanager
 def list_skipped(path: str | os.PathLike[str] | None) -> Iterator[SkippedRecords]:
-    """Gives a collector whose records are all written to a file, one line each.
-
-    The file appears when the ``with`` block has ended without an error.
+    """Gives a collector whose records are all written to a table, a row each.
 
     Args:
-      path: the file, a table with tabs (path, line, id, reason); None writes none.
+      path: the table (path, line, id, reason), see `tables.open_table`; tabs separate its cells
+        where its name says nothing else. None writes none.
     """
     if path is None:
         yield SkippedRecords()
         return
-    with (
-        replacing(path) as temporary,
-        open(temporary, "wb") as raw,
-        io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace", newline="\n") as listing,
-    ):
-        yield SkippedRecords(listing=listing)
-
-
-def _row(fields: Iterable[object]) -> str:
-    return "\t".join(map(printable, map(str, fields))) + "\n"
+    with open_table(path, _COLUMNS, default=".tsv") as write:
+        yield SkippedRecords(write=write)

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""What the keyboard, a job scheduler and a closed terminal send."""
 
 
 class Stopped(Exception):
@@ -17,13 +18,52 @@ class Stopped(Exception):
 
     Attributes:
       exit_status: 128 and the number of the signal, as shells count: 130 after Ctrl-C, 143 after
-        SIGTERM.
+        SIGTERM, 129 after SIGHUP.
     """
 
     def __init__(self, number: int, message: str):
         """Takes the signal's number and what to tell."""
         super().__init__(message)
         self.exit_status = 128 + number
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended a command.
+
+    Attributes:
+      exit_status: As in `Stopped`.
+    """
+
+    def __init__(self, number: int):
+        """Takes the signal's number."""
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.exit_status = 128 + number
+
+
+@contextmanager
+def interrupt_on_signals() -> Iterator[None]:
+    """Raises `Interrupted` in the block at the first of `SIGNALS`, so that it cleans up.
+
+    Further signals are ignored until the block has ended: a second Ctrl-C must not stop the
+    deletion of temporary files. A signal that the parent process chose to ignore, as ``nohup``
+    does, stays ignored. Outside of the main thread nothing changes.
+    """
+    before: dict[int, Any] = {}
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        for other in before:
+            signal.signal(other, signal.SIG_IGN)
+        raise Interrupted(number)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 class StopRequest:
@@ -40,7 +80,9 @@ class StopRequest:
 
 @contextmanager
 def catch_stop_requests() -> Iterator[StopRequest]:
-    """Notes the first SIGINT or SIGTERM instead of obeying it at once; a second one is obeyed.
+    """Notes the first of `SIGNALS` instead of obeying it at once; a second one is obeyed.
+
+    A SIGHUP that is ignored, as ``nohup`` has it, stays ignored.
 
     The handlers from before are back afterwards. Outside of the main thread, where Python lets
     nobody handle signals, nothing is caught.
@@ -62,8 +104,9 @@ def catch_stop_requests() -> Iterator[StopRequest]:
         restore()
 
     if threading.current_thread() is threading.main_thread():
-        for number in _SIGNALS:
-            before[number] = signal.signal(number, note)
+        for number in SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, note)
     try:
         yield request
     finally:

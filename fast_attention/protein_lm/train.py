@@ -22,6 +22,7 @@ from fast_attention.protein_lm import (
     exchange,
     metrics,
     metrics_log,
+    output_files,
     plots,
     process_arrays,
     processes,
@@ -255,7 +256,7 @@ def run_experiment(
     _tell_skipped(folder, "test", skipped["test"])
     if processes.is_primary():
         _draw(folder, result)
-        run_folder.write_file(folder.result, json.dumps(result, indent=1) + "\n")
+        output_files.write_json(folder.result, result)
     _tell(report.format_report(result, folder))
     return result
 
@@ -323,7 +324,7 @@ def _make_validation(
 def _tell_skipped(folder: RunFolder, name: str, skipped: SkippedRecords) -> None:
     if skipped.count and processes.is_primary():
         print(skipped.summary(), file=sys.stderr)
-        run_folder.write_file(folder.path / f"skipped_{name}.tsv", skipped.table())
+        skipped.save(folder.path / f"skipped_{name}.tsv")
 
 
 def _sample(model: FlaxModel, number: int, max_length: int | None) -> list[str]:

@@ -12,15 +12,21 @@ from typing import Any
 
 import numpy as np
 
-from fast_attention.protein_lm.columns import format_columns
 from fast_attention.protein_lm.corpus import FastaPaths
 from fast_attention.protein_lm.fasta_files import read_proteins
 from fast_attention.protein_lm.finetuning import TuningConfig, fine_tune
 from fast_attention.protein_lm.labelled import read_labelled
 from fast_attention.protein_lm.loading import load_run
+from fast_attention.protein_lm.output_files import (
+    check_output_folder,
+    json_text,
+    open_output_folder,
+    write_json,
+)
 from fast_attention.protein_lm.report import format_table
-from fast_attention.protein_lm.run_folder import RunError, RunFolder, write_file
+from fast_attention.protein_lm.run_folder import RunError, RunFolder
 from fast_attention.protein_lm.skipped_records import SkippedRecords
+from fast_attention.protein_lm.tables import write_table
 
 _SHOWN_CLASSES = 12
 
@@ -40,8 +46,8 @@ def run_tuning(
 
     The folder holds what `FineTuned.load` reads, ``metrics.jsonl`` (a row for each epoch),
     ``predictions.tsv`` (every protein of the table) and, written last, ``result.json``. Where
-    that is there, and of equal arguments, nothing is done but to tell it; what a stopped run left
-    is replaced.
+    that is there, and of equal arguments, nothing is done but to tell it. The folder appears when
+    it is complete, see `output_files.open_output_folder`.
 
     Args:
       run_dir: The run.
@@ -57,7 +63,8 @@ def run_tuning(
       The content of ``result.json``.
 
     Raises:
-      RunError: If the folder holds another result, or a table cannot be read.
+      OutputError: If the folder cannot be written.
+      RunError: If it holds another result, or a table cannot be read.
       ValueError: If an option is out of its range.
     """
     folder, columns, options = Path(output), dict(columns or {}), dict(options or {})
@@ -97,63 +104,59 @@ def run_tuning(
     target = RunFolder(folder)
     if target.checkpoints.exists() or target.export.is_file():
         raise RunError(f"{folder} holds a run: give the result a folder of its own")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise RunError(f"{folder} is not a folder: give the result one of its own") from None
+    check_output_folder(folder)
     for reason in found.left_out:
         print(f"left out: {reason}")
-    with open(folder / "metrics.jsonl", "w", encoding="utf-8") as lines:
+    with open_output_folder(folder, last=result_file.name) as path:
+        with open(path / "metrics.jsonl", "w", encoding="utf-8") as lines:
 
-        def log(row: dict[str, Any]) -> None:
-            lines.write(json.dumps(row) + "\n")
-            lines.flush()
-            if row["split"] != "train":
-                print(_progress(row), flush=True)
+            def log(row: dict[str, Any]) -> None:
+                lines.write(json_text(row) + "\n")
+                if row["split"] != "train":
+                    print(_progress(row), flush=True)
 
-        tuned = fine_tune(
-            loaded.model,
-            found.sequences,
-            found.labels,
-            task=task,
-            parts=found.parts,
-            groups=found.groups,
-            log=log,
-            **options,
-        )
-    assert tuned.fit is not None
-    tuned.save(folder, run_dir=loaded.folder.path, whole=whole_model)
-    extra = {"part": tuned.fit.parts.tolist(), "label": found.labels}
-    predictions = prediction_table(found.ids, tuned.classes, tuned.fit.outputs, extra)
-    write_file(folder / "predictions.tsv", predictions)
-    result = {
-        "asked": asked,
-        "method": tuned.method,
-        "classes": tuned.classes,
-        "left_out": len(found.left_out),
-        "metrics": tuned.fit.metrics,
-    }
-    write_file(result_file, json.dumps(result, indent=1) + "\n")
+            tuned = fine_tune(
+                loaded.model,
+                found.sequences,
+                found.labels,
+                task=task,
+                parts=found.parts,
+                groups=found.groups,
+                log=log,
+                **options,
+            )
+        assert tuned.fit is not None
+        tuned.save(path, run_dir=loaded.folder.path, whole=whole_model)
+        extra = {"part": tuned.fit.parts.tolist(), "label": found.labels}
+        predictions = prediction_columns(found.ids, tuned.classes, tuned.fit.outputs, extra)
+        write_table(path / "predictions.tsv", predictions)
+        result = {
+            "asked": asked,
+            "method": tuned.method,
+            "classes": tuned.classes,
+            "left_out": len(found.left_out),
+            "metrics": tuned.fit.metrics,
+        }
+        write_json(path / result_file.name, result)
     result = json.loads(result_file.read_text(encoding="utf-8"))
     print(f"\n{format_result(result, folder)}")
     return result
 
 
-def prediction_table(
+def prediction_columns(
     ids: Sequence[str],
     classes: Sequence[str] | None,
     outputs: np.ndarray,
     extra: Mapping[str, Sequence[str]] | None = None,
-) -> str:
-    """A table with one line per protein: id, prediction, and the probability of each class."""
-    columns: dict[str, Sequence[object]] = {"id": ids, **(extra or {})}
+) -> dict[str, Sequence[Any]]:
+    """The columns of a table of predictions: id, prediction, and the probability of each class."""
+    columns: dict[str, Sequence[Any]] = {"id": ids, **(extra or {})}
     if classes is None:
-        columns["prediction"] = outputs.astype(float).tolist()
+        columns["prediction"] = list(outputs)
     else:
         columns["prediction"] = [classes[number] for number in outputs.argmax(-1)]
-        for number, name in enumerate(classes):
-            columns[f"p_{name}"] = outputs[:, number].astype(float).tolist()
-    return format_columns(columns)
+        columns |= {f"p_{name}": list(outputs[:, number]) for number, name in enumerate(classes)}
+    return columns
 
 
 def format_result(result: dict[str, Any], folder: Path) -> str:

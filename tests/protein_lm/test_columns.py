@@ -2,8 +2,9 @@ import gzip
 
 import pytest
 
-from fast_attention.protein_lm.columns import format_columns, read_columns
+from fast_attention.protein_lm.columns import read_columns
 from fast_attention.protein_lm.run_folder import RunError
+from fast_attention.protein_lm.tables import write_table
 
 
 @pytest.mark.parametrize(
@@ -28,7 +29,7 @@ def test_csv_and_tsv_are_told_apart(tmp_path, content):
 
 def test_what_is_written_is_read(tmp_path):
     path = tmp_path / "table"
-    path.write_text(format_columns({"id": ["a", "b"], "y": [0.5, 1e-9]}))
+    write_table(path, {"id": ["a", "b"], "y": [0.5, 1e-9]}, default=".tsv")
     assert read_columns(path) == {"id": ["a", "b"], "y": ["0.5", "1e-09"]}
 
 

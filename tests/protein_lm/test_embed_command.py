@@ -64,7 +64,7 @@ def test_a_stopped_command_goes_on(lm_run, fasta, tmp_path, monkeypatch, capsys)
     with monkeypatch.context() as patch:
         patch.setattr(embedding, "embed_window", stop)
         assert run(lm_run, fasta, output, small) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command resumes" in capsys.readouterr().err
     assert not output.exists()
     assert run(lm_run, fasta, output, small, "--pool=max") == 1
     assert "pool: 'mean' there, 'max' asked for now" in capsys.readouterr().err

@@ -181,7 +181,7 @@ def test_changed_and_damaged_parts_are_computed_again(model, tmp_path):
 def test_what_cannot_be_done_is_told(model, tmp_path):
     with pytest.raises(ValueError, match=r"v.txt.*\.npz, \.h5"):
         embed(model, tmp_path / "v.txt")
-    with pytest.raises(OSError, match="make it first"):
+    with pytest.raises(OSError, match="create it first"):
         embed(model, tmp_path / "absent" / "v.npz")
     with pytest.raises(ValueError, match="two proteins have the id 'a'"):
         embed(model, tmp_path / "v.npz", [FastaRecord("a", "", "MK")] * 2)

@@ -74,7 +74,7 @@ def test_too_long_is_told_or_left_out(lm_run, fasta, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("output", "message"),
-    [("scores.txt", ".tsv, .csv"), ("absent/scores.tsv", "make it first")],
+    [("scores.txt", ".tsv, .csv"), ("absent/scores.tsv", "create it first")],
 )
 def test_an_output_that_cannot_be_written_is_told_at_once(fasta, tmp_path, output, message, capsys):
     arguments = ["score", f"--run_dir={tmp_path}", f"--fasta={fasta}"]

@@ -4,9 +4,14 @@ import threading
 
 import pytest
 
-from fast_attention.protein_lm.stopping import Stopped, catch_stop_requests
-
-NUMBERS = (signal.SIGINT, signal.SIGTERM)
+from fast_attention.protein_lm.output_files import open_output, open_output_folder
+from fast_attention.protein_lm.stopping import (
+    SIGNALS,
+    Interrupted,
+    Stopped,
+    catch_stop_requests,
+    interrupt_on_signals,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -18,10 +23,10 @@ def interrupts():
 
 
 def handlers():
-    return [signal.getsignal(number) for number in NUMBERS]
+    return [signal.getsignal(number) for number in SIGNALS]
 
 
-@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_the_first_signal_is_noted_and_the_handlers_come_back(number):
     before = handlers()
     with catch_stop_requests() as request:
@@ -67,4 +72,37 @@ def test_a_thread_catches_nothing():
 
 
 def test_exit_statuses_are_those_of_shells():
-    assert [Stopped(number, "").exit_status for number in NUMBERS] == [130, 143]
+    assert [Stopped(number, "").exit_status for number in SIGNALS] == [130, 143, 129]
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_an_interrupted_block_cleans_up_whatever_else_comes(tmp_path, number):
+    before = {other: signal.getsignal(other) for other in SIGNALS}
+    (tmp_path / "old").write_text("old")
+    with (
+        pytest.raises(Interrupted, match=f"stopped by {number.name}") as caught,
+        interrupt_on_signals(),
+        open_output(tmp_path / "old") as file,
+        open_output_folder(tmp_path / "new", last="a"),
+    ):
+        try:
+            file.write(b"new")
+            os.kill(os.getpid(), number)
+        finally:
+            for other in SIGNALS:
+                os.kill(os.getpid(), other)
+    assert caught.value.exit_status == 128 + number
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+    assert (tmp_path / "old").read_text() == "old"
+    assert {other: signal.getsignal(other) for other in SIGNALS} == before
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with interrupt_on_signals(), catch_stop_requests() as request:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert request.signal is None
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from fast_attention.protein_lm.skipped_records import SkippedRecords, list_skipped
 
@@ -65,6 +66,52 @@ def skipped_records(options: argparse.Namespace) -> Iterator[SkippedRecords]:
         yield skipped
     if skipped.count:
         print(skipped.summary(), file=sys.stderr)
+
+
+_INPUTS = (
+    "fasta",
+    "valid_fasta",
+    "table",
+    "split_file",
+    "families",
+    "mutations",
+    "variants",
+    "prompt_fasta",
+    "infill",
+)
+
+
+def check_files(options: argparse.Namespace, *outputs: str) -> None:
+    """Checks, before any work, what a command is to write.
+
+    Args:
+      options: Of the command.
+      outputs: Names of the options that are files to write.
+
+    Raises:
+      OutputError: If one cannot be written, is another output as well, or is a file that the
+        command reads.
+    """
+    from fast_attention.protein_lm.output_files import check_outputs
+
+    given = {f"--{name}": getattr(options, name) for name in outputs}
+    check_outputs(given, input_files(options))
+
+
+def input_files(options: argparse.Namespace) -> Iterator[str | Path]:
+    """Yields all files that a command reads, those in its folders among them."""
+    from fast_attention.protein_lm.fasta_files import fasta_paths
+    from fast_attention.protein_lm.run_folder import files_read
+
+    for name in ("run_dir", "model"):
+        if folder := getattr(options, name, None):
+            yield from files_read(Path(folder))
+    for name in _INPUTS:
+        given = getattr(options, name, None) or []
+        for path in [given] if isinstance(given, str) else given:
+            # A path that cannot be read is reported by whatever reads it.
+            with contextlib.suppress(ValueError):
+                yield from fasta_paths(path)
 
 
 def add_token_budget(parser: argparse.ArgumentParser) -> None:

@@ -124,7 +124,7 @@ def run(options: argparse.Namespace) -> None:
     from fast_attention.protein_lm.embedding import room
     from fast_attention.protein_lm.loading import load_run
     from fast_attention.protein_lm.model_inputs import read_for_model
-    from fast_attention.protein_lm.output_files import check_output
+    from fast_attention.protein_lm.output_files import status_stream
 
     if options.output:
         diagnosis_report.check_name(options.output)
@@ -132,8 +132,7 @@ def run(options: argparse.Namespace) -> None:
         # Told before the work where it is missing.
         import matplotlib  # noqa: F401
 
-    for path in filter(None, (options.output, options.plot)):
-        check_output(path)
+    arguments.check_files(options, "output", "plot", "skipped_list")
     features = _features(options)
     model, step, folder = load_run(options.run_dir)
     diagnosis_report.check_head(model, options.layer, options.head)
@@ -177,10 +176,11 @@ def run(options: argparse.Namespace) -> None:
                 max_length=max_length,
             )
             diagnosis_report.plot(options.plot, found, matrices, options.layer, options.head)
-        print(diagnosis_report.format_diagnosis(found, options.target_error))
+        status = status_stream(options.output, options.plot, options.skipped_list)
+        print(diagnosis_report.format_diagnosis(found, options.target_error), file=status)
         written = [path for path in (options.output, options.plot) if path]
         if written:
-            print(f"\nwritten to {' and '.join(written)}")
+            print(f"\nwritten to {' and '.join(written)}", file=status)
 
 
 def _features(options: argparse.Namespace) -> diagnosis.Features | None:

@@ -70,11 +70,10 @@ def run(options: argparse.Namespace) -> None:
     from fast_attention.protein_lm.embedding_files import embed_to_file
     from fast_attention.protein_lm.loading import load_run
     from fast_attention.protein_lm.model_inputs import read_for_model
-    from fast_attention.protein_lm.output_files import check_output
     from fast_attention.protein_lm.tables import find_extension
 
     find_extension(options.output, EXTENSIONS)
-    check_output(options.output)
+    arguments.check_files(options, "output", "skipped_list")
     config = embedding.EmbeddingConfig(
         layers=tuple(options.layers) if len(options.layers) > 1 else options.layers[0],
         pool=None if options.pool == "none" else options.pool,
@@ -105,4 +104,4 @@ def run(options: argparse.Namespace) -> None:
             origin={"step": step},
             progress=advance,
         )
-    progress.tell(model, done, time.perf_counter() - began, options.output)
+    progress.tell(model, done, time.perf_counter() - began, options.output, options.skipped_list)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from fast_attention.protein_lm.commands import arguments
@@ -28,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--per_protein",
         metavar="FILE",
-        help="also write a table with one line per protein, tabs between cells",
+        help="also write a table with one row per protein: .tsv, .csv, .tsv.gz, .csv.gz or "
+        ".parquet (tab-separated under any other name)",
     )
     parser.add_argument(
         "--split_file",
@@ -59,14 +59,14 @@ def run(options: argparse.Namespace) -> None:
     """Runs the command."""
     from fast_attention.protein_lm import evaluation, report
     from fast_attention.protein_lm.loading import load_run
-    from fast_attention.protein_lm.output_files import check_output
-    from fast_attention.protein_lm.run_folder import write_file
+    from fast_attention.protein_lm.output_files import status_stream, write_json
+    from fast_attention.protein_lm.run_folder import RunFolder
+    from fast_attention.protein_lm.tables import write_table
 
-    if options.per_protein:
-        check_output(options.per_protein)
+    if options.output is None and Path(options.run_dir).is_dir():
+        options.output = str(RunFolder(Path(options.run_dir)).evaluation)
+    arguments.check_files(options, "output", "per_protein", "skipped_list")
     model, step, folder = load_run(options.run_dir)
-    output = Path(options.output or folder.evaluation)
-    check_output(output)
     with arguments.skipped_records(options) as skipped:
         found = evaluation.evaluate_in_groups(
             model,
@@ -81,10 +81,12 @@ def run(options: argparse.Namespace) -> None:
             skipped=skipped,
         )
         result = {"run_dir": str(folder.path), "step": step} | found.result
-        written = [output]
-        write_file(output, json.dumps(result, indent=1) + "\n")
+        output = options.output or folder.evaluation
+        write_json(output, result)
         if options.per_protein:
-            written.append(Path(options.per_protein))
-            write_file(written[1], found.per_protein)
-        places = " and ".join(str(path) for path in written)
-        print(f"{report.format_evaluation(result)}\n\nwritten to {places}")
+            write_table(options.per_protein, found.per_protein, default=".tsv")
+        written = [path for path in (str(output), options.per_protein) if path]
+        print(
+            f"{report.format_evaluation(result)}\n\nwritten to {' and '.join(written)}",
+            file=status_stream(*written, options.skipped_list),
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from fast_attention.protein_lm.commands import arguments
 
@@ -25,9 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Runs the command."""
     from fast_attention.protein_lm import information
-    from fast_attention.protein_lm.exporting import export_model
+    from fast_attention.protein_lm.exporting import check_export, export_model
     from fast_attention.protein_lm.loading import load_run
+    from fast_attention.protein_lm.run_folder import RunFolder
 
+    check_export(RunFolder(Path(options.run_dir)), RunFolder(Path(options.output)))
     model, step, folder = load_run(options.run_dir)
     tokens = information.tokens_seen(folder, step)
     target = export_model(model, folder, options.output, step=step, tokens=tokens)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 
 from fast_attention.protein_lm.commands import arguments
 
@@ -31,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Runs the command."""
     from fast_attention.protein_lm.information import describe_run, format_information
+    from fast_attention.protein_lm.output_files import json_text
 
     about = describe_run(options.run_dir, count_corpus=not options.skip_corpus)
-    print(json.dumps(about, indent=1) if options.json else format_information(about))
+    print(json_text(about, indent=1) if options.json else format_information(about))

@@ -83,12 +83,11 @@ def run(options: argparse.Namespace) -> None:
 
     from fast_attention.protein_lm import heatmap, mutation_effects
     from fast_attention.protein_lm.loading import load_run
-    from fast_attention.protein_lm.output_files import check_output
+    from fast_attention.protein_lm.output_files import status_stream
     from fast_attention.protein_lm.tables import EXTENSIONS, find_extension, open_table
 
     find_extension(options.output, EXTENSIONS)
-    for path in filter(None, (options.output, options.heatmap)):
-        check_output(path)
+    arguments.check_files(options, "output", "heatmap")
     if options.positions and not options.all:
         raise ValueError("--positions says where --all substitutes: give both, or neither")
     work = _work(options)
@@ -120,7 +119,10 @@ def run(options: argparse.Namespace) -> None:
                 heatmap.plot_heatmap(
                     options.heatmap, wild_type.sequence, variants, values, columns[0]
                 )
-    print(f"{count:,} mutants of {len(work):,} proteins written to {options.output}")
+    print(
+        f"{count:,} mutants of {len(work):,} proteins written to {options.output}",
+        file=status_stream(options.output, options.heatmap),
+    )
 
 
 def _work(options: argparse.Namespace) -> list[tuple[FastaRecord, list[Variant]]]:

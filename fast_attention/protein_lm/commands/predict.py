@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from fast_attention.protein_lm.commands import arguments
 
@@ -21,7 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", required=True, metavar="FOLDER", help="the --output of 'protein-lm fine-tune'"
     )
     arguments.add_fasta(parser, "proteins to predict")
-    parser.add_argument("--output", required=True, metavar="FILE", help="the table (.tsv)")
+    parser.add_argument(
+        "--output",
+        required=True,
+        metavar="FILE",
+        help="the table: .tsv or .csv, .gz behind either compresses it, or .parquet",
+    )
     arguments.add_on_error(parser)
 
 
@@ -30,13 +34,12 @@ def run(options: argparse.Namespace) -> None:
     from fast_attention.protein_lm.embedding import room
     from fast_attention.protein_lm.finetuned import FineTuned
     from fast_attention.protein_lm.model_inputs import read_for_model
-    from fast_attention.protein_lm.output_files import check_output
-    from fast_attention.protein_lm.run_folder import write_file
-    from fast_attention.protein_lm.tables import find_extension
-    from fast_attention.protein_lm.tuning_run import prediction_table
+    from fast_attention.protein_lm.output_files import status_stream
+    from fast_attention.protein_lm.tables import EXTENSIONS, find_extension, write_table
+    from fast_attention.protein_lm.tuning_run import prediction_columns
 
-    find_extension(options.output, (".tsv",))
-    check_output(options.output)
+    find_extension(options.output, EXTENSIONS)
+    arguments.check_files(options, "output", "skipped_list")
     tuned = FineTuned.load(options.model)
     with arguments.skipped_records(options) as skipped:
         records = list(
@@ -50,6 +53,9 @@ def run(options: argparse.Namespace) -> None:
             )
         )
         outputs = tuned.outputs(record.sequence for record in records)
-        table = prediction_table([record.id for record in records], tuned.classes, outputs)
-        write_file(Path(options.output), table)
-        print(f"{len(records):,} proteins predicted, written to {options.output}")
+        ids = [record.id for record in records]
+        write_table(options.output, prediction_columns(ids, tuned.classes, outputs))
+        print(
+            f"{len(records):,} proteins predicted, written to {options.output}",
+            file=status_stream(options.output, options.skipped_list),
+        )

@@ -25,16 +25,24 @@ def residue_bar(title: str) -> Iterator[Callable[[int], None]]:
         yield advance
 
 
-def tell(model: FlaxModel, done: Done, seconds: float, output: str) -> None:
-    """Prints what was done."""
+def tell(model: FlaxModel, done: Done, seconds: float, output: str, *others: str | None) -> None:
+    """Prints what was done; `others` are further outputs of the command."""
+    from fast_attention.protein_lm.output_files import status_stream
+
+    status = status_stream(output, *others)
     print(
         f"{done.proteins:,} proteins, {done.residues:,} residues, "
-        f"{done.computed / seconds:,.0f} residues/s, written to {output}"
+        f"{done.computed / seconds:,.0f} residues/s, written to {output}",
+        file=status,
     )
     if done.computed < done.residues:
-        print(f"{done.residues - done.computed:,} residues had been done before it was stopped")
+        print(
+            f"{done.residues - done.computed:,} residues had been done before it was stopped",
+            file=status,
+        )
     if done.longer:
         print(
             f"{done.longer:,} proteins are longer than the {model.domain.length} residues that "
-            "the model was made for, and were read whole: it has not been trained that far"
+            "the model was made for, and were read whole: it has not been trained that far",
+            file=status,
         )

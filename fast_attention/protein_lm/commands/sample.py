@@ -126,9 +126,9 @@ def run(options: argparse.Namespace) -> None:
 
     from fast_attention.protein_lm.fasta import write_fasta
     from fast_attention.protein_lm.loading import load_run
-    from fast_attention.protein_lm.output_files import check_output
+    from fast_attention.protein_lm.output_files import status_stream
 
-    check_output(options.output)
+    arguments.check_files(options, "output")
     unused = _WRITING if options.infill else _FILLING
     for name, default in unused.items():
         if getattr(options, name) != default:
@@ -138,7 +138,7 @@ def run(options: argparse.Namespace) -> None:
     total, records = (_fill if options.infill else _write)(model, options)
     # Proteins go to the file as they are drawn; it gets its name when it is whole.
     write_fasta(options.output, tqdm(records, "sampling", total, unit="protein", disable=None))
-    print(f"{total} proteins written to {options.output}")
+    print(f"{total} proteins written to {options.output}", file=status_stream(options.output))
 
 
 def _write(model: FlaxModel, options: argparse.Namespace) -> tuple[int, Iterator[FastaRecord]]:

@@ -36,12 +36,11 @@ def run(options: argparse.Namespace) -> None:
     from fast_attention.protein_lm.encoding import longest_input
     from fast_attention.protein_lm.loading import load_run
     from fast_attention.protein_lm.model_inputs import read_for_model
-    from fast_attention.protein_lm.output_files import check_output
     from fast_attention.protein_lm.score_files import score_to_file
     from fast_attention.protein_lm.tables import EXTENSIONS, find_extension
 
     find_extension(options.output, EXTENSIONS)
-    check_output(options.output)
+    arguments.check_files(options, "output", "skipped_list")
     model = load_run(options.run_dir).model
     began = time.perf_counter()
     with (
@@ -64,4 +63,4 @@ def run(options: argparse.Namespace) -> None:
             max_length=options.max_length,
             progress=advance,
         )
-    progress.tell(model, done, time.perf_counter() - began, options.output)
+    progress.tell(model, done, time.perf_counter() - began, options.output, options.skipped_list)
