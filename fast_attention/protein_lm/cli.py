@@ -62,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\nprotein-lm {options.command}: {told}", file=sys.stderr)
         return stopped.exit_status
     except KeyboardInterrupt as stopped:
-        remedy = "; the same command resumes" if options.command in ("train", "embed") else ""
+        resumable = options.command in ("train", "embed", "score")
+        remedy = "; the same command resumes" if resumable else ""
         reason = str(stopped) or "stopped by SIGINT"
         print(f"\nprotein-lm {options.command}: {reason}{remedy}", file=sys.stderr)
         return stopped.exit_status if isinstance(stopped, Interrupted) else 130

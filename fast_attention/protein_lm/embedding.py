@@ -39,7 +39,7 @@ POOLS = ("mean", "max", "sum", "bos", "eos")
 DTYPES = ("float32", "float16")
 
 _WINDOW_BYTES = 2**28
-"""Vectors of residues that a window may hold, as it is given out in the order of the input."""
+"""Vectors that a window may hold, as it is given out in the order of the input."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,6 +170,11 @@ def window_batches(model: FlaxModel, config: EmbeddingConfig) -> int:
     vector = 4 * model.config.emb_dim * len(config.chosen)
     fitting = _WINDOW_BYTES // (vector * config.tokens_per_batch)
     return max(1, min(fitting, token_batches.WINDOW))
+
+
+def window_proteins(model: FlaxModel, config: EmbeddingConfig) -> int:
+    """How many proteins a window has at most, for `token_batches.windows`."""
+    return max(1, _WINDOW_BYTES // (4 * model.config.emb_dim * len(config.chosen)))
 
 
 def embed_window(
@@ -319,6 +324,11 @@ def _embed_stream(
     shapes: set[token_batches.Shape],
     progress: Callable[[int], None] | None,
 ) -> Iterator[np.ndarray]:
-    size = window_batches(model, config)
-    for window in token_batches.windows(encoded, num_tokens, config.tokens_per_batch, size):
+    for window in token_batches.windows(
+        encoded,
+        num_tokens,
+        config.tokens_per_batch,
+        window_batches(model, config),
+        window_proteins(model, config),
+    ):
         yield from embed_window(model, window, config, shapes, progress)

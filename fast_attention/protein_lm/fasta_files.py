@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from fast_attention.protein_lm.fasta import PROTEIN_LETTERS, check_options, record_error
 from fast_attention.protein_lm.fasta_parser import (
@@ -72,6 +73,7 @@ def read_proteins(
     skipped: SkippedRecords | None = None,
     unique_ids: bool = False,
     max_residues: int = MAX_RESIDUES,
+    too_long: str | None = None,
 ) -> Iterator[FastaRecord]:
     """Reads proteins one by one from one or several files.
 
@@ -91,6 +93,8 @@ def read_proteins(
       unique_ids: whether a second record of the same id, in any of the files, or one without an id
         is an error, too. By default both are kept. Costs about 150 bytes of memory per record.
       max_residues: the most residues of a record, and what bounds the memory.
+      too_long: what an error about a longer record tells the user to do; None takes a general
+        remedy.
 
     Returns:
       The records, in the order of the files.
@@ -104,25 +108,27 @@ def read_proteins(
         skipped = None
     elif skipped is None:
         raise ValueError("on_error='skip' needs skipped=SkippedRecords(), to tell what it skips.")
-    files = fasta_paths(paths)
-    return _read(files, alphabet, on_error == "replace", skipped, unique_ids, max_residues)
+    rules = {
+        "alphabet": alphabet,
+        "replace": on_error == "replace",
+        "max_residues": max_residues,
+        "too_long": too_long,
+    }
+    return _read(fasta_paths(paths), rules, skipped, unique_ids)
 
 
 def _read(
     files: list[Path],
-    alphabet: str,
-    replace: bool,
+    rules: Mapping[str, Any],
     skipped: SkippedRecords | None,
     unique_ids: bool,
-    max_residues: int,
 ) -> Iterator[FastaRecord]:
     kept, left_out = 0, None
     # Hashes of ids, and one number for file and line: half of what ids and tuples would take.
     places: dict[int, int] = {}
     for index, path in enumerate(files):
         scan = scan_table if is_table(path) else scan_fasta
-        found = scan(path, alphabet=alphabet, replace=replace, max_residues=max_residues)
-        for line, record in found:
+        for line, record in scan(path, **rules):
             if unique_ids and isinstance(record, FastaRecord):
                 place = line * len(files) + index
                 first = places.setdefault(hash(record.id), place)

@@ -16,7 +16,10 @@ from fast_attention.protein_lm.file_formats import name_format
 from fast_attention.protein_lm.text_source import FastaError, read_pieces
 
 MAX_RESIDUES = 10_000_000
-"""A longer record is an error; the longest protein known has under 50,000 residues."""
+"""A longer record is an error wherever records are read."""
+
+LONGEST_PROTEIN = 50_000
+"""Residues of the longest record that models read whole: no known protein is longer."""
 
 MAX_HEADER = 1_000_000
 """Bytes of the longest header that is read; those of NCBI's nr reach several hundred thousand."""
@@ -66,7 +69,12 @@ def split_header(header: str) -> tuple[str, str]:
 
 
 def scan_fasta(
-    path: Path, *, alphabet: str, replace: bool, max_residues: int
+    path: Path,
+    *,
+    alphabet: str,
+    replace: bool,
+    max_residues: int,
+    too_long: str | None = None,
 ) -> Iterator[tuple[int, FastaRecord | BadRecord]]:
     """Yields every record of a file, those that cannot be read as soon as that is known.
 
@@ -75,6 +83,7 @@ def scan_fasta(
       alphabet: the residues that may occur, some of `FASTA_SYMBOLS`.
       replace: whether letters outside ``alphabet`` are taken for ``X``.
       max_residues: a longer record is bad; what of it is held in memory is not more.
+      too_long: the remedy for a longer record; None takes a general one.
 
     Yields:
       The line of the record's header, and the record.
@@ -83,7 +92,7 @@ def scan_fasta(
       FastaError: if the file as a whole cannot be read: missing, empty, cut off, no FASTA file, or
         with NUL bytes.
     """
-    rules = RecordRules(alphabet, replace, max_residues)
+    rules = RecordRules(alphabet, replace, max_residues, too_long)
     draft = None
     line, begins_line = 1, True
     for piece in read_pieces(path):
@@ -113,12 +122,15 @@ def scan_fasta(
 class RecordRules:
     """What a record may hold."""
 
-    def __init__(self, alphabet: str, replace: bool, max_residues: int):
+    def __init__(
+        self, alphabet: str, replace: bool, max_residues: int, too_long: str | None = None
+    ):
         """Takes the arguments of `scan_fasta`."""
         self.alphabet = "".join(sorted(alphabet))
         allowed = (alphabet + alphabet.lower()).encode()
         self.passing = allowed + _LETTERS if replace else allowed
         self.max_residues = max_residues
+        self.too_long = too_long or "Check that each protein has a header of its own."
         unknown = bytes(letter for letter in _LETTERS if letter not in allowed)
         self.replacements = bytes.maketrans(unknown, b"X" * len(unknown)) if replace else None
 
@@ -176,8 +188,8 @@ class _Draft:
         if self._size > self._rules.max_residues:
             return self._bad(
                 self.line,
-                f"has more than {self._rules.max_residues} residues",
-                "Check that each protein has a header of its own.",
+                f"has more than {self._rules.max_residues:,} residues",
+                self._rules.too_long,
             )
         self._sequence.append(residues)
         return None

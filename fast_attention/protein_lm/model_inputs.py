@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from fast_attention.protein_lm.encoding import Encoded
 from fast_attention.protein_lm.fasta import FastaRecord
 from fast_attention.protein_lm.fasta_files import FastaPaths, read_proteins
-from fast_attention.protein_lm.fasta_parser import MAX_RESIDUES
+from fast_attention.protein_lm.fasta_parser import LONGEST_PROTEIN, MAX_RESIDUES
+from fast_attention.protein_lm.machine_failures import OUT_OF_MEMORY, machine_failure
 from fast_attention.protein_lm.run_folder import RunError
 from fast_attention.protein_lm.skipped_records import SkippedRecords
 
 if TYPE_CHECKING:
     from fast_attention.protein_lm.flax_model import FlaxModel
+
+_ID_BYTES_PER_TOKEN = 64
 
 
 class Done(NamedTuple):
@@ -47,39 +52,75 @@ def read_for_model(
       model: Whose letters may occur.
       paths: As for `read_proteins`.
       room: Most residues that the model can read; None is any number.
-      max_length: To how many residues proteins will be cropped; None crops none.
+      max_length: To how many residues proteins will be cropped. None crops none, and a record of
+        more than `LONGEST_PROTEIN` residues is an error.
       on_error: As for `read_proteins`. Of a protein that is too long, "raise" and "replace" raise.
       skipped: As for `read_proteins`.
       unique_ids: As for `read_proteins`.
 
     Raises:
-      FastaError: As `read_proteins`.
-      RunError: At a protein that is too long, or if a crop is.
+      FastaError: As `read_proteins`, and at a protein that is too long.
+      RunError: If a crop does not fit into the model.
     """
     if room is not None and max_length is not None and max_length > room:
         raise RunError(
             f"a crop to {max_length} residues does not fit into the model's learned positions, "
             f"which have room for {room}"
         )
-    limit = room if max_length is None else None
-    records = read_proteins(
+    limit, remedy = MAX_RESIDUES, None
+    if max_length is None:
+        limit, remedy = longest_record(room)
+    return read_proteins(
         paths,
         alphabet=model.domain.vocab.symbols,
         on_error=on_error,
         skipped=skipped,
         unique_ids=unique_ids,
-        max_residues=limit if on_error == "skip" and limit is not None else MAX_RESIDUES,
+        max_residues=limit,
+        too_long=remedy,
     )
-    return records if limit is None else _check_each(records, limit)
 
 
-def _check_each(records: Iterator[FastaRecord], limit: int) -> Iterator[FastaRecord]:
-    for record in records:
-        if len(record.sequence) > limit:
-            raise RunError(
-                f"protein {record.id!r} has {len(record.sequence)} residues, but the model's "
-                f"learned positions have room for {limit}: crop proteins with --max_length={limit} "
-                "(max_length in Python), leave long ones out with --on_error=skip, or train a "
-                "model with FlaxModel.positions = 'rotary'"
-            )
-        yield record
+def longest_record(room: int | None) -> tuple[int, str]:
+    """The most residues of a record that is read whole, and what to do with a longer one.
+
+    Args:
+      room: Most residues that the model can read; None is any number.
+    """
+    if room is not None and room < LONGEST_PROTEIN:
+        return room, (
+            f"The model's learned positions have room for {room}: use the first {room} residues "
+            f"with --max_length={room} (max_length in Python), leave long proteins out with "
+            "--on_error=skip, or train a model with FlaxModel.positions = 'rotary'."
+        )
+    return LONGEST_PROTEIN, (
+        "No known protein is as long: check that this is no genome and that each protein has a "
+        "header of its own. Use the first N residues with --max_length=N (max_length in Python), "
+        "or leave such records out with --on_error=skip."
+    )
+
+
+def record_cost(name: str) -> int:
+    """Tokens as which the id of a record counts, so that very long ids fill a window, too."""
+    return len(name) // _ID_BYTES_PER_TOKEN
+
+
+@contextlib.contextmanager
+def naming_the_longest(ids: Sequence[str], proteins: Sequence[Encoded]) -> Iterator[None]:
+    """Names the longest of some proteins where they need more memory than there is.
+
+    Raises:
+      RunError: In place of an error for lack of memory.
+    """
+    try:
+        yield
+    except Exception as error:
+        if machine_failure(error) != OUT_OF_MEMORY:
+            raise
+        longest = max(range(len(ids)), key=lambda number: len(proteins[number].residues))
+        raise RunError(
+            f"out of memory at a group of {len(ids):,} proteins, the longest of which is "
+            f"{ids[longest][:100]!r} with {len(proteins[longest].residues):,} residues: take a "
+            "smaller --tokens_per_batch, or use the first N residues with --max_length=N "
+            f"({next(iter(str(error).splitlines()), 'MemoryError')[:200]})"
+        ) from error

@@ -101,7 +101,7 @@ def score_sequences(
     Raises:
       ValueError: As `residue_log_likelihoods`.
     """
-    return map(_sum_up(model), residue_log_likelihoods(model, sequences, **options))
+    return map(sum_up(model), residue_log_likelihoods(model, sequences, **options))
 
 
 def residue_log_likelihoods(
@@ -138,8 +138,45 @@ def residue_log_likelihoods(
     room = longest_input(model)
     encoded = encode_sequences(model, sequences, room=room, max_length=max_length)
     shapes = set() if shapes is None else shapes
+    return score_encoded(model, encoded, tokens_per_batch, shapes, progress)
+
+
+def score_encoded(
+    model: FlaxModel,
+    proteins: Iterable[Encoded],
+    tokens_per_batch: int,
+    shapes: set[token_batches.Shape],
+    progress: Callable[[int], None] | None = None,
+) -> Iterator[tuple[np.ndarray, float]]:
+    """Scores every residue of encoded proteins; see `residue_log_likelihoods`."""
     score = _score_read if model.objective == "causal" else _score_hidden
-    return score(model, encoded, tokens_per_batch, shapes, progress)
+    return score(model, proteins, tokens_per_batch, shapes, progress)
+
+
+def plan_encoded(
+    model: FlaxModel,
+    proteins: Iterable[Encoded],
+    tokens_per_batch: int,
+    shapes: set[token_batches.Shape],
+) -> None:
+    """Adds the shapes that `score_encoded` would, so that what follows is computed as after it."""
+    causal = model.objective == "causal"
+    lengths = (
+        length
+        for item in proteins
+        for length in (
+            [len(item.residues) + 1]
+            if causal
+            else itertools.repeat(len(with_end(model, item)), len(item.residues))
+        )
+    )
+    token_batches.plan_stream(lengths, tokens_per_batch, shapes, devices=model.mesh.size)
+
+
+def computed_tokens(model: FlaxModel, protein: Encoded) -> int:
+    """Tokens that are computed to score a protein, about."""
+    tokens = len(protein.residues) + 1
+    return tokens if model.objective == "causal" else tokens * len(protein.residues)
 
 
 def _score_read(
@@ -281,9 +318,11 @@ def make_residue_step(graphdef: Any, objective: str) -> Callable[..., jax.Array]
     return jax.jit(read if objective == "causal" else hidden)
 
 
-def _sum_up(
+def sum_up(
     model: FlaxModel,
 ) -> Callable[[tuple[np.ndarray, float]], SequenceScore | PseudoScore]:
+    """Gives the function from what `residue_log_likelihoods` yields to the score of a protein."""
+
     def exact(result: tuple[np.ndarray, float]) -> SequenceScore:
         total = float(result[0].sum(dtype=np.float64))
         return SequenceScore(len(result[0]), total, total + result[1])

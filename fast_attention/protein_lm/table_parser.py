@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fast_attention.protein_lm.fasta_parser import (
     MAX_HEADER,
+    MAX_RESIDUES,
     BadRecord,
     FastaRecord,
     RecordRules,
@@ -24,6 +25,9 @@ from fast_attention.protein_lm.text_source import FastaError, read_pieces
 EXTENSIONS = (".csv", ".tsv")
 """What makes a file a table, in lower or upper case, with or without ``.gz``."""
 
+# A longer record is told by its id, as far as lines of this length.
+_LONGEST_LINE = MAX_RESIDUES + MAX_HEADER
+
 
 def is_table(path: Path) -> bool:
     """Whether the name of a file says that it is a table."""
@@ -31,7 +35,12 @@ def is_table(path: Path) -> bool:
 
 
 def scan_table(
-    path: Path, *, alphabet: str, replace: bool, max_residues: int
+    path: Path,
+    *,
+    alphabet: str,
+    replace: bool,
+    max_residues: int,
+    too_long: str | None = None,
 ) -> Iterator[tuple[int, FastaRecord | BadRecord]]:
     """Yields every record of a table; the arguments are those of `fasta_parser.scan_fasta`.
 
@@ -42,10 +51,10 @@ def scan_table(
       FastaError: If the file as a whole cannot be read: missing, empty, cut off, no table, or
         without a column of sequences.
     """
-    rules = RecordRules(alphabet, replace, max_residues)
+    rules = RecordRules(alphabet, replace, max_residues, too_long)
     delimiter = "\t" if ".tsv" in path.name.lower() else ","
-    csv.field_size_limit(max_residues + MAX_HEADER)
-    rows = csv.reader(_lines(path, max_residues + MAX_HEADER), delimiter=delimiter, strict=True)
+    csv.field_size_limit(_LONGEST_LINE)
+    rows = csv.reader(_lines(path), delimiter=delimiter, strict=True)
     width, id_place, sequence_place, num_rows = 0, 0, 1, 0
     try:
         for row in rows:
@@ -89,7 +98,7 @@ def _places(path: Path, line: int, names: list[str]) -> tuple[int, int]:
     return (names.index("id") if "id" in names else first), sequence
 
 
-def _lines(path: Path, longest: int) -> Iterator[str]:
+def _lines(path: Path) -> Iterator[str]:
     """The lines of a file, each held in memory by itself."""
     rest, number = b"", 1
     for piece in read_pieces(path):
@@ -103,9 +112,11 @@ def _lines(path: Path, longest: int) -> Iterator[str]:
         number += len(whole)
         for line in whole:
             yield line.decode(errors="replace") + "\n"
-        if len(rest) > longest:
+        if len(rest) > _LONGEST_LINE:
+            begin = rest[:40].decode(errors="replace")
             raise FastaError(
-                f"{path}, line {number}: is longer than {longest} bytes. Check that it is a table."
+                f"{path}, line {number}: the line that begins with {begin!r} is longer than "
+                f"{_LONGEST_LINE:,} bytes. Check that it is a table of proteins."
             )
     if rest:
         yield rest.decode(errors="replace")

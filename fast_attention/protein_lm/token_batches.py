@@ -59,6 +59,7 @@ def windows(
     length: Callable[[Item], int],
     tokens_per_batch: int = TOKENS_PER_BATCH,
     batches: int = WINDOW,
+    most: int | None = None,
 ) -> Iterator[list[Item]]:
     """Cuts a stream into lists that hold the tokens of about `batches` full batches.
 
@@ -67,6 +68,7 @@ def windows(
       length: Tokens of an item.
       tokens_per_batch: The budget of a batch.
       batches: The size of a window; a longer item is a window of its own.
+      most: The maximum number of items in a window; None sets no maximum.
 
     Yields:
       Lists of one or more items, in order.
@@ -81,7 +83,7 @@ def windows(
     tokens = 0
     for item in items:
         size = length(item)
-        if window and tokens + size > room:
+        if window and (tokens + size > room or len(window) == most):
             yield window
             window, tokens = [], 0
         window.append(item)
@@ -186,6 +188,21 @@ def compute_window(
     while running:
         collect()
     return results
+
+
+def plan_stream(
+    lengths: Iterable[int], tokens_per_batch: int, shapes: set[Shape], *, devices: int = 1
+) -> None:
+    """Adds the shapes that `compute_stream` would, without computing anything.
+
+    Args:
+      lengths: Tokens of each item.
+      tokens_per_batch: As for `plan_batches`, as are the others.
+      shapes: Takes the shapes.
+      devices: How many devices share a batch.
+    """
+    for window in windows(lengths, int, tokens_per_batch):
+        plan_batches(window, tokens_per_batch, shapes, devices=devices)
 
 
 def compute_stream(

@@ -1,5 +1,6 @@
 """Files of vectors hold what `embed_sequences` gives, also when the work was stopped."""
 
+import tracemalloc
 from typing import Any
 
 import h5py
@@ -8,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fast_attention.protein_lm import embedding, embedding_files, make_protein_domain
+from fast_attention.protein_lm.array_files import read_ids
 from fast_attention.protein_lm.embedding import EmbeddingConfig
 from fast_attention.protein_lm.embedding_files import embed_to_file
 from fast_attention.protein_lm.fasta import FastaRecord
@@ -153,6 +155,60 @@ def stop(model, path):
         embed(model, path, records())
 
 
+@pytest.mark.parametrize("damage", [lambda x: b"", lambda x: x[:-100], lambda x: x[:500]])
+def test_an_empty_or_truncated_part_is_computed_again(model, tmp_path, damage):
+    whole, path = tmp_path / "whole.npz", tmp_path / "v.npz"
+    embed(model, whole)
+    stop(model, path)
+    for part in (tmp_path / "v.npz.partial").glob("*.npz"):
+        part.write_bytes(damage(part.read_bytes()))
+    assert embed(model, path).computed == sum(map(len, SEQUENCES))
+    assert path.read_bytes() == whole.read_bytes()
+
+
+def test_work_that_failed_before_it_began_does_not_block_other_settings(model, tmp_path):
+    def records():
+        raise FileNotFoundError("typo.fasta")
+        yield
+
+    with pytest.raises(FileNotFoundError):
+        embed(model, tmp_path / "v.npz", records(), layers=0)
+    assert not list(tmp_path.iterdir())
+    assert embed(model, tmp_path / "v.npz").proteins == len(PROTEINS)
+
+
+LONG_ID = "i" * 900_000
+MANY = [FastaRecord(LONG_ID, "", "MKT"), *(FastaRecord(str(i), "", "MK") for i in range(300))]
+
+
+@pytest.mark.parametrize(
+    ("name", "pool"), [("v.npz", "mean"), ("v.npz", None), ("v.parquet", None), ("v.h5", "mean")]
+)
+def test_one_very_long_id_does_not_widen_the_others(model, tmp_path, monkeypatch, name, pool):
+    monkeypatch.setattr(embedding, "window_batches", lambda *_: 64)
+    tracemalloc.start()
+    embed(model, tmp_path / name, MANY, pool=pool, tokens_per_batch=8192)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # An array of the width of the longest id would take 1,080 MB.
+    assert peak < 50_000_000
+    expected = [record.id for record in MANY]
+    if name.endswith(".npz"):
+        assert read_ids(tmp_path / name) == expected
+    elif name.endswith(".h5"):
+        with h5py.File(tmp_path / name) as file:
+            assert file["ids"].asstr()[:].tolist() == expected
+    else:
+        ids = pq.read_table(tmp_path / name, columns=["id"])["id"].to_pylist()
+        assert list(dict.fromkeys(ids)) == expected and len(ids) == 603
+
+
+def test_an_id_too_long_for_a_dataset_is_refused_before_the_work(model, tmp_path):
+    with pytest.raises(ValueError, match=r"begins with 'iiii.*900,000 letters.*\.npz or \.parquet"):
+        embed(model, tmp_path / "v.h5", MANY, pool=None)
+    assert not list(tmp_path.iterdir())
+
+
 def test_other_settings_are_refused(model, tmp_path):
     path = tmp_path / "v.npz"
     stop(model, path)
@@ -189,5 +245,5 @@ def test_what_cannot_be_done_is_told(model, tmp_path):
         embed(model, tmp_path / "w.npz", [])
     (tmp_path / "u.npz.partial").mkdir()
     (tmp_path / "u.npz.partial" / "notes").touch()
-    with pytest.raises(RunError, match="is in the way"):
+    with pytest.raises(RunError, match="is in the way.*notes"):
         embed(model, tmp_path / "u.npz")

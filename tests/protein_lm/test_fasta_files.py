@@ -155,7 +155,7 @@ def test_a_list_of_a_failed_reading_does_not_appear(write, tmp_path):
     ("begin", "letter", "message"),
     [
         (b">", b"A", "header of more than"),
-        (b">a\n", b"A", "more than 1000000 residues"),
+        (b">a\n", b"A", "more than 1,000,000 residues"),
         (b">a\n", b" ", "no residues"),
         (b"", b"\n", "empty"),
         (b"", b"\r", "empty"),
@@ -191,7 +191,7 @@ def test_records_after_one_that_is_too_long_are_read(write):
     skipped = SkippedRecords()
     options = {"on_error": "skip", "skipped": skipped, "max_residues": 4999}
     assert ids(path, **options) == ["a", "c"]
-    assert "more than 4999 residues" in skipped.summary()
+    assert "more than 4,999 residues" in skipped.summary()
     assert ids(path, max_residues=5000) == [*"abc"]
 
 

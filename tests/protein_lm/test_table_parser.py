@@ -65,9 +65,14 @@ def test_bad_rows_are_left_out_and_listed(tmp_path):
 
 
 def test_a_long_line_is_refused_before_it_fills_the_memory(tmp_path):
-    text = "p1," + "A" * 3_000_000
-    with pytest.raises(FastaError, match="is longer than"):
+    text = "p1," + "A" * 12_000_000
+    with pytest.raises(FastaError, match="line that begins with 'p1,AAA.* is longer than 11,0"):
         read(tmp_path, "a.csv", text, max_residues=10)
+
+
+def test_a_long_record_is_refused_by_its_id(tmp_path):
+    with pytest.raises(FastaError, match="line 1: record 'p1' has more than 10 residues. Do so."):
+        read(tmp_path, "a.csv", "p1," + "A" * 3_000_000, max_residues=10, too_long="Do so.")
 
 
 def test_training_data_may_be_a_table(tmp_path):

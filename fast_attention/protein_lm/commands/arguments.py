@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from fast_attention.protein_lm.fasta_parser import LONGEST_PROTEIN
 from fast_attention.protein_lm.skipped_records import SkippedRecords, list_skipped
 
 
@@ -127,7 +128,8 @@ def add_token_budget(parser: argparse.ArgumentParser) -> None:
         "--max_length",
         type=int,
         metavar="N",
-        help="use the first N residues of a longer protein (default: all of it)",
+        help="use the first N residues of a longer protein (default: proteins are read whole, and "
+        f"one of more than {LONGEST_PROTEIN:,} residues is refused)",
     )
 
 

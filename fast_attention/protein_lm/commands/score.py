@@ -14,7 +14,8 @@ Say how probable each of some proteins is to a trained model, in a table with a 
 FlaxLM gives the log-likelihood, the (natural) logarithm of the probability of the whole protein,
 exactly. FlaxBERT gives the pseudo-log-likelihood: every residue is hidden in turn and predicted
 from all others, which takes as many passes as the protein has residues. Perplexity is the number of
-residues that the model in effect wavers between: less is better, and 20 is a blind guess."""
+residues that the model in effect wavers between: less is better, and 20 is a blind guess.
+If the command is interrupted, giving it again resumes from the proteins that are done."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +42,7 @@ def run(options: argparse.Namespace) -> None:
 
     find_extension(options.output, EXTENSIONS)
     arguments.check_files(options, "output", "skipped_list")
-    model = load_run(options.run_dir).model
+    model, step, _ = load_run(options.run_dir)
     began = time.perf_counter()
     with (
         arguments.skipped_records(options) as skipped,
@@ -61,6 +62,7 @@ def run(options: argparse.Namespace) -> None:
             options.output,
             tokens_per_batch=options.tokens_per_batch,
             max_length=options.max_length,
+            origin={"step": step},
             progress=advance,
         )
     progress.tell(model, done, time.perf_counter() - began, options.output, options.skipped_list)
