@@ -35,6 +35,7 @@ from fast_attention.feature_maps.projections import ANTITHETIC
 from fast_attention.linear_attention.checks import check_saved_states
 from fast_attention.linear_attention.inputs import SavedStates
 from fast_attention.near_field.parts import check_options as check_near_field
+from fast_attention.recipes import attention_factory
 
 ESTIMATORS = ("favor+", "hyperbolic", "trigonometric", *TUNED_ESTIMATORS)
 """Names of the estimators of the softmax kernel; "trigonometric" alone takes both signs."""
@@ -43,6 +44,7 @@ ESTIMATORS = ("favor+", "hyperbolic", "trigonometric", *TUNED_ESTIMATORS)
 SIGNED_GUARD = 1e-6
 
 
+@attention_factory
 def make_fast_softmax_attention(
     qkv_dim: int | None = None,
     renormalize_attention: bool = True,
@@ -150,6 +152,7 @@ def make_fast_softmax_attention(
     )
 
 
+@attention_factory
 def make_fast_generalized_attention(
     qkv_dim: int | None = None,
     renormalize_attention: bool = True,

@@ -22,6 +22,7 @@ from fast_attention.call_arguments import check_heads, prepare_call, refuse_unsu
 from fast_attention.efficient_attention import efficient_attention
 from fast_attention.feature_maps import LogFeatures
 from fast_attention.linear_attention import LinearAttentionState, empty_state, prefill, step
+from fast_attention.recipes import attention_factory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +199,7 @@ class EfficientAttention:
         return out.astype(dtype), state
 
 
+@attention_factory
 def make_efficient_attention(
     unidirectional: bool = False, blindspot_size: int = 1, scale_queries: bool = False
 ) -> EfficientAttention:

@@ -21,6 +21,7 @@ from fast_attention.local_attention import local_attention
 from fast_attention.local_decoding import LocalState
 from fast_attention.local_window import Window, make_window
 from fast_attention.mesh_layout import AxisName
+from fast_attention.recipes import attention_factory
 from fast_attention.sharded_local_attention import local_attention_of_shard
 
 _ADVICE = {
@@ -271,6 +272,7 @@ class LocalAttention:
         )
 
 
+@attention_factory
 def make_local_attention(
     window_size: int,
     unidirectional: bool = False,

@@ -16,6 +16,7 @@ from fast_attention.array_types import Array, Bool, Float, Int
 from fast_attention.axes import attended_axes, fold_axes, unfold_axes
 from fast_attention.call_arguments import refuse
 from fast_attention.lsh_attention import lsh_attention
+from fast_attention.recipes import attention_factory
 from fast_attention.shared_qk_attention import shared_qk_attention
 from fast_attention.shared_query_key import LSHOutput
 
@@ -220,6 +221,7 @@ class LSHAttention:
         return {"key": jax.random.wrap_key_data(projection)}
 
 
+@attention_factory
 def make_lsh_attention(
     bucket_size: int = 64,
     n_hashes: int = 8,

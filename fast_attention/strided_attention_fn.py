@@ -16,6 +16,7 @@ from fast_attention.call_arguments import check_heads
 from fast_attention.folding import check_stride, fold, strided_attention, unfold
 from fast_attention.masks import key_mask_from_mask
 from fast_attention.ragged import from_grid, places, to_grid
+from fast_attention.recipes import attention_factory
 
 
 class StridedState(NamedTuple):
@@ -259,6 +260,7 @@ class StridedAttention:
         return keys[..., 0] if key_mask is None else keys[..., 0] & key_mask
 
 
+@attention_factory
 def make_strided_attention(attention_fn: Any, stride: int) -> StridedAttention:
     """Makes an ``attention_fn`` attend among positions that are congruent modulo ``stride``.
 

@@ -106,6 +106,12 @@ def _unwrapped(kernel: Kernel) -> Kernel:
     return kernel if inner is None else inner
 
 
+def kernel_name(kernel: Kernel) -> str | None:
+    """Returns the name of a kernel in :data:`KERNELS`, None for another function."""
+    function = _unwrapped(kernel)
+    return next((name for name, known in KERNELS.items() if known is function), None)
+
+
 def is_signed(kernel: Kernel) -> bool:
     """Tells whether a known kernel takes both signs, so that denominators can vanish."""
     return kernel in _SIGNED

@@ -11,7 +11,7 @@ from typing import Any
 import gin
 
 from fast_attention.meshes import row_shards
-from fast_attention.protein_lm import gin_registry
+from fast_attention.protein_lm import gin_registry, model_file, model_gin
 from fast_attention.protein_lm.corpus import load_corpus
 from fast_attention.protein_lm.loading import load_run
 from fast_attention.protein_lm.packing import EpochPlanner
@@ -30,6 +30,7 @@ def continue_training(
     batch_size: int | None = None,
     seed: int = 0,
     on_error: str = "raise",
+    gin_file: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Trains the model of a run further, with its own objective, on other proteins.
 
@@ -50,6 +51,7 @@ def continue_training(
         where those are fewer.
       seed: Of order, crops and masks.
       on_error: What to do with a record that cannot be read, see `read_proteins`.
+      gin_file: As for `loading.open_run`.
 
     Returns:
       The content of the new ``result.json``.
@@ -64,8 +66,8 @@ def continue_training(
             "epochs and batch_size must be at least 1, and learning_rate not negative; got "
             f"{epochs}, {batch_size} and {learning_rate}"
         )
-    before = load_run(run_dir)
-    if before.folder.export.is_file():
+    before = load_run(run_dir, gin_file=gin_file)
+    if before.folder.is_export():
         raise RunError(
             f"{run_dir} is an exported model, from which training cannot go on: give the run itself"
         )
@@ -74,11 +76,8 @@ def continue_training(
     corpus = load_corpus(
         list(fasta), before.model.domain, on_error=on_error, skipped=SkippedRecords()
     )
-    try:
-        gin_registry.configure([before.folder.config])
-        settings = gin.get_bindings("experiment")
-    finally:
-        gin.clear_config()
+    about = model_file.read(before.folder.model)
+    settings = about["training"] or {}
     planner = EpochPlanner(
         corpus,
         settings.get("max_train_length", 512),
@@ -114,12 +113,19 @@ def continue_training(
     }
     lines = [f"{name} = {value!r}" for name, value in bindings.items()]
     # What is bound to the class itself wins over what is bound to FlaxModel.
-    own = f"{type(before.model).__name__}.learning_rate"
-    config = before.folder.config.read_text(encoding="utf-8")
-    name = own if own in config else "FlaxModel.learning_rate"
-    lines.append(f"{name} = @create_learning_rate_scheduler()")
     try:
-        gin_registry.configure([before.folder.config], lines)
+        if gin_file:
+            gin_registry.configure(gin_file)
+        else:
+            # On the mesh that the model was opened on, which may not be that of the run.
+            about["mesh"] = model_file.describe(before.model)["mesh"]
+            lines = [*model_gin.gin_lines(before.folder.model, about), *lines]
+        own = type(before.model).__name__
+        bound = gin_file and "learning_rate" in gin.get_bindings(own)
+        lines.append(
+            f"{own if bound else 'FlaxModel'}.learning_rate = @create_learning_rate_scheduler()"
+        )
+        gin_registry.configure(gin_file, lines)
         return gin.get_configurable("experiment")(str(work_dir))
     finally:
         gin.clear_config()

@@ -1,15 +1,14 @@
-"""A trained model as two files that other programs can read.
+"""A trained model as files that other programs can read.
 
-``config.json`` says what the model is: its class, the Transformer, the attention function, the
-vocabulary, the step, and the text of the gin configuration that makes it. ``model.safetensors``
-holds the arrays, named by their place in the model: ``parameters`` are what was trained,
-``variables`` are what was drawn once, such as the projections of random features.
-``baselines.npz``, if the run has it, is copied, so that ``protein-lm evaluate`` works.
+``model.json`` says what the model is (see `model_file`), with the step, the tokens it was trained
+on and the number of its parameters. ``model.safetensors`` holds the arrays, named by their place in
+the model: ``parameters`` are what was trained, ``variables`` are what was drawn once, such as the
+projections of random features. ``config.gin`` and ``baselines.npz``, if the run has them, are
+copied: the former for people, the latter so that ``protein-lm evaluate`` works.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,24 +16,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from fast_attention.protein_lm import descriptions
+from fast_attention.protein_lm import descriptions, model_file
 from fast_attention.protein_lm.array_records import describe, named
 from fast_attention.protein_lm.flax_model import FlaxModel
 from fast_attention.protein_lm.output_files import (
     check_output_folder,
     open_output,
     open_output_folder,
-    write_json,
+    write_file,
 )
-from fast_attention.protein_lm.run_folder import (
-    RunError,
-    RunFolder,
-    describe_vocabulary,
-)
+from fast_attention.protein_lm.run_folder import RunError, RunFolder
 from fast_attention.protein_lm.train_state import TrainState, weights
-
-_FORMAT = "fast_attention.protein_lm"
-_VERSION = 1
 
 
 def export_model(
@@ -55,22 +47,22 @@ def export_model(
     """
     target = RunFolder(Path(output))
     check_export(folder, target)
-    about = {
-        "format": _FORMAT,
-        "format_version": _VERSION,
-        "step": step,
-        "tokens": tokens,
-        **descriptions.describe_model(model),
-        "vocabulary": describe_vocabulary(model.domain),
-        "gin": configuration(folder),
+    about = model_file.describe(model) | {
+        "training": model_file.read(folder.model)["training"],
+        "exported": {
+            "step": step,
+            "tokens": tokens,
+            "parameters": descriptions.count_parameters(model),
+        },
     }
-    with open_output_folder(target.path, last=target.export.name) as path:
+    with open_output_folder(target.path, last=target.model.name) as path:
         new = RunFolder(path)
         _write_arrays(new.weights, named(_arrays(model.state)))
-        if folder.baselines.is_file():
-            with open_output(new.baselines) as file, open(folder.baselines, "rb") as source:
-                shutil.copyfileobj(source, file)
-        write_json(new.export, about)
+        for source, copy in ((folder.baselines, new.baselines), (folder.config, new.config)):
+            if source.is_file():
+                with open_output(copy) as file, open(source, "rb") as content:
+                    shutil.copyfileobj(content, file)
+        write_file(new.model, model_file.to_text(about))
     return target
 
 
@@ -83,43 +75,19 @@ def check_export(folder: RunFolder, target: RunFolder) -> None:
     """
     check_output_folder(target.path)
     same = target.path.exists() and folder.path.exists() and target.path.samefile(folder.path)
-    if target.config.exists() or same:
+    holds_run = target.checkpoints.exists() or target.config.exists() and not target.is_export()
+    if holds_run or same:
         raise RunError(f"{target.path} holds a run already: give the export a folder of its own")
 
 
-def configuration(folder: RunFolder) -> str:
-    """The gin configuration of a run or an exported folder."""
-    if folder.export.is_file():
-        return read_export(folder)["gin"]
-    return folder.config.read_text(encoding="utf-8")
-
-
-def read_export(folder: RunFolder) -> dict[str, Any]:
-    """The content of ``config.json``.
-
-    Raises:
-      RunError: If it was not written by `export_model`, or by that of a later version.
-    """
-    try:
-        about = json.loads(folder.export.read_text(encoding="utf-8"))
-        version = about["format_version"] if about["format"] == _FORMAT else None
-    except (ValueError, KeyError, TypeError):
-        version = None
-    if version is None:
-        raise RunError(f"{folder.export} was not written by 'protein-lm export'")
-    if version != _VERSION:
-        raise RunError(
-            f"{folder.export} has the format version {version}, and this version of fast_attention "
-            f"reads {_VERSION}: update it"
-        )
-    return about
-
-
-def read_arrays(folder: RunFolder, abstract: TrainState) -> tuple[int, Any, Any]:
+def read_arrays(
+    folder: RunFolder, about: dict[str, Any], abstract: TrainState
+) -> tuple[int, Any, Any]:
     """Reads the arrays of an exported folder.
 
     Args:
       folder: Written by `export_model`.
+      about: The content of its ``model.json``.
       abstract: A state of `jax.ShapeDtypeStruct`: what the model expects.
 
     Returns:
@@ -142,12 +110,23 @@ def read_arrays(folder: RunFolder, abstract: TrainState) -> tuple[int, Any, Any]
         there, wanted = (tree.get(name, "absent") for tree in (stored, expected))
         if there != wanted:
             raise RunError(
-                f"{folder.weights} does not fit {folder.export.name}: {name} is {there} there, and "
+                f"{folder.weights} does not fit {folder.model.name}: {name} is {there} there, and "
                 f"the model expects {wanted}; export the run again"
             )
     structure = jax.tree.structure(_arrays(abstract))
     arrays = jax.tree.unflatten(structure, [found[name] for name in expected])
-    return read_export(folder)["step"], arrays["parameters"], arrays["variables"]
+    return exported_step(folder, about), arrays["parameters"], arrays["variables"]
+
+
+def exported_step(folder: RunFolder, about: dict[str, Any]) -> int:
+    """The step that the model of an exported folder was trained for.
+
+    Raises:
+      RunError: If ``model.json`` does not say.
+    """
+    if about["exported"] is None:
+        raise RunError(f"{folder.model}: exported is null, though {folder.weights.name} is there")
+    return about["exported"]["step"]
 
 
 def _write_arrays(path: Path, arrays: dict[str, Any]) -> None:
@@ -155,7 +134,7 @@ def _write_arrays(path: Path, arrays: dict[str, Any]) -> None:
 
     host = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     with open_output(path, seekable=True) as file:
-        safetensors.numpy.save_file(host, file.name, metadata={"format": _FORMAT})
+        safetensors.numpy.save_file(host, file.name, metadata={"format": model_file.FORMAT})
 
 
 def _arrays(state: TrainState) -> dict[str, Any]:

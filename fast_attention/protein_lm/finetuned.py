@@ -9,26 +9,35 @@ import copy
 import dataclasses
 import hashlib
 import io
-import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy.special import softmax
 
-from fast_attention.protein_lm import embedding, exporting, lora
+from fast_attention.protein_lm import embedding, lora, model_file
 from fast_attention.protein_lm.flax_model import FlaxModel
+from fast_attention.protein_lm.json_files import check_fields, read_json, shown
 from fast_attention.protein_lm.linear_head import LinearHead
-from fast_attention.protein_lm.loading import build_model, load_run
+from fast_attention.protein_lm.loading import load_run, open_run
 from fast_attention.protein_lm.output_files import open_output_folder, write_file, write_json
 from fast_attention.protein_lm.run_folder import PREDICTOR_FILES, RunError, RunFolder
 from fast_attention.protein_lm.token_batches import Shape
 
 _ABOUT, _HEAD, _ADAPTERS, _MODEL = PREDICTOR_FILES
+_HINTS = {
+    "method": Literal["frozen", "lora", "full"],
+    "classes": list[str] | None,
+    "max_length": int | None,
+    "trunk": str,
+    "whole": bool,
+    "adapter_scale": float | None,
+    "run_dir": str | None,
+}
 
 
 class Fit(NamedTuple):
@@ -101,7 +110,8 @@ class FineTuned:
     ) -> None:
         """Writes what `load` reads.
 
-        A frozen trunk and adapters refer to the run they belong to, and are small. With
+        A frozen trunk and adapters refer to the run they belong to, by the way from this folder to
+        that one, and are small: both can be moved together. With
         ``"full"``, or where `whole` asks for it, the folder holds the whole model, adapters added,
         and needs no other.
 
@@ -122,9 +132,8 @@ class FineTuned:
                 folder / _MODEL,
                 _flat({"parameters": self.model.weights, "variables": state.variables}),
             )
-            if run_dir is not None:
-                text = exporting.configuration(RunFolder(Path(run_dir)))
-                write_file(RunFolder(folder).config, text)
+            about = model_file.to_text(model_file.describe(self.model))
+            write_file(RunFolder(folder).model, about)
         elif self.adapters is not None:
             _write_arrays(folder / _ADAPTERS, _flat(self.adapters[0]))
         about = {
@@ -134,17 +143,28 @@ class FineTuned:
             "trunk": self.trunk,
             "whole": whole,
             "adapter_scale": None if self.adapters is None else self.adapters[1],
-            "run_dir": None if run_dir is None else str(Path(run_dir).absolute()),
+            "run_dir": None
+            if run_dir is None
+            else os.path.relpath(os.path.realpath(run_dir), os.path.realpath(folder)),
         }
         write_json(folder / _ABOUT, about)
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str], *, model: FlaxModel | None = None) -> FineTuned:
+    def load(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        model: FlaxModel | None = None,
+        run_dir: str | os.PathLike[str] | None = None,
+        gin_file: Sequence[str] = (),
+    ) -> FineTuned:
         """Reads a folder that `save` or ``protein-lm fine-tune`` wrote.
 
         Args:
           folder: The folder.
           model: The model that was fine-tuned; None reads it from its run.
+          run_dir: Where that run is now; None takes the place noted in the folder.
+          gin_file: As for `loading.open_run`.
 
         Raises:
           RunError: If the folder is no such one, or the model is not the one that was fine-tuned.
@@ -154,16 +174,12 @@ class FineTuned:
             raise RunError(
                 f"{folder} has no {_ABOUT}: give the --output of a finished 'protein-lm fine-tune'"
             )
-        about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
-        config = folder / RunFolder(folder).config.name
-        if model is None and about["whole"] and config.is_file():
-            model = build_model(config)
-        elif model is None and about["run_dir"] is not None:
-            model = load_run(about["run_dir"]).model
+        about = check_fields(folder / _ABOUT, "", read_json(folder / _ABOUT), _HINTS)
+        if model is None and about["whole"]:
+            model = open_run(folder, gin_file=gin_file).model
         elif model is None:
-            raise RunError(
-                f"{folder} does not say which run it came from: give FineTuned.load the model"
-            )
+            found = _find_run(folder, about["run_dir"]) if run_dir is None else Path(run_dir)
+            model = load_run(found, gin_file=gin_file).model
         adapters = None
         if about["whole"]:
             stored = _nest(_read_arrays(folder / _MODEL))
@@ -171,8 +187,8 @@ class FineTuned:
             model = with_parameters(model, stored["parameters"], stored.get("variables", {}))
         elif fingerprint(model) != about["trunk"]:
             raise RunError(
-                f"{folder} was fine-tuned from another checkpoint than {about['run_dir']} has now: "
-                "fine-tune again, or give FineTuned.load the model of then"
+                f"{folder} was fine-tuned from another model than that of its run: give --run_dir "
+                "and the run as it was then, or fine-tune again"
             )
         elif about["method"] == "lora":
             found = _read_arrays(folder / _ADAPTERS)
@@ -192,6 +208,27 @@ class FineTuned:
             trunk=about["trunk"],
             adapters=adapters,
         )
+
+
+def _find_run(folder: Path, noted: str | None) -> Path:
+    """Where the run of a fine-tuned folder is, by the way that the folder notes."""
+    if noted is None:
+        raise RunError(
+            f"{folder} does not say which run it came from: give --run_dir, or FineTuned.load the "
+            "model"
+        )
+    if Path(noted).is_absolute():
+        raise RunError(
+            f"{folder / _ABOUT}: run_dir is {shown(noted)}; expected the way from {folder} to the "
+            "run: give --run_dir"
+        )
+    found = folder / noted
+    if not RunFolder(found).model.is_file():
+        raise RunError(
+            f"{folder} needs the run that was fine-tuned, and {found} is not its folder: give "
+            "--run_dir, where the run is now"
+        )
+    return found
 
 
 def embed(

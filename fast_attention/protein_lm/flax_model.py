@@ -6,7 +6,6 @@ Shape letters: B batch, T length, V vocabulary.
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -53,6 +52,9 @@ class FlaxModel:
       masking: How residues are corrupted; None for a causal model.
       random_seed: As given.
       schedule: Learning rate of each step.
+      optimizer_options: Keywords of `optimizer.create_optimizer`.
+      model_cls: As given.
+      ema_decay: As given.
       mesh: The devices; batches are divided over them, and so may be parameters.
       graphdef: Structure of the Transformer.
       abstract_state: Shapes, dtypes and shardings of `state`.
@@ -118,16 +120,15 @@ class FlaxModel:
         self.random_seed = random_seed
         self.batch_size = batch_size
         self.config = make_config(self.objective == "causal", domain, model_kwargs)
-        self._make_optimizer = functools.partial(
-            optimizer.create_optimizer,
-            weight_decay=weight_decay,
-            grad_clip=grad_clip,
-            beta1=beta1,
-            beta2=beta2,
-            epsilon=epsilon,
-        )
-        self._model_cls = model_cls
-        self._ema_decay = ema_decay
+        self.optimizer_options = {
+            "weight_decay": weight_decay,
+            "grad_clip": grad_clip,
+            "beta1": beta1,
+            "beta2": beta2,
+            "epsilon": epsilon,
+        }
+        self.model_cls = model_cls
+        self.ema_decay = ema_decay
         self.mesh = make_mesh() if mesh is None else mesh
         self._build(attention_fn, learning_rate)
 
@@ -139,15 +140,15 @@ class FlaxModel:
         if not callable(learning_rate):
             learning_rate = optimizer.create_learning_rate_scheduler("constant", learning_rate)
         self.schedule: optimizer.Schedule = learning_rate
-        self._optimizer = self._make_optimizer(self.schedule)
+        self._optimizer = optimizer.create_optimizer(self.schedule, **self.optimizer_options)
 
         def build(rngs: nnx.Rngs) -> nnx.Module:
-            return self._model_cls(self.config, attention_fn, rngs=rngs)
+            return self.model_cls(self.config, attention_fn, rngs=rngs)
 
         abstract = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
         lay_on_mesh(abstract, self.mesh)
         self.graphdef, parameters, variables = train_state.split_model(abstract)
-        averaged = self._ema_decay is not None
+        averaged = self.ema_decay is not None
         self.abstract_state = train_state.abstract_state(
             parameters, variables, self._optimizer, self.mesh, averaged=averaged
         )
@@ -156,7 +157,7 @@ class FlaxModel:
             build, self._optimizer, averaged=averaged, shardings=self._shardings
         )
         self.train_step = train_state.make_train_step(
-            self.graphdef, self._optimizer, ema_decay=self._ema_decay, shardings=self._shardings
+            self.graphdef, self._optimizer, ema_decay=self.ema_decay, shardings=self._shardings
         )
         self.eval_step = train_state.make_eval_step(self.graphdef)
         self.logits_step = train_state.make_logits(self.graphdef)
@@ -196,7 +197,7 @@ class FlaxModel:
         """Replaces the model's arrays; step, optimiser and randomness start anew."""
         key = jax.random.key(self.random_seed)
         state = train_state.make_state(
-            parameters, variables, self._optimizer, key, averaged=self._ema_decay is not None
+            parameters, variables, self._optimizer, key, averaged=self.ema_decay is not None
         )
         self.state = jax.tree.map(process_arrays.put, state, self._shardings)
 
@@ -332,7 +333,7 @@ class FlaxModel:
         Raises:
           RunError: If the folder is no run's, or its model is of another class.
         """
-        # A run's configuration names the models, whose modules import this one.
+        # The description of a run names the models, whose modules import this one.
         from fast_attention.protein_lm.loading import load_run
 
         model = load_run(os.fspath(run_dir)).model

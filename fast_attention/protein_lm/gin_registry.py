@@ -58,6 +58,22 @@ def configure(files: Sequence[str | Path] = (), bindings: Sequence[str] = ()) ->
     gin.parse_config_files_and_bindings([], list(bindings))
 
 
+def make_model(files: Sequence[str | Path]) -> models.FlaxModel:
+    """Makes the model of gin files, untrained, and leaves the configuration of gin empty.
+
+    Args:
+      files: As for `configure`.
+
+    Raises:
+      OSError, SyntaxError, ValueError: As `configure`.
+    """
+    try:
+        configure(files)
+        return gin.get_bindings("experiment")["model_cls"]()
+    finally:
+        gin.clear_config()
+
+
 def _parse_file(path: Path, includers: tuple[Path, ...]) -> None:
     """Parses a file part by part, so that what it includes takes its turn."""
     if path in includers:

@@ -7,24 +7,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fast_attention.protein_lm import checkpoints, descriptions, exporting, metrics_log
+from fast_attention.protein_lm import checkpoints, descriptions, exporting, metrics_log, model_file
 from fast_attention.protein_lm.corpus import bundled_corpus
 from fast_attention.protein_lm.fasta_files import read_proteins
 from fast_attention.protein_lm.loading import open_run
 from fast_attention.protein_lm.report import format_table
-from fast_attention.protein_lm.run_folder import RunFolder, describe_vocabulary
+from fast_attention.protein_lm.run_folder import RunFolder
 from fast_attention.protein_lm.skipped_records import SkippedRecords
 from fast_attention.protein_lm.text_source import FastaError
 
 _SPLITS = ("train", "valid", "test")
 
 
-def describe_run(run_dir: str | Path, *, count_corpus: bool = True) -> dict[str, Any]:
+def describe_run(
+    run_dir: str | Path, *, count_corpus: bool = True, gin_file: Sequence[str] = ()
+) -> dict[str, Any]:
     """Gathers what is known, in the form of JSON.
 
     Args:
       run_dir: A run, finished or not, with or without a checkpoint, or an exported folder.
       count_corpus: Whether to read the FASTA files to count proteins and residues.
+      gin_file: As for `loading.open_run`.
 
     Returns:
       ``folder``, ``kind`` (``"run"`` or ``"export"``), those of `descriptions.describe_model`,
@@ -36,23 +39,23 @@ def describe_run(run_dir: str | Path, *, count_corpus: bool = True) -> dict[str,
     Raises:
       RunError: If the folder is neither, or was changed.
     """
-    model, settings, folder = open_run(run_dir)
-    exported = folder.export.is_file()
+    model, about, folder = open_run(run_dir, gin_file=gin_file)
+    exported = folder.is_export()
     steps = checkpoint_steps(folder)
     newest = steps[-1] if steps else None
-    step = exporting.read_export(folder)["step"] if exported else newest
+    step = exporting.exported_step(folder, about) if exported else newest
     rows = metrics_log.read_metrics(folder.metrics)
     return {
         "folder": str(folder.path),
         "kind": "export" if exported else "run",
         **descriptions.describe_model(model),
-        "vocabulary": describe_vocabulary(model.domain),
+        "vocabulary": about["vocabulary"],
         "max_length": model.max_length,
         "checkpoints": steps,
         "step": step,
         "tokens": None if step is None else tokens_seen(folder, step),
         "finished": exported or folder.result.is_file(),
-        "corpus": _corpus(settings, count_corpus, model.domain.vocab.symbols),
+        "corpus": _corpus(about["training"] or {}, count_corpus, model.domain.vocab.symbols),
         "metrics": {row["split"]: row for row in rows},
         "evaluation": _evaluation(folder),
     }
@@ -67,8 +70,9 @@ def checkpoint_steps(folder: RunFolder) -> list[int]:
 
 def tokens_seen(folder: RunFolder, step: int) -> int | None:
     """Tokens trained on up to a checkpoint; None where that is not on record."""
-    if folder.export.is_file():
-        return exporting.read_export(folder)["tokens"]
+    exported = model_file.read(folder.model)["exported"]
+    if exported is not None:
+        return exported["tokens"]
     return checkpoints.tokens_seen(folder.checkpoints, step)
 
 
@@ -126,7 +130,7 @@ def _evaluation(folder: RunFolder) -> dict[str, Any] | None:
 
 
 def _corpus(settings: dict[str, Any], count: bool, symbols: str) -> dict[str, Any]:
-    bundled = settings.get("train_files") is None
+    bundled = bool(settings) and settings["train_files"] is None
     corpus = {}
     for split in _SPLITS:
         files = settings.get(f"{split}_files")

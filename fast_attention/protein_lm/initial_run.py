@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 import jax
 
 from fast_attention.fast_attention_fn import FastAttention
-from fast_attention.protein_lm import run_folder
+from fast_attention.protein_lm import model_file
 from fast_attention.protein_lm.array_records import describe
 from fast_attention.protein_lm.flax_model import FlaxModel
+from fast_attention.protein_lm.loading import load_run, open_run
+from fast_attention.protein_lm.model_file import OwnPartError
 from fast_attention.protein_lm.run_folder import RunError
 from fast_attention.protein_lm.train_state import TrainState
 
@@ -32,8 +34,6 @@ class Beginning(NamedTuple):
 def check_initial_run(path: Path, model: FlaxModel) -> None:
     """Checks, without reading arrays, that a model can begin with the parameters of a run.
 
-    It empties the configuration of gin, as `loading.open_run` does.
-
     Args:
       path: Of a run or an exported folder.
       model: Which is to begin there.
@@ -41,10 +41,11 @@ def check_initial_run(path: Path, model: FlaxModel) -> None:
     Raises:
       RunError: If the folder is no run's, or its model has another vocabulary or other parameters.
     """
-    # A run's configuration names `experiment`, whose module imports this one.
-    from fast_attention.protein_lm.loading import open_run
-
-    _check(path, open_run(path).model, model)
+    try:
+        before = open_run(path).model
+    except OwnPartError:
+        before = open_run(path, model=model).model
+    _check(path, before, model)
 
 
 def read_initial_run(path: Path, model: FlaxModel) -> Beginning:
@@ -57,9 +58,11 @@ def read_initial_run(path: Path, model: FlaxModel) -> Beginning:
     Raises:
       RunError: As `check_initial_run`, or if the run has no checkpoint.
     """
-    from fast_attention.protein_lm.loading import load_run
-
-    before = load_run(path).model
+    try:
+        before = load_run(path).model
+    except OwnPartError:
+        # Where a part is code of its author's, this model has it, or the arrays do not fit.
+        before = load_run(path, model=model).model
     _check(path, before, model)
     same = _draw_alike(before.attention_fn, model.attention_fn)
     now = jax.eval_shape(model.initialize, jax.random.key(0))
@@ -68,8 +71,8 @@ def read_initial_run(path: Path, model: FlaxModel) -> Beginning:
 
 
 def _check(path: Path, before: FlaxModel, model: FlaxModel) -> None:
-    letters, wanted = (run_folder.describe_vocabulary(m.domain) for m in (before, model))
-    if letters | {"length": None} != wanted | {"length": None}:
+    letters, wanted = (model_file.describe_domain(m.domain)["vocabulary"] for m in (before, model))
+    if letters != wanted:
         raise RunError(
             f"experiment.initial_run: {path} was trained with other tokens, so that its ids mean "
             "other residues: use its settings of make_protein_domain"

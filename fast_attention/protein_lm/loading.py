@@ -1,17 +1,22 @@
-"""A trained run, or what was exported of it, read back from its folder."""
+"""A trained run, or what was exported of it, read back from its folder.
+
+A folder may come from anybody: what it says of its model is read as data (`model_file`), and no
+code is run that it names. The gin file of a run is parsed only where a person gives it by name.
+"""
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import gin
 import jax
 
 from fast_attention.meshes import MeshError
-from fast_attention.protein_lm import checkpoints, exporting, gin_registry, run_folder
+from fast_attention.protein_lm import checkpoints, exporting, model_file
 from fast_attention.protein_lm.flax_model import FlaxModel
 from fast_attention.protein_lm.run_folder import RunError, RunFolder
 
@@ -35,43 +40,64 @@ class OpenedRun(NamedTuple):
 
     Attributes:
       model: Without the trained parameters.
-      settings: The gin parameters of ``experiment``, by name.
+      about: The content of ``model.json``, see `model_file`.
       folder: Where it was read.
     """
 
     model: FlaxModel
-    settings: dict[str, Any]
+    about: dict[str, Any]
     folder: RunFolder
 
 
-def open_run(run_dir: str | os.PathLike[str]) -> OpenedRun:
+def open_run(
+    run_dir: str | os.PathLike[str],
+    *,
+    gin_file: Sequence[str] = (),
+    model: FlaxModel | None = None,
+) -> OpenedRun:
     """Makes the model of a run or an exported folder, without reading arrays.
-
-    gin knows one configuration per process, and it is empty afterwards: what the run had bound must
-    not reach models made later. A model made before is not changed.
 
     Args:
       run_dir: A folder written by ``protein-lm train`` or ``protein-lm export``.
+      gin_file: Gin files that make the model, in place of the description in the folder: needed
+        where a part of it is code of its author's. Gin files can run any code: give those that you
+        trust. The gin configuration of this process is empty afterwards.
+      model: A model like that of the run, in place of the description; it is not changed.
 
     Raises:
-      RunError: If the folder is neither, or was changed.
+      OwnPartError: If a part of the model is code of its author's, and neither is given.
+      RunError: If the folder is neither, was changed, or has another vocabulary than the model
+        given.
     """
     folder = RunFolder(Path(run_dir))
-    about = exporting.read_export(folder) if folder.export.is_file() else None
-    if about is None and not folder.config.is_file():
+    if not folder.model.is_file():
         raise RunError(
-            f"{folder.path} is not the folder of a run: it has no {folder.config.name}; give the "
+            f"{folder.path} is not the folder of a run: it has no {folder.model.name}; give the "
             "--work_dir of a 'protein-lm train' or the --output of a 'protein-lm export'"
         )
-    model, settings = _build(folder.config if about is None else about["gin"])
-    if about is None:
-        run_folder.check_vocabulary(folder, model.domain)
-    elif about["vocabulary"] != run_folder.describe_vocabulary(model.domain):
-        raise RunError(f"{folder.export} contradicts itself about the vocabulary: export it again")
-    return OpenedRun(model, settings, folder)
+    about = model_file.read(folder.model)
+    if model is None and not gin_file:
+        return OpenedRun(_build(folder.model, about), about, folder)
+    if model is None:
+        # gin is imported for files that a person gives, and for nothing else.
+        from fast_attention.protein_lm.gin_registry import make_model
+
+        model = make_model(gin_file)
+    if model_file.describe_domain(model.domain)["vocabulary"] != about["vocabulary"]:
+        raise RunError(
+            f"the model given has another vocabulary than {folder.model}: its ids mean other "
+            "residues"
+        )
+    return OpenedRun(model, about, folder)
 
 
-def load_run(run_dir: str | os.PathLike[str], *, checkpoint: str | int = "best") -> LoadedRun:
+def load_run(
+    run_dir: str | os.PathLike[str],
+    *,
+    checkpoint: str | int = "best",
+    gin_file: Sequence[str] = (),
+    model: FlaxModel | None = None,
+) -> LoadedRun:
     """Reads a checkpoint of a run, or an exported model.
 
     Args:
@@ -79,52 +105,34 @@ def load_run(run_dir: str | os.PathLike[str], *, checkpoint: str | int = "best")
       checkpoint: ``"best"`` (the lowest validation loss; the newest where the run did not
         validate), ``"last"`` or the number of a step; see `checkpoints.restore_model`. An exported
         model has only one.
+      gin_file: As for `open_run`.
+      model: As for `open_run`.
 
     Raises:
       RunError: As `open_run`, or if the run has no such checkpoint.
       ValueError: If `checkpoint` is none of these.
     """
-    model, _, folder = open_run(run_dir)
-    abstract = model.abstract_state
-    if folder.export.is_file():
-        step, parameters, variables = exporting.read_arrays(folder, abstract)
+    opened = open_run(run_dir, gin_file=gin_file, model=model)
+    folder, abstract = opened.folder, opened.model.abstract_state
+    if folder.is_export():
+        step, parameters, variables = exporting.read_arrays(folder, opened.about, abstract)
     else:
         step, parameters, variables = checkpoints.restore_model(
             folder.checkpoints, abstract, checkpoint=checkpoint
         )
-    model.set_parameters(parameters, variables)
-    return LoadedRun(model, step, folder)
+    loaded = copy.copy(opened.model)
+    loaded.set_parameters(parameters, variables)
+    return LoadedRun(loaded, step, folder)
 
 
-def build_model(config: Path) -> FlaxModel:
-    """Makes the model of a run's configuration, untrained.
-
-    Args:
-      config: The ``config.gin`` of a run.
-    """
-    return _build(config)[0]
-
-
-def _build(config: Path | str) -> tuple[FlaxModel, dict[str, Any]]:
-    """The model of a gin file, or of its text, and the settings of ``experiment``."""
+def _build(path: Path, about: dict[str, Any]) -> FlaxModel:
     try:
-        if isinstance(config, Path):
-            gin_registry.configure([config])
-        else:
-            gin_registry.configure(bindings=[config])
-        settings = gin.get_bindings("experiment")
-        try:
-            return settings["model_cls"](), settings
-        except MeshError:
-            # What was trained on many devices is to be used on few; arrays are the same on any.
-            with gin.unlock_config():
-                for name, size in {"data": None, "fsdp": 1, "model": 1, "sequence": 1}.items():
-                    gin.bind_parameter(f"make_mesh.{name}", size)
-            print(
-                f"note: the run's mesh does not fit the {jax.device_count()} devices here, among "
-                "which rows are divided instead",
-                file=sys.stderr,
-            )
-            return settings["model_cls"](), settings
-    finally:
-        gin.clear_config()
+        return model_file.build(path, about)
+    except MeshError:
+        # What was trained on many devices is to be used on few; arrays are the same on any.
+        print(
+            f"note: the run's mesh does not fit the {jax.device_count()} devices here, among "
+            "which rows are divided instead",
+            file=sys.stderr,
+        )
+        return model_file.build(path, about | {"mesh": dict.fromkeys(about["mesh"], 1)})

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fast_attention.recipes import recorded
+
 Schedule = Callable[[Any], Any]
 
 _FACTORS = (
@@ -21,6 +23,7 @@ _FACTORS = (
 )
 
 
+@recorded
 def create_learning_rate_scheduler(
     factors: str = "constant * linear_warmup * rsqrt_decay",
     base_learning_rate: float = 0.5,

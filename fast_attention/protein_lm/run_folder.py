@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from fast_attention.protein_lm.domains import DiscreteDomain
-from fast_attention.protein_lm.output_files import OutputError, explain, write_file, write_json
+from fast_attention.protein_lm.output_files import OutputError, explain, write_file
 
 PREDICTOR_FILES = ("finetuned.json", "head.npz", "adapters.npz", "model.npz")
 """What the folder of a predictor may hold, see `finetuned.FineTuned.save`."""
@@ -27,13 +25,16 @@ class RunFolder:
 
     @property
     def config(self) -> Path:
-        """The gin configuration, every parameter that was used with its value."""
+        """The gin configuration, every parameter that was used with its value.
+
+        For people to read, and to give as ``--gin_file``: no command parses it of its own accord.
+        """
         return self.path / "config.gin"
 
     @property
-    def vocabulary(self) -> Path:
-        """Tokens in the order of their ids, and the ids of the special ones."""
-        return self.path / "vocabulary.json"
+    def model(self) -> Path:
+        """What the model is, see `model_file`."""
+        return self.path / "model.json"
 
     @property
     def checkpoints(self) -> Path:
@@ -71,14 +72,13 @@ class RunFolder:
         return self.path / "evaluation.json"
 
     @property
-    def export(self) -> Path:
-        """In an exported folder: everything but the arrays, see `exporting`."""
-        return self.path / "config.json"
-
-    @property
     def weights(self) -> Path:
         """In an exported folder: the arrays."""
         return self.path / "model.safetensors"
+
+    def is_export(self) -> bool:
+        """Whether the folder holds an exported model, which training cannot go on from."""
+        return self.weights.exists()
 
 
 def files_read(path: Path) -> Iterator[Path]:
@@ -97,24 +97,26 @@ class RunError(RuntimeError):
     """A run cannot be started, resumed or read; the message says why and what to do."""
 
 
-def claim(folder: RunFolder, config: str, domain: DiscreteDomain, *, asked: str) -> None:
-    """Writes the configuration and the vocabulary, or checks that a resumed run has the same.
+def claim(folder: RunFolder, config: str, model: str, *, asked: str) -> None:
+    """Writes the configuration and the model's description, or checks that a resumed run fits.
 
     Args:
       folder: Created when absent.
       config: The operative gin configuration of the run about to start.
-      domain: Whose vocabulary the run uses.
+      model: The text of ``model.json``.
       asked: The part of `config` that was asked for, without defaults. A default of which the
         run in the folder knows nothing came with a later version of this package, and changes
         nothing.
 
     Raises:
-      RunError: If the folder holds a run of another configuration, or cannot be written to.
+      RunError: If the folder holds a run of another configuration or an exported model, or cannot
+        be written to.
     """
+    check_no_export(folder)
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
         if not folder.config.exists():
-            write_json(folder.vocabulary, describe_vocabulary(domain))
+            write_file(folder.model, model)
             write_file(folder.config, config)
             return
     except (FileExistsError, NotADirectoryError):
@@ -138,6 +140,19 @@ def claim(folder: RunFolder, config: str, domain: DiscreteDomain, *, asked: str)
             + "\n  ".join(changes)
             + "\ngive another --work_dir, or the settings of that run to resume it"
         )
+    # The settings make the model: where the folder's description says other things, it is replaced.
+    there = folder.model
+    if not there.is_file() or there.stat().st_size != len(model) or there.read_text() != model:
+        write_file(there, model)
+
+
+def check_no_export(folder: RunFolder) -> None:
+    """Raises RunError if the folder holds an exported model, which cannot be trained further."""
+    if folder.is_export():
+        raise RunError(
+            f"{folder.path} holds an exported model, which has no checkpoint to resume from: give "
+            "another --work_dir"
+        )
 
 
 def settings(config: str) -> dict[str, str]:
@@ -154,26 +169,3 @@ def settings(config: str) -> dict[str, str]:
         else:
             name = ""
     return found
-
-
-def describe_vocabulary(domain: DiscreteDomain) -> dict:
-    """The vocabulary as JSON: ``tokens`` in the order of their ids, special ids, ``length``."""
-    vocab = domain.vocab
-    return {
-        "tokens": vocab.tokens,
-        "bos": vocab.bos,
-        "eos": vocab.eos,
-        "pad": vocab.pad,
-        "mask": vocab.mask,
-        "length": domain.length,
-    }
-
-
-def check_vocabulary(folder: RunFolder, domain: DiscreteDomain) -> None:
-    """Raises RunError if the run was trained with other tokens than `domain` has."""
-    stored = json.loads(folder.vocabulary.read_text(encoding="utf-8"))
-    if stored != describe_vocabulary(domain):
-        raise RunError(
-            f"{folder.vocabulary} does not agree with {folder.config}: the run's folder was "
-            "changed after training, so that ids no longer mean the same residues"
-        )

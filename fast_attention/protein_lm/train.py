@@ -22,6 +22,7 @@ from fast_attention.protein_lm import (
     exchange,
     metrics,
     metrics_log,
+    model_file,
     output_files,
     plots,
     process_arrays,
@@ -136,7 +137,9 @@ def run_experiment(
       Stopped: If that was requested by a signal; all is saved.
       ValueError: If a number is out of its range.
     """
+    settings = model_file.training_settings(locals())
     folder = RunFolder(Path(work_dir))
+    run_folder.check_no_export(folder)
     times = training_loop.Times(
         max_train_steps,
         train_summary_frequency,
@@ -195,7 +198,8 @@ def run_experiment(
     if initial_run is not None and not folder.config.exists():
         # Before anything is written: what is refused can then be asked for again, put right.
         check_initial_run(Path(initial_run), model)
-    processes.in_turn(lambda: run_folder.claim(folder, used, model.domain, asked=asked))
+    about = model_file.to_text(model_file.describe(model) | {"training": settings})
+    processes.in_turn(lambda: run_folder.claim(folder, used, about, asked=asked))
     for name in sorted(run_folder.settings(asked).keys() - run_folder.settings(used).keys()):
         _warn(f"nothing uses the setting {name}")
     if process_arrays.any_process(folder.result.exists()):

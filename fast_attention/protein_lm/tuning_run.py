@@ -14,6 +14,7 @@ import numpy as np
 
 from fast_attention.protein_lm.corpus import FastaPaths
 from fast_attention.protein_lm.fasta_files import read_proteins
+from fast_attention.protein_lm.finetuned import fingerprint
 from fast_attention.protein_lm.finetuning import TuningConfig, fine_tune
 from fast_attention.protein_lm.labelled import read_labelled
 from fast_attention.protein_lm.loading import load_run
@@ -40,6 +41,7 @@ def run_tuning(
     fasta: FastaPaths | None = None,
     columns: Mapping[str, Any] | None = None,
     whole_model: bool = False,
+    gin_file: Sequence[str] = (),
     options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Fine-tunes the model of a run and writes a folder.
@@ -57,6 +59,7 @@ def run_tuning(
       fasta: Files with the residues, by id; None takes them from the table.
       columns: Keywords of `labelled.read_labelled`.
       whole_model: Whether to store the whole model.
+      gin_file: As for `loading.open_run`.
       options: Fields of `finetuning.TuningConfig`.
 
     Returns:
@@ -68,7 +71,7 @@ def run_tuning(
       ValueError: If an option is out of its range.
     """
     folder, columns, options = Path(output), dict(columns or {}), dict(options or {})
-    loaded = load_run(run_dir)
+    loaded = load_run(run_dir, gin_file=gin_file)
     letters = loaded.model.domain.vocab.symbols
     sequences = None
     on_error = columns.get("on_error", "raise")
@@ -83,8 +86,7 @@ def run_tuning(
         sequences = {record.id: record.sequence for record in records}
     found = read_labelled(table, **columns, sequences=sequences, alphabet=letters)
     asked = {
-        "run_dir": str(loaded.folder.path.absolute()),
-        "step": loaded.step,
+        "trunk": fingerprint(loaded.model),
         "data": hashlib.sha256(json.dumps(found).encode()).hexdigest(),
         "task": task,
         "options": dataclasses.asdict(TuningConfig(**options)),
@@ -102,7 +104,7 @@ def run_tuning(
         print(f"{folder} is finished\n\n{format_result(result, folder)}")
         return result
     target = RunFolder(folder)
-    if target.checkpoints.exists() or target.export.is_file():
+    if target.checkpoints.exists() or target.is_export():
         raise RunError(f"{folder} holds a run: give the result a folder of its own")
     check_output_folder(folder)
     for reason in found.left_out:

@@ -343,9 +343,7 @@ def test_a_run_is_read_back(lm_run):
 
 
 def test_a_changed_vocabulary_is_told(lm_run, tmp_path):
-    for name in ("config.gin", "vocabulary.json"):
-        (tmp_path / name).write_text((lm_run / name).read_text())
-    text = (tmp_path / "vocabulary.json").read_text()
-    (tmp_path / "vocabulary.json").write_text(text.replace('"A"', '"c"'))
-    with pytest.raises(RunError, match="vocabulary"):
+    text = (lm_run / "model.json").read_text()
+    (tmp_path / "model.json").write_text(text.replace('"A"', '"c"'))
+    with pytest.raises(RunError, match="vocabulary.tokens"):
         load_run(tmp_path)

@@ -146,13 +146,13 @@ def test_a_folder_without_a_run_is_told(tmp_path, tiny_fasta, capsys):
 
 
 def test_a_checkpoint_of_another_shape_is_told(lm_run, tmp_path, tiny_fasta, capsys):
-    for name in ("config.gin", "vocabulary.json", "baselines.npz"):
+    for name in ("model.json", "baselines.npz"):
         (tmp_path / name).write_bytes((lm_run / name).read_bytes())
     arguments = ["evaluate", f"--run_dir={tmp_path}", f"--fasta={tiny_fasta}"]
     assert "not reached its first" in fails(arguments, capsys)
     (tmp_path / "checkpoints").symlink_to(lm_run / "checkpoints")
-    text = (tmp_path / "config.gin").read_text()
-    (tmp_path / "config.gin").write_text(text.replace("mlp_dim = 64", "mlp_dim = 32"))
+    text = (tmp_path / "model.json").read_text()
+    (tmp_path / "model.json").write_text(text.replace('"mlp_dim": 64', '"mlp_dim": 32'))
     assert "does not fit" in fails(arguments, capsys)
 
 

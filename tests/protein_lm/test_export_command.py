@@ -38,15 +38,16 @@ def test_an_exported_model_is_the_model_bit_by_bit(exported):
 
 def test_the_files_explain_themselves(exported):
     run, folder = exported
-    about = json.loads((folder / "config.json").read_text())
-    assert about["transformer"]["emb_dim"] == 32 and about["step"] == 12
-    assert about["attention"]["type"] == "FastAttention"
+    about = json.loads((folder / "model.json").read_text())
+    assert about["transformer"]["emb_dim"] == 32 and about["exported"]["step"] == 12
+    assert about["attention"]["factory"] == "make_fast_softmax_attention"
+    assert about["attention"]["arguments"]["nb_features"] == 16
     assert about["vocabulary"]["tokens"][:3] == ["A", "C", "D"]
-    assert about["gin"] == (run / "config.gin").read_text()
-    assert about["tokens"] > 0
+    assert (folder / "config.gin").read_text() == (run / "config.gin").read_text()
+    assert about["exported"]["tokens"] > 0
     arrays = safetensors.numpy.load_file(folder / "model.safetensors")
     sizes = [array.size for name, array in arrays.items() if name.startswith("parameters.")]
-    assert sum(sizes) == about["parameters"]["total"]
+    assert sum(sizes) == about["exported"]["parameters"]["total"]
     assert arrays["parameters.embed.embedding"].shape == (29, 32)
 
 
@@ -56,7 +57,7 @@ def test_an_exported_model_works_and_is_exported_again(exported, tiny_fasta, tmp
     arguments = ["evaluate", f"--run_dir={folder}", f"--fasta={tiny_fasta}", f"--output={figures}"]
     assert cli.main(arguments) == 0
     assert cli.main(["export", f"--run_dir={folder}", f"--output={again}"]) == 0
-    for name in ("config.json", "model.safetensors", "baselines.npz"):
+    for name in ("model.json", "model.safetensors", "config.gin", "baselines.npz"):
         assert (again / name).read_bytes() == (folder / name).read_bytes()
 
 
@@ -74,8 +75,8 @@ def test_what_cannot_be_read_or_written_is_told(lm_run, tmp_path, capsys):
     assert "parameters.head.bias is float32[3] there" in fails(again, capsys)
     (folder / "model.safetensors").write_bytes(b"nothing")
     assert "cannot be read" in fails(again, capsys)
-    about = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(about | {"format_version": 2}))
-    assert "format version 2" in fails(again, capsys)
-    (folder / "config.json").write_text("{}")
-    assert "not written by 'protein-lm export'" in fails(again, capsys)
+    about = json.loads((folder / "model.json").read_text())
+    (folder / "model.json").write_text(json.dumps(about | {"format_version": 3}))
+    assert "format_version 3" in fails(again, capsys)
+    (folder / "model.json").write_text("{}")
+    assert "model.json describes no model" in fails(again, capsys)

@@ -209,7 +209,7 @@ def test_what_is_saved_is_loaded(moved, whole, proteins, tmp_path):
         np.testing.assert_array_equal(found.outputs(proteins[:5]), tuned.outputs(proteins[:5]))
         assert found.classes == tuned.classes
     assert not (tmp_path / "lora" / "model.npz").exists()
-    with pytest.raises(RunError, match="another checkpoint"):
+    with pytest.raises(RunError, match="another model than that of its run"):
         FineTuned.load(tmp_path / "lora", model=make(random_seed=1))
     with pytest.raises(RunError, match="fits another model"):
         FineTuned.load(tmp_path / "full", model=make(mlp_dim=16))

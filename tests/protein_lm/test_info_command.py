@@ -1,5 +1,4 @@
 import json
-import shutil
 
 import pytest
 
@@ -53,9 +52,8 @@ def test_the_text_says_the_same(bert_run, tiny_fasta, capsys):
 def test_a_run_without_a_checkpoint_and_without_its_data_is_described(lm_run, tmp_path, capsys):
     folder = tmp_path / "run"
     folder.mkdir()
-    config = (lm_run / "config.gin").read_text().replace("tiny.fasta", "absent.fasta")
-    (folder / "config.gin").write_text(config)
-    shutil.copy(lm_run / "vocabulary.json", folder)
+    about = (lm_run / "model.json").read_text().replace("tiny.fasta", "absent.fasta")
+    (folder / "model.json").write_text(about)
     text = told(folder, capsys)
     assert "unfinished run" in text and "step            none yet" in text
     assert "cannot be counted now" in text and "absent.fasta" in text

@@ -7,7 +7,7 @@ import pytest
 from fast_attention import make_fast_softmax_attention
 from fast_attention.protein_lm import FlaxLM, cli
 from fast_attention.protein_lm.initial_run import read_initial_run
-from fast_attention.protein_lm.loading import build_model, load_run
+from fast_attention.protein_lm.loading import load_run, open_run
 
 WDERF = make_fast_softmax_attention(nb_features=16, estimator="wderf_s", unidirectional=True)
 PROTEINS = ["MKTAYIAKQR", "GAVLIMFWPS", "MKKLLPTAAAGLLLLAAQPAMA"]
@@ -60,7 +60,7 @@ def test_a_run_begins_with_parameters_and_calibrates_new_features(switching, tra
 
 
 def test_what_a_function_drew_is_taken_by_the_same_function_alone(lm_run, trained):
-    same = build_model(lm_run / "config.gin")
+    same = open_run(lm_run).model
     assert_equal(read_initial_run(lm_run, same).variables, trained.state.variables)
     # Of the same shape, but other features.
     other = same.with_attention(make_fast_softmax_attention(nb_features=16, projection="iid"))

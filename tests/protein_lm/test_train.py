@@ -20,9 +20,9 @@ EXPECTED_FILES = {
     "config.gin",
     "curve.png",
     "metrics.jsonl",
+    "model.json",
     "result.json",
     "tensorboard",
-    "vocabulary.json",
 }
 
 
@@ -49,8 +49,8 @@ def test_a_run_leaves_a_whole_folder(lm_run):
     result = json.loads((lm_run / "result.json").read_text())
     assert (result["model"], result["steps"], len(result["samples"])) == ("FlaxLM", 12, 3)
     assert (lm_run / "curve.png").read_bytes().startswith(b"\x89PNG")
-    vocabulary = json.loads((lm_run / "vocabulary.json").read_text())
-    assert len(vocabulary["tokens"]) == 29
+    about = json.loads((lm_run / "model.json").read_text())
+    assert len(about["vocabulary"]["tokens"]) == 29
     config = (lm_run / "config.gin").read_text()
     assert "FlaxModel.attention_fn = @make_fast_softmax_attention()" in config
     assert "make_fast_softmax_attention.nb_features = 16" in config
@@ -175,10 +175,8 @@ def test_a_run_goes_on_on_other_devices(lm_run, train_arguments, tmp_path):
 def test_a_run_of_many_devices_is_read_on_one(lm_run, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(lm_run, run)
-    config = (run / "config.gin").read_text()
-    (run / "config.gin").write_text(
-        f"{config}\nFlaxModel.mesh = @make_mesh()\nmake_mesh.fsdp = 64\nmake_mesh.data = 2\n"
-    )
+    text = (run / "model.json").read_text()
+    (run / "model.json").write_text(text.replace('"fsdp": 1', '"fsdp": 64'))
     found, expected = (load_run(folder).model for folder in (run, lm_run))
     assert "does not fit the 1 devices here" in capsys.readouterr().err
     assert found.score(["MKT"]) == expected.score(["MKT"])

@@ -13,12 +13,25 @@ from fast_attention.protein_lm.skipped_records import SkippedRecords, list_skipp
 
 
 def add_run_dir(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--run_dir``, the trained model."""
+    """Adds ``--run_dir``, the trained model, and ``--gin_file``."""
     parser.add_argument(
         "--run_dir",
         required=True,
         metavar="FOLDER",
         help="the --work_dir of a trained run, or the folder of an exported model",
+    )
+    add_gin_file(parser)
+
+
+def add_gin_file(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--gin_file``, which makes a model that its folder cannot describe."""
+    parser.add_argument(
+        "--gin_file",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="the gin file that the model was trained with; needed only for a model with code of "
+        "your own, such as an attention function; may be repeated. A gin file can run any code",
     )
 
 

@@ -134,7 +134,7 @@ def run(options: argparse.Namespace) -> None:
 
     arguments.check_files(options, "output", "plot", "skipped_list")
     features = _features(options)
-    model, step, folder = load_run(options.run_dir)
+    model, step, folder = load_run(options.run_dir, gin_file=options.gin_file)
     diagnosis_report.check_head(model, options.layer, options.head)
     longest = room(model)
     max_length = options.max_length if longest is None else min(options.max_length, longest)

@@ -81,7 +81,7 @@ def run(options: argparse.Namespace) -> None:
         tokens_per_batch=options.tokens_per_batch,
         max_length=options.max_length,
     )
-    model, step, _ = load_run(options.run_dir)
+    model, step, _ = load_run(options.run_dir, gin_file=options.gin_file)
     began = time.perf_counter()
     with (
         arguments.skipped_records(options) as skipped,

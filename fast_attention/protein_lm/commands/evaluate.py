@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> None:
     if options.output is None and Path(options.run_dir).is_dir():
         options.output = str(RunFolder(Path(options.run_dir)).evaluation)
     arguments.check_files(options, "output", "per_protein", "skipped_list")
-    model, step, folder = load_run(options.run_dir)
+    model, step, folder = load_run(options.run_dir, gin_file=options.gin_file)
     with arguments.skipped_records(options) as skipped:
         found = evaluation.evaluate_in_groups(
             model,

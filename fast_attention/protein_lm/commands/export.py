@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> None:
     from fast_attention.protein_lm.run_folder import RunFolder
 
     check_export(RunFolder(Path(options.run_dir)), RunFolder(Path(options.output)))
-    model, step, folder = load_run(options.run_dir)
+    model, step, folder = load_run(options.run_dir, gin_file=options.gin_file)
     tokens = information.tokens_seen(folder, step)
     target = export_model(model, folder, options.output, step=step, tokens=tokens)
     print(

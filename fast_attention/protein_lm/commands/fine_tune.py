@@ -153,6 +153,7 @@ def run(options: argparse.Namespace) -> None:
             epochs=10 if options.epochs is None else options.epochs,
             seed=options.seed,
             on_error=options.on_error,
+            gin_file=options.gin_file,
             **training,
         )
         return
@@ -176,6 +177,7 @@ def run(options: argparse.Namespace) -> None:
         fasta=options.fasta,
         columns=_given(options, _COLUMNS) | {"on_error": options.on_error},
         whole_model=bool(options.whole_model),
+        gin_file=options.gin_file,
         options=_given(options, _PROPERTY) | training | {"seed": options.seed},
     )
 

@@ -32,5 +32,7 @@ def run(options: argparse.Namespace) -> None:
     from fast_attention.protein_lm.information import describe_run, format_information
     from fast_attention.protein_lm.output_files import json_text
 
-    about = describe_run(options.run_dir, count_corpus=not options.skip_corpus)
+    about = describe_run(
+        options.run_dir, count_corpus=not options.skip_corpus, gin_file=options.gin_file
+    )
     print(json_text(about, indent=1) if options.json else format_information(about))

@@ -93,7 +93,7 @@ def run(options: argparse.Namespace) -> None:
     work = _work(options)
     if options.heatmap:
         heatmap.check([variant for _, variants in work for variant in variants], len(work))
-    model = load_run(options.run_dir).model
+    model = load_run(options.run_dir, gin_file=options.gin_file).model
     method = mutation_effects.choose_method(model, options.method)
     columns = mutation_effects.score_columns(method)
     types = {"id": str, "mutant": str} | dict.fromkeys(columns, float)

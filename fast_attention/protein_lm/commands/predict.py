@@ -19,6 +19,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", required=True, metavar="FOLDER", help="the --output of 'protein-lm fine-tune'"
     )
+    parser.add_argument(
+        "--run_dir",
+        metavar="FOLDER",
+        help="the run that was fine-tuned (default: where it was then, seen from the --model)",
+    )
+    arguments.add_gin_file(parser)
     arguments.add_fasta(parser, "proteins to predict")
     parser.add_argument(
         "--output",
@@ -40,7 +46,7 @@ def run(options: argparse.Namespace) -> None:
 
     find_extension(options.output, EXTENSIONS)
     arguments.check_files(options, "output", "skipped_list")
-    tuned = FineTuned.load(options.model)
+    tuned = FineTuned.load(options.model, run_dir=options.run_dir, gin_file=options.gin_file)
     with arguments.skipped_records(options) as skipped:
         records = list(
             read_for_model(

@@ -134,7 +134,7 @@ def run(options: argparse.Namespace) -> None:
         if getattr(options, name) != default:
             way = "when hidden residues are filled in" if options.infill else "without --infill"
             raise ValueError(f"--{name} has no meaning {way}: leave it out")
-    model = load_run(options.run_dir).model
+    model = load_run(options.run_dir, gin_file=options.gin_file).model
     total, records = (_fill if options.infill else _write)(model, options)
     # Proteins go to the file as they are drawn; it gets its name when it is whole.
     write_fasta(options.output, tqdm(records, "sampling", total, unit="protein", disable=None))

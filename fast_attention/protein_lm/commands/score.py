@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> None:
 
     find_extension(options.output, EXTENSIONS)
     arguments.check_files(options, "output", "skipped_list")
-    model, step, _ = load_run(options.run_dir)
+    model, step, _ = load_run(options.run_dir, gin_file=options.gin_file)
     began = time.perf_counter()
     with (
         arguments.skipped_records(options) as skipped,
