@@ -53,6 +53,6 @@ def test_a_folder_that_cannot_be_written_to_is_told(tmp_path, monkeypatch):
     def refuse(path, content):
         raise OSError(errno.EROFS, "Read-only file system", str(path))
 
-    monkeypatch.setattr(run_folder, "write_json", refuse)
+    monkeypatch.setattr(run_folder, "write_file", refuse)
     with pytest.raises(OutputError, match="cannot be written to: .*read-only"):
         claim(RunFolder(tmp_path), OLD, MODEL, asked=OLD)
