@@ -15,7 +15,7 @@ width, M channels of queries and keys.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,10 +45,14 @@ class BlindspotState(NamedTuple):
 
 
 def empty_blindspot_state(
-    batch_shape: tuple[int, ...], num_heads: int, head_dim: int, value_dim: int
+    batch_shape: tuple[int, ...],
+    num_heads: int,
+    head_dim: int,
+    value_dim: int,
+    dtype: Any = None,
 ) -> BlindspotState:
-    """Returns the state before the first token."""
-    empty = empty_state(LogFeatures(), None, batch_shape, num_heads, head_dim, value_dim)
+    """Returns the state before the first token; `dtype` as for a `LinearAttentionState`."""
+    empty = empty_state(LogFeatures(), None, batch_shape, num_heads, head_dim, value_dim, dtype)
     return BlindspotState(empty, empty, jnp.zeros(batch_shape, jnp.int32))
 
 
@@ -147,7 +151,7 @@ def prefill_buckets(
     place = places(state.count, visible)
     query, key, value = (to_grid(x, place, visible, slots) for x in (query, key, value))
     slot = jnp.broadcast_to(jnp.arange(slots), (*visible.shape[:-1], slots))
-    end = (state.count + visible.sum(-1))[..., None]
+    end = (state.count + visible.sum(-1, dtype=jnp.int32))[..., None]
     filled = (slot >= state.count[..., None]) & (slot < end)
     in_complete = slot < end // bucket_size * bucket_size
     first_is_complete = end[..., 0] >= bucket_size

@@ -217,7 +217,10 @@ def attend(
     )
     batch_shape = query.shape[:-3]
     attended = _compiled(plan, vary_alike(inputs), implementation_names(implementation))
-    return jax.tree.map(lambda x: x.reshape(*batch_shape, *x.shape[1:]), attended)
+    out, state = jax.tree.map(lambda x: x.reshape(*batch_shape, *x.shape[1:]), attended)
+    if initial_state is not None:
+        state = jax.tree.map(lambda x: x.astype(initial_state.kv.dtype), state)
+    return out, state
 
 
 # Compiled as one: called outside jit, the loops inside would be compiled anew in every call.

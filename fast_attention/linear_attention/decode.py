@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from fast_attention.array_types import Array, Bool, Float
+from fast_attention.dtypes import at_least_float32
 from fast_attention.feature_maps.base import FeatureMap, Parameters
 from fast_attention.linear_attention.api import linear_attention
 from fast_attention.linear_attention.chunk_state import absorb_keys, next_state, read_state
@@ -144,9 +145,13 @@ def step_parts(
       :class:`~.inputs.Parts` of ``[*B, H]``, and the new state.
     """
     batch_shape, (heads, width), kv_heads = query.shape[:-2], query.shape[-2:], key.shape[-2]
-    batch, dtype = math.prod(batch_shape), state.kv.dtype
+    batch = math.prod(batch_shape)
+    inputs_dtype = at_least_float32(jnp.result_type(query, key, value))
+    dtype = max(inputs_dtype, state.kv.dtype, key=lambda dtype: dtype.itemsize)
     feature_map, matched = match_scales(feature_map, state)
-    old = jax.tree.map(lambda x: x.reshape(batch, *x.shape[len(batch_shape) :]), matched)
+    old = jax.tree.map(
+        lambda x: x.astype(dtype).reshape(batch, *x.shape[len(batch_shape) :]), matched
+    )
     keys = key_features(
         feature_map,
         parameters,
@@ -169,5 +174,7 @@ def step_parts(
     denominator = row_sum(read.features * new.k_sum[..., None, :])
     parts = Parts(numerator, denominator, read.row_max)
     parts = jax.tree.map(lambda x: x.reshape(*batch_shape, heads, *x.shape[3:]), parts)
-    new = jax.tree.map(lambda x: x.reshape(*batch_shape, *x.shape[1:]), new)
+    new = jax.tree.map(
+        lambda x: x.astype(state.kv.dtype).reshape(*batch_shape, *x.shape[1:]), new
+    )
     return parts, new

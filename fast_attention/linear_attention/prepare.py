@@ -59,7 +59,9 @@ def prepare(
     query, key, value = promote_floating(query, key, value)
     compute = at_least_float32(query.dtype)
     state = initial_state
-    if state is None:
+    if state is not None:
+        compute = max(compute, state.kv.dtype, key=lambda dtype: dtype.itemsize)
+    else:
         state = empty_state(
             feature_map,
             parameters,

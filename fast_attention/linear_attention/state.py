@@ -15,7 +15,7 @@ maximum is that of online softmax (Milakov and Gimelshein, arXiv:1805.02867), ke
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,9 @@ EMPTY_LOG_SCALE = -1e30
 
 MASKED_LOG = -3e30
 """Log-feature of a key that must not be seen: below the scale of an empty state, hence exp = 0."""
+
+
+State = TypeVar("State")
 
 
 class LinearAttentionState(NamedTuple):
@@ -55,7 +58,7 @@ def empty_state(
     num_heads: int,
     head_dim: int,
     value_dim: int,
-    dtype: jnp.dtype = jnp.float32,
+    dtype: Any = None,
 ) -> LinearAttentionState:
     """Returns the state that has seen no key.
 
@@ -66,8 +69,9 @@ def empty_state(
       num_heads: K, key/value heads.
       head_dim: D.
       value_dim: V.
-      dtype: float32, or float64 for float64 inputs.
+      dtype: float32 or float64; None is float64 under ``jax_enable_x64`` and float32 otherwise.
     """
+    dtype = jnp.zeros(()).dtype if dtype is None else dtype
     num_features = feature_map.num_features(parameters, head_dim)
     shape = (*batch_shape, num_heads)
     widths = {"feature": num_features, "position": 1}
@@ -77,6 +81,14 @@ def empty_state(
         k_sum=jnp.zeros((*shape, num_features), dtype),
         log_scale=None if width is None else jnp.full((*shape, width), EMPTY_LOG_SCALE, dtype),
     )
+
+
+def typed_like(state: State, other: State) -> State:
+    """Casts the arrays of a state to the types of those of `other`.
+
+    A state that passes through a call keeps its types, so that it can be the carry of a scan.
+    """
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), state, other)
 
 
 def emptied(state: LinearAttentionState, gone: Array | None = None) -> LinearAttentionState:

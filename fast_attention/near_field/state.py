@@ -19,7 +19,7 @@ from fast_attention.feature_maps.base import FeatureMap, Parameters
 from fast_attention.linear_attention.api import attend, implementation_names
 from fast_attention.linear_attention.decode import step_parts
 from fast_attention.linear_attention.inputs import Inputs, Plan, finish, merge_parts
-from fast_attention.linear_attention.state import LinearAttentionState
+from fast_attention.linear_attention.state import LinearAttentionState, typed_like
 from fast_attention.linear_attention.state import empty_state as empty_linear_state
 from fast_attention.local_tile import Choices, Sight, Tile, attend_tile
 from fast_attention.manual_axes import vary_alike
@@ -59,7 +59,7 @@ def empty_state(
     num_heads: int,
     head_dim: int,
     value_dim: int,
-    dtype: jnp.dtype = jnp.float32,
+    dtype: Any = None,
 ) -> NearFieldState:
     """Returns the state before the first token.
 
@@ -71,9 +71,10 @@ def empty_state(
       num_heads: K, key/value heads.
       head_dim: D.
       value_dim: V.
-      dtype: float32, or float64 for float64 inputs.
+      dtype: float32 or float64; None is float64 under ``jax_enable_x64`` and float32 otherwise.
     """
     check_options(exact_window, feature_map)
+    dtype = jnp.zeros(()).dtype if dtype is None else dtype
     slots = (*batch_shape, exact_window, num_heads)
     return NearFieldState(
         far=empty_linear_state(
@@ -150,12 +151,12 @@ def _prefill(
 ) -> tuple[Array, NearFieldState]:
     window, new = state.key.shape[1], query.shape[1]
     dtype = jnp.result_type(query, key, value)
-    count = jnp.full(query.shape[:1], new)
+    count = jnp.full(query.shape[:1], new, jnp.int32)
     rank = None
     if key_mask is not None:
         # Tokens move up, so that there is no padding between them.
         count = key_mask.sum(axis=1, dtype=jnp.int32)
-        rank = jnp.maximum(jnp.cumsum(key_mask, axis=1) - 1, 0)
+        rank = jnp.maximum(jnp.cumsum(key_mask, axis=1, dtype=jnp.int32) - 1, 0)
         order = jnp.argsort(~key_mask, axis=1, stable=True)
         query, key, value = (_taken(x, order) for x in (query, key, value))
     # The window in the order of its positions, then the new tokens.
@@ -205,7 +206,8 @@ def _prefill(
     length = state.length + count
     last = (length - 1)[:, None]
     latest = last - (last - place) % window - state.length[:, None] + window
-    return out, NearFieldState(far_state, _taken(keys, latest), _taken(values, latest), length)
+    after = NearFieldState(far_state, _taken(keys, latest), _taken(values, latest), length)
+    return out, typed_like(after, state)
 
 
 def step(
