@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import export, lax
 
 from fast_attention.array_types import Array
 from fast_attention.dtypes import at_least_float32
@@ -111,8 +111,12 @@ def blocked_attention(
     if tiling is None:
         tiling = _CPU_TILING if jax.default_backend() == "cpu" else _DEVICE_TILING
     smallest = tiling.smallest
-    at_once = max(1, tiling.rows // max(1, heads * min(length, smallest) * key_length))
-    block = max(smallest, tiling.block // max(1, at_once * heads * key_length))
+    if any(export.is_symbolic_dim(n) for n in (rows, length, key_length)):
+        # The program does not know how many rows fit: one at a time, each as one block.
+        at_once, block = 0, None
+    else:
+        at_once = max(1, tiling.rows // max(1, heads * min(length, smallest) * key_length))
+        block = max(smallest, tiling.block // max(1, at_once * heads * key_length))
     shared, own = _split_extras(extras, batch_shape, (heads, length, key_length), choices)
 
     def attend(row: tuple[Array, Array, Array, Extras]) -> Array:
@@ -126,10 +130,10 @@ def blocked_attention(
         value.reshape(rows, *value.shape[-3:]),
         own,
     )
-    if rows <= at_once:
+    if at_once and rows <= at_once:
         out = jax.vmap(attend)(operands)
     else:
-        out = lax.map(attend, operands, batch_size=None if at_once == 1 else at_once)
+        out = lax.map(attend, operands, batch_size=at_once if at_once > 1 else None)
     return out.reshape(*batch_shape, length, heads, value.shape[-1])
 
 
@@ -197,14 +201,22 @@ def _attend_row(
     extras: Extras,
     choices: Choices,
     first_query: Array | None,
-    block: int,
+    block: int | None,
     smallest: int,
 ) -> Array:
-    """Attends in one row: query ``[T, K, G, D]``, output ``[T, K, G, V]``."""
-    length, key_length = len(query), len(key)
+    """Attends in one row: query ``[T, K, G, D]``, output ``[T, K, G, V]``.
+
+    Without a `block` size all queries are one block.
+    """
+    length, key_length = query.shape[0], key.shape[0]
     # Heads in front: products and their gradients run several times faster than across heads.
     query = jnp.transpose(query, (1, 2, 0, 3))
     key, value = jnp.swapaxes(key, 0, 1), jnp.swapaxes(value, 0, 1)
+    if block is None:
+        position = 0 if first_query is None else first_query
+        whole = functools.partial(_attend_block, queries=length, keys=key_length, choices=choices)
+        out = jax.checkpoint(whole)(query, key, value, extras, 0, position)
+        return jnp.transpose(out, (2, 0, 1, 3))
     aligned = choices.causal and first_query is None
     stages = max(1, min(_MOST_STAGES, length // smallest)) if aligned else 1
     size = max(1, math.ceil(length / stages))

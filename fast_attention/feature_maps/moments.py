@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import export
 
 from fast_attention.array_types import Array, Bool, Float
 from fast_attention.dtypes import at_least_float32
@@ -72,7 +73,11 @@ def measure(
         if mask is not None:
             shape = (*batch_shape, *mask.shape[-2:])
             visible = jnp.broadcast_to(mask, shape).reshape(batch, *mask.shape[-2:])
-        if most is not None and most < x.shape[1]:
+        if most is not None and export.is_symbolic_dim(x.shape[1]):
+            # Whether there are more is known only when the program runs.
+            visible = jnp.ones((batch, x.shape[1], 1), bool) if visible is None else visible
+            x, visible = spread_out(x, visible, most)
+        elif most is not None and most < x.shape[1]:
             x, visible = spread_out(x, visible, most)
         spread = _spread(x, visible, pooled)
         sides.append(

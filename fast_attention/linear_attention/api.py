@@ -15,6 +15,7 @@ from fast_attention.linear_attention.inputs import Inputs, Plan, SavedStates
 from fast_attention.linear_attention.prepare import prepare
 from fast_attention.linear_attention.segments import attend_within_segments
 from fast_attention.linear_attention.state import LinearAttentionState
+from fast_attention.linear_attention.symbolic import is_symbolic, pad_symbolic
 from fast_attention.manual_axes import vary_alike
 
 Implementation = Callable[[Plan, Inputs], Any]
@@ -216,7 +217,11 @@ def attend(
         initial_state=initial_state,
     )
     batch_shape = query.shape[:-3]
+    length = inputs.query.shape[1]
+    inputs = pad_symbolic(plan, inputs)
     attended = _compiled(plan, vary_alike(inputs), implementation_names(implementation))
+    if is_symbolic(length):
+        attended = (jax.tree.map(lambda x: x[:, :length], attended[0]), attended[1])
     out, state = jax.tree.map(lambda x: x.reshape(*batch_shape, *x.shape[1:]), attended)
     if initial_state is not None:
         state = jax.tree.map(lambda x: x.astype(initial_state.kv.dtype), state)

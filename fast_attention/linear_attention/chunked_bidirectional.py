@@ -25,6 +25,7 @@ from fast_attention.linear_attention.outputs import empty_output, parts_gradient
 from fast_attention.linear_attention.products import einsum_of, sums
 from fast_attention.linear_attention.slices import key_features, query_features
 from fast_attention.linear_attention.state import LinearAttentionState
+from fast_attention.linear_attention.symbolic import smaller
 
 
 class _Kept(NamedTuple):
@@ -44,7 +45,7 @@ def forward(plan: Plan, inputs: Inputs, *, save: bool):
         keys, value, _ = key_features(plan, inputs, start, size)
         return next_state(state, absorb_keys(state, keys), value, einsum), None
 
-    state, _ = scan_chunks(absorb, inputs.state, keys_length, min(chunk, keys_length), unroll)
+    state, _ = scan_chunks(absorb, inputs.state, keys_length, smaller(chunk, keys_length), unroll)
 
     def read(out, start, size):
         queries, _ = query_features(plan, inputs, start, size)
@@ -58,7 +59,7 @@ def forward(plan: Plan, inputs: Inputs, *, save: bool):
         read,
         empty_output(plan, inputs),
         queries_length,
-        min(chunk, queries_length),
+        smaller(chunk, queries_length),
         unroll,
     )
     return (out, state), (inputs, out, state, kept)
@@ -90,7 +91,7 @@ def backward(plan: Plan, residuals: Any, cotangents: Any) -> Inputs:
 
     carry = (d_state.kv, d_state.k_sum, buffers)
     d_kv, d_k_sum, grads = scan_chunks_back(
-        read, carry, kept, queries_length, min(chunk, queries_length), unroll
+        read, carry, kept, queries_length, smaller(chunk, queries_length), unroll
     )
 
     def absorb(grads, start, size, _):
@@ -101,7 +102,7 @@ def backward(plan: Plan, residuals: Any, cotangents: Any) -> Inputs:
         return add_key_gradient(grads, pull_keys(d_keys, d_value), start)
 
     grads = scan_chunks_back(
-        absorb, grads, (None, None), keys_length, min(chunk, keys_length), unroll
+        absorb, grads, (None, None), keys_length, smaller(chunk, keys_length), unroll
     )
     if state.log_scale is not None:
         decay = jnp.exp(inputs.state.log_scale - state.log_scale)

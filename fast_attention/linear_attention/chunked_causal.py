@@ -30,6 +30,7 @@ from fast_attention.linear_attention.outputs import empty_output, parts_gradient
 from fast_attention.linear_attention.products import einsum_of
 from fast_attention.linear_attention.slices import causal_sight, key_features, query_features
 from fast_attention.linear_attention.state import LinearAttentionState
+from fast_attention.linear_attention.symbolic import is_symbolic, smaller
 
 # Up to this many chunks all states are kept unless the caller says otherwise.
 FEW_CHUNKS = 64
@@ -132,7 +133,7 @@ def _sizes(plan: Plan, inputs: Inputs) -> tuple[int, int, int, int]:
     """Returns length, chunk size, positions in a group (0: all states are kept), and unroll."""
     length = inputs.query.shape[1]
     size, unroll = planned_chunk(plan, inputs)
-    size = min(size, length)
+    size = smaller(size, length)
     return length, size, group_length(plan, length, size), unroll
 
 
@@ -149,6 +150,8 @@ def pass_chunk(
 
 def group_length(plan: Plan, length: int, size: int) -> int:
     """Returns the positions in a group of chunks; 0 where all states are kept."""
+    if is_symbolic(length):
+        return 0
     count = length // size if size else 0
     few = plan.saved_states == "few" or (plan.saved_states is None and count > FEW_CHUNKS)
     if not few or count < 2:
