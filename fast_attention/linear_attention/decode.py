@@ -174,7 +174,5 @@ def step_parts(
     denominator = row_sum(read.features * new.k_sum[..., None, :])
     parts = Parts(numerator, denominator, read.row_max)
     parts = jax.tree.map(lambda x: x.reshape(*batch_shape, heads, *x.shape[3:]), parts)
-    new = jax.tree.map(
-        lambda x: x.astype(state.kv.dtype).reshape(*batch_shape, *x.shape[1:]), new
-    )
+    new = jax.tree.map(lambda x: x.astype(state.kv.dtype).reshape(*batch_shape, *x.shape[1:]), new)
     return parts, new
