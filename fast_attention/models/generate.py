@@ -64,10 +64,10 @@ def generate(
     max_new_tokens: int,
     min_new_tokens: int = 0,
     prompt_mask: Bool[Array, "B P"] | None = None,
-    temperature: float = 1.0,
+    temperature: float | Array = 1.0,
     top_k: int | None = None,
-    top_p: float | None = None,
-    repetition_penalty: float = 1.0,
+    top_p: float | Array | None = None,
+    repetition_penalty: float | Array = 1.0,
     repetition_window: int | None = None,
     eos_token: int | None = None,
     pad_token: int | None = None,
@@ -80,7 +80,8 @@ def generate(
     Logits are divided by the temperature, forbidden tokens removed, the repetition penalty, top-k
     and top-p applied, in this order; then a token is drawn. With the recurrent state of linear
     attention a token costs the same however long the text. The program is compiled once for
-    each shape of prompt and set of options; numbers such as the temperature may change freely.
+    each shape of prompt and set of options; the temperature, ``top_p`` and the penalty may change
+    freely. Under ``jax.jit`` these three may be traced, and are then not checked.
 
     Args:
       model: A causal `LanguageModel`.
@@ -125,14 +126,15 @@ def generate(
     window = length + max_new_tokens
     if repetition_window is not None:
         window = min(window, repetition_window)
+    has_penalty = isinstance(repetition_penalty, Tracer) or repetition_penalty != 1
     pad = pad_token if pad_token is not None else eos_token
     options = _Options(
         max_new_tokens=max_new_tokens,
         top_k=top_k,
-        has_top_p=top_p is not None and top_p < 1,
-        has_penalty=repetition_penalty != 1,
+        has_top_p=top_p is not None and (isinstance(top_p, Tracer) or top_p < 1),
+        has_penalty=has_penalty,
         has_minimum=has_minimum,
-        window=window if repetition_penalty != 1 else 0,
+        window=window if has_penalty else 0,
         eos_token=eos_token,
         pad_token=0 if pad is None else pad,
         forbidden_tokens=tuple(sorted(set(forbidden_tokens))),
@@ -284,21 +286,21 @@ def _check(
 
 
 def _check_filters(
-    temperature: float,
+    temperature: float | Array,
     top_k: int | None,
-    top_p: float | None,
-    repetition_penalty: float,
+    top_p: float | Array | None,
+    repetition_penalty: float | Array,
     forbidden_tokens: Collection[int],
     model: LanguageModel,
 ) -> None:
     """Checks numbers that the program takes as arrays, and that the samplers cannot."""
-    if not temperature >= 0:
+    if not isinstance(temperature, Tracer) and not temperature >= 0:
         raise ValueError(f"temperature must be 0 or more, got {temperature}.")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, or None for all tokens, got {top_k}.")
-    if top_p is not None and not 0 < top_p <= 1:
+    if top_p is not None and not isinstance(top_p, Tracer) and not 0 < top_p <= 1:
         raise ValueError(f"top_p is the probability to keep, in (0, 1], got {top_p}.")
-    if not repetition_penalty > 0:
+    if not isinstance(repetition_penalty, Tracer) and not repetition_penalty > 0:
         raise ValueError(f"repetition_penalty must be positive, got {repetition_penalty}.")
     size = model.config.vocab_size
     if any(not 0 <= t < size for t in forbidden_tokens) or len(set(forbidden_tokens)) >= size:

@@ -165,6 +165,13 @@ def test_new_numbers_and_keys_compile_nothing(monkeypatch):
     assert np.any(first != other)
 
 
+def test_numbers_may_be_traced():
+    numbers = {"temperature": 0.7, "top_p": 0.8, "repetition_penalty": 1.3}
+    options = {"max_new_tokens": 3, "prompt_mask": MASK, "key": KEY}
+    traced = jax.jit(lambda x: generate(build(), jnp.asarray(PADDED), **options, **x))(numbers)
+    np.testing.assert_array_equal(traced, run(max_new_tokens=3, **numbers))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
