@@ -302,7 +302,7 @@ class FlaxModel:
                 corpus,
                 self.domain,
                 length=int(corpus.lengths.max()),
-                batch_size=batch_size or self.batch_size,
+                batch_size=self.batch_size if batch_size is None else batch_size,
                 objective=self.objective,
                 seed=seed,
                 masking=self.masking,
@@ -394,7 +394,7 @@ class FlaxModel:
             self.domain,
             objective=self.objective,
             masking=self.masking,
-            batch_size=batch_size or self.batch_size,
+            batch_size=self.batch_size if batch_size is None else batch_size,
             seed=self.random_seed + int(self.state.step),
             **options,
         )

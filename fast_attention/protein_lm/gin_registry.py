@@ -12,7 +12,7 @@ import gin
 
 from fast_attention import gin_bindings as gin_bindings
 from fast_attention.meshes import make_mesh
-from fast_attention.protein_lm import domains, models, optimizer, train
+from fast_attention.protein_lm import domains, models, optimizer, ranges, train
 
 # What holds unless a configuration says otherwise.
 _DEFAULTS = """
@@ -48,7 +48,8 @@ def configure(files: Sequence[str | Path] = (), bindings: Sequence[str] = ()) ->
     Raises:
       OSError: If a file cannot be read.
       SyntaxError: If a line is not gin.
-      ValueError: If a name or a parameter is unknown, or a file includes itself.
+      ValueError: If a name or a parameter is unknown, a number is out of its range, or a file
+        includes itself.
     """
     register()
     gin.clear_config()
@@ -56,6 +57,18 @@ def configure(files: Sequence[str | Path] = (), bindings: Sequence[str] = ()) ->
     for file in files:
         _parse_file(Path(file), ())
     gin.parse_config_files_and_bindings([], list(bindings))
+    _check_numbers()
+
+
+def _check_numbers() -> None:
+    """Raises ValueError, which names the setting, at a number out of its range."""
+    for configurable, settings in ranges.SETTINGS.items():
+        bound = gin.get_bindings(configurable, resolve_references=False)
+        for name in bound.keys() & settings.keys():
+            value = bound[name]
+            # What a reference stands for is checked where it is used.
+            if value is not None and not isinstance(value, gin.config.ConfigurableReference):
+                ranges.check(f"{configurable}.{name}", value, settings[name])
 
 
 def make_model(files: Sequence[str | Path]) -> models.FlaxModel:

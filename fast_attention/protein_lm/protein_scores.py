@@ -71,7 +71,7 @@ def score_proteins(
             corpus,
             model.domain,
             length=length,
-            batch_size=batch_size or model.batch_size,
+            batch_size=model.batch_size if batch_size is None else batch_size,
             objective=model.objective,
             seed=seed,
             masking=model.masking,

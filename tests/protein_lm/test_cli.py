@@ -113,7 +113,7 @@ def test_a_missing_gin_file_is_named(tmp_path, capsys):
         ("experiment.max_train_step = 2", "max_train_step"),
         ("FlaxModel.num_layers == 2", ""),
         ("create_learning_rate_scheduler.factors = 'constnat'", "constnat"),
-        ("experiment.max_train_steps = 0", "positive"),
+        ("experiment.max_train_steps = 0", "a whole number from 1 to"),
         ("experiment.max_train_length = 65", "make_protein_domain.length"),
         ("FlaxModel.num_layers = 0", "num_layers"),
     ],

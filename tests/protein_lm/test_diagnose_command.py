@@ -106,7 +106,6 @@ def test_exact_attention_has_no_error_and_is_told_what_to_ask():
         (["--estimator=best"], "wderf_s"),
         (["--layer=9"], "layers 1 to 1"),
         (["--output=figures.txt"], ".json"),
-        (["--target_error=0"], "above 0"),
         (["--output=missing/figures.tsv"], "folder does not exist"),
     ],
 )

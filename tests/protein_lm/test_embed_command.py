@@ -90,5 +90,5 @@ def test_bad_options_are_told(lm_run, fasta, tmp_path, capsys):
     assert "0 (the embedding of the tokens) .. 1" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run(lm_run, fasta, tmp_path / "v.npz", "--layers=first")
-    assert "a number or 'last'" in capsys.readouterr().err
+    assert "expected 'last' or a whole number from" in capsys.readouterr().err
     assert not list(tmp_path.glob("v.*"))

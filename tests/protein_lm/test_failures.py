@@ -21,8 +21,14 @@ from fast_attention.protein_lm.failures import describe_failure
         ("include 'nope.gin'", r"nope\.gin.*a\.gin\", line 1"),
         ("import nope_module", r"nope_module.*a\.gin\", line 1.*pip install"),
         ("FlaxModel.num_layers = %NOPE", r"NOPE"),
-        ("FlaxModel.num_layers = 'a'", r"settings of FlaxModel"),
-        ("experiment.batch_size_per_device = -1", r"batch_size must be at least 1, but got -1\.$"),
+        (
+            "FlaxModel.num_layers = 'a'",
+            r"^FlaxModel.num_layers must be a whole number .*, but got 'a'",
+        ),
+        (
+            "experiment.batch_size_per_device = -1",
+            r"_per_device must be a whole number .*, but got -1$",
+        ),
         ("experiment.on_error = 'ignore'", r"on_error must be .*'skip'.*'ignore'"),
     ],
 )

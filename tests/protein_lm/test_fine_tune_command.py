@@ -104,7 +104,6 @@ def test_classes_by_id_with_adapters_in_a_whole_model(
     [
         (["--label_column=tm"], "no column 'tm'"),
         (["--label_column=kind"], "no finite number"),
-        (["--method=lora", "--rank=0"], "rank must be at least 1"),
         (["--epochs=3"], "--epochs needs --method"),
         (["--method=full", "--rank=3"], "--rank needs --method=lora"),
         (["--balanced"], "--balanced needs --task=classification"),

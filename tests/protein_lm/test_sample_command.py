@@ -52,7 +52,6 @@ def test_hidden_residues_are_filled_in(bert_run, tmp_path, capsys):
     [
         ("--rounds=2", "--rounds has no meaning without --infill"),
         ("--infill=M*K", "sees only what stands before"),
-        ("--temperature=-1", "temperature"),
         ("--prompt=MKJ", "'J'"),
         ("--prompt_fasta=absent.fasta", "absent.fasta"),
     ],

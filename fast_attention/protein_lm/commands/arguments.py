@@ -5,11 +5,25 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from fast_attention.protein_lm import ranges
 from fast_attention.protein_lm.fasta_parser import LONGEST_PROTEIN
+from fast_attention.protein_lm.ranges import Range
 from fast_attention.protein_lm.skipped_records import SkippedRecords, list_skipped
+
+
+def number(allowed: Range) -> Callable[[str], float]:
+    """The ``type`` of an option that takes a number of a range."""
+
+    def parse(text: str) -> float:
+        try:
+            return allowed.parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parse
 
 
 def add_run_dir(parser: argparse.ArgumentParser) -> None:
@@ -130,22 +144,27 @@ def input_files(options: argparse.Namespace) -> Iterator[str | Path]:
 
 def add_token_budget(parser: argparse.ArgumentParser) -> None:
     """Adds ``--tokens_per_batch`` and ``--max_length``."""
-    parser.add_argument(
-        "--tokens_per_batch",
-        type=int,
-        default=16384,
-        metavar="N",
-        help="residues that are computed at a time; less needs less memory (default: 16384)",
-    )
+    add_tokens_per_batch(parser)
     parser.add_argument(
         "--max_length",
-        type=int,
+        type=number(ranges.LENGTH),
         metavar="N",
         help="use the first N residues of a longer protein (default: proteins are read whole, and "
         f"one of more than {LONGEST_PROTEIN:,} residues is refused)",
     )
 
 
+def add_tokens_per_batch(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--tokens_per_batch``."""
+    parser.add_argument(
+        "--tokens_per_batch",
+        type=number(ranges.TOKENS_PER_BATCH),
+        default=16384,
+        metavar="N",
+        help="residues that are computed at a time; less needs less memory (default: 16384)",
+    )
+
+
 def add_seed(parser: argparse.ArgumentParser, meaning: str) -> None:
     """Adds ``--seed``."""
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help=meaning)
+    parser.add_argument("--seed", type=number(ranges.SEED), default=0, metavar="N", help=meaning)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from fast_attention.protein_lm import ranges
 from fast_attention.protein_lm.commands import arguments
 
 if TYPE_CHECKING:
@@ -35,14 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_on_error(parser)
     parser.add_argument(
         "--max_proteins",
-        type=_positive,
+        type=arguments.number(ranges.COUNT),
         default=32,
         metavar="N",
         help="look at N proteins, spread evenly over the files (default: 32)",
     )
     parser.add_argument(
         "--max_length",
-        type=_positive,
+        type=arguments.number(ranges.LENGTH),
         default=512,
         metavar="N",
         help="use the first N residues of a longer protein: exact attention, which is computed "
@@ -56,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--nb_features",
-        type=_positive,
+        type=arguments.number(ranges.FEATURES),
         metavar="M",
         help="how many of these features (default, with one of the others: 256)",
     )
@@ -68,13 +69,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--exact_window",
-        type=_positive,
+        type=arguments.number(ranges.LENGTH),
         metavar="W",
         help="compute residues this near exactly, and only the others by features (default: none)",
     )
     parser.add_argument(
         "--target_error",
-        type=float,
+        type=arguments.number(ranges.ERROR),
         metavar="X",
         help="also say how many such features each layer needs for a relative error of its "
         "attention matrix of at most X, such as 0.3",
@@ -93,29 +94,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--layer",
-        type=_positive,
+        type=arguments.number(ranges.HEAD),
         default=1,
         metavar="N",
         help="whose matrices --plot draws (default: 1)",
     )
     parser.add_argument(
         "--head",
-        type=_positive,
+        type=arguments.number(ranges.HEAD),
         default=1,
         metavar="N",
         help="of that layer (default: 1)",
     )
     arguments.add_seed(parser, "which features are drawn (default: 0)")
-
-
-def _positive(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
-    return number
 
 
 def run(options: argparse.Namespace) -> None:
@@ -189,8 +180,6 @@ def _features(options: argparse.Namespace) -> diagnosis.Features | None:
 
     named = ("estimator", "nb_features", "projection", "exact_window")
     given = {name: getattr(options, name) for name in named if getattr(options, name) is not None}
-    if options.target_error is not None and not options.target_error > 0:
-        raise ValueError(f"--target_error must be above 0, got {options.target_error}")
     if not given and options.target_error is None:
         return None
     features = diagnosis.Features(**given)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 
+from fast_attention.protein_lm import ranges
 from fast_attention.protein_lm.commands import arguments, progress
 
 SUMMARY = "turn proteins into vectors"
@@ -54,13 +55,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_token_budget(parser)
 
 
-def _layer(text: str) -> int | str:
+def _layer(text: str) -> float | str:
     if text == "last":
         return text
     try:
-        return int(text)
+        return ranges.LAYER.parse(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a number or 'last', got {text!r}") from None
+        raise argparse.ArgumentTypeError(
+            f"expected 'last' or {ranges.LAYER}, got {text[:80]!r}"
+        ) from None
 
 
 def run(options: argparse.Namespace) -> None:

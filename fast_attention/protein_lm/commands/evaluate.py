@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from fast_attention.protein_lm import ranges
 from fast_attention.protein_lm.commands import arguments
 
 SUMMARY = "say how well a trained model predicts proteins"
@@ -43,12 +44,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "each family (default: the components of --split_file)",
     )
     parser.add_argument(
-        "--batch_size", type=int, metavar="N", help="proteins at a time; less needs less memory"
+        "--batch_size",
+        type=arguments.number(ranges.BATCH_SIZE),
+        metavar="N",
+        help="proteins at a time; less needs less memory",
     )
     arguments.add_seed(parser, "which residues FlaxBERT is asked for (default: 0)")
     parser.add_argument(
         "--num_seeds",
-        type=int,
+        type=arguments.number(ranges.SEEDS),
         default=1,
         metavar="N",
         help="ask FlaxBERT N times, for other residues each time (default: 1)",
@@ -63,6 +67,8 @@ def run(options: argparse.Namespace) -> None:
     from fast_attention.protein_lm.run_folder import RunFolder
     from fast_attention.protein_lm.tables import write_table
 
+    last = options.seed + options.num_seeds - 1
+    ranges.check("--seed plus --num_seeds minus 1", last, ranges.SEED)
     if options.output is None and Path(options.run_dir).is_dir():
         options.output = str(RunFolder(Path(options.run_dir)).evaluation)
     arguments.check_files(options, "output", "per_protein", "skipped_list")

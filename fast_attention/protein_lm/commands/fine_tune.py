@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from fast_attention.protein_lm import ranges
 from fast_attention.protein_lm.commands import arguments
 
 SUMMARY = "teach a trained model a property of proteins, or a family"
@@ -66,13 +67,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     table.add_argument(
         "--test_share",
-        type=float,
+        type=arguments.number(ranges.SHARE),
         metavar="X",
         help="the share held out for the report, without a split column (default: 0.2)",
     )
     table.add_argument(
         "--valid_share",
-        type=float,
+        type=arguments.number(ranges.SHARE),
         metavar="X",
         help="the share of the rest that decides when to stop (default: 0.1)",
     )
@@ -82,15 +83,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="let classes count equally, however many proteins they have",
     )
-    table.add_argument("--rank", type=int, metavar="R", help="of lora (default: 8)")
+    table.add_argument(
+        "--rank", type=arguments.number(ranges.RANK), metavar="R", help="of lora (default: 8)"
+    )
     table.add_argument(
         "--patience",
-        type=int,
+        type=arguments.number(ranges.EPOCHS),
         metavar="N",
         help="epochs without improvement after which to stop (default: 3)",
     )
     table.add_argument(
-        "--max_length", type=int, metavar="N", help="use the first N residues of longer proteins"
+        "--max_length",
+        type=arguments.number(ranges.LENGTH),
+        metavar="N",
+        help="use the first N residues of longer proteins",
     )
     table.add_argument(
         "--whole_model",
@@ -113,14 +119,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="without --table: proteins to validate and to evaluate on; may be repeated",
     )
     both.add_argument(
-        "--epochs", type=int, metavar="N", help="passes through the proteins (default: 20, or 10)"
+        "--epochs",
+        type=arguments.number(ranges.EPOCHS),
+        metavar="N",
+        help="passes through the proteins (default: 20, or 10)",
     )
     both.add_argument(
-        "--batch_size", type=int, metavar="N", help="proteins at a time (default: 16, or the run's)"
+        "--batch_size",
+        type=arguments.number(ranges.BATCH_SIZE),
+        metavar="N",
+        help="proteins at a time (default: 16, or the run's)",
     )
     both.add_argument(
         "--learning_rate",
-        type=float,
+        type=arguments.number(ranges.LEARNING_RATE),
         metavar="X",
         help="the highest (default: 1e-3 for lora, else 1e-4)",
     )

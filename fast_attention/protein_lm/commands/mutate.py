@@ -68,13 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a picture (PNG) of the effects of single substitutions in one protein",
     )
-    parser.add_argument(
-        "--tokens_per_batch",
-        type=int,
-        default=16384,
-        metavar="N",
-        help="residues that are computed at a time; less needs less memory (default: 16384)",
-    )
+    arguments.add_tokens_per_batch(parser)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fast_attention.protein_lm import ranges
 from fast_attention.protein_lm.commands import arguments
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_run_dir(parser)
     parser.add_argument(
         "--num_samples",
-        type=int,
+        type=arguments.number(ranges.COUNT),
         metavar="N",
         help="how many proteins, of each prompt or for each protein to fill in (default: 10, and "
         "1 with --infill)",
@@ -66,51 +67,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--rounds",
-        type=int,
+        type=arguments.number(ranges.COUNT),
         metavar="N",
         help="with --infill: fill in the hidden residues in N rounds, those the model is surest of "
         "first (default: one residue a round, the most careful and the slowest)",
     )
     parser.add_argument(
         "--temperature",
-        type=float,
+        type=arguments.number(ranges.TEMPERATURE),
         default=1.0,
         metavar="T",
         help="below 1 more typical proteins, above 1 more unusual ones, 0 always the most probable "
         "residue (default: 1)",
     )
     parser.add_argument(
-        "--top_k", type=int, metavar="K", help="draw among the K most probable residues only"
+        "--top_k",
+        type=arguments.number(ranges.COUNT),
+        metavar="K",
+        help="draw among the K most probable residues only",
     )
     parser.add_argument(
         "--top_p",
-        type=float,
+        type=arguments.number(ranges.PROBABILITY),
         metavar="P",
         help="draw among the fewest residues that together have probability P",
     )
     parser.add_argument(
         "--repetition_penalty",
-        type=float,
+        type=arguments.number(ranges.PENALTY),
         default=_WRITING["repetition_penalty"],
         metavar="R",
         help="above 1, such as 1.2, makes residues that occurred lately less probable (default: 1)",
     )
     parser.add_argument(
         "--repetition_window",
-        type=int,
+        type=arguments.number(ranges.COUNT),
         metavar="N",
         help="how many residues back that looks (default: all)",
     )
     parser.add_argument(
         "--min_length",
-        type=int,
+        type=arguments.number(ranges.LENGTH),
         default=_WRITING["min_length"],
         metavar="N",
         help="least residues of a protein, the prompt included (default: 1)",
     )
     parser.add_argument(
         "--max_length",
-        type=int,
+        type=arguments.number(ranges.LENGTH),
         metavar="N",
         help="most residues of a protein, the prompt included (default: the model's limit)",
     )
@@ -129,6 +133,11 @@ def run(options: argparse.Namespace) -> None:
     from fast_attention.protein_lm.output_files import status_stream
 
     arguments.check_files(options, "output")
+    if options.max_length is not None and options.min_length > options.max_length:
+        raise ValueError(
+            f"--min_length={options.min_length} is more than --max_length={options.max_length}: "
+            "lower the first, or raise the second"
+        )
     unused = _WRITING if options.infill else _FILLING
     for name, default in unused.items():
         if getattr(options, name) != default:

@@ -6,6 +6,7 @@ import argparse
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+from fast_attention.protein_lm import ranges
 from fast_attention.protein_lm.commands import arguments
 
 SUMMARY = "train a model, or resume its training"
@@ -56,12 +57,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         parser.add_argument(flag, action="append", metavar="PATH", help=meaning)
     arguments.add_on_error_choice(parser, None)
-    for flag, meaning in (
-        ("--steps", "training steps after which to end"),
-        ("--epochs", "passes through the proteins after which to end, if that comes first"),
-        ("--batch_size", "rows of a batch on each device; less needs less memory"),
+    for flag, allowed, meaning in (
+        ("--steps", ranges.COUNT, "training steps after which to end"),
+        (
+            "--epochs",
+            ranges.EPOCHS,
+            "passes through the proteins after which to end, if that comes first",
+        ),
+        (
+            "--batch_size",
+            ranges.BATCH_SIZE,
+            "rows of a batch on each device; less needs less memory",
+        ),
     ):
-        parser.add_argument(flag, type=int, metavar="N", help=f"{meaning} (default: the settings')")
+        parser.add_argument(
+            flag,
+            type=arguments.number(allowed),
+            metavar="N",
+            help=f"{meaning} (default: the settings')",
+        )
     group = parser.add_argument_group(
         "several processes",
         "Start the same command on every machine, all of which must see the same --work_dir.",
@@ -76,11 +90,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="HOST:PORT",
         help="join without such help: the machine of process 0, and a free port there",
     )
-    group.add_argument("--num_processes", type=int, metavar="N", help="how many there are")
-    group.add_argument("--process_id", type=int, metavar="I", help="which this one is, from 0 on")
+    group.add_argument(
+        "--num_processes",
+        type=arguments.number(ranges.PROCESSES),
+        metavar="N",
+        help="how many there are",
+    )
+    group.add_argument(
+        "--process_id",
+        type=arguments.number(ranges.PROCESS),
+        metavar="I",
+        help="which this one is, from 0 on",
+    )
     group.add_argument(
         "--join_timeout",
-        type=int,
+        type=arguments.number(ranges.SECONDS),
         default=300,
         metavar="SECONDS",
         help="in which all processes must have come (default: 300)",
@@ -148,7 +172,7 @@ def read_weights(given: list[str]) -> list[str] | dict[str, float]:
       The files where there is no weight, else a dict from all files to weights, 1 by default.
 
     Raises:
-      ValueError: If a file with weights was given twice.
+      ValueError: If a file with weights was given twice, or a weight is out of its range.
     """
     found: list[tuple[str, str]] = []
     for text in given:
@@ -158,6 +182,8 @@ def read_weights(given: list[str]) -> list[str] | dict[str, float]:
     if not any(number for _, number in found):
         return given
     weights = {name: float(number or 1) for name, number in found}
+    for name, weight in weights.items():
+        ranges.check(f"the weight of --fasta={name}", weight, ranges.WEIGHT)
     if len(weights) < len(found):
         raise ValueError(f"with weights, each file can be given once; got --fasta {given}")
     return weights
