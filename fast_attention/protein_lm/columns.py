@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from fast_attention.protein_lm.fasta_parser import CONTROLS
 from fast_attention.protein_lm.machine_failures import machine_failure
 from fast_attention.protein_lm.run_folder import RunError
 
@@ -69,6 +70,18 @@ def read_columns(
             )
     places = {name: names.index(name) for name in wanted}
     return {name: [row[place] for _, row in numbered[1:]] for name, place in places.items()}
+
+
+def check_name(text: str) -> str:
+    """Returns a name (an id, a label, a group) that fits in one cell of any table.
+
+    Raises:
+      ValueError: If it has a tab, a line end or another control character.
+    """
+    control = next((letter for letter in text if ord(letter) in CONTROLS), None)
+    if control is not None:
+        raise ValueError(f"{text[:80]!r} has the control character {control!r}: replace it")
+    return text
 
 
 def _read(path: Path) -> str:

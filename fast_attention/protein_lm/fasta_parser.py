@@ -27,7 +27,7 @@ MAX_HEADER = 1_000_000
 _BLANKS = b" \t\n\v\f"
 _LETTERS = string.ascii_letters.encode()
 # Controls and line ends of Unicode: they would break tables and terminals that show a header.
-_CONTROLS = dict.fromkeys([*range(32), *range(127, 160), 0x2028, 0x2029], " ")
+CONTROLS = dict.fromkeys([*range(32), *range(127, 160), 0x2028, 0x2029], " ")
 
 
 class FastaRecord(NamedTuple):
@@ -63,7 +63,7 @@ class BadRecord(NamedTuple):
 def split_header(header: str) -> tuple[str, str]:
     """Id and description of a header, without its ``>``. Control characters count as blanks."""
     if not header.isprintable():
-        header = header.translate(_CONTROLS)
+        header = header.translate(CONTROLS)
     name, _, description = " ".join(header.split(None, 1)).rstrip().partition(" ")
     return name, description
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fast_attention.protein_lm.columns import read_columns
+from fast_attention.protein_lm.columns import check_name, read_columns
 from fast_attention.protein_lm.run_folder import RunError
 
 _TOLD = 5
@@ -70,6 +70,11 @@ def read_groups(
     else:
         columns = read_columns(path, [key, value])
         keys, values = columns[key], columns[value]
+    for row, label in enumerate(values, 1):
+        try:
+            check_name(label)
+        except ValueError as error:
+            raise RunError(f"{path}, row {row}: the {name} {error}") from None
     known = dict(zip(keys, values, strict=True))
     found = [known.get(protein, known.get(accession(protein))) for protein in ids]
     missing = [protein for protein, label in zip(ids, found, strict=True) if label is None]

@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fast_attention.protein_lm.columns import read_columns
+from fast_attention.protein_lm.columns import check_name, read_columns
 from fast_attention.protein_lm.fasta import PROTEIN_LETTERS
+from fast_attention.protein_lm.output_files import printable
 from fast_attention.protein_lm.run_folder import RunError
 
 TASKS = ("regression", "classification")
@@ -92,10 +93,14 @@ def read_labelled(
                 if sequences is not None
                 else (table[sequence_column][row])
             )
-            found.append(_clean(residues, on_error, alphabet))
+            residues = _clean(residues, on_error, alphabet)
+            for name in (id_column, label_column, group_column):
+                if name in table:
+                    check_name(table[name][row])
+            found.append(residues)
             kept.append(row)
         except ValueError as error:
-            told = f"row {row + 1} ({ids[row]}): {error}"
+            told = f"row {row + 1} ({printable(ids[row][:80])}): {error}"
             if on_error != "skip":
                 raise RunError(
                     f"{path}, {told}; correct the row, or leave such rows out with on_error=skip"

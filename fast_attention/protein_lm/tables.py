@@ -7,8 +7,8 @@ fewest digits that read back as the same number; ``nan`` stands for a missing on
 UTF-8 cannot encode (surrogates) are written with a backslash. Python, pandas and R read it with
 
   csv.DictReader(open(path, newline="", encoding="utf-8"), delimiter="<tab>")
-  pandas.read_csv(path, sep="<tab>", dtype={"id": str}, keep_default_na=False, na_values=["nan"],
-                  float_precision="round_trip")
+  pandas.read_csv(path, sep="<tab>", dtype={"id": str}, keep_default_na=False,
+                  na_values={"perplexity": ["nan"]})
   read.delim(path, colClasses=c(id="character"), na.strings=character(), check.names=FALSE)
 
 Where the type of ``id`` is not given, the last two take ``007`` for a number and ``NA`` for none.

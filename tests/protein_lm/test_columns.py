@@ -4,7 +4,6 @@ import pytest
 
 from fast_attention.protein_lm.columns import read_columns
 from fast_attention.protein_lm.run_folder import RunError
-from fast_attention.protein_lm.tables import write_table
 
 
 @pytest.mark.parametrize(
@@ -25,12 +24,6 @@ def test_csv_and_tsv_are_told_apart(tmp_path, content):
         "y": ["1", "2"],
     }
     assert list(read_columns(path)) == ["id", "sequence", "y"]
-
-
-def test_what_is_written_is_read(tmp_path):
-    path = tmp_path / "table"
-    write_table(path, {"id": ["a", "b"], "y": [0.5, 1e-9]}, default=".tsv")
-    assert read_columns(path) == {"id": ["a", "b"], "y": ["0.5", "1e-09"]}
 
 
 @pytest.mark.parametrize(

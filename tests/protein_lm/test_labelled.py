@@ -1,3 +1,5 @@
+import csv
+
 import numpy as np
 import pytest
 
@@ -91,3 +93,19 @@ def test_too_few_are_told():
         choose_parts(9, None, ["one family"] * 9, **SHARES)
     with pytest.raises(RunError, match="0 proteins to train on"):
         choose_parts(9, ["test"] * 9, None, **SHARES)
+
+
+@pytest.mark.parametrize("column", ["id", "label", "family"])
+@pytest.mark.parametrize("control", ["\t", "\n", "\r", "\0"], ids=ascii)
+def test_names_that_break_tables_are_refused_or_left_out(tmp_path, column, control):
+    rows = [{"id": f"p{row}", "sequence": "MK", "label": "x", "family": "f"} for row in range(3)]
+    rows[1][column] = f"a{control}b"
+    path = tmp_path / "t.csv"
+    with path.open("w", newline="") as lines:
+        writer = csv.DictWriter(lines, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    with pytest.raises(RunError, match=r"row 2 .*has the control character"):
+        read_labelled(path, group_column="family")
+    found = read_labelled(path, group_column="family", on_error="skip")
+    assert found.ids == ["p0", "p2"] and len(found.left_out) == 1
