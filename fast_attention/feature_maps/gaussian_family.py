@@ -42,6 +42,7 @@ import jax
 import jax.numpy as jnp
 
 from fast_attention.array_types import Array, Float
+from fast_attention.feature_maps.decompositions import cholesky, eigh, invert_lower
 from fast_attention.feature_maps.moments import Moments
 from fast_attention.feature_maps.shrinkage import (
     best_curvature,
@@ -59,8 +60,11 @@ TUNED_ESTIMATORS: tuple[str, ...] = (
 )
 """Names of the estimators with parameters from data."""
 
-# Added to second moments of trace D, so that each has an inverse.
+# Added to second moments of trace D, so that each has an inverse: this much, and this many rounding
+# errors of the largest entries. Fewer positions than D leave a matrix without one, and rounding
+# makes it negative in some directions.
 RIDGE = 1e-6
+RIDGE_ROUNDINGS = 16
 # Queries that hardly differ are given this share of the keys' mean square at least, and vice versa.
 SMALLEST_SHARE = 1e-6
 SMALLEST_SQUARE = 1e-12
@@ -167,21 +171,20 @@ def balance(second_x: Array, second_y: Array) -> tuple[Array, Array, Array, Arra
     eye = jnp.eye(width, dtype=second_x.dtype)
     square_x, square_y = _mean_squares(second_x, second_y)
 
-    def root(second: Array, square: Array) -> Array:
+    def positive(second: Array, square: Array) -> Array:
         unit = second / square[..., None, None]
-        return jnp.linalg.cholesky(unit + RIDGE * jnp.broadcast_to(eye, unit.shape))
+        largest = jnp.sqrt(jnp.sum(unit**2, axis=(-2, -1), keepdims=True))
+        ridge = RIDGE + RIDGE_ROUNDINGS * jnp.finfo(unit.dtype).eps * largest
+        return unit + ridge * jnp.broadcast_to(eye, unit.shape)
 
-    root_x, root_y = root(second_x, square_x), root(second_y, square_y)
-    # With L1, L2 these roots and L1^T L2 = U Sigma V^T: one decomposition gives both matrices.
-    mixed = _multiply(_transpose(root_x), root_y)
-    squares, u = jnp.linalg.eigh(_multiply(mixed, _transpose(mixed)))
+    # With L L^T the first and L^T second L = U Sigma^2 U^T, one decomposition gives both matrices.
+    root_x = cholesky(positive(second_x, square_x))
+    mixed = _multiply(positive(second_y, square_y), root_x)
+    squares, u = eigh(_multiply(_transpose(root_x), mixed))
     # Rounding leaves nothing of the smallest; any positive number keeps P1^T P2 = I.
     sigma = jnp.sqrt(jnp.maximum(squares, 1e-10 * squares[..., -1:]))
     basis = _transpose(u)
-    inverse = jax.scipy.linalg.solve_triangular(
-        root_x, jnp.broadcast_to(eye, root_x.shape), lower=True
-    )
-    p1 = jnp.sqrt(sigma)[..., None] * _multiply(basis, inverse)
+    p1 = jnp.sqrt(sigma)[..., None] * _multiply(basis, invert_lower(root_x))
     p2 = _multiply(basis, _transpose(root_x)) / jnp.sqrt(sigma)[..., None]
     ratio = (square_y / square_x)[..., None, None] ** 0.25
     return p1 * ratio, p2 / ratio, sigma * jnp.sqrt(square_x * square_y)[..., None], u
@@ -214,7 +217,7 @@ def _solve(
         return eye * psi[..., None], eye / psi[..., None], _one_curvature(square), eye
     if base == "sderf":
         cross = mean_x[..., :, None] * mean_y[..., None, :]
-        squares, vectors = jnp.linalg.eigh(second_x + second_y + cross + _transpose(cross))
+        squares, vectors = eigh(second_x + second_y + cross + _transpose(cross))
         rotation = _transpose(vectors)
         return rotation, rotation, best_curvature(jnp.maximum(squares, 0)), vectors
     p1, p2, sigma, basis = balance(second_x, second_y)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fast_attention.array_types import Array, Float
+from fast_attention.feature_maps.decompositions import qr
 
 
 def iid_projection(key: Array, num_rows: int, dim: int) -> Float[Array, "M D"]:
@@ -42,16 +43,14 @@ def iid_projection(key: Array, num_rows: int, dim: int) -> Float[Array, "M D"]:
 def haar_orthogonal(key: Array, num_blocks: int, dim: int) -> Float[Array, "N D D"]:
     """Draws independent orthogonal matrices, uniformly (Haar) distributed.
 
-    QR alone is not uniform: its sign convention fixes the signs of the diagonal of R, which are
-    moved into Q here.
+    They are the Q of Gaussian matrices where the diagonal of R is positive; with the signs that
+    LAPACK leaves there they would not be uniform.
 
     Returns:
       float32 ``[num_blocks, D, D]``.
     """
     gaussian = jax.random.normal(key, (num_blocks, dim, dim), jnp.float32)
-    q, r = jnp.linalg.qr(gaussian)
-    signs = jnp.where(jnp.diagonal(r, axis1=-2, axis2=-1) < 0, -1.0, 1.0)
-    return q * signs[:, None, :]
+    return qr(gaussian)[0]
 
 
 def orthogonal_projection(

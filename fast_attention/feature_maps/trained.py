@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fast_attention.array_types import Array, Float
+from fast_attention.feature_maps.decompositions import cholesky, invert_lower, qr
 from fast_attention.feature_maps.gaussian_family import Tuning
 from fast_attention.feature_maps.tuned import TunedParameters, fold
 
@@ -68,8 +69,8 @@ def fold_trained(parameters: TrainedParameters) -> TunedParameters:
     norm = _triangle(parameters.norm, width)
     spread = _triangle(parameters.spread, width)
     eye = _eye_like(norm)
-    root = jnp.linalg.cholesky(0.5 * (eye + _multiply(_transpose(spread), spread)))
-    inverse = jax.scipy.linalg.solve_triangular(norm, eye, trans="T", lower=False)
+    root = cholesky(0.5 * (eye + _multiply(_transpose(spread), spread)))
+    inverse = invert_lower(_transpose(norm))
     if parameters.keep is not None:
         keep = _triangle(parameters.keep, width)
         inverse = _multiply(_transpose(keep), _multiply(keep, inverse))
@@ -101,10 +102,7 @@ def begin_training(
     """
     width = tuning.query_shift.shape[-1]
     query_norm, key_norm = (x * width**0.25 for x in (tuning.query_norm, tuning.key_norm))
-    turn, norm = jnp.linalg.qr(query_norm)
-    # A triangle with a positive diagonal.
-    sign = jnp.where(jnp.diagonal(norm, axis1=-2, axis2=-1) < 0, -1, 1).astype(norm.dtype)
-    turn, norm = turn * sign[..., None, :], norm * sign[..., :, None]
+    turn, norm = qr(query_norm)
     eye = _eye_like(norm)
     stretch = _multiply(tuning.stretch, turn)
     spread = 2 * _multiply(_transpose(stretch), stretch) - eye
@@ -124,7 +122,7 @@ def begin_training(
 
 def _root(square: Array) -> Array:
     """The upper triangle U with ``U^T U`` equal to a matrix."""
-    return _transpose(jnp.linalg.cholesky(square))
+    return _transpose(cholesky(square))
 
 
 def _triangle(packed: Array, width: int) -> Array:
