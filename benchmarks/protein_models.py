@@ -114,7 +114,6 @@ def train_and_evaluate(
         f"experiment.checkpoint_frequency = {min(200, steps)}",
         "experiment.num_samples = 0",
         f"create_learning_rate_scheduler.warmup_steps = {warmup}",
-        f"create_learning_rate_scheduler.steps_per_cycle = {steps - warmup}",
     ]
     files = [
         f"--fasta={bundled_corpus('train')}",

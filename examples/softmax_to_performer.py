@@ -33,8 +33,8 @@ from fast_attention import layers, make_fast_softmax_attention
 from fast_attention.protein_lm import cli, data
 from fast_attention.protein_lm.corpus import bundled_corpus
 from fast_attention.protein_lm.models import FlaxLM
-from fast_attention.protein_lm.optimizer import create_learning_rate_scheduler
 from fast_attention.protein_lm.output_files import write_file
+from fast_attention.protein_lm.schedules import create_learning_rate_scheduler
 
 EXACT = "exact"
 _FAVOR: dict[str, Any] = {"unidirectional": True, "chunk_size": 32}
@@ -71,7 +71,6 @@ def train_exact(folder: Path, options: argparse.Namespace) -> None:
         f"experiment.checkpoint_frequency = {min(200, steps)}",
         "experiment.num_samples = 0",
         f"create_learning_rate_scheduler.warmup_steps = {warmup}",
-        f"create_learning_rate_scheduler.steps_per_cycle = {steps - warmup}",
     ]
     status = cli.main(
         [

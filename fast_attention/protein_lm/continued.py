@@ -97,6 +97,8 @@ def continue_training(
         "experiment.train_files": list(fasta),
         "experiment.valid_files": None if valid_fasta is None else list(valid_fasta),
         "experiment.test_files": None if valid_fasta is None else list(valid_fasta),
+        # Without other proteins to validate on, the family is used whole.
+        "experiment.valid_fraction": 0.0,
         "experiment.epochs": epochs,
         "experiment.max_train_steps": steps,
         "experiment.batch_size": None,
@@ -109,7 +111,7 @@ def continue_training(
         "create_learning_rate_scheduler.factors": "constant * linear_warmup * cosine_decay",
         "create_learning_rate_scheduler.base_learning_rate": learning_rate,
         "create_learning_rate_scheduler.warmup_steps": steps // 10,
-        "create_learning_rate_scheduler.steps_per_cycle": steps + 1,
+        "create_learning_rate_scheduler.steps_per_cycle": None,
     }
     lines = [f"{name} = {value!r}" for name, value in bindings.items()]
     # What is bound to the class itself wins over what is bound to FlaxModel.

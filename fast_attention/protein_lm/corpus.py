@@ -77,6 +77,22 @@ def bundled_splits() -> Path:
     return _DATA / "splits.tsv.gz"
 
 
+def data_files(fasta: FastaPaths) -> list[Path]:
+    """The files that are meant, see `fasta_paths`, all of which can be read more than once.
+
+    Raises:
+      FastaError: at a pipe or a device, or if a folder has no FASTA file.
+    """
+    paths = fasta_paths(fasta)
+    for path in paths:
+        if path.exists() and not path.is_file():
+            raise FastaError(
+                f"{path}: is a pipe or a device, but has to be read more than once. Write its "
+                "content to a file first."
+            )
+    return paths
+
+
 def load_corpus(
     fasta: FastaPaths,
     domain: DiscreteDomain,
@@ -99,13 +115,7 @@ def load_corpus(
       FastaError: if a file cannot be read or has a symbol that the vocabulary lacks.
       ValueError: if there is no file, or the vocabulary has no token that a FASTA file can hold.
     """
-    paths = fasta_paths(fasta)
-    for path in paths:
-        if path.exists() and not path.is_file():
-            raise FastaError(
-                f"{path}: is a pipe or a device, but has to be read more than once. Write its "
-                "content to a file first."
-            )
+    paths = data_files(fasta)
     vocab = domain.vocab
     symbols = vocab.symbols
     if not symbols:

@@ -32,22 +32,24 @@ from fast_attention.protein_lm.corpus import bundled_corpus as bundled_corpus
 from fast_attention.protein_lm.domains import DiscreteDomain, domain_to_bos
 from fast_attention.protein_lm.masking import MaskingConfig, mask_tokens, row_draws
 from fast_attention.protein_lm.mixture import (
+    Mixture,
     MixturePlanner,
     Weights,
     load_mixture,
-    row_shares,
 )
 from fast_attention.protein_lm.packing import EpochPlanner, PackedRows, Pieces, fill_rows
 from fast_attention.protein_lm.skipped_records import SkippedRecords
 
 Batch = dict[str, np.ndarray]
+Source = Corpus | Mixture
+"""Proteins in memory that training batches are made of."""
 
 # Seeds of unlike draws differ in this number (that of packing.py is 1).
 _TRAIN_MASKS, _EVAL_MASKS = 2, 3
 
 
 def make_dataset(
-    fasta: FastaPaths | Weights | Corpus,
+    fasta: FastaPaths | Weights | Source,
     domain: DiscreteDomain,
     *,
     length: int,
@@ -81,8 +83,8 @@ def make_dataset(
     and an epoch has as many rows as the files have together.
 
     Args:
-      fasta: one FASTA file or several, a dict from files to weights, or proteins already loaded by
-        ``load_corpus``.
+      fasta: one FASTA file or several, a dict from files to weights, or what ``load_source`` made
+        of those.
       domain: gives the vocabulary. Rows are padded with its padding token; failing that with its
         end token; failing both with 0.
       length: L; longer proteins are cropped.
@@ -109,22 +111,9 @@ def make_dataset(
     _check_masking(objective, domain, masking)
     if num_epochs is not None and num_epochs < 1:
         raise ValueError(f"num_epochs must be at least 1, or None, but got {num_epochs}.")
-    plan = functools.partial(
-        EpochPlanner,
-        length=length,
-        seed=seed,
-        pack=pack,
-        shuffle=shuffle,
-        random_crop=crop == "random",
-    )
-    if isinstance(fasta, Mapping):
-        row_shares(list(fasta.values()))
-        corpus, parts = load_mixture(fasta, domain, on_error, skipped)
-        planners = [plan(part, stream=number) for number, part in enumerate(parts)]
-        planner = MixturePlanner(planners, list(fasta.values()))
-    else:
-        corpus = _load(fasta, domain, on_error, skipped)
-        planner = plan(corpus)
+    source = load_source(fasta, domain, on_error=on_error, skipped=skipped)
+    corpus = source.corpus if isinstance(source, Mixture) else source
+    planner = _plan(source, length, seed, pack, shuffle, crop)
     num_rows = sys.maxsize if num_epochs is None else num_epochs * planner.num_rows
     pad = _pad_token(domain)
     begin, end = rows or (0, batch_size)
@@ -149,6 +138,60 @@ def make_dataset(
         # One batch takes about a millisecond: a single thread is far ahead of any model.
         .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
     )
+
+
+def load_source(
+    fasta: FastaPaths | Weights | Source,
+    domain: DiscreteDomain,
+    *,
+    on_error: str = "raise",
+    skipped: SkippedRecords | None = None,
+) -> Source:
+    """Reads what ``make_dataset`` takes, once for several uses.
+
+    Args:
+      fasta: as for ``make_dataset``; what is loaded already is returned as it is.
+      domain: gives the vocabulary.
+      on_error: what to do with a record that cannot be read, see ``load_corpus``.
+      skipped: takes the records that were left out.
+
+    Raises:
+      FastaError: if a file cannot be read.
+      ValueError: if a weight is out of its range.
+    """
+    if isinstance(fasta, Mapping):
+        return load_mixture(fasta, domain, on_error, skipped)
+    return fasta if isinstance(fasta, Mixture) else _load(fasta, domain, on_error, skipped)
+
+
+def num_batches(
+    source: Source,
+    *,
+    length: int,
+    batch_size: int,
+    num_epochs: int,
+    pack: bool = True,
+) -> int:
+    """Returns how many batches ``make_dataset`` makes of the same arguments."""
+    planner = _plan(source, length, 0, pack, False, "start")
+    return -(-num_epochs * planner.num_rows // batch_size)
+
+
+def _plan(
+    source: Source, length: int, seed: int, pack: bool, shuffle: bool, crop: str
+) -> EpochPlanner | MixturePlanner:
+    plan = functools.partial(
+        EpochPlanner,
+        length=length,
+        seed=seed,
+        pack=pack,
+        shuffle=shuffle,
+        random_crop=crop == "random",
+    )
+    if not isinstance(source, Mixture):
+        return plan(source)
+    planners = [plan(part, stream=number) for number, part in enumerate(source.parts)]
+    return MixturePlanner(planners, source.weights)
 
 
 def eval_batches(

@@ -15,10 +15,12 @@ import numpy as np
 
 from fast_attention.protein_lm import groups, metrics, protein_scores
 from fast_attention.protein_lm.baselines import ProteinSums, fit_ngrams
+from fast_attention.protein_lm.batches import select
 from fast_attention.protein_lm.corpus import FastaPaths, load_corpus
 from fast_attention.protein_lm.domains import DiscreteDomain
 from fast_attention.protein_lm.flax_model import FlaxModel
 from fast_attention.protein_lm.groups import Groups
+from fast_attention.protein_lm.held_out import sequence_hashes
 from fast_attention.protein_lm.ngrams import NGram
 from fast_attention.protein_lm.ngrams import load_baselines as load_baselines
 from fast_attention.protein_lm.ngrams import save_baselines as save_baselines
@@ -50,6 +52,7 @@ def fit_baselines(
     *,
     valid: FastaPaths | None = None,
     on_error: str = "raise",
+    held_out: FastaPaths | None = None,
 ) -> list[NGram]:
     """The n-grams that a model is shown beside, see `baselines.fit_ngrams`.
 
@@ -58,14 +61,18 @@ def fit_baselines(
       domain: Of the model, whose vocabulary has the outcomes.
       valid: FASTA files to tune on, or None.
       on_error: See `load_corpus`.
+      held_out: FASTA files whose sequences are not counted, or None.
     """
-    counted, tuned = (
+    counted, tuned, left_out = (
         None
         if files is None
         else load_corpus(files, domain, on_error=on_error, skipped=SkippedRecords())
-        for files in (train, valid)
+        for files in (train, valid, held_out)
     )
     assert counted is not None
+    if left_out is not None:
+        hashes = [sequence_hashes(corpus) for corpus in (counted, left_out)]
+        counted = select(counted, np.flatnonzero(~np.isin(*hashes)))
     return fit_ngrams(counted, valid=tuned)
 
 

@@ -29,6 +29,7 @@ from fast_attention.protein_lm import (
     metrics,
     optimizer,
     process_arrays,
+    schedules,
     scoring,
     train_state,
 )
@@ -76,7 +77,7 @@ class FlaxModel:
         model_cls: Callable[..., nnx.Module] = Transformer,
         random_seed: int = 0,
         batch_size: int = 32,
-        learning_rate: float | optimizer.Schedule = 1e-3,
+        learning_rate: float | schedules.Schedule = 1e-3,
         weight_decay: float = 0.1,
         grad_clip: float | None = None,
         beta1: float = 0.9,
@@ -133,13 +134,13 @@ class FlaxModel:
         self._build(attention_fn, learning_rate)
 
     def _build(
-        self, attention_fn: Callable[..., Any] | None, learning_rate: float | optimizer.Schedule
+        self, attention_fn: Callable[..., Any] | None, learning_rate: float | schedules.Schedule
     ) -> None:
         """Makes the structure around an attention function, and what is compiled of it."""
         self.attention_fn = attention_fn
         if not callable(learning_rate):
-            learning_rate = optimizer.create_learning_rate_scheduler("constant", learning_rate)
-        self.schedule: optimizer.Schedule = learning_rate
+            learning_rate = schedules.create_learning_rate_scheduler("constant", learning_rate)
+        self.schedule: schedules.Schedule = learning_rate
         self._optimizer = optimizer.create_optimizer(self.schedule, **self.optimizer_options)
 
         def build(rngs: nnx.Rngs) -> nnx.Module:
@@ -156,22 +157,31 @@ class FlaxModel:
         self.initialize = train_state.make_initializer(
             build, self._optimizer, averaged=averaged, shardings=self._shardings
         )
-        self.train_step = train_state.make_train_step(
-            self.graphdef, self._optimizer, ema_decay=self.ema_decay, shardings=self._shardings
-        )
+        self._make_train_step()
         self.eval_step = train_state.make_eval_step(self.graphdef)
         self.logits_step = train_state.make_logits(self.graphdef)
         self.residue_step = scoring.make_residue_step(self.graphdef, self.objective)
         self.embedding_step = embedding.make_embedding_step(self.graphdef, self.objective)
         self._state: train_state.TrainState | None = None
 
+    def _make_train_step(self) -> None:
+        self.train_step = train_state.make_train_step(
+            self.graphdef, self._optimizer, ema_decay=self.ema_decay, shardings=self._shardings
+        )
+
+    def set_num_steps(self, number: int) -> None:
+        """Says how long training takes: see `schedules.FactorSchedule.over`."""
+        if isinstance(self.schedule, schedules.FactorSchedule):
+            self.schedule = self.schedule.over(number)
+            self._optimizer = optimizer.create_optimizer(self.schedule, **self.optimizer_options)
+            self._make_train_step()
+
     @property
     def state(self) -> train_state.TrainState:
         """All arrays; made from `random_seed` when first read."""
-        state = self._state
-        if state is None:
-            state = self._state = self.initialize(jax.random.key(self.random_seed))
-        return state
+        if self._state is None:
+            self._state = self.initialize(jax.random.key(self.random_seed))
+        return self._state
 
     @state.setter
     def state(self, state: train_state.TrainState) -> None:
@@ -205,7 +215,7 @@ class FlaxModel:
         self,
         attention_fn: Callable[..., Any] | None,
         *,
-        learning_rate: float | optimizer.Schedule | None = None,
+        learning_rate: float | schedules.Schedule | None = None,
     ) -> Self:
         """The same model, with the same parameters, around another attention function.
 
@@ -311,17 +321,7 @@ class FlaxModel:
 
     def batch_sums(self, found: Iterable[train_state.Batch]) -> list[metrics.Sums]:
         """`metrics.token_sums` of each batch, on the host."""
-        state = self.state
-        sums = [
-            self.eval_step(
-                train_state.weights(state),
-                state.variables,
-                train_state.shard_batch(batch, self.mesh),
-                packed=train_state.is_packed(batch),
-            )
-            for batch in found
-        ]
-        return process_arrays.fetch(sums)
+        return process_arrays.fetch([self._apply(self.eval_step, batch) for batch in found])
 
     @classmethod
     def load(cls, run_dir: str | os.PathLike[str]) -> Self:
@@ -340,8 +340,7 @@ class FlaxModel:
         if not isinstance(model, cls):
             found = type(model).__name__
             raise RunError(
-                f"{os.fspath(run_dir)} is a run of {found}, not of {cls.__name__}: read it with "
-                f"{found}.load"
+                f"{run_dir} is a run of {found}, not of {cls.__name__}: read it with {found}.load"
             )
         return model
 
@@ -378,10 +377,12 @@ class FlaxModel:
         if not batches.is_batch(xs):
             corpus = batches.as_corpus(xs, self.domain)
             batch = batches.in_order(corpus, self.domain, self.objective)
-        state = self.state
-        return self.logits_step(
-            train_state.weights(state),
-            state.variables,
+        return self._apply(self.logits_step, batch)
+
+    def _apply(self, step: Callable[..., Any], batch: train_state.Batch) -> Any:
+        return step(
+            self.weights,
+            self.state.variables,
             train_state.shard_batch(batch, self.mesh),
             packed=train_state.is_packed(batch),
         )

@@ -10,15 +10,20 @@ from pathlib import Path
 
 import gin
 
+import fast_attention
 from fast_attention import gin_bindings as gin_bindings
 from fast_attention.meshes import make_mesh
-from fast_attention.protein_lm import domains, models, optimizer, ranges, train
+from fast_attention.protein_lm import domains, models, ranges, schedules, train
 
 # What holds unless a configuration says otherwise.
 _DEFAULTS = """
 experiment.model_cls = @FlaxLM
 FlaxModel.domain = @make_protein_domain()
 """
+
+
+DEMO = Path(fast_attention.__file__).parents[1] / "protein_lm_configs" / "demo.gin"
+"""Settings of a small model; ``protein_lm_configs`` is installed beside the package."""
 
 
 @functools.cache
@@ -32,7 +37,7 @@ def register() -> None:
         # gin changes the constructors of classes in place, so that the subclasses inherit what
         # is bound to FlaxModel.
         gin.configurable(target, module="protein_lm")
-    schedule = optimizer.create_learning_rate_scheduler
+    schedule = schedules.create_learning_rate_scheduler
     for target in (domains.make_protein_domain, schedule, make_mesh):
         gin.configurable(target, module="protein_lm")
     gin.external_configurable(train.run_experiment, "experiment", module="protein_lm")

@@ -5,6 +5,7 @@ Letters: K sources.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from os import PathLike
@@ -22,31 +23,57 @@ Weights = Mapping[str, float] | Mapping[PathLike[str], float]
 _PERIOD = 1000
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Mixture:
+    """Sources in memory; made by `load_mixture`.
+
+    Attributes:
+      corpus: The proteins of all sources, one source after the other.
+      parts: Those of each source, which share the memory of `corpus`.
+      weights: Of the sources.
+    """
+
+    corpus: Corpus
+    parts: tuple[Corpus, ...]
+    weights: tuple[float, ...]
+
+
 def load_mixture(
     weights: Weights,
     domain: DiscreteDomain,
     on_error: str = "raise",
     skipped: SkippedRecords | None = None,
-) -> tuple[Corpus, list[Corpus]]:
-    """Reads the sources into one corpus.
+) -> Mixture:
+    """Reads the sources.
 
     Args:
-      weights: From FASTA files to weights; the weights are not looked at.
+      weights: From FASTA files to weights.
       domain: Gives the vocabulary.
       on_error: What to do with a record that cannot be read, see `load_corpus`.
       skipped: Takes the records that were left out.
 
-    Returns:
-      The proteins of all sources, one source after the other, and those of each source, which
-      share the memory of the first.
+    Raises:
+      ValueError: If a weight is out of its range.
     """
+    row_shares(list(weights.values()))
     parts = [load_corpus(path, domain, on_error=on_error, skipped=skipped) for path in weights]
+    return join_sources(parts, tuple(weights.values()))
+
+
+def join_sources(parts: Sequence[Corpus], weights: tuple[float, ...]) -> Mixture:
+    """The mixture of some corpora.
+
+    Args:
+      parts: The proteins of each source.
+      weights: Of the sources.
+    """
     tokens = np.concatenate([part.tokens for part in parts])
     shifts = np.cumsum([0, *(len(part.tokens) for part in parts)])
     shifted = [part.offsets + shift for part, shift in zip(parts, shifts[:-1], strict=True)]
     whole = np.concatenate([offsets[:-1] for offsets in shifted] + [shifts[-1:]])
-    vocab = domain.vocab
-    return Corpus(tokens, whole, vocab), [Corpus(tokens, part, vocab) for part in shifted]
+    vocab = parts[0].vocab
+    shifted = tuple(Corpus(tokens, offsets, vocab) for offsets in shifted)
+    return Mixture(Corpus(tokens, whole, vocab), shifted, weights)
 
 
 def row_shares(weights: Sequence[float]) -> np.ndarray:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from fast_attention.meshes import FSDP, MODEL, SEQUENCE, MeshError, make_mesh
 from fast_attention.models.config import TransformerConfig
 from fast_attention.models.transformer import Transformer
-from fast_attention.protein_lm import attention_recipes, optimizer
+from fast_attention.protein_lm import attention_recipes, schedules
 from fast_attention.protein_lm.attention_recipes import OWN, name_of
 from fast_attention.protein_lm.domains import (
     DiscreteDomain,
@@ -202,7 +202,7 @@ def read(path: Path) -> dict[str, Any]:
             _check_sizes(path, name, about[name])
     rate = about["optimizer"]["learning_rate"]
     if rate is not None:
-        hints = get_type_hints(optimizer.create_learning_rate_scheduler)
+        hints = get_type_hints(schedules.create_learning_rate_scheduler)
         del hints["return"]
         about["optimizer"]["learning_rate"] = check_fields(
             path, "optimizer.learning_rate", rate, hints
@@ -273,7 +273,7 @@ def build(path: Path, about: dict[str, Any]) -> FlaxModel:
             attention_fn=attention_fn,
             learning_rate=_unknown_rate
             if rate is None
-            else optimizer.create_learning_rate_scheduler(**rate),
+            else schedules.create_learning_rate_scheduler(**rate),
             mesh=make_mesh(**about["mesh"]),
             **options,
             **(about["masking"] or {}),

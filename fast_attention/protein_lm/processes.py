@@ -52,6 +52,18 @@ def is_primary() -> bool:
     return jax.process_index() == 0
 
 
+def tell(text: str) -> None:
+    """Prints to stdout, in the primary alone."""
+    if is_primary():
+        print(text)
+
+
+def note(text: str, kind: str = "note") -> None:
+    """Prints a line to stderr that begins with its kind, in the primary alone."""
+    if is_primary():
+        print(f"{kind}: {text}", file=sys.stderr)
+
+
 def in_turn(act: Callable[[], None]) -> None:
     """Acts first in the primary, and in the others when that has succeeded.
 

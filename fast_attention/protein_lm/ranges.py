@@ -130,6 +130,7 @@ SETTINGS: dict[str, dict[str, Range]] = {
         "max_train_length": LENGTH,
         "max_eval_length": LENGTH,
         "data_seed": SEED,
+        "valid_fraction": BELOW_ONE,
         "train_summary_frequency": COUNT,
         "eval_frequency": COUNT,
         "num_eval_steps": COUNT,

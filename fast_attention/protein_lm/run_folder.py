@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,6 +39,21 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """The folder of checkpoints, one per step that was kept."""
         return self.path / "checkpoints"
+
+    @property
+    def lock(self) -> Path:
+        """Names the process that trains here, see `run_lock`."""
+        return self.path / "train.lock"
+
+    @property
+    def data(self) -> Path:
+        """What the run is trained on, see `data_record`."""
+        return self.path / "data.json"
+
+    @property
+    def held_out(self) -> Path:
+        """Training proteins that were held out for validation, where no other ones were given."""
+        return self.path / "held_out.fasta"
 
     @property
     def metrics(self) -> Path:
@@ -97,53 +111,22 @@ class RunError(RuntimeError):
     """A run cannot be started, resumed or read; the message says why and what to do."""
 
 
-def claim(folder: RunFolder, config: str, model: str, *, asked: str) -> None:
-    """Writes the configuration and the model's description, or checks that a resumed run fits.
+def claim(folder: RunFolder, config: str, model: str) -> None:
+    """Writes the model's description and the configuration, which says that a run has begun.
 
     Args:
-      folder: Created when absent.
+      folder: Of the run.
       config: The operative gin configuration of the run about to start.
       model: The text of ``model.json``.
-      asked: The part of `config` that was asked for, without defaults. A default of which the
-        run in the folder knows nothing came with a later version of this package, and changes
-        nothing.
 
     Raises:
-      RunError: If the folder holds a run of another configuration or an exported model, or cannot
-        be written to.
+      OutputError: If the folder cannot be written to.
     """
-    check_no_export(folder)
     try:
-        folder.path.mkdir(parents=True, exist_ok=True)
-        if not folder.config.exists():
-            write_file(folder.model, model)
-            write_file(folder.config, config)
-            return
-    except (FileExistsError, NotADirectoryError):
-        raise RunError(f"{folder.path} is not a folder: give the run a folder of its own") from None
+        write_file(folder.model, model)
+        write_file(folder.config, config)
     except OSError as error:
         raise OutputError(f"{folder.path} cannot be written to: {explain(error)}") from error
-    before, now = settings(folder.config.read_text(encoding="utf-8")), settings(config)
-    wanted = settings(asked)
-    changes = []
-    for name in sorted(before.keys() | now.keys()):
-        if before.get(name) == now.get(name) or (name not in before and name not in wanted):
-            continue
-        if name.startswith("make_mesh.") or name.endswith(".mesh"):
-            # A matter of the machine: a run may go on on other devices.
-            continue
-        changes += [f"-{before[name]}"] if name in before else []
-        changes += [f"+{now[name]}"] if name in now else []
-    if changes:
-        raise RunError(
-            f"{folder.path} holds a run with other settings (- there, + asked for now):\n  "
-            + "\n  ".join(changes)
-            + "\ngive another --work_dir, or the settings of that run to resume it"
-        )
-    # The settings make the model: where the folder's description says other things, it is replaced.
-    there = folder.model
-    if not there.is_file() or there.stat().st_size != len(model) or there.read_text() != model:
-        write_file(there, model)
 
 
 def check_no_export(folder: RunFolder) -> None:
@@ -153,19 +136,3 @@ def check_no_export(folder: RunFolder) -> None:
             f"{folder.path} holds an exported model, which has no checkpoint to resume from: give "
             "another --work_dir"
         )
-
-
-def settings(config: str) -> dict[str, str]:
-    """The settings of a gin configuration as gin writes it, by name: the text of each."""
-    found: dict[str, str] = {}
-    name = ""
-    for line in config.splitlines():
-        start = re.match(r"([\w./]+) = ", line)
-        if start:
-            name = start[1]
-            found[name] = line
-        elif name and line[:1].isspace():
-            found[name] = f"{found[name].removesuffix(chr(92))}{line.strip()}"
-        else:
-            name = ""
-    return found

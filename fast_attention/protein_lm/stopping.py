@@ -111,3 +111,17 @@ def catch_stop_requests() -> Iterator[StopRequest]:
         yield request
     finally:
         restore()
+
+
+def stopped(number: int, step: int) -> Stopped:
+    """The error that tells of a signal, and how to resume.
+
+    Args:
+      number: Of the signal.
+      step: The step that was just saved.
+    """
+    name = signal.Signals(number).name
+    return Stopped(
+        number,
+        f"stopped by {name} after step {step}, which is saved: run the same command to resume",
+    )

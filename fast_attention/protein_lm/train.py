@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
-import json
-import sys
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import gin
-import jax
-
-from fast_attention.meshes import make_mesh, row_shards
+from fast_attention.meshes import row_shards
 from fast_attention.protein_lm import (
     baselines,
     batches,
@@ -23,24 +21,26 @@ from fast_attention.protein_lm import (
     metrics,
     metrics_log,
     model_file,
-    output_files,
-    plots,
     process_arrays,
     processes,
+    ranges,
     report,
-    run_folder,
-    sampling,
+    resuming,
+    run_result,
     stopping,
     training_loop,
 )
-from fast_attention.protein_lm.corpus import Corpus, bundled_corpus, load_corpus
+from fast_attention.protein_lm.corpus import Corpus, bundled_corpus
 from fast_attention.protein_lm.domains import DiscreteDomain
 from fast_attention.protein_lm.flax_model import FlaxModel
 from fast_attention.protein_lm.initial_run import check_initial_run, read_initial_run
 from fast_attention.protein_lm.models import FlaxLM
-from fast_attention.protein_lm.run_folder import RunFolder
+from fast_attention.protein_lm.run_folder import RunError, RunFolder
+from fast_attention.protein_lm.run_lock import hold_run
+from fast_attention.protein_lm.schedules import FactorSchedule
 from fast_attention.protein_lm.skipped_records import SkippedRecords
 from fast_attention.protein_lm.train_state import TrainState
+from fast_attention.protein_lm.training_data import DataFiles, TrainingData, load_training_data
 
 # Thousands of positions for each head of a small model, which says enough of means and covariances.
 _CALIBRATION_BATCHES = 4
@@ -73,13 +73,19 @@ def run_experiment(
     max_sample_length: int | None = None,
     initial_run: str | None = None,
     calibration_batches: int | None = None,
+    valid_fraction: float = 0.05,
+    new_data: bool = False,
 ) -> dict[str, Any]:
     """Trains a model, or resumes its training, and reports what it reached.
 
-    A run that was stopped, by whatever means, goes on from its last checkpoint when it is started
-    again on the same folder, and takes the same steps as if it had not been stopped. SIGTERM and
-    the first SIGINT let the running step end, and save it. A finished run only tells again what it
-    reached.
+    A run that was stopped, by whatever means, resumes from its last checkpoint when it is started
+    again on the same folder, and takes the same steps as if it had not been stopped. The first
+    SIGINT, SIGTERM or SIGHUP lets the running step end, and saves it. A finished run only reports
+    its result again, unless it is given more steps or epochs: then it is trained further.
+
+    A cosine schedule without a length of its own ends with the run, see
+    `schedules.FactorSchedule.over`. One process at a time trains in a folder (`run_lock`), and a
+    run resumes with the data that it began with (`data_record`).
 
     What is evaluated and sampled from at the end is what `loading.load_run` gives: the model at
     its lowest validation loss, or at the last step of a run that does not validate.
@@ -90,14 +96,14 @@ def run_experiment(
       train_files: FASTA files to train on; a dict from files to weights mixes them, see
         `data.make_dataset`. None takes the bundled corpus.
       valid_files: FASTA files of the validations during training. None takes the bundled ones
-        where training uses the bundled corpus, and otherwise does not validate.
+        where training uses the bundled corpus, and otherwise those that `valid_fraction` holds out.
       test_files: FASTA files of the evaluation at the end; None takes the bundled ones where
-        training uses the bundled corpus, and otherwise `valid_files`.
+        training uses the bundled corpus, and otherwise those of the validations.
       batch_size_per_device: Rows of a batch for each of the devices among which rows are divided
         (``data`` times ``fsdp`` of `meshes.make_mesh`), unless `batch_size` is given.
       batch_size: Rows of a batch over all devices; None is what `batch_size_per_device` makes. A
         resumed run has the batches that it began with, whatever the devices.
-      max_train_steps: Steps after which training ends.
+      max_train_steps: Steps after which training ends, of which a run can be given more later.
       epochs: Passes through the training data after which training ends; None is no such end.
       max_train_length: Tokens of a row.
       max_eval_length: Tokens of a protein that a validation looks at; None is all that the model
@@ -118,7 +124,7 @@ def run_experiment(
         better than all before.
       checkpoints_to_keep: The newest so many are kept, and that of the best validation.
       num_samples: Proteins to sample at the end, by a causal model.
-      max_sample_length: Most residues of those; None is what the model has room for.
+      max_sample_length: Most residues of those, where the model has room for more.
       initial_run: Folder of a run whose parameters this one begins with; None draws them. The
         attention function may be another one than there: it has no parameters, and what it draws
         is drawn anew.
@@ -126,6 +132,10 @@ def run_experiment(
         are fitted before the first step, see `FlaxModel.calibrate`. None takes 4 where such
         features begin in a trained model (`initial_run`), and otherwise none: queries and keys of
         an untrained model say little.
+      valid_fraction: Share of the sequences of `train_files` that are held out for validation and
+        for the evaluation at the end, where neither `valid_files` nor `test_files` are given; see
+        `held_out.choose_held_out`. 0 holds out none.
+      new_data: Whether a run may be resumed with other data than it began with.
 
     Returns:
       The content of ``result.json``.
@@ -133,13 +143,13 @@ def run_experiment(
     Raises:
       FastaError: If a file cannot be read.
       FloatingPointError: If training diverges.
-      RunError: If the folder holds another run, or cannot be written to.
+      RunError: If the folder holds something else, or a run with other settings or data; if
+        another process trains there; or if it cannot be written to.
       Stopped: If that was requested by a signal; all is saved.
-      ValueError: If a number is out of its range.
+      ValueError: If a number is out of its range, or `early_stopping` has no validation.
     """
     settings = model_file.training_settings(locals())
     folder = RunFolder(Path(work_dir))
-    run_folder.check_no_export(folder)
     times = training_loop.Times(
         max_train_steps,
         train_summary_frequency,
@@ -147,46 +157,147 @@ def run_experiment(
         checkpoint_frequency,
         early_stopping,
     )
-    if checkpoints_to_keep < 1:
-        raise ValueError(f"checkpoints_to_keep must be at least 1; got {checkpoints_to_keep}")
+    ranges.check("experiment.checkpoints_to_keep", checkpoints_to_keep, ranges.COUNT)
+    if epochs is not None:
+        ranges.check("experiment.epochs", epochs, ranges.EPOCHS)
     if train_files is None:
         train_files = str(bundled_corpus("train"))
         valid_files = valid_files or str(bundled_corpus("valid"))
         test_files = test_files or str(bundled_corpus("test"))
-    test_files = test_files or valid_files
+    files = DataFiles(train_files, valid_files, test_files or valid_files, valid_fraction)
+    _check_early_stopping(early_stopping, valid_files is not None or files.holds_out)
 
-    model = model_cls()
+    with contextlib.ExitStack() as held:
+        model = model_cls()
+        stored = _check_model(model, max_train_length, calibration_batches)
+        if batch_size is None:
+            batch_size = batch_size_per_device * row_shards(model.mesh)
+        rows = process_arrays.own_rows(model.mesh, batch_size)
+        about = model_file.to_text(model_file.describe(model) | {"training": settings})
+        run = resuming.open_folder(folder, about)
+        for name in resuming.unused_settings(run):
+            processes.note(f"nothing uses the setting {name}", "warning")
+        if process_arrays.any_process(folder.result.exists() and not run.longer):
+            return run_result.tell_finished(run, files)
+        if initial_run is not None and not run.resumed:
+            # Before anything is written: what is refused can then be corrected.
+            check_initial_run(Path(initial_run), model)
+        processes.in_turn(
+            lambda: held.enter_context(hold_run(folder)) if processes.is_primary() else None
+        )
+
+        skipped = {name: SkippedRecords(keep=None) for name in ("train", "valid")}
+        digests = resuming.check_data(run, files, new_data=new_data)
+        found = load_training_data(files, model.domain, on_error=on_error, skipped=skipped)
+        _check_early_stopping(early_stopping, found.valid is not None)
+        make_dataset = functools.partial(
+            data.make_dataset,
+            found.train,
+            model.domain,
+            length=max_train_length,
+            seed=data_seed,
+            pack=pack_sequences,
+            num_epochs=epochs,
+            objective=model.objective,
+            crop=crop,
+            masking=model.masking,
+        )
+        iterator = iter(make_dataset(batch_size=batch_size, rows=rows[:2]))
+        validate = None
+        if found.valid is not None:
+            validate = _make_validation(model, found.valid, max_eval_length, num_eval_steps)
+        if not run.resumed:
+            processes.in_turn(lambda: resuming.begin(run, model.domain, files, found, digests))
+        for note in found.notes:
+            processes.note(note)
+        for name in ("train", "valid"):
+            run_result.tell_skipped(folder, name, skipped[name])
+
+        with checkpoints.open_checkpoints(folder.checkpoints) as manager:
+            restored = checkpoints.restore(manager, model.abstract_state)
+            if restored is None:
+                drawn = initial_run is None or _begin_from(model, Path(initial_run))
+                number = calibration_batches
+                if number is None:
+                    number = _CALIBRATION_BATCHES if stored and drawn and initial_run else 0
+                if number:
+                    model.calibrate(iter(make_dataset(batch_size=batch_size)), num_batches=number)
+                state = model.state
+                progress = checkpoints.Progress(iterator.get_state(), batch_size, 0, 0.0)
+            else:
+                state, progress = restored
+                if progress.batch_size != batch_size:
+                    # Begun on other devices: the same batches are divided among those here.
+                    rows = process_arrays.own_rows(model.mesh, progress.batch_size)
+                    iterator = iter(make_dataset(batch_size=progress.batch_size, rows=rows[:2]))
+                iterator.set_state(progress.iterator)
+                processes.tell(f"resuming the run in {folder.path} after step {int(state.step)}")
+            if epochs is not None:
+                steps = data.num_batches(
+                    found.train,
+                    length=max_train_length,
+                    batch_size=progress.batch_size,
+                    num_epochs=epochs,
+                    pack=pack_sequences,
+                )
+                if max_train_steps < steps:
+                    processes.note(
+                        f"experiment.max_train_steps = {max_train_steps} (--steps) ends the run "
+                        f"before its epochs do, which take {steps} steps"
+                    )
+                times = dataclasses.replace(times, total=min(steps, max_train_steps))
+            _set_length(model, run, times, progress, int(state.step))
+            if run.resumed:
+                other = processes.is_primary() and resuming.update(
+                    run, model.domain, files, found, digests, int(state.step)
+                )
+                if process_arrays.any_process(other):
+                    # A loss on other proteins is not to be compared with.
+                    progress = progress._replace(best_step=None, best_loss=None)
+            ngrams = _baselines(folder, files, found, model.domain)
+            save = functools.partial(checkpoints.save, manager, keep=checkpoints_to_keep)
+            with (
+                metrics_log.open_metrics_log(folder, int(state.step)) as log,
+                stopping.catch_stop_requests() as stop,
+            ):
+                state, progress = training_loop.train_loop(
+                    model, state, progress, iterator, times, log, save, validate, stop, rows
+                )
+            if process_arrays.any_process(stop.signal is not None):
+                # It came after the last step had begun.
+                raise stopping.stopped(stop.signal or signal.SIGTERM, int(state.step))
+
+        reached = run_result.Reached(int(state.step), progress.tokens, progress.seconds)
+        result = run_result.finish(
+            folder,
+            model,
+            reached,
+            evaluated=files.test if found.held_out is None else str(folder.held_out),
+            ngrams=ngrams,
+            on_error=on_error,
+            num_samples=num_samples,
+            max_sample_length=max_sample_length,
+        )
+    processes.tell(report.format_report(result, folder))
+    return result
+
+
+def _check_early_stopping(early_stopping: int | None, validates: bool) -> None:
+    if early_stopping is not None and not validates:
+        raise ValueError(
+            f"experiment.early_stopping is {early_stopping}, but the run has no proteins to "
+            "validate on: give --valid_fasta, or leave early_stopping out"
+        )
+
+
+def _check_model(model: FlaxModel, max_train_length: int, calibration_batches: int | None) -> bool:
+    """Checks a model against settings; returns whether its features have stored parameters."""
     if max_train_length > model.max_length:
         raise ValueError(
             f"experiment.max_train_length is {max_train_length}, more than the "
             f"{model.max_length} tokens of the model: lower it, or raise "
             "make_protein_domain.length (and FlaxModel.max_len, if that is set)"
         )
-    if batch_size is None:
-        batch_size = batch_size_per_device * row_shards(model.mesh)
-    skipped = {name: SkippedRecords(keep=None) for name in ("train", "valid", "test")}
-    make_dataset = functools.partial(
-        data.make_dataset,
-        train_files,
-        model.domain,
-        length=max_train_length,
-        seed=data_seed,
-        pack=pack_sequences,
-        num_epochs=epochs,
-        objective=model.objective,
-        crop=crop,
-        masking=model.masking,
-        on_error=on_error,
-    )
-    rows = process_arrays.own_rows(model.mesh, batch_size)
-    dataset = make_dataset(batch_size=batch_size, skipped=skipped["train"], rows=rows[:2])
-    validate = None
-    if valid_files is not None:
-        corpus = load_corpus(valid_files, model.domain, on_error=on_error, skipped=skipped["valid"])
-        validate = _make_validation(model, corpus, max_eval_length, num_eval_steps)
-
-    if early_stopping is not None and validate is None:
-        _warn("early_stopping needs valid_files, and there are none")
     stored = getattr(model.attention_fn, "calibration", None) in ("stored", "trained")
     if calibration_batches and not stored:
         raise ValueError(
@@ -194,85 +305,38 @@ def run_experiment(
             "has no stored parameters to fit: use make_fast_softmax_attention with an estimator "
             "such as 'wderf_s' and unidirectional = True, or leave calibration_batches out"
         )
-    asked, used = gin.config_str(), gin.operative_config_str()
-    if initial_run is not None and not folder.config.exists():
-        # Before anything is written: what is refused can then be asked for again, put right.
-        check_initial_run(Path(initial_run), model)
-    about = model_file.to_text(model_file.describe(model) | {"training": settings})
-    processes.in_turn(lambda: run_folder.claim(folder, used, about, asked=asked))
-    for name in sorted(run_folder.settings(asked).keys() - run_folder.settings(used).keys()):
-        _warn(f"nothing uses the setting {name}")
-    if process_arrays.any_process(folder.result.exists()):
-        result = json.loads(folder.result.read_text(encoding="utf-8"))
-        _tell(f"the run in {folder.path} is finished\n\n{report.format_report(result, folder)}")
-        return result
-    for name in ("train", "valid"):
-        _tell_skipped(folder, name, skipped[name])
-    ngrams = _baselines(folder, train_files, valid_files, on_error, model.domain)
+    return stored
 
-    iterator = iter(dataset)
-    with checkpoints.open_checkpoints(folder.checkpoints) as manager:
-        found = checkpoints.restore(manager, model.abstract_state)
-        if found is None:
-            drawn = initial_run is None or _begin_from(model, Path(initial_run))
-            number = calibration_batches
-            if number is None:
-                number = _CALIBRATION_BATCHES if stored and drawn and initial_run else 0
-            if number:
-                model.calibrate(iter(make_dataset(batch_size=batch_size)), num_batches=number)
-            state = model.state
-            progress = checkpoints.Progress(iterator.get_state(), batch_size, 0, 0.0)
-        else:
-            state, progress = found
-            if progress.batch_size != batch_size:
-                # Begun on other devices: the same batches are divided among those that are here.
-                rows = process_arrays.own_rows(model.mesh, progress.batch_size)
-                iterator = iter(make_dataset(batch_size=progress.batch_size, rows=rows[:2]))
-            iterator.set_state(progress.iterator)
-            _tell(f"resuming the run in {folder.path} after step {int(state.step)}")
-        save = functools.partial(checkpoints.save, manager, keep=checkpoints_to_keep)
-        with (
-            metrics_log.open_metrics_log(folder, int(state.step)) as log,
-            stopping.catch_stop_requests() as stop,
-        ):
-            state, progress = training_loop.train_loop(
-                model, state, progress, iterator, times, log, save, validate, stop, rows
-            )
 
-    steps = int(state.step)
-    step, parameters, variables = checkpoints.restore_model(
-        folder.checkpoints, model.abstract_state
+def _set_length(
+    model: FlaxModel,
+    run: resuming.Opened,
+    times: training_loop.Times,
+    progress: checkpoints.Progress,
+    step: int,
+) -> None:
+    """Sets the length of the schedule, and tells what is not as one might expect."""
+    model.set_num_steps(times.total)
+    if isinstance(model.schedule, FactorSchedule):
+        note = model.schedule.describe_length(times.total)
+        if note is not None:
+            processes.note(note)
+    if not run.longer or step == 0:
+        return
+    if training_loop.is_tired(progress, step, times):
+        raise RunError(
+            f"early stopping has ended the run in {run.folder.path} at step {step}, so that more "
+            "steps change nothing: begin a new run in another --work_dir with "
+            f"experiment.initial_run = {str(run.folder.path)!r}"
+        )
+    if step >= times.total:
+        processes.note(f"the run is not longer than before: its data ends after {step} steps")
+        return
+    rates = [f"{float(model.schedule(number)):.3g}" for number in (step, times.total - 1)]
+    processes.note(
+        f"the run is trained further, from step {step} to step {times.total}: the learning rate "
+        f"is {rates[0]} at step {step + 1} and {rates[1]} at step {times.total}"
     )
-    model.set_parameters(parameters, variables)
-    result = {
-        "model": type(model).__name__,
-        "parameters": model.num_parameters,
-        "steps": steps,
-        "evaluated_step": step,
-        "tokens": progress.tokens,
-        "seconds": progress.seconds,
-        "evaluation": test_files
-        and evaluation.evaluate_on(
-            model, test_files, ngrams, on_error=on_error, skipped=skipped["test"]
-        ),
-        "samples": _sample(model, num_samples, max_sample_length),
-    }
-    _tell_skipped(folder, "test", skipped["test"])
-    if processes.is_primary():
-        _draw(folder, result)
-        output_files.write_json(folder.result, result)
-    _tell(report.format_report(result, folder))
-    return result
-
-
-def _tell(text: str) -> None:
-    if processes.is_primary():
-        print(text)
-
-
-def _warn(text: str) -> None:
-    if processes.is_primary():
-        print(f"warning: {text}", file=sys.stderr)
 
 
 def _begin_from(model: FlaxModel, path: Path) -> bool:
@@ -286,19 +350,21 @@ def _begin_from(model: FlaxModel, path: Path) -> bool:
 
 
 def _baselines(
-    folder: RunFolder,
-    train_files: str | Sequence[str] | Mapping[str, float],
-    valid_files: str | Sequence[str] | None,
-    on_error: str,
-    domain: DiscreteDomain,
+    folder: RunFolder, files: DataFiles, found: TrainingData, domain: DiscreteDomain
 ) -> Sequence[baselines.NGram]:
     """Those of the run; a resumed run need not count again."""
     # What is there is there for all processes; what is not, each counts rather than waits.
     if not process_arrays.any_process(folder.baselines.exists()):
-        files = [train_files] if isinstance(train_files, str) else list(train_files)
-        found = evaluation.fit_baselines(files, domain, valid=valid_files, on_error=on_error)
+        held_out = None if found.held_out is None else str(folder.held_out)
+        ngrams = evaluation.fit_baselines(
+            files.train_paths,
+            domain,
+            valid=held_out or files.valid,
+            on_error=found.on_error,
+            held_out=held_out,
+        )
         if processes.is_primary():
-            evaluation.save_baselines(folder.baselines, found)
+            evaluation.save_baselines(folder.baselines, ngrams)
         process_arrays.any_process(False)
     return evaluation.load_baselines(folder.baselines)
 
@@ -323,25 +389,3 @@ def _make_validation(
         return metrics.combine_metrics(model.batch_sums(found))
 
     return validate
-
-
-def _tell_skipped(folder: RunFolder, name: str, skipped: SkippedRecords) -> None:
-    if skipped.count and processes.is_primary():
-        print(skipped.summary(), file=sys.stderr)
-        skipped.save(folder.path / f"skipped_{name}.tsv")
-
-
-def _sample(model: FlaxModel, number: int, max_length: int | None) -> list[str]:
-    if not isinstance(model, FlaxLM) or not number:
-        return []
-    if processes.count() > 1:
-        # Each process samples on its own devices.
-        model = model.with_mesh(make_mesh(devices=jax.local_devices()))
-    records = sampling.sample_proteins(model, number, max_length=max_length)
-    return [record.sequence for record in records]
-
-
-def _draw(folder: RunFolder, result: dict[str, Any]) -> None:
-    scores = result["evaluation"]["scores"][1:] if result["evaluation"] else []
-    references = {row["name"]: row["perplexity"] for row in scores}
-    plots.plot_learning_curve(folder.curve, metrics_log.read_metrics(folder.metrics), references)

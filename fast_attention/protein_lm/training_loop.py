@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,18 +13,28 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from fast_attention.protein_lm import metrics, processes, train_state
+from fast_attention.protein_lm import metrics, processes, ranges, train_state
 from fast_attention.protein_lm.checkpoints import Progress
 from fast_attention.protein_lm.divergence import Guard
 from fast_attention.protein_lm.flax_model import FlaxModel
 from fast_attention.protein_lm.metrics_log import MetricsLog, SilentLog
 from fast_attention.protein_lm.process_arrays import Rows, Votes
-from fast_attention.protein_lm.stopping import Stopped, StopRequest
+from fast_attention.protein_lm.stopping import StopRequest, stopped
 from fast_attention.protein_lm.train_state import TrainState
 
 # The host runs this many steps ahead of the device: enough to hide its own work, and not so many
 # that batches pile up or the progress bar shows the future.
 _STEPS_AHEAD = 2
+
+
+_SETTINGS = {
+    "total": "max_train_steps",
+    "summary": "train_summary_frequency",
+    "evaluation": "eval_frequency",
+    "checkpoint": "checkpoint_frequency",
+    "patience": "early_stopping",
+}
+"""The parameters of ``experiment`` that the attributes of `Times` come from."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +45,7 @@ class Times:
     one that was never stopped.
 
     Attributes:
-      total: Steps of the run; the data may end before.
+      total: Steps of the run.
       summary: Steps between rows of training metrics.
       evaluation: Steps between validations.
       checkpoint: Steps between checkpoints; a validation better than all before is a time for
@@ -45,7 +54,7 @@ class Times:
         training ends; None is no such end.
 
     Raises:
-      ValueError: If a number is not positive.
+      ValueError: If a number is out of its range.
     """
 
     total: int
@@ -56,15 +65,10 @@ class Times:
 
     def __post_init__(self):
         """Checks the numbers."""
-        for name in ("total", "summary", "evaluation", "checkpoint"):
+        for name, setting in _SETTINGS.items():
             value = getattr(self, name)
-            if value < 1:
-                raise ValueError(f"the number of steps of {name!r} must be positive; got {value}")
-        if self.patience is not None and self.patience < 1:
-            raise ValueError(
-                f"the number of validations to wait for a better one must be positive, or None; "
-                f"got {self.patience}"
-            )
+            if value is not None or name != "patience":
+                ranges.check(f"experiment.{setting}", value, ranges.COUNT)
 
 
 class _Interval:
@@ -139,7 +143,7 @@ def train_loop(
     stop: StopRequest,
     rows: Rows | None = None,
 ) -> tuple[TrainState, Progress]:
-    """Trains until `times.total` steps are taken, the data ends or validations no longer improve.
+    """Trains until `times.total` steps are taken or validations no longer improve.
 
     Args:
       model: Gives the training step.
@@ -165,7 +169,7 @@ def train_loop(
     step = saved = int(state.step)
     postfix: dict[str, str] = {}
     interval = _Interval(progress.pending, compiling=True)
-    more = step < times.total and not _is_tired(progress, step, times)
+    more = step < times.total and not is_tired(progress, step, times)
     batch = interval.fetch(iterator) if more else None
     with _progress_bar(step, times) as bar:
         while batch is not None:
@@ -207,20 +211,21 @@ def train_loop(
                     if progress.best_loss is None or found["loss"] < progress.best_loss:
                         progress = progress._replace(best_step=step, best_loss=found["loss"])
                         checkpoint = True
-            if _is_tired(progress, step, times):
+            if is_tired(progress, step, times):
                 batch, checkpoint = None, True
             if checkpoint or stopping:
                 save(state, progress)
                 saved = step
             if stopping:
-                raise Stopped(stopping, _farewell(stopping, step))
+                raise stopped(stopping, step)
             if tell:
                 bar.set_postfix(postfix)
                 interval = _Interval()
     return state, progress
 
 
-def _is_tired(progress: Progress, step: int, times: Times) -> bool:
+def is_tired(progress: Progress, step: int, times: Times) -> bool:
+    """Whether early stopping ends a run after `step` steps."""
     if times.patience is None or progress.best_step is None:
         return False
     return step - progress.best_step >= times.patience * times.evaluation
@@ -229,13 +234,6 @@ def _is_tired(progress: Progress, step: int, times: Times) -> bool:
 def _summarise(rows: list[dict[str, float]]) -> dict[str, float]:
     norm = float(np.mean([row["gradient_norm"] for row in rows]))
     return metrics.combine_metrics(rows) | {"gradient_norm": norm}
-
-
-def _farewell(number: int, step: int) -> str:
-    return (
-        f"stopped by {signal.Signals(number).name} after step {step}, which is saved: the same "
-        "command goes on from there"
-    )
 
 
 def _progress_bar(step: int, times: Times) -> tqdm:

@@ -19,7 +19,14 @@ import numpy as np
 import optax
 from flax import nnx
 
-from fast_attention.protein_lm import lora, metrics, optimizer, token_batches, train_state
+from fast_attention.protein_lm import (
+    lora,
+    metrics,
+    optimizer,
+    schedules,
+    token_batches,
+    train_state,
+)
 from fast_attention.protein_lm.encoding import Encoded, number_rows, with_begin, with_end
 from fast_attention.protein_lm.flax_model import FlaxModel
 from fast_attention.protein_lm.linear_head import LinearHead
@@ -119,7 +126,7 @@ def tune(
     ]
     per_epoch = -(-len(rows) // schedule.batch_size)
     total = per_epoch * schedule.max_epochs
-    rate = optimizer.create_learning_rate_scheduler(
+    rate = schedules.create_learning_rate_scheduler(
         "constant * linear_warmup * cosine_decay",
         schedule.learning_rate,
         warmup_steps=total // 10,

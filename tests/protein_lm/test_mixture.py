@@ -69,7 +69,7 @@ def test_shares_are_rounded_and_never_nothing():
 
 
 def test_rows_do_not_depend_on_how_they_are_asked_for(sources):
-    _, parts = load_mixture(dict.fromkeys(sources, 1.0), DOMAIN)
+    parts = load_mixture(dict.fromkeys(sources, 1.0), DOMAIN).parts
 
     def planner():
         options = {"seed": 3, "pack": True, "shuffle": True, "random_crop": True}
@@ -96,7 +96,8 @@ def test_a_mixture_is_resumed(sources):
 
 def test_every_protein_of_a_source_comes_before_any_comes_again(sources):
     """Source A has fewer rows than its share of an epoch, and begins anew."""
-    corpus, parts = load_mixture(dict.fromkeys(sources, 1.0), DOMAIN)
+    mixture = load_mixture(dict.fromkeys(sources, 1.0), DOMAIN)
+    corpus, parts = mixture.corpus, mixture.parts
     options = {"seed": 0, "pack": True, "shuffle": True, "random_crop": True}
     planners = [EpochPlanner(part, 40, **options, stream=k) for k, part in enumerate(parts)]
     mixed = MixturePlanner(planners, [1, 1, 1])
@@ -120,7 +121,8 @@ def test_one_source_is_the_source_itself(sources):
 
 
 def test_the_proteins_of_a_mixture_are_those_of_its_files(sources):
-    whole, parts = load_mixture(dict.fromkeys(sources, 1.0), DOMAIN)
+    mixture = load_mixture(dict.fromkeys(sources, 1.0), DOMAIN)
+    whole, parts = mixture.corpus, mixture.parts
     expected = load_corpus(sources, DOMAIN)
     np.testing.assert_array_equal(whole.tokens, expected.tokens)
     np.testing.assert_array_equal(whole.offsets, expected.offsets)

@@ -7,60 +7,9 @@ import pytest
 from fast_attention.protein_lm import make_protein_domain
 from fast_attention.protein_lm.models import FlaxLM
 from fast_attention.protein_lm.optimizer import (
-    create_learning_rate_scheduler,
     create_optimizer,
     decay_mask,
 )
-
-STEPS = np.array([0, 1, 5, 10, 11, 40, 109, 110, 160, 1000])
-
-
-@pytest.mark.parametrize(
-    ("factors", "expected"),
-    [
-        ("constant", lambda s: 0.5 + 0 * s),
-        ("linear_warmup", lambda s: np.minimum(1, s / 10)),
-        ("rsqrt_decay", lambda s: 1 / np.sqrt(np.maximum(s, 10))),
-        ("rsqrt_normalized_decay", lambda s: np.sqrt(10 / np.maximum(s, 10))),
-        ("decay_every", lambda s: 0.25 ** (s // 40)),
-        ("cosine_decay", lambda s: (1 + np.cos(np.pi * (np.maximum(0, s - 10) / 100 % 1))) / 2),
-        (
-            "constant * linear_warmup*rsqrt_decay",
-            lambda s: 0.5 * np.minimum(s / 10, 1) / np.sqrt(np.maximum(s, 10)),
-        ),
-    ],
-)
-def test_learning_rate_is_the_product_of_its_factors(factors, expected):
-    schedule = create_learning_rate_scheduler(
-        factors,
-        base_learning_rate=0.5,
-        warmup_steps=10,
-        decay_factor=0.25,
-        steps_per_decay=40,
-        steps_per_cycle=100,
-    )
-    rates = [float(schedule(int(step))) for step in STEPS]
-    np.testing.assert_allclose(rates, expected(STEPS), rtol=1e-5, atol=1e-7)
-    np.testing.assert_allclose(jax.vmap(schedule)(jnp.asarray(STEPS)), rates, rtol=1e-5, atol=1e-7)
-
-
-def test_no_warmup_starts_at_the_full_rate():
-    schedule = create_learning_rate_scheduler("constant * linear_warmup", 0.1, warmup_steps=0)
-    assert float(schedule(0)) == pytest.approx(0.1)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"factors": "constant * linear_warmpu"}, "linear_warmpu"),
-        ({"factors": ""}, "unknown"),
-        ({"warmup_steps": -1}, "warmup_steps"),
-        ({"steps_per_cycle": 0}, "steps_per_cycle"),
-    ],
-)
-def test_a_bad_schedule_is_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        create_learning_rate_scheduler(**arguments)
 
 
 def test_a_bad_clip_is_refused():

@@ -19,6 +19,7 @@ EXPECTED_FILES = {
     "checkpoints",
     "config.gin",
     "curve.png",
+    "data.json",
     "metrics.jsonl",
     "model.json",
     "result.json",
@@ -128,7 +129,7 @@ def test_a_run_told_to_stop_saves_its_step_and_goes_on(
             patch.setattr(train, "_make_validation", lambda *args: None)
             assert cli.main(train_arguments(tmp_path)) == status
         told = capsys.readouterr().err
-        assert f"{number.name} after step {row + 1}, which is saved: the same command" in told
+        assert f"{number.name} after step {row + 1}, which is saved: run the same command" in told
         assert "configurable" not in told and "<function" not in told
         assert (tmp_path / "checkpoints" / str(row + 1)).is_dir()
         assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
@@ -223,8 +224,17 @@ def test_settings_that_nothing_uses_are_told(lm_run, train_arguments, tmp_path, 
     assert "warning" in told and "make_fast_generalized_attention.nb_features" in told
 
 
-@pytest.mark.parametrize("name", ["total", "summary", "evaluation", "checkpoint"])
-def test_times_must_be_positive(name):
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        ("total", "max_train_steps"),
+        ("summary", "train_summary_frequency"),
+        ("evaluation", "eval_frequency"),
+        ("checkpoint", "checkpoint_frequency"),
+        ("patience", "early_stopping"),
+    ],
+)
+def test_times_must_be_positive(name, setting):
     numbers = {"total": 1, "summary": 1, "evaluation": 1, "checkpoint": 1} | {name: 0}
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises(ValueError, match=f"experiment.{setting} must be"):
         Times(**numbers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -29,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="the settings, a gin file such as protein_lm_configs/demo.gin; may be repeated",
+        help="the settings, a gin file such as protein_lm_configs/demo.gin; may be repeated "
+        "(default: without any, those of demo.gin)",
     )
     parser.add_argument(
         "--gin_bindings",
@@ -52,17 +54,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "1); without weights, a file counts as much as its size",
     )
     for flag, meaning in (
-        ("--valid_fasta", "proteins to validate on during training; may be repeated"),
+        (
+            "--valid_fasta",
+            "proteins to validate on during training; may be repeated. Without --valid_fasta and "
+            "--test_fasta, 5 %% of the sequences of --fasta (at most 1,000) are held out for both",
+        ),
         ("--test_fasta", "proteins to evaluate on at the end; may be repeated"),
     ):
         parser.add_argument(flag, action="append", metavar="PATH", help=meaning)
     arguments.add_on_error_choice(parser, None)
     for flag, allowed, meaning in (
-        ("--steps", ranges.COUNT, "training steps after which to end"),
+        ("--steps", ranges.COUNT, "training steps; a larger number trains a finished run further"),
         (
             "--epochs",
             ranges.EPOCHS,
-            "passes through the proteins after which to end, if that comes first",
+            "passes through the proteins, if they end before --steps; more train further",
         ),
         (
             "--batch_size",
@@ -76,6 +82,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar="N",
             help=f"{meaning} (default: the settings')",
         )
+    parser.add_argument(
+        "--new_data",
+        action="store_true",
+        help="resume a run whose FASTA files have changed, which is otherwise an error",
+    )
     group = parser.add_argument_group(
         "several processes",
         "Start the same command on every machine, all of which must see the same --work_dir.",
@@ -159,8 +170,17 @@ def _train(options: argparse.Namespace) -> None:
     ]
     if options.on_error:
         bindings.append(f"experiment.on_error = {options.on_error!r}")
-    gin_registry.configure(options.gin_file, options.gin_bindings + bindings)
-    gin.get_configurable("experiment")(options.work_dir)
+    settings = options.gin_file
+    if not settings:
+        settings = [gin_registry.DEMO]
+        if options.process_id in (None, 0):
+            print(
+                f"note: without --gin_file, the settings are those of {gin_registry.DEMO}, a small "
+                "model",
+                file=sys.stderr,
+            )
+    gin_registry.configure(settings, options.gin_bindings + bindings)
+    gin.get_configurable("experiment")(options.work_dir, new_data=options.new_data)
 
 
 def read_weights(given: list[str]) -> list[str] | dict[str, float]:

@@ -1,0 +1,197 @@
+"""The proteins of a run: those to train on, those to validate on, and what the two share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fast_attention.protein_lm import data, held_out, ranges
+from fast_attention.protein_lm.batches import select
+from fast_attention.protein_lm.corpus import Corpus, load_corpus
+from fast_attention.protein_lm.domains import DiscreteDomain
+from fast_attention.protein_lm.fasta_files import read_proteins
+from fast_attention.protein_lm.mixture import Mixture, join_sources
+from fast_attention.protein_lm.skipped_records import SkippedRecords
+
+
+@dataclasses.dataclass(frozen=True)
+class DataFiles:
+    """Where the proteins of a run are.
+
+    Attributes:
+      train: FASTA files, or a dict from those to weights.
+      valid: FASTA files of validations during training, or None.
+      test: FASTA files of the evaluation at the end, or None.
+      valid_fraction: Share of the sequences of `train` to hold out, where `valid` and `test` are
+        None; 0 holds out none.
+    """
+
+    train: str | Sequence[str] | Mapping[str, float]
+    valid: str | Sequence[str] | None = None
+    test: str | Sequence[str] | None = None
+    valid_fraction: float = 0.0
+
+    def __post_init__(self):
+        """Raises ValueError if `valid_fraction` is out of its range."""
+        ranges.check("experiment.valid_fraction", self.valid_fraction, ranges.BELOW_ONE)
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether a part of `train` is held out for validation."""
+        return self.valid is None and self.test is None and self.valid_fraction > 0
+
+    @property
+    def by_split(self) -> dict[str, Any]:
+        """The files of ``train``, ``valid`` and ``test``."""
+        return {"train": self.train, "valid": self.valid, "test": self.test}
+
+    @property
+    def train_paths(self) -> list[str]:
+        """The files to train on, without weights."""
+        return [self.train] if isinstance(self.train, str) else list(self.train)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainingData:
+    """Proteins of a run, in memory.
+
+    Attributes:
+      train: To train on.
+      valid: To validate on, or None.
+      counts: Proteins of each split.
+      shared: By split, how many of its proteins are identical to one that is trained on.
+      held_out: Numbers of the records of the training files that `valid` was made of, or None
+        where these have files of their own.
+      on_error: What was done with records that cannot be read.
+      notes: Sentences that a user should read.
+    """
+
+    train: data.Source
+    valid: Corpus | None
+    counts: dict[str, int]
+    shared: dict[str, int]
+    held_out: np.ndarray | None
+    on_error: str
+    notes: list[str]
+
+
+def load_training_data(
+    files: DataFiles,
+    domain: DiscreteDomain,
+    *,
+    on_error: str = "raise",
+    skipped: Mapping[str, SkippedRecords],
+) -> TrainingData:
+    """Reads the proteins of a run, those of the evaluation at the end included.
+
+    Args:
+      files: Where they are.
+      domain: Gives the vocabulary.
+      on_error: What to do with a record that cannot be read, see `load_corpus`.
+      skipped: Takes the records that were left out, for ``train`` and ``valid``.
+
+    Raises:
+      FastaError: If a file cannot be read.
+      ValueError: If holding out leaves nothing of a file.
+    """
+    train = data.load_source(files.train, domain, on_error=on_error, skipped=skipped["train"])
+    hashes = held_out.sequence_hashes(_corpus(train))
+    counts: dict[str, int] = {}
+    shared: dict[str, int] = {}
+    notes: list[str] = []
+    valid = rows = None
+    if files.holds_out:
+        chosen = held_out.choose_held_out(hashes, files.valid_fraction)
+        # One of each sequence says as much as all copies.
+        rows = np.unique(np.where(chosen, hashes, 0), return_index=True)[1]
+        rows = np.sort(rows[chosen[rows]])
+        if len(rows):
+            valid, train = select(_corpus(train), rows), _without(train, chosen, files)
+            hashes = hashes[~chosen]
+            notes.append(
+                f"{chosen.sum():,} of {len(chosen):,} proteins are held out for validation "
+                f"({100 * files.valid_fraction:g} % by the hash of the sequence, at most "
+                f"{held_out.MOST:,}): give --valid_fasta to choose them, or "
+                "experiment.valid_fraction = 0 for no validation"
+            )
+        else:
+            rows = None
+            notes.append(
+                f"nothing can be held out for validation, since all {len(hashes)} proteins of "
+                f"--fasta are identical: {_NO_FIGURES}"
+            )
+    elif files.valid is None and files.test is None:
+        notes.append(f"there are no proteins to validate on: {_NO_FIGURES}")
+    for split in ("valid", "test"):
+        if files.by_split[split] is None or (split == "test" and files.test == files.valid):
+            continue
+        left_out = skipped["valid"] if split == "valid" else SkippedRecords()
+        found = load_corpus(files.by_split[split], domain, on_error=on_error, skipped=left_out)
+        counts[split] = len(found)
+        shared[split] = int(np.isin(held_out.sequence_hashes(found), hashes).sum())
+        if shared[split]:
+            notes.append(
+                f"{shared[split]:,} of {len(found):,} {_NAMES[split]} proteins are identical to "
+                "proteins that are trained on: figures on them say little of new proteins"
+            )
+        valid = found if split == "valid" else valid
+    counts = (
+        {"train": len(_corpus(train))} | ({} if valid is None else {"valid": len(valid)}) | counts
+    )
+    return TrainingData(train, valid, counts, shared, rows, on_error, notes)
+
+
+_NAMES = {"valid": "validation", "test": "test"}
+_NO_FIGURES = "give --valid_fasta or --test_fasta to see how good the model is"
+
+
+def held_out_fasta(
+    files: DataFiles, domain: DiscreteDomain, rows: np.ndarray, *, on_error: str
+) -> str:
+    """The held-out proteins as the text of a FASTA file.
+
+    Args:
+      files: Where the proteins are.
+      domain: Gives the letters of a record.
+      rows: ``TrainingData.held_out``.
+      on_error: As in `load_training_data`.
+    """
+    wanted = set(rows.tolist())
+    sources = list(files.train) if isinstance(files.train, Mapping) else [files.train]
+    records = (
+        record
+        for source in sources
+        for record in read_proteins(
+            source, alphabet=domain.vocab.symbols, on_error=on_error, skipped=SkippedRecords()
+        )
+    )
+    return "".join(
+        f"{f'>{record.id} {record.description}'.rstrip()}\n{record.sequence}\n"
+        for number, record in enumerate(records)
+        if number in wanted
+    )
+
+
+def _corpus(source: data.Source) -> Corpus:
+    return source.corpus if isinstance(source, Mixture) else source
+
+
+def _without(source: data.Source, left_out: np.ndarray, files: DataFiles) -> data.Source:
+    if not isinstance(source, Mixture):
+        return select(source, np.flatnonzero(~left_out))
+    bounds = np.cumsum([0, *map(len, source.parts)])
+    parts = []
+    for path, part, begin, end in zip(
+        files.train_paths, source.parts, bounds[:-1], bounds[1:], strict=True
+    ):
+        kept = np.flatnonzero(~left_out[begin:end])
+        if not len(kept):
+            raise ValueError(
+                f"{path}: all of its {end - begin} proteins would be held out for validation: give "
+                "--valid_fasta, or experiment.valid_fraction = 0"
+            )
+        parts.append(select(part, kept))
+    return join_sources(parts, source.weights)
