@@ -95,7 +95,9 @@ def fails(arguments: list[str], capsys) -> str:
     assert cli.main(arguments) == 1
     told = capsys.readouterr().err
     assert "Traceback" not in told
-    assert told.startswith(f"protein-lm {arguments[0]}: error: ")
+    *notes, error = told.splitlines()
+    assert error.startswith(f"protein-lm {arguments[0]}: error: ")
+    assert all(note.startswith("note: ") for note in notes)
     return told
 
 

@@ -200,10 +200,17 @@ def test_divergence_stops_the_run_and_keeps_the_last_checkpoint(train_arguments,
 
 def test_epochs_end_a_run(train_arguments, tmp_path, capsys):
     settings = ["experiment.epochs = 1", "experiment.max_train_steps = 10000"]
-    settings += ["experiment.batch_size_per_device = 150"]
+    settings += ["experiment.batch_size_per_device = 150", "experiment.train_summary_frequency = 1"]
+    settings += ["create_learning_rate_scheduler.steps_per_cycle = None"]
+    settings += ["create_learning_rate_scheduler.warmup_steps = 0"]
     assert cli.main(train_arguments(tmp_path, *settings)) == 0
     result = json.loads((tmp_path / "result.json").read_text())
     assert 1 <= result["steps"] <= 4
+    # The cosine ends with the epoch.
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    rates = [row["learning_rate"] for row in rows if row["split"] == "train"]
+    fractions = np.arange(len(rates)) / result["steps"]
+    np.testing.assert_allclose(rates, 0.003 * (1 + np.cos(np.pi * fractions)) / 2, rtol=1e-5)
     # Every protein once, cropped to 64, with its end where the crop has it.
     assert result["tokens"] == 500 * 64 - missing(64)
     assert steps_of(tmp_path, "valid")[-1] == result["steps"]
