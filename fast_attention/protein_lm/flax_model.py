@@ -338,9 +338,9 @@ class FlaxModel:
 
         model = load_run(os.fspath(run_dir)).model
         if not isinstance(model, cls):
-            found = type(model).__name__
+            own, other = cls.__name__, type(model).__name__
             raise RunError(
-                f"{run_dir} is a run of {found}, not of {cls.__name__}: read it with {found}.load"
+                f"{run_dir} is a run of {other}, not of {own}: read it with {other}.load"
             )
         return model
 
@@ -373,11 +373,10 @@ class FlaxModel:
             token included, and nothing is masked. Those of a causal model at t come from
             the residues before t.
         """
-        batch = xs
         if not batches.is_batch(xs):
             corpus = batches.as_corpus(xs, self.domain)
-            batch = batches.in_order(corpus, self.domain, self.objective)
-        return self._apply(self.logits_step, batch)
+            xs = batches.in_order(corpus, self.domain, self.objective)
+        return self._apply(self.logits_step, xs)
 
     def _apply(self, step: Callable[..., Any], batch: train_state.Batch) -> Any:
         return step(

@@ -151,10 +151,13 @@ def test_records_are_skipped_alike_by_calibration_and_with_another_batch_size(
     config = (run / "config.gin").read_text()
     rows = "experiment.batch_size_per_device = "
     (run / "config.gin").write_text(config.replace(f"{rows}4", f"{rows}2"))
+    (run / "model.json").write_text("[]")
     given = [argument.replace("whole", "resumed") for argument in given]
     assert cli.main([*given, "--batch_size=2"]) == 0
     assert figures(run) == figures(tmp_path / "whole")
     assert "bad" in (run / "skipped_train.tsv").read_text()
+    # The settings make the model, and its description is written anew.
+    assert json.loads((run / "model.json").read_text())["training"]["batch_size_per_device"] == 2
 
 
 def test_without_other_files_a_part_is_held_out(train_arguments, other_fasta, tmp_path, capsys):
@@ -186,9 +189,9 @@ def test_shared_proteins_are_counted(finished, lm_run):
 
 
 def test_the_folder_of_an_export_is_refused(train_arguments, tmp_path, capsys):
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").touch()
     assert cli.main(train_arguments(tmp_path)) == 1
     assert "exported model" in capsys.readouterr().err
-    (tmp_path / "config.json").rename(tmp_path / "result.json")
+    (tmp_path / "model.safetensors").rename(tmp_path / "result.json")
     assert cli.main(train_arguments(tmp_path)) == 1
     assert "the result of something else" in capsys.readouterr().err
