@@ -8,15 +8,18 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fast_attention.protein_lm import data
+from fast_attention.protein_lm import data, pairs
 from fast_attention.protein_lm.corpus import Corpus, join_rows
 from fast_attention.protein_lm.domains import DiscreteDomain
 from fast_attention.protein_lm.masking import MaskingConfig
 from fast_attention.protein_lm.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from fast_attention.protein_lm.built_model import BuiltModel
 
 # Seeds of unlike draws differ in this number (others are in packing.py and data.py).
 _WEIGHTED = 6
@@ -24,7 +27,7 @@ _WEIGHTED = 6
 
 def is_batch(xs: Any) -> bool:
     """Whether `xs` is one batch of the form of `data.make_dataset`."""
-    return isinstance(xs, Mapping) and "inputs" in xs
+    return isinstance(xs, Mapping) and not pairs.is_pairs(xs)
 
 
 def as_corpus(sequences: Iterable[Any], domain: DiscreteDomain) -> Corpus:
@@ -69,65 +72,122 @@ def as_corpus(sequences: Iterable[Any], domain: DiscreteDomain) -> Corpus:
 
 
 def training_batches(
+    model: BuiltModel,
     xs: Any,
-    domain: DiscreteDomain,
     *,
-    objective: str,
-    masking: MaskingConfig | None,
     batch_size: int,
-    seed: int,
     epochs: int = 1,
     example_weights: Any = None,
 ) -> Iterator[Mapping[str, Any]]:
     """Batches to train on, of what a caller gave.
 
     Args:
-      xs: Strings, rows of ids (see `as_corpus`), or batches of the form of `data.make_dataset`.
-      domain: What is modelled.
-      objective: "causal" or "masked".
-      masking: Of a masked model.
+      model: To be trained; its seed and its step decide order and masks.
+      xs: Strings, rows of ids (see `as_corpus`), pairs (see `pairs.as_pairs`), or batches (see
+        `one_batch`).
       batch_size: Rows per batch.
-      seed: Of order and masks.
       epochs: How often to go through `xs`; 1 for an iterator of batches.
       example_weights: What each sequence counts, see `weighted`; None counts all equally.
 
     Raises:
-      ValueError: If batches were given weights, or an iterator should be repeated.
+      ValueError: If batches or pairs were given weights, or an iterator should be repeated.
     """
-    found = as_batches(xs)
-    if found is not None:
-        if example_weights is not None:
-            raise ValueError(
-                "example_weights are for sequences; a batch has its own 'weights' [B, T]"
-            )
+    seed = model.random_seed + int(model.state.step)
+    given = as_batches(xs)
+    if example_weights is not None and (given is not None or pairs.is_pairs(xs)):
+        raise ValueError("example_weights are for sequences; pairs and batches have 'weights'")
+    if pairs.is_pairs(xs):
+        rows = pairs.as_pairs(xs, model.tokens)
+        return pairs.pair_batches(
+            rows, model.tokens, batch_size=batch_size, epochs=epochs, seed=seed
+        )
+    if given is not None:
         if epochs != 1 and isinstance(xs, Iterator):
             raise ValueError(f"an iterator can be read once, but epochs is {epochs}")
-        return itertools.chain.from_iterable(itertools.repeat(found, epochs))
-    corpus = as_corpus(xs, domain)
+        again = itertools.chain.from_iterable(itertools.repeat(given, epochs))
+        return (one_batch(model, batch, seed + step) for step, batch in enumerate(again))
+    corpus = as_corpus(xs, model.domain)
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "seed": seed,
+        "objective": model.objective,
+        "masking": model.masking,
+    }
     if example_weights is not None:
-        return weighted(
-            corpus,
-            domain,
-            example_weights,
-            batch_size=batch_size,
-            seed=seed,
-            epochs=epochs,
-            objective=objective,
-            masking=masking,
-        )
+        return weighted(corpus, model.domain, example_weights, epochs=epochs, **options)
+    length = int(corpus.lengths.max())
     return iter(
         data.make_dataset(
-            corpus,
-            domain,
-            length=int(corpus.lengths.max()),
-            batch_size=batch_size,
-            seed=seed,
-            pack=False,
-            num_epochs=epochs,
-            objective=objective,
-            masking=masking,
+            corpus, model.domain, length=length, pack=False, num_epochs=epochs, **options
         )
     )
+
+
+def evaluation_batches(
+    model: BuiltModel, xs: Any, *, batch_size: int, seed: int
+) -> Iterator[Mapping[str, Any]]:
+    """Batches to evaluate, of what a caller gave, each sequence once.
+
+    Args:
+      model: To be evaluated.
+      xs: As for `training_batches`, or a `Corpus`.
+      batch_size: Rows per batch.
+      seed: Of the masks of a masked model.
+    """
+    if pairs.is_pairs(xs):
+        rows = pairs.as_pairs(xs, model.tokens)
+        return pairs.pair_batches(rows, model.tokens, batch_size=batch_size)
+    given = as_batches(xs)
+    if given is not None:
+        return (one_batch(model, batch, seed + step) for step, batch in enumerate(given))
+    corpus = xs if isinstance(xs, Corpus) else as_corpus(xs, model.domain)
+    return data.eval_batches(
+        corpus,
+        model.domain,
+        length=int(corpus.lengths.max()),
+        batch_size=batch_size,
+        objective=model.objective,
+        seed=seed,
+        masking=model.masking,
+    )
+
+
+def one_batch(model: BuiltModel, batch: Any, seed: int) -> Mapping[str, Any]:
+    """One batch of the form of `data.make_dataset`.
+
+    Args:
+      model: That reads it.
+      batch: Such a batch, pairs (see `pairs.as_pairs`), or sequences (see `as_corpus`), of which
+        ids [B, T] keep their T.
+      seed: Of the masks of a masked model.
+
+    Raises:
+      ValueError: If it is one sequence, or as `pairs.as_pairs` or `as_corpus`.
+    """
+    if pairs.is_pairs(batch):
+        return pairs.pair_batch(pairs.as_pairs(batch, model.tokens), model.tokens)
+    if isinstance(batch, Mapping):
+        return batch
+    if isinstance(batch, str) or np.ndim(batch) < 1:
+        raise ValueError(f"expected a batch of sequences, but got {batch!r}: give [sequence]")
+    if np.ndim(batch) == 1 and not isinstance(batch[0], str):
+        raise ValueError(f"expected a batch of sequences, but got one, {batch}: give [sequence]")
+    corpus = as_corpus(batch, model.domain)
+    longest = int(corpus.lengths.max())
+    dataset = data.make_dataset(
+        corpus,
+        model.domain,
+        length=longest if np.ndim(batch) < 2 else max(longest, np.shape(batch)[1]),
+        batch_size=len(corpus),
+        seed=seed,
+        pack=False,
+        shuffle=False,
+        num_epochs=1,
+        objective=model.objective,
+        crop="start",
+        masking=model.masking,
+    )
+    return next(iter(dataset))
 
 
 def joined(parts: Iterable[Mapping[str, Any]]) -> dict[str, np.ndarray]:
@@ -163,8 +223,8 @@ def crop(corpus: Corpus, length: int) -> Corpus:
     return dataclasses.replace(corpus, tokens=corpus.tokens[within < length], offsets=offsets)
 
 
-def as_batches(xs: Any) -> Iterable[Mapping[str, Any]] | None:
-    """The batches that `xs` is or holds, or None where it holds sequences.
+def as_batches(xs: Any) -> Iterable[Any] | None:
+    """The batches that `xs` is or holds, for `one_batch`, or None where it holds sequences.
 
     Args:
       xs: One batch, several, an iterator (taken to be of batches), or sequences.
@@ -173,9 +233,14 @@ def as_batches(xs: Any) -> Iterable[Mapping[str, Any]] | None:
         return [xs]
     if isinstance(xs, Iterator):
         return xs
-    if isinstance(xs, Iterable) and is_batch(next(iter(xs), None)):
-        return xs
-    return None
+    if not isinstance(xs, Iterable):
+        return None
+    first = next(iter(xs), None)
+    return xs if isinstance(first, Mapping) or pairs.is_pairs(first) or _is_table(first) else None
+
+
+def _is_table(first: Any) -> bool:
+    return hasattr(first, "shape") and len(first.shape) == 2
 
 
 def weighted(

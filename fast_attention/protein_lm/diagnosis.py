@@ -35,7 +35,6 @@ from fast_attention.layers.fidelity import (
 )
 from fast_attention.layers.observing import AttentionCall, observed_copy
 from fast_attention.protein_lm import token_batches, train_state
-from fast_attention.protein_lm.embedding import room
 from fast_attention.protein_lm.encoding import (
     Encoded,
     encode_sequences,
@@ -156,7 +155,7 @@ def diagnose(
       ValueError: If there are too few proteins, a `target_error` has no features, or as
         `encode_sequences`.
     """
-    encoded = list(encode_sequences(model, sequences, room=room(model), max_length=max_length))
+    encoded = list(encode_sequences(model, sequences, max_length=max_length))
     attention_fn = None if features is None else features.attention_fn(_is_causal(model))
     if target_error is not None and features is None:
         raise ValueError("target_error asks for a number of features: give features, too.")
@@ -208,7 +207,7 @@ def head_matrices(
     Raises:
       ValueError: If the model has no such layer or head.
     """
-    (item,) = encode_sequences(model, [sequence], room=room(model), max_length=max_length)
+    (item,) = encode_sequences(model, [sequence], max_length=max_length)
     attention_fn = None if features is None else features.attention_fn(_is_causal(model))
 
     @jax.jit

@@ -22,7 +22,6 @@ from fast_attention.protein_lm import token_batches, train_state
 from fast_attention.protein_lm.encoding import (
     Encoded,
     encode_sequences,
-    longest_input,
     number_rows,
     row_lengths,
     with_begin,
@@ -121,15 +120,8 @@ def embed_sequences(
     """
     config = EmbeddingConfig(**options)
     check_config(model, config)
-    encoded = encode_sequences(model, sequences, room=room(model), max_length=config.max_length)
+    encoded = encode_sequences(model, sequences, max_length=config.max_length)
     return _embed_stream(model, encoded, config, set() if shapes is None else shapes, progress)
-
-
-def room(model: FlaxModel) -> int | None:
-    """Most residues of a protein that can be embedded; None is any number."""
-    longest = longest_input(model)
-    special = model.objective == "causal" or model.domain.vocab.eos is not None
-    return None if longest is None else longest - special
 
 
 def check_config(model: FlaxModel, config: EmbeddingConfig) -> None:

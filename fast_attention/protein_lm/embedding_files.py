@@ -139,7 +139,6 @@ def _encode(
     model: FlaxModel, records: Iterable[FastaRecord], config: EmbeddingConfig, output: Path
 ) -> Iterator[tuple[str, Encoded]]:
     seen: set[int] = set()
-    room = embedding.room(model)
     for record in records:
         key = hash(record.id)
         if key in seen:
@@ -149,9 +148,7 @@ def _encode(
             )
         seen.add(key)
         check_id(output, config.pool is not None, record.id)
-        (encoded,) = encode_sequences(
-            model, [record.sequence], room=room, max_length=config.max_length
-        )
+        (encoded,) = encode_sequences(model, [record.sequence], max_length=config.max_length)
         yield record.id, encoded
 
 

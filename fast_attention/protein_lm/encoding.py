@@ -32,20 +32,25 @@ class Encoded(NamedTuple):
     whole: bool
 
 
-def longest_input(model: FlaxModel) -> int | None:
-    """Most tokens that a model can read; None where its positions have no limit.
+def longest_protein(model: FlaxModel) -> int | None:
+    """Most residues of a protein that a model can read; None where its positions have no limit.
 
-    Only learned positions end somewhere. Others go on beyond the length of the domain, though the
-    model has not been trained there.
+    Only learned positions end somewhere, after ``max_len`` residues. Others go on beyond the length
+    of the domain, though the model has not been trained there.
     """
     return model.config.max_len if model.config.positions == "learned" else None
+
+
+def longest_input(model: FlaxModel) -> int | None:
+    """Most tokens that a model can read, the begin or the end token included, or None."""
+    longest = longest_protein(model)
+    return None if longest is None else longest + 1
 
 
 def encode_sequences(
     model: FlaxModel,
     sequences: Iterable[str],
     *,
-    room: int | None,
     max_length: int | None = None,
 ) -> Iterator[Encoded]:
     """Encodes sequences one by one.
@@ -53,7 +58,6 @@ def encode_sequences(
     Args:
       model: Whose vocabulary they are encoded with.
       sequences: Residues, in upper case.
-      room: Most residues that the model has room for; None is any number.
       max_length: Sequences are cropped to so many residues; None crops none.
 
     Yields:
@@ -68,19 +72,19 @@ def encode_sequences(
         raise TypeError("expected several sequences, but got one string: give [sequence].")
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length must be at least 1, but got {max_length}.")
-    return _encode(model, sequences, room, max_length)
+    return _encode(model, sequences, max_length)
 
 
 def _encode(
-    model: FlaxModel, sequences: Iterable[str], room: int | None, max_length: int | None
+    model: FlaxModel, sequences: Iterable[str], max_length: int | None
 ) -> Iterator[Encoded]:
-    vocab = model.domain.vocab
+    vocab, room = model.domain.vocab, longest_protein(model)
     letters = {vocab.tokens[i]: i for i in vocab.ordinary_ids}
     for number, sequence in enumerate(sequences):
         if not isinstance(sequence, str):
             raise TypeError(
                 f"sequence {number} must be a string of residues, but is a "
-                f"{type(sequence).__name__}."
+                f"{type(sequence).__name__}: decode ids with the domain, or give them to logits()."
             )
         if not sequence:
             raise ValueError(f"sequence {number} is empty: leave it out.")
@@ -107,14 +111,12 @@ def with_begin(model: FlaxModel, tokens: np.ndarray) -> np.ndarray:
 
 
 def with_end(model: FlaxModel, item: Encoded) -> np.ndarray:
-    """Returns residues and the end token, if the vocabulary has one and the model room for it.
+    """Returns residues and the end token, if the vocabulary has one.
 
     A cropped sequence does not end where it was cropped.
     """
-    eos, longest = model.domain.vocab.eos, longest_input(model)
-    if eos is None or not item.whole or (longest is not None and len(item.residues) >= longest):
-        return item.residues
-    return np.append(item.residues, eos)
+    eos = model.domain.vocab.eos
+    return np.append(item.residues, eos) if item.whole and eos is not None else item.residues
 
 
 def row_lengths(rows: Sequence[np.ndarray], number: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fast_attention.protein_lm import embedding, tuning_loop
+from fast_attention.protein_lm import tuning_loop
 from fast_attention.protein_lm.encoding import encode_sequences
 from fast_attention.protein_lm.finetuned import (
     FineTuned as FineTuned,
@@ -266,7 +266,6 @@ def _tune_trunk(
         encode_sequences(
             model,
             [sequences[row] for row in rows["train"]],
-            room=embedding.room(model),
             max_length=config.max_length,
         )
     )

@@ -28,19 +28,30 @@ def take_steps(model: FlaxModel, found: Iterable[train_state.Batch]) -> dict[str
       FloatingPointError: If the loss or the gradient is not finite.
       ValueError: If there is no batch.
     """
-    began, sums = time.perf_counter(), []
-    for batch in found:
-        model.state, batch_sums = model.train_step(
-            model.state, train_state.shard_batch(batch, model.mesh)
-        )
-        sums.append(batch_sums)
+    began = time.perf_counter()
+    sums = take_each(model, found)
     if not sums:
         raise ValueError("no step was taken: there is no batch, or epochs or max_steps is 0")
-    sums = jax.device_get(sums)
-    metrics.check_finite(sums)
     return {
         "last": metrics.combine_metrics(sums[-1:]),
         "average": metrics.combine_metrics(sums),
         "steps": len(sums),
         "seconds": time.perf_counter() - began,
     }
+
+
+def take_each(model: FlaxModel, found: Iterable[train_state.Batch]) -> list[metrics.Sums]:
+    """Takes a training step with each batch, and returns `metrics.token_sums` of each.
+
+    Raises:
+      FloatingPointError: If the loss or the gradient is not finite.
+    """
+    sums = []
+    for batch in found:
+        model.state, batch_sums = model.train_step(
+            model.state, train_state.shard_batch(batch, model.mesh)
+        )
+        sums.append(batch_sums)
+    sums = jax.device_get(sums)
+    metrics.check_finite(sums)
+    return sums

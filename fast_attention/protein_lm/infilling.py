@@ -16,7 +16,7 @@ import numpy as np
 from fast_attention.array_types import Array, Bool, Float, Int
 from fast_attention.models import samplers
 from fast_attention.protein_lm import batches
-from fast_attention.protein_lm.encoding import longest_input
+from fast_attention.protein_lm.encoding import longest_input, longest_protein
 from fast_attention.protein_lm.fasta import FastaRecord
 from fast_attention.protein_lm.flax_model import FlaxModel
 from fast_attention.protein_lm.models import FlaxBERT
@@ -49,7 +49,7 @@ def infill_proteins(
     *,
     num_samples: int = 1,
     rounds: int | None = None,
-    temperature: float = 1.0,
+    temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
@@ -67,7 +67,8 @@ def infill_proteins(
       num_samples: How often each protein is filled in.
       rounds: Among which the positions of a protein are divided evenly; None takes one round for
         each position, and so do more rounds than positions.
-      temperature: Divides the logits; 0 takes the most probable residue.
+      temperature: Divides the logits; 0 takes the most probable residue. None is that of the
+        model's ``sampling_kwargs``, or 1.
       top_k: Draw among so many most probable residues.
       top_p: Draw among the fewest residues that together have this probability.
       seed: Of the draw. Sample i of a protein depends on `seed` and i, and not on the others.
@@ -91,13 +92,15 @@ def infill_proteins(
     for option, value, least in (("num_samples", num_samples, 1), ("rounds", rounds, 1)):
         if value is not None and value < least:
             raise ValueError(f"{option} must be at least {least}; got {value}")
+    if temperature is None:
+        temperature = float(model.sampling_kwargs.get("temperature", 1.0))
     if not temperature >= 0:
         raise ValueError(f"temperature must be 0 or more; got {temperature}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p is the probability to keep, in (0, 1]; got {top_p}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, or None for all residues; got {top_k}")
-    options = _Options(temperature, top_k, top_p, tuple(model.domain.vocab.special_ids))
+    options = _Options(temperature, top_k, top_p, model.tokens.special)
     encoded = [(protein, _encode(model, protein)) for protein in proteins]
     return _fill(model, encoded, num_samples, rounds, seed, options)
 
@@ -136,7 +139,7 @@ def _fill(
 
 def _encode(model: FlaxBERT, protein: FastaRecord) -> np.ndarray:
     """The ids of a protein, its end token, and padding to one of few widths."""
-    vocab, room = model.domain.vocab, longest_input(model)
+    vocab, room = model.domain.vocab, longest_protein(model)
     letters = protein.sequence.upper()
     known = letters.replace(HIDDEN, "")
     if known == letters:
@@ -156,12 +159,12 @@ def _encode(model: FlaxBERT, protein: FastaRecord) -> np.ndarray:
         raise ValueError(f"protein {protein.id!r}: {error.args[0]}") from None
     mask = vocab.tokens[vocab.mask or 0]
     ids = vocab.encode([mask if letter == HIDDEN else letter for letter in letters])
-    if vocab.eos is not None and (room is None or len(ids) < room):
+    if vocab.eos is not None:
         ids.append(vocab.eos)
     pad = vocab.eos if vocab.pad is None else vocab.pad
     if pad is not None:
         width = -(-len(ids) // _STRIDE) * _STRIDE
-        ids += [pad] * (min(width, room or width) - len(ids))
+        ids += [pad] * (min(width, longest_input(model) or width) - len(ids))
     return np.array(ids, np.int32)
 
 

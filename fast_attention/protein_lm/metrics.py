@@ -8,10 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fast_attention.array_types import Array, Float, Int
 
 Sums = dict[str, Any]
+
+_SUMS = {"accuracy": "correct"}
 
 
 def token_sums(
@@ -47,7 +50,7 @@ def combine_metrics(sums: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """Means per token over several batches.
 
     Args:
-      sums: Results of `token_sums`.
+      sums: Results of `token_sums` or of `per_batch`.
 
     Returns:
       ``loss``, ``perplexity`` = exp(loss), ``accuracy`` and ``denominator``, Python floats.
@@ -55,7 +58,7 @@ def combine_metrics(sums: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     Raises:
       ValueError: If no token was counted.
     """
-    rows = [{name: float(value) for name, value in row.items()} for row in sums]
+    rows = [{_SUMS.get(name, name): np.sum(value) for name, value in row.items()} for row in sums]
     total = {name: math.fsum(row[name] for row in rows) for name in (rows[0] if rows else ())}
     if not total.get("denominator"):
         raise ValueError("no token to average over: every weight is zero, or there is no batch")
@@ -66,6 +69,16 @@ def combine_metrics(sums: Iterable[Mapping[str, Any]]) -> dict[str, float]:
         "accuracy": total["correct"] / total["denominator"],
         "denominator": total["denominator"],
     }
+
+
+def per_batch(sums: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The sums of one batch under the names of Google's protein_lm, float32 ``[1]``.
+
+    Args:
+      sums: Result of `token_sums`.
+    """
+    names = {"loss": "loss", "correct": "accuracy", "denominator": "denominator"}
+    return {new: np.reshape(np.float32(sums[old]), 1) for old, new in names.items()}
 
 
 def perplexity(loss: float) -> float:

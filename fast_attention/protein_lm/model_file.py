@@ -32,7 +32,7 @@ from fast_attention.protein_lm.domains import (
 from fast_attention.protein_lm.flax_model import FlaxModel
 from fast_attention.protein_lm.json_files import check_fields, read_json, shown
 from fast_attention.protein_lm.masking import MaskingConfig
-from fast_attention.protein_lm.models import FlaxBERT, FlaxLM
+from fast_attention.protein_lm.models import FlaxBERT, FlaxLM, SamplingConfig
 from fast_attention.protein_lm.run_folder import RunError
 from fast_attention.protein_lm.vocabulary import (
     ALIGNMENT_TOKENS,
@@ -64,6 +64,8 @@ _HINTS: dict[str, Any] = {
     "transformer": dict,
     "attention": dict | None,
     "masking": dict | None,
+    "special": dict,
+    "sampling": dict,
     "mesh": dict,
     "optimizer": dict,
     "training": dict | None,
@@ -72,6 +74,7 @@ _HINTS: dict[str, Any] = {
 _VOCABULARY = {"type": Literal["Vocabulary", "ProteinVocab"], "tokens": list[str]}
 _VOCABULARY |= dict.fromkeys(_SPECIAL, int | None)
 _DOMAIN = {"type": Literal[_DOMAINS], "length": int, "min_length": int | None}
+_ADDED = {"with_bos": bool, "with_mask": bool}
 _OPTIMIZER = {
     "learning_rate": dict | None,
     "weight_decay": float,
@@ -142,6 +145,8 @@ def describe(model: FlaxModel) -> dict[str, Any]:
         "transformer": _plain(transformer | {"dtype": jnp.dtype(model.config.dtype).name}),
         "attention": None if attention is None else attention_recipes.describe(attention),
         "masking": None if model.masking is None else dataclasses.asdict(model.masking),
+        "special": {name: getattr(model.options, name) for name in _ADDED},
+        "sampling": _plain(model.sampling_kwargs),
         "mesh": {name: model.mesh.shape[name] for name in _MESH},
         "optimizer": {
             "learning_rate": None if schedule is None else _plain(schedule.arguments),
@@ -191,6 +196,7 @@ def read(path: Path) -> dict[str, Any]:
         "domain": _DOMAIN | {"type": str | dict},
         "transformer": _transformer_hints(),
         "masking": get_type_hints(MaskingConfig),
+        "special": _ADDED,
         "mesh": dict.fromkeys(_MESH, int),
         "optimizer": _OPTIMIZER,
         "training": _TRAINING,
@@ -200,6 +206,9 @@ def read(path: Path) -> dict[str, Any]:
         if about[name] is not None:
             about[name] = check_fields(path, name, about[name], hints)
             _check_sizes(path, name, about[name])
+    about["sampling"] = check_fields(
+        path, "sampling", about["sampling"], get_type_hints(SamplingConfig), optional=True
+    )
     rate = about["optimizer"]["learning_rate"]
     if rate is not None:
         hints = get_type_hints(schedules.create_learning_rate_scheduler)
@@ -275,6 +284,8 @@ def build(path: Path, about: dict[str, Any]) -> FlaxModel:
             if rate is None
             else schedules.create_learning_rate_scheduler(**rate),
             mesh=make_mesh(**about["mesh"]),
+            sampling_kwargs=about["sampling"],
+            **about["special"],
             **options,
             **(about["masking"] or {}),
             **(transformer | {"dtype": jnp.dtype(transformer["dtype"]).type}),

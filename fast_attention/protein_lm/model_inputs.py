@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from fast_attention.protein_lm.encoding import Encoded
+from fast_attention.protein_lm.encoding import Encoded, longest_protein
 from fast_attention.protein_lm.fasta import FastaRecord
 from fast_attention.protein_lm.fasta_files import FastaPaths, read_proteins
 from fast_attention.protein_lm.fasta_parser import LONGEST_PROTEIN, MAX_RESIDUES
@@ -40,7 +40,6 @@ def read_for_model(
     model: FlaxModel,
     paths: FastaPaths,
     *,
-    room: int | None,
     max_length: int | None = None,
     on_error: str = "raise",
     skipped: SkippedRecords | None = None,
@@ -51,7 +50,6 @@ def read_for_model(
     Args:
       model: Whose letters may occur.
       paths: As for `read_proteins`.
-      room: Most residues that the model can read; None is any number.
       max_length: To how many residues proteins will be cropped. None crops none, and a record of
         more than `LONGEST_PROTEIN` residues is an error.
       on_error: As for `read_proteins`. Of a protein that is too long, "raise" and "replace" raise.
@@ -62,6 +60,7 @@ def read_for_model(
       FastaError: As `read_proteins`, and at a protein that is too long.
       RunError: If a crop does not fit into the model.
     """
+    room = longest_protein(model)
     if room is not None and max_length is not None and max_length > room:
         raise RunError(
             f"a crop to {max_length} residues does not fit into the model's learned positions, "

@@ -5,6 +5,7 @@ Shape letters: B batch, T length, V vocabulary, P prompt length, L greatest leng
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -19,6 +20,29 @@ from fast_attention.protein_lm.flax_model import FlaxModel as FlaxModel
 from fast_attention.protein_lm.masking import MaskingConfig
 
 
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How `FlaxLM` draws.
+
+    Attributes:
+      max_length: L, residues of the prompt included; None takes the most that the model can write.
+      min_length: Residues, those of the prompt included, before which no sequence ends.
+      temperature: Divides the logits; 0 takes the most probable token.
+      top_k: Draw among so many most probable tokens.
+      top_p: Draw among the fewest tokens that together have this probability.
+      repetition_penalty: Above 1 makes tokens drawn lately less probable.
+      repetition_window: How many tokens back that looks; None looks at all.
+    """
+
+    max_length: int | None = None
+    min_length: int = 0
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float = 1.0
+    repetition_window: int | None = None
+
+
 class FlaxLM(FlaxModel):
     """Predicts each residue from those before it.
 
@@ -26,15 +50,20 @@ class FlaxLM(FlaxModel):
     """
 
     objective = "causal"
+    sampling_options = tuple(field.name for field in dataclasses.fields(SamplingConfig))
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, with_bos: bool = True, **kwargs: Any):
         """Takes the parameters of `FlaxModel`.
 
         Raises:
-          ValueError: If the vocabulary has no begin token.
+          ValueError: If there is no begin token, and `with_bos` is False.
         """
-        super().__init__(*args, **kwargs)
-        self._bos()
+        super().__init__(*args, with_bos=with_bos, **kwargs)
+        if self.bos_token is None:
+            raise ValueError(
+                "FlaxLM reads a begin token before every sequence: leave out with_bos=False, or "
+                "make the domain with include_bos=True"
+            )
 
     def sample(self, num_samples: int, rng: jax.Array | None = None, **options: Any) -> np.ndarray:
         """Draws sequences.
@@ -50,20 +79,13 @@ class FlaxLM(FlaxModel):
         Raises:
           ValueError: As for `sample_with_prompt`.
         """
-        return self.sample_with_prompt(np.full((num_samples, 1), self._bos()), rng, **options)
+        return self.sample_with_prompt(np.full((num_samples, 1), self.bos_token), rng, **options)
 
     def sample_with_prompt(
         self,
         prompt: Any,
         rng: jax.Array | None = None,
-        *,
-        max_length: int | None = None,
-        min_length: int = 0,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        repetition_penalty: float = 1.0,
-        repetition_window: int | None = None,
+        **options: Any,
     ) -> np.ndarray:
         """Continues sequences, at a cost per residue that does not grow with their length.
 
@@ -74,14 +96,8 @@ class FlaxLM(FlaxModel):
           prompt: ids [B, P], all of one length, each beginning with the begin token.
           rng: Key of the draw, or one for each row, see `generate`; None makes it from
             `random_seed`.
-          max_length: L, residues of the prompt included; None takes the most that
-            the model can write.
-          min_length: Residues, those of the prompt included, before which no sequence ends.
-          temperature: Divides the logits; 0 takes the most probable token.
-          top_k: Draw among so many most probable tokens.
-          top_p: Draw among the fewest tokens that together have this probability.
-          repetition_penalty: Above 1 makes tokens drawn lately less probable.
-          repetition_window: How many tokens back that looks; None looks at all.
+          **options: Fields of `SamplingConfig`; those left out are the model's
+            ``sampling_kwargs``.
 
         Returns:
           ids, int32 [B, L]: the sequences without the begin token, with padding only after the
@@ -91,46 +107,43 @@ class FlaxLM(FlaxModel):
           ValueError: If a prompt does not begin with the begin token or leaves no room, or
             `min_length` is more than `max_length`.
         """
-        prompt = np.asarray(prompt, np.int32)
-        bos = self._bos()
+        config = SamplingConfig(**(self.sampling_kwargs | options))
+        prompt = np.asarray(prompt)
+        bos, vocab = self.bos_token, self.domain.vocab
         if prompt.ndim != 2 or prompt.shape[1] < 1 or (prompt[:, 0] != bos).any():
             raise ValueError(
                 f"expected prompts [B, P] that begin with the begin token, {bos}; got {prompt}"
             )
-        if not np.isin(prompt[:, 1:], self.domain.vocab.ordinary_ids).all():
+        if not vocab.are_ordinary(prompt[:, 1:]).all():
             raise ValueError(f"a prompt must hold residues after the begin token; got {prompt}")
-        length = self.max_length if max_length is None else max_length
+        prompt = prompt.astype(np.int32)
+        length = self.max_length if config.max_length is None else config.max_length
         new = length + 1 - prompt.shape[1]
         if new < 1 or length > self.max_length:
             raise ValueError(
                 f"max_length is {length}; it must be at most {self.max_length}, as many as the "
                 f"model can write, and more than the {prompt.shape[1] - 1} residues of the prompt"
             )
-        if not 0 <= min_length <= length:
-            raise ValueError(f"min_length must be from 0 to max_length={length}; got {min_length}")
-        vocab = self.domain.vocab
-        never = [token for token in (vocab.bos, vocab.pad, vocab.mask) if token is not None]
+        if not 0 <= config.min_length <= length:
+            raise ValueError(
+                f"min_length must be from 0 to max_length={length}; got {config.min_length}"
+            )
         drawn = generate(
             nnx.merge(self.graphdef, self.weights, self.state.variables),
             jnp.asarray(prompt),
             key=jax.random.key(self.random_seed) if rng is None else rng,
             max_new_tokens=new,
-            min_new_tokens=min_length + 1 - prompt.shape[1],
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            repetition_penalty=repetition_penalty,
-            repetition_window=repetition_window,
-            eos_token=vocab.eos,
-            pad_token=vocab.eos if vocab.pad is None else vocab.pad,
-            forbidden_tokens=never,
+            min_new_tokens=config.min_length + 1 - prompt.shape[1],
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            repetition_penalty=config.repetition_penalty,
+            repetition_window=config.repetition_window,
+            eos_token=self.eos_token,
+            pad_token=self.eos_token if self.pad_token is None else self.pad_token,
+            forbidden_tokens=self.tokens.never_drawn,
         )
         return np.concatenate([prompt[:, 1:], np.asarray(drawn)], axis=1)
-
-    def _bos(self) -> int:
-        if self.domain.vocab.bos is None:
-            raise ValueError("FlaxLM needs a begin token: make the domain with include_bos=True")
-        return self.domain.vocab.bos
 
 
 class FlaxBERT(FlaxModel):
@@ -140,6 +153,7 @@ class FlaxBERT(FlaxModel):
     """
 
     objective = "masked"
+    sampling_options = ("temperature",)
 
     def __init__(
         self,
@@ -168,7 +182,7 @@ class FlaxBERT(FlaxModel):
             raise ValueError("FlaxBERT needs a mask token: make the domain with include_mask=True")
 
     def sample(
-        self, masked: Any, rng: jax.Array | None = None, *, temperature: float = 1.0
+        self, masked: Any, rng: jax.Array | None = None, *, temperature: float | None = None
     ) -> np.ndarray:
         """Fills in mask tokens, each independently of the others.
 
@@ -176,15 +190,24 @@ class FlaxBERT(FlaxModel):
           masked: ids [B, T], with mask tokens where residues are to be drawn, and padding or end
             tokens at the ends of rows.
           rng: Key of the draw; None makes it from `random_seed`.
-          temperature: Divides the logits; 0 takes the most probable residue.
+          temperature: Divides the logits; 0 takes the most probable residue. None is that of the
+            model's ``sampling_kwargs``, or 1.
 
         Returns:
           ids, int32 [B, T]: residues in place of mask tokens, all else as it was.
+
+        Raises:
+          ValueError: If there is something else than ids.
         """
         vocab = self.domain.vocab
-        masked = np.asarray(masked, np.int32)
+        masked = np.asarray(masked)
+        if masked.ndim != 2 or not vocab.are_valid(masked).all():
+            raise ValueError(f"expected ids [B, T] from 0 to {len(vocab) - 1}; got {masked}")
+        masked = masked.astype(np.int32)
+        if temperature is None:
+            temperature = self.sampling_kwargs.get("temperature", 1.0)
         logits = self.logits(batches.unpacked(masked, vocab))
-        logits = forbid_tokens(logits.reshape(-1, logits.shape[-1]), tuple(vocab.special_ids))
+        logits = forbid_tokens(logits.reshape(-1, logits.shape[-1]), self.tokens.special)
         key = jax.random.key(self.random_seed) if rng is None else rng
         drawn = np.asarray(sample_token(key, logits, temperature)).reshape(masked.shape)
         return np.where(masked == vocab.mask, drawn, masked)

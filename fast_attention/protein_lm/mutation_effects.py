@@ -16,7 +16,7 @@ from fast_attention.protein_lm import prefix_scoring, token_batches
 from fast_attention.protein_lm.encoding import (
     Encoded,
     encode_sequences,
-    longest_input,
+    longest_protein,
     row_lengths,
     with_end,
 )
@@ -80,7 +80,7 @@ def score_variants(
 
     ``log-likelihood-ratio`` (`FlaxLM`) gives ``log_likelihood_ratio``, ``log p(variant) -
     log p(wild type)`` of all residues, and ``log_likelihood_ratio_with_end``, the same with the
-    probabilities that the proteins end where they do (NaN where a model has no room for that).
+    probabilities that the proteins end where they do (NaN where a model has no end token).
 
     ``masked-marginals`` (`FlaxBERT`) gives ``masked_marginal``, the sum over the mutated positions
     of ``log p(new) - log p(old)``, all of them hidden at once (Meier et al. 2021,
@@ -124,7 +124,7 @@ def score_variants(
 
 
 def _check(model: FlaxModel, wild_type: str, variants: Sequence[Variant]) -> None:
-    vocab, longest = model.domain.vocab, longest_input(model)
+    vocab, longest = model.domain.vocab, longest_protein(model)
     letters = "".join(vocab.tokens[token] for token in vocab.ordinary_ids)
     proteins = [("the wild type", wild_type, len(wild_type))]
     proteins += [
@@ -200,7 +200,7 @@ def _marginals(
                 "at the same place: use a run of FlaxLM, which gives log-likelihood ratios of "
                 "insertions and deletions, or take pseudo-log-likelihood-ratio"
             )
-    (wild,) = encode_sequences(model, [wild_type], room=longest_input(model))
+    (wild,) = encode_sequences(model, [wild_type])
     asked = [tuple(place for place, _ in variant.substitutions) for variant in variants]
     if hide:
         views = [_Hidden(places, places) for places in dict.fromkeys(asked)]

@@ -44,7 +44,7 @@ class Ratio(NamedTuple):
     Attributes:
       residues: ``log p(variant) - log p(wild type)``, of the residues.
       with_end: The same with the probabilities that the proteins end there; NaN where the model
-        has no end token, or no room for it.
+        has no end token.
     """
 
     residues: float
@@ -152,7 +152,7 @@ def _row(model: FlaxModel, index: int, variant: Variant, first: int, num_residue
 
 def _tokens(model: FlaxModel, sequence: str) -> tuple[np.ndarray, np.ndarray]:
     """What the model reads, and what it is asked for."""
-    (item,) = encode_sequences(model, [sequence], room=longest_input(model))
+    (item,) = encode_sequences(model, [sequence])
     targets = with_end(model, item)
     return with_begin(model, targets[:-1]), targets
 

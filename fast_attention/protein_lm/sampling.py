@@ -32,7 +32,7 @@ def draw_proteins(
     name: str = "sample",
     seed: int = 0,
     max_length: int | None = None,
-    min_length: int = 1,
+    min_length: int | None = None,
     **options: Any,
 ) -> Iterator[FastaRecord]:
     """Draws proteins, some at a time.
@@ -48,9 +48,10 @@ def draw_proteins(
       name: Ids are this and a number, from 1 on.
       seed: Of the draw.
       max_length: Most residues of a protein, the prompt included; None takes the model's limit.
-      min_length: Least residues of a protein, the prompt included, from 1 on.
+      min_length: Least residues of a protein, the prompt included, from 1 on; None is 1.
       **options: ``temperature``, ``top_k``, ``top_p``, ``repetition_penalty`` and
-        ``repetition_window`` of `FlaxLM.sample_with_prompt`.
+        ``repetition_window`` of `SamplingConfig`. Options that are left out or None are those of
+        the model's ``sampling_kwargs``.
 
     Returns:
       Records. The description has ``log_likelihood`` (of the residues, the prompt's included, and
@@ -71,22 +72,22 @@ def draw_proteins(
         )
     if num_samples < 1:
         raise ValueError(f"the number of samples must be at least 1; got {num_samples}")
-    if min_length < 1:
-        raise ValueError(f"min_length must be at least 1; got {min_length}")
+    given = {"max_length": max_length, "min_length": min_length, **options}
+    settings = {"min_length": 1, **model.sampling_kwargs}
+    settings |= {name: value for name, value in given.items() if value is not None}
+    if settings["min_length"] < 1:
+        raise ValueError(f"min_length must be at least 1; got {settings['min_length']}")
     vocab = model.domain.vocab
     prompt = prompt.upper()
     try:
-        start = [vocab.bos, *vocab.encode(prompt)]
+        start = [model.bos_token, *vocab.encode(prompt)]
     except KeyError as error:
         raise ValueError(f"prompt {prompt!r}: {error.args[0]}") from None
     rows = np.tile(np.array(start, np.int32), (min(num_samples, _ROWS_AT_ONCE), 1))
     shapes: set[Shape] = set()
-    lengths = {"max_length": max_length, "min_length": min_length}
 
     def batch(first: int) -> list[FastaRecord]:
-        drawn = model.sample_with_prompt(
-            rows, row_keys(seed, first, len(rows)), **lengths, **options
-        )
+        drawn = model.sample_with_prompt(rows, row_keys(seed, first, len(rows)), **settings)
         sequences = [vocab.decode(ids, stop_at_eos=vocab.eos is not None) for ids in drawn]
         scores = score_sequences(model, sequences, shapes=shapes)
         return [

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fast_attention.protein_lm import partial_work, scoring, token_batches
-from fast_attention.protein_lm.encoding import Encoded, encode_sequences, longest_input
+from fast_attention.protein_lm.encoding import Encoded, encode_sequences
 from fast_attention.protein_lm.fasta import FastaRecord
 from fast_attention.protein_lm.model_inputs import Done, naming_the_longest, record_cost
 from fast_attention.protein_lm.tables import Write, open_table
@@ -127,9 +127,8 @@ def _score_proteins(
 def _encode(
     model: FlaxModel, records: Iterable[FastaRecord], max_length: int | None
 ) -> Iterator[_Protein]:
-    room = longest_input(model)
     for record in records:
-        (encoded,) = encode_sequences(model, [record.sequence], room=room, max_length=max_length)
+        (encoded,) = encode_sequences(model, [record.sequence], max_length=max_length)
         yield _Protein(record.id, len(record.sequence), encoded)
 
 

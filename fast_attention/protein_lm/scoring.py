@@ -26,7 +26,6 @@ from fast_attention.protein_lm import token_batches, train_state
 from fast_attention.protein_lm.encoding import (
     Encoded,
     encode_sequences,
-    longest_input,
     number_rows,
     row_lengths,
     with_begin,
@@ -45,7 +44,7 @@ class SequenceScore(NamedTuple):
       num_residues: Residues scored, n.
       log_likelihood: Sum of ``log p(x_t | x_1 .. x_t-1)`` over the residues.
       log_likelihood_with_end: The same with the probability that the protein ends there; NaN for a
-        cropped one, and where the model has no end token or no room for it.
+        cropped one, and where the model has no end token.
     """
 
     num_residues: int
@@ -135,8 +134,7 @@ def residue_log_likelihoods(
       ValueError: At a sequence that is empty, has a letter that the model does not know, or more
         residues than it has learned positions.
     """
-    room = longest_input(model)
-    encoded = encode_sequences(model, sequences, room=room, max_length=max_length)
+    encoded = encode_sequences(model, sequences, max_length=max_length)
     shapes = set() if shapes is None else shapes
     return score_encoded(model, encoded, tokens_per_batch, shapes, progress)
 

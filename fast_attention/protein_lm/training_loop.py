@@ -164,7 +164,7 @@ def train_loop(
       FloatingPointError: If training diverged. The checkpoints from before are kept.
       Stopped: If that was requested, after the step then running was saved.
     """
-    guard = Guard(model.schedule, model.domain.vocab_size)
+    guard = Guard(model.schedule, model.vocab_size)
     votes = Votes()
     step = saved = int(state.step)
     postfix: dict[str, str] = {}

@@ -142,11 +142,11 @@ def test_half_precision_is_rounded_and_refused_where_it_overflows(lm):
 
 def test_learned_positions_are_a_limit_that_is_told():
     model = make(positions="learned", max_len=10)
-    assert model.embed(["ACDEFGHIK"]).shape == (1, 16)
-    with pytest.raises(ValueError, match="has 10 residues.*room for 9.*max_length=9"):
-        model.embed(["ACDEFGHIKL"])
-    cropped = model.embed(["ACDEFGHIKL"], max_length=9)
-    np.testing.assert_allclose(cropped, model.embed(["ACDEFGHIK"]), **CLOSE)
+    assert model.embed(["ACDEFGHIKL"]).shape == (1, 16)
+    with pytest.raises(ValueError, match="has 11 residues.*room for 10.*max_length=10"):
+        model.embed(["ACDEFGHIKLM"])
+    cropped = model.embed(["ACDEFGHIKLM"], max_length=10)
+    np.testing.assert_allclose(cropped, model.embed(["ACDEFGHIKL"]), **CLOSE)
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ def test_adapters_at_zero_are_the_trunk(lm, proteins):
 
 @pytest.mark.parametrize("rank", [2, None])
 def test_gradient_steps_train_what_they_should(lm, proteins, shares, rank):
-    residues = list(encode_sequences(lm, proteins[:32], room=None))
+    residues = list(encode_sequences(lm, proteins[:32]))
     mean, scale = np.zeros(16, np.float32), np.ones(16, np.float32)
     head = LinearHead(mean, scale, np.zeros((16, 1), np.float32), np.zeros(1, np.float32))
     targets = (np.array(shares[:32], np.float32) - 0.5) / 0.3

@@ -173,16 +173,9 @@ def test_the_base_class_is_no_model():
         FlaxModel(DOMAIN)
 
 
-@pytest.mark.parametrize(
-    ("model_class", "domain_options", "message"),
-    [
-        (FlaxLM, {"include_bos": False}, "include_bos"),
-        (FlaxBERT, {"include_mask": False}, "include_mask"),
-    ],
-)
-def test_a_missing_special_token_is_told(model_class, domain_options, message):
-    with pytest.raises(ValueError, match=message):
-        model_class(make_protein_domain(length=12, **domain_options), **SIZES)
+def test_a_missing_mask_token_is_told():
+    with pytest.raises(ValueError, match="include_mask"):
+        FlaxBERT(make_protein_domain(length=12, include_mask=False), **SIZES)
 
 
 def test_bad_mask_shares_are_refused():

@@ -14,5 +14,5 @@ def test_stretches_are_the_whole(lm_run, capsys):
 
 
 def test_positions_may_end(lm_run):
-    with pytest.raises(SystemExit, match="has positions for 64 tokens, not 70"):
+    with pytest.raises(SystemExit, match="has positions for 65 tokens, not 70"):
         long_context.main([f"--run={lm_run}", "--length=70"])

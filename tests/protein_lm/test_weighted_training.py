@@ -100,5 +100,5 @@ def test_weights_that_do_not_fit_are_told(model):
     for weights in ([1, 2], [1, 2, np.nan]):
         with pytest.raises(ValueError, match="one finite weight for each of the 3"):
             model.fit(SEQUENCES, example_weights=weights)
-    with pytest.raises(ValueError, match="a batch has its own"):
+    with pytest.raises(ValueError, match="pairs and batches have .weights."):
         model.fit({"inputs": np.zeros((1, 1))}, example_weights=[1])

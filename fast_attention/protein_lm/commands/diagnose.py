@@ -112,7 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Runs the command."""
     from fast_attention.protein_lm import diagnosis, diagnosis_report
-    from fast_attention.protein_lm.embedding import room
+    from fast_attention.protein_lm.encoding import longest_protein
     from fast_attention.protein_lm.loading import load_run
     from fast_attention.protein_lm.model_inputs import read_for_model
     from fast_attention.protein_lm.output_files import status_stream
@@ -127,13 +127,12 @@ def run(options: argparse.Namespace) -> None:
     features = _features(options)
     model, step, folder = load_run(options.run_dir, gin_file=options.gin_file)
     diagnosis_report.check_head(model, options.layer, options.head)
-    longest = room(model)
+    longest = longest_protein(model)
     max_length = options.max_length if longest is None else min(options.max_length, longest)
     with arguments.skipped_records(options) as skipped:
         records = read_for_model(
             model,
             options.fasta,
-            room=longest,
             max_length=max_length,
             on_error=options.on_error,
             skipped=skipped,

@@ -93,7 +93,6 @@ def run(options: argparse.Namespace) -> None:
         records = read_for_model(
             model,
             options.fasta,
-            room=embedding.room(model),
             max_length=options.max_length,
             on_error=options.on_error,
             skipped=skipped,

@@ -37,7 +37,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Runs the command."""
-    from fast_attention.protein_lm.embedding import room
     from fast_attention.protein_lm.finetuned import FineTuned
     from fast_attention.protein_lm.model_inputs import read_for_model
     from fast_attention.protein_lm.output_files import status_stream
@@ -52,7 +51,6 @@ def run(options: argparse.Namespace) -> None:
             read_for_model(
                 tuned.model,
                 options.fasta,
-                room=room(tuned.model),
                 max_length=tuned.max_length,
                 on_error=options.on_error,
                 skipped=skipped,

@@ -30,9 +30,9 @@ fills in the residues that are hidden by * in a given protein:
 _WRITING = {
     "prompt": "",
     "prompt_fasta": None,
-    "min_length": 1,
+    "min_length": None,
     "max_length": None,
-    "repetition_penalty": 1.0,
+    "repetition_penalty": None,
     "repetition_window": None,
 }
 _FILLING = {"rounds": None}
@@ -75,10 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--temperature",
         type=arguments.number(ranges.TEMPERATURE),
-        default=1.0,
         metavar="T",
         help="below 1 more typical proteins, above 1 more unusual ones, 0 always the most probable "
-        "residue (default: 1)",
+        "residue (default: FlaxModel.sampling_kwargs of the training, or 1; so for other options)",
     )
     parser.add_argument(
         "--top_k",
@@ -133,7 +132,8 @@ def run(options: argparse.Namespace) -> None:
     from fast_attention.protein_lm.output_files import status_stream
 
     arguments.check_files(options, "output")
-    if options.max_length is not None and options.min_length > options.max_length:
+    given = options.min_length is not None and options.max_length is not None
+    if given and options.min_length > options.max_length:
         raise ValueError(
             f"--min_length={options.min_length} is more than --max_length={options.max_length}: "
             "lower the first, or raise the second"

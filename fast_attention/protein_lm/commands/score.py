@@ -34,7 +34,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Runs the command."""
-    from fast_attention.protein_lm.encoding import longest_input
     from fast_attention.protein_lm.loading import load_run
     from fast_attention.protein_lm.model_inputs import read_for_model
     from fast_attention.protein_lm.score_files import score_to_file
@@ -51,7 +50,6 @@ def run(options: argparse.Namespace) -> None:
         records = read_for_model(
             model,
             options.fasta,
-            room=longest_input(model),
             max_length=options.max_length,
             on_error=options.on_error,
             skipped=skipped,
