@@ -44,6 +44,7 @@ class LSHAttention:
       n_hashes: rounds.
       unidirectional: causal by construction.
       allow_duplicate_attention: pairs count as often as they meet.
+      count_across_rounds: count meetings across the border of two rounds.
       attend_across_buckets: a query sees all of its two chunks.
       rehash_each_round: a rotation for each round.
       drop_for_hash_rate: dropout before hashing.
@@ -61,6 +62,7 @@ class LSHAttention:
     n_hashes: int = 8
     unidirectional: bool = False
     allow_duplicate_attention: bool = True
+    count_across_rounds: bool = True
     attend_across_buckets: bool = True
     rehash_each_round: bool = True
     drop_for_hash_rate: float = 0.0
@@ -193,6 +195,7 @@ class LSHAttention:
                 bucket_size=self.bucket_size,
                 n_hashes=self.n_hashes,
                 allow_duplicate_attention=self.allow_duplicate_attention,
+                count_across_rounds=self.count_across_rounds,
                 attend_across_buckets=self.attend_across_buckets,
                 rehash_each_round=self.rehash_each_round,
                 drop_for_hash_rate=0.0 if deterministic else self.drop_for_hash_rate,
@@ -239,6 +242,7 @@ def make_lsh_attention(
     *,
     hash_masked: bool = False,
     scale: float | None = None,
+    count_across_rounds: bool = True,
 ) -> LSHAttention:
     """Makes Reformer's attention; see :func:`fast_attention.lsh_attention.lsh_attention`.
 
@@ -260,6 +264,9 @@ def make_lsh_attention(
       hash_masked: masked positions stand where they hash to, as in the original; otherwise behind
         all others, where what they hold changes nothing.
       scale: of the logits, by default ``D ** -0.5``; 1 is that of Reformer in trax.
+      count_across_rounds: without ``allow_duplicate_attention``, count meetings across the border
+        of two rounds, too. False gives the numbers of reformer-pytorch, where a pair that meets
+        only there weighs 1e9 times as much as it should.
 
     Returns:
       An ``attention_fn`` for layers with shared queries and keys.
@@ -288,6 +295,7 @@ def make_lsh_attention(
         n_hashes=n_hashes,
         unidirectional=unidirectional,
         allow_duplicate_attention=allow_duplicate_attention,
+        count_across_rounds=count_across_rounds,
         attend_across_buckets=attend_across_buckets,
         rehash_each_round=rehash_each_round,
         drop_for_hash_rate=drop_for_hash_rate,

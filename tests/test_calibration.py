@@ -203,6 +203,56 @@ def test_squared_norms_of_200_stay_finite(estimator):
             assert np.abs(np.asarray(out, np.float32)).max() <= 1.02 * largest
 
 
+def dense(parameters, q, k, v):
+    """Attention by features of these parameters in float64, all keys at once; one head."""
+    p = {name: np.asarray(x, np.float64)[0] for name, x in parameters._asdict().items()}
+    q, k, v = (np.asarray(x, np.float64)[0, :, 0] for x in (q, k, v))
+    shifted = k - p["key_shift"]
+    log_q = (q - p["query_shift"]) @ p["query_weight"].T + p["bias"]
+    log_k = shifted @ p["key_weight"].T + p["bias"]
+    log_k += (shifted @ p["query_shift"] * q.shape[-1] ** -0.5)[:, None]
+    log_k -= 0.5 * np.sum((shifted @ p["key_norm"].T) ** 2, -1, keepdims=True)
+    exponents = log_q[:, None] + log_k[None]
+    weights = np.exp(exponents - exponents.max((1, 2), keepdims=True)).sum(-1)
+    return (weights @ v / weights.sum(-1, keepdims=True))[None, :, None]
+
+
+FEW = {
+    "few": lambda x: x,
+    "one large": lambda x: x * np.where(np.arange(len(x)) == 0, 1, 1e-2)[:, None],
+    "large mean": lambda x: x + 20,
+    "equal": lambda x: np.broadcast_to(x[:1], x.shape),
+}
+
+
+@pytest.mark.parametrize("estimator", ["aderf+", "wderf", "wderf_s"])
+def test_fewer_positions_than_channels_at_any_norm(estimator):
+    """Their covariances have no inverse; right to rounding, from tiny to huge squared norms."""
+    width, length = 32, 9
+    rng = np.random.default_rng(3)
+    q, k, v = rng.normal(size=(3, length, width))
+    attend = make_fast_softmax_attention(
+        width, nb_features=16, estimator=estimator, redraw_features=False
+    )
+
+    @jax.jit
+    def run(q, k, v):
+        loss = lambda *x: (jnp.sum((out := attend(*x)) * v), out)  # noqa: E731
+        grads, out = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+        return out, grads, calibrate(attend, q, k)
+
+    for name, change in FEW.items():
+        for square in (1e-3, 30, 2000):
+            norm = (square * width**0.5) ** 0.5
+            sides = [norm * x / np.linalg.norm(x, axis=-1).max() for x in (change(q), change(k))]
+            three = [jnp.asarray(x, jnp.float32)[None, :, None] for x in (*sides, v)]
+            out, grads, parameters = run(*three)
+            assert all(np.isfinite(x).all() for x in (out, *grads)), (name, square)
+            exact = dense(parameters, *three)
+            # Exponents of the size of the squared norm are rounded.
+            np.testing.assert_allclose(out, exact, atol=1e-5 + 2e-5 * square, err_msg=name)
+
+
 def test_denominators_are_at_least_one():
     from fast_attention.linear_attention import chunked
     from fast_attention.linear_attention.inputs import Inputs, Plan

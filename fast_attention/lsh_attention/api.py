@@ -46,6 +46,7 @@ def n_buckets(length: int, bucket_size: int) -> int:
         "causal",
         "query_length",
         "allow_duplicate_attention",
+        "count_across_rounds",
         "attend_across_buckets",
         "rehash_each_round",
         "drop_for_hash_rate",
@@ -73,6 +74,7 @@ def lsh_attention(
     causal: bool = False,
     query_length: int | None = None,
     allow_duplicate_attention: bool = True,
+    count_across_rounds: bool = True,
     attend_across_buckets: bool = True,
     rehash_each_round: bool = True,
     drop_for_hash_rate: float = 0.0,
@@ -117,8 +119,10 @@ def lsh_attention(
       causal: a query sees positions up to its own, and all given keys.
       query_length: T, by default S. Positions from T on are given keys, such as memory or context.
       allow_duplicate_attention: a pair counts in every round in which it meets; otherwise
-        ``log(rounds in which it meets + 1e-9)`` is taken from its logits. As in the original, a
-        meeting across the border of two rounds is not among those counted.
+        ``log(times it meets + 1e-9)`` is taken from its logits, so that it counts once.
+      count_across_rounds: count meetings across the border of two rounds, too. The original does
+        not: where a pair meets only there, its weight is multiplied by 1e9, and more rounds make
+        such pairs more. False is for weights trained with it.
       attend_across_buckets: a query sees all of its two chunks, or only its own bucket there.
       rehash_each_round: a rotation for each round, or else the R best buckets of one.
       drop_for_hash_rate: dropout of the features that are hashed; by ``dropout_key``.
@@ -229,6 +233,7 @@ def lsh_attention(
         restricted=causal or visible is not None or missing > 0,
         across=attend_across_buckets,
         discount=not allow_duplicate_attention,
+        count_borders=count_across_rounds,
         dropout_rate=dropout_rate,
         share_dropout=broadcast_dropout,
         precision=precision,

@@ -28,6 +28,7 @@ class Choices(NamedTuple):
       restricted: whether `Restrictions` say more than that all sees all.
       across: whether a query sees keys of other buckets.
       discount: whether a pair counts once, however often it meets.
+      count_borders: whether meetings across the border of two rounds are among those counted.
       dropout_rate: of the weights.
       share_dropout: all rows drop the weights of the same slots.
       precision: of the products.
@@ -41,6 +42,7 @@ class Choices(NamedTuple):
     restricted: bool = False
     across: bool = True
     discount: bool = False
+    count_borders: bool = True
     dropout_rate: float = 0.0
     share_dropout: bool = True
     precision: jax.lax.PrecisionLike = None
@@ -72,9 +74,9 @@ class Meetings(NamedTuple):
     """Where each position stands in all rounds, to count how often a pair meets.
 
     Attributes:
-      chunk: ``[S, R]``, numbered through all rounds.
+      chunk: ``[S, R]``, numbered within the round.
       bucket: ``[S, R]``, or None where pairs meet whatever their buckets.
-      chunks: of all rounds together.
+      chunks: of a round.
     """
 
     chunk: Int[Array, "S R"]
@@ -84,12 +86,10 @@ class Meetings(NamedTuple):
 
 def meetings(order: Order, size: int, across: bool) -> Meetings:
     """Finds the chunks (and buckets) of each position of one row."""
-    rounds, length = order.slot.shape
-    first = (length // size) * jnp.arange(rounds, dtype=jnp.int32)[:, None]
     bucket = None
     if not across:
         bucket = jnp.take_along_axis(order.bucket, order.slot, axis=1).T
-    return Meetings((order.slot // size + first).T, bucket, rounds * (length // size))
+    return Meetings((order.slot // size).T, bucket, order.slot.shape[1] // size)
 
 
 def block_scores(
@@ -143,25 +143,35 @@ def block_scores(
         same = bucket[:, :size, None] == bucket[:, None, :]
         scores = jnp.where(same, scores, -jnp.inf)
     if seen_before is not None:
-        times = _times_met(own, position, seen_before).astype(scores.dtype)
+        times = _times_met(own, position, seen_before, choices.count_borders)
+        times = times.astype(scores.dtype)
         scores = scores - jnp.log(times + 1e-9)
     return scores, itself
 
 
-def _times_met(own: Array, position: Array, seen_before: Meetings) -> Array:
+def _times_met(own: Array, position: Array, seen_before: Meetings, count_borders: bool) -> Array:
     """How often each pair meets in all rounds: a chunk sees itself and the chunk before.
 
-    The chunk before the first one of a round belongs to the round before, and that meeting is not
-    counted, as in the original.
+    The chunk before the first one of a round is the last of the round before, or of the same round
+    if there is but one. Buckets of two rounds are never the same, so that where they matter only
+    that one round has a border across which pairs meet.
     """
     times = jnp.zeros((*own.shape, position.shape[-1]), jnp.int32)
-    for r in range(seen_before.chunk.shape[-1]):
+    rounds = seen_before.chunk.shape[-1]
+    borders = rounds == 1 or (count_borders and seen_before.bucket is None)
+    for r in range(rounds):
         chunk = seen_before.chunk[:, r]
         of_query = rows_at(chunk, own)[:, :, None]
         of_key = rows_at(chunk, position)[:, None, :]
-        met = (of_query == of_key) | (of_query == (of_key + 1) % seen_before.chunks)
+        met = ((of_query == of_key) | (of_query == of_key + 1)).astype(jnp.int32)
+        if borders:
+            before = rows_at(seen_before.chunk[:, r - 1], position)[:, None, :]
+            across = (of_query == 0) & (before == seen_before.chunks - 1)
+            # Added: a key can stand in both chunks that a query sees.
+            met += across.astype(jnp.int32)
         if seen_before.bucket is not None:
             bucket = seen_before.bucket[:, r]
-            met &= rows_at(bucket, own)[:, :, None] == rows_at(bucket, position)[:, None, :]
+            same = rows_at(bucket, own)[:, :, None] == rows_at(bucket, position)[:, None, :]
+            met *= same.astype(jnp.int32)
         times += met
     return times

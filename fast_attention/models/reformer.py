@@ -278,6 +278,7 @@ def _groups(o: SimpleNamespace, rotary: bool) -> tuple[HeadGroup, ...]:
         o.n_hashes,
         unidirectional=o.causal,
         allow_duplicate_attention=o.allow_duplicate_attention,
+        count_across_rounds=False,
         attend_across_buckets=o.attend_across_buckets,
         rehash_each_round=o.rehash_each_round,
         drop_for_hash_rate=o.drop_for_hash_rate,

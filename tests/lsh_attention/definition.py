@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def meetings(buckets, size, *, across=True):
-    """How often query i meets key j in a row with ``buckets [R, S]``; and in how many rounds."""
+def meetings(buckets, size, *, across=True, borders=True):
+    """How often query i meets key j in a row with ``buckets [R, S]``; and how often it counts."""
     rounds, length = buckets.shape
     order = [p for r in range(rounds) for p in sorted(range(length), key=lambda p: buckets[r][p])]
     number = [r for r in range(rounds) for _ in range(length)]
@@ -17,8 +17,7 @@ def meetings(buckets, size, *, across=True):
                 i, r, j, s = order[slot], number[slot], order[other], number[other]
                 if across or (r == s and buckets[r][i] == buckets[r][j]):
                     met[i, j] += 1
-                    # Across the border of two rounds it does not count, unless there is but one.
-                    counted[i, j] += r == s
+                    counted[i, j] += borders or r == s
     return met, counted
 
 

@@ -40,6 +40,8 @@ def value_and_gradients(function, *arrays):
         (29, {"causal": True, "value_heads": 1}, 5),
         (3, {"causal": True}, 0),
         (24, {"allow_duplicate_attention": False, "causal": True}, 0),
+        (24, {"allow_duplicate_attention": False, "n_hashes": 1}, 0),
+        (24, {"allow_duplicate_attention": False, "count_across_rounds": False}, 0),
         (
             24,
             {
@@ -70,11 +72,13 @@ def test_equals_the_definition_with_its_gradients(length, options, given):
         visible = (place[:, None] >= place) | (place >= queries)
     across = options.get("attend_across_buckets", True)
     discount = not options.get("allow_duplicate_attention", True)
+    borders = options.get("count_across_rounds", True)
 
     def expected(qk, value):
         rows = []
         for h in range(2):
-            met, counted = (x[:length, :length] for x in meetings(buckets[h], 4, across=across))
+            found = meetings(buckets[h], 4, across=across, borders=borders)
+            met, counted = (x[:length, :length] for x in found)
             v = value[0, :, h % value.shape[2]]
             counted = counted if discount else None
             scale = options.get("scale")
@@ -85,6 +89,15 @@ def test_equals_the_definition_with_its_gradients(length, options, given):
         wanted = value_and_gradients(expected, *(jnp.asarray(x, jnp.float64) for x in (qk, value)))
     for a, b in zip((found.out, *gradients), wanted, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_more_rounds_come_closer_to_exact_attention():
+    """Also where pairs count once: those that meet across the border of two rounds, too."""
+    qk, value = inputs(64)
+    exact = shared_qk_attention(qk, value)
+    call = functools.partial(attention, qk, value, key=KEY, allow_duplicate_attention=False)
+    few, more, many = (np.abs(call(n_hashes=n) - exact).mean() for n in (1, 4, 16))
+    assert many < more < few
 
 
 def test_two_chunks_are_exact_attention():
