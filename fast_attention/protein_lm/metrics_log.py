@@ -82,9 +82,26 @@ def open_metrics_log(folder: RunFolder, step: int) -> Iterator[MetricsLog | Sile
 
 
 def read_metrics(path: Path) -> list[Row]:
-    """Reads the whole lines of ``metrics.jsonl``; a missing file has none."""
+    """Reads the whole lines of ``metrics.jsonl``; a missing file has none.
+
+    Raises:
+      RunError: If a line is damaged.
+    """
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    return [json.loads(line) for line in whole.splitlines()]
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    return [_row(path, number, line) for number, line in enumerate(whole.splitlines(), 1)]
+
+
+def _row(path: Path, number: int, line: bytes) -> Row:
+    try:
+        row = json.loads(line)
+        if isinstance(row["step"], int) and isinstance(row["split"], str):
+            return row
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise RunError(
+        f"{path}, line {number} is damaged: remove that line (training needs none of them), or "
+        "fetch the file again from where the folder was copied"
+    )

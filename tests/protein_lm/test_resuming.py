@@ -8,6 +8,7 @@ import pytest
 
 from fast_attention.protein_lm import cli, evaluation, read_fasta, train, write_fasta
 from fast_attention.protein_lm.metrics_log import MetricsLog, read_metrics
+from fast_attention.protein_lm.run_folder import RunError
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def result(folder: Path) -> dict:
     return {**json.loads((folder / "result.json").read_text()), "seconds": None}
 
 
-def test_a_finished_run_answers_without_reading_its_data(
+def test_a_finished_run_answers_without_reading_its_data_and_names_damage(
     finished, train_arguments, monkeypatch, capsys
 ):
     def read(*arguments, **options):
@@ -45,6 +46,16 @@ def test_a_finished_run_answers_without_reading_its_data(
     (finished / "result.json").write_text('{"model": ')
     assert cli.main(train_arguments(finished)) == 1
     assert "result.json is damaged: remove it" in capsys.readouterr().err
+    (finished / "result.json").unlink()
+    lines = (finished / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    for damage in (b"\0" * 20 + b"\n", b"[1]\n", b'{"step": 1}\n', b"\xff\n"):
+        (finished / "metrics.jsonl").write_bytes(b"".join([lines[0], damage, *lines[1:]]))
+        with pytest.raises(RunError, match=r"metrics.jsonl, line 2 is damaged: remove that line"):
+            read_metrics(finished / "metrics.jsonl")
+    (finished / "data.json").write_text('{"train": 3}')
+    monkeypatch.undo()
+    assert cli.main(train_arguments(finished)) == 1
+    assert "data.json is damaged" in capsys.readouterr().err
 
 
 def test_a_finished_run_is_trained_further_and_never_less(finished, train_arguments, capsys):

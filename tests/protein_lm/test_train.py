@@ -185,8 +185,8 @@ def test_a_run_of_many_devices_is_read_on_one(lm_run, tmp_path, capsys):
 
 def test_divergence_stops_the_run_and_keeps_the_last_checkpoint(train_arguments, tmp_path, capsys):
     settings = [
-        "create_learning_rate_scheduler.factors = 'constant * decay_every'",
-        "create_learning_rate_scheduler.decay_factor = 1e12",
+        f"create_learning_rate_scheduler.factors = 'constant{' * decay_every' * 6}'",
+        "create_learning_rate_scheduler.decay_factor = 100",
         "create_learning_rate_scheduler.steps_per_decay = 5",
     ]
     assert cli.main(train_arguments(tmp_path, *settings)) == 1
