@@ -48,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
+        # Without it, matplotlib reads a file of the current folder, which may name modules.
+        os.environ.setdefault("MATPLOTLIBRC", os.devnull)
     options = _parser().parse_args(arguments)
     if arguments is None and not options.traceback:
         silence_libraries()

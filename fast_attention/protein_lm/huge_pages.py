@@ -25,7 +25,9 @@ def restart_with_huge_pages() -> None:
     if platform.libc_ver()[0] != "glibc" or not sys.executable:
         return
     environment = {**os.environ, TUNABLES: "glibc.malloc.hugetlb=1"}
-    command = [sys.executable, "-m", "fast_attention.protein_lm", *sys.argv[1:]]
+    # As it was started, and with -P: no module is imported from the current folder.
+    options = [] if sys.flags.safe_path else ["-P"]
+    command = [sys.executable, *options, *sys.orig_argv[1:]]
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(sys.executable, command, environment)
