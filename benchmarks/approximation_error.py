@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fast_attention import FastAttention, make_fast_softmax_attention
-from fast_attention.calibration import calibrate
+from fast_attention.mechanisms.favor.calibration import calibrate
 
 HEADS = Path(__file__).parents[1] / "tests" / "data" / "attention_heads"
 

@@ -21,7 +21,7 @@ from benchmarks.programs import FORWARD, MEASURES, Program, jitted
 from benchmarks.settings import Inputs, Setting, make_inputs
 from benchmarks.timing import Clock, Effort, interleave, median
 from fast_attention import FastAttention, make_fast_softmax_attention
-from fast_attention.calibration import calibrate
+from fast_attention.mechanisms.favor.calibration import calibrate
 
 BASE = ("favor+", "orthogonal", "")
 CASES: tuple[tuple[str, str, str], ...] = (

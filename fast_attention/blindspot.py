@@ -131,6 +131,7 @@ def prefill_buckets(
     bucket_size: int,
     *,
     key_mask: Bool[Array, "*B T"] | None = None,
+    precision: jax.lax.PrecisionLike = None,
 ) -> tuple[Float[Array, "*B T H V"], BlindspotState]:
     """Reads T tokens after those in the state; padding takes no place in a bucket.
 
@@ -141,6 +142,7 @@ def prefill_buckets(
       value: ``[*B, T, K, V]``.
       bucket_size: positions in a bucket.
       key_mask: ``[*B, T]``; False is padding, on either side.
+      precision: of products.
 
     Returns:
       ``[*B, T, H, V]`` (unspecified at padding) and the state after the tokens.
@@ -165,10 +167,11 @@ def prefill_buckets(
         bucket_size,
         key_mask=(filled & in_complete)[..., None],
         complete=seen,
+        precision=precision,
     )
-    first = read_state(state.complete, query[..., :bucket_size, :, :])
+    first = read_state(state.complete, query[..., :bucket_size, :, :], precision)
     out = jnp.concatenate([first, later[..., bucket_size:, :, :]], axis=-3)
-    rest = state_of_keys(key, value, (filled & ~in_complete)[..., None])
+    rest = state_of_keys(key, value, (filled & ~in_complete)[..., None], precision)
     pending = merge(_where(first_is_complete, empty, state.pending), rest)
     count = end[..., 0] % bucket_size
     return from_grid(out, place), BlindspotState(complete, pending, count)
@@ -180,11 +183,13 @@ def step_buckets(
     key: Float[Array, "*B K M"],
     value: Float[Array, "*B K V"],
     bucket_size: int,
+    *,
+    precision: jax.lax.PrecisionLike = None,
 ) -> tuple[Float[Array, "*B H V"], BlindspotState]:
     """Reads one token: time and memory depend neither on the past nor on the bucket."""
     query, key, value = (jnp.expand_dims(x, -3) for x in (query, key, value))
-    out = read_state(state.complete, query)
-    pending = merge(state.pending, state_of_keys(key, value))
+    out = read_state(state.complete, query, precision)
+    pending = merge(state.pending, state_of_keys(key, value, precision=precision))
     full = state.count + 1 == bucket_size
     return jnp.squeeze(out, -3), BlindspotState(
         complete=_where(full, merge(state.complete, pending), state.complete),

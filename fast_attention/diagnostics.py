@@ -17,11 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from fast_attention.array_types import Array, Bool, Float
-from fast_attention.attention_fn import make_fast_softmax_attention
 from fast_attention.dtypes import at_least_float32
-from fast_attention.softmax_attention import make_softmax_attention
-
-AttentionFn = Callable[..., Array]
+from fast_attention.mechanisms.favor.factories import make_fast_softmax_attention
+from fast_attention.mechanisms.softmax.fn import make_softmax_attention
+from fast_attention.mechanisms.wrapped import as_attention_fn
 
 COLUMNS = 64
 """Keys whose weights are asked for in one call."""
@@ -65,7 +64,7 @@ class Recommendation(NamedTuple):
 
 
 def attention_matrix(
-    attention_fn: AttentionFn,
+    attention_fn: Callable[..., Array],
     query: Float[Array, "*B T H D"],
     key: Float[Array, "*B S K D"],
     rows: Any = None,
@@ -117,7 +116,7 @@ def attention_matrix(
 
 
 def approximation_error(
-    attention_fn: AttentionFn,
+    attention_fn: Callable[..., Array],
     query: Float[Array, "*B T H D"],
     key: Float[Array, "*B S K D"],
     value: Float[Array, "*B S K V"],
@@ -143,7 +142,8 @@ def approximation_error(
     Returns:
       Figures of every head.
     """
-    causal = is_causal or bool(getattr(attention_fn, "unidirectional", False))
+    attention_fn = as_attention_fn(attention_fn)
+    causal = is_causal or attention_fn.unidirectional
     options: dict[str, Any] = {} if key_mask is None else {"key_mask": key_mask}
     if causal:
         options["is_causal"] = True
@@ -176,7 +176,7 @@ def recommend_features(
     key: Float[Array, "*B S K D"],
     target_error: float,
     *,
-    make_attention: Callable[[int], AttentionFn] | None = None,
+    make_attention: Callable[[int], Callable[..., Array]] | None = None,
     is_causal: bool = False,
     key_mask: Bool[Array, "*B S"] | None = None,
     smallest: int = 16,
@@ -219,7 +219,7 @@ def recommend_features(
         if key.shape[-3] == query.shape[-3]:
             counted = np.asarray(key_mask, bool)[..., None, rows, None]
 
-    def matrix(function: AttentionFn) -> np.ndarray:
+    def matrix(function: Callable[..., Array]) -> np.ndarray:
         return np.where(counted, attention_matrix(function, query, key, rows, **options), 0)
 
     exact = matrix(make_softmax_attention())

@@ -15,9 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from fast_attention.array_types import Array, Bool, Float
-from fast_attention.calibration import calibrate, tuned_map
-from fast_attention.diagnostics import AttentionFn, relative_error
-from fast_attention.softmax_attention import make_softmax_attention
+from fast_attention.diagnostics import relative_error
+from fast_attention.mechanisms.attention_fn import AttentionFn
+from fast_attention.mechanisms.favor.calibration import calibrate, tuned_map
+from fast_attention.mechanisms.softmax.fn import make_softmax_attention
+from fast_attention.mechanisms.wrapped import as_attention_fn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +47,7 @@ class ErrorCurves:
 
 
 def error_curves(
-    make_attention: Mapping[str, Callable[[int], AttentionFn]],
+    make_attention: Mapping[str, Callable[[int], Callable[..., Array]]],
     query: Float[Array, "*B T H D"],
     key: Float[Array, "*B S K D"],
     value: Float[Array, "*B S K V"],
@@ -100,8 +102,8 @@ def error_curves(
     for name, make in make_attention.items():
         found = []
         for count in features:
-            attention_fn = make(count)
-            if getattr(attention_fn, "unidirectional", False) and not is_causal:
+            attention_fn = as_attention_fn(make(count))
+            if attention_fn.unidirectional and not is_causal:
                 raise ValueError(
                     f"{name!r} is causal and would be compared with bidirectional attention; "
                     "pass is_causal=True."
@@ -116,11 +118,11 @@ def error_curves(
 
 
 def _projections(
-    attention_fn: Any, keys: Array, query: Array, key: Array, key_mask: Array | None
+    attention_fn: AttentionFn, keys: Array, query: Array, key: Array, key_mask: Array | None
 ) -> list[Any]:
     """Draws what the function is called with, calibrated where it has to be."""
     width = query.shape[-1]
-    if getattr(attention_fn, "calibration", None) not in ("stored", "trained"):
+    if attention_fn.calibration not in ("stored", "trained"):
         return [attention_fn.draw_projection(k, width) for k in keys]
     first = attention_fn.draw_projection(keys[0], width)
     tuned: Any = calibrate(attention_fn, query, key, key_mask=key_mask, projection=first)

@@ -12,15 +12,15 @@ import gin
 import jax
 import jax.numpy as jnp
 
-from fast_attention.attention_fn import (
+from fast_attention.feature_maps import elementwise
+from fast_attention.mechanisms.efficient.fn import make_efficient_attention
+from fast_attention.mechanisms.favor.factories import (
     make_fast_generalized_attention,
     make_fast_softmax_attention,
 )
-from fast_attention.efficient_attention_fn import make_efficient_attention
-from fast_attention.feature_maps import elementwise
-from fast_attention.local_attention_fn import make_local_attention
-from fast_attention.lsh_attention_fn import make_lsh_attention
-from fast_attention.strided_attention_fn import make_strided_attention
+from fast_attention.mechanisms.local.fn import make_local_attention
+from fast_attention.mechanisms.lsh.fn import make_lsh_attention
+from fast_attention.mechanisms.strided.fn import make_strided_attention
 
 KERNEL_NAMES = {
     "jcos": jnp.cos,

@@ -40,12 +40,13 @@ def empty_state(
     num_kv_heads: int,
     head_dim: int,
     value_dim: int,
+    dtype: jnp.dtype = jnp.float32,
 ) -> LocalState:
     """Returns the state before the first token."""
     slots = (*batch_shape, window.size * (window.look_backward + 1), num_kv_heads)
     return LocalState(
-        key=jnp.zeros((*slots, head_dim)),
-        value=jnp.zeros((*slots, value_dim)),
+        key=jnp.zeros((*slots, head_dim), dtype),
+        value=jnp.zeros((*slots, value_dim), dtype),
         length=jnp.zeros(tuple(batch_shape), jnp.int32),
     )
 
@@ -59,6 +60,7 @@ def prefill(
     *,
     key_mask: Bool[Array, "*B T"] | None,
     shared_qk: bool,
+    precision: jax.lax.PrecisionLike = None,
 ) -> tuple[Float[Array, "*B T H V"], LocalState]:
     """Reads T tokens after those in ``state``.
 
@@ -70,6 +72,7 @@ def prefill(
       value: ``[*B, T, K, V]``.
       key_mask: False is padding: it takes no place.
       shared_qk: as in :func:`fast_attention.local_attention.local_attention`.
+      precision: of the products.
 
     Returns:
       ``[*B, T, H, V]``, zeros at padding, and the state after the tokens.
@@ -108,6 +111,7 @@ def prefill(
             look_backward=window.look_backward,
             exact_window=window.exact,
             shared_qk=shared_qk,
+            precision=precision,
             key_mask=(begin + place >= 0) & (place < old + count),
         )
         rank = jnp.cumsum(kept, dtype=jnp.int32) - 1
@@ -133,10 +137,11 @@ def step(
     value: Float[Array, "*B K V"],
     *,
     shared_qk: bool,
+    precision: jax.lax.PrecisionLike = None,
 ) -> tuple[Float[Array, "*B H V"], LocalState]:
     """Reads one token, see :func:`prefill`: time and memory do not depend on those before."""
     slots = state.key.shape[-3]
-    choices = Choices(slots, 0, 0, causal=True, shared=shared_qk)
+    choices = Choices(slots, 0, 0, causal=True, shared=shared_qk, precision=precision)
 
     def row(state: LocalState, query: Array, key: Array, value: Array) -> tuple[Array, LocalState]:
         slot = state.length % slots

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 
 from fast_attention.array_types import Array
+from fast_attention.mechanisms.checks import check_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,14 +59,14 @@ def make_window(
         ("look_backward", look_backward, 0),
         ("look_forward", look_forward, 0),
     ):
-        if not isinstance(number, int) or number < least:
-            raise ValueError(f"{name} must be a whole number of at least {least}, got {number!r}.")
+        check_count(name, number, least)
     if causal and look_forward > 0:
         raise ValueError(
             f"Causal attention cannot look forward, but look_forward={look_forward}: leave it out "
             "or pass 0."
         )
-    return Window(window_size, causal, look_backward, look_forward, exact_window)
+    sizes = int(window_size), int(look_backward), int(look_forward)
+    return Window(sizes[0], causal, *sizes[1:], exact_window)
 
 
 def check_shapes(query: Array, key: Array, value: Array, *, cached: bool = False) -> None:

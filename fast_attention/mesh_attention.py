@@ -10,32 +10,21 @@ V value width.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from fast_attention.array_types import Array, Bool, Float, Int
-from fast_attention.call_arguments import drop_keys, promote, refuse
-from fast_attention.fast_attention_fn import FastAttention
+from fast_attention.array_types import Array
 from fast_attention.feature_maps.tuned import TunedParameters
-from fast_attention.local_attention_fn import LocalAttention
-from fast_attention.mesh_layout import Layout
+from fast_attention.mechanisms.attention_fn import AttentionFn
+from fast_attention.mechanisms.call import Call
+from fast_attention.mechanisms.checks import mismatch
+from fast_attention.mechanisms.wrapped import WrappedAttention, as_attention_fn
+from fast_attention.mesh_layout import AxisName, Layout
 from fast_attention.meshes import MODEL, SEQUENCE, axis_dividing, rows_axes
-from fast_attention.sequence_parallel import along_mesh_axis
-
-_ADVICE = {
-    "bias": "leave it out",
-    "mask": "pass key_mask or segment_ids",
-    "module": "attention weights are not kept; use sow_weights=False",
-    "qk_attn_weights_einsum": "there is no weight matrix",
-    "attn_weights_value_einsum": "there is no weight matrix",
-    "input_positions": "rotate queries and keys before",
-    "axis": "attend over the last axis before the heads",
-    "dropout_rate": "use 0, or dropout elsewhere",
-}
-"""What to do in place of an option that there is not where positions are divided."""
 
 _OWN_AXES = {
     **{name: 2 for name in ("rows", "query_norm", "key_norm", "stretch")},
@@ -46,172 +35,94 @@ _OWN_AXES = {
 """Axes of `TunedParameters` behind those of batch and heads."""
 
 
-@dataclasses.dataclass(frozen=True)
-class MeshAttention:
+@dataclasses.dataclass(frozen=True, eq=False)
+class MeshAttention(WrappedAttention):
     """An attention function for whole arrays that lie on a mesh, from :func:`on_mesh`.
 
-    What it does not have itself, such as ``init_state`` and ``step``, is that of `attention_fn`.
+    It decodes, redraws and is calibrated as the function for one device.
 
     Attributes:
       attention_fn: the function for one device.
       mesh: with the axes of :func:`fast_attention.meshes.make_mesh`.
     """
 
-    attention_fn: Any
     mesh: Mesh
 
-    def __getattr__(self, name: str) -> Any:
-        """Decoding and calibration are those of the function."""
-        if name.startswith("__") or name in ("attention_fn", "mesh"):
-            raise AttributeError(name)
-        return getattr(self.attention_fn, name)
+    mechanism = "Attention on a mesh"
+    forward_mode = "it is that of the function for one device"
 
-    def __call__(
-        self,
-        query: Float[Array, "*B T H D"],
-        key: Float[Array, "*B S K D"],
-        value: Float[Array, "*B S K V"],
-        bias: Array | None = None,
-        mask: Array | None = None,
-        broadcast_dropout: bool = True,
-        dropout_rng: Array | None = None,
-        dropout_rate: float = 0.0,
-        deterministic: bool = False,
-        dtype: Any = None,
-        precision: jax.lax.PrecisionLike = None,
-        module: Any = None,
-        is_causal: bool = False,
-        force_fp32_for_softmax: bool = False,
-        qk_attn_weights_einsum: Any = None,
-        attn_weights_value_einsum: Any = None,
-        input_positions: Array | None = None,
-        *,
-        axis: int | tuple[int, ...] | None = None,
-        key_mask: Bool[Array, "*B S"] | Bool[Array, "*B S K"] | None = None,
-        segment_ids: Int[Array, "*B T"] | None = None,
-        projection: TunedParameters | Float[Array, ...] | None = None,
-    ) -> Float[Array, "*B T H V"]:
+    def attend(self, call: Call) -> Any:
         """Attends, with the result of the function for one device.
 
         Rows, heads and positions that the devices do not divide are no error: a length is filled
         up, and every device has all rows, or heads.
-
-        Args:
-          query: ``[*B, T, H, D]``.
-          key: ``[*B, S, K, D]``.
-          value: ``[*B, S, K, V]``.
-          bias: as for the function, and so are those without an explanation here; None where
-            positions are divided.
-          mask: None where positions are divided.
-          broadcast_dropout: see there.
-          dropout_rng: the same keys are dropped on any mesh.
-          dropout_rate: see there.
-          deterministic: see there.
-          dtype: see there.
-          precision: see there.
-          module: must be None.
-          is_causal: see there.
-          force_fp32_for_softmax: has no effect, exponents are float32 at least.
-          qk_attn_weights_einsum: must be None.
-          attn_weights_value_einsum: must be None.
-          input_positions: must be None.
-          axis: None, or the last axis before the heads, where positions are divided.
-          key_mask: see there.
-          segment_ids: see there.
-          projection: see there; heads may have their own.
-
-        Returns:
-          ``[*B, T, H, V]``.
-
-        Raises:
-          ValueError: for what cannot be honoured where positions are divided.
         """
-        del force_fp32_for_softmax  # Always so.
-        others: dict[str, Any] = {
-            "bias": bias,
-            "mask": mask,
-            "module": module,
-            "qk_attn_weights_einsum": qk_attn_weights_einsum,
-            "attn_weights_value_einsum": attn_weights_value_einsum,
-            "input_positions": input_positions,
-            "axis": None if axis in (query.ndim - 3, -3) else axis,
-        }
-        dropped = dropout_rate > 0 and not deterministic
-        local = isinstance(self.attention_fn, LocalAttention)
-        if dropped and local:
-            others["dropout_rate"] = dropout_rate
-        asked = any(x is not None for x in others.values())
-        divided, cached = self.mesh.shape[SEQUENCE] > 1, query.shape[-3] == 1 < key.shape[-3]
-        if asked and divided and not cached:
-            refuse("Attention with positions divided over a mesh", _ADVICE, **others)
-        if asked or cached:
+        divided, whole = self.mesh.shape[SEQUENCE] > 1, self.attention_fn.attend
+        drops_weights = call.dropout is not None and self.takes.dropout == "weights"
+        unlike = (
+            ("bias", call.bias, "leave it out"),
+            ("mask", call.mask, "pass key_mask or segment_ids"),
+            ("dropout_rate", call.dropout if drops_weights else None, "use 0"),
+        )
+        asked = [(name, instead) for name, given, instead in unlike if given is not None]
+        if asked and divided and not call.over_cache:
+            name, instead = asked[0]
+            raise mismatch(name, "left out where positions are divided over a mesh", "one", instead)
+        if asked or call.over_cache:
             # Left to the compiler, which divides rows and heads where it can.
-            options: dict[str, Any] = {"dropout_rate": dropout_rate} | others | {"axis": axis}
-            whole: Any = self.attention_fn
-            return whole(
-                query,
-                key,
-                value,
-                broadcast_dropout=broadcast_dropout,
-                dropout_rng=dropout_rng,
-                deterministic=deterministic,
-                dtype=dtype,
-                precision=precision,
-                is_causal=is_causal,
-                key_mask=key_mask,
-                segment_ids=segment_ids,
-                projection=projection,
-                **options,
-            )
-        query, key, value = promote(query, key, value, dtype)
-        if dropped:
-            # Of whole arrays, so that every mesh drops the same keys.
-            value = drop_keys(value, dropout_rng, dropout_rate, broadcast_dropout)
-        layout = self._layout(query, key, projection)
-        rows = key.shape[:-2]
-        arrays: dict[str, Any] = {"query": query, "key": key, "value": value}
+            return whole(call)
+        # Keys are dropped in whole arrays, so that every mesh drops the same ones.
+        call = dataclasses.replace(call, value=call.drop_keys(), dropout=None)
+        layout = self._layout(call)
+        arrays: dict[str, Any] = {"query": call.query, "key": call.key, "value": call.value}
         specs: dict[str, Any] = dict.fromkeys(arrays, layout.spec(heads=True, width=True))
-        if key.shape[-3] % layout.shards and key_mask is None:
-            key_mask = jnp.ones(rows, bool)
-        if key_mask is not None:
-            per_head = key_mask.ndim == key.ndim - 1
-            arrays["key_mask"] = jnp.broadcast_to(key_mask, key.shape[:-1] if per_head else rows)
-            specs["key_mask"] = layout.spec(heads=per_head)
-        arrays = {name: layout.fill(x) for name, x in arrays.items()}
-        if segment_ids is not None:
-            ids = jnp.broadcast_to(segment_ids, query.shape[:-2])
-            arrays["segment_ids"] = layout.fill(ids, edge=True)
-            specs["segment_ids"] = layout.spec()
-        if projection is not None:
-            arrays["projection"] = projection
-            specs["projection"] = _projection_specs(projection, layout, key)
-        if dropout_rng is not None and getattr(self.attention_fn, "redraw_features", False):
-            arrays["dropout_rng"], specs["dropout_rng"] = dropout_rng, PartitionSpec()
-        function: Any = self.attention_fn
-        if divided or local:
-            function = along_mesh_axis(function, SEQUENCE)
+        length, key_mask = call.query.shape[-3], call.key_mask
+        if call.key.shape[-3] % layout.shards and key_mask is None:
+            key_mask = jnp.ones((*call.key.shape[:-2], 1), bool)
+        for name, x in (("key_mask", key_mask), ("key_bias", call.key_bias)):
+            if x is not None:
+                arrays[name] = x
+                specs[name] = layout.spec(heads=x.shape[-1] > 1, width=x.shape[-1] == 1)
+        for name, x in (("segment_ids", call.segment_ids), ("query_mask", call.query_mask)):
+            if x is not None:
+                arrays[name], specs[name] = x, layout.spec()
+        ids = ("segment_ids",)
+        arrays = {name: layout.fill(x, edge=name in ids) for name, x in arrays.items()}
+        if call.projection is not None:
+            arrays["projection"] = call.projection
+            specs["projection"] = _projection_specs(call.projection, layout, call.key)
+        if call.training_key is not None and self.redraws:
+            arrays["training_key"], specs["training_key"] = call.training_key, PartitionSpec()
+        function = self.attention_fn.along_axis(SEQUENCE) if divided else self.attention_fn
+        nothing = dict.fromkeys(
+            ("key_mask", "key_bias", "segment_ids", "query_mask", "projection", "training_key")
+        )
+        plain = dataclasses.replace(call, **nothing, fits=None)
 
         def attend(arrays: dict[str, Any]) -> Array:
-            return function(
-                **arrays, deterministic=deterministic, precision=precision, is_causal=is_causal
-            )
+            return function.attend(dataclasses.replace(plain, **arrays))
 
         mapped = jax.shard_map(attend, mesh=self.mesh, in_specs=(specs,), out_specs=specs["query"])
         out: Any = mapped(arrays)
-        return out[..., : query.shape[-3], :, :] if query.shape[-3] % layout.shards else out
+        return out[..., :length, :, :] if length % layout.shards else out
 
-    def _layout(self, query: Array, key: Array, projection: Any) -> Layout:
+    def along_axis(self, axis: AxisName) -> AttentionFn:
+        """The function inside ``jax.shard_map``, where there is no mesh to divide over."""
+        return self.attention_fn.along_axis(axis)
+
+    def _layout(self, call: Call) -> Layout:
         """Where queries, keys and values lie."""
-        batch = query.shape[:-3]
+        batch, given = call.query.shape[:-3], call.projection
         rows = (rows_axes(self.mesh, batch[0]), *(None for _ in batch[1:])) if batch else ()
-        heads = axis_dividing(self.mesh, MODEL, key.shape[-2])
-        own = getattr(self.attention_fn, "projection_matrix", None)
-        shared = own is None or own.ndim == 2
-        known = projection is None or isinstance(projection, TunedParameters | jax.Array)
+        heads = axis_dividing(self.mesh, MODEL, call.key.shape[-2])
+        known = given is None or isinstance(given, TunedParameters | jax.Array)
+        # Projections of the function's own that differ by head cannot be divided with the heads.
+        own = None if given is not None else self.resolve_parameters(None, call.query.shape[-1])
+        shared = own is None or isinstance(own, TunedParameters) or own.ndim == 2
         return Layout(self.mesh, SEQUENCE, rows, heads if shared and known else None)
 
 
-def on_mesh(attention_fn: Any, mesh: Mesh) -> Any:
+def on_mesh(attention_fn: Callable[..., Any], mesh: Mesh) -> AttentionFn:
     """Returns an attention function for whole arrays, under ``jax.jit``, that lie on a mesh.
 
     Outputs and gradients are those of `attention_fn`. Rows are divided over ``data`` and ``fsdp``,
@@ -226,19 +137,13 @@ def on_mesh(attention_fn: Any, mesh: Mesh) -> Any:
     Raises:
       ValueError: for a function that cannot attend across devices, if the mesh divides positions.
     """
+    function = as_attention_fn(attention_fn)
     if mesh.size == 1:
-        return attention_fn
+        return function
     if mesh.shape[SEQUENCE] > 1:
-        along_mesh_axis(attention_fn, SEQUENCE)
-        return MeshAttention(attention_fn, mesh)
-    plain = (
-        isinstance(attention_fn, FastAttention)
-        and attention_fn.exact_window is None
-        and attention_fn.calibration != "call"
-    )
-    if plain or isinstance(attention_fn, LocalAttention):
-        return MeshAttention(attention_fn, mesh)
-    return attention_fn
+        function.along_axis(SEQUENCE)
+        return MeshAttention(function, mesh)
+    return MeshAttention(function, mesh) if function.divides else function
 
 
 def _projection_specs(projection: Any, layout: Layout, key: Array) -> Any:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Callable
 from typing import Any
 
-from fast_attention.fast_attention_fn import FastAttention
-from fast_attention.local_attention_fn import LocalAttention
+from fast_attention.mechanisms.attention_fn import AttentionFn
+from fast_attention.mechanisms.wrapped import as_attention_fn
 from fast_attention.mesh_layout import AxisName
 
 
-def along_mesh_axis(attention_fn: Any, axis: AxisName) -> Any:
+def along_mesh_axis(attention_fn: Callable[..., Any], axis: AxisName) -> AttentionFn:
     """Returns the attention function for a sequence of which every device holds a stretch.
 
     It is to be called inside ``jax.shard_map`` with the positions of the device, in place of the
@@ -26,22 +26,4 @@ def along_mesh_axis(attention_fn: Any, axis: AxisName) -> Any:
     Raises:
       ValueError: for a function that cannot attend across devices.
     """
-    if isinstance(attention_fn, FastAttention) and attention_fn.exact_window is not None:
-        raise ValueError(
-            f"exact_window={attention_fn.exact_window} cannot be used along a mesh axis: leave it "
-            "out, or give some heads to make_local_attention."
-        )
-    if isinstance(attention_fn, FastAttention) and attention_fn.calibration == "call":
-        raise ValueError(
-            "Parameters from each call would be those of a device's stretch alone: make the "
-            'function with calibration="stored", and calibrate it.'
-        )
-    if not isinstance(attention_fn, FastAttention | LocalAttention):
-        name = getattr(attention_fn, "__name__", type(attention_fn).__name__)
-        raise ValueError(
-            f"{name} needs all positions on one device and cannot attend along the mesh axis "
-            f"{axis!r}: use make_fast_softmax_attention or make_fast_generalized_attention, whose "
-            "devices exchange states, or make_local_attention, whose devices exchange the edges of "
-            "their stretches."
-        )
-    return dataclasses.replace(attention_fn, sequence_axis=axis)
+    return as_attention_fn(attention_fn).along_axis(axis)

@@ -67,6 +67,7 @@ class Extras(NamedTuple):
       key_mask: ``[S]`` bool, True is seen.
       first_key: ``[T]`` int; a query sees no key before this one.
       last_key: ``[T]`` int; a query sees no key behind this one.
+      first_query: int scalar, position of the first query among the keys; None is 0.
       dropout_key: random key.
     """
 
@@ -76,6 +77,7 @@ class Extras(NamedTuple):
     first_key: Array | None = None
     last_key: Array | None = None
     dropout_key: Array | None = None
+    first_query: Array | None = None
 
 
 @functools.partial(jax.jit, static_argnames=("choices", "tiling"))
@@ -85,7 +87,6 @@ def blocked_attention(
     value: Array,
     extras: Extras,
     choices: Choices,
-    first_query: Array | None = None,
     tiling: Tiling | None = None,
 ) -> Array:
     """Attends, row after row and block after block.
@@ -96,7 +97,6 @@ def blocked_attention(
       value: ``[*B, S, K, V]``, the type of `query`.
       extras: arrays that broadcast to their full shapes; one dropout key for all.
       choices: see there.
-      first_query: int32 scalar, position of the first query among the keys; None is 0.
       tiling: None is the platform's.
 
     Returns:
@@ -122,7 +122,7 @@ def blocked_attention(
     def attend(row: tuple[Array, Array, Array, Extras]) -> Array:
         query, key, value, own = row
         merged = Extras(*(b if a is None else a for a, b in zip(own, shared, strict=True)))
-        return _attend_row(query, key, value, merged, choices, first_query, block, smallest)
+        return _attend_row(query, key, value, merged, choices, block, smallest)
 
     operands = (
         query.reshape(rows, length, kv_heads, heads // kv_heads, -1),
@@ -163,17 +163,19 @@ def _split_extras(
         "key_mask": (key_length,),
         "first_key": (length,),
         "last_key": (length,),
+        "first_query": (),
     }
     for name, shape in shapes.items():
         x, rank = getattr(extras, name), len(shape)
         if x is None:
             continue
         x = _broadcastable(name, jnp.asarray(x), (*batch_shape, *shape))
-        if math.prod(x.shape[:-rank]) == 1:
-            shared = shared._replace(**{name: x.reshape(x.shape[-rank:])})
+        tail = x.shape[x.ndim - rank :]
+        if math.prod(x.shape[: x.ndim - rank]) == 1:
+            shared = shared._replace(**{name: x.reshape(tail)})
         else:
-            x = jnp.broadcast_to(x, (*batch_shape, *x.shape[-rank:]))
-            own = own._replace(**{name: x.reshape(-1, *x.shape[-rank:])})
+            x = jnp.broadcast_to(x, (*batch_shape, *tail))
+            own = own._replace(**{name: x.reshape(-1, *tail)})
     if extras.dropout_key is not None:
         if choices.share_dropout:
             shared = shared._replace(dropout_key=extras.dropout_key)
@@ -200,7 +202,6 @@ def _attend_row(
     value: Array,
     extras: Extras,
     choices: Choices,
-    first_query: Array | None,
     block: int | None,
     smallest: int,
 ) -> Array:
@@ -208,6 +209,7 @@ def _attend_row(
 
     Without a `block` size all queries are one block.
     """
+    first_query = extras.first_query
     length, key_length = query.shape[0], key.shape[0]
     # Heads in front: products and their gradients run several times faster than across heads.
     query = jnp.transpose(query, (1, 2, 0, 3))

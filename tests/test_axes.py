@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fast_attention.axes import attended_axes, fold_axes, unfold_axes
+from fast_attention.mechanisms.axes import attended_axes, fold_axes, unfold_axes
 
 
 @st.composite

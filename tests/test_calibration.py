@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from fast_attention import make_fast_softmax_attention
-from fast_attention.attention_fn import ESTIMATORS
-from fast_attention.calibration import calibrate
 from fast_attention.feature_maps import TUNED_ESTIMATORS, TunedParameters
 from fast_attention.linear_attention import linear_attention
+from fast_attention.mechanisms.favor.calibration import calibrate
+from fast_attention.mechanisms.favor.factories import ESTIMATORS
 
 B, T, H, K, D, M = 2, 12, 4, 2, 8, 16
 make = functools.partial(make_fast_softmax_attention, D, nb_features=M)

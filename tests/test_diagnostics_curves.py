@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from fast_attention import make_fast_softmax_attention
-from fast_attention.calibration import calibrate
 from fast_attention.diagnostics import approximation_error
 from fast_attention.diagnostics_curves import ErrorCurves, error_curves
 from fast_attention.diagnostics_plots import _apart, plot_errors
+from fast_attention.mechanisms.favor.calibration import calibrate
 from tests.linear_attention import cases
 
 B, H, T = cases.B, cases.H, 9

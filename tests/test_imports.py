@@ -15,17 +15,17 @@ HEAVY = ["gin", "grain", "matplotlib", "optax", "orbax", "tensorboardX", "tqdm"]
 CORE = [
     "fast_attention",
     "fast_attention.array_types",
-    "fast_attention.attention_fn",
-    "fast_attention.axes",
+    "fast_attention.mechanisms.favor.factories",
+    "fast_attention.mechanisms.axes",
     "fast_attention.diagnostics",
-    "fast_attention.efficient_attention_fn",
+    "fast_attention.mechanisms.efficient.fn",
     "fast_attention.linformer",
     "fast_attention.local_attention",
-    "fast_attention.local_attention_fn",
-    "fast_attention.masks",
+    "fast_attention.mechanisms.local.fn",
+    "fast_attention.mechanisms.masks",
     "fast_attention.mesh_attention",
     "fast_attention.meshes",
-    "fast_attention.strided_attention_fn",
+    "fast_attention.mechanisms.strided.fn",
     *(
         f"fast_attention.{folder}.{path.stem}"
         for folder in ("feature_maps", "linear_attention", "lsh_attention", "near_field")

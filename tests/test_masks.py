@@ -5,16 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fast_attention.masks import key_bias_from_bias, key_mask_from_mask
+from fast_attention.mechanisms.masks import Sizes, key_bias_from_bias, key_mask_from_mask, pair_mask
 
 B, T, H, K = 2, 5, 4, 2
-SIZES = {
-    "batch_shape": (B,),
-    "num_queries": T,
-    "num_keys": T,
-    "num_heads": H,
-    "num_kv_heads": K,
-}
+SIZES = Sizes((B,), T, T, H, K)
 PADDING = np.array([[True] * 5, [True, True, True, False, False]])
 KEYS = PADDING[:, None, None, :]
 PAIRS = PADDING[:, None, :, None] & KEYS
@@ -22,7 +16,9 @@ CAUSAL = np.tril(np.ones((T, T), bool))
 
 
 def keys_of(mask, *, causal=False, **changes):
-    return np.asarray(key_mask_from_mask(jnp.asarray(mask), causal=causal, **{**SIZES, **changes}))
+    keys, fits = key_mask_from_mask(jnp.asarray(mask), SIZES._replace(**changes), causal=causal)
+    assert fits is None
+    return np.asarray(keys)
 
 
 @pytest.mark.parametrize("dtype", [bool, np.float32, np.int32])
@@ -84,25 +80,48 @@ def test_one_query_over_a_cache():
     np.testing.assert_array_equal(keys[..., 0], np.broadcast_to(mask, (B, T)))
 
 
-def test_traced_masks_are_trusted_unless_checked():
-    random = jnp.asarray(np.random.default_rng(0).random((T, T)) < 0.5)
-    traced = jax.jit(lambda mask: key_mask_from_mask(mask, causal=False, **SIZES))
-    np.testing.assert_array_equal(traced(random)[0, :, 0], random.any(0))
-    checked = jax.jit(
-        lambda mask: key_mask_from_mask(mask, causal=False, check_traced=True, **SIZES)
-    )
-    np.testing.assert_array_equal(checked(PAIRS)[..., 0], PADDING)
-    jax.effects_barrier()
-    with pytest.raises(Exception, match="neither constant over queries"):
-        jax.block_until_ready(checked(random))
-        jax.effects_barrier()
+MASKS = {
+    "keys": KEYS,
+    "pairs": PAIRS,
+    "causal": np.broadcast_to(CAUSAL, (B, 1, T, T)),
+    "causal pairs": CAUSAL & PAIRS,
+    "window": np.broadcast_to(CAUSAL & ~np.tri(T, k=-2, dtype=bool), (B, 1, T, T)),
+    "future": np.broadcast_to(CAUSAL.T, (B, 1, T, T)),
+    "one row": np.where(np.arange(B)[:, None, None, None] == 0, PAIRS, CAUSAL),
+    "additive": np.where(PAIRS, 0.0, -1e9),
+    "one head": np.where(np.arange(H)[:, None, None] == 1, KEYS, True),
+}
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("name", MASKS)
+def test_a_traced_mask_is_checked_in_the_program_as_a_concrete_one_is(name, causal):
+    """By row of the batch, where a concrete mask raises for all."""
+    find = jax.jit(lambda mask: key_mask_from_mask(mask, SIZES, causal=causal))
+    _, fits = find(MASKS[name])
+    fits = np.broadcast_to(True if fits is None else fits, B)
+    for row in range(B):
+        try:
+            keys_of(MASKS[name][row : row + 1], causal=causal, batch_shape=(1,))
+            expected = True
+        except ValueError:
+            expected = False
+        assert fits[row] == expected
+
+
+def test_numbers_other_than_0_and_1_are_no_mask_of_pairs():
+    additive = np.where(PAIRS, 0.0, -1e9)
+    with pytest.raises(ValueError, match="an additive mask goes into bias"):
+        pair_mask(additive, SIZES)
+    _, fits = jax.jit(lambda mask: pair_mask(mask, SIZES))(additive * np.array([[[[0]]], [[[1]]]]))
+    np.testing.assert_array_equal(fits, [True, False])
 
 
 def test_bias_constant_over_queries():
     bias = np.random.default_rng(0).normal(size=(B, 1, 1, T)).astype(np.float32)
     bias[0, 0, 0, 2] = -np.inf
     for given in (bias, np.broadcast_to(bias, (B, H, T, T))):
-        values = key_bias_from_bias(jnp.asarray(given), **SIZES)
+        values = key_bias_from_bias(jnp.asarray(given), SIZES)
         np.testing.assert_array_equal(
             np.broadcast_to(values, (B, T, K)), np.repeat(bias[:, 0, 0, :, None], K, -1)
         )
@@ -111,8 +130,8 @@ def test_bias_constant_over_queries():
 def test_bias_that_depends_on_the_query():
     bias = jnp.asarray(np.random.default_rng(0).normal(size=(T, T)))
     with pytest.raises(ValueError, match="depends on the query"):
-        key_bias_from_bias(bias, **SIZES)
+        key_bias_from_bias(bias, SIZES)
     with pytest.raises(ValueError, match="depends on the query"):
-        jax.jit(lambda bias: key_bias_from_bias(bias, **SIZES))(bias)
+        jax.jit(lambda bias: key_bias_from_bias(bias, SIZES))(bias)
     with pytest.raises(ValueError, match="bias must be broadcastable"):
-        key_bias_from_bias(bias[:, :3], **SIZES)
+        key_bias_from_bias(bias[:, :3], SIZES)

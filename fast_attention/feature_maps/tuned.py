@@ -88,7 +88,7 @@ class TunedFeatures(FeatureMap):
     Nothing is differentiated with respect to their parameters, unless these are trained.
 
     Parameters as drawn are those of FAVOR+, whatever the estimator; those that suit given data come
-    from :func:`fast_attention.calibration.calibrate`.
+    from :func:`fast_attention.mechanisms.favor.calibration.calibrate`.
 
     Attributes:
       estimator: a name in :data:`.gaussian_family.TUNED_ESTIMATORS`.

@@ -1,6 +1,4 @@
-"""Calls any function with the signature of ``nnx.dot_product_attention``.
-
-What a function has a parameter for it is told by name; of the rest a mask is made.
+"""Calls attention functions with what a layer knows of its positions.
 
 Shape letters: B batch, T query length, S key length, H heads, K key/value heads, D head width,
 V value width.
@@ -8,13 +6,12 @@ V value width.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from fast_attention.array_types import Array, Bool, Float, Int
+from fast_attention.mechanisms.attention_fn import AttentionFn
 
 
 class Visible(NamedTuple):
@@ -38,7 +35,7 @@ class Visible(NamedTuple):
 
 
 def call_attention(
-    attention_fn: Callable[..., Any],
+    attention_fn: AttentionFn,
     query: Float[Array, "B T H D"],
     key: Float[Array, "B S K D"],
     value: Float[Array, "B S K V"],
@@ -53,44 +50,31 @@ def call_attention(
       key: ``[B, S, K, D]``.
       value: ``[B, S, K, V]``.
       visible: Which keys are seen.
-      **options: Passed on as they are.
+      **options: Other arguments of the function.
 
     Returns:
       What the function returns, as a rule ``[B, T, H, V]``.
     """
-    told = {
-        "key_mask": visible.key_mask,
-        "segment_ids": visible.segment_ids,
-        "is_causal": visible.causal or None,
-    }
-    told = {name: value for name, value in told.items() if value is not None}
-    names = parameter_names(attention_fn)
-    length, key_length = query.shape[1], key.shape[1]
-    if visible.mask is not None:
-        rest = ((0, 0), (0, 0), (0, key_length - length))
-        told["mask"] = jnp.pad(visible.mask, rest, constant_values=True)[:, None]
-    if names is not None:
-        mask: Any = told.pop("mask", True)
-        if "key_mask" in told and "key_mask" not in names:
-            mask &= told.pop("key_mask")[:, None, None, :]
-        if "segment_ids" in told and "segment_ids" not in names:
-            mask &= _same_run(told.pop("segment_ids"))
-        if "is_causal" in told and "is_causal" not in names:
-            told.pop("is_causal")
-            seen = jnp.arange(key_length)[None] <= jnp.arange(length)[:, None]
-            mask &= (seen | (jnp.arange(key_length)[None] >= length))[None, None]
-        if mask is not True:
-            told["mask"] = mask
-        rotates = getattr(attention_fn, "rotary", True)
-        if visible.query_mask is not None and "query_mask" in names:
-            told["query_mask"] = visible.query_mask
-        if visible.positions is not None and "positions" in names and rotates:
-            told["positions"] = visible.positions
-    return attention_fn(query, key, value, **told, **options)
+    mask = visible.mask
+    if mask is not None:
+        rest = ((0, 0), (0, 0), (0, key.shape[1] - query.shape[1]))
+        mask = jnp.pad(mask, rest, constant_values=True)[:, None]
+    return attention_fn(
+        query,
+        key,
+        value,
+        mask=mask,
+        is_causal=visible.causal,
+        key_mask=visible.key_mask,
+        segment_ids=visible.segment_ids,
+        query_mask=visible.query_mask,
+        positions=visible.positions if attention_fn.takes.positions else None,
+        **options,
+    )
 
 
 def call_with_choice(
-    attention_fn: Callable[..., Any],
+    attention_fn: AttentionFn,
     query: Float[Array, "B T H D"],
     key: Float[Array, "B S K D"],
     value: Float[Array, "B S K V"],
@@ -107,12 +91,12 @@ def call_with_choice(
       value: As there.
       visible: As there.
       choice: Buckets to be used again, of an earlier call; None hashes.
-      **options: Passed on.
+      **options: As there.
 
     Returns:
       What `call_attention` returns and the buckets, None where there are none.
     """
-    if "return_buckets" not in (parameter_names(attention_fn) or ()):
+    if not attention_fn.takes.buckets:
         return call_attention(attention_fn, query, key, value, visible, **options), None
     options |= {"buckets": choice, "return_buckets": True}
     found = call_attention(attention_fn, query, key, value, visible, **options)
@@ -124,17 +108,3 @@ def causal_by_mask(visible: Visible, length: int) -> Visible:
     past = jnp.tri(length, dtype=bool)[None]
     past = past if visible.mask is None else past & visible.mask
     return visible._replace(causal=False, mask=past)
-
-
-def parameter_names(function: Callable[..., Any]) -> frozenset[str] | None:
-    """Names of the parameters of a function; None if it takes any."""
-    parameters = inspect.signature(function).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return None
-    return frozenset(p.name for p in parameters)
-
-
-def _same_run(segment_ids: Array) -> Array:
-    changed = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
-    runs = jnp.cumsum(changed, axis=1)
-    return runs[:, None, :, None] == runs[:, None, None, :]

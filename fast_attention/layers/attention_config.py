@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
-from fast_attention.softmax_attention import make_softmax_attention
+from fast_attention.mechanisms.attention_fn import AttentionFn
+from fast_attention.mechanisms.softmax.fn import make_softmax_attention
+from fast_attention.mechanisms.wrapped import as_attention_fn
 
 Rotary = Literal["halves", "pairs"]
 Context = Literal["cross", "append"]
@@ -19,7 +20,8 @@ class HeadGroup:
 
     Attributes:
       num_heads: How many.
-      attention_fn: What attends, called as ``nnx.dot_product_attention``; by default exact.
+      attention_fn: What attends, by default exactly; a function like ``nnx.dot_product_attention``
+        becomes an `AttentionFn` around it.
       rotary: Rotate queries and keys by their positions: channels i and i + D/2 together
         ("halves"), or 2i and 2i + 1 ("pairs"); None does not.
       dropout_rate: Of attention weights, handed to `attention_fn`.
@@ -27,7 +29,7 @@ class HeadGroup:
     """
 
     num_heads: int
-    attention_fn: Callable[..., Any] = make_softmax_attention()
+    attention_fn: AttentionFn = make_softmax_attention()
     rotary: Rotary | None = None
     dropout_rate: float = 0.0
     extra_keys: bool = True
@@ -38,6 +40,7 @@ class HeadGroup:
         Raises:
           ValueError: At a value out of range.
         """
+        object.__setattr__(self, "attention_fn", as_attention_fn(self.attention_fn))
         if self.num_heads < 1:
             raise ValueError(f"A group needs at least one head, got num_heads={self.num_heads}.")
         if self.rotary not in (None, "halves", "pairs"):

@@ -11,7 +11,6 @@ from typing import Any
 
 from flax import nnx
 
-from fast_attention.calibration import retune, tuned_map
 from fast_attention.feature_maps.moments import Moments, measure_visible, merge_moments
 from fast_attention.layers.held import (
     held_projection,
@@ -21,6 +20,8 @@ from fast_attention.layers.held import (
 from fast_attention.layers.multi_axis import MultiAxisAttention
 from fast_attention.layers.multi_head import MultiHeadAttention
 from fast_attention.layers.observing import AttentionCall, observed_copy, place_name
+from fast_attention.mechanisms.attention_fn import AttentionFn
+from fast_attention.mechanisms.favor.calibration import retune, tuned_map
 
 
 def calibrate(model: nnx.Module, *args: Any, **kwargs: Any) -> int:
@@ -132,5 +133,5 @@ def _held_by(module: Any) -> list[tuple[Any, Any]]:
     return []
 
 
-def _is_fitted(function: Callable[..., Any]) -> bool:
-    return getattr(function, "calibration", None) in ("stored", "trained")
+def _is_fitted(function: AttentionFn) -> bool:
+    return function.calibration in ("stored", "trained")

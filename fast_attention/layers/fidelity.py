@@ -21,14 +21,14 @@ import numpy as np
 from flax import nnx
 
 from fast_attention.array_types import Array
-from fast_attention.calibration import retune, tuned_map
 from fast_attention.diagnostics import MOST_ROWS, attention_matrix
 from fast_attention.dtypes import at_least_float32
 from fast_attention.feature_maps.moments import Moments
 from fast_attention.layers.attention_call import causal_by_mask
 from fast_attention.layers.observing import AttentionCall, Path, observed_copy
-from fast_attention.lsh_attention_fn import LSHAttention
-from fast_attention.softmax_attention import make_softmax_attention
+from fast_attention.mechanisms.favor.calibration import retune, tuned_map
+from fast_attention.mechanisms.softmax.fn import make_softmax_attention
+from fast_attention.mechanisms.wrapped import as_attention_fn
 
 MATRIX_LENGTH = 2048
 """Longest sequence of which attention matrices are looked at, in chosen rows."""
@@ -175,14 +175,14 @@ def fidelity_sums(
     def judge(call: AttentionCall) -> None:
         judged = call
         if attention_fn is not None:
-            if isinstance(call.function, LSHAttention):
+            if call.function.takes.shared_qk:
                 raise ValueError(
                     f"The layer {call.name} has one projection for queries and keys, whose kernel "
                     "no other attention function has: leave out attention_fn to judge its own."
                 )
             own = None if parameters is None else parameters[call.name]
             options = {} if own is None else {"projection": own}
-            judged = call._replace(function=attention_fn, options=options)
+            judged = call._replace(function=as_attention_fn(attention_fn), options=options)
         kept.append(_sums(judged, matrix_length))
 
     observed_copy(model, judge)(*args, **kwargs)
@@ -207,13 +207,12 @@ def parameters_from_moments(
     Returns:
       ``parameters`` for `fidelity_sums`.
     """
+    attention_fn = as_attention_fn(attention_fn)
     found: dict[str, Any] = {}
     for number, (name, own) in enumerate(moments.items()):
-        drawn: Any = None
-        if hasattr(attention_fn, "draw_projection"):
-            width = own.query.mean.shape[-1]
-            drawn = attention_fn.draw_projection(jax.random.fold_in(key, number), width)
-        if getattr(attention_fn, "calibration", None) == "stored":
+        width = own.query.mean.shape[-1]
+        drawn = attention_fn.draw_projection(jax.random.fold_in(key, number), width)
+        if attention_fn.calibration == "stored":
             drawn = retune(tuned_map(attention_fn), drawn, own)
         found[name] = drawn
     return found
@@ -262,8 +261,8 @@ def exact_call(call: AttentionCall) -> AttentionCall:
         x.astype(at_least_float32(x.dtype)) for x in (call.query, call.key, call.value)
     )
     call = call._replace(query=query, key=key, value=value)
-    if isinstance(call.function, LSHAttention):
-        exact = dataclasses.replace(call.function, use_full_attn=True)
+    exact = call.function.exact()
+    if exact is not None:
         return call._replace(function=exact)
     visible = call.visible._replace(causal=_is_causal(call))
     if visible.causal and key.shape[1] > query.shape[1]:
@@ -290,7 +289,7 @@ def chosen_rows(mask: Array) -> tuple[Array, Array]:
 
 
 def _is_causal(call: AttentionCall) -> bool:
-    return call.visible.causal or bool(getattr(call.function, "unidirectional", False))
+    return call.visible.causal or call.function.unidirectional
 
 
 def _sums(call: AttentionCall, matrix_length: int) -> FidelitySums:

@@ -15,12 +15,6 @@ from fast_attention.layers.attention_config import HeadGroup
 from fast_attention.layers.positions import rotate
 
 
-def draw_projection(group: HeadGroup, key: Array, head_dim: int) -> Any:
-    """What the attention function draws once, None if nothing."""
-    draw = getattr(group.attention_fn, "draw_projection", None)
-    return None if draw is None else draw(key, head_dim)
-
-
 def read_keys(
     group: HeadGroup, state: Any, key: Array, value: Array, options: dict[str, Any]
 ) -> Any:

@@ -6,7 +6,7 @@ Shape letters: B batch, T length, S keys, H heads, K key/value heads, D head wid
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fast_attention.array_types import Array
-from fast_attention.calibration import retune, tuned_map
 from fast_attention.feature_maps.moments import (
     Moments,
     Spread,
@@ -26,6 +25,8 @@ from fast_attention.feature_maps.trained import TrainedParameters
 from fast_attention.feature_maps.tuned import TunedParameters, fold
 from fast_attention.layers.attention_call import Visible
 from fast_attention.layers.attention_config import AttentionConfig
+from fast_attention.mechanisms.attention_fn import AttentionFn
+from fast_attention.mechanisms.favor.calibration import retune, tuned_map
 
 
 class Projection(nnx.Variable):
@@ -85,9 +86,7 @@ def hold(held: nnx.Dict, parameters: TunedParameters | TrainedParameters) -> Non
             held[name][...] = x
 
 
-def redraw(
-    attention_fn: Callable[..., Any], held: Any, moments: Any, key: Array, head_dim: int
-) -> None:
+def redraw(attention_fn: AttentionFn, held: Any, moments: Any, key: Array, head_dim: int) -> None:
     """Replaces what was drawn, one draw for each of stacked layers.
 
     Args:
@@ -97,13 +96,12 @@ def redraw(
       key: Random key.
       head_dim: D.
     """
-    function: Any = attention_fn
     if isinstance(held, nnx.Dict):
-        hold(held, function.redraw_projection(key, held_projection(held)))
+        hold(held, attention_fn.redraw_projection(key, held_projection(held)))
         if moments is not None:
             recalibrate_held(attention_fn, held, moments)
         return
-    draw = functools.partial(function.draw_projection, head_dim=head_dim)
+    draw = functools.partial(attention_fn.draw_projection, head_dim=head_dim)
     single = jax.eval_shape(draw, jax.random.key(0)).ndim
     stack = held.shape[: held.ndim - single]
     for _ in stack:
@@ -115,7 +113,7 @@ def no_running_moments(config: AttentionConfig, kv_heads: Sequence[int]) -> list
     """Variables for running moments that have seen nothing, for each group that wants them."""
     made: list[nnx.Dict | None] = []
     for group, heads in zip(config.groups, kv_heads, strict=True):
-        if getattr(group.attention_fn, "moment_decay", None) is None:
+        if group.attention_fn.moment_decay is None:
             made.append(None)
             continue
         parts = {
@@ -128,7 +126,7 @@ def no_running_moments(config: AttentionConfig, kv_heads: Sequence[int]) -> list
 
 
 def observe(
-    attention_fn: Callable[..., Any], held: nnx.Dict, query: Array, key: Array, visible: Visible
+    attention_fn: AttentionFn, held: nnx.Dict, query: Array, key: Array, visible: Visible
 ) -> None:
     """Updates running moments by the queries and keys of a call.
 
@@ -140,8 +138,8 @@ def observe(
       visible: Whose masks tell padding.
     """
     new = measure_visible(query, key, visible.query_mask, visible.key_mask)
-    decay = attention_fn.moment_decay  # pyright: ignore[reportFunctionMemberAccess]
-    averaged = running_average(running_moments(held), new, decay)
+    assert attention_fn.moment_decay is not None
+    averaged = running_average(running_moments(held), new, attention_fn.moment_decay)
     for side, spread in averaged._asdict().items():
         for name, x in spread._asdict().items():
             held[f"{side}_{name}"][...] = x
@@ -156,7 +154,7 @@ def running_moments(held: nnx.Dict) -> Moments:
     return Moments(*sides)
 
 
-def recalibrate_held(attention_fn: Callable[..., Any], held: nnx.Dict, moments: nnx.Dict) -> None:
+def recalibrate_held(attention_fn: AttentionFn, held: nnx.Dict, moments: nnx.Dict) -> None:
     """Derives parameters from running moments; heads that have seen nothing keep theirs."""
     averages, before = running_moments(moments), held_projection(held)
     after = retune(tuned_map(attention_fn), before, averages)

@@ -13,10 +13,11 @@ from typing import Any
 from flax import nnx
 
 from fast_attention.array_types import Array, Bool, Float
-from fast_attention.axes import attended_axes, fold_axes, unfold_axes
 from fast_attention.layers.held import as_held, held_projection, redraw
 from fast_attention.layers.linear import Linear
-from fast_attention.softmax_attention import make_softmax_attention
+from fast_attention.mechanisms.axes import attended_axes, fold_axes, unfold_axes
+from fast_attention.mechanisms.softmax.fn import make_softmax_attention
+from fast_attention.mechanisms.wrapped import as_attention_fn
 
 
 class MultiAxisAttention(nnx.Module):
@@ -70,8 +71,8 @@ class MultiAxisAttention(nnx.Module):
         value_features = key_features if value_features is None else value_features
         value_dim = key_dim if value_dim is None else value_dim
         output = features if output_features is None else output_features
-        self.attention_fn: Callable[..., Array] = attention_fn or make_softmax_attention()
-        if getattr(attention_fn, "moment_decay", None) is not None:
+        self.attention_fn = as_attention_fn(attention_fn or make_softmax_attention())
+        if self.attention_fn.moment_decay is not None:
             raise ValueError(
                 "MultiAxisAttention keeps no running moments: leave out moment_decay, and use "
                 "calibrate(model, inputs)."
@@ -98,7 +99,7 @@ class MultiAxisAttention(nnx.Module):
         self.value = linear(value_features, num_heads * value_dim)
         self.out = linear(num_heads * value_dim, math.prod(self.output_shape))
         self.key_dim = key_dim
-        drawn = self._draw(rngs)
+        drawn = self.attention_fn.draw_projection(rngs.params(), key_dim)
         self.projection = nnx.data(as_held(drawn, num_heads))
 
     def __call__(
@@ -168,10 +169,6 @@ class MultiAxisAttention(nnx.Module):
         """Replaces the layer's projection, if it has one."""
         if self.projection is not None:
             redraw(self.attention_fn, self.projection, None, rngs.params(), self.key_dim)
-
-    def _draw(self, rngs: nnx.Rngs) -> Any:
-        draw = getattr(self.attention_fn, "draw_projection", None)
-        return None if draw is None else draw(rngs.params(), self.key_dim)
 
     def _axes(self, query: Array, key: Array, value: Array) -> tuple[int, ...] | None:
         """The axes to attend over, checked; None if they are in place already."""

@@ -21,7 +21,6 @@ from fast_attention.layers.attention_call import (
 )
 from fast_attention.layers.attention_config import AttentionConfig, HeadGroup
 from fast_attention.layers.head_groups import (
-    draw_projection,
     dropout_options,
     read_keys,
     rotated,
@@ -82,7 +81,10 @@ class MultiHeadAttention(nnx.Module):
             rngs=rngs,
         )
         self.dropout = nnx.Dropout(config.dropout_rate)
-        drawn = [draw_projection(group, rngs.params(), config.head_dim) for group in config.groups]
+        drawn = [
+            group.attention_fn.draw_projection(rngs.params(), config.head_dim)
+            for group in config.groups
+        ]
         kv_heads = [self._kv_heads(group) for group in config.groups]
         self.projections = nnx.List(map(as_held, drawn, kv_heads))
         self.moments = nnx.List(no_running_moments(config, kv_heads))
@@ -170,7 +172,7 @@ class MultiHeadAttention(nnx.Module):
                 seen = seen._replace(key_mask=inputs.key_mask)
             # Memory is read first, into the state that the tokens continue, where there is one.
             after_memory = self._has_causal_memory(group)
-            if after_memory and not hasattr(group.attention_fn, "init_state"):
+            if after_memory and not group.attention_fn.can_decode:
                 after_memory, seen = False, causal_by_mask(seen, length)
             q, k = rotated(group, q, k, positions)
             moments = self.moments[index]
@@ -195,7 +197,7 @@ class MultiHeadAttention(nnx.Module):
         config = self.config
         if config.context == "cross" or config.causal:
             return True
-        return all(getattr(group.attention_fn, "unidirectional", False) for group in config.groups)
+        return all(group.attention_fn.unidirectional for group in config.groups)
 
     @property
     def can_decode(self) -> bool:
@@ -204,7 +206,7 @@ class MultiHeadAttention(nnx.Module):
         if config.context == "cross":
             return True
         appended = config.shared_qk and (config.memory or config.context is not None)
-        steps = all(hasattr(group.attention_fn, "step") for group in config.groups)
+        steps = all(group.attention_fn.can_decode for group in config.groups)
         return self.causal and steps and not appended
 
     def init_state(
@@ -258,7 +260,7 @@ class MultiHeadAttention(nnx.Module):
         Returns:
           ``[B, T, M]`` and the next state.
         """
-        return self._continue("prefill", state, x, inputs, {"key_mask": inputs.key_mask})
+        return self._continue(False, state, x, inputs, {"key_mask": inputs.key_mask})
 
     def step(
         self, state: AttentionState, x: Float[Array, "B M"], inputs: Inputs = NO_INPUTS
@@ -274,7 +276,7 @@ class MultiHeadAttention(nnx.Module):
           ``[B, M]`` and the next state.
         """
         if state.context is None:
-            return self._continue("step", state, x, inputs, {})
+            return self._continue(True, state, x, inputs, {})
         out, state = self.prefill(state, x[:, None])
         return out[:, 0], state
 
@@ -289,7 +291,7 @@ class MultiHeadAttention(nnx.Module):
                 redraw(group.attention_fn, held, moments, rngs.params(), self.config.head_dim)
 
     def _continue(
-        self, method: str, state: AttentionState, x: Array, inputs: Inputs, options: dict[str, Any]
+        self, one: bool, state: AttentionState, x: Array, inputs: Inputs, options: dict[str, Any]
     ) -> tuple[Array, AttentionState]:
         if state.context is not None:
             return self._read_context(state.context, x), state
@@ -297,7 +299,7 @@ class MultiHeadAttention(nnx.Module):
         out, states = [], []
         for index, (group, q, k, v) in enumerate(self._split(query, key, value)):
             q, k = rotated(group, q, k, inputs.positions)
-            read = getattr(group.attention_fn, method)
+            read = group.attention_fn.step if one else group.attention_fn.prefill
             attended, new = read(state.groups[index], q, k, v, **options, **self._own(index))
             out.append(attended)
             states.append(new)
@@ -385,16 +387,11 @@ class MultiHeadAttention(nnx.Module):
     def _check_decoder(self) -> None:
         for group in self.config.groups:
             function = group.attention_fn
-            if not self.config.causal and not getattr(function, "unidirectional", False):
+            if not self.config.causal and not function.unidirectional:
                 raise ValueError(
                     "Only causal attention decodes token by token: build the layer with "
                     "causal=True."
                 )
-            if not hasattr(function, "step"):
-                raise TypeError(
-                    f"{function} cannot decode: it has no init_state, prefill and step. Use exact "
-                    "or local attention (make_softmax_attention, make_local_attention), or one of "
-                    "the make_fast_* factories."
-                )
+            function.check_decodes()
         if not self.can_decode:
             raise TypeError("Shared queries and keys with memory or a context cannot decode.")

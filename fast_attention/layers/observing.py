@@ -7,7 +7,6 @@ K key/value heads, D head width, V value width.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,19 +14,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fast_attention.array_types import Array, Float
-from fast_attention.layers.attention_call import (
-    Visible,
-    call_attention,
-    causal_by_mask,
-    parameter_names,
-)
+from fast_attention.layers.attention_call import Visible, call_attention, causal_by_mask
 from fast_attention.layers.multi_axis import MultiAxisAttention
 from fast_attention.layers.multi_head import MultiHeadAttention
 from fast_attention.layers.stack import Stack
+from fast_attention.mechanisms.attention_fn import AttentionFn
+from fast_attention.mechanisms.call import Call
+from fast_attention.mechanisms.decoding import StateSizes
+from fast_attention.mechanisms.wrapped import WrappedAttention
 
 Path = tuple[Any, ...]
-
-_TOLD = ("is_causal", "key_mask", "segment_ids", "mask", "positions", "query_mask")
 
 
 class AttentionCall(NamedTuple):
@@ -45,7 +41,7 @@ class AttentionCall(NamedTuple):
       memory: How many of the keys, the last, are read into a state before the first query.
     """
 
-    function: Callable[..., Any]
+    function: AttentionFn
     path: Path
     group: int
     query: Float[Array, "B T H D"]
@@ -70,7 +66,7 @@ class AttentionCall(NamedTuple):
           What the function returns, ``[B, T, H, V]``.
         """
         call = self._replace(**replaced)
-        if call.memory and hasattr(call.function, "init_state"):
+        if call.memory and call.function.can_decode:
             return call._after_memory()
         visible = call.visible
         if call.memory:
@@ -80,7 +76,7 @@ class AttentionCall(NamedTuple):
         )
 
     def _after_memory(self) -> Array:
-        function: Any = self.function
+        function = self.function
         length = self.query.shape[1]
         sizes = (len(self.key),), *self.key.shape[-2:], self.value.shape[-1]
         state = function.init_state(*sizes, max_length=self.key.shape[1])
@@ -116,11 +112,8 @@ def observed_copy(
       The copy, which computes what the model does.
     """
 
-    def watched(function: Callable[..., Any], path: Path, group: int) -> Any:
-        if not where(function):
-            return function
-        kind = _WatchedMemory if hasattr(function, "init_state") else _Watched
-        return kind(function, path, group, tell)
+    def watched(function: AttentionFn, path: Path, group: int) -> AttentionFn:
+        return _Watched(function, path, group, tell) if where(function) else function
 
     copy = nnx.clone(model)
     for path, module in nnx.iter_modules(copy):
@@ -149,81 +142,84 @@ class _MemoryState(NamedTuple):
     read: AttentionCall | None
 
 
-class _Watched:
-    """An attention function that tells of its calls."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Watched(WrappedAttention):
+    """An attention function that reports its calls, also where memory is read before."""
 
-    def __init__(self, function: Callable[..., Any], path: Path, group: int, tell: Tell):
-        self.function, self.path, self.group, self.tell = function, path, group, tell
-        # All that a layer knows is told, whatever the function makes of it.
-        names = {*_TOLD, *((parameter_names(function) or set()) & {"return_buckets"})}
-        kind = inspect.Parameter.KEYWORD_ONLY
-        self.__signature__ = inspect.Signature(
-            [inspect.Parameter(name, kind) for name in sorted(names)]
+    path: Path
+    group: int
+    tell: Tell
+
+    def attend(self, call: Call) -> Any:
+        """Reports the call, and attends."""
+        rank = call.query.ndim - 3
+        flat = call if rank == 1 else _with_one_batch_axis(call, rank)
+        key_mask = None if flat.key_mask is None else flat.key_mask[..., 0]
+        query_mask = flat.query_mask
+        if query_mask is None and call.query.shape[-3] == call.key.shape[-3]:
+            query_mask = key_mask
+        visible = Visible(
+            causal=call.causal,
+            key_mask=key_mask,
+            segment_ids=flat.segment_ids,
+            positions=flat.positions,
+            mask=None if flat.mask is None else flat.mask[:, 0, :, : call.query.shape[-3]],
+            query_mask=query_mask,
         )
+        self.tell(self._reported(flat, visible))
+        return self.attention_fn.attend(call)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.function, name)
-
-    def __call__(self, query: Array, key: Array, value: Array, **options: Any) -> Any:
-        told = {name: options.pop(name, None) for name in _TOLD}
-        batch = query.shape[:-3]
-        if len(batch) != 1:
-            # Attention over some of several axes: the others are batch.
-            query, key, value = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
-        key_mask, mask = told["key_mask"], told["mask"]
-        if key_mask is not None:
-            key_mask = key_mask.reshape(key.shape[:2])
-        if told["query_mask"] is None and query.shape[1] == key.shape[1]:
-            told["query_mask"] = key_mask
-        told |= {
-            "causal": bool(told.pop("is_causal")),
-            "key_mask": key_mask,
-            "mask": None if mask is None else mask[:, 0, :, : query.shape[1]],
-        }
-        call = AttentionCall(
-            self.function, self.path, self.group, query, key, value, Visible(**told), options
-        )
-        self.tell(call._replace(options=_without_buckets(options)))
-        out = call.attend()
-        return out.reshape(*batch, *out.shape[1:]) if len(batch) != 1 else out
-
-
-class _WatchedMemory(_Watched):
-    """A function that reads memory into a state before the sequence, where a layer has memory."""
-
-    def init_state(self, *sizes: Any, **options: Any) -> _MemoryState:
+    def start(self, sizes: StateSizes) -> _MemoryState:
         """The state that memory is read into, which comes before the sequence."""
-        function: Any = self.function
-        return _MemoryState(function.init_state(*sizes, **options), None)
+        return _MemoryState(self.attention_fn.start(sizes), None)
 
-    def prefill(
-        self, state: _MemoryState, query: Array, key: Array, value: Array, **options: Any
-    ) -> tuple[Array, _MemoryState]:
-        """Reads memory first, and then the sequence, of which it tells."""
-        function: Any = self.function
-        out, inner = function.prefill(state.inner, query, key, value, **options)
-        mask = options.pop("key_mask", None)
+    def read(self, state: _MemoryState, call: Call) -> tuple[Array, _MemoryState]:
+        """Reads memory first, and then the sequence, which it reports."""
+        out, inner = self.attention_fn.read(state.inner, call)
+        mask = None if call.key_mask is None else call.key_mask[..., 0]
         visible = Visible(causal=True, key_mask=mask, query_mask=mask)
-        call = AttentionCall(
-            self.function, self.path, self.group, query, key, value, visible, options
-        )
+        reported = self._reported(call, visible)
         before = state.read
         if before is None:
-            return out, _MemoryState(inner, call)
+            return out, _MemoryState(inner, reported)
         memory = before.key.shape[1]
         if mask is not None:
             seen = jnp.ones((len(mask), memory), bool)
             visible = visible._replace(key_mask=jnp.concatenate([mask, seen], axis=1))
         self.tell(
-            call._replace(
-                key=jnp.concatenate([key, before.key], axis=1),
-                value=jnp.concatenate([value, before.value], axis=1),
+            reported._replace(
+                key=jnp.concatenate([call.key, before.key], axis=1),
+                value=jnp.concatenate([call.value, before.value], axis=1),
                 visible=visible,
                 memory=memory,
             )
         )
-        return out, _MemoryState(inner, call)
+        return out, _MemoryState(inner, reported)
+
+    def read_one(self, state: _MemoryState, call: Call) -> tuple[Array, _MemoryState]:
+        """Reads one token, of which nothing is reported."""
+        out, inner = self.attention_fn.read_one(state.inner, call)
+        return out, state._replace(inner=inner)
+
+    def _reported(self, call: Call, visible: Visible) -> AttentionCall:
+        options: dict[str, Any] = {}
+        if call.projection is not None:
+            options["projection"] = call.projection
+        if call.training_key is not None:
+            options |= {"deterministic": False, "dropout_rng": call.training_key}
+        if call.dropout is not None:
+            rate, broadcast = call.dropout.rate, call.dropout.broadcast
+            options |= {"dropout_rate": rate, "broadcast_dropout": broadcast}
+        operands = call.query, call.key, call.value
+        return AttentionCall(self.attention_fn, self.path, self.group, *operands, visible, options)
 
 
-def _without_buckets(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: x for name, x in options.items() if name not in ("buckets", "return_buckets")}
+def _with_one_batch_axis(call: Call, rank: int) -> Call:
+    """Attention over some of several axes: the others are batch."""
+    names = ("query", "key", "value", "key_mask", "segment_ids", "query_mask", "positions")
+    flat = {
+        name: x.reshape(-1, *x.shape[rank:])
+        for name, x in vars(call).items()
+        if name in names and x is not None
+    }
+    return dataclasses.replace(call, **flat)

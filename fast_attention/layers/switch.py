@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 from flax import nnx
 
 from fast_attention.layers.attention_config import AttentionConfig, HeadGroup
-from fast_attention.layers.head_groups import draw_projection
 from fast_attention.layers.held import as_held, no_running_moments
 from fast_attention.layers.multi_head import MultiHeadAttention
 
@@ -88,7 +87,7 @@ def _switch_layer(
     for index in changed:
         group = config.groups[index]
         _check(before, before.groups[index], group)
-        drawn = draw_projection(group, rngs.params(), config.head_dim)
+        drawn = group.attention_fn.draw_projection(rngs.params(), config.head_dim)
         projections[index] = as_held(drawn, kv_heads[index])
         moments[index] = empty[index]
     module.config = config
@@ -97,8 +96,8 @@ def _switch_layer(
 
 
 def _check(config: AttentionConfig, before: HeadGroup, now: HeadGroup) -> None:
-    causal = config.causal or getattr(before.attention_fn, "unidirectional", False)
-    if getattr(now.attention_fn, "unidirectional", False) and not causal:
+    causal = config.causal or before.attention_fn.unidirectional
+    if now.attention_fn.unidirectional and not causal:
         raise ValueError(
             "The model sees later positions, or attends to a second sequence, and the new "
             "attention function is causal (unidirectional=True): make it with "

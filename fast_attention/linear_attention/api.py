@@ -170,6 +170,8 @@ def linear_attention(
         unroll=unroll,
         saved_states=saved_states,
         precision=precision,
+        # A state has true units, so that any other call can continue it.
+        complete=return_state or initial_state is not None,
     )
     out, state = attend(
         plan,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from fast_attention.dtypes import at_least_float32
 from fast_attention.feature_maps.base import FeatureMap, Parameters
 from fast_attention.linear_attention.api import linear_attention
 from fast_attention.linear_attention.chunk_state import absorb_keys, next_state, read_state
-from fast_attention.linear_attention.inputs import Parts, finish
+from fast_attention.linear_attention.inputs import Parts, SavedStates, finish
 from fast_attention.linear_attention.reductions import row_sum
 from fast_attention.linear_attention.state import LinearAttentionState, key_features
 from fast_attention.linear_attention.wrapped_maps import match_scales
@@ -34,7 +35,9 @@ def prefill(
     normalize: bool = True,
     epsilon: float = 0.0,
     chunk_size: int | None = None,
-    implementation: str | None = None,
+    unroll: int | None = None,
+    saved_states: SavedStates | None = None,
+    implementation: str | Sequence[str] | None = None,
     precision: jax.lax.PrecisionLike = None,
 ) -> tuple[Float[Array, "*B T H V"], LinearAttentionState]:
     """Reads T tokens causally after those already in ``state``.
@@ -50,6 +53,8 @@ def prefill(
       normalize: as in :func:`linear_attention`.
       epsilon: as there.
       chunk_size: as there.
+      unroll: as there.
+      saved_states: as there.
       implementation: as there.
       precision: as there.
 
@@ -69,6 +74,8 @@ def prefill(
         normalize=normalize,
         epsilon=epsilon,
         chunk_size=chunk_size,
+        unroll=unroll,
+        saved_states=saved_states,
         implementation=implementation,
         precision=precision,
     )
@@ -109,7 +116,7 @@ def step(
         value,
         feature_map=feature_map,
         parameters=parameters,
-        exact_scale=not normalize,
+        exact_scale=True,
         precision=precision,
     )
     out = finish(parts, "mean" if normalize else "sum", epsilon)

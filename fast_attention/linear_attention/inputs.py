@@ -32,6 +32,8 @@ class Plan:
       saved_states: "all" states between chunks are kept for the backward pass, or a "few"; None
         for the implementation's own choice.
       precision: of the products of features with values (exponents are always exact).
+      complete: factors that cancel under normalisation are computed all the same, because a state
+        or the parts are read elsewhere.
     """
 
     feature_map: FeatureMap
@@ -42,11 +44,12 @@ class Plan:
     unroll: int | None = None
     saved_states: SavedStates | None = None
     precision: jax.lax.PrecisionLike = None
+    complete: bool = False
 
     @property
     def exact_scale(self) -> bool:
         """Whether factors that cancel under normalisation must be computed."""
-        return self.output == "sum"
+        return self.output == "sum" or self.complete
 
 
 class Inputs(NamedTuple):

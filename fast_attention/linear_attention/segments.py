@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from fast_attention.array_types import Array
 from fast_attention.linear_attention.inputs import Inputs, Parts, Plan, finish, merge_parts
 from fast_attention.linear_attention.state import LinearAttentionState, emptied
-from fast_attention.linear_attention.wrapped_maps import Complete
 
 Run = Callable[[Plan, Inputs], tuple[Array | Parts, LinearAttentionState]]
 
@@ -34,7 +33,7 @@ def attend_within_segments(
     one_way = dataclasses.replace(plan, causal=True, output="parts")
     if plan.output == "sum":
         # Parts carry their scale; the map must still give complete features.
-        one_way = dataclasses.replace(one_way, feature_map=Complete(inner=plan.feature_map))
+        one_way = dataclasses.replace(one_way, complete=True)
     left, state = run(one_way, inputs)
     ids = jnp.flip(inputs.segment_ids, 1)
     mask = jnp.ones((*ids.shape, 1), bool)

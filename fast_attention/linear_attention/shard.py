@@ -166,6 +166,7 @@ def linear_attention_of_shard(
         unroll=unroll,
         saved_states=saved_states,
         precision=precision,
+        complete=return_state or initial_state is not None,
     )
     plan, inputs = prepare(
         plan,

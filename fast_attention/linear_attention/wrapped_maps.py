@@ -55,19 +55,3 @@ class WithScale(Wrapped):
         """Returns the inner features, with a log-scale of 0."""
         features = self.inner.apply(x, parameters, is_query=is_query, exact_scale=exact_scale)
         return Features(features.values, jnp.zeros_like(x[..., :1]))
-
-
-@dataclasses.dataclass(frozen=True)
-class Complete(Wrapped):
-    """A map that never leaves out factors that cancel under normalisation."""
-
-    @property
-    def log_kind(self) -> LogKind:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """That of the inner map."""
-        return self.inner.log_kind
-
-    def apply(
-        self, x: Array, parameters: Parameters, *, is_query: bool, exact_scale: bool
-    ) -> Features:
-        """Returns complete inner features."""
-        return self.inner.apply(x, parameters, is_query=is_query, exact_scale=True)

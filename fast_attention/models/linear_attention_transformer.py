@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from flax import nnx
 
-from fast_attention.efficient_attention_fn import make_efficient_attention
 from fast_attention.layers.attention_config import AttentionConfig, HeadGroup
 from fast_attention.layers.stack import Stack, StackConfig
 from fast_attention.layers.sublayer import (
@@ -26,7 +25,9 @@ from fast_attention.layers.sublayer import (
     NormConfig,
     SublayerConfig,
 )
-from fast_attention.local_attention_fn import make_local_attention
+from fast_attention.mechanisms.efficient.fn import make_efficient_attention
+from fast_attention.mechanisms.local.fn import make_local_attention
+from fast_attention.mechanisms.strided.fn import make_strided_attention
 from fast_attention.models.config import LanguageModelConfig
 from fast_attention.models.keywords import (
     REQUIRED,
@@ -36,7 +37,6 @@ from fast_attention.models.keywords import (
     per_layer,
 )
 from fast_attention.models.language_model import LanguageModel
-from fast_attention.strided_attention_fn import make_strided_attention
 
 # The epsilon of LayerNorm in the original.
 _LAYER = NormConfig("layer", epsilon=1e-5)

@@ -16,15 +16,15 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from fast_attention.attention_fn import (
-    make_fast_generalized_attention,
-    make_fast_softmax_attention,
-)
-from fast_attention.efficient_attention_fn import make_efficient_attention
 from fast_attention.layers.attention_config import AttentionConfig, HeadGroup
 from fast_attention.layers.stack import Stack, StackConfig
 from fast_attention.layers.sublayer import FeedForwardConfig, NormConfig, SublayerConfig
-from fast_attention.local_attention_fn import make_local_attention
+from fast_attention.mechanisms.efficient.fn import make_efficient_attention
+from fast_attention.mechanisms.favor.factories import (
+    make_fast_generalized_attention,
+    make_fast_softmax_attention,
+)
+from fast_attention.mechanisms.local.fn import make_local_attention
 from fast_attention.models.config import LanguageModelConfig
 from fast_attention.models.encoder_decoder import EncoderDecoder
 from fast_attention.models.keywords import REQUIRED, complete, head_width, per_layer, split_prefixes

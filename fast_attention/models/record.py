@@ -9,7 +9,6 @@ Shape letters: B batch, T queries, S keys, H heads, D head width.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +18,9 @@ from flax import nnx
 from fast_attention.array_types import Array, Float
 from fast_attention.layers.multi_head import MultiHeadAttention
 from fast_attention.layers.stack import Stack
+from fast_attention.mechanisms.call import Call
+from fast_attention.mechanisms.decoding import StateSizes
+from fast_attention.mechanisms.wrapped import WrappedAttention
 
 
 @dataclasses.dataclass
@@ -59,7 +61,7 @@ def record(model: nnx.Module, *args: Any, **kwargs: Any) -> list[Recording]:
         if isinstance(module, MultiHeadAttention):
             groups = tuple(
                 dataclasses.replace(
-                    group, attention_fn=_Recorded(group.attention_fn, path, index, kept)
+                    group, attention_fn=_Recorded(group.attention_fn, path, index, kept.append)
                 )
                 for index, group in enumerate(module.config.groups)
             )
@@ -71,54 +73,48 @@ def record(model: nnx.Module, *args: Any, **kwargs: Any) -> list[Recording]:
     return kept
 
 
-class _Recorded:
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Recorded(WrappedAttention):
     """An attention function that also keeps its weights."""
 
-    def __init__(
-        self, function: Callable[..., Any], path: tuple[Any, ...], group: int, kept: list[Recording]
-    ):
-        self.function = function
-        self.__signature__ = inspect.signature(function)
-        self.rotary = getattr(function, "rotary", True)
-        self.path, self.group, self.kept = path, group, kept
+    path: tuple[Any, ...]
+    group: int
+    keep: Callable[[Recording], None]
 
-    def __call__(self, query: Array, key: Array, value: Array, **options: Any) -> Any:
-        out, buckets = self.function(query, key, value, **options), None
-        if options.get("return_buckets"):
+    def attend(self, call: Call) -> Any:
+        """Attends, and once more to the unit vectors."""
+        out, buckets = self.attention_fn.attend(call), call.buckets
+        if call.return_buckets:
             buckets = out.buckets
-            options |= {"buckets": buckets}
-        one = _unit_values(value, key.shape[1])
-        weights = self.function(query, key, one, **options)
-        self._keep(weights.out if options.get("return_buckets") else weights, buckets)
+        one = _unit_values(call.value, call.key.shape[1])
+        weights = self.attention_fn.attend(dataclasses.replace(call, value=one, buckets=buckets))
+        self._keep(weights.out if call.return_buckets else weights, buckets)
         return out
 
-    def init_state(
-        self, batch_shape: Any, heads: int, width: int, value_width: int, *, max_length: int
-    ) -> _RecordedState:
+    def start(self, sizes: StateSizes) -> _RecordedState:
         """The states of causal memory, one for the values and one for the weights."""
-        function: Any = self.function
-        values, units = (
-            function.init_state(batch_shape, heads, width, number, max_length=max_length)
-            for number in (value_width, max_length)
-        )
-        return _RecordedState(values, units, 0, max_length)
+        assert sizes.max_length is not None
+        units = self.attention_fn.start(sizes._replace(value_dim=sizes.max_length))
+        return _RecordedState(self.attention_fn.start(sizes), units, 0, sizes.max_length)
 
-    def prefill(
-        self, state: _RecordedState, query: Array, key: Array, value: Array, **options: Any
-    ) -> tuple[Array, _RecordedState]:
+    def read(self, state: _RecordedState, call: Call) -> tuple[Array, _RecordedState]:
         """Reads memory first, and then the sequence, whose weights are kept."""
-        function: Any = self.function
-        out, values = function.prefill(state.values, query, key, value, **options)
-        one = _unit_values(value, state.length, state.count)
-        weights, units = function.prefill(state.units, query, key, one, **options)
+        out, values = self.attention_fn.read(state.values, call)
+        one = _unit_values(call.value, state.length, state.count)
+        weights, units = self.attention_fn.read(state.units, dataclasses.replace(call, value=one))
         if state.count:
             # Memory stands behind the sequence, as where it is no state.
             self._keep(jnp.roll(weights, -state.count, axis=-1), None)
-        return out, _RecordedState(values, units, state.count + key.shape[1], state.length)
+        count = state.count + call.key.shape[1]
+        return out, _RecordedState(values, units, count, state.length)
+
+    def read_one(self, state: _RecordedState, call: Call) -> tuple[Array, _RecordedState]:
+        """Reads one token as :meth:`read` does."""
+        return self.read(state, call)
 
     def _keep(self, weights: Array, buckets: Array | None) -> None:
         weights = jnp.moveaxis(weights.astype(jnp.float32), 1, 2)
-        self.kept.append(Recording(self.path, self.group, weights, buckets))
+        self.keep(Recording(self.path, self.group, weights, buckets))
 
 
 class _RecordedState(NamedTuple):

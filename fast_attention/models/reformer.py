@@ -25,8 +25,8 @@ from fast_attention.layers.sublayer import (
     NormConfig,
     SublayerConfig,
 )
-from fast_attention.local_attention_fn import make_local_attention
-from fast_attention.lsh_attention_fn import make_lsh_attention
+from fast_attention.mechanisms.local.fn import make_local_attention
+from fast_attention.mechanisms.lsh.fn import make_lsh_attention
 from fast_attention.models.config import LanguageModelConfig
 from fast_attention.models.encoder_decoder import EncoderDecoder
 from fast_attention.models.keywords import (

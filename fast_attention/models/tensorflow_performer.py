@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fast_attention.attention_fn import make_fast_softmax_attention
 from fast_attention.layers.multi_axis import MultiAxisAttention
+from fast_attention.mechanisms.favor.factories import make_fast_softmax_attention
 
 
 def MultiHeadAttention(

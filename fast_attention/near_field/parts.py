@@ -22,7 +22,6 @@ from fast_attention.feature_maps.base import FeatureMap, Parameters
 from fast_attention.linear_attention.api import attend
 from fast_attention.linear_attention.inputs import Output, Parts, Plan
 from fast_attention.linear_attention.state import EMPTY_LOG_SCALE
-from fast_attention.linear_attention.wrapped_maps import Complete
 from fast_attention.local_attention import local_attention
 
 
@@ -71,8 +70,7 @@ def check_options(exact_window: object, feature_map: FeatureMap) -> None:
 
 def far_plan(plan: Plan, output: Output = "parts") -> Plan:
     """The plan of one pass over the far keys, with complete features."""
-    complete = Complete(inner=plan.feature_map)
-    return dataclasses.replace(plan, feature_map=complete, causal=True, output=output)
+    return dataclasses.replace(plan, complete=True, causal=True, output=output)
 
 
 def near_parts(arrays: Sequences, back: int, ahead: int, precision: jax.lax.PrecisionLike) -> Parts:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,13 @@ from fast_attention.dtypes import at_least_float32
 from fast_attention.feature_maps.base import FeatureMap, Parameters
 from fast_attention.linear_attention.api import attend, implementation_names
 from fast_attention.linear_attention.decode import step_parts
-from fast_attention.linear_attention.inputs import Inputs, Plan, finish, merge_parts
+from fast_attention.linear_attention.inputs import (
+    Inputs,
+    Plan,
+    SavedStates,
+    finish,
+    merge_parts,
+)
 from fast_attention.linear_attention.state import LinearAttentionState, typed_like
 from fast_attention.linear_attention.state import empty_state as empty_linear_state
 from fast_attention.local_tile import Choices, Sight, Tile, attend_tile
@@ -98,7 +105,9 @@ def prefill(
     normalize: bool = True,
     epsilon: float = 0.0,
     chunk_size: int | None = None,
-    implementation: str | None = None,
+    unroll: int | None = None,
+    saved_states: SavedStates | None = None,
+    implementation: str | Sequence[str] | None = None,
     precision: jax.lax.PrecisionLike = None,
 ) -> tuple[Float[Array, "*B T H V"], NearFieldState]:
     """Reads T tokens causally after those already in ``state``.
@@ -114,6 +123,8 @@ def prefill(
       normalize: as in :func:`.near_field_attention`, as are the rest.
       epsilon: as there.
       chunk_size: as there.
+      unroll: as there.
+      saved_states: as there.
       implementation: as there.
       precision: as there.
 
@@ -126,6 +137,8 @@ def prefill(
         output="mean" if normalize else "sum",
         epsilon=epsilon,
         chunk_size=chunk_size,
+        unroll=unroll,
+        saved_states=saved_states,
         precision=precision,
     )
     batch_shape = query.shape[:-3]
@@ -133,7 +146,14 @@ def prefill(
     if key_mask is not None:
         key_mask = key_mask.astype(bool).reshape(-1, query.shape[1])
     out, new = _prefill(
-        plan, implementation, _folded(state, batch_shape), query, key, value, key_mask, parameters
+        plan,
+        implementation_names(implementation),
+        _folded(state, batch_shape),
+        query,
+        key,
+        value,
+        key_mask,
+        parameters,
     )
     return out.reshape(*batch_shape, *out.shape[1:]), _unfolded(new, batch_shape)
 
@@ -141,7 +161,7 @@ def prefill(
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _prefill(
     plan: Plan,
-    implementation: str | None,
+    implementation: tuple[str, ...],
     state: NearFieldState,
     query: Array,
     key: Array,
@@ -170,7 +190,7 @@ def _prefill(
     # Of the far keys those count that a token of this call pushes out of the window.
     leaving = visible[:, :new] & arriving[..., None]
     query, keys_, values_ = (x.astype(dtype) for x in (query, keys, values))
-    if implementation_names(implementation)[0] == "chunked":
+    if implementation[0] == "chunked":
         inputs = Inputs(
             query,
             keys_,

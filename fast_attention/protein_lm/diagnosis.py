@@ -20,7 +20,6 @@ from flax import nnx
 
 from fast_attention import make_fast_softmax_attention
 from fast_attention.diagnostics import Recommendation, attention_matrix, recommend_features
-from fast_attention.fast_attention_fn import FastAttention
 from fast_attention.feature_maps import TUNED_ESTIMATORS
 from fast_attention.feature_maps.moments import Moments, merge_moments
 from fast_attention.layers.calibrate import query_key_moments
@@ -34,6 +33,7 @@ from fast_attention.layers.fidelity import (
     summarize_fidelity,
 )
 from fast_attention.layers.observing import AttentionCall, observed_copy
+from fast_attention.mechanisms.favor.fn import FastAttention
 from fast_attention.protein_lm import token_batches, train_state
 from fast_attention.protein_lm.encoding import (
     Encoded,

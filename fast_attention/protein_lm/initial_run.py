@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
-from fast_attention.fast_attention_fn import FastAttention
+from fast_attention.mechanisms.favor.fn import FastAttention
+from fast_attention.mechanisms.softmax.fn import make_softmax_attention
+from fast_attention.mechanisms.wrapped import as_attention_fn
 from fast_attention.protein_lm import model_file
 from fast_attention.protein_lm.array_records import describe
 from fast_attention.protein_lm.flax_model import FlaxModel
@@ -105,10 +106,10 @@ def _shapes(state: TrainState) -> dict[str, str]:
 
 def _draw_alike(before: Any, now: Any) -> bool:
     """Whether two attention functions draw the same, so that one can take what the other drew."""
+    before, now = (as_attention_fn(f or make_softmax_attention()) for f in (before, now))
     if isinstance(before, FastAttention) and isinstance(now, FastAttention):
-        features = ("feature_map", "calibration", "moment_decay")
-        return all(getattr(before, name) == getattr(now, name) for name in features)
-    if dataclasses.is_dataclass(before) and type(before) is type(now):
+        features = [(f.feature_map, f.calibration, f.moment_decay) for f in (before, now)]
+        return features[0] == features[1]
+    if type(before) is type(now):
         return before == now
-    draws = (hasattr(function, "draw_projection") for function in (before, now))
-    return before is now or not any(draws)
+    return not (before.takes.projection or now.takes.projection)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fast_attention.mechanisms.wrapped import as_attention_fn
 from fast_attention.meshes import row_shards
 from fast_attention.protein_lm import (
     baselines,
@@ -40,6 +41,7 @@ from fast_attention.protein_lm.run_lock import hold_run
 from fast_attention.protein_lm.schedules import FactorSchedule
 from fast_attention.protein_lm.skipped_records import SkippedRecords
 from fast_attention.protein_lm.train_state import TrainState
+from fast_attention.softmax_attention import make_softmax_attention
 from fast_attention.protein_lm.training_data import DataFiles, TrainingData, load_training_data
 
 # Thousands of positions for each head of a small model, which says enough of means and covariances.
@@ -298,7 +300,8 @@ def _check_model(model: FlaxModel, max_train_length: int, calibration_batches: i
             f"{model.max_length} tokens of the model: lower it, or raise "
             "make_protein_domain.length (and FlaxModel.max_len, if that is set)"
         )
-    stored = getattr(model.attention_fn, "calibration", None) in ("stored", "trained")
+    function = as_attention_fn(model.attention_fn or make_softmax_attention())
+    stored = function.calibration in ("stored", "trained")
     if calibration_batches and not stored:
         raise ValueError(
             f"experiment.calibration_batches is {calibration_batches}, but the attention function "

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from fast_attention import make_fast_softmax_attention
-from fast_attention.calibration import calibrate
 from fast_attention.feature_maps import (
     TrainedParameters,
     TunedFeatures,
@@ -16,6 +15,7 @@ from fast_attention.feature_maps import (
     fold_trained,
     untuned,
 )
+from fast_attention.mechanisms.favor.calibration import calibrate
 from fast_attention.sequence_parallel import along_mesh_axis
 
 B, T, H, K, D, M = 2, 7, 4, 2, 4, 8

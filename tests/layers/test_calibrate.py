@@ -10,7 +10,6 @@ import pytest
 from flax import nnx
 
 from fast_attention import make_fast_softmax_attention
-from fast_attention.calibration import calibrate as calibrate_function
 from fast_attention.layers import (
     AttentionConfig,
     HeadGroup,
@@ -28,6 +27,8 @@ from fast_attention.layers import (
 )
 from fast_attention.layers.held import TrainedTuning
 from fast_attention.layers.inputs import Inputs
+from fast_attention.mechanisms.favor.calibration import calibrate as calibrate_function
+from fast_attention.mechanisms.wrapped import WrappedAttention
 
 B, T, H, K, D, FEATURES = 2, 8, 4, 2, 4, 16
 make = functools.partial(
@@ -67,15 +68,13 @@ def test_a_layer_holds_the_parameters_of_its_own_queries_and_keys():
     # What the attention function is given is what it was calibrated on.
     seen = {}
 
-    class Spy:
-        calibration = "call"
-
-        def __call__(self, query, key, value, **options):
-            seen.update(query=query, key=key)
-            return layer.config.groups[0].attention_fn(query, key, value, **options)
+    class Spy(WrappedAttention):
+        def attend(self, call):
+            seen.update(query=call.query, key=call.key)
+            return super().attend(call)
 
     spied = nnx.clone(layer)
-    group = HeadGroup(H, Spy(), rotary="halves")
+    group = HeadGroup(H, Spy(layer.config.groups[0].attention_fn), rotary="halves")
     spied.config = AttentionConfig((group,), D, num_kv_heads=K, causal=True)
     spied(sample())
     expected = calibrate_function(make(), **seen, projection=layer.projections[0]["rows"][...])

@@ -9,8 +9,8 @@ import pytest
 
 from fast_attention import make_fast_generalized_attention, make_fast_softmax_attention
 from fast_attention.feature_maps import PositiveFeatures, TrigonometricFeatures
+from fast_attention.mechanisms.softmax.fn import make_softmax_attention
 from fast_attention.near_field import near_field_attention
-from fast_attention.softmax_attention import make_softmax_attention
 from tests.linear_attention import cases
 from tests.near_field.definition import near_field
 
@@ -282,7 +282,7 @@ def test_every_positive_estimator_and_axes():
 
 @pytest.mark.parametrize("window", [0, -1, 2.0, True])
 def test_windows_that_are_none(window):
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(ValueError, match="exact_window must be a positive whole number"):
         make_fast_softmax_attention(exact_window=window)
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from fast_attention import make_fast_softmax_attention
-from fast_attention.local_attention_fn import make_local_attention
-from fast_attention.lsh_attention_fn import make_lsh_attention
+from fast_attention.mechanisms.local.fn import make_local_attention
+from fast_attention.mechanisms.lsh.fn import make_lsh_attention
 from fast_attention.protein_lm import make_protein_domain
 from fast_attention.protein_lm.loading import load_run
 from fast_attention.protein_lm.models import FlaxLM

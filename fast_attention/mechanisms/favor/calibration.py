@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import jax
 
 from fast_attention.array_types import Array, Bool, Float
-from fast_attention.call_arguments import CallArguments
 from fast_attention.feature_maps.gaussian_family import tune
 from fast_attention.feature_maps.moments import Moments, measure, measure_visible
 from fast_attention.feature_maps.trained import (
@@ -33,9 +32,10 @@ from fast_attention.feature_maps.trained import (
 )
 from fast_attention.feature_maps.tuned import TunedFeatures, TunedParameters, fold
 from fast_attention.linear_attention.checks import split_bias
+from fast_attention.mechanisms.call import Call
 
 if TYPE_CHECKING:
-    from fast_attention.fast_attention_fn import FastAttention
+    from fast_attention.mechanisms.attention_fn import AttentionFn
 
 Calibration = Literal["call", "stored", "trained"]
 
@@ -45,7 +45,7 @@ them their cost would show, their errors no longer do."""
 
 
 def calibrate(
-    attention_fn: FastAttention,
+    attention_fn: AttentionFn,
     query: Float[Array, "*B T H D"],
     key: Float[Array, "*B S K D"],
     *,
@@ -92,8 +92,7 @@ def retune(
 def parameters_of_call(
     feature_map: TunedFeatures,
     parameters: TunedParameters,
-    call: CallArguments,
-    query_mask: Array | None,
+    call: Call,
 ) -> TunedParameters:
     """Returns parameters from the moments of a call, with leading axes ``[prod(B), K]``."""
     if call.segment_ids is not None:
@@ -104,8 +103,9 @@ def parameters_of_call(
         )
     # A bias may mask keys, too.
     _, key_mask = split_bias(call.key_bias, call.key_mask)
-    if query_mask is not None:
-        query_mask = query_mask[..., None]
+    query_mask = None
+    if call.query_mask is not None:
+        query_mask = call.query_mask[..., None]
     elif call.query.shape[-3] == call.key.shape[-3]:
         query_mask = key_mask
     moments = measure(
@@ -125,10 +125,10 @@ def without_unused(parameters: Any, exact_scale: bool) -> Any:
     return parameters if exact_scale else parameters._replace(query_norm=None, log_stretch=None)
 
 
-def tuned_map(attention_fn: Any) -> TunedFeatures:
+def tuned_map(attention_fn: AttentionFn) -> TunedFeatures:
     """Returns the feature map of a function with parameters from data, or raises ValueError."""
-    feature_map = getattr(attention_fn, "feature_map", None)
-    if not isinstance(feature_map, TunedFeatures):
+    feature_map = attention_fn.tuned_map
+    if feature_map is None:
         raise ValueError(
             f"Only features with parameters from data can be calibrated, got {attention_fn!r}; "
             "make it with make_fast_softmax_attention(estimator='wderf_s')."

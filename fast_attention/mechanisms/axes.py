@@ -6,10 +6,13 @@ Shape letters: B batch (the axes not attended over), T length (the attended axes
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import jax.numpy as jnp
+import numpy as np
 
 from fast_attention.array_types import Array
+from fast_attention.mechanisms.checks import mismatch
 
 
 def attended_axes(ndim: int, axis: int | tuple[int, ...] | None) -> tuple[int, ...] | None:
@@ -27,8 +30,10 @@ def attended_axes(ndim: int, axis: int | tuple[int, ...] | None) -> tuple[int, .
     """
     if axis is None:
         return None
-    given = (axis,) if isinstance(axis, int) else tuple(axis)
-    axes = tuple(sorted(a + ndim if a < 0 else a for a in given))
+    given = tuple(axis) if isinstance(axis, Sequence) else (axis,)
+    if not all(isinstance(a, int | np.integer) and not isinstance(a, bool) for a in given):
+        raise mismatch("axis", "a whole number or a tuple of them", repr(axis))
+    axes = tuple(sorted(int(a) + ndim if a < 0 else int(a) for a in given))
     if not axes or len(set(axes)) != len(axes) or axes[0] < 0 or axes[-1] > ndim - 3:
         raise ValueError(
             f"axis must name different axes before heads and width, between 0 and {ndim - 3} for "

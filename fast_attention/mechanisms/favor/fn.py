@@ -1,4 +1,4 @@
-"""The attention function itself: linear attention with the signature Flax calls.
+"""Linear attention as an ``attention_fn``.
 
 Shape letters: B batch, T queries, S keys, H heads, K key/value heads, D head width, V value width,
 M features.
@@ -14,10 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fast_attention.array_types import Array, Bool, Float, Int
-from fast_attention.axes import attended_axes, fold_axes
-from fast_attention.calibration import Calibration, parameters_of_call, without_unused
-from fast_attention.call_arguments import check_heads, prepare_call, refuse_unsupported
+from fast_attention.array_types import Array, Float
 from fast_attention.feature_maps import (
     FeatureMap,
     TrainedParameters,
@@ -38,6 +35,14 @@ from fast_attention.linear_attention import (
     step,
 )
 from fast_attention.linear_attention.inputs import SavedStates
+from fast_attention.mechanisms.attention_fn import AttentionFn
+from fast_attention.mechanisms.call import Call, Takes
+from fast_attention.mechanisms.decoding import StateSizes
+from fast_attention.mechanisms.favor.calibration import (
+    Calibration,
+    parameters_of_call,
+    without_unused,
+)
 from fast_attention.mesh_layout import AxisName, own_dropout_key
 from fast_attention.near_field import NearFieldState, near_field_attention
 from fast_attention.near_field import empty_state as empty_near_field_state
@@ -48,7 +53,7 @@ AnyProjection = TunedParameters | TrainedParameters | Float[Array, "..."] | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class FastAttention:
+class FastAttention(AttentionFn):
     """Linear attention with the signature of Flax's ``dot_product_attention``.
 
     Immutable: nothing is kept between calls. Build it with :func:`make_fast_softmax_attention` or
@@ -71,7 +76,7 @@ class FastAttention:
       exact_window: positions near each one whose weights are those of softmax attention, see
         :func:`fast_attention.near_field.near_field_attention`; None for none.
       calibration: where parameters of a tuned estimator come from, see
-        :mod:`fast_attention.calibration`; None for other maps.
+        :mod:`fast_attention.mechanisms.favor.calibration`; None for other maps.
       moment_decay: layers keep running averages of the moments of queries and keys in training,
         with this decay a call; None keeps none.
       sequence_axis: the mesh axis along which sequences lie where it is called inside
@@ -87,7 +92,7 @@ class FastAttention:
     seed: int = 0
     projection_matrix: Array | None = None
     chunk_size: int | None = None
-    unroll: int = 1
+    unroll: int | None = None
     implementation: str | None = None
     saved_states: SavedStates | None = None
     check_masks: bool = False
@@ -96,129 +101,86 @@ class FastAttention:
     moment_decay: float | None = None
     sequence_axis: AxisName | None = None
 
-    def __call__(
-        self,
-        query: Float[Array, "*B T H D"],
-        key: Float[Array, "*B S K D"],
-        value: Float[Array, "*B S K V"],
-        bias: Array | None = None,
-        mask: Array | None = None,
-        broadcast_dropout: bool = True,
-        dropout_rng: Array | None = None,
-        dropout_rate: float = 0.0,
-        deterministic: bool = False,
-        dtype: Any = None,
-        precision: jax.lax.PrecisionLike = None,
-        module: Any = None,
-        is_causal: bool = False,
-        force_fp32_for_softmax: bool = False,
-        qk_attn_weights_einsum: Any = None,
-        attn_weights_value_einsum: Any = None,
-        input_positions: Array | None = None,
-        *,
-        axis: int | tuple[int, ...] | None = None,
-        key_mask: Bool[Array, ...] | None = None,
-        segment_ids: Int[Array, ...] | None = None,
-        query_mask: Bool[Array, ...] | None = None,
-        projection: AnyProjection = None,
-    ) -> Float[Array, "*B T H V"]:
-        """Computes attention.
+    mechanism = "Linear attention"
+    forward_mode = "implementation='reference' has it, token by token"
 
-        Args:
-          query: ``[*B, T, H, D]``, any number of batch axes.
-          key: ``[*B, S, K, D]``, H a multiple of K.
-          value: ``[*B, S, K, V]``.
-          bias: broadcastable to ``[*B, H, T, S]`` and constant over queries: a factor
-            ``exp(bias)`` on keys. A bias that depends on the query raises.
-          mask: broadcastable to ``[*B, H, T, S]``, bool or 0/1: constant over queries (a key mask),
-            or padding x padding, times causality if the function is causal. See
-            :func:`fast_attention.masks.key_mask_from_mask`.
-          broadcast_dropout: drop the same keys for all of batch and heads.
-          dropout_rng: random key of dropout (and of a redrawn projection).
-          dropout_rate: whole keys are dropped from the numerator at this rate, the others scaled
-            by ``1 / (1 - rate)``: the column form of dropping attention weights.
-          deterministic: no dropout.
-          dtype: type of the computation's inputs and output; None promotes query, key and value.
-            Exponents, sums and the state are float32 at least.
-          precision: of products of features and values.
-          module: not None asks for attention weights to be recorded: raises, there are none.
-          is_causal: position t sees keys 0..t, as ``unidirectional``. Ignored for one query over
-            several keys (a cache), where the mask decides.
-          force_fp32_for_softmax: exponents are float32 at least, whether asked for or not.
-          qk_attn_weights_einsum: must be None.
-          attn_weights_value_einsum: must be None.
-          input_positions: must be None.
-          axis: attend over this axis, or over several at once, flattened in row-major order; other
-            axes before the heads are batch. None is the last axis before the heads. With several
-            axes, T and S in masks are the products of their lengths.
-          key_mask: ``[*B, S]`` (the shape of key without heads and width) or ``[*B, S, K]``,
-            True = visible.
-          segment_ids: as ``key_mask``, integers: attention stays within runs of equal ids.
-          query_mask: ``[*B, T]`` (the shape of query without heads and width), queries that are no
-            padding. It decides only which queries count where parameters come from the call; None
-            is `key_mask` where T = S, else all.
-          projection: ``[M, D]``, or with leading head axes ``[K, M, D]``; used in place of the
-            fixed one. Or parameters of a tuned estimator, calibrated or trained, used as they are.
-            Layers that own their projection pass it here.
+    @property
+    def takes(self) -> Takes:
+        """Masks and biases of keys, dropout of keys, and random features in place of its own."""
+        return Takes(projection=True, other_keys=self.exact_window is None)
 
-        Returns:
-          ``[*B, T, H, V]``. Rows that see no key are 0.
+    @property
+    def redraws(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """An explicit projection is never redrawn."""
+        return self.redraw_features and self.projection_matrix is None
 
-        Raises:
-          ValueError: for anything that cannot be honoured; the message says what to do instead.
-        """
-        del force_fp32_for_softmax  # Always so.
-        refuse_unsupported(
-            module, qk_attn_weights_einsum, attn_weights_value_einsum, input_positions
+    @property
+    def tuned_map(self) -> TunedFeatures | None:
+        """The feature map, if its parameters are fitted to data."""
+        return self.feature_map if isinstance(self.feature_map, TunedFeatures) else None
+
+    def attend(self, call: Call) -> Float[Array, "*B T H V"]:
+        """Attends in time linear in the length; whole keys are dropped."""
+        if call.dropout is not None:
+            own = own_dropout_key(call.dropout.key, self.sequence_axis)
+            call = dataclasses.replace(call, dropout=call.dropout._replace(key=own))
+        parameters = self.resolve_parameters(
+            call.projection, call.query.shape[-1], call.training_key
         )
-        rng = None if deterministic else dropout_rng
-        call = prepare_call(
-            query,
-            key,
-            value,
-            bias=bias,
-            mask=mask,
-            broadcast_dropout=broadcast_dropout,
-            dropout_rng=own_dropout_key(rng, self.sequence_axis),
-            dropout_rate=0.0 if deterministic else dropout_rate,
-            dtype=dtype,
-            causal=self.unidirectional or is_causal,
-            axis=axis,
-            key_mask=key_mask,
-            segment_ids=segment_ids,
-            check_masks=self.check_masks,
-        )
-        parameters = self.resolve_parameters(projection, query.shape[-1], rng)
-        if self._from_call(projection, self.unidirectional or is_causal):
+        if self._from_call(call.projection, call.causal):
             assert isinstance(self.feature_map, TunedFeatures)
-            if query_mask is not None:
-                axes = attended_axes(query.ndim, axis)
-                query_mask = fold_axes(query_mask.astype(bool), axes, trailing=0)
-            parameters = parameters_of_call(self.feature_map, parameters, call, query_mask)
+            parameters = parameters_of_call(self.feature_map, parameters, call)
         attend = linear_attention
         if self.sequence_axis is not None:
             attend = functools.partial(linear_attention_of_shard, axis_name=self.sequence_axis)
         if self.exact_window is not None:
             attend = functools.partial(near_field_attention, exact_window=self.exact_window)
-        out = attend(
+        return attend(
             call.query,
             call.key,
-            call.value,
-            feature_map=self.feature_map,
+            call.drop_keys(),
             parameters=self._read(parameters),
             causal=call.causal,
             key_mask=call.key_mask,
             key_bias=call.key_bias,
             segment_ids=call.segment_ids,
+            **self._options(call),
+        )
+
+    def start(self, sizes: StateSizes) -> LinearAttentionState | NearFieldState:
+        """The state before the first token; its size does not depend on ``max_length``."""
+        parameters = jax.eval_shape(lambda: self.resolve_parameters(None, sizes.head_dim))
+        shape = sizes.batch_shape, sizes.num_kv_heads, sizes.head_dim, sizes.value_dim, sizes.dtype
+        if self.exact_window is not None:
+            return empty_near_field_state(self.feature_map, parameters, self.exact_window, *shape)
+        return empty_state(self.feature_map, parameters, *shape)
+
+    def read(self, state: Any, call: Call) -> tuple[Float[Array, "*B T H V"], Any]:
+        """Reads T tokens; the state is in true units, whatever ``renormalize`` is."""
+        read = prefill if self.exact_window is None else near_field_prefill
+        return read(
+            state,
+            call.query,
+            call.key,
+            call.value,
+            parameters=self._causal_parameters(call),
+            key_mask=None if call.key_mask is None else call.key_mask[..., 0],
+            **self._options(call),
+        )
+
+    def read_one(self, state: Any, call: Call) -> tuple[Float[Array, "*B 1 H V"], Any]:
+        """Reads one token: constant time and memory, however many came before."""
+        read = step if self.exact_window is None else near_field_step
+        out, state = read(
+            state,
+            *(jnp.squeeze(x, -3) for x in (call.query, call.key, call.value)),
+            feature_map=self.feature_map,
+            parameters=self._causal_parameters(call),
             normalize=self.renormalize,
             epsilon=self.epsilon,
-            chunk_size=self.chunk_size,
-            unroll=self.unroll,
-            implementation=self.implementation,
-            saved_states=self.saved_states,
-            precision=precision,
+            precision=call.precision,
         )
-        return call.unfold(out)
+        return jnp.expand_dims(out, -3), state
 
     def draw_projection(self, key: Array, head_dim: int) -> AnyProjection:
         """Draws a projection ``[M, D]``, float32; None for a map without one.
@@ -240,71 +202,6 @@ class FastAttention:
             rows = self.feature_map.redraw_rows(key, projection.rows)
             return projection._replace(rows=rows)
         return self.feature_map.redraw(key, projection)
-
-    def init_state(
-        self,
-        batch_shape: tuple[int, ...],
-        num_kv_heads: int,
-        head_dim: int,
-        value_dim: int,
-        max_length: int | None = None,
-    ) -> LinearAttentionState | NearFieldState:
-        """Returns the state before the first token; its size does not depend on ``max_length``."""
-        del max_length
-        parameters = jax.eval_shape(lambda: self.resolve_parameters(None, head_dim))
-        sizes = batch_shape, num_kv_heads, head_dim, value_dim
-        if self.exact_window is not None:
-            return empty_near_field_state(self.feature_map, parameters, self.exact_window, *sizes)
-        return empty_state(self.feature_map, parameters, *sizes)
-
-    def prefill(
-        self,
-        state: Any,
-        query: Float[Array, "*B T H D"],
-        key: Float[Array, "*B T K D"],
-        value: Float[Array, "*B T K V"],
-        *,
-        key_mask: Bool[Array, "*B T"] | None = None,
-        projection: AnyProjection = None,
-    ) -> tuple[Float[Array, "*B T H V"], Any]:
-        """Reads T tokens causally, continuing ``state``; padding (False) may be on either side."""
-        check_heads(query, key, value)
-        read = prefill if self.exact_window is None else near_field_prefill
-        return read(
-            state,
-            query,
-            key,
-            value,
-            feature_map=self.feature_map,
-            parameters=self._causal_parameters(projection, query.shape[-1]),
-            key_mask=key_mask,
-            normalize=self.renormalize,
-            epsilon=self.epsilon,
-            chunk_size=self.chunk_size,
-            implementation=self.implementation,
-        )
-
-    def step(
-        self,
-        state: Any,
-        query: Float[Array, "*B H D"],
-        key: Float[Array, "*B K D"],
-        value: Float[Array, "*B K V"],
-        *,
-        projection: AnyProjection = None,
-    ) -> tuple[Float[Array, "*B H V"], Any]:
-        """Reads one token: constant time and memory, however many came before."""
-        read = step if self.exact_window is None else near_field_step
-        return read(
-            state,
-            query,
-            key,
-            value,
-            feature_map=self.feature_map,
-            parameters=self._causal_parameters(projection, query.shape[-1]),
-            normalize=self.renormalize,
-            epsilon=self.epsilon,
-        )
 
     def resolve_parameters(
         self,
@@ -342,7 +239,7 @@ class FastAttention:
                     "calibrate(...) make parameters for one function."
                 )
             return fold_trained(projection) if trained else projection
-        if projection is None and self.redraw_features and rng is not None:
+        if projection is None and self.redraws and rng is not None:
             # Independent of the dropout mask drawn from the same key.
             return self.feature_map.init(jax.random.fold_in(rng, 1), head_dim)
         given = self.projection_matrix if projection is None else projection
@@ -370,10 +267,42 @@ class FastAttention:
             )
         return True
 
-    def _causal_parameters(self, projection: Any, head_dim: int) -> Any:
-        self._from_call(projection, causal=True)
-        parameters = self.resolve_parameters(projection, head_dim)
-        return self._read(parameters)
+    def along_axis(self, axis: AxisName) -> AttentionFn:
+        """The function for a stretch of the sequence on each device."""
+        if self.exact_window is not None:
+            raise ValueError(
+                f"exact_window={self.exact_window} cannot be used along a mesh axis: leave it out, "
+                "or give some heads to make_local_attention."
+            )
+        if self.calibration == "call":
+            raise ValueError(
+                "Parameters from each call would be those of a device's stretch alone: make the "
+                'function with calibration="stored", and calibrate it.'
+            )
+        return dataclasses.replace(self, sequence_axis=axis)
+
+    @property
+    def divides(self) -> bool:
+        """Rows and heads are independent, unless parameters come from the whole call."""
+        return self.exact_window is None and self.calibration != "call"
+
+    def _options(self, call: Call) -> dict[str, Any]:
+        """What calls and prompts have in common."""
+        return {
+            "feature_map": self.feature_map,
+            "normalize": self.renormalize,
+            "epsilon": self.epsilon,
+            "chunk_size": self.chunk_size,
+            "unroll": self.unroll,
+            "implementation": self.implementation,
+            "saved_states": self.saved_states,
+            "precision": call.precision,
+        }
+
+    def _causal_parameters(self, call: Call) -> Any:
+        self._from_call(call.projection, causal=True)
+        parameters = self.resolve_parameters(call.projection, call.query.shape[-1])
+        return without_unused(parameters, exact_scale=True)
 
     def _read(self, parameters: Any) -> Any:
         """The parameters that features read here."""

@@ -14,11 +14,8 @@ Reference: Choromanski et al., "Rethinking Attention with Performers", arXiv:200
 from __future__ import annotations
 
 import jax.numpy as jnp
-import numpy as np
 
 from fast_attention.array_types import Array
-from fast_attention.calibration import Calibration
-from fast_attention.fast_attention_fn import FastAttention
 from fast_attention.feature_maps import (
     PROJECTIONS,
     TRAINABLE_ESTIMATORS,
@@ -34,6 +31,9 @@ from fast_attention.feature_maps.elementwise import Kernel, relu
 from fast_attention.feature_maps.projections import ANTITHETIC
 from fast_attention.linear_attention.checks import check_saved_states
 from fast_attention.linear_attention.inputs import SavedStates
+from fast_attention.mechanisms.checks import check_count, mismatch
+from fast_attention.mechanisms.favor.calibration import Calibration
+from fast_attention.mechanisms.favor.fn import FastAttention
 from fast_attention.near_field.parts import check_options as check_near_field
 from fast_attention.recipes import attention_factory
 
@@ -55,7 +55,7 @@ def make_fast_softmax_attention(
     redraw_features: bool = True,
     unidirectional: bool = False,
     nonnegative_features: bool = True,
-    lax_scan_unroll: int = 1,
+    lax_scan_unroll: int | None = None,
     *,
     estimator: str | None = None,
     projection: str | None = None,
@@ -86,7 +86,8 @@ def make_fast_softmax_attention(
       unidirectional: causal attention.
       nonnegative_features: positive features; if False trigonometric ones, whose denominators can
         vanish.
-      lax_scan_unroll: chunks (not tokens) unrolled in the compiled loop.
+      lax_scan_unroll: chunks (not tokens) unrolled in the compiled loop; None for what was measured
+        to be the fastest.
       estimator: a name in :data:`ESTIMATORS`; None is "favor+" or, without
         ``nonnegative_features``, "trigonometric". "hyperbolic" is "favor+" with both signs of each
         row. Those of :data:`fast_attention.feature_maps.TUNED_ESTIMATORS` have parameters from
@@ -100,10 +101,10 @@ def make_fast_softmax_attention(
       calibration: where a tuned estimator's parameters come from. "call", the default of
         bidirectional attention: the moments of the queries and keys of each call, row by row,
         padding excluded, nothing differentiated. "stored", the only one for causal attention:
-        ``projection=`` of the call, as :func:`fast_attention.calibration.calibrate` makes it (or
-        :func:`fast_attention.layers.calibrate` for a model). **Until calibrated it is plain
-        FAVOR+.** "trained": parameters of "wderf" or "wderf_s" that layers hold as ``nnx.Param``
-        and the optimiser changes, see :mod:`fast_attention.feature_maps.trained`.
+        ``projection=`` of the call, as :func:`fast_attention.layers.calibrate` makes it for a
+        model, and :mod:`fast_attention.mechanisms.favor.calibration` for arrays. **Until calibrated
+        it is plain FAVOR+.** "trained": parameters of "wderf" or "wderf_s" that layers hold as
+        ``nnx.Param`` and the optimiser changes, see :mod:`fast_attention.feature_maps.trained`.
       moment_decay: with "stored" calibration, layers keep running averages of the moments in
         training, for :func:`fast_attention.layers.recalibrate`.
       seed: of the fixed projection.
@@ -126,23 +127,30 @@ def make_fast_softmax_attention(
             f"nonnegative_features=False means trigonometric features, but estimator="
             f"{estimator!r} was asked for; give only one of the two."
         )
-    _check_options(nb_features, numerical_stabilizer, lax_scan_unroll, chunk_size, qkv_dim)
+    counts = _check_options(
+        nb_features,
+        numerical_stabilizer,
+        lax_scan_unroll=lax_scan_unroll,
+        chunk_size=chunk_size,
+        qkv_dim=qkv_dim,
+    )
     check_saved_states(saved_states)
     name = _coupling(projection, ortho_features, ortho_scaling)
     feature_map = _softmax_map(estimator, name, nb_features, calibration == "trained")
     if exact_window is not None:
+        exact_window = check_count("exact_window", exact_window)
         check_near_field(exact_window, feature_map)
     return FastAttention(
         feature_map=feature_map,
-        qkv_dim=qkv_dim,
+        qkv_dim=counts["qkv_dim"],
         unidirectional=unidirectional,
         renormalize=renormalize_attention,
         epsilon=_guard(feature_map, numerical_stabilizer),
         redraw_features=redraw_features,
         seed=seed,
         projection_matrix=_check_projection(projection_matrix, qkv_dim),
-        chunk_size=chunk_size,
-        unroll=lax_scan_unroll,
+        chunk_size=counts["chunk_size"],
+        unroll=counts["lax_scan_unroll"],
         implementation=implementation,
         saved_states=saved_states,
         check_masks=check_masks,
@@ -163,7 +171,7 @@ def make_fast_generalized_attention(
     kernel_epsilon: float = 0.001,
     redraw_features: bool = False,
     unidirectional: bool = False,
-    lax_scan_unroll: int = 1,
+    lax_scan_unroll: int | None = None,
     *,
     ortho_scaling: float = 0.0,
     normalize_data: bool = False,
@@ -190,7 +198,7 @@ def make_fast_generalized_attention(
       kernel_epsilon: added to every feature.
       redraw_features: as in :func:`make_fast_softmax_attention`.
       unidirectional: causal attention.
-      lax_scan_unroll: chunks unrolled in the compiled loop.
+      lax_scan_unroll: chunks unrolled in the compiled loop; None for the fastest measured.
       ortho_scaling: row lengths of "ortho" projections, 0 or 1.
       normalize_data: scale queries and keys by ``D^(-1/4)``, as softmax features do.
       seed: of the fixed projection.
@@ -203,7 +211,13 @@ def make_fast_generalized_attention(
     Raises:
       ValueError: for options that do not fit together or are out of range.
     """
-    _check_options(nb_features, numerical_stabilizer, lax_scan_unroll, chunk_size, qkv_dim)
+    counts = _check_options(
+        nb_features,
+        numerical_stabilizer,
+        lax_scan_unroll=lax_scan_unroll,
+        chunk_size=chunk_size,
+        qkv_dim=qkv_dim,
+    )
     check_saved_states(saved_states)
     if features_type not in ("deterministic", "iid", "ortho"):
         raise ValueError(
@@ -224,15 +238,15 @@ def make_fast_generalized_attention(
     )
     return FastAttention(
         feature_map=feature_map,
-        qkv_dim=qkv_dim,
+        qkv_dim=counts["qkv_dim"],
         unidirectional=unidirectional,
         renormalize=renormalize_attention,
         epsilon=_guard(feature_map, numerical_stabilizer),
         redraw_features=redraw_features and not deterministic,
         seed=seed,
         projection_matrix=_check_projection(projection_matrix, qkv_dim),
-        chunk_size=chunk_size,
-        unroll=lax_scan_unroll,
+        chunk_size=counts["chunk_size"],
+        unroll=counts["lax_scan_unroll"],
         implementation=implementation,
         saved_states=saved_states,
         check_masks=check_masks,
@@ -334,22 +348,16 @@ def _projection_name(orthogonal: bool, scaling: float) -> str:
 
 
 def _check_options(
-    nb_features: int,
-    numerical_stabilizer: float,
-    unroll: int,
-    chunk_size: int | None,
-    qkv_dim: int | None,
-) -> None:
-    for name, number in (
-        ("nb_features", nb_features),
-        ("lax_scan_unroll", unroll),
-        ("chunk_size", chunk_size),
-        ("qkv_dim", qkv_dim),
-    ):
-        if number is not None and (not isinstance(number, (int, np.integer)) or number < 1):
-            raise ValueError(f"{name} must be a positive whole number, got {number!r}.")
-    if numerical_stabilizer < 0:
-        raise ValueError(f"numerical_stabilizer must be at least 0, got {numerical_stabilizer}.")
+    nb_features: int, numerical_stabilizer: float, **counts: int | None
+) -> dict[str, int | None]:
+    """Returns the counts, whole numbers or None, or raises ValueError."""
+    check_count("nb_features", nb_features)
+    if not numerical_stabilizer >= 0:
+        raise mismatch("numerical_stabilizer", "at least 0", numerical_stabilizer)
+    return {
+        name: None if number is None else check_count(name, number)
+        for name, number in counts.items()
+    }
 
 
 def _check_projection(projection: Array | None, qkv_dim: int | None) -> Array | None:

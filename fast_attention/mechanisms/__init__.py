@@ -1,0 +1,1 @@
+"""Attention mechanisms, one folder each, and the base class that they share."""

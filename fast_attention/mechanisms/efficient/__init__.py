@@ -1,0 +1,1 @@
+"""Efficient attention: softmax over keys and over channels."""

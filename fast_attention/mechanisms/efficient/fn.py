@@ -1,0 +1,140 @@
+"""Efficient attention as an ``attention_fn``, with decoding.
+
+Shape letters: B batch, T queries, S keys, H heads, K key/value heads, D head width, V value width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from fast_attention.array_types import Array, Float
+from fast_attention.blindspot import (
+    BlindspotState,
+    empty_blindspot_state,
+    prefill_buckets,
+    step_buckets,
+)
+from fast_attention.efficient_attention import efficient_attention
+from fast_attention.feature_maps import LogFeatures
+from fast_attention.linear_attention import LinearAttentionState, empty_state, prefill, step
+from fast_attention.mechanisms.attention_fn import AttentionFn
+from fast_attention.mechanisms.call import Call, Takes
+from fast_attention.mechanisms.checks import check_count, check_flag
+from fast_attention.mechanisms.decoding import StateSizes
+
+from fast_attention.recipes import attention_factory
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EfficientAttention(AttentionFn):
+    """Efficient attention with the signature Flax calls, from :func:`make_efficient_attention`.
+
+    Attributes:
+      unidirectional: causal, whatever a caller says of causality.
+      blindspot_size: positions in a bucket of causal attention that sees earlier buckets only.
+      scale_queries: multiply the output by ``D^(-1/2)`` where attention goes both ways.
+    """
+
+    unidirectional: bool = False
+    blindspot_size: int = 1
+    scale_queries: bool = False
+
+    mechanism = "Efficient attention"
+    forward_mode = "use reverse mode (jax.grad, jax.vjp, jax.jacrev)"
+
+    @property
+    def takes(self) -> Takes:
+        """Masks and biases of keys, dropout of keys."""
+        return Takes(cache=self.blindspot_size == 1)
+
+    def attend(self, call: Call) -> Float[Array, "*B T H V"]:
+        """Attends; see :func:`fast_attention.efficient_attention` for what is computed."""
+        return efficient_attention(
+            call.query,
+            call.key,
+            call.drop_keys(),
+            causal=call.causal or call.steps,
+            blindspot_size=self.blindspot_size,
+            scale_queries=self.scale_queries,
+            key_mask=call.key_mask,
+            key_bias=call.key_bias,
+            segment_ids=call.segment_ids,
+            precision=call.precision,
+        )
+
+    def start(self, sizes: StateSizes) -> LinearAttentionState | BlindspotState:
+        """The state before the first token; its size does not depend on ``max_length``."""
+        shape = sizes.batch_shape, sizes.num_kv_heads, sizes.head_dim, sizes.value_dim, sizes.dtype
+        if self.blindspot_size > 1:
+            return empty_blindspot_state(*shape)
+        return empty_state(LogFeatures(), None, *shape)
+
+    def read(self, state: Any, call: Call) -> tuple[Float[Array, "*B T H V"], Any]:
+        """Reads T tokens; padding may be on either side."""
+        key_mask = None if call.key_mask is None else call.key_mask[..., 0]
+        operands = call.query, call.key, call.value
+        if isinstance(state, LinearAttentionState):
+            return prefill(
+                state,
+                *operands,
+                feature_map=LogFeatures(),
+                parameters=None,
+                key_mask=key_mask,
+                precision=call.precision,
+            )
+        query, key, value = (x.astype(state.complete.kv.dtype) for x in operands)
+        out, state = prefill_buckets(
+            state,
+            query,
+            key,
+            value,
+            self.blindspot_size,
+            key_mask=key_mask,
+            precision=call.precision,
+        )
+        return out.astype(call.query.dtype), state
+
+    def read_one(self, state: Any, call: Call) -> tuple[Float[Array, "*B 1 H V"], Any]:
+        """Reads one token: constant time and memory, however many came before."""
+        operands = [jnp.squeeze(x, -3) for x in (call.query, call.key, call.value)]
+        if isinstance(state, LinearAttentionState):
+            out, state = step(
+                state,
+                *operands,
+                feature_map=LogFeatures(),
+                parameters=None,
+                precision=call.precision,
+            )
+        else:
+            wide = (x.astype(state.complete.kv.dtype) for x in operands)
+            out, state = step_buckets(state, *wide, self.blindspot_size, precision=call.precision)
+            out = out.astype(call.query.dtype)
+        return jnp.expand_dims(out, -3), state
+
+
+@attention_factory
+def make_efficient_attention(
+    unidirectional: bool = False, blindspot_size: int = 1, scale_queries: bool = False
+) -> EfficientAttention:
+    """Makes efficient attention (arXiv:1812.01243), linear in time and memory.
+
+    Args:
+      unidirectional: always causal.
+      blindspot_size: of causal attention: a query sees complete earlier buckets of so many
+        positions, and the first bucket gives zeros; 1 for every position up to the query's own.
+      scale_queries: multiply the output by ``D^(-1/2)`` where attention goes both ways, as
+        linear-attention-transformer does.
+
+    Returns:
+      An ``attention_fn`` that also decodes.
+
+    Raises:
+      ValueError: for a ``blindspot_size`` below 1.
+    """
+    return EfficientAttention(
+        check_flag("unidirectional", unidirectional),
+        check_count("blindspot_size", blindspot_size),
+        check_flag("scale_queries", scale_queries),
+    )

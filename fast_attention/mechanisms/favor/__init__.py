@@ -1,0 +1,1 @@
+"""Linear attention through feature maps: FAVOR+ and generalized kernels."""

@@ -1,0 +1,1 @@
+"""Local attention: windows of softmax attention."""

@@ -1,0 +1,196 @@
+"""Local attention as an ``attention_fn``: windows of softmax attention in Flax's layers.
+
+Shape letters: B batch, T query length, S key length, H heads, K key/value heads, D head
+width, V value width, W window.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from fast_attention import local_decoding
+from fast_attention.array_types import Array, Float
+from fast_attention.local_attention import local_attention
+from fast_attention.local_decoding import LocalState
+from fast_attention.local_window import Window, make_window
+from fast_attention.mechanisms.attention_fn import AttentionFn
+from fast_attention.mechanisms.call import Call, Takes
+from fast_attention.mechanisms.checks import check_flag, mismatch
+from fast_attention.mechanisms.decoding import StateSizes
+from fast_attention.mesh_layout import AxisName
+from fast_attention.sharded_local_attention import local_attention_of_shard
+
+from fast_attention.recipes import attention_factory
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LocalAttention(AttentionFn):
+    """Local attention with Flax's contract, from :func:`make_local_attention`.
+
+    Attributes:
+      window_size: W.
+      unidirectional: position t sees no key behind it, whatever a caller says of causality.
+      look_backward: blocks in sight before a position's own.
+      look_forward: blocks in sight behind it; None is 0 for a causal call, else 1.
+      exact_window: the reach is counted from each position, not from its block.
+      shared_qk: keys are normalised queries, and a position's own key is the last resort.
+      sequence_axis: the mesh axis along which sequences lie where it is called inside
+        ``jax.shard_map``, see :func:`fast_attention.sequence_parallel.along_mesh_axis`.
+    """
+
+    window_size: int
+    unidirectional: bool = False
+    look_backward: int = 1
+    look_forward: int | None = None
+    exact_window: bool = False
+    shared_qk: bool = False
+    sequence_axis: AxisName | None = None
+
+    mechanism = "Local attention"
+    forward_mode = "mask the pairs of nnx.dot_product_attention, which has it"
+
+    @property
+    def takes(self) -> Takes:
+        """Any mask and bias, of which the band is used; keys are those of the sequence."""
+        return Takes(mask="pairs", bias="pairs", dropout="weights", other_keys=False)
+
+    @property
+    def divides(self) -> bool:
+        """Rows and heads are independent."""
+        return True
+
+    def attend(self, call: Call) -> Float[Array, "*B T H V"]:
+        """Attends within windows; one query over a cache stands at the last key that it shows."""
+        call = call.without_hidden()
+        mask, key_mask = call.pairs()
+        window = self._window(call.causal or call.steps)
+        key, rate, broadcast = call.dropout or (None, 0.0, True)
+        dropout: dict[str, Any] = {
+            "dropout_key": key,
+            "dropout_rate": rate,
+            "broadcast_dropout": broadcast,
+        }
+        operands = call.query, call.key, call.value
+        if call.over_cache:
+            return local_decoding.attend_from_one(
+                window,
+                *operands,
+                call.bias,
+                mask,
+                key_mask,
+                shared_qk=self.shared_qk,
+                precision=call.precision,
+                **dropout,
+            )
+        options: dict[str, Any] = {
+            "window_size": window.size,
+            "causal": window.causal,
+            "look_backward": window.look_backward,
+            "look_forward": window.look_forward,
+            "exact_window": window.exact,
+            "shared_qk": self.shared_qk,
+            "key_mask": key_mask,
+            "segment_ids": call.segment_ids,
+            "precision": call.precision,
+        }
+        if self.sequence_axis is None:
+            return local_attention(*operands, mask=mask, bias=call.bias, **dropout, **options)
+        for name, given, instead in (
+            ("bias", call.bias, "leave it out"),
+            ("mask", mask, "pass key_mask or segment_ids of the positions on the device"),
+            ("dropout_rate", call.dropout, "use 0, or dropout elsewhere"),
+        ):
+            if given is not None:
+                raise mismatch(name, "left out along a mesh axis", "one", instead)
+        return local_attention_of_shard(*operands, axis_name=self.sequence_axis, **options)
+
+    def along_axis(self, axis: AxisName) -> AttentionFn:
+        """The function for a stretch of the sequence on each device."""
+        return dataclasses.replace(self, sequence_axis=axis)
+
+    def start(self, sizes: StateSizes) -> LocalState:
+        """The state before the first token; its size does not depend on ``max_length``."""
+        return local_decoding.empty_state(
+            self._window(causal=True),
+            sizes.batch_shape,
+            sizes.num_kv_heads,
+            sizes.head_dim,
+            sizes.value_dim,
+            sizes.dtype,
+        )
+
+    def read(self, state: LocalState, call: Call) -> tuple[Float[Array, "*B T H V"], LocalState]:
+        """Reads T tokens; padding takes no place."""
+        call = call.without_hidden()
+        return local_decoding.prefill(
+            self._window(causal=True),
+            state,
+            call.query,
+            call.key,
+            call.value,
+            key_mask=None if call.key_mask is None else call.key_mask[..., 0],
+            shared_qk=self.shared_qk,
+            precision=call.precision,
+        )
+
+    def read_one(
+        self, state: LocalState, call: Call
+    ) -> tuple[Float[Array, "*B 1 H V"], LocalState]:
+        """Reads one token: constant time and memory, however many came before."""
+        out, state = local_decoding.step(
+            self._window(causal=True),
+            state,
+            *(jnp.squeeze(x, -3) for x in (call.query, call.key, call.value)),
+            shared_qk=self.shared_qk,
+            precision=call.precision,
+        )
+        return jnp.expand_dims(out, -3), state
+
+    def _window(self, causal: bool) -> Window:
+        return make_window(
+            self.window_size, causal, self.look_backward, self.look_forward, self.exact_window
+        )
+
+
+@attention_factory
+def make_local_attention(
+    window_size: int,
+    unidirectional: bool = False,
+    look_backward: int = 1,
+    look_forward: int | None = None,
+    exact_window: bool = False,
+    shared_qk: bool = False,
+) -> LocalAttention:
+    """Makes local attention, see :func:`fast_attention.local_attention.local_attention`.
+
+    Args:
+      window_size: W, positions in a block.
+      unidirectional: always causal.
+      look_backward: blocks in sight before a position's own.
+      look_forward: blocks in sight behind it; None is 0 for a causal call, else 1.
+      exact_window: the reach is counted from each position, not from its block.
+      shared_qk: keys are normalised queries (Reformer).
+
+    Returns:
+      An ``attention_fn`` that also decodes, with a state of constant size.
+
+    Raises:
+      ValueError: for numbers out of range, or a causal window that looks forward.
+    """
+    for name, flag in (
+        ("unidirectional", unidirectional),
+        ("exact_window", exact_window),
+        ("shared_qk", shared_qk),
+    ):
+        check_flag(name, flag)
+    window = make_window(window_size, unidirectional, look_backward, look_forward, exact_window)
+    return LocalAttention(
+        window.size,
+        unidirectional,
+        window.look_backward,
+        None if look_forward is None else window.look_forward,
+        exact_window,
+        shared_qk,
+    )

@@ -1,0 +1,1 @@
+"""Hashed attention, Reformer's."""

@@ -1,0 +1,1 @@
+"""Attention among positions a stride apart."""
