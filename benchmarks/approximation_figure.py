@@ -38,7 +38,7 @@ from fast_attention.diagnostics_curves import ErrorCurves, error_curves
 from fast_attention.diagnostics_plots import plot_errors, plot_matrices
 from fast_attention.feature_maps import TUNED_ESTIMATORS
 from fast_attention.mechanisms.favor.factories import ESTIMATORS
-from fast_attention.mechanisms.softmax.fn import make_softmax_attention
+from fast_attention.softmax_attention import make_softmax_attention
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 NUMBERS = "approximation.json"

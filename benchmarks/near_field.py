@@ -21,7 +21,7 @@ from benchmarks.programs import MEASURES, compile_jax
 from benchmarks.settings import Inputs, Setting, make_inputs
 from benchmarks.timing import Clock, Effort, interleave, median
 from fast_attention import FastAttention, make_fast_softmax_attention
-from fast_attention.mechanisms.softmax.fn import make_softmax_attention
+from fast_attention.softmax_attention import make_softmax_attention
 
 WINDOWS = (0, 64, 128, 256)
 FEATURES = (64, 256)

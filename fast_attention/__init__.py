@@ -21,7 +21,6 @@ from fast_attention.mechanisms.local.fn import LocalAttention as LocalAttention
 from fast_attention.mechanisms.local.fn import make_local_attention as make_local_attention
 from fast_attention.mechanisms.lsh.fn import LSHAttention as LSHAttention
 from fast_attention.mechanisms.lsh.fn import make_lsh_attention as make_lsh_attention
-from fast_attention.mechanisms.softmax.fn import make_softmax_attention as make_softmax_attention
 from fast_attention.mechanisms.strided.fn import StridedAttention as StridedAttention
 from fast_attention.mechanisms.strided.fn import make_strided_attention as make_strided_attention
 from fast_attention.mechanisms.strided.fn import strided_attention as strided_attention
@@ -29,5 +28,6 @@ from fast_attention.mesh_attention import on_mesh as on_mesh
 from fast_attention.meshes import make_mesh as make_mesh
 from fast_attention.shared_qk_attention import shared_qk_attention as shared_qk_attention
 from fast_attention.shared_query_key import LSHOutput as LSHOutput
+from fast_attention.softmax_attention import make_softmax_attention as make_softmax_attention
 
 __version__ = "0.1.0"

@@ -19,8 +19,8 @@ import numpy as np
 from fast_attention.array_types import Array, Bool, Float
 from fast_attention.dtypes import at_least_float32
 from fast_attention.mechanisms.favor.factories import make_fast_softmax_attention
-from fast_attention.mechanisms.softmax.fn import make_softmax_attention
 from fast_attention.mechanisms.wrapped import as_attention_fn
+from fast_attention.softmax_attention import make_softmax_attention
 
 COLUMNS = 64
 """Keys whose weights are asked for in one call."""

@@ -18,8 +18,8 @@ from fast_attention.array_types import Array, Bool, Float
 from fast_attention.diagnostics import relative_error
 from fast_attention.mechanisms.attention_fn import AttentionFn
 from fast_attention.mechanisms.favor.calibration import calibrate, tuned_map
-from fast_attention.mechanisms.softmax.fn import make_softmax_attention
 from fast_attention.mechanisms.wrapped import as_attention_fn
+from fast_attention.softmax_attention import make_softmax_attention
 
 
 @dataclasses.dataclass(frozen=True)

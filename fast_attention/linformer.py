@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from fast_attention.array_types import Array, Float
 from fast_attention.dtypes import at_least_float32
-from fast_attention.mechanisms.softmax.fn import make_softmax_attention
+from fast_attention.softmax_attention import make_softmax_attention
 
 
 def linformer_attention(

@@ -11,7 +11,7 @@ from fast_attention.diagnostics import (
     recommend_features,
 )
 from fast_attention.diagnostics_plots import plot_head_errors, plot_matrices, plot_recommendation
-from fast_attention.mechanisms.softmax.fn import make_softmax_attention
+from fast_attention.softmax_attention import make_softmax_attention
 from tests.linear_attention import cases
 
 B, H, K, D, T = cases.B, cases.H, cases.K, cases.D, 9

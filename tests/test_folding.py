@@ -13,7 +13,7 @@ from fast_attention import (
     make_strided_attention,
     strided_attention,
 )
-from fast_attention.mechanisms.softmax.fn import make_softmax_attention
+from fast_attention.softmax_attention import make_softmax_attention
 from tests.layers.definitions import compiled
 
 B, T, H, K, D, V, W = 2, 13, 4, 2, 4, 3, 4

@@ -49,11 +49,12 @@ def test_short_inputs_are_attended_exactly_and_padding_masks_are_key_masks():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bias": 0}, "does not take bias"),
-        ({"segment_ids": 0}, "mask of equal segments"),
-        ({"module": 0}, "return_weights"),
-        ({"key": jnp.ones((2, 9, 2, 6))}, "same vectors"),
-        ({"value": jnp.ones((2, 9, 2, 6))}, "same batch and length"),
+        ({"bias": 0}, "bias must be None for hashed attention"),
+        ({"segment_ids": jnp.zeros((2, 9), int)}, "segment_ids must be of shape"),
+        ({"module": 0}, "sow_weights=False"),
+        ({"key": jnp.ones((2, 9, 2, 6))}, "keys and values of the same length"),
+        ({"query": jnp.ones((2, 25, 2, 6))}, "at least as many keys as queries"),
+        ({"value": jnp.ones((2, 9, 2, 6))}, "keys and values of the same length"),
     ],
 )
 def test_what_it_cannot_do_is_refused(options, message):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fast_attention.mechanisms.softmax.fn import make_softmax_attention
+from fast_attention.softmax_attention import make_softmax_attention
 from fast_attention.softmax_blocks import (
     Choices,
     Extras,

@@ -6,8 +6,8 @@ import dataclasses
 from typing import Literal
 
 from fast_attention.mechanisms.attention_fn import AttentionFn
-from fast_attention.mechanisms.softmax.fn import make_softmax_attention
 from fast_attention.mechanisms.wrapped import as_attention_fn
+from fast_attention.softmax_attention import make_softmax_attention
 
 Rotary = Literal["halves", "pairs"]
 Context = Literal["cross", "append"]

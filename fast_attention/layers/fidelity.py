@@ -27,8 +27,8 @@ from fast_attention.feature_maps.moments import Moments
 from fast_attention.layers.attention_call import causal_by_mask
 from fast_attention.layers.observing import AttentionCall, Path, observed_copy
 from fast_attention.mechanisms.favor.calibration import retune, tuned_map
-from fast_attention.mechanisms.softmax.fn import make_softmax_attention
 from fast_attention.mechanisms.wrapped import as_attention_fn
+from fast_attention.softmax_attention import make_softmax_attention
 
 MATRIX_LENGTH = 2048
 """Longest sequence of which attention matrices are looked at, in chosen rows."""
@@ -343,8 +343,7 @@ def _looked_at(call: AttentionCall, exact: AttentionCall, counted: Array) -> dic
         def attend(query: Array, key: Array, value: Array) -> Array:
             return of.attend(query=query, key=key, value=value)
 
-        # Flax's own functions take values of the width of queries only.
-        width = None if dataclasses.is_dataclass(of.function) else query.shape[-1]
+        width = None if of.function.takes.any_value_width else query.shape[-1]
         weights = attention_matrix(attend, query, key, rows, value_width=width)
         return jnp.where(own[:, None, :, None], weights, 0)
 

@@ -16,8 +16,8 @@ from fast_attention.array_types import Array, Bool, Float
 from fast_attention.layers.held import as_held, held_projection, redraw
 from fast_attention.layers.linear import Linear
 from fast_attention.mechanisms.axes import attended_axes, fold_axes, unfold_axes
-from fast_attention.mechanisms.softmax.fn import make_softmax_attention
 from fast_attention.mechanisms.wrapped import as_attention_fn
+from fast_attention.softmax_attention import make_softmax_attention
 
 
 class MultiAxisAttention(nnx.Module):

@@ -42,6 +42,7 @@ class Takes:
       other_keys: whether keys may be as many as they like; else T = S.
       cache: whether one query may attend to many keys (a KV-cache step).
       shared_qk: queries and keys are the same vectors, and keys may be given behind the queries.
+      any_value_width: whether V may differ from D; Flax's own functions need them equal.
     """
 
     mask: Literal["keys", "pairs"] = "keys"
@@ -53,6 +54,7 @@ class Takes:
     other_keys: bool = True
     cache: bool = True
     shared_qk: bool = False
+    any_value_width: bool = True
 
 
 class Dropout(NamedTuple):

@@ -14,7 +14,7 @@ from fast_attention.layers.attention_config import AttentionConfig, HeadGroup
 from fast_attention.layers.feed_forward import ACTIVATIONS
 from fast_attention.layers.stack import StackConfig
 from fast_attention.layers.sublayer import FeedForwardConfig, NormConfig, SublayerConfig
-from fast_attention.mechanisms.softmax.fn import make_softmax_attention
+from fast_attention.softmax_attention import make_softmax_attention
 
 POSITIONS = ("learned", "sinusoidal", "rotary", "none")
 ADDED_POSITIONS = ("learned", "random", "sinusoidal", "concatenated", "axial", "none")

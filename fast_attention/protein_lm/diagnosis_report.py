@@ -19,10 +19,10 @@ from fast_attention.feature_maps import (
 from fast_attention.mechanisms.favor.fn import FastAttention
 from fast_attention.mechanisms.local.fn import LocalAttention
 from fast_attention.mechanisms.lsh.fn import LSHAttention
-from fast_attention.mechanisms.softmax.fn import SoftmaxAttention
 from fast_attention.protein_lm.diagnosis import Diagnosis
 from fast_attention.protein_lm.output_files import write_file, write_json
 from fast_attention.protein_lm.tables import EXTENSIONS, find_extension, open_table
+from fast_attention.softmax_attention import SoftmaxAttention
 
 if TYPE_CHECKING:
     from fast_attention.protein_lm.flax_model import FlaxModel

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 
 from fast_attention.mechanisms.favor.fn import FastAttention
-from fast_attention.mechanisms.softmax.fn import make_softmax_attention
 from fast_attention.mechanisms.wrapped import as_attention_fn
 from fast_attention.protein_lm import model_file
 from fast_attention.protein_lm.array_records import describe
@@ -17,6 +16,7 @@ from fast_attention.protein_lm.loading import load_run, open_run
 from fast_attention.protein_lm.model_file import OwnPartError
 from fast_attention.protein_lm.run_folder import RunError
 from fast_attention.protein_lm.train_state import TrainState
+from fast_attention.softmax_attention import make_softmax_attention
 
 
 class Beginning(NamedTuple):

@@ -27,7 +27,7 @@ from fast_attention.layers.fidelity import add_sums, chosen_rows, parameters_fro
 from fast_attention.layers.observing import observed_copy
 from fast_attention.mechanisms.local.fn import make_local_attention
 from fast_attention.mechanisms.lsh.fn import make_lsh_attention
-from fast_attention.mechanisms.softmax.fn import make_softmax_attention
+from fast_attention.softmax_attention import make_softmax_attention
 from tests.layers.definitions import draw
 
 B, T, H, K, D, M = 2, 11, 4, 2, 4, 8

@@ -18,7 +18,7 @@ from fast_attention.layers import (
     redraw,
 )
 from fast_attention.mechanisms.efficient.fn import make_efficient_attention
-from fast_attention.mechanisms.softmax.fn import make_softmax_attention
+from fast_attention.softmax_attention import make_softmax_attention
 from tests.layers import definitions
 from tests.layers.definitions import compiled, draw, filled
 

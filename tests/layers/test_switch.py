@@ -17,8 +17,8 @@ from fast_attention.layers import (
 )
 from fast_attention.mechanisms.local.fn import make_local_attention
 from fast_attention.mechanisms.lsh.fn import make_lsh_attention
-from fast_attention.mechanisms.softmax.fn import make_softmax_attention
 from fast_attention.models import Transformer, TransformerConfig
+from fast_attention.softmax_attention import make_softmax_attention
 
 T = 24
 TOKENS = jax.random.randint(jax.random.key(3), (2, T), 0, 7)

@@ -9,7 +9,6 @@ import pytest
 from flax import nnx
 
 from fast_attention.mechanisms.efficient.fn import make_efficient_attention
-from fast_attention.mechanisms.softmax.fn import make_softmax_attention
 from fast_attention.models import (
     LinearAttentionTransformerLM,
     LinformerContextSettings,
@@ -19,6 +18,7 @@ from fast_attention.models import (
     TransformerConfig,
     generate,
 )
+from fast_attention.softmax_attention import make_softmax_attention
 from tests.layers.definitions import draw, filled
 from tests.models.cases import LM, M, V, build
 

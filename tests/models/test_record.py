@@ -22,9 +22,9 @@ from fast_attention.layers import (
 )
 from fast_attention.mechanisms.efficient.fn import make_efficient_attention
 from fast_attention.mechanisms.local.fn import make_local_attention
-from fast_attention.mechanisms.softmax.fn import make_softmax_attention
 from fast_attention.mechanisms.strided.fn import make_strided_attention
 from fast_attention.models import ReformerLM, plot_recordings, record
+from fast_attention.softmax_attention import make_softmax_attention
 from tests.layers.definitions import array, draw, filled, linear
 from tests.models.cases import LM, build, tokens
 

@@ -9,8 +9,8 @@ import pytest
 
 from fast_attention import make_fast_generalized_attention, make_fast_softmax_attention
 from fast_attention.feature_maps import PositiveFeatures, TrigonometricFeatures
-from fast_attention.mechanisms.softmax.fn import make_softmax_attention
 from fast_attention.near_field import near_field_attention
+from fast_attention.softmax_attention import make_softmax_attention
 from tests.linear_attention import cases
 from tests.near_field.definition import near_field
 

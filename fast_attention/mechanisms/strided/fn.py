@@ -18,9 +18,9 @@ from fast_attention.mechanisms.attention_fn import AttentionFn
 from fast_attention.mechanisms.call import Call, Takes
 from fast_attention.mechanisms.checks import check_count
 from fast_attention.mechanisms.decoding import StateSizes
-from fast_attention.mechanisms.softmax.fn import SoftmaxAttention
 from fast_attention.mechanisms.wrapped import WrappedAttention, as_attention_fn
 from fast_attention.ragged import from_grid, places, to_grid
+from fast_attention.softmax_attention import SoftmaxAttention
 
 from fast_attention.recipes import attention_factory
 
