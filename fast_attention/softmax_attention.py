@@ -24,6 +24,7 @@ from fast_attention.mechanisms.attention_fn import AttentionFn
 from fast_attention.mechanisms.call import Call, Takes
 from fast_attention.mechanisms.checks import check_flag, mismatch
 from fast_attention.mechanisms.decoding import StateSizes
+from fast_attention.recipes import attention_factory
 from fast_attention.softmax_blocks import Choices, Extras, blocked_attention, run_bounds
 
 
@@ -130,6 +131,7 @@ class SoftmaxAttention(AttentionFn):
         return jnp.where(fits, out, jnp.nan).astype(query.dtype), state
 
 
+@attention_factory
 def make_softmax_attention(unidirectional: bool = False) -> SoftmaxAttention:
     """Makes exact attention.
 

@@ -159,13 +159,14 @@ def test_projections_are_handed_on():
 def test_what_cannot_be_done_says_why():
     query, key, value = qkv()
     attention = make_strided_attention(make_softmax_attention(), W)
-    with pytest.raises(ValueError, match="stride must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="stride must be a positive whole number, got 0"):
         make_strided_attention(make_softmax_attention(), 0)
     with pytest.raises(ValueError, match="13 queries and 5 keys"):
         attention(query, key[:, :5], value[:, :5])
-    with pytest.raises(ValueError, match="does not take bias"):
+    with pytest.raises(ValueError, match="bias must be None for strided attention"):
         attention(query, key, value, bias=jnp.zeros((1, 1, 1, T)))
-    with pytest.raises(ValueError, match="the same for all heads"):
-        attention(query, key, value, mask=jnp.ones((1, H, 1, T), bool))
+    mask = jnp.arange(H)[:, None, None] == jnp.zeros((1, T), int)
+    with pytest.raises(ValueError, match="share a key head"):
+        attention(query, key, value, mask=mask[None])
     with pytest.raises(TypeError, match="cannot decode"):
         make_strided_attention(jax.nn.dot_product_attention, W).init_state((), K, D, V)

@@ -61,7 +61,7 @@ class Decoder:
         value_dim: int,
         max_length: int | None = None,
         *,
-        dtype: Any = jnp.float32,
+        dtype: Any = None,
     ) -> Any:
         """Returns the decoding state before the first token.
 
@@ -74,7 +74,7 @@ class Decoder:
           head_dim: D.
           value_dim: V.
           max_length: tokens to make room for; only caches of all keys need it.
-          dtype: float32, or float64 for float64 inputs.
+          dtype: float32 or float64; None is float64 under ``jax_enable_x64`` and float32 otherwise.
 
         Raises:
           TypeError: if the function cannot decode.
@@ -86,6 +86,7 @@ class Decoder:
         counts = [check_count(name, number) for name, number in sizes]
         if max_length is not None:
             max_length = check_count("max_length", max_length)
+        dtype = jnp.zeros(()).dtype if dtype is None else dtype
         if not jnp.issubdtype(dtype, jnp.floating):
             raise mismatch("dtype", "a floating type", repr(dtype))
         return self.start(StateSizes(batch, *counts, max_length, jnp.dtype(dtype)))

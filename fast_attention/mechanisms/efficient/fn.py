@@ -24,8 +24,8 @@ from fast_attention.mechanisms.attention_fn import AttentionFn
 from fast_attention.mechanisms.call import Call, Takes
 from fast_attention.mechanisms.checks import check_count, check_flag
 from fast_attention.mechanisms.decoding import StateSizes
-
 from fast_attention.recipes import attention_factory
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EfficientAttention(AttentionFn):

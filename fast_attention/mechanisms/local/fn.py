@@ -21,9 +21,9 @@ from fast_attention.mechanisms.call import Call, Takes
 from fast_attention.mechanisms.checks import check_flag, mismatch
 from fast_attention.mechanisms.decoding import StateSizes
 from fast_attention.mesh_layout import AxisName
+from fast_attention.recipes import attention_factory
 from fast_attention.sharded_local_attention import local_attention_of_shard
 
-from fast_attention.recipes import attention_factory
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LocalAttention(AttentionFn):

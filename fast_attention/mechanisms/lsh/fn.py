@@ -18,10 +18,10 @@ from fast_attention.mechanisms.attention_fn import AttentionFn
 from fast_attention.mechanisms.call import Call, Takes
 from fast_attention.mechanisms.checks import check_count, check_flag, check_rate
 from fast_attention.mechanisms.masks import same_run
+from fast_attention.recipes import attention_factory
 from fast_attention.shared_qk_attention import shared_qk_attention
 from fast_attention.shared_query_key import LSHOutput
 
-from fast_attention.recipes import attention_factory
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LSHAttention(AttentionFn):

@@ -20,9 +20,9 @@ from fast_attention.mechanisms.checks import check_count
 from fast_attention.mechanisms.decoding import StateSizes
 from fast_attention.mechanisms.wrapped import WrappedAttention, as_attention_fn
 from fast_attention.ragged import from_grid, places, to_grid
+from fast_attention.recipes import attention_factory
 from fast_attention.softmax_attention import SoftmaxAttention
 
-from fast_attention.recipes import attention_factory
 
 class StridedState(NamedTuple):
     """What decoding remembers.
