@@ -165,7 +165,7 @@ def test_what_cannot_be_done_says_why():
         attention(query, key[:, :5], value[:, :5])
     with pytest.raises(ValueError, match="bias must be None for strided attention"):
         attention(query, key, value, bias=jnp.zeros((1, 1, 1, T)))
-    mask = jnp.arange(H)[:, None, None] == jnp.zeros((1, T), int)
+    mask = jnp.arange(H)[:, None, None] == jnp.zeros((1, 1, T), int)
     with pytest.raises(ValueError, match="share a key head"):
         attention(query, key, value, mask=mask[None])
     with pytest.raises(TypeError, match="cannot decode"):

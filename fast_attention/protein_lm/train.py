@@ -41,8 +41,8 @@ from fast_attention.protein_lm.run_lock import hold_run
 from fast_attention.protein_lm.schedules import FactorSchedule
 from fast_attention.protein_lm.skipped_records import SkippedRecords
 from fast_attention.protein_lm.train_state import TrainState
-from fast_attention.softmax_attention import make_softmax_attention
 from fast_attention.protein_lm.training_data import DataFiles, TrainingData, load_training_data
+from fast_attention.softmax_attention import make_softmax_attention
 
 # Thousands of positions for each head of a small model, which says enough of means and covariances.
 _CALIBRATION_BATCHES = 4
