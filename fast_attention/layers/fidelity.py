@@ -103,8 +103,8 @@ class LayerFidelity:
       matrix: Error of the weights, at the rows looked at; NaN where there were none.
       effective_keys: How many keys share a row's weight in exact attention, mean ``exp(entropy)``.
       visible_keys: How many keys these rows see, in the mean.
-      query_norm: Mean ``|q|^2``, as the function is given it.
-      key_norm: Mean ``|k|^2``.
+      query_norm: Root mean square of ``|q|``, as the function is given it.
+      key_norm: That of ``|k|``.
     """
 
     layer: int
@@ -247,8 +247,8 @@ def summarize_fidelity(sums: Sequence[FidelitySums]) -> list[LayerFidelity]:
                 matrix=_root(part.matrix_error, part.matrix_size) if rows else part.size * np.nan,
                 effective_keys=part.effective_keys * per_row,
                 visible_keys=float(part.visible_keys) * per_row,
-                query_norm=part.query_squares / max(1, float(part.positions)),
-                key_norm=part.key_squares / max(1, float(part.keys)),
+                query_norm=np.sqrt(part.query_squares / max(1, float(part.positions))),
+                key_norm=np.sqrt(part.key_squares / max(1, float(part.keys))),
             )
         )
         first += len(found[-1].output)

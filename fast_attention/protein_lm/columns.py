@@ -7,7 +7,7 @@ import gzip
 import io
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fast_attention.protein_lm.fasta_parser import CONTROLS
@@ -20,6 +20,16 @@ Columns = dict[str, list[str]]
 def read_columns(
     path: str | os.PathLike[str], required: Sequence[str] = (), optional: Sequence[str] = ()
 ) -> Columns:
+    """Reads some columns of a table, see `read_numbered_columns`."""
+    return read_numbered_columns(path, required, optional)[0]
+
+
+def read_numbered_columns(
+    path: str | os.PathLike[str],
+    required: Sequence[str] = (),
+    optional: Sequence[str] = (),
+    flags: Mapping[str, str] | None = None,
+) -> tuple[Columns, list[int]]:
     """Reads some columns of a table whose first line names them.
 
     Cells are separated by tabs where the first line has one, and by commas otherwise. Quoted
@@ -30,9 +40,11 @@ def read_columns(
       path: The file.
       required: Names that must be there.
       optional: Names that are read where they are there.
+      flags: The option that names a column, by the name of the column.
 
     Returns:
-      Lists of equal length by name; without any names all columns, in the order of the file.
+      Lists of equal length by name; without any names all columns, in the order of the file. And
+      the line in which each row ends, from 1.
 
     Raises:
       RunError: If the file cannot be read, lacks a column or has no rows, names a column twice,
@@ -54,9 +66,12 @@ def read_columns(
     names = numbered[0][1]
     for name in required:
         if name not in names:
+            flag = (flags or {}).get(name)
+            how = f" with {flag}" if flag else ""
             raise RunError(
-                f"{path}: there is no column {name!r}, only {', '.join(map(repr, names))}; name "
-                "the column, or put its name into the first line"
+                f"{path}, line {numbered[0][0]}: there is no column {name!r}, only "
+                f"{', '.join(map(repr, names))}; name the column{how}, or put its name into the "
+                "first line"
             )
     wanted = [*required, *(name for name in optional if name in names)] or names
     for name in wanted:
@@ -69,7 +84,8 @@ def read_columns(
                 "columns; quote cells that hold the separator"
             )
     places = {name: names.index(name) for name in wanted}
-    return {name: [row[place] for _, row in numbered[1:]] for name, place in places.items()}
+    found = {name: [row[place] for _, row in numbered[1:]] for name, place in places.items()}
+    return found, [number for number, _ in numbered[1:]]
 
 
 def check_name(text: str) -> str:

@@ -122,8 +122,8 @@ def format_diagnosis(found: Diagnosis, target_error: float | None = None) -> str
     lines = [_heading(found, about), ""]
     extra = f"{'features':>10}" if found.recommended is not None else ""
     lines.append(
-        "  layer  head  attention         error  uniform   matrix   effective keys     |q|^2     "
-        f"|k|^2{extra}"
+        "  layer  head  attention         error  uniform   matrix   effective keys       |q|  "
+        f"     |k|{extra}"
     )
     for row in table:
         keys = f"{row['effective_keys']:.1f} of {row['visible_keys']:.0f}"
@@ -134,8 +134,8 @@ def format_diagnosis(found: Diagnosis, target_error: float | None = None) -> str
             extra = f"{mark + format(recommended.features, ','):>10}"
         lines.append(
             f"  {row['layer']:5}  {row['head']:4}  {row['attention']:12}  {row['error']:9.3f}"
-            f"{row['uniform']:9.3f}{row['matrix']:9.3f}   {keys:>14}{row['query_norm']:10.1f}"
-            f"{row['key_norm']:10.1f}{extra}"
+            f"{row['uniform']:9.3f}{row['matrix']:9.3f}   {keys:>14}{row['query_norm']:10.2f}"
+            f"{row['key_norm']:10.2f}{extra}"
         )
     kinds = dict.fromkeys(row["attention"] for row in table)
     lines += ["", _verdict(about)]

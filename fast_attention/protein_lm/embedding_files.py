@@ -99,7 +99,7 @@ def _embed(
         if partial_work.has_part(work, number, digests[-1]):
             embedding.pass_window(model, items, config, shapes)
         else:
-            with naming_the_longest(ids, items):
+            with naming_the_longest(ids, [len(item.residues) for item in items]):
                 vectors = embedding.embed_window(model, items, config, shapes, progress)
             partial_work.save_part(work, number, digests[-1], _pack(ids, vectors, config))
             computed += found

@@ -22,7 +22,7 @@ from scipy.special import softmax
 from fast_attention.protein_lm import embedding, lora, model_file
 from fast_attention.protein_lm.flax_model import FlaxModel
 from fast_attention.protein_lm.json_files import check_fields, read_json, shown
-from fast_attention.protein_lm.linear_head import LinearHead
+from fast_attention.protein_lm.linear_head import LinearHead, Units
 from fast_attention.protein_lm.loading import load_run, open_run
 from fast_attention.protein_lm.output_files import open_output_folder, write_file, write_json
 from fast_attention.protein_lm.run_folder import PREDICTOR_FILES, RunError, RunFolder
@@ -87,7 +87,7 @@ class FineTuned:
           sequences: Residues, in upper case.
 
         Returns:
-          float32 ``[N]`` of a regression, otherwise probabilities float64 ``[N, K]``.
+          float64 ``[N]`` of a regression, otherwise probabilities float64 ``[N, K]``.
 
         Raises:
           ValueError: At a sequence that the model cannot read, see `embedding.embed_sequences`.
@@ -95,7 +95,7 @@ class FineTuned:
         return head_outputs(self.head, embed(self.model, sequences, self.max_length))
 
     def predict(self, sequences: Iterable[str]) -> np.ndarray | list[str]:
-        """The number of each protein, float32 ``[N]``, or the name of its most probable class."""
+        """The number of each protein, float64 ``[N]``, or the name of its most probable class."""
         outputs = self.outputs(sequences)
         if self.classes is None:
             return outputs
@@ -252,9 +252,11 @@ def embed(
 
 
 def head_outputs(head: LinearHead, vectors: np.ndarray) -> np.ndarray:
-    """From vectors ``[N, M]`` to numbers ``[N]`` or probabilities ``[N, K]``."""
-    outputs = head(vectors)
-    return softmax(outputs.astype(np.float64), -1) if outputs.shape[1] > 1 else outputs[:, 0]
+    """From vectors ``[N, M]`` to numbers ``[N]`` or probabilities ``[N, K]``, float64."""
+    outputs = np.asarray(head(vectors))
+    if outputs.shape[1] > 1:
+        return softmax(outputs.astype(np.float64), -1)
+    return Units(*head.units).restore(outputs[:, 0])
 
 
 def with_parameters(model: FlaxModel, parameters: Any, variables: Any) -> FlaxModel:

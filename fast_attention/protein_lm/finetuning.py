@@ -32,11 +32,16 @@ from fast_attention.protein_lm.flax_model import FlaxModel
 from fast_attention.protein_lm.labelled import PARTS, TASKS, as_numbers, choose_parts
 from fast_attention.protein_lm.linear_head import (
     LinearHead,
+    Units,
     cross_entropy,
     fit_classification,
     fit_regression,
 )
-from fast_attention.protein_lm.property_metrics import classification_metrics, regression_metrics
+from fast_attention.protein_lm.property_metrics import (
+    classification_metrics,
+    regression_metrics,
+    spearman,
+)
 from fast_attention.protein_lm.run_folder import RunError
 from fast_attention.protein_lm.token_batches import Shape
 
@@ -153,11 +158,11 @@ def fine_tune(
         if log is not None:
             log(row)
 
-    centre, spread = 0.0, 1.0
     class_weights = np.ones(1 if classes is None else len(classes))
+    numbers, units = targets, None
     if classes is None:
-        centre, spread = targets[rows["train"]].mean(), targets[rows["train"]].std()
-        targets = (targets - centre) / spread
+        units = Units.of(numbers[rows["train"]])
+        targets = units.standardise(numbers)
     elif config.balanced:
         counts = np.bincount(targets[rows["train"]], minlength=len(classes))
         class_weights = len(rows["train"]) / (len(classes) * np.maximum(counts, 1))
@@ -175,17 +180,18 @@ def fine_tune(
             model, sequences, targets, rows, head, class_weights, config, shapes, record
         )
         vectors = embed(model, sequences, config.max_length, shapes)
-    if classes is None:
-        # The standardisation of the targets becomes part of the head.
-        head = head._replace(
-            kernel=np.float32(spread) * head.kernel,
-            bias=np.float32(spread) * head.bias + np.float32(centre),
-        )
-        targets = targets * spread + centre
+    if units is not None:
+        # In float64 beside the float32 kernel, which has too few digits for them.
+        head = head._replace(units=np.array(units))
     outputs = head_outputs(head, vectors)
     measure = regression_metrics if classes is None else classification_metrics
+    trained = {sequences[row] for row in rows["train"]}
     measured = {
-        part: {"proteins": len(found)} | measure(targets[found], outputs[found])
+        part: {
+            "proteins": len(found),
+            "shared": 0 if part == "train" else sum(sequences[row] in trained for row in found),
+        }
+        | measure(numbers[found], outputs[found])
         for part, found in rows.items()
         if len(found)
     }
@@ -198,10 +204,11 @@ def _targets(
 ) -> tuple[tuple[str, ...] | None, np.ndarray]:
     if task == "regression":
         numbers = as_numbers(labels)
-        if np.ptp(numbers[train]) == 0:
+        some = numbers[train]
+        if some.min() == some.max() or Units.of(some).spread == 0:
             raise RunError(
                 f"all {len(train)} training labels are {numbers[train[0]]:g}: there is nothing to "
-                "learn; check the column of labels"
+                "learn; check the column of labels (--label_column)"
             )
         return None, numbers
     classes, targets = np.unique(np.array([str(label) for label in labels]), return_inverse=True)
@@ -209,12 +216,14 @@ def _targets(
     if len(present) < 2:
         raise RunError(
             f"all {len(train)} training proteins are of the class {str(present[0])!r}: there is "
-            "nothing to tell apart; check the column of labels and the split"
+            "nothing to tell apart; check the column of labels (--label_column) and the split "
+            "(--split_column)"
         )
     if len(classes) == len(labels):
         raise RunError(
-            f"each of the {len(labels)} proteins has a class of its own: choose task='regression' "
-            "for numbers, or another column of labels"
+            f"each of the {len(labels)} proteins has a class of its own: choose --task=regression "
+            "for numbers (task='regression' in Python), or another column of labels "
+            "(--label_column)"
         )
     return tuple(classes.tolist()), targets
 
@@ -224,11 +233,13 @@ def _valid_metrics(
 ) -> dict[str, float]:
     """The loss that is trained on, and the figure that people look at."""
     outputs = head_outputs(head, vectors)
+    about = {"proteins": len(targets)}
     if outputs.ndim == 1:
         loss = float(((outputs - targets) ** 2).mean())
-        return {"loss": loss, "spearman": regression_metrics(targets, outputs)["spearman"]}
+        return about | {"loss": loss, "spearman": spearman(targets, outputs)}
     accuracy = float((outputs.argmax(-1) == targets).mean())
-    return {"loss": cross_entropy(head(vectors), targets, class_weights), "accuracy": accuracy}
+    loss = cross_entropy(head(vectors), targets, class_weights)
+    return about | {"loss": loss, "accuracy": accuracy}
 
 
 def _tune_trunk(

@@ -22,6 +22,7 @@ from fast_attention.protein_lm.flax_model import FlaxModel
 from fast_attention.protein_lm.models import FlaxBERT
 from fast_attention.protein_lm.run_folder import RunError
 from fast_attention.protein_lm.sampling import row_keys
+from fast_attention.protein_lm.token_batches import TOKENS_PER_BATCH
 
 HIDDEN = "*"
 _ROWS_AT_ONCE = 16
@@ -124,7 +125,7 @@ def _fill(
     for protein, ids in proteins:
         count = int((ids == vocab.mask).sum())
         steps = min(count, rounds or count)
-        size = min(num_samples, _ROWS_AT_ONCE)
+        size = max(1, min(num_samples, _ROWS_AT_ONCE, TOKENS_PER_BATCH // len(ids)))
         for first in range(0, num_samples, size):
             keys = row_keys(seed, first, size)
             rows, values = _fill_rows(model, np.tile(ids, (size, 1)), steps, keys, options)

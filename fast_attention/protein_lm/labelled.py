@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fast_attention.protein_lm.columns import check_name, read_columns
+from fast_attention.protein_lm.columns import check_name, read_numbered_columns
 from fast_attention.protein_lm.fasta import PROTEIN_LETTERS
+from fast_attention.protein_lm.fasta_parser import MAX_RESIDUES
 from fast_attention.protein_lm.output_files import printable
 from fast_attention.protein_lm.run_folder import RunError
 
@@ -38,6 +39,7 @@ class Labelled(NamedTuple):
       parts: Of `PARTS`, or None where the table does not say.
       groups: Proteins of equal groups belong together, or None.
       left_out: What was left out, and why.
+      lines: Of the file, in which each row ends.
     """
 
     ids: list[str]
@@ -46,6 +48,7 @@ class Labelled(NamedTuple):
     parts: list[str] | None
     groups: list[str] | None
     left_out: list[str]
+    lines: list[int]
 
 
 def read_labelled(
@@ -59,6 +62,7 @@ def read_labelled(
     sequences: Mapping[str, str] | None = None,
     on_error: str = "raise",
     alphabet: str = PROTEIN_LETTERS,
+    longest: int = MAX_RESIDUES,
 ) -> Labelled:
     """Reads a table of proteins, see `columns.read_columns`.
 
@@ -73,13 +77,23 @@ def read_labelled(
       on_error: What to do at a letter outside `alphabet`: ``"raise"``, ``"skip"`` the row, or
         ``"replace"`` the letter by X. Rows without sequence or label are errors, too.
       alphabet: The residues that may occur.
+      longest: Most residues of a protein.
 
     Raises:
       RunError: If the table cannot be read or understood; the message names the row.
     """
     required = [label_column, *(name for name in (split_column, group_column) if name)]
     required.append(sequence_column if sequences is None else id_column)
-    table = read_columns(path, list(dict.fromkeys(required)), [id_column, "split"])
+    flags = {
+        sequence_column: "--sequence_column",
+        id_column: "--id_column",
+        label_column: "--label_column",
+        split_column or "": "--split_column",
+        group_column or "": "--group_column",
+    }
+    table, lines = read_numbered_columns(
+        path, list(dict.fromkeys(required)), [id_column, "split"], flags
+    )
     number = len(table[label_column])
     ids = table.get(id_column) or [str(row) for row in range(1, number + 1)]
     splits = table.get(split_column or "split")
@@ -87,12 +101,17 @@ def read_labelled(
     for row in range(number):
         try:
             if not table[label_column][row]:
-                raise ValueError(f"column {label_column!r} is empty")
+                raise ValueError(f"the column {label_column!r} (--label_column) is empty")
             residues = (
                 _lookup(sequences, ids[row])
                 if sequences is not None
                 else (table[sequence_column][row])
             )
+            if len(residues) > longest:
+                raise ValueError(
+                    f"the sequence has more than {longest:,} residues; use the first N of each "
+                    "with --max_length=N"
+                )
             residues = _clean(residues, on_error, alphabet)
             for name in (id_column, label_column, group_column):
                 if name in table:
@@ -100,10 +119,10 @@ def read_labelled(
             found.append(residues)
             kept.append(row)
         except ValueError as error:
-            told = f"row {row + 1} ({printable(ids[row][:80])}): {error}"
+            told = f"line {lines[row]} ({printable(ids[row][:80])}): {error}"
             if on_error != "skip":
                 raise RunError(
-                    f"{path}, {told}; correct the row, or leave such rows out with on_error=skip"
+                    f"{path}, {told}; correct the row, or leave such rows out with --on_error=skip"
                 ) from None
             left_out.append(told)
     if not kept:
@@ -116,24 +135,36 @@ def read_labelled(
         pick(ids),
         found,
         pick(table[label_column]),
-        None if splits is None else [_part(path, splits[row]) for row in kept],
+        None
+        if splits is None
+        else [_part(f"{path}, line {lines[row]}", splits[row]) for row in kept],
         pick(table[group_column]) if group_column else None,
         left_out,
+        [lines[row] for row in kept],
     )
 
 
-def as_numbers(labels: Sequence[str | float]) -> np.ndarray:
-    """Labels as float64 ``[N]``; raises RunError at one that is no finite number."""
+def as_numbers(labels: Sequence[str | float], places: Sequence[str] | None = None) -> np.ndarray:
+    """Labels as float64 ``[N]``.
+
+    Args:
+      labels: N numbers, or their text.
+      places: Where each is from, for the message.
+
+    Raises:
+      RunError: At a label that is no finite number.
+    """
     values = []
-    for row, label in enumerate(labels, 1):
+    for row, label in enumerate(labels):
         try:
             value = float(label)
         except (TypeError, ValueError):
             value = math.nan
         if not math.isfinite(value):
             raise RunError(
-                f"label {row} is {label!r}, which is no finite number: correct it, or choose "
-                "task='classification'"
+                f"{places[row] if places else f'label {row + 1}'}: the label {label!r} is no "
+                "finite number; correct it, or choose --task=classification "
+                "(task='classification' in Python)"
             )
         values.append(value)
     return np.array(values)
@@ -219,11 +250,11 @@ def _clean(residues: str, on_error: str, alphabet: str) -> str:
     return residues
 
 
-def _part(path: str | os.PathLike[str], name: str) -> str:
+def _part(place: str, name: str) -> str:
     found = _PART_NAMES.get(name.lower())
     if found is None:
         raise RunError(
-            f"{path}: the split {name!r} is none of train, valid and test; rename it, or name the "
-            "column of the split"
+            f"{place}: the split {name!r} is none of train, valid and test; rename it, or name "
+            "the column of the split with --split_column"
         )
     return found

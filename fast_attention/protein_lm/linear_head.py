@@ -14,6 +14,37 @@ from scipy.special import log_softmax
 _PENALTIES = 10.0 ** np.arange(-4, 3.5, 0.5)
 
 
+class Units(NamedTuple):
+    """How numbers are standardised: ``number = spread * standardised + centre``, in float64.
+
+    Attributes:
+      centre: Mean of the numbers.
+      spread: Their standard deviation.
+    """
+
+    centre: float
+    spread: float
+
+    @classmethod
+    def of(cls, numbers: np.ndarray) -> Units:
+        """Mean and standard deviation of finite numbers of any size, float64 ``[N]``."""
+        # Powers of two change no digit, and squares stay in range.
+        power = int(np.frexp(np.abs(numbers).max())[1])
+        scaled = np.ldexp(numbers, -power)
+        centre = scaled.mean()
+        return cls(float(np.ldexp(centre, power)), float(np.ldexp((scaled - centre).std(), power)))
+
+    def standardise(self, numbers: np.ndarray) -> np.ndarray:
+        """From numbers to standardised ones."""
+        power = int(np.frexp(max(abs(self.centre), self.spread))[1])
+        differences = np.ldexp(numbers, -power) - np.ldexp(self.centre, -power)
+        return differences / np.ldexp(self.spread, -power)
+
+    def restore(self, standardised: np.ndarray) -> np.ndarray:
+        """From standardised numbers to numbers, float64."""
+        return standardised.astype(np.float64) * self.spread + self.centre
+
+
 class LinearHead(NamedTuple):
     """``(x - mean) / scale @ kernel + bias``.
 
@@ -22,12 +53,15 @@ class LinearHead(NamedTuple):
       scale: float32 ``[M]``, their standard deviations.
       kernel: float32 ``[M, K]``.
       bias: float32 ``[K]``.
+      units: float64 ``[2]``, `Units` of the numbers that a regression predicts; outputs of the head
+        are standardised.
     """
 
     mean: Any
     scale: Any
     kernel: Any
     bias: Any
+    units: Any = (0.0, 1.0)
 
     def __call__(self, vectors: Any) -> Any:
         """From float ``[N, M]`` to ``[N, K]``."""

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from fast_attention.protein_lm.encoding import Encoded, longest_protein
+from fast_attention.protein_lm.encoding import longest_protein
 from fast_attention.protein_lm.fasta import FastaRecord
 from fast_attention.protein_lm.fasta_files import FastaPaths, read_proteins
 from fast_attention.protein_lm.fasta_parser import LONGEST_PROTEIN, MAX_RESIDUES
@@ -16,6 +16,13 @@ from fast_attention.protein_lm.skipped_records import SkippedRecords
 
 if TYPE_CHECKING:
     from fast_attention.protein_lm.flax_model import FlaxModel
+
+CROP = (
+    "use the first N residues with --max_length=N (max_length in Python), or leave long proteins "
+    "out with --on_error=skip"
+)
+CUT = "cut out the part that matters"
+"""In place of `CROP`, for commands that do not crop."""
 
 _ID_BYTES_PER_TOKEN = 64
 
@@ -44,6 +51,7 @@ def read_for_model(
     on_error: str = "raise",
     skipped: SkippedRecords | None = None,
     unique_ids: bool = False,
+    crop: str = CROP,
 ) -> Iterator[FastaRecord]:
     """Reads proteins one by one that a model has letters and room for.
 
@@ -55,6 +63,7 @@ def read_for_model(
       on_error: As for `read_proteins`. Of a protein that is too long, "raise" and "replace" raise.
       skipped: As for `read_proteins`.
       unique_ids: As for `read_proteins`.
+      crop: What an error about a longer record tells the user to do.
 
     Raises:
       FastaError: As `read_proteins`, and at a protein that is too long.
@@ -68,7 +77,7 @@ def read_for_model(
         )
     limit, remedy = MAX_RESIDUES, None
     if max_length is None:
-        limit, remedy = longest_record(room)
+        limit, remedy = longest_record(room, crop)
     return read_proteins(
         paths,
         alphabet=model.domain.vocab.symbols,
@@ -80,22 +89,22 @@ def read_for_model(
     )
 
 
-def longest_record(room: int | None) -> tuple[int, str]:
+def longest_record(room: int | None, crop: str = CROP) -> tuple[int, str]:
     """The most residues of a record that is read whole, and what to do with a longer one.
 
     Args:
       room: Most residues that the model can read; None is any number.
+      crop: How the caller crops proteins.
     """
     if room is not None and room < LONGEST_PROTEIN:
         return room, (
-            f"The model's learned positions have room for {room}: use the first {room} residues "
-            f"with --max_length={room} (max_length in Python), leave long proteins out with "
-            "--on_error=skip, or train a model with FlaxModel.positions = 'rotary'."
+            f"The model's learned positions have room for {room}: "
+            f"{crop.replace('the first N', f'the first {room}').replace('=N', f'={room}')}, or "
+            "train a model with FlaxModel.positions = 'rotary'."
         )
     return LONGEST_PROTEIN, (
         "No known protein is as long: check that this is no genome and that each protein has a "
-        "header of its own. Use the first N residues with --max_length=N (max_length in Python), "
-        "or leave such records out with --on_error=skip."
+        f"header of its own, or {crop}."
     )
 
 
@@ -105,8 +114,18 @@ def record_cost(name: str) -> int:
 
 
 @contextlib.contextmanager
-def naming_the_longest(ids: Sequence[str], proteins: Sequence[Encoded]) -> Iterator[None]:
+def naming_the_longest(
+    ids: Sequence[str],
+    lengths: Sequence[int],
+    remedy: str = "take a smaller --tokens_per_batch, or use the first N residues with "
+    "--max_length=N",
+) -> Iterator[None]:
     """Names the longest of some proteins where they need more memory than there is.
+
+    Args:
+      ids: Of the proteins.
+      lengths: Their residues.
+      remedy: What to do.
 
     Raises:
       RunError: In place of an error for lack of memory.
@@ -116,10 +135,9 @@ def naming_the_longest(ids: Sequence[str], proteins: Sequence[Encoded]) -> Itera
     except Exception as error:
         if machine_failure(error) != OUT_OF_MEMORY:
             raise
-        longest = max(range(len(ids)), key=lambda number: len(proteins[number].residues))
+        longest = max(range(len(ids)), key=lengths.__getitem__)
         raise RunError(
             f"out of memory at a group of {len(ids):,} proteins, the longest of which is "
-            f"{ids[longest][:100]!r} with {len(proteins[longest].residues):,} residues: take a "
-            "smaller --tokens_per_batch, or use the first N residues with --max_length=N "
+            f"{ids[longest][:100]!r} with {lengths[longest]:,} residues: {remedy} "
             f"({next(iter(str(error).splitlines()), 'MemoryError')[:200]})"
         ) from error

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from fast_attention.protein_lm.fasta import FastaRecord
-from fast_attention.protein_lm.mutations import Variant, parse_variant
+from fast_attention.protein_lm.mutations import Variant, is_notation, parse_variant
 
 _MUTANT, _ID = "mutant", "id"
 
@@ -20,7 +21,7 @@ class ListedMutation(NamedTuple):
     Attributes:
       text: The mutation, in the notation of `mutations`.
       id: Of the wild type, where the list says that.
-      line: Where it stands.
+      line: Where it stands; 0 where there is no file.
     """
 
     text: str
@@ -30,6 +31,8 @@ class ListedMutation(NamedTuple):
 
 def read_mutations(path: str | Path) -> list[ListedMutation]:
     """Reads a list of mutations: one per line, or a table with a column ``mutant``.
+
+    Where there is no file of this name, the name itself is read as mutations between commas.
 
     The file is a table if its first line that is not empty, cut at tabs if it has any and else at
     commas, has a cell ``mutant``; that line is its header then. In a table the column ``id``,
@@ -44,6 +47,8 @@ def read_mutations(path: str | Path) -> list[ListedMutation]:
       ValueError: If it has no mutation, or a line of a table ends before its mutation.
       OSError: If it cannot be read.
     """
+    if not os.path.exists(path):
+        return _inline(str(path))
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -77,13 +82,27 @@ def read_mutations(path: str | Path) -> list[ListedMutation]:
     return found
 
 
+def _inline(text: str) -> list[ListedMutation]:
+    """Mutations that are given in place of a file."""
+    parts = [part.strip() for part in text.split(",")]
+    unread = [part for part in parts if not is_notation(part)]
+    if unread:
+        raise ValueError(
+            f"--mutations={text[:200]} is neither a file nor mutations: there is no such file, "
+            f"and {unread[0][:60]!r} is no mutation; check the path, or give mutations such as "
+            "A12G,L40P:K41R"
+        )
+    return [ListedMutation(part, None, 0) for part in parts]
+
+
 def variants_of_list(
     path: str | Path, wild_types: Sequence[FastaRecord]
 ) -> list[tuple[FastaRecord, list[Variant]]]:
     """Reads a list of mutations of some wild types.
 
     Args:
-      path: As for `read_mutations`.
+      path: As for `read_mutations`; where there is no such file, the mutations themselves,
+        separated by commas: ``A12G,L40P:K41R`` is one of a residue and one of two.
       wild_types: With ids that differ.
 
     Returns:
@@ -96,7 +115,7 @@ def variants_of_list(
     by_id = {wild.id: wild for wild in wild_types}
     found: dict[str, list[Variant]] = {}
     for mutation in read_mutations(path):
-        place = f"{path}, line {mutation.line}"
+        place = f"{path}, line {mutation.line}" if mutation.line else f"--mutations={path}"
         if mutation.id is None and len(wild_types) > 1:
             raise ValueError(
                 f"{path}: there are {len(wild_types)} wild types, and nothing says which of them "

@@ -18,7 +18,7 @@ Indels are written as the HGVS recommends (https://hgvs-nomenclature.org), with 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from fast_attention.protein_lm.vocabulary import STANDARD_RESIDUES
@@ -126,13 +126,27 @@ def all_substitutions(wild_type: str, places: Iterable[int] | None = None) -> li
       wild_type: The protein.
       places: Where, from 0 on; None is everywhere.
     """
-    found = []
+    return list(iterate_substitutions(wild_type, places))
+
+
+def iterate_substitutions(wild_type: str, places: Iterable[int] | None = None) -> Iterator[Variant]:
+    """Yields what `all_substitutions` returns, one by one."""
     for place in range(len(wild_type)) if places is None else places:
         for residue in STANDARD_RESIDUES:
             if residue != wild_type[place]:
                 name = f"{wild_type[place]}{place + 1}{residue}"
-                found.append(Variant(name, (Edit(place, place + 1, residue),)))
-    return found
+                yield Variant(name, (Edit(place, place + 1, residue),))
+
+
+def is_notation(text: str) -> bool:
+    """Whether a text is written as mutations are, whatever the wild type; see this module."""
+    parts = [part.strip() for part in re.split("[:,]", text)]
+    return text.strip().upper() == "WT" or all(
+        _SUBSTITUTION.fullmatch(part.upper())
+        or _INDEL.fullmatch(part)
+        or _BARE_DELETION.fullmatch(part)
+        for part in parts
+    )
 
 
 def parse_positions(text: str, length: int) -> list[int]:

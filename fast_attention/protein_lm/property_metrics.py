@@ -33,13 +33,19 @@ def regression_metrics(truth: np.ndarray, predicted: np.ndarray) -> dict[str, fl
       ``spearman``, ``r2`` (1 - residual / total sum of squares, which is negative where the mean
       of `truth` would be the better guess), ``rmse`` and ``rmse_of_mean`` (of that guess).
     """
-    residual = float(((truth - predicted) ** 2).mean())
-    total = float(((truth - truth.mean()) ** 2).mean())
+    largest = max(np.abs(truth).max(), np.abs(predicted).max())
+    # Powers of two change no digit, and squares of huge and tiny numbers stay in range.
+    power = int(np.frexp(largest)[1]) + 1
+    truth, predicted = np.ldexp(truth, -power), np.ldexp(predicted, -power)
+    residuals, deviations = truth - predicted, truth - truth.mean()
+    unit = max(np.abs(residuals).max(), np.abs(deviations).max()) or 1.0
+    residual = float(((residuals / unit) ** 2).mean())
+    total = float(((deviations / unit) ** 2).mean())
     return {
         "spearman": spearman(truth, predicted),
         "r2": 1 - residual / total if total else 0.0,
-        "rmse": residual**0.5,
-        "rmse_of_mean": total**0.5,
+        "rmse": float(np.ldexp(residual**0.5 * unit, power)),
+        "rmse_of_mean": float(np.ldexp(total**0.5 * unit, power)),
     }
 
 

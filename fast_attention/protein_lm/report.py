@@ -24,6 +24,22 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
+def shared_note(name: str, shared: int, total: int) -> str:
+    """Says how many proteins of a part are trained on, too; empty if none is.
+
+    Args:
+      name: Of the part, such as ``"validation"``.
+      shared: Its proteins with the sequence of one that is trained on.
+      total: All of its proteins.
+    """
+    if not shared:
+        return ""
+    return (
+        f"{shared:,} of {total:,} {name} proteins are identical to proteins that are trained on: "
+        "figures on them say little of new proteins"
+    )
+
+
 def format_evaluation(result: dict[str, Any]) -> str:
     """The tables of `evaluation.evaluate_on`."""
     asked = "residues" if result["objective"] == "causal" else "hidden residues"

@@ -103,16 +103,16 @@ def _score_proteins(
     ):
         encoded = [protein.encoded for protein in window]
         ids = [protein.id for protein in window]
+        scored = [len(item.residues) for item in encoded]
         digest = partial_work.window_digest(work, ids, encoded)
         resumed = partial_work.has_part(work, number, digest)
         if not resumed:
-            with naming_the_longest(ids, encoded):
+            with naming_the_longest(ids, scored):
                 values = _score(model, encoded, names, tokens_per_batch, shapes, progress)
             partial_work.save_part(work, number, digest, {"values": values})
         else:
             values = partial_work.read_part(work, number, digest, ["values"])["values"]
             scoring.plan_encoded(model, encoded, tokens_per_batch, shapes)
-        scored = [len(item.residues) for item in encoded]
         for protein, length, row in zip(window, scored, values.tolist(), strict=True):
             write([protein.id, protein.residues, length, *row])
         done = Done(

@@ -6,30 +6,35 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fast_attention.protein_lm.corpus import FastaPaths
 from fast_attention.protein_lm.fasta_files import read_proteins
+from fast_attention.protein_lm.fasta_parser import LONGEST_PROTEIN, MAX_RESIDUES
 from fast_attention.protein_lm.finetuned import fingerprint
 from fast_attention.protein_lm.finetuning import TuningConfig, fine_tune
-from fast_attention.protein_lm.labelled import read_labelled
+from fast_attention.protein_lm.labelled import as_numbers, read_labelled
 from fast_attention.protein_lm.loading import load_run
+from fast_attention.protein_lm.model_inputs import longest_record
 from fast_attention.protein_lm.output_files import (
     check_output_folder,
     json_text,
     open_output_folder,
     write_json,
 )
-from fast_attention.protein_lm.report import format_table
+from fast_attention.protein_lm.prediction_files import prediction_columns, prediction_rows
+from fast_attention.protein_lm.report import format_table, shared_note
 from fast_attention.protein_lm.run_folder import RunError, RunFolder
 from fast_attention.protein_lm.skipped_records import SkippedRecords
-from fast_attention.protein_lm.tables import write_table
+from fast_attention.protein_lm.tables import open_table
 
 _SHOWN_CLASSES = 12
+_FEW = 20
+"""Fewer proteins than this give a correlation or a share of hits mostly by chance."""
+
+_PARTS = {"train": "training", "valid": "validation", "test": "test"}
 
 
 def run_tuning(
@@ -75,6 +80,7 @@ def run_tuning(
     letters = loaded.model.domain.vocab.symbols
     sequences = None
     on_error = columns.get("on_error", "raise")
+    limit = MAX_RESIDUES if options.get("max_length") else LONGEST_PROTEIN
     if fasta is not None:
         records = read_proteins(
             fasta,
@@ -82,12 +88,16 @@ def run_tuning(
             on_error=on_error,
             skipped=SkippedRecords() if on_error == "skip" else None,
             unique_ids=True,
+            max_residues=limit,
+            too_long=longest_record(None)[1],
         )
         sequences = {record.id: record.sequence for record in records}
-    found = read_labelled(table, **columns, sequences=sequences, alphabet=letters)
+    found = read_labelled(table, **columns, sequences=sequences, alphabet=letters, longest=limit)
+    if task == "regression":
+        as_numbers(found.labels, [f"{table}, line {line}" for line in found.lines])
     asked = {
         "trunk": fingerprint(loaded.model),
-        "data": hashlib.sha256(json.dumps(found).encode()).hexdigest(),
+        "data": hashlib.sha256(json.dumps(found._replace(lines=[])).encode()).hexdigest(),
         "task": task,
         "options": dataclasses.asdict(TuningConfig(**options)),
         "whole_model": whole_model,
@@ -129,9 +139,14 @@ def run_tuning(
             )
         assert tuned.fit is not None
         tuned.save(path, run_dir=loaded.folder.path, whole=whole_model)
-        extra = {"part": tuned.fit.parts.tolist(), "label": found.labels}
-        predictions = prediction_columns(found.ids, tuned.classes, tuned.fit.outputs, extra)
-        write_table(path / "predictions.tsv", predictions)
+        types = prediction_columns(tuned.classes)
+        columns_written = {"id": types.pop("id"), "part": str, "label": str} | types
+        with open_table(path / "predictions.tsv", columns_written) as write:
+            predicted = prediction_rows(tuned.classes, tuned.fit.outputs)
+            for name, part, label, row in zip(
+                found.ids, tuned.fit.parts.tolist(), found.labels, predicted, strict=True
+            ):
+                write([name, part, label, *row])
         result = {
             "asked": asked,
             "method": tuned.method,
@@ -145,22 +160,6 @@ def run_tuning(
     return result
 
 
-def prediction_columns(
-    ids: Sequence[str],
-    classes: Sequence[str] | None,
-    outputs: np.ndarray,
-    extra: Mapping[str, Sequence[str]] | None = None,
-) -> dict[str, Sequence[Any]]:
-    """The columns of a table of predictions: id, prediction, and the probability of each class."""
-    columns: dict[str, Sequence[Any]] = {"id": ids, **(extra or {})}
-    if classes is None:
-        columns["prediction"] = list(outputs)
-    else:
-        columns["prediction"] = [classes[number] for number in outputs.argmax(-1)]
-        columns |= {f"p_{name}": list(outputs[:, number]) for number, name in enumerate(classes)}
-    return columns
-
-
 def format_result(result: dict[str, Any], folder: Path) -> str:
     """What a finished fine-tuning reached, as told at its end."""
     if result["classes"] is None:
@@ -168,10 +167,15 @@ def format_result(result: dict[str, Any], folder: Path) -> str:
     else:
         names = ("accuracy", "accuracy_of_majority", "macro_f1")
     rows = [
-        (part, f"{found['proteins']:,}", *(f"{found[name]:.3f}" for name in names))
+        (part, f"{found['proteins']:,}", *(_figure(name, found[name]) for name in names))
         for part, found in result["metrics"].items()
     ]
     parts = [format_table(("", "proteins", *(name.replace("_", " ") for name in names)), rows)]
+    for part, found in result["metrics"].items():
+        if note := shared_note(_PARTS[part], found["shared"], found["proteins"]):
+            parts.append(note)
+        if part != "train" and (note := _few_note(found["proteins"])):
+            parts.append(f"the figures of '{part}' are of {note}")
     held = "test" if "test" in result["metrics"] else "valid"
     if held == "valid":
         parts.append(
@@ -190,4 +194,20 @@ def _progress(row: dict[str, Any]) -> str:
     where = "frozen trunk" if row["split"] == "frozen" else f"epoch {row['epoch']}"
     names = ("loss", "spearman", "accuracy")
     figures = ", ".join(f"{name} {row[name]:.4f}" for name in names if name in row)
-    return f"{where}: validation {figures}"
+    number = row["proteins"]
+    return f"{where}: validation {figures} (of {_few_note(number) or f'{number:,} proteins'})"
+
+
+def _few_note(number: int) -> str:
+    """Says that proteins are too few for their figures to mean much; empty if they are not."""
+    if number >= _FEW:
+        return ""
+    named = "1 protein" if number == 1 else f"{number} proteins"
+    return f"{named}, which is too few: have {_FEW} or more"
+
+
+def _figure(name: str, value: float | None) -> str:
+    """A figure in a table; errors are in units of the label and may have any size."""
+    if value is None:
+        return "none"
+    return f"{value:.4g}" if name.startswith("rmse") else f"{value:.3f}"

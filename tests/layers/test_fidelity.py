@@ -80,9 +80,9 @@ def test_figures_are_those_of_the_queries_keys_and_values_inside(function, causa
     assert (found.layer, found.first_head, found.causal) == (1, 1, causal)
     assert found.positions == MASK.sum() and found.attention_fn is function
     squares = (np.asarray(call.query) ** 2).sum(-1)[MASK].mean(0)
-    np.testing.assert_allclose(found.query_norm, squares, rtol=1e-5)
+    np.testing.assert_allclose(found.query_norm, np.sqrt(squares), rtol=1e-5)
     squares = (np.asarray(call.key) ** 2).sum(-1)[MASK].mean(0).repeat(H // K)
-    np.testing.assert_allclose(found.key_norm, squares, rtol=1e-5)
+    np.testing.assert_allclose(found.key_norm, np.sqrt(squares), rtol=1e-5)
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,10 @@ def test_the_table_is_what_layers_tell_and_padding_does_not_count(lm_run, fasta,
         parts.append((len(tokens), measure_fidelity(module, jnp.asarray([tokens]))[0]))
     positions = sum(length for length, _ in parts)
     assert f"{positions} positions of 2 proteins" in printed
-    norms = sum(length * part.query_norm for length, part in parts) / positions
+    norms = np.sqrt(sum(length * part.query_norm**2 for length, part in parts) / positions)
+    assert (
+        re.search(rf"  1     1  features .* {norms[0]:.2f} +\d", printed) and "|q|^2" not in printed
+    )
     np.testing.assert_allclose([float(row["query_norm"]) for row in heads], norms, rtol=1e-4)
     keys = sum(length * part.effective_keys for length, part in parts) / positions
     np.testing.assert_allclose([float(row["effective_keys"]) for row in heads], keys, rtol=1e-4)

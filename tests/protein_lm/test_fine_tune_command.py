@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from fast_attention.protein_lm import cli, finetuned, read_fasta, write_fasta
+from fast_attention.protein_lm import cli, finetuned, prediction_files, read_fasta, write_fasta
 from fast_attention.protein_lm.columns import read_columns
 from fast_attention.protein_lm.finetuning import FineTuned
 from fast_attention.protein_lm.loading import load_run
@@ -102,8 +102,12 @@ def test_classes_by_id_with_adapters_in_a_whole_model(
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
-        (["--label_column=tm"], "no column 'tm'"),
-        (["--label_column=kind"], "no finite number"),
+        (["--label_column=tm"], "table.csv, line 1: there is no column 'tm'"),
+        (["--label_column=tm"], "name the column with --label_column"),
+        (["--label_column=kind"], "table.csv, line 2: the label 'other' is no finite number"),
+        (["--label_column=kind"], "--task=classification"),
+        (["--split_column=kind"], "table.csv, line 2: the split 'other'"),
+        (["--split_column=kind"], "--split_column"),
         (["--epochs=3"], "--epochs needs --method"),
         (["--method=full", "--rank=3"], "--rank needs --method=lora"),
         (["--balanced"], "--balanced needs --task=classification"),
@@ -164,3 +168,96 @@ def test_a_family_is_learned(lm_run, records, tmp_path, capsys):
     command[-1] = f"--output={lm_run}"
     assert cli.main(command) == 1
     assert "another folder" in capsys.readouterr().err
+
+
+def test_predictions_are_written_window_by_window(arguments, records, tmp_path, monkeypatch):
+    folder, fasta = tmp_path / "out", tmp_path / "new.fasta"
+    assert cli.main(arguments(folder)) == 0
+    write_fasta(fasta, records[:7])
+    found, sizes, outputs = [], [], FineTuned.outputs
+
+    def count(tuned, sequences):
+        sequences = list(sequences)
+        sizes.append(len(sequences))
+        return outputs(tuned, sequences)
+
+    monkeypatch.setattr(FineTuned, "outputs", count)
+    for number, most in enumerate((100, 2)):
+        monkeypatch.setattr(prediction_files, "_MOST", most)
+        output = tmp_path / f"{number}.tsv"
+        command = ["predict", f"--model={folder}", f"--fasta={fasta}", f"--output={output}"]
+        assert cli.main(command) == 0
+        found.append(read_columns(output))
+    assert sizes == [7, 2, 2, 2, 1]
+    assert found[0]["id"] == found[1]["id"]
+    values = [np.array(table["prediction"], float) for table in found]
+    np.testing.assert_allclose(*values, atol=1e-5)
+
+
+def write_labels(path, records, make):
+    lines = [f"{r.id},{r.sequence},{make(r.sequence)!r}" for r in records]
+    path.write_text("\n".join(["id,sequence,label", *lines]) + "\n")
+
+
+def fine_tune(lm_run, table, folder):
+    command = ["fine-tune", f"--run_dir={lm_run}", f"--table={table}", "--task=regression"]
+    assert cli.main([*command, f"--output={folder}"]) == 0
+    text = (folder / "result.json").read_text()
+    return json.loads(text, parse_constant=lambda name: pytest.fail(name))["metrics"]
+
+
+def count_of_k(sequence):
+    return float(sequence.count("K")) + len(sequence) / 100
+
+
+def test_labels_of_any_size_keep_their_digits(lm_run, records, tmp_path):
+    found = {}
+    for name, make in {
+        "plain": count_of_k,
+        "shifted": lambda sequence: 1e9 + count_of_k(sequence),
+        "tiny": lambda sequence: 1e-300 * count_of_k(sequence),
+        "huge": lambda sequence: 1e300 * count_of_k(sequence),
+    }.items():
+        write_labels(tmp_path / f"{name}.csv", records[:60], make)
+        metrics = fine_tune(lm_run, tmp_path / f"{name}.csv", tmp_path / name)
+        found[name] = metrics["train"]
+        table = read_columns(tmp_path / name / "predictions.tsv")
+        assert np.isfinite(np.array(table["prediction"], float)).all()
+        tuned = FineTuned.load(tmp_path / name)
+        np.testing.assert_allclose(
+            tuned.predict([record.sequence for record in records[:60]]),
+            np.array(table["prediction"], float),
+            rtol=1e-5 if name != "shifted" else 1e-14,
+        )
+    plain = found["plain"]
+    for name, unit in (("shifted", 1.0), ("tiny", 1e-300), ("huge", 1e300)):
+        assert found[name]["spearman"] == pytest.approx(plain["spearman"], abs=1e-2)
+        assert found[name]["r2"] == pytest.approx(plain["r2"], abs=1e-4)
+        assert found[name]["rmse"] == pytest.approx(unit * plain["rmse"], rel=1e-3)
+
+
+def test_few_and_repeated_proteins_are_said(lm_run, records, tmp_path, capsys):
+    table = tmp_path / "t.csv"
+    parts = ["train"] * 6 + ["valid"] * 3
+    chosen = [*records[:6], records[0], records[1], records[7]]
+    lines = [
+        f"p{i},{record.sequence},{count_of_k(record.sequence)},{part}"
+        for i, (record, part) in enumerate(zip(chosen, parts, strict=True))
+    ]
+    table.write_text("\n".join(["id,sequence,label,split", *lines]) + "\n")
+    metrics = fine_tune(lm_run, table, tmp_path / "out")
+    assert metrics["valid"]["proteins"] == 3 and metrics["valid"]["shared"] == 2
+    told = capsys.readouterr().out
+    assert "(of 3 proteins, which is too few" in told.splitlines()[0]
+    assert "the figures of 'valid' are of 3 proteins, which is too few" in told
+    assert "2 of 3 validation proteins are identical to proteins that are trained on" in told
+
+
+def test_a_genome_in_a_table_is_refused_by_its_line(arguments, records, tmp_path, capsys):
+    table = tmp_path / "t.csv"
+    table.write_text(f"id,sequence,label\nNC_1,{'ACGT' * 20_000},1.0\n")
+    command = [a for a in arguments(tmp_path / "out") if not a.startswith(("--table", "--label"))]
+    assert cli.main([*command, f"--table={table}"]) == 1
+    told = capsys.readouterr().err
+    assert "t.csv, line 2 (NC_1): the sequence has more than 50,000 residues" in told
+    assert "--max_length=N" in told

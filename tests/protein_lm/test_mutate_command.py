@@ -4,7 +4,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from fast_attention.protein_lm import cli
+from fast_attention.protein_lm import cli, mutation_effects
+from fast_attention.protein_lm.commands import mutate as mutate_command
 from fast_attention.protein_lm.heatmap import effect_matrix
 from fast_attention.protein_lm.loading import load_run
 from fast_attention.protein_lm.mutation_effects import score_variants
@@ -98,6 +99,61 @@ def test_a_bad_list_is_told_with_its_line(lm_run, tmp_path, capsys, text, expect
     path.write_text(text)
     told = fails(lm_run, tmp_path, capsys, f"--sequence={WILD}", f"--mutations={path}")
     assert expected in told and str(path) in told
+
+
+def test_mutations_may_be_given_in_place_of_a_file(lm_run, tmp_path):
+    listed, output = tmp_path / "list.txt", tmp_path / "out.tsv"
+    listed.write_text("K2G\nK2del\nR10W:M1V\n")
+    found = []
+    for mutations in (listed, "K2G, K2del,R10W:M1V"):
+        assert mutate(lm_run, output, f"--sequence={WILD}", f"--mutations={mutations}") == 0
+        found.append(rows(output))
+    assert found[0] == found[1] and [row["mutant"] for row in found[1]][2] == "R10W:M1V"
+
+
+@pytest.mark.parametrize(
+    ("mutations", "expected"),
+    [
+        ("absent.tsv", "neither a file nor mutations: there is no such file, and 'absent.tsv'"),
+        ("K2G,hello", "'hello' is no mutation; check the path, or give mutations such as A12G"),
+        ("A2G", "--mutations=A2G: A2G: the wild type has K at position 2, and not A"),
+        ("K" * 300, "neither a file nor mutations"),
+        ("K2G,", "'' is no mutation"),
+    ],
+    ids=["absent", "word", "misfit", "long", "comma"],
+)
+def test_what_is_neither_a_file_nor_a_mutation_is_told(
+    lm_run, tmp_path, capsys, mutations, expected
+):
+    told = fails(lm_run, tmp_path, capsys, f"--sequence={WILD}", f"--mutations={mutations}")
+    assert expected in told
+
+
+def test_mutants_are_scored_in_groups(lm_run, tmp_path, monkeypatch):
+    whole, output = tmp_path / "whole.tsv", tmp_path / "out.tsv"
+    assert mutate(lm_run, whole, f"--sequence={WILD}", "--all") == 0
+    groups, score = [], mutation_effects.score_variants
+
+    def count(model, wild_type, variants, **options):
+        groups.append(len(variants))
+        return score(model, wild_type, variants, **options)
+
+    monkeypatch.setattr(mutation_effects, "score_variants", count)
+    monkeypatch.setattr(mutate_command, "_GROUP", 60)
+    arguments = [f"--sequence={WILD}", "--all", f"--heatmap={tmp_path / 'x.png'}"]
+    assert mutate(lm_run, output, *arguments) == 0
+    assert sum(groups) == 190 and max(groups) == 30
+    one, two = rows(whole), rows(output)
+    assert [row["mutant"] for row in one] == [row["mutant"] for row in two]
+    values = [[float(row["log_likelihood_ratio"]) for row in found] for found in (one, two)]
+    np.testing.assert_allclose(*values, atol=1e-4)
+
+
+def test_a_genome_is_refused_by_its_name(lm_run, tmp_path, capsys):
+    fasta = tmp_path / "genome.fasta"
+    fasta.write_text(">NC_1\n" + "ACGT" * 20_000 + "\n")
+    told = fails(lm_run, tmp_path, capsys, f"--fasta={fasta}", "--all")
+    assert "'NC_1' has more than 50,000 residues" in told and "genome" in told
 
 
 def test_what_cannot_be_done_is_told(lm_run, bert_run, fasta, tmp_path, capsys):

@@ -43,7 +43,12 @@ def test_hidden_residues_are_filled_in(bert_run, tmp_path, capsys):
     assert cli.main([*common, "--infill=mk*a"]) == 0
     (one,) = read_fasta(output)
     assert one.id == "infill_1"
+    long = "MKT" * 100 + "*"
+    assert cli.main([*common, f"--infill={long[-60:]}"]) == 0
+    assert "301 residues" in fails([*common, f"--infill={long}"], capsys)
     assert "neither a file nor residues" in fails([*common, "--infill=M-K"], capsys)
+    told = fails([*common, f"--infill={'M' * 300}-"], capsys)
+    assert "neither a file nor residues" in told and "'-' is none of" in told and len(told) < 400
     assert "--infill" in fails(common, capsys)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import itertools
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from fast_attention.protein_lm.commands import arguments
@@ -22,7 +24,13 @@ works less well.
 
 A12G turns the A at position 12 (counted from 1) into a G, A12G:L40P does two things at once. With
 FlaxLM there are also A12del, A12_L14del (deletions), A12_L13insGS (an insertion) and A12delinsGS (a
-replacement)."""
+replacement).
+
+A wild type has at most 50,000 residues. Mutants are scored and written in groups, so that memory
+does not grow with their number."""
+
+_GROUP = 2**14
+"""Edits of the mutants that are in memory together."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mutations",
         metavar="FILE",
         help="one mutation per line, or a table (tab or comma) with a column 'mutant', as those of "
-        "ProteinGym; a column 'id' says which of several wild types is meant",
+        "ProteinGym; a column 'id' says which of several wild types is meant. Or, where there is "
+        "no such file, the mutations themselves: A12G,L40P:K41R is A12G, and L40P with K41R",
     )
     what.add_argument("--all", action="store_true", help="all 19 substitutions at every position")
     what.add_argument(
@@ -73,6 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Runs the command."""
+    import numpy as np
     from tqdm import tqdm
 
     from fast_attention.protein_lm import heatmap, mutation_effects
@@ -85,72 +95,110 @@ def run(options: argparse.Namespace) -> None:
     if options.positions and not options.all:
         raise ValueError("--positions says where --all substitutes: give both, or neither")
     work = _work(options)
+    # What is wrong with the first proteins is found before the model is loaded.
+    begin = list(itertools.islice(work, 2))
     if options.heatmap:
-        heatmap.check([variant for _, variants in work for variant in variants], len(work))
+        heatmap.check(begin)
+    work = itertools.chain(begin, work)
     model = load_run(options.run_dir, gin_file=options.gin_file).model
     method = mutation_effects.choose_method(model, options.method)
     columns = mutation_effects.score_columns(method)
     types = {"id": str, "mutant": str} | dict.fromkeys(columns, float)
-    count = 0
+    count = proteins = 0
     with (
         open_table(options.output, types) as write,
         tqdm(desc="mutate", unit=" proteins read", disable=None) as bar,
     ):
-        for wild_type, variants in work:
-            scores = mutation_effects.score_variants(
-                model,
-                wild_type.sequence,
-                variants,
-                method=method,
-                tokens_per_batch=options.tokens_per_batch,
-                progress=bar.update,
-            )
-            for variant, *values in zip(variants, *scores.values(), strict=True):
-                write([wild_type.id, variant.name, *map(float, values)])
-            count += len(variants)
-            if options.heatmap:
-                values = scores[columns[0]]
-                heatmap.plot_heatmap(
-                    options.heatmap, wild_type.sequence, variants, values, columns[0]
+        for wild_type, mutants in work:
+            proteins += 1
+            matrix = None
+            for variants in _groups(mutants):
+                scores = mutation_effects.score_variants(
+                    model,
+                    wild_type.sequence,
+                    variants,
+                    method=method,
+                    tokens_per_batch=options.tokens_per_batch,
+                    progress=bar.update,
                 )
+                for variant, *values in zip(variants, *scores.values(), strict=True):
+                    write([wild_type.id, variant.name, *map(float, values)])
+                count += len(variants)
+                if options.heatmap:
+                    values = scores[columns[0]]
+                    part = heatmap.effect_matrix(wild_type.sequence, variants, values)
+                    matrix = part if matrix is None else np.where(np.isnan(part), matrix, part)
+            if matrix is not None:
+                places = _places(options, wild_type)
+                span = None if places is None else (places[0], places[-1] + 1)
+                heatmap.plot_heatmap(options.heatmap, wild_type, matrix, columns[0], span=span)
     print(
-        f"{count:,} mutants of {len(work):,} proteins written to {options.output}",
+        f"{count:,} mutants of {proteins:,} proteins written to {options.output}",
         file=status_stream(options.output, options.heatmap),
     )
 
 
-def _work(options: argparse.Namespace) -> list[tuple[FastaRecord, list[Variant]]]:
-    """The wild types, and the variants of each."""
-    from fast_attention.protein_lm.fasta import FastaRecord
+def _work(options: argparse.Namespace) -> Iterator[tuple[FastaRecord, Iterable[Variant]]]:
+    """Yields the wild types, and the variants of each."""
     from fast_attention.protein_lm.fasta_files import read_proteins
+    from fast_attention.protein_lm.model_inputs import CUT, longest_record
     from fast_attention.protein_lm.mutation_files import variants_of_list
-    from fast_attention.protein_lm.mutations import (
-        all_substitutions,
-        parse_positions,
-        variant_of,
-    )
+    from fast_attention.protein_lm.mutations import iterate_substitutions, variant_of
 
-    if options.sequence is None:
-        wild_types = list(read_proteins(options.fasta, unique_ids=True))
-    elif options.sequence:
-        wild_types = [FastaRecord("protein", "", options.sequence.upper())]
-    else:
-        raise ValueError("--sequence is empty: give the residues of the wild type")
-    if options.mutations:
-        return variants_of_list(options.mutations, wild_types)
+    limit, too_long = longest_record(None, CUT)
+    wild_types = _wild_types(options, limit, too_long)
     if options.all:
-        work = []
         for wild in wild_types:
-            places = None
-            if options.positions:
-                places = parse_positions(options.positions, len(wild.sequence))
-            work.append((wild, all_substitutions(wild.sequence, places)))
-        return work
-    if len(wild_types) > 1:
+            yield wild, iterate_substitutions(wild.sequence, _places(options, wild))
+        return
+    known = list(wild_types)
+    if options.mutations:
+        yield from variants_of_list(options.mutations, known)
+        return
+    if len(known) > 1:
         raise ValueError(
-            f"--variants are those of one wild type, but there are {len(wild_types)}: run the "
+            f"--variants are those of one wild type, but there are {len(known)}: run the "
             "command for each"
         )
-    (wild,) = wild_types
-    mutants = read_proteins(options.variants)
-    return [(wild, [variant_of(mutant.id, mutant.sequence, wild.sequence) for mutant in mutants])]
+    (wild,) = known
+    mutants = read_proteins(options.variants, max_residues=limit, too_long=too_long)
+    variants = (variant_of(mutant.id, mutant.sequence, wild.sequence) for mutant in mutants)
+    # For a picture they are looked at twice.
+    yield wild, list(variants) if options.heatmap else variants
+
+
+def _wild_types(options: argparse.Namespace, limit: int, too_long: str) -> Iterator[FastaRecord]:
+    from fast_attention.protein_lm.fasta import FastaRecord
+    from fast_attention.protein_lm.fasta_files import read_proteins
+
+    if options.sequence is None:
+        yield from read_proteins(
+            options.fasta, unique_ids=True, max_residues=limit, too_long=too_long
+        )
+    elif len(options.sequence) > limit:
+        raise ValueError(f"--sequence has more than {limit:,} residues. {too_long}")
+    elif options.sequence:
+        yield FastaRecord("protein", "", options.sequence.upper())
+    else:
+        raise ValueError("--sequence is empty: give the residues of the wild type")
+
+
+def _places(options: argparse.Namespace, wild: FastaRecord) -> list[int] | None:
+    """The positions of ``--positions``, from 0; None where all are meant."""
+    from fast_attention.protein_lm.mutations import parse_positions
+
+    return parse_positions(options.positions, len(wild.sequence)) if options.positions else None
+
+
+def _groups(variants: Iterable[Variant]) -> Iterator[list[Variant]]:
+    """Yields lists of variants that have about `_GROUP` edits together."""
+    group: list[Variant] = []
+    edits = 0
+    for variant in variants:
+        group.append(variant)
+        edits += 1 + len(variant.edits)
+        if edits >= _GROUP:
+            yield group
+            group, edits = [], 0
+    if group:
+        yield group

@@ -9,7 +9,8 @@ from fast_attention.protein_lm.commands import arguments
 SUMMARY = "predict a property that a model was taught"
 DESCRIPTION = """\
 Predict the property that 'protein-lm fine-tune --table=...' taught, for the proteins of FASTA
-files, as a table with one line per protein.
+files, as a table with one line per protein. Proteins are cropped as they were for 'fine-tune
+--max_length'; without it, one of more than 50,000 residues is refused.
 
   protein-lm predict --model=runs/stability --fasta=new.fasta --output=predictions.tsv"""
 
@@ -40,26 +41,23 @@ def run(options: argparse.Namespace) -> None:
     from fast_attention.protein_lm.finetuned import FineTuned
     from fast_attention.protein_lm.model_inputs import read_for_model
     from fast_attention.protein_lm.output_files import status_stream
-    from fast_attention.protein_lm.tables import EXTENSIONS, find_extension, write_table
-    from fast_attention.protein_lm.tuning_run import prediction_columns
+    from fast_attention.protein_lm.prediction_files import CROP, predict_to_file
+    from fast_attention.protein_lm.tables import EXTENSIONS, find_extension
 
     find_extension(options.output, EXTENSIONS)
     arguments.check_files(options, "output", "skipped_list")
     tuned = FineTuned.load(options.model, run_dir=options.run_dir, gin_file=options.gin_file)
     with arguments.skipped_records(options) as skipped:
-        records = list(
-            read_for_model(
-                tuned.model,
-                options.fasta,
-                max_length=tuned.max_length,
-                on_error=options.on_error,
-                skipped=skipped,
-            )
+        records = read_for_model(
+            tuned.model,
+            options.fasta,
+            max_length=tuned.max_length,
+            on_error=options.on_error,
+            skipped=skipped,
+            crop=CROP,
         )
-        outputs = tuned.outputs(record.sequence for record in records)
-        ids = [record.id for record in records]
-        write_table(options.output, prediction_columns(ids, tuned.classes, outputs))
+        count = predict_to_file(tuned, records, options.output)
         print(
-            f"{len(records):,} proteins predicted, written to {options.output}",
+            f"{count:,} proteins predicted, written to {options.output}",
             file=status_stream(options.output, options.skipped_list),
         )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fast_attention.protein_lm import ranges
@@ -181,19 +181,27 @@ def _write(model: FlaxModel, options: argparse.Namespace) -> tuple[int, Iterator
 
 
 def _fill(model: FlaxModel, options: argparse.Namespace) -> tuple[int, Iterator[FastaRecord]]:
-    from fast_attention.protein_lm.fasta import FastaRecord, read_fasta
+    from fast_attention.protein_lm.fasta import FastaRecord
+    from fast_attention.protein_lm.fasta_files import read_proteins
     from fast_attention.protein_lm.infilling import HIDDEN, infill_proteins
+    from fast_attention.protein_lm.model_inputs import CUT, longest_record
 
     number = 1 if options.num_samples is None else options.num_samples
     symbols = model.domain.vocab.symbols + HIDDEN
-    if Path(options.infill).is_file():
-        proteins = list(read_fasta(options.infill, alphabet=symbols))
+    if os.path.exists(options.infill):
+        limit, too_long = longest_record(None, CUT)
+        proteins = list(
+            read_proteins(options.infill, alphabet=symbols, max_residues=limit, too_long=too_long)
+        )
     elif set(options.infill.upper()) <= set(symbols):
         proteins = [FastaRecord("infill", "", options.infill.upper())]
     else:
+        shown = options.infill if len(options.infill) <= 60 else f"{options.infill[:57]}..."
+        strange = next(letter for letter in options.infill if letter.upper() not in symbols)
         raise ValueError(
-            f"--infill={options.infill} is neither a file nor residues with {HIDDEN} for the "
-            "hidden ones"
+            f"--infill={shown} is neither a file nor residues: there is no such file, and "
+            f"{strange!r} is none of the residues {symbols}; check the path, or give residues with "
+            f"{HIDDEN} for the hidden ones"
         )
     records = infill_proteins(
         model,
