@@ -76,10 +76,35 @@ def plot_recommendation(recommendation: Recommendation, path: str | Path) -> Non
     if recommendation.extrapolated:
         ends = recommendation.measured[-1], (recommendation.features, recommendation.error)
         axes.loglog(*zip(*ends, strict=True), linestyle="--", marker="x", label="extrapolated")
-    axes.set_xlabel("features M")
-    axes.set_ylabel("relative error of the attention matrix")
+    axes.set_xlabel("features M (log scale)")
+    axes.set_ylabel("relative error of the attention matrix (log scale)", fontsize=8)
+    for axis in (axes.xaxis, axes.yaxis):
+        log_ticks(axis)
+    axes.grid(alpha=0.25, which="both", linewidth=0.5)
     axes.legend()
     figure.savefig(path, dpi=120)
+
+
+def log_ticks(axis: Any) -> None:
+    """Labels the ticks of a logarithmic axis with plain numbers, also within one decade.
+
+    Args:
+      axis: The ``xaxis`` or ``yaxis`` of a matplotlib ``Axes``.
+    """
+    from matplotlib.ticker import LogFormatter, LogLocator
+
+    class Plain(LogFormatter):
+        """The numbers that `LogFormatter` labels, without exponents."""
+
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_major_locator(LogLocator())
+    axis.set_minor_locator(LogLocator(subs="auto"))
+    axis.set_major_formatter("{x:g}")
+    # Between powers of ten, where these are few.
+    axis.set_minor_formatter(Plain(minor_thresholds=(2, 0.5)))
 
 
 def plot_head_errors(
@@ -101,7 +126,9 @@ def plot_head_errors(
     values = np.asarray(ratios, np.float64)
     squares = {name: np.asarray(matrix, np.float64) for name, matrix in (matrices or {}).items()}
     width = max(3.5, 1.5 + 0.5 * values.shape[1])
-    figure = _figure(width + 3.2 * len(squares), max(3.2, 1.2 + 0.4 * values.shape[0]))
+    figure = _figure(
+        width + 3.2 * len(squares) + (0.8 if squares else 0), max(3.2, 1.2 + 0.4 * values.shape[0])
+    )
     grid = figure.subplots(
         1, 1 + len(squares), squeeze=False, width_ratios=[width, *(3.2 for _ in squares)]
     )[0]
@@ -123,11 +150,17 @@ def plot_head_errors(
     for axes, (name, square) in zip(grid[1:], squares.items(), strict=True):
         # Rows sum up to one, over few keys or many: the exact matrix sets the scale.
         high = float(np.quantile(next(iter(squares.values())), 0.995))
-        axes.imshow(square, cmap="viridis", vmin=0, vmax=high or 1, aspect="auto")
+        image = axes.imshow(square, cmap="viridis", vmin=0, vmax=high or 1, aspect="auto")
         axes.set_title(name, fontsize=8)
-        axes.set_xlabel("key")
-        axes.set_ylabel("query")
+        axes.set_xlabel("key (position)")
+        axes.set_ylabel("query (position)")
         axes.tick_params(labelsize=6)
+        for axis in ("x", "y"):
+            axes.locator_params(axis=axis, integer=True)
+    if squares:
+        bar = figure.colorbar(image, ax=list(grid[1:]), extend="max", pad=0.01)
+        bar.set_label("attention weight", fontsize=8)
+        bar.ax.tick_params(labelsize=7)
     figure.savefig(path, dpi=120)
 
 
@@ -168,9 +201,9 @@ def plot_errors(
         axes = figure.add_subplot(1, len(panels), number)
         _label_ends(axes, _errors(axes, panel, styles, largest), height)
         axes.set_title(title, fontsize=9)
-        axes.set_xlabel("features M", fontsize=8)
+        axes.set_xlabel("features M (log scale)", fontsize=8)
         if number == 1:
-            axes.set_ylabel("relative error of outputs", fontsize=8)
+            axes.set_ylabel("relative error of outputs (log scale)", fontsize=8)
     figure.savefig(path, dpi=110)
 
 

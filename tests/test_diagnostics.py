@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from fast_attention import make_fast_softmax_attention
 from fast_attention.diagnostics import (
@@ -10,7 +11,12 @@ from fast_attention.diagnostics import (
     attention_matrix,
     recommend_features,
 )
-from fast_attention.diagnostics_plots import plot_head_errors, plot_matrices, plot_recommendation
+from fast_attention.diagnostics_plots import (
+    log_ticks,
+    plot_head_errors,
+    plot_matrices,
+    plot_recommendation,
+)
 from fast_attention.softmax_attention import make_softmax_attention
 from tests.linear_attention import cases
 
@@ -124,3 +130,21 @@ def test_pictures(tmp_path):
     assert len(list(tmp_path.iterdir())) == 4
     with pytest.raises(ValueError, match="matrices"):
         plot_matrices({"cube": np.ones((2, 2, 2))}, tmp_path / "none.png")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "labels"),
+    [(18.0, 23.0, {"18", "20", "22"}), (0.2, 0.9, {"0.2", "0.4"}), (3.0, 5000.0, {"10", "1000"})],
+    ids=["narrow", "below_one", "wide"],
+)
+def test_ticks_of_a_logarithmic_axis_are_plain_numbers(low, high, labels):
+    figure = Figure()
+    axes = figure.add_subplot()
+    axes.plot([1, 2], [low, high])
+    log_ticks(axes.yaxis)
+    figure.draw_without_rendering()
+    assert axes.get_yscale() == "log"
+    ticks = [*axes.yaxis.get_major_ticks(), *axes.yaxis.get_minor_ticks()]
+    found = {tick.label1.get_text() for tick in ticks} - {""}
+    assert labels <= found and all(float(label) > 0 for label in found)
+    assert not any("e" in label for label in found)

@@ -14,13 +14,26 @@ from fast_attention.protein_lm.flax_model import FlaxModel
 
 def describe_model(model: FlaxModel) -> dict[str, Any]:
     """``model`` (its class), ``transformer``, ``attention``, ``masking`` and ``parameters``."""
+    attention = "exact" if model.attention_fn is None else plain(model.attention_fn)
+    if model.objective == "causal":
+        attention = _as_called(attention)
     return {
         "model": type(model).__name__,
         "transformer": plain(model.config),
-        "attention": "exact" if model.attention_fn is None else plain(model.attention_fn),
+        "attention": attention,
         "masking": plain(model.masking),
         "parameters": count_parameters(model),
     }
+
+
+def _as_called(value: Any) -> Any:
+    """Attention as a causal model calls it: it is causal whatever the function's default is."""
+    if isinstance(value, dict):
+        return {
+            name: True if name == "unidirectional" else _as_called(item)
+            for name, item in value.items()
+        }
+    return [_as_called(item) for item in value] if isinstance(value, list) else value
 
 
 def plain(value: Any) -> Any:

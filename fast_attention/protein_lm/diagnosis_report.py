@@ -195,6 +195,7 @@ def plot(
     matrices: Mapping[str, np.ndarray],
     layer: int,
     head: int,
+    protein: str,
 ) -> None:
     """Draws the error of every head, and the matrices of one, as PNG.
 
@@ -204,15 +205,22 @@ def plot(
       matrices: Of a head, from `diagnosis.head_matrices`.
       layer: Which these are of.
       head: The same.
+      protein: Id of the protein that the matrices are of.
     """
     table = list(rows(found))
     ratios = np.full((table[-1]["layer"], max(row["head"] for row in table)), np.nan)
     for row in table:
         if row["uniform"]:
             ratios[row["layer"] - 1, row["head"] - 1] = row["error"] / row["uniform"]
-    named = {f"{name}, layer {layer}, head {head}": x for name, x in matrices.items()}
+    shown = protein if len(protein) <= 30 else f"{protein[:27]}..."
+    # A dollar sign would begin a formula.
+    shown = shown.replace("$", r"\$")
+    named = {
+        f"{name}, layer {layer}, head {head}\nof {shown}": matrix
+        for name, matrix in matrices.items()
+    }
     picture = io.BytesIO()
-    plot_head_errors(ratios, picture, named, "error of each head")
+    plot_head_errors(ratios, picture, named, f"error of each head\n{found.proteins:,} proteins")
     write_file(path, picture.getvalue())
 
 

@@ -7,6 +7,7 @@ Each has a standard error over proteins, or over groups of relatives, which move
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 from fast_attention.protein_lm import groups, metrics, protein_scores
 from fast_attention.protein_lm.baselines import ProteinSums, fit_ngrams
 from fast_attention.protein_lm.batches import select
-from fast_attention.protein_lm.corpus import FastaPaths, load_corpus
+from fast_attention.protein_lm.corpus import Corpus, FastaPaths, load_corpus
 from fast_attention.protein_lm.domains import DiscreteDomain
 from fast_attention.protein_lm.flax_model import FlaxModel
 from fast_attention.protein_lm.groups import Groups
@@ -100,11 +101,12 @@ def evaluate_on(
       skipped: Collects what ``on_error="skip"`` leaves out, which needs it.
 
     Returns:
-      ``objective``, ``fasta``, ``proteins``, ``left_out`` (how many were, if any), ``residues``
-      (how many were scored), ``max_residues`` (per protein), ``seed``, ``num_seeds`` and
-      ``masking`` where they matter, ``errors`` (``over`` what, and how many ``groups``),
-      ``scores``: a list of rows with ``name``, ``perplexity`` and ``accuracy``, each with its
-      ``.._error``, the model's first; and ``by_length``: such lists for proteins of like length.
+      ``objective``, ``fasta``, ``digest`` (SHA-256 of the sequences in their order), ``proteins``,
+      ``left_out`` (how many were, if any), ``residues`` (how many were scored), ``max_residues``
+      (per protein), ``seed``, ``num_seeds`` and ``masking`` where they matter, ``errors`` (``over``
+      what, and how many ``groups``), ``scores``: a list of rows with ``name``, ``perplexity`` and
+      ``accuracy``, each with its ``.._error``, the model's first; and ``by_length``: such lists for
+      proteins of like length.
 
     Raises:
       FastaError: If a file cannot be read.
@@ -178,6 +180,7 @@ def evaluate_in_groups(
     result: dict[str, Any] = {
         "objective": model.objective,
         "fasta": [str(path) for path in paths],
+        "digest": _digest(corpus),
         "max_residues": scores.max_residues,
     }
     if skipped is not None and skipped.count:
@@ -191,6 +194,14 @@ def evaluate_in_groups(
     if family is not None:
         result["by_family"] = _by_family(scores, family)
     return Evaluation(result, _per_protein(ids, scores, family))
+
+
+def _digest(corpus: Corpus) -> str:
+    """The SHA-256 of the sequences, whatever files they are from."""
+    digest = hashlib.sha256(f"{corpus.tokens.dtype} {len(corpus)}".encode())
+    digest.update(np.ascontiguousarray(corpus.offsets).data)
+    digest.update(np.ascontiguousarray(corpus.tokens).data)
+    return digest.hexdigest()
 
 
 def _figures(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fast_attention.protein_lm import checkpoints, descriptions, exporting, metrics_log, model_file
 from fast_attention.protein_lm.corpus import bundled_corpus
+from fast_attention.protein_lm.evaluation_files import (
+    format_evaluation_summary,
+    read_evaluations,
+)
 from fast_attention.protein_lm.fasta_files import read_proteins
 from fast_attention.protein_lm.loading import open_run
-from fast_attention.protein_lm.report import format_table
 from fast_attention.protein_lm.run_folder import RunFolder
 from fast_attention.protein_lm.skipped_records import SkippedRecords
 from fast_attention.protein_lm.text_source import FastaError
@@ -34,7 +36,8 @@ def describe_run(
       ``vocabulary``, ``max_length``, ``checkpoints`` (steps), ``step`` and ``tokens`` (seen in
       training) of the newest or None, ``finished``, ``corpus`` (by split: ``files``, ``proteins``,
       ``residues``, and ``problem`` where they cannot be counted), ``metrics`` (the last row by
-      split), ``evaluation`` (the last on record, or None).
+      split), ``evaluations`` (those on record, the newest first, each with its ``file``, ``date``
+      and ``step``).
 
     Raises:
       RunError: If the folder is neither, or was changed.
@@ -57,7 +60,7 @@ def describe_run(
         "finished": exported or folder.result.is_file(),
         "corpus": _corpus(about["training"] or {}, count_corpus, model.domain.vocab.symbols),
         "metrics": {row["split"]: row for row in rows},
-        "evaluation": _evaluation(folder),
+        "evaluations": read_evaluations(folder),
     }
 
 
@@ -105,28 +108,7 @@ def format_information(about: dict[str, Any]) -> str:
     for split, row in about["metrics"].items():
         lines.append((f"{split} metrics", _options(row, skip=("split",))))
     text = "\n".join(f"{name:<16}{value}".rstrip() for name, value in lines)
-    evaluation = about["evaluation"]
-    if evaluation is None:
-        return text
-    table = format_table(
-        ("evaluation", "perplexity", "accuracy"),
-        [
-            (row["name"], f"{row['perplexity']:.2f}", f"{100 * row['accuracy']:.2f} %")
-            for row in evaluation["scores"]
-        ],
-    )
-    return f"{text}\n\n{table}"
-
-
-def _evaluation(folder: RunFolder) -> dict[str, Any] | None:
-    """The newest of what ``evaluate`` and the end of the training have left."""
-    files = [path for path in (folder.evaluation, folder.result) if path.is_file()]
-    for path in sorted(files, key=lambda path: -path.stat().st_mtime):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        found = found.get("evaluation") if path == folder.result else found
-        if found:
-            return found
-    return None
+    return "\n\n".join([text, *map(format_evaluation_summary, about["evaluations"])])
 
 
 def _corpus(settings: dict[str, Any], count: bool, symbols: str) -> dict[str, Any]:

@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
+from fast_attention.diagnostics_plots import log_ticks
 from fast_attention.protein_lm.output_files import write_file
 
 
 def plot_learning_curve(
-    path: Path, rows: Sequence[Mapping[str, Any]], references: Mapping[str, float] | None = None
+    path: Path,
+    rows: Sequence[Mapping[str, Any]],
+    references: Mapping[str, float] | None = None,
 ) -> None:
     """Draws perplexity against training steps.
 
@@ -30,10 +34,11 @@ def plot_learning_curve(
     for (name, value), style in zip((references or {}).items(), ("--", "-.", ":"), strict=False):
         axes.axhline(value, color="gray", linestyle=style, linewidth=1, label=f"{name} {value:.2f}")
     axes.set_xlabel("training step")
-    axes.set_ylabel("perplexity per token")
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.set_ylabel("perplexity per token (log scale)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    log_ticks(axes.yaxis)
+    name = path.absolute().parent.name.replace("$", r"\$")
+    axes.set_title(f"learning curve of the run {name}", fontsize=10)
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()

@@ -104,9 +104,9 @@ def test_classes_by_id_with_adapters_in_a_whole_model(
     [
         (["--label_column=tm"], "table.csv, line 1: there is no column 'tm'"),
         (["--label_column=tm"], "name the column with --label_column"),
-        (["--label_column=kind"], "table.csv, line 2: the label 'other' is no finite number"),
+        (["--label_column=kind"], "table.csv, line 2: the label 'basic' is no finite number"),
         (["--label_column=kind"], "--task=classification"),
-        (["--split_column=kind"], "table.csv, line 2: the split 'other'"),
+        (["--split_column=kind"], "table.csv, line 2: the split 'basic'"),
         (["--split_column=kind"], "--split_column"),
         (["--epochs=3"], "--epochs needs --method"),
         (["--method=full", "--rank=3"], "--rank needs --method=lora"),

@@ -27,7 +27,9 @@ def test_a_run_is_described(lm_run, tiny_fasta, capsys):
     assert about["step"] == 12 and about["checkpoints"] == [8, 12] and about["finished"]
     assert about["tokens"] == json.loads((lm_run / "result.json").read_text())["tokens"]
     assert about["metrics"]["train"]["step"] == about["metrics"]["valid"]["step"] == 12
-    assert about["evaluation"]["scores"][0]["name"] == "this model"
+    (evaluation,) = about["evaluations"]
+    assert evaluation["scores"][0]["name"] == "this model" and evaluation["step"] == 12
+    assert evaluation["fasta"] == [tiny_fasta] and evaluation["file"] == "result.json"
 
 
 def test_the_text_says_the_same(bert_run, tiny_fasta, capsys):
@@ -58,7 +60,7 @@ def test_a_run_without_a_checkpoint_and_without_its_data_is_described(lm_run, tm
     assert "unfinished run" in text and "step            none yet" in text
     assert "cannot be counted now" in text and "absent.fasta" in text
     about = json.loads(told(folder, capsys, "--json"))
-    assert about["tokens"] is None and about["checkpoints"] == [] and about["evaluation"] is None
+    assert about["tokens"] is None and about["checkpoints"] == [] and about["evaluations"] == []
 
 
 def test_an_exported_model_is_described(lm_run, tmp_path, capsys):
@@ -76,3 +78,36 @@ def test_another_folder_is_refused(command, tmp_path, capsys):
     extra = [] if command == "info" else [f"--output={tmp_path / 'x'}"]
     assert cli.main([command, f"--run_dir={tmp_path}", *extra]) == 1
     assert "not the folder of a run" in capsys.readouterr().err
+
+
+def test_every_evaluation_is_kept_and_said_of_which_proteins(lm_run, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(lm_run, folder)
+    (folder / "result.json").unlink()
+    names = ("first.fasta", "second.fasta")
+    for name, text in zip(names, (">a\nMKT\n", ">a\nMKT\n>b\nACDE\n"), strict=True):
+        (tmp_path / name).write_text(text)
+        command = ["evaluate", f"--run_dir={folder}", f"--fasta={tmp_path / name}"]
+        assert cli.main(command) == 0
+    assert "the earlier evaluation, of other proteins" in capsys.readouterr().out
+    about = json.loads(told(folder, capsys, "--json"))
+    found = {Path(one["fasta"][0]).name: one for one in about["evaluations"]}
+    assert set(found) == set(names)
+    assert [found[name]["proteins"] for name in names] == [1, 2]
+    text = told(folder, capsys, "--skip_corpus")
+    for name in names:
+        one = found[name]
+        assert f"{name}: {one['proteins']} proteins, {one['residues']} residues" in text
+        assert one["digest"][:12] in text and one["date"] in text
+    # The same evaluation, given again, replaces itself.
+    assert cli.main(command) == 0
+    assert "earlier evaluation" not in capsys.readouterr().out
+    assert len(list(folder.glob("evaluation*.json"))) == 2
+
+
+def test_the_attention_of_a_causal_model_is_called_causal(lm_run, bert_run, capsys):
+    for options in ([], ["--json"]):
+        text = told(lm_run, capsys, "--skip_corpus", *options)
+        assert not re.search(r"unidirectional\W+[Ff]alse", text)
+        assert re.search(r"unidirectional\W+[Tt]rue", text)
+        assert "unidirectional" in told(bert_run, capsys, "--skip_corpus", *options)

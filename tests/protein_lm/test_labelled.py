@@ -31,15 +31,15 @@ def test_sequences_may_come_by_id(tmp_path):
     path = write(tmp_path / "t.tsv", "id\tlabel\na\t1\nb\t2\n")
     known = {"a": "MK", "b": "AC"}
     assert read_labelled(path, sequences=known).sequences == ["MK", "AC"]
-    with pytest.raises(RunError, match=r"row 2 \(b\): no protein of this id"):
+    with pytest.raises(RunError, match=r"line 3 \(b\): no protein of this id"):
         read_labelled(path, sequences={"a": "MK"})
 
 
 def test_rows_that_cannot_be_read(tmp_path):
     path = write(tmp_path / "t.csv", "sequence,label\nMK,1\nMJ,2\nM-,3\n,4\nMA,\n")
-    with pytest.raises(RunError, match=r"row 2 \(2\): the sequence has 'J'"):
+    with pytest.raises(RunError, match=r"line 3 \(2\): the sequence has 'J'"):
         read_labelled(path)
-    with pytest.raises(RunError, match=r"row 3 \(3\): the sequence has '-'"):
+    with pytest.raises(RunError, match=r"line 4 \(3\): the sequence has '-'"):
         read_labelled(path, on_error="replace")
     found = read_labelled(path, on_error="skip")
     assert found.sequences == ["MK"] and found.ids == ["1"]

@@ -165,7 +165,10 @@ def run(options: argparse.Namespace) -> None:
                 parameters=found.parameters,
                 max_length=max_length,
             )
-            diagnosis_report.plot(options.plot, found, matrices, options.layer, options.head)
+            protein = chosen[0].id
+            diagnosis_report.plot(
+                options.plot, found, matrices, options.layer, options.head, protein
+            )
         status = status_stream(options.output, options.plot, options.skipped_list)
         print(diagnosis_report.format_diagnosis(found, options.target_error), file=status)
         written = [path for path in (options.output, options.plot) if path]

@@ -23,7 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output",
         metavar="FILE",
-        help="where to write the figures as JSON (default: evaluation.json in the run's folder)",
+        help="where to write the figures as JSON (default: evaluation.json in the run's folder; "
+        "an earlier evaluation of other proteins is kept there as evaluation-DATE.json)",
     )
     parser.add_argument(
         "--per_protein",
@@ -61,16 +62,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Runs the command."""
-    from fast_attention.protein_lm import evaluation, report
+    from fast_attention.protein_lm import evaluation, evaluation_files, report
     from fast_attention.protein_lm.loading import load_run
-    from fast_attention.protein_lm.output_files import status_stream, write_json
+    from fast_attention.protein_lm.output_files import check_output, status_stream, write_json
     from fast_attention.protein_lm.run_folder import RunFolder
     from fast_attention.protein_lm.tables import write_table
 
     last = options.seed + options.num_seeds - 1
     ranges.check("--seed plus --num_seeds minus 1", last, ranges.SEED)
     if options.output is None and Path(options.run_dir).is_dir():
-        options.output = str(RunFolder(Path(options.run_dir)).evaluation)
+        check_output(RunFolder(Path(options.run_dir)).evaluation)
     arguments.check_files(options, "output", "per_protein", "skipped_list")
     model, step, folder = load_run(options.run_dir, gin_file=options.gin_file)
     with arguments.skipped_records(options) as skipped:
@@ -86,13 +87,18 @@ def run(options: argparse.Namespace) -> None:
             on_error=options.on_error,
             skipped=skipped,
         )
-        result = {"run_dir": str(folder.path), "step": step} | found.result
-        output = options.output or folder.evaluation
-        write_json(output, result)
+        about = {"run_dir": str(folder.path), "step": step, "date": evaluation_files.now()}
+        result = about | found.result
+        kept = None
+        if options.output:
+            write_json(options.output, result)
+        else:
+            kept = evaluation_files.write_evaluation(folder, result)
         if options.per_protein:
             write_table(options.per_protein, found.per_protein, default=".tsv")
-        written = [path for path in (str(output), options.per_protein) if path]
-        print(
-            f"{report.format_evaluation(result)}\n\nwritten to {' and '.join(written)}",
-            file=status_stream(*written, options.skipped_list),
-        )
+        written = [str(options.output or folder.evaluation)]
+        written += [options.per_protein] if options.per_protein else []
+        told = f"{report.format_evaluation(result)}\n\nwritten to {' and '.join(written)}"
+        if kept is not None:
+            told += f"\nthe earlier evaluation, of other proteins or settings, is now {kept}"
+        print(told, file=status_stream(*written, options.skipped_list))
