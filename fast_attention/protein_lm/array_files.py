@@ -102,7 +102,7 @@ def check_id(path: str | os.PathLike[str], pooled: bool, name: str) -> None:
 
 def read_ids(path: str | os.PathLike[str]) -> list[str]:
     """Reads the ids of an ``.npz`` file that `write_arrays` wrote."""
-    with np.load(path, allow_pickle=False) as file:
+    with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
         return file["ids"].tolist() if "ids" in file.files else unpack_ids(file)
 
 

@@ -196,6 +196,17 @@ def ngram_sums(model: NGram, corpus: Corpus) -> ProteinSums:
       corpus: proteins already loaded, over any vocabulary.
     """
     _check_outcomes(model, corpus)
+    sums = ProteinSums(*np.zeros((3, len(corpus))))
+    first = 0
+    for part in _parts(corpus):
+        last = first + len(part)
+        for whole, found in zip(sums, _sums_of_part(model, part), strict=True):
+            whole[first:last] = found
+        first = last
+    return sums
+
+
+def _sums_of_part(model: NGram, corpus: Corpus) -> ProteinSums:
     contexts, tokens, proteins = _scored(corpus, model.order)
     rows_at_once = max(1, _CELLS_AT_ONCE // model.outcomes.base)
     distinct, place = np.unique(contexts, return_inverse=True)

@@ -19,6 +19,7 @@ import numpy as np
 from fast_attention.protein_lm import descriptions, model_file
 from fast_attention.protein_lm.array_records import describe, named
 from fast_attention.protein_lm.flax_model import FlaxModel
+from fast_attention.protein_lm.machine_failures import machine_failure
 from fast_attention.protein_lm.output_files import (
     check_output_folder,
     open_output,
@@ -101,10 +102,9 @@ def read_arrays(
 
     try:
         found = safetensors.flax.load_file(folder.weights)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise RunError(
-            f"{folder.weights} cannot be read ({error}): export the run again"
-        ) from error
+    except (MemoryError, OSError, safetensors.SafetensorError) as error:
+        remedy = machine_failure(error) or "fetch the folder again, or export the run again"
+        raise RunError(f"{folder.weights} cannot be read ({error}): {remedy}") from error
     expected, stored = describe(_arrays(abstract)), describe(found)
     for name in [*expected, *stored]:
         there, wanted = (tree.get(name, "absent") for tree in (stored, expected))

@@ -14,6 +14,7 @@ from fast_attention.protein_lm.fasta_parser import (
     FastaRecord,
     scan_fasta,
 )
+from fast_attention.protein_lm.machine_failures import machine_failure
 from fast_attention.protein_lm.skipped_records import SkippedRecord, SkippedRecords
 from fast_attention.protein_lm.table_parser import is_table, scan_table
 from fast_attention.protein_lm.text_source import FastaError
@@ -56,7 +57,8 @@ def _files(path: Path) -> list[Path]:
             and not entry.is_dir()
         )
     except (OSError, ValueError) as error:
-        raise FastaError(f"{path}: cannot be read ({error}). Check the path.") from error
+        remedy = machine_failure(error) or "check the path"
+        raise FastaError(f"{path}: cannot be read ({error}): {remedy}.") from error
     if not found:
         raise FastaError(
             f"{path}: the folder has no FASTA files, by their names: {', '.join(EXTENSIONS)}, or "

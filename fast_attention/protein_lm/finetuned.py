@@ -24,6 +24,7 @@ from fast_attention.protein_lm.flax_model import FlaxModel
 from fast_attention.protein_lm.json_files import check_fields, read_json, shown
 from fast_attention.protein_lm.linear_head import LinearHead, Units
 from fast_attention.protein_lm.loading import load_run, open_run
+from fast_attention.protein_lm.npz_files import read_npz
 from fast_attention.protein_lm.output_files import open_output_folder, write_file, write_json
 from fast_attention.protein_lm.run_folder import PREDICTOR_FILES, RunError, RunFolder
 from fast_attention.protein_lm.token_batches import Shape
@@ -314,7 +315,4 @@ def _write_arrays(path: Path, arrays: dict[str, Any]) -> None:
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
-    if not path.is_file():
-        raise RunError(f"{path} is missing: the folder was changed; fine-tune again")
-    with np.load(path) as stored:
-        return dict(stored)
+    return read_npz(path, "fetch the folder again, or fine-tune again")

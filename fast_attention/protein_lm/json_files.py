@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
+from fast_attention.protein_lm.machine_failures import machine_failure
 from fast_attention.protein_lm.run_folder import RunError
 
 MAX_BYTES = 16 * 2**20
@@ -69,7 +70,8 @@ def read_bounded(path: Path, limit: int) -> bytes:
                 )
             return file.read(limit)
     except OSError as error:
-        raise RunError(f"{path} cannot be read: {error.strerror}") from error
+        reason = machine_failure(error) or error.strerror
+        raise RunError(f"{path} cannot be read: {reason}") from error
 
 
 def check_fields(

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fast_attention.protein_lm.npz_files import read_npz
 from fast_attention.protein_lm.output_files import write_file
 from fast_attention.protein_lm.vocabulary import Vocabulary
 
@@ -227,8 +228,7 @@ def save_baselines(path: Path, ngrams: Sequence[NGram]) -> None:
 
 def load_baselines(path: Path) -> list[NGram]:
     """Reads what `save_baselines` wrote."""
-    with np.load(path, allow_pickle=False) as stored:
-        tables = dict(stored)
+    tables = read_npz(path, "fetch the folder again, or train again to count the n-grams")
     keys, counts = np.cumsum(tables["gaps"], dtype=np.int64), tables["counts"].astype(np.int64)
     num_ordinary, has_end = tables["outcomes"].tolist()
     outcomes = Outcomes(num_ordinary, bool(has_end))

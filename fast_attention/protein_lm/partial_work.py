@@ -14,7 +14,6 @@ import json
 import os
 import re
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -26,6 +25,7 @@ import numpy as np
 from fast_attention.protein_lm.encoding import Encoded
 from fast_attention.protein_lm.flax_model import FlaxModel
 from fast_attention.protein_lm.machine_failures import machine_failure
+from fast_attention.protein_lm.npz_files import check_npz, read_arrays
 from fast_attention.protein_lm.output_files import is_special, open_output, write_json
 from fast_attention.protein_lm.run_folder import RunError
 
@@ -121,12 +121,8 @@ def has_part(work: Work, number: int, digest: str) -> bool:
     """
 
     def check(path: Path) -> bool:
-        with zipfile.ZipFile(path) as archive:
-            # Compares all checksums without keeping what is read.
-            if archive.testzip() is not None:
-                return False
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as part:
-            return part["digest"].item() == digest
+        check_npz(path)
+        return read_arrays(path, ["digest"])["digest"].item() == digest
 
     return bool(_try(check, part_path(work, number)))
 
@@ -145,10 +141,8 @@ def read_part(work: Work, number: int, digest: str, names: Sequence[str]) -> Arr
     """
 
     def read(path: Path) -> Arrays | None:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as part:
-            if part["digest"].item() != digest:
-                return None
-            return {name: part[name] for name in names}
+        found = read_arrays(path, [*names, "digest"])
+        return found if found.pop("digest").item() == digest else None
 
     path = part_path(work, number)
     found = _try(read, path)

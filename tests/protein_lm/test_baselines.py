@@ -3,6 +3,7 @@ import re
 import numpy as np
 import pytest
 
+from fast_attention.protein_lm import baselines
 from fast_attention.protein_lm.baselines import (
     baseline_scores,
     evaluate_ngram,
@@ -27,6 +28,23 @@ def fasta(path, *sequences):
 @pytest.fixture(scope="module")
 def train():
     return load_corpus(bundled_corpus("train"), make_protein_domain())
+
+
+def test_proteins_are_scored_in_parts_of_bounded_size(monkeypatch):
+    some = load_corpus(bundled_corpus("tiny"), make_protein_domain())
+    model = fit_ngram(some, 3)
+    whole = ngram_sums(model, some)
+    sizes, contexts = [], baselines._contexts_and_tokens
+
+    def count(corpus, order):
+        sizes.append(len(corpus.tokens))
+        return contexts(corpus, order)
+
+    monkeypatch.setattr(baselines, "_contexts_and_tokens", count)
+    monkeypatch.setattr(baselines, "_TOKENS_AT_ONCE", 5000)
+    for one, two in zip(whole, ngram_sums(model, some), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-12)
+    assert sum(sizes) == len(some.tokens) and max(sizes) <= 5000
 
 
 def probabilities(ngram):

@@ -1,4 +1,3 @@
-import csv
 import gzip
 import json
 
@@ -122,11 +121,10 @@ def test_the_unigram_of_masked_residues_is_that_of_the_training_proteins(bert, f
     assert 16 < trained[2]["perplexity"] < 20
 
 
-def clustered_error(result, path, clusters):
+def clustered_error(result, columns, clusters):
     """Of mean loss, from single proteins by the definition."""
-    rows = list(csv.DictReader(path.splitlines(), delimiter="\t"))
-    number = np.array([float(row["residues_scored"]) for row in rows])
-    loss = number * np.log([float(row["perplexity"]) for row in rows])
+    number = np.array(columns["residues_scored"], float)
+    loss = number * np.log(columns["perplexity"])
     residual = loss - loss.sum() / number.sum() * number
     sums = [residual[[c == name for c in clusters]].sum() for name in sorted(set(clusters))]
     return np.sqrt(len(sums) / (len(sums) - 1) * np.square(sums).sum()) / number.sum()

@@ -1,4 +1,7 @@
 import json
+import re
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -48,7 +51,8 @@ def test_the_text_says_the_same(bert_run, tiny_fasta, capsys):
     ):
         assert part in text
     skipped = told(bert_run, capsys, "--skip_corpus")
-    assert tiny_fasta in skipped and "500 proteins" not in skipped
+    counted = f"train data      {tiny_fasta}: 500 proteins"
+    assert counted in text and counted not in skipped and tiny_fasta in skipped
 
 
 def test_a_run_without_a_checkpoint_and_without_its_data_is_described(lm_run, tmp_path, capsys):

@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 
-from fast_attention.protein_lm import partial_work
+from fast_attention.protein_lm import npz_files, partial_work
 from fast_attention.protein_lm.encoding import Encoded
 from fast_attention.protein_lm.run_folder import RunError
 
@@ -108,7 +108,7 @@ def test_a_part_that_cannot_be_read_now_is_not_thrown_away(work, monkeypatch, nu
     def fail(*_, **__):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(partial_work.zipfile, "ZipFile", fail)
+    monkeypatch.setattr(npz_files.zipfile, "ZipFile", fail)
     with pytest.raises(RunError, match="000000.npz cannot be read now"):
         partial_work.has_part(work, 0, digest(work))
 
