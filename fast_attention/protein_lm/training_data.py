@@ -14,6 +14,7 @@ from fast_attention.protein_lm.corpus import Corpus, load_corpus
 from fast_attention.protein_lm.domains import DiscreteDomain
 from fast_attention.protein_lm.fasta_files import read_proteins
 from fast_attention.protein_lm.mixture import Mixture, join_sources
+from fast_attention.protein_lm.report import shared_note
 from fast_attention.protein_lm.skipped_records import SkippedRecords
 
 
@@ -132,11 +133,8 @@ def load_training_data(
         found = load_corpus(files.by_split[split], domain, on_error=on_error, skipped=left_out)
         counts[split] = len(found)
         shared[split] = int(np.isin(held_out.sequence_hashes(found), hashes).sum())
-        if shared[split]:
-            notes.append(
-                f"{shared[split]:,} of {len(found):,} {_NAMES[split]} proteins are identical to "
-                "proteins that are trained on: figures on them say little of new proteins"
-            )
+        if note := shared_note(_NAMES[split], shared[split], len(found)):
+            notes.append(note)
         valid = found if split == "valid" else valid
     counts = (
         {"train": len(_corpus(train))} | ({} if valid is None else {"valid": len(valid)}) | counts
