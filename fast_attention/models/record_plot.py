@@ -48,7 +48,7 @@ def plot_recordings(
         raise ValueError("There are no recordings to draw: the model has no attention layers.")
     columns = math.ceil(math.sqrt(len(squares)))
     lines = math.ceil(len(squares) / columns)
-    figure = Figure(figsize=(2.6 * columns, 2.6 * lines), layout="constrained")
+    figure = Figure(figsize=(3.2 * columns, 2.8 * lines), layout="constrained")
     for number, (recording, index) in enumerate(squares, 1):
         _draw(figure.add_subplot(lines, columns, number), recording, row, index)
     figure.savefig(path, dpi=120)
@@ -65,7 +65,15 @@ def _heads(recording: Recording, row: int, head: int | None) -> Sequence[int]:
 
 def _draw(axes: Any, recording: Recording, row: int, head: int) -> None:
     weights = np.asarray(recording.weights[row, head])
-    axes.imshow(weights, cmap="viridis", vmin=min(0.0, float(weights.min())), aspect="auto")
+    low = min(0.0, float(weights.min()))
+    image = axes.imshow(weights, cmap="viridis", vmin=low, aspect="auto")
+    bar = axes.figure.colorbar(image, ax=axes, pad=0.02)
+    bar.set_label("attention weight", fontsize=5)
+    bar.ax.tick_params(labelsize=5)
+    for axis in ("x", "y"):
+        axes.locator_params(axis=axis, integer=True)
+    axes.set_xlabel("key (position)", fontsize=5)
+    axes.set_ylabel("query (position)", fontsize=5)
     if recording.buckets is not None:
         buckets = np.asarray(recording.buckets[row, head, 0, : len(weights), None])
         strip = axes.inset_axes((-0.08, 0, 0.05, 1))

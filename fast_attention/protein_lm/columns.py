@@ -14,6 +14,9 @@ from fast_attention.protein_lm.fasta_parser import CONTROLS
 from fast_attention.protein_lm.machine_failures import machine_failure
 from fast_attention.protein_lm.run_folder import RunError
 
+MOST_BYTES = 2**29
+"""Bytes of the largest table that is read, unpacked."""
+
 Columns = dict[str, list[str]]
 
 
@@ -51,7 +54,7 @@ def read_numbered_columns(
         or has a row of another number of cells.
     """
     path = Path(path)
-    text = _read(path)
+    text = read_text(path)
     first = text.partition("\n")[0]
     rows = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if "\t" in first else ",")
     try:
@@ -100,12 +103,27 @@ def check_name(text: str) -> str:
     return text
 
 
-def _read(path: Path) -> str:
+def _read_bounded(path: Path) -> str:
+    with open(path, "rb") as raw:
+        packed = raw.peek(2)[:2] == b"\x1f\x8b"
+        with gzip.GzipFile(fileobj=raw) if packed else raw as stream:
+            content = stream.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise RunError(
+            f"{path} has more than {MOST_BYTES:,} bytes, and tables are read into memory: check "
+            "that it is the right file, or split it"
+        )
+    return content.decode("utf-8-sig")
+
+
+def read_text(path: Path) -> str:
+    """The text of a table, plain or gzip.
+
+    Raises:
+      RunError: If it cannot be read, is damaged or no text, or has more than `MOST_BYTES` bytes.
+    """
     try:
-        content = path.read_bytes()
-        if content.startswith(b"\x1f\x8b"):
-            content = gzip.decompress(content)
-        return content.decode("utf-8-sig")
+        return _read_bounded(path)
     except FileNotFoundError:
         raise RunError(f"{path}: no such file; check the path") from None
     except IsADirectoryError:

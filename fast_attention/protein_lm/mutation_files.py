@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from fast_attention.protein_lm.columns import read_text
 from fast_attention.protein_lm.fasta import FastaRecord
 from fast_attention.protein_lm.mutations import Variant, is_notation, parse_variant
 
@@ -41,18 +42,15 @@ def read_mutations(path: str | Path) -> list[ListedMutation]:
     a mutation, the first one, too.
 
     Args:
-      path: The file, text.
+      path: The file, text, plain or gzip, see `columns.read_text`.
 
     Raises:
       ValueError: If it has no mutation, or a line of a table ends before its mutation.
-      OSError: If it cannot be read.
+      RunError: If it cannot be read.
     """
     if not os.path.exists(path):
         return _inline(str(path))
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is no text ({error.reason}); give a list or a table") from None
+    text = read_text(Path(path))
     lines = text.splitlines()
     first = next((number for number, line in enumerate(lines) if line.strip()), None)
     if first is None:

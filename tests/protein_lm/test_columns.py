@@ -2,6 +2,7 @@ import gzip
 
 import pytest
 
+from fast_attention.protein_lm import columns
 from fast_attention.protein_lm.columns import read_columns
 from fast_attention.protein_lm.run_folder import RunError
 
@@ -50,3 +51,13 @@ def test_a_missing_table_is_told(tmp_path):
         read_columns(tmp_path / "absent")
     with pytest.raises(RunError, match="is a folder"):
         read_columns(tmp_path)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "gzip"])
+def test_a_table_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch, packed):
+    monkeypatch.setattr(columns, "MOST_BYTES", 1000)
+    path = tmp_path / "table"
+    content = b"label\n" + b"1\n" * 1000
+    path.write_bytes(gzip.compress(content) if packed else content)
+    with pytest.raises(RunError, match="table has more than 1,000 bytes.*split it"):
+        read_columns(path)
