@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from fast_attention.protein_lm import array_records, cli, data, make_protein_domain
+from fast_attention.protein_lm import array_records, cli, data, make_protein_domain, processes
 from tests.protein_lm.killing import end, figures, finish, start_all, train_arguments, wait_for
 
 TWO_DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
@@ -42,15 +42,20 @@ def test_two_processes_train_as_one_does(tmp_path):
         (["--coordinator=localhost", "--num_processes=2", "--process_id=0"], "must be HOST:PORT"),
         (["--coordinator=a:70000", "--num_processes=2", "--process_id=0"], "must be HOST:PORT"),
         (["--coordinator=a:1", "--num_processes=2", "--process_id=2"], "from 0 to 1"),
-        (["--coordinator=a:1", "--num_processes=0", "--process_id=0"], "at least 1"),
         (["--distributed", "--process_id=0"], "finds the others by itself"),
-        (["--distributed", "--join_timeout=0"], "at least 1 second"),
     ],
 )
 def test_what_does_not_name_the_processes_is_told(given, told, tmp_path, capsys):
     assert cli.main(["train", f"--work_dir={tmp_path / 'run'}", *given]) == 1
     assert told in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_numbers_of_processes_and_seconds_are_checked_in_python_too():
+    with pytest.raises(ValueError, match="num_processes must be at least 1"):
+        processes.joined("a:1", 0, 0).__enter__()
+    with pytest.raises(ValueError, match="at least 1 second"):
+        processes.joined(timeout=0).__enter__()
 
 
 def test_a_process_that_waits_in_vain_tells_what_to_look_at(tmp_path):
