@@ -1,9 +1,10 @@
 """Protein language models: data, training, evaluation, scores, embeddings, new proteins.
 
-What is imported here needs numpy alone; the models, `FlaxLM` and `FlaxBERT`, bring JAX with them
-and are loaded when they are first asked for.
+What is imported here needs numpy alone. The models and what comes with them need JAX, and are
+loaded when they are first used.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from fast_attention.protein_lm.domains import (
@@ -24,14 +25,37 @@ from fast_attention.protein_lm.vocabulary import ProteinVocab as ProteinVocab
 from fast_attention.protein_lm.vocabulary import Vocabulary as Vocabulary
 
 if TYPE_CHECKING:
+    from fast_attention.protein_lm.dataset import batch_ds as batch_ds
+    from fast_attention.protein_lm.dataset import get_train_valid_files as get_train_valid_files
+    from fast_attention.protein_lm.embedder import ProteinLMEmbedder as ProteinLMEmbedder
+    from fast_attention.protein_lm.embedder import get_embed_fn as get_embed_fn
+    from fast_attention.protein_lm.empirical_baseline import EmpiricalBaseline as EmpiricalBaseline
+    from fast_attention.protein_lm.metrics import combine_metrics as combine_metrics
     from fast_attention.protein_lm.models import FlaxBERT as FlaxBERT
     from fast_attention.protein_lm.models import FlaxLM as FlaxLM
+    from fast_attention.protein_lm.reducers import masked_reduce_fn as masked_reduce_fn
+    from fast_attention.protein_lm.reducers import max_reducer as max_reducer
+    from fast_attention.protein_lm.reducers import mean_reducer as mean_reducer
+    from fast_attention.protein_lm.reducers import sum_reducer as sum_reducer
+
+_LAZY = {
+    "batch_ds": "dataset",
+    "get_train_valid_files": "dataset",
+    "ProteinLMEmbedder": "embedder",
+    "get_embed_fn": "embedder",
+    "EmpiricalBaseline": "empirical_baseline",
+    "combine_metrics": "metrics",
+    "FlaxBERT": "models",
+    "FlaxLM": "models",
+    "masked_reduce_fn": "reducers",
+    "max_reducer": "reducers",
+    "mean_reducer": "reducers",
+    "sum_reducer": "reducers",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Loads the models when they are asked for."""
-    if name in ("FlaxBERT", "FlaxLM"):
-        from fast_attention.protein_lm import models
-
-        return getattr(models, name)
+    """Loads what needs JAX when it is first used."""
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -108,8 +108,11 @@ class BuiltModel:
         if not hasattr(self, "objective"):
             raise TypeError("FlaxModel is what FlaxLM and FlaxBERT share: make one of them")
         self.options, model_kwargs = split_options(kwargs)
+        with_bos = self.options.with_bos
+        if with_bos is None:
+            with_bos = self.objective == "causal"
         self.domain = domain
-        self.tokens = make_tokens(domain, self.options.with_bos, self.options.with_mask)
+        self.tokens = make_tokens(domain, with_bos, self.options.with_mask)
         self.sampling_kwargs = self.options.sampling(type(self).sampling_options)
         self.masking: MaskingConfig | None = None
         self.random_seed = random_seed

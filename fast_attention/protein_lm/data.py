@@ -53,6 +53,7 @@ def make_dataset(
     domain: DiscreteDomain,
     *,
     length: int,
+    row_length: int | None = None,
     batch_size: int,
     seed: int,
     pack: bool = True,
@@ -87,7 +88,8 @@ def make_dataset(
         of those.
       domain: gives the vocabulary. Rows are padded with its padding token; failing that with its
         end token; failing both with 0.
-      length: L; longer proteins are cropped.
+      length: the most tokens of a protein; longer ones are cropped.
+      row_length: L; None is ``length``. Proteins longer than a row are cropped, too.
       batch_size: B.
       seed: a number from 0 on, the seed of every choice.
       pack: whether several proteins share a row.
@@ -108,12 +110,15 @@ def make_dataset(
     """
     _check(objective=(objective, ("causal", "masked")), crop=(crop, ("random", "start")))
     _check_numbers(length, batch_size, seed)
+    width = length if row_length is None else row_length
+    if width < 1:
+        raise ValueError(f"row_length must be at least 1, or None, but got {row_length}.")
     _check_masking(objective, domain, masking)
     if num_epochs is not None and num_epochs < 1:
         raise ValueError(f"num_epochs must be at least 1, or None, but got {num_epochs}.")
     source = load_source(fasta, domain, on_error=on_error, skipped=skipped)
     corpus = source.corpus if isinstance(source, Mixture) else source
-    planner = _plan(source, length, seed, pack, shuffle, crop)
+    planner = _plan(source, length, width, seed, pack, shuffle, crop)
     num_rows = sys.maxsize if num_epochs is None else num_epochs * planner.num_rows
     pad = _pad_token(domain)
     begin, end = rows or (0, batch_size)
@@ -126,10 +131,10 @@ def make_dataset(
     def batch_at(index: int) -> Batch:
         first = index * batch_size + begin
         pieces = planner.pieces(first, max(min(end - begin, num_rows - first), 0))
-        packed = fill_rows(corpus, pieces, (end - begin, length), pad)
+        packed = fill_rows(corpus, pieces, (end - begin, width), pad)
         if objective == "causal":
             return _causal_batch(packed, domain)
-        draws = row_draws([seed, _TRAIN_MASKS, index], (batch_size, length), begin, end)
+        draws = row_draws([seed, _TRAIN_MASKS, index], (batch_size, width), begin, end)
         return _masked_batch(packed, domain, draws, masking)
 
     return (
@@ -168,21 +173,23 @@ def num_batches(
     source: Source,
     *,
     length: int,
+    row_length: int | None = None,
     batch_size: int,
     num_epochs: int,
     pack: bool = True,
 ) -> int:
     """Returns how many batches ``make_dataset`` makes of the same arguments."""
-    planner = _plan(source, length, 0, pack, False, "start")
+    planner = _plan(source, length, row_length or length, 0, pack, False, "start")
     return -(-num_epochs * planner.num_rows // batch_size)
 
 
 def _plan(
-    source: Source, length: int, seed: int, pack: bool, shuffle: bool, crop: str
+    source: Source, length: int, width: int, seed: int, pack: bool, shuffle: bool, crop: str
 ) -> EpochPlanner | MixturePlanner:
     plan = functools.partial(
         EpochPlanner,
-        length=length,
+        length=min(length, width),
+        row_length=width,
         seed=seed,
         pack=pack,
         shuffle=shuffle,

@@ -9,6 +9,7 @@ copied: the former for people, the latter so that ``protein-lm evaluate`` works.
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -48,14 +49,7 @@ def export_model(
     """
     target = RunFolder(Path(output))
     check_export(folder, target)
-    about = model_file.describe(model) | {
-        "training": model_file.read(folder.model)["training"],
-        "exported": {
-            "step": step,
-            "tokens": tokens,
-            "parameters": descriptions.count_parameters(model),
-        },
-    }
+    about = _describe(model, step, tokens) | {"training": model_file.read(folder.model)["training"]}
     with open_output_folder(target.path, last=target.model.name) as path:
         new = RunFolder(path)
         _write_arrays(new.weights, named(_arrays(model.state)))
@@ -67,15 +61,44 @@ def export_model(
     return target
 
 
-def check_export(folder: RunFolder, target: RunFolder) -> None:
-    """Checks whether a run can be exported to a folder, before any work.
+def save_model(model: FlaxModel, output: str | os.PathLike[str]) -> None:
+    """Writes a model that was trained in Python, as `export_model` writes that of a run.
+
+    Args:
+      model: Its predicting parameters are written, and not the state of its training.
+      output: The folder; created when absent. A model that was saved there before is replaced.
+
+    Raises:
+      OutputError: If the folder cannot be written.
+      RunError: If it holds a run.
+    """
+    target = RunFolder(Path(output))
+    check_export(None, target)
+    if target.config.exists():
+        raise RunError(f"{target.path} holds an exported run: give the model a folder of its own")
+    about = _describe(model, int(model.state.step), None)
+    with open_output_folder(target.path, last=target.model.name) as path:
+        new = RunFolder(path)
+        _write_arrays(new.weights, named(_arrays(model.state)))
+        write_file(new.model, model_file.to_text(about))
+
+
+def _describe(model: FlaxModel, step: int, tokens: int | None) -> dict[str, Any]:
+    parameters = descriptions.count_parameters(model)
+    exported = {"step": step, "tokens": tokens, "parameters": parameters}
+    return model_file.describe(model) | {"exported": exported}
+
+
+def check_export(folder: RunFolder | None, target: RunFolder) -> None:
+    """Checks whether a run, or a model of no run, can be written to a folder, before any work.
 
     Raises:
       OutputError: If the folder cannot be created or filled.
       RunError: If it holds a run, or is the exported folder itself.
     """
     check_output_folder(target.path)
-    same = target.path.exists() and folder.path.exists() and target.path.samefile(folder.path)
+    both = folder is not None and target.path.exists() and folder.path.exists()
+    same = both and target.path.samefile(folder.path)
     holds_run = target.checkpoints.exists() or target.config.exists() and not target.is_export()
     if holds_run or same:
         raise RunError(f"{target.path} holds a run already: give the export a folder of its own")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Self
 
 import jax
@@ -143,26 +143,61 @@ class FlaxModel(BuiltModel):
         """`metrics.token_sums` of each batch, on the host."""
         return process_arrays.fetch([self._apply(self.eval_step, batch) for batch in found])
 
-    @classmethod
-    def load(cls, run_dir: str | os.PathLike[str]) -> Self:
-        """Reads the model of a trained run, with the parameters of its best checkpoint.
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the model to a folder that `load` and ``protein-lm --run_dir`` read.
+
+        The folder holds what ``protein-lm export`` writes: a description in JSON, and the arrays.
+        For the state of the optimiser, see `save_checkpoint`.
 
         Args:
-          run_dir: A folder written by ``protein-lm train`` or ``export``.
+          path: The folder; created when absent. A model saved there before is replaced.
 
         Raises:
-          RunError: If the folder is no run's, or its model is of another class.
+          OutputError: If the folder cannot be written.
+          RunError: If it holds a run.
         """
-        # The description of a run names the models, whose modules import this one.
+        # What describes a model names the classes of models, whose modules import this one.
+        from fast_attention.protein_lm.exporting import save_model
+
+        save_model(self, path)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        model: FlaxModel | None = None,
+        gin_file: Sequence[str] = (),
+    ) -> Self:
+        """Reads what `save` wrote, or the model of a run at its best checkpoint.
+
+        Args:
+          path: A folder written by `save`, `save_checkpoint`, ``protein-lm train`` or ``export``.
+          model: See `loading.open_run`; needed where a part of the model is code of one's own.
+          gin_file: In its place, gin files that make the model.
+
+        Raises:
+          RunError: If the folder holds no model, or one of another class.
+        """
         from fast_attention.protein_lm.loading import load_run
 
-        model = load_run(os.fspath(run_dir)).model
-        if not isinstance(model, cls):
-            own, other = cls.__name__, type(model).__name__
-            raise RunError(
-                f"{run_dir} is a run of {other}, not of {own}: read it with {other}.load"
-            )
-        return model
+        found = load_run(path, model=model, gin_file=gin_file).model
+        if not isinstance(found, cls):
+            own, other = cls.__name__, type(found).__name__
+            raise RunError(f"{path} is a run of {other}, not of {own}: read it with {other}.load")
+        return found
+
+    def save_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        """Writes the state of the training to a folder: `saved_training.save_training`."""
+        from fast_attention.protein_lm.saved_training import save_training
+
+        save_training(self, path)
+
+    def load_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        """Takes up the state of a training: `saved_training.load_training`."""
+        from fast_attention.protein_lm.saved_training import load_training
+
+        load_training(self, path)
 
     def score(
         self, sequences: Iterable[str], **options: Any

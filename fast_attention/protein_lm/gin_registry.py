@@ -13,17 +13,32 @@ import gin
 import fast_attention
 from fast_attention import gin_bindings as gin_bindings
 from fast_attention.meshes import make_mesh
-from fast_attention.protein_lm import domains, models, ranges, schedules, train
+from fast_attention.protein_lm import (
+    dataset,
+    domains,
+    embedder,
+    models,
+    ranges,
+    reducers,
+    schedules,
+    train,
+    vocabulary,
+)
 
 # What holds unless a configuration says otherwise.
 _DEFAULTS = """
 experiment.model_cls = @FlaxLM
+experiment.split_files = @get_train_valid_files
 FlaxModel.domain = @make_protein_domain()
 """
 
 
 DEMO = Path(fast_attention.__file__).parents[1] / "protein_lm_configs" / "demo.gin"
 """Settings of a small model; ``protein_lm_configs`` is installed beside the package."""
+
+
+# Only this setting of batch_ds reaches an experiment: it gives the others itself.
+_RENAMED = {"batch_ds.pack_length": "experiment.pack_length"}
 
 
 @functools.cache
@@ -36,6 +51,23 @@ def register() -> None:
     for target in (models.FlaxModel, models.FlaxLM, models.FlaxBERT):
         # gin changes the constructors of classes in place, so that the subclasses inherit what
         # is bound to FlaxModel.
+        gin.configurable(target, module="protein_lm")
+    for target in (
+        vocabulary.Vocabulary,
+        vocabulary.ProteinVocab,
+        domains.FixedLengthDiscreteDomain,
+        domains.VariableLengthDiscreteDomain,
+        embedder.ProteinLMEmbedder,
+    ):
+        gin.configurable(target, module="protein_lm")
+    for target in (
+        dataset.batch_ds,
+        dataset.get_train_valid_files,
+        reducers.sum_reducer,
+        reducers.mean_reducer,
+        reducers.max_reducer,
+        reducers.masked_reduce_fn,
+    ):
         gin.configurable(target, module="protein_lm")
     schedule = schedules.create_learning_rate_scheduler
     for target in (domains.make_protein_domain, schedule, make_mesh):
@@ -61,7 +93,7 @@ def configure(files: Sequence[str | Path] = (), bindings: Sequence[str] = ()) ->
     gin.parse_config(_DEFAULTS)
     for file in files:
         _parse_file(Path(file), ())
-    gin.parse_config_files_and_bindings([], list(bindings))
+    gin.parse_config_files_and_bindings([], [_renamed(line) for line in bindings])
     _check_numbers()
 
 
@@ -112,6 +144,13 @@ def _parse_file(path: Path, includers: tuple[Path, ...]) -> None:
 
 def _parse_part(path: Path, lines: list[str], begin: int, end: int) -> None:
     # gin names the file and the line of an error: empty lines keep the count right.
-    part = io.StringIO("\n" * begin + "".join(lines[begin:end]))
+    part = io.StringIO("\n" * begin + _renamed("".join(lines[begin:end])))
     part.name = str(path)  # pyright: ignore[reportAttributeAccessIssue]
     gin.parse_config(part)
+
+
+def _renamed(text: str) -> str:
+    """Settings of Google's protein_lm that have another name here, under that name."""
+    for old, new in _RENAMED.items():
+        text = re.sub(rf"^([\w/]*/)?([\w.]+\.)?{re.escape(old)}\b", rf"\1{new}", text, flags=re.M)
+    return text

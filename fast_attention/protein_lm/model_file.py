@@ -74,7 +74,7 @@ _HINTS: dict[str, Any] = {
 _VOCABULARY = {"type": Literal["Vocabulary", "ProteinVocab"], "tokens": list[str]}
 _VOCABULARY |= dict.fromkeys(_SPECIAL, int | None)
 _DOMAIN = {"type": Literal[_DOMAINS], "length": int, "min_length": int | None}
-_ADDED = {"with_bos": bool, "with_mask": bool}
+_ADDED = {"with_bos": bool | None, "with_mask": bool}
 _OPTIMIZER = {
     "learning_rate": dict | None,
     "weight_decay": float,

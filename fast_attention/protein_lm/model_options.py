@@ -30,7 +30,7 @@ class ModelOptions:
 
     Attributes:
       with_bos: Adds a begin token to the model where the vocabulary has none, as the id
-        ``domain.vocab_size``. A `FlaxLM` always has one.
+        ``domain.vocab_size``. None adds it to a causal model, which needs one.
       with_mask: Adds a mask token in the same way.
       sampling_kwargs: Defaults of the options of ``sample``.
       pmap: False uses a single device; prefer ``mesh``.
@@ -38,7 +38,7 @@ class ModelOptions:
       store_metrics: Only False: ``fit`` and ``evaluate`` return their metrics.
     """
 
-    with_bos: bool = False
+    with_bos: bool | None = None
     with_mask: bool = False
     sampling_kwargs: Mapping[str, Any] | None = None
     pmap: bool = True

@@ -52,13 +52,13 @@ class FlaxLM(FlaxModel):
     objective = "causal"
     sampling_options = tuple(field.name for field in dataclasses.fields(SamplingConfig))
 
-    def __init__(self, *args: Any, with_bos: bool = True, **kwargs: Any):
+    def __init__(self, *args: Any, **kwargs: Any):
         """Takes the parameters of `FlaxModel`.
 
         Raises:
-          ValueError: If there is no begin token, and `with_bos` is False.
+          ValueError: If there is no begin token, and ``with_bos`` is False.
         """
-        super().__init__(*args, with_bos=with_bos, **kwargs)
+        super().__init__(*args, **kwargs)
         if self.bos_token is None:
             raise ValueError(
                 "FlaxLM reads a begin token before every sequence: leave out with_bos=False, or "

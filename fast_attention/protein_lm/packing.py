@@ -115,6 +115,7 @@ class EpochPlanner:
         corpus: Corpus,
         length: int,
         *,
+        row_length: int | None = None,
         seed: int,
         pack: bool,
         shuffle: bool,
@@ -125,7 +126,8 @@ class EpochPlanner:
 
         Args:
           corpus: the proteins.
-          length: L.
+          length: the most tokens of a protein.
+          row_length: L; None is ``length``.
           seed: seed of every choice.
           pack: whether several proteins share a row.
           shuffle: whether rows and proteins change places from epoch to epoch.
@@ -139,7 +141,7 @@ class EpochPlanner:
         self._shuffle = shuffle
         self._random_crop = random_crop
         self._by_length = np.argsort(self._lengths, kind="stable")
-        rows = pack_lengths(self._lengths, length) if pack else np.arange(len(corpus))
+        rows = pack_lengths(self._lengths, row_length or length) if pack else np.arange(len(corpus))
         self._places = np.argsort(rows, kind="stable")
         self._row_bounds = np.searchsorted(rows[self._places], np.arange(rows.max() + 2))
         self._plans: dict[int, EpochPlan] = {}

@@ -58,11 +58,12 @@ def open_folder(folder: RunFolder, model: str) -> Opened:
     asked, used = gin.config_str(), gin.operative_config_str()
     run_folder.check_no_export(folder)
     if not folder.config.is_file():
-        if folder.result.is_file():
-            raise RunError(
-                f"{folder.path} holds the result of something else ({folder.result.name} without "
-                f"{folder.config.name}): give another --work_dir"
-            )
+        for other in (folder.result, folder.checkpoints):
+            if other.exists():
+                raise RunError(
+                    f"{folder.path} holds the result of something else ({other.name} without "
+                    f"{folder.config.name}): give another --work_dir"
+                )
         return Opened(folder, asked, used, model, resumed=False, longer=False, record=None)
     before = folder.config.read_text(encoding="utf-8")
     longer = compare_settings(folder.path, before, used, asked)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fast_attention.mechanisms.wrapped import as_attention_fn
 from fast_attention.meshes import row_shards
 from fast_attention.protein_lm import (
     baselines,
@@ -27,11 +27,13 @@ from fast_attention.protein_lm import (
     ranges,
     report,
     resuming,
+    run_checks,
     run_result,
     stopping,
     training_loop,
 )
 from fast_attention.protein_lm.corpus import Corpus, bundled_corpus
+from fast_attention.protein_lm.dataset import get_train_valid_files
 from fast_attention.protein_lm.domains import DiscreteDomain
 from fast_attention.protein_lm.flax_model import FlaxModel
 from fast_attention.protein_lm.initial_run import check_initial_run, read_initial_run
@@ -42,7 +44,8 @@ from fast_attention.protein_lm.schedules import FactorSchedule
 from fast_attention.protein_lm.skipped_records import SkippedRecords
 from fast_attention.protein_lm.train_state import TrainState
 from fast_attention.protein_lm.training_data import DataFiles, TrainingData, load_training_data
-from fast_attention.softmax_attention import make_softmax_attention
+
+SplitFiles = Callable[[str], tuple[list[str], list[str]]]
 
 # Thousands of positions for each head of a small model, which says enough of means and covariances.
 _CALIBRATION_BATCHES = 4
@@ -66,10 +69,10 @@ def run_experiment(
     data_seed: int = 0,
     on_error: str = "raise",
     train_summary_frequency: int = 100,
-    eval_frequency: int = 500,
+    eval_frequency: int | None = 500,
     num_eval_steps: int | None = None,
     early_stopping: int | None = None,
-    checkpoint_frequency: int = 10000,
+    checkpoint_frequency: int | None = 10000,
     checkpoints_to_keep: int = 3,
     num_samples: int = 3,
     max_sample_length: int | None = None,
@@ -77,6 +80,12 @@ def run_experiment(
     calibration_batches: int | None = None,
     valid_fraction: float = 0.05,
     new_data: bool = False,
+    data_dir: str | None = None,
+    split_files: SplitFiles = get_train_valid_files,
+    pack_length: int | None = None,
+    xid: int | str | None = None,
+    save_checkpoints: bool = True,
+    restore_checkpoint: bool = True,
 ) -> dict[str, Any]:
     """Trains a model, or resumes its training, and reports what it reached.
 
@@ -117,13 +126,13 @@ def run_experiment(
       on_error: What to do with a record that cannot be read: ``"raise"``, ``"skip"`` (the run's
         folder lists those) or ``"replace"``, see `fasta_files.read_proteins`.
       train_summary_frequency: Steps between rows of training metrics.
-      eval_frequency: Steps between validations.
+      eval_frequency: Steps between validations; None validates at the last step only.
       num_eval_steps: Batches of a validation, of proteins spread evenly over the files; None
         takes all proteins.
       early_stopping: Successive validations without improvement after which training ends; None
         is no such end.
-      checkpoint_frequency: Steps between checkpoints; there is also one at each validation that is
-        better than all before.
+      checkpoint_frequency: Steps between checkpoints; None takes none between. There is also one
+        at each validation that is better than all before, and one at the end.
       checkpoints_to_keep: The newest so many are kept, and that of the best validation.
       num_samples: Proteins to sample at the end, by a causal model.
       max_sample_length: Most residues of those, where the model has room for more.
@@ -138,6 +147,15 @@ def run_experiment(
         for the evaluation at the end, where neither `valid_files` nor `test_files` are given; see
         `held_out.choose_held_out`. 0 holds out none.
       new_data: Whether a run may be resumed with other data than it began with.
+      data_dir: A folder of FASTA files in place of `train_files`; `split_files` says which of them
+        are for training and for validation.
+      split_files: See `dataset.get_train_valid_files`.
+      pack_length: Tokens of a row that several proteins share, each of at most `max_train_length`
+        tokens; None is `max_train_length`.
+      xid: Names a folder in `work_dir`, ``{xid}_l{max_train_length}``, for this run; None takes
+        `work_dir` itself.
+      save_checkpoints: False is the same as None for `checkpoint_frequency`.
+      restore_checkpoint: False refuses to resume: the folder must hold no checkpoint.
 
     Returns:
       The content of ``result.json``.
@@ -150,15 +168,24 @@ def run_experiment(
       Stopped: If that was requested by a signal; all is saved.
       ValueError: If a number is out of its range, or `early_stopping` has no validation.
     """
+    if data_dir is not None:
+        run_checks.check_data_dir(train_files)
+        train_files, found_valid = split_files(data_dir)
+        valid_files = valid_files or found_valid or None
+    run_checks.check_packing(pack_length, pack_sequences)
+    if xid is not None:
+        work_dir = os.path.join(work_dir, f"{xid}_l{max_train_length}")
     settings = model_file.training_settings(locals())
     folder = RunFolder(Path(work_dir))
     times = training_loop.Times(
         max_train_steps,
         train_summary_frequency,
-        eval_frequency,
-        checkpoint_frequency,
+        eval_frequency or max_train_steps,
+        checkpoint_frequency if checkpoint_frequency and save_checkpoints else max_train_steps,
         early_stopping,
     )
+    if not restore_checkpoint:
+        run_checks.check_empty(folder)
     ranges.check("experiment.checkpoints_to_keep", checkpoints_to_keep, ranges.COUNT)
     if epochs is not None:
         ranges.check("experiment.epochs", epochs, ranges.EPOCHS)
@@ -167,11 +194,11 @@ def run_experiment(
         valid_files = valid_files or str(bundled_corpus("valid"))
         test_files = test_files or str(bundled_corpus("test"))
     files = DataFiles(train_files, valid_files, test_files or valid_files, valid_fraction)
-    _check_early_stopping(early_stopping, valid_files is not None or files.holds_out)
+    run_checks.check_early_stopping(early_stopping, valid_files is not None or files.holds_out)
 
     with contextlib.ExitStack() as held:
         model = model_cls()
-        stored = _check_model(model, max_train_length, calibration_batches)
+        stored = run_checks.check_model(model, max_train_length, calibration_batches)
         if batch_size is None:
             batch_size = batch_size_per_device * row_shards(model.mesh)
         rows = process_arrays.own_rows(model.mesh, batch_size)
@@ -191,12 +218,13 @@ def run_experiment(
         skipped = {name: SkippedRecords(keep=None) for name in ("train", "valid")}
         digests = resuming.check_data(run, files, new_data=new_data)
         found = load_training_data(files, model.domain, on_error=on_error, skipped=skipped)
-        _check_early_stopping(early_stopping, found.valid is not None)
+        run_checks.check_early_stopping(early_stopping, found.valid is not None)
         make_dataset = functools.partial(
             data.make_dataset,
             found.train,
             model.domain,
             length=max_train_length,
+            row_length=pack_length,
             seed=data_seed,
             pack=pack_sequences,
             num_epochs=epochs,
@@ -238,6 +266,7 @@ def run_experiment(
                 steps = data.num_batches(
                     found.train,
                     length=max_train_length,
+                    row_length=pack_length,
                     batch_size=progress.batch_size,
                     num_epochs=epochs,
                     pack=pack_sequences,
@@ -282,33 +311,6 @@ def run_experiment(
         )
     processes.tell(report.format_report(result, folder))
     return result
-
-
-def _check_early_stopping(early_stopping: int | None, validates: bool) -> None:
-    if early_stopping is not None and not validates:
-        raise ValueError(
-            f"experiment.early_stopping is {early_stopping}, but the run has no proteins to "
-            "validate on: give --valid_fasta, or leave early_stopping out"
-        )
-
-
-def _check_model(model: FlaxModel, max_train_length: int, calibration_batches: int | None) -> bool:
-    """Checks a model against settings; returns whether its features have stored parameters."""
-    if max_train_length > model.max_length:
-        raise ValueError(
-            f"experiment.max_train_length is {max_train_length}, more than the "
-            f"{model.max_length} tokens of the model: lower it, or raise "
-            "make_protein_domain.length (and FlaxModel.max_len, if that is set)"
-        )
-    function = as_attention_fn(model.attention_fn or make_softmax_attention())
-    stored = function.calibration in ("stored", "trained")
-    if calibration_batches and not stored:
-        raise ValueError(
-            f"experiment.calibration_batches is {calibration_batches}, but the attention function "
-            "has no stored parameters to fit: use make_fast_softmax_attention with an estimator "
-            "such as 'wderf_s' and unidirectional = True, or leave calibration_batches out"
-        )
-    return stored
 
 
 def _set_length(
