@@ -112,7 +112,7 @@ def _show(name: str, entry: Entry) -> str:
     value = entry.get(name)
     if name == "bytes":
         return f"{value:,}"
-    return f"SHA-256 {value[:12]}..." if name == "sha256" else f"weight {value}"
+    return f"SHA-256 {str(value)[:12]}..." if name == "sha256" else f"weight {value}"
 
 
 def _count(number: int) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import gin
+import gin.config
 
 import fast_attention
 from fast_attention import gin_bindings as gin_bindings

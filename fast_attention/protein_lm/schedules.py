@@ -86,14 +86,14 @@ class FactorSchedule:
             max(1, num_steps - self.warmup_steps),
         )
 
-    def describe_length(self, num_steps: int) -> str | None:
+    def describe_length(self, num_steps: int) -> str:
         """Says in one sentence where the schedule and a run differ in length.
 
         Args:
           num_steps: Steps of the run.
 
         Returns:
-          None where they agree, or where no factor has a length.
+          An empty text where they agree, or where no factor has a length.
         """
         last = f"{float(self(num_steps - 1)):.3g}"
         if "linear_warmup" in self.factors and self.warmup_steps >= num_steps:
@@ -104,7 +104,7 @@ class FactorSchedule:
             )
         end = self.warmup_steps + (self.steps_per_cycle or _CYCLE)
         if "cosine_decay" not in self.factors or end == num_steps:
-            return None
+            return ""
         outcome = (
             "rises to its maximum again after each cycle"
             if end < num_steps

@@ -322,10 +322,9 @@ def _set_length(
 ) -> None:
     """Sets the length of the schedule, and tells what is not as one might expect."""
     model.set_num_steps(times.total)
-    if isinstance(model.schedule, FactorSchedule):
-        note = model.schedule.describe_length(times.total)
-        if note is not None:
-            processes.note(note)
+    schedule = model.schedule
+    if isinstance(schedule, FactorSchedule) and (note := schedule.describe_length(times.total)):
+        processes.note(note)
     if not run.longer or step == 0:
         return
     if training_loop.is_tired(progress, step, times):

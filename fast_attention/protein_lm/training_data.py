@@ -143,7 +143,7 @@ def load_training_data(
 
 
 _NAMES = {"valid": "validation", "test": "test"}
-_NO_FIGURES = "give --valid_fasta or --test_fasta to see how good the model is"
+_NO_FIGURES = "give --valid_fasta to see how good the model is"
 
 
 def held_out_fasta(

@@ -65,13 +65,19 @@ def test_an_open_cosine_falls_once_over_the_run(num_steps):
     rates = np.array([schedule(step) for step in range(10, num_steps)])
     assert rates[0] == 1 and (np.diff(rates) < 0).all()
     assert rates[-1] < 0.03
-    assert schedule.describe_length(num_steps) is None
+    assert schedule.describe_length(num_steps) == ""
+
+
+def test_an_open_cosine_is_that_of_the_same_length():
+    for num_steps, steps_per_cycle in ((850, 790), (60, 1), (5, 1)):
+        asked = create_learning_rate_scheduler(COSINE, 0.003, 60, steps_per_cycle=steps_per_cycle)
+        assert create_learning_rate_scheduler(COSINE, 0.003, 60).over(num_steps) == asked
 
 
 def test_a_cycle_that_was_asked_for_stays_and_its_length_is_told():
     schedule = create_learning_rate_scheduler(COSINE, 1.0, warmup_steps=10, steps_per_cycle=90)
     assert schedule.over(850) == schedule
-    assert schedule.describe_length(100) is None
+    assert schedule.describe_length(100) == ""
     told = schedule.describe_length(850)
     assert "ends at step 100" in told and "850 steps" in told and "maximum again" in told
     assert "still 0.5" in schedule.describe_length(56)
@@ -81,4 +87,4 @@ def test_a_cycle_that_was_asked_for_stays_and_its_length_is_told():
 def test_a_schedule_without_a_length_has_nothing_to_tell():
     for factors in ("constant", "constant * rsqrt_decay", "constant * decay_every"):
         schedule = create_learning_rate_scheduler(factors, 1.0, warmup_steps=5, steps_per_cycle=7)
-        assert schedule.describe_length(1000) is None
+        assert schedule.describe_length(1000) == ""

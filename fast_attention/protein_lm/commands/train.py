@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -155,7 +154,7 @@ def _processes(options: argparse.Namespace) -> AbstractContextManager[None]:
 def _train(options: argparse.Namespace) -> None:
     import gin
 
-    from fast_attention.protein_lm import gin_registry
+    from fast_attention.protein_lm import gin_registry, processes
 
     chosen = {
         "train_files": options.fasta and read_weights(options.fasta),
@@ -173,12 +172,7 @@ def _train(options: argparse.Namespace) -> None:
     settings = options.gin_file
     if not settings:
         settings = [gin_registry.DEMO]
-        if options.process_id in (None, 0):
-            print(
-                f"note: without --gin_file, the settings are those of {gin_registry.DEMO}, a small "
-                "model",
-                file=sys.stderr,
-            )
+        processes.note(f"no --gin_file: the settings are those of {gin_registry.DEMO}")
     gin_registry.configure(settings, options.gin_bindings + bindings)
     gin.get_configurable("experiment")(options.work_dir, new_data=options.new_data)
 
