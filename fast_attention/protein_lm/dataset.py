@@ -91,7 +91,7 @@ def batch_ds(
     domain = make_protein_domain() if domain is None else domain
     if not isinstance(ds, (str, os.PathLike, dict, Corpus)) and not _are_paths(ds):
         ds = as_corpus(ds, domain)
-    settings = {"pack": pack_length is not None} | options
+    settings: dict[str, Any] = {"pack": pack_length is not None} | options
     return data.make_dataset(
         ds,
         domain,

@@ -97,8 +97,12 @@ def check_export(folder: RunFolder | None, target: RunFolder) -> None:
       RunError: If it holds a run, or is the exported folder itself.
     """
     check_output_folder(target.path)
-    both = folder is not None and target.path.exists() and folder.path.exists()
-    same = both and target.path.samefile(folder.path)
+    same = (
+        folder is not None
+        and target.path.exists()
+        and folder.path.exists()
+        and target.path.samefile(folder.path)
+    )
     holds_run = target.checkpoints.exists() or target.config.exists() and not target.is_export()
     if holds_run or same:
         raise RunError(f"{target.path} holds a run already: give the export a folder of its own")

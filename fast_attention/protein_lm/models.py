@@ -205,7 +205,7 @@ class FlaxBERT(FlaxModel):
             raise ValueError(f"expected ids [B, T] from 0 to {len(vocab) - 1}; got {masked}")
         masked = masked.astype(np.int32)
         if temperature is None:
-            temperature = self.sampling_kwargs.get("temperature", 1.0)
+            temperature = float(self.sampling_kwargs.get("temperature", 1.0))
         logits = self.logits(batches.unpacked(masked, vocab))
         logits = forbid_tokens(logits.reshape(-1, logits.shape[-1]), self.tokens.special)
         key = jax.random.key(self.random_seed) if rng is None else rng
