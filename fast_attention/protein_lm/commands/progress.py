@@ -37,12 +37,12 @@ def tell(model: FlaxModel, done: Done, seconds: float, output: str, *others: str
     )
     if done.computed < done.residues:
         print(
-            f"{done.residues - done.computed:,} residues had been done before it was stopped",
+            f"{done.residues - done.computed:,} residues had been done before the interruption",
             file=status,
         )
     if done.longer:
         print(
-            f"{done.longer:,} proteins are longer than the {model.domain.length} residues that "
-            "the model was made for, and were read whole: it has not been trained that far",
+            f"of {done.longer:,} proteins more than {model.domain.length} residues were read, the "
+            "length that the model was made for: it has not been trained on longer proteins",
             file=status,
         )
