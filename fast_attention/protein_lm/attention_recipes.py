@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from fast_attention.feature_maps.elementwise import kernel_name
-from fast_attention.protein_lm.json_files import check_fields, matches, shown
+from fast_attention.protein_lm.json_files import check_fields, matches, one_line, shown
 from fast_attention.protein_lm.run_folder import RunError
 from fast_attention.recipes import FACTORIES, recipe
 
@@ -87,7 +87,7 @@ def build(path: Path, place: str, described: Any, depth: int = 0) -> Any:
     try:
         return FACTORIES[name](**arguments)
     except (ValueError, TypeError) as error:
-        raise RunError(f"{path}: {place} make no attention function: {error}") from error
+        raise RunError(f"{path}: {place} make no attention function: {one_line(error)}") from error
 
 
 def gin_lines(described: Any, parameter: str) -> list[str]:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import orbax.checkpoint as ocp
 
-from fast_attention.protein_lm import process_arrays, processes
+from fast_attention.protein_lm import checkpoint_files, process_arrays, processes
 from fast_attention.protein_lm.array_records import (
     checksums,
     checksums_of_bytes,
@@ -213,7 +213,7 @@ def restore(
 
 def newest_step(directory: Path) -> int | None:
     """Step of the newest checkpoint of a folder, found without reading it; None without one."""
-    names = [path.name for path in directory.glob("*") if path.name.isdigit()]
+    names = [path.name for path in directory.glob("*") if path.name.isdecimal()]
     return max(map(int, names), default=None)
 
 
@@ -222,8 +222,7 @@ def tokens_seen(directory: Path, step: int) -> int | None:
     options = ocp.CheckpointManagerOptions(create=False)
     with ocp.CheckpointManager(directory.absolute(), options=options) as manager:
         try:
-            about = _restore(manager, step, about=ocp.args.JsonRestore())["about"]
-            return about["progress"]["tokens"]
+            return _restore_about(manager, step)["progress"]["tokens"]
         except (RunError, KeyError, TypeError):
             return None
 
@@ -306,7 +305,7 @@ def _warn(error: Exception, instead: int) -> None:
 
 def _about(manager: ocp.CheckpointManager, step: int, abstract: TrainState) -> dict[str, Any]:
     """What stands beside the arrays, which are checked to be those that the model expects."""
-    about = _restore(manager, step, about=ocp.args.JsonRestore())["about"]
+    about = _restore_about(manager, step, _model_arrays(abstract))
     # Of earlier versions, there is no seal.
     if about.keys() & {"seal", "sums"} and about.pop("seal", None) != seal(about):
         raise _damage(manager, step, "what stands beside the arrays is not what was written")
@@ -325,6 +324,17 @@ def _about(manager: ocp.CheckpointManager, step: int, abstract: TrainState) -> d
             f"{expected.get(name, 'none')} ({len(names)} such differences); use the configuration "
             "it was written with"
         )
+    return about
+
+
+def _restore_about(manager: ocp.CheckpointManager, step: int, arrays: Any = None) -> dict[str, Any]:
+    try:
+        checkpoint_files.check(Path(manager.directory) / str(step), arrays)
+    except ValueError as error:
+        raise _damage(manager, step, error) from error
+    about = _restore(manager, step, about=ocp.args.JsonRestore())["about"]
+    if not isinstance(about, dict):
+        raise _damage(manager, step, "what stands beside the arrays is no object")
     return about
 
 

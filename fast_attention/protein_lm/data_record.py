@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fast_attention.protein_lm.corpus import data_files
 from fast_attention.protein_lm.fasta_files import FastaPaths
+from fast_attention.protein_lm.json_files import read_json
 from fast_attention.protein_lm.output_files import write_json
 from fast_attention.protein_lm.run_folder import RunError, RunFolder
 from fast_attention.protein_lm.text_source import FastaError
@@ -61,14 +61,14 @@ def read_record(folder: RunFolder) -> Entry | None:
     if not folder.data.exists():
         return None
     try:
-        record = json.loads(folder.data.read_text(encoding="utf-8"))
+        record = read_json(folder.data)
         for split in SPLITS:
             for entry in record[split]:
                 found = (entry["file"], entry["sha256"], entry["bytes"], entry["weight"])
                 if tuple(map(type, found[:3])) != (str, str, int):
                     raise TypeError(found)
         return record
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (RunError, KeyError, TypeError) as error:
         raise RunError(
             f"{folder.data} is damaged, so that nobody knows what the run was trained on: fetch it "
             "again from where the folder was copied, or remove it to resume without this check"

@@ -11,7 +11,7 @@ from typing import Any
 from fast_attention.protein_lm.json_files import check_fields, read_json, shown
 from fast_attention.protein_lm.output_files import write_json
 from fast_attention.protein_lm.report import format_table
-from fast_attention.protein_lm.run_folder import RunError, RunFolder
+from fast_attention.protein_lm.run_folder import RunError, RunFolder, inside
 
 _SAME = ("step", "digest", "max_residues", "seed", "num_seeds", "errors")
 """What makes two evaluations one and the same, given again."""
@@ -63,7 +63,8 @@ def write_evaluation(folder: RunFolder, result: dict[str, Any]) -> Path | None:
 def read_evaluations(folder: RunFolder) -> list[dict[str, Any]]:
     """What ``evaluate`` and the end of training left in a run's folder, the newest first."""
     found = []
-    for path in [*folder.path.glob("evaluation*.json"), folder.result]:
+    names = sorted(path.name for path in folder.path.glob("evaluation*.json"))
+    for path in [*(inside(folder.path, name) for name in names), folder.result]:
         if path.is_file():
             content = _object(path, read_json(path))
             result = content.get("evaluation") if path == folder.result else content

@@ -20,6 +20,7 @@ import numpy as np
 from fast_attention.protein_lm import descriptions, model_file
 from fast_attention.protein_lm.array_records import describe, named
 from fast_attention.protein_lm.flax_model import FlaxModel
+from fast_attention.protein_lm.json_files import open_plain
 from fast_attention.protein_lm.machine_failures import machine_failure
 from fast_attention.protein_lm.output_files import (
     check_output_folder,
@@ -29,6 +30,14 @@ from fast_attention.protein_lm.output_files import (
 )
 from fast_attention.protein_lm.run_folder import RunError, RunFolder
 from fast_attention.protein_lm.train_state import TrainState, weights
+
+# Names of the types in a safetensors file.
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool"}
+_DTYPES |= {
+    f"{kind}{bits}": f"{name}{bits}"
+    for kind, name in (("I", "int"), ("U", "uint"))
+    for bits in (8, 16, 32, 64)
+}
 
 
 def export_model(
@@ -125,14 +134,31 @@ def read_arrays(
       RunError: If the file is absent, damaged or of another model.
     """
     import safetensors
-    import safetensors.flax
 
+    path = folder.weights
+    open_plain(path).close()
+    expected = describe(_arrays(abstract))
     try:
-        found = safetensors.flax.load_file(folder.weights)
-    except (MemoryError, OSError, safetensors.SafetensorError) as error:
+        with safetensors.safe_open(path, framework="flax") as file:
+            names = file.keys()
+            stored = {name: _describe_slice(file.get_slice(name)) for name in names}
+            _check_shapes(folder, stored, expected)
+            found = {name: file.get_tensor(name) for name in expected}
+    except (MemoryError, OSError, ValueError, safetensors.SafetensorError) as error:
         remedy = machine_failure(error) or "fetch the folder again, or export the run again"
-        raise RunError(f"{folder.weights} cannot be read ({error}): {remedy}") from error
-    expected, stored = describe(_arrays(abstract)), describe(found)
+        raise RunError(f"{path} cannot be read ({error}): {remedy}") from error
+    structure = jax.tree.structure(_arrays(abstract))
+    arrays = jax.tree.unflatten(structure, [found[name] for name in expected])
+    return exported_step(folder, about), arrays["parameters"], arrays["variables"]
+
+
+def _describe_slice(part: Any) -> str:
+    """An array of a file as `array_records.describe` describes it."""
+    dtype = part.get_dtype()
+    return f"{_DTYPES.get(dtype, dtype)}{part.get_shape()}"
+
+
+def _check_shapes(folder: RunFolder, stored: dict[str, str], expected: dict[str, str]) -> None:
     for name in [*expected, *stored]:
         there, wanted = (tree.get(name, "absent") for tree in (stored, expected))
         if there != wanted:
@@ -140,9 +166,6 @@ def read_arrays(
                 f"{folder.weights} does not fit {folder.model.name}: {name} is {there} there, and "
                 f"the model expects {wanted}; export the run again"
             )
-    structure = jax.tree.structure(_arrays(abstract))
-    arrays = jax.tree.unflatten(structure, [found[name] for name in expected])
-    return exported_step(folder, about), arrays["parameters"], arrays["variables"]
 
 
 def exported_step(folder: RunFolder, about: dict[str, Any]) -> int:

@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import hashlib
 import io
+import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -26,10 +27,13 @@ from fast_attention.protein_lm.linear_head import LinearHead, Units
 from fast_attention.protein_lm.loading import load_run, open_run
 from fast_attention.protein_lm.npz_files import read_npz
 from fast_attention.protein_lm.output_files import open_output_folder, write_file, write_json
-from fast_attention.protein_lm.run_folder import PREDICTOR_FILES, RunError, RunFolder
+from fast_attention.protein_lm.run_folder import PREDICTOR_FILES, RunError, RunFolder, inside
 from fast_attention.protein_lm.token_batches import Shape
 
 _ABOUT, _HEAD, _ADAPTERS, _MODEL = PREDICTOR_FILES
+_REMEDY = "fetch the folder again, or fine-tune again"
+# Room for the headers of an archive.
+_ROOM = 2**20
 _HINTS = {
     "method": Literal["frozen", "lora", "full"],
     "classes": list[str] | None,
@@ -175,7 +179,7 @@ class FineTuned:
             raise RunError(
                 f"{folder} has no {_ABOUT}: give the --output of a finished 'protein-lm fine-tune'"
             )
-        about = check_fields(folder / _ABOUT, "", read_json(folder / _ABOUT), _HINTS)
+        about = check_fields(folder / _ABOUT, "", read_json(inside(folder, _ABOUT)), _HINTS)
         if model is None and about["whole"]:
             model = open_run(folder, gin_file=gin_file).model
         elif model is None:
@@ -183,27 +187,21 @@ class FineTuned:
             model = load_run(found, gin_file=gin_file).model
         adapters = None
         if about["whole"]:
-            stored = _nest(_read_arrays(folder / _MODEL))
-            _check_shapes(folder, model, stored)
-            model = with_parameters(model, stored["parameters"], stored.get("variables", {}))
+            model = _read_whole(inside(folder, _MODEL), model)
         elif fingerprint(model) != about["trunk"]:
             raise RunError(
                 f"{folder} was fine-tuned from another model than that of its run: give --run_dir "
                 "and the run as it was then, or fine-tune again"
             )
         elif about["method"] == "lora":
-            found = _read_arrays(folder / _ADAPTERS)
-            nested: lora.Adapters = {}
-            for name, array in found.items():
-                kernel, _, factor = name.rpartition(".")
-                nested.setdefault(kernel, {})[factor] = array
-            adapters = (nested, about["adapter_scale"])
+            path = inside(folder, _ADAPTERS)
+            adapters = (_read_adapters(path, model), about["adapter_scale"] or 0.0)
             parameters = lora.merge_adapters(model.weights, *adapters)
             model = with_parameters(model, parameters, model.state.variables)
         return cls(
             model=model,
             classes=None if about["classes"] is None else tuple(about["classes"]),
-            head=LinearHead(**_read_arrays(folder / _HEAD)),
+            head=_read_head(inside(folder, _HEAD), model, about["classes"]),
             method=about["method"],
             max_length=about["max_length"],
             trunk=about["trunk"],
@@ -277,16 +275,53 @@ def fingerprint(model: FlaxModel) -> str:
     return digest.hexdigest()
 
 
-def _check_shapes(folder: Path, model: FlaxModel, stored: Any) -> None:
-    expected = _flat(model.weights)
-    found = _flat(stored["parameters"])
-    names = [
-        name
-        for name in expected | found
-        if name not in found or name not in expected or found[name].shape != expected[name].shape
-    ]
-    if names:
-        raise RunError(f"{folder / _MODEL} fits another model: they differ in {names[0]!r}")
+def _read_head(path: Path, model: FlaxModel, classes: list[str] | None) -> LinearHead:
+    width, outputs = model.config.emb_dim, 1 if classes is None else len(classes)
+    shapes = {
+        "mean": (width,),
+        "scale": (width,),
+        "kernel": (width, outputs),
+        "bias": (outputs,),
+        "units": (2,),
+    }
+    limit = _ROOM + 16 * (width + 1) * (outputs + 2)
+    return LinearHead(**_numbers(path, read_npz(path, _REMEDY, limit=limit, expected=shapes)))
+
+
+def _read_whole(path: Path, model: FlaxModel) -> FlaxModel:
+    abstract = model.abstract_state
+    trees = {"parameters": abstract.parameters, "variables": abstract.variables}
+    leaves, structure = jax.tree_util.tree_flatten_with_path(trees)
+    names = [jax.tree_util.keystr(where, simple=True, separator=".") for where, _ in leaves]
+    shapes = {name: leaf.shape for name, (_, leaf) in zip(names, leaves, strict=True)}
+    limit = _ROOM + 4096 * len(names) + 2 * sum(8 * math.prod(shape) for shape in shapes.values())
+    found = _numbers(path, read_npz(path, _REMEDY, limit=limit, expected=shapes))
+    arrays = [found[name].astype(leaf.dtype) for name, (_, leaf) in zip(names, leaves, strict=True)]
+    stored = jax.tree.unflatten(structure, arrays)
+    return with_parameters(model, stored["parameters"], stored["variables"])
+
+
+def _read_adapters(path: Path, model: FlaxModel) -> lora.Adapters:
+    sizes = [leaf.size for leaf in jax.tree.leaves(model.abstract_state.parameters)]
+    found = _numbers(
+        path, read_npz(path, _REMEDY, limit=_ROOM + 4096 * len(sizes) + 16 * sum(sizes))
+    )
+    nested: lora.Adapters = {}
+    for name, array in found.items():
+        kernel, _, factor = name.rpartition(".")
+        nested.setdefault(kernel, {})[factor] = array
+    try:
+        lora.merge_adapters(jax.tree.map(np.asarray, model.weights), nested, 1.0)
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise RunError(f"{path} is of another model: {error}") from error
+    return nested
+
+
+def _numbers(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    for name, array in arrays.items():
+        if array.dtype.kind not in "biuf":
+            raise RunError(f"{path}: {name!r:.80} is of the type {array.dtype}, not of numbers")
+    return arrays
 
 
 def _flat(tree: Any) -> dict[str, np.ndarray]:
@@ -297,22 +332,7 @@ def _flat(tree: Any) -> dict[str, np.ndarray]:
     }
 
 
-def _nest(arrays: dict[str, np.ndarray]) -> Any:
-    tree: dict[Any, Any] = {}
-    for name, array in arrays.items():
-        *parents, last = (int(part) if part.isdigit() else part for part in name.split("."))
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = array
-    return tree
-
-
 def _write_arrays(path: Path, arrays: dict[str, Any]) -> None:
     archive = io.BytesIO()
     np.savez(archive, allow_pickle=False, **arrays)
     write_file(path, archive.getvalue())
-
-
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
-    return read_npz(path, "fetch the folder again, or fine-tune again")

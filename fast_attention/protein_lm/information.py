@@ -68,7 +68,7 @@ def checkpoint_steps(folder: RunFolder) -> list[int]:
     """Steps of the checkpoints that are whole."""
     if not folder.checkpoints.is_dir():
         return []
-    return sorted(int(path.name) for path in folder.checkpoints.iterdir() if path.name.isdigit())
+    return sorted(int(path.name) for path in folder.checkpoints.iterdir() if path.name.isdecimal())
 
 
 def tokens_seen(folder: RunFolder, step: int) -> int | None:
@@ -128,6 +128,11 @@ def _corpus(settings: dict[str, Any], count: bool, symbols: str) -> dict[str, An
 
 def _count(files: Sequence[str], on_error: str, symbols: str) -> dict[str, Any]:
     proteins = residues = 0
+    for path in files:
+        # A folder from somebody else could name a device or a pipe, which has no end.
+        if Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):
+            problem = f"{path} is not a plain file"
+            return {"proteins": None, "residues": None, "problem": problem}
     try:
         skipped = SkippedRecords()
         for record in read_proteins(files, alphabet=symbols, on_error=on_error, skipped=skipped):

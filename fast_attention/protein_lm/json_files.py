@@ -13,7 +13,7 @@ import stat
 import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, BinaryIO, Literal, Union, get_args, get_origin
 
 from fast_attention.protein_lm.machine_failures import machine_failure
 from fast_attention.protein_lm.run_folder import RunError
@@ -49,7 +49,7 @@ def parse_json(path: Path, text: bytes, *, allow_nan: bool = False) -> Any:
     try:
         return json.loads(text.decode("utf-8"), parse_constant=refuse)
     except (ValueError, RecursionError) as error:
-        raise RunError(f"{path} is damaged: it is not JSON ({_one_line(error)})") from None
+        raise RunError(f"{path} is damaged: it is not JSON ({one_line(error)})") from None
 
 
 def read_bounded(path: Path, limit: int) -> bytes:
@@ -58,20 +58,29 @@ def read_bounded(path: Path, limit: int) -> bytes:
     Raises:
       RunError: If the file is absent, larger, or a device, a pipe or a folder.
     """
+    with open_plain(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise RunError(f"{path} has {size:,} bytes; at most {limit:,} were expected")
+        return file.read(limit)
+
+
+def open_plain(path: Path) -> BinaryIO:
+    """Opens a plain file for reading.
+
+    Raises:
+      RunError: If the file is absent, or a device, a pipe or a folder.
+    """
     try:
         # Opening a pipe for reading waits for a writer unless it is opened without blocking.
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            about = os.fstat(file.fileno())
-            if not stat.S_ISREG(about.st_mode):
-                raise RunError(f"{path} is not a plain file")
-            if about.st_size > limit:
-                raise RunError(
-                    f"{path} has {about.st_size:,} bytes; at most {limit:,} were expected"
-                )
-            return file.read(limit)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return os.fdopen(descriptor, "rb")
+        os.close(descriptor)
     except OSError as error:
         reason = machine_failure(error) or error.strerror
         raise RunError(f"{path} cannot be read: {reason}") from error
+    raise RunError(f"{path} is not a plain file")
 
 
 def check_fields(
@@ -175,5 +184,7 @@ def _is_float(value: Any, hint: Any) -> bool:
     return type(value) is int and float in options and int not in options
 
 
-def _one_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
+def one_line(error: Exception) -> str:
+    """The first line of an error, at most 300 characters of it."""
+    line = (str(error).splitlines() or [""])[0] or type(error).__name__
+    return line if len(line) <= 300 else f"{line[:300]} ..."

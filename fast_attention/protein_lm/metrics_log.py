@@ -12,10 +12,13 @@ from typing import Any, TextIO
 import tensorboardX
 
 from fast_attention.protein_lm import processes
+from fast_attention.protein_lm.json_files import read_bounded
 from fast_attention.protein_lm.output_files import json_text, write_file
 from fast_attention.protein_lm.run_folder import RunError, RunFolder
 
 Row = dict[str, Any]
+
+_MAX_BYTES = 2**30
 
 
 class MetricsLog:
@@ -89,7 +92,7 @@ def read_metrics(path: Path) -> list[Row]:
     """
     if not path.exists():
         return []
-    content = path.read_bytes()
+    content = read_bounded(path, _MAX_BYTES)
     whole = content[: content.rfind(b"\n") + 1]
     return [_row(path, number, line) for number, line in enumerate(whole.splitlines(), 1)]
 

@@ -30,7 +30,7 @@ from fast_attention.protein_lm.domains import (
     VariableLengthDiscreteDomain,
 )
 from fast_attention.protein_lm.flax_model import FlaxModel
-from fast_attention.protein_lm.json_files import check_fields, read_json, shown
+from fast_attention.protein_lm.json_files import check_fields, one_line, read_json, shown
 from fast_attention.protein_lm.masking import MaskingConfig
 from fast_attention.protein_lm.models import FlaxBERT, FlaxLM, SamplingConfig
 from fast_attention.protein_lm.run_folder import RunError
@@ -293,7 +293,7 @@ def build(path: Path, about: dict[str, Any]) -> FlaxModel:
     except MeshError:
         raise
     except (ValueError, TypeError) as error:
-        raise RunError(f"{path}: these values make no model: {error}") from error
+        raise RunError(f"{path}: these values make no model: {one_line(error)}") from error
 
 
 def _build_domain(path: Path, about: dict[str, Any]) -> DiscreteDomain:

@@ -19,6 +19,7 @@ import numpy as np
 
 from fast_attention.protein_lm.npz_files import read_npz
 from fast_attention.protein_lm.output_files import write_file
+from fast_attention.protein_lm.run_folder import RunError
 from fast_attention.protein_lm.vocabulary import Vocabulary
 
 _DENSE = 1 << 25
@@ -75,6 +76,10 @@ class Outcomes(NamedTuple):
           vocab: That these outcomes are of.
         """
         return np.where(ids == vocab.eos, self.base - 1, ids.astype(np.int64))
+
+
+_MAX_ORDER = 12
+_MAX_BYTES = 2**31
 
 
 class NGramCounts(NamedTuple):
@@ -227,17 +232,40 @@ def save_baselines(path: Path, ngrams: Sequence[NGram]) -> None:
 
 
 def load_baselines(path: Path) -> list[NGram]:
-    """Reads what `save_baselines` wrote."""
-    tables = read_npz(path, "fetch the folder again, or train again to count the n-grams")
-    keys, counts = np.cumsum(tables["gaps"], dtype=np.int64), tables["counts"].astype(np.int64)
+    """Reads what `save_baselines` wrote.
+
+    Raises:
+      RunError: If the file is absent, damaged, or holds other things.
+    """
+    remedy = "fetch the folder again, or train again to count the n-grams"
+    tables = read_npz(path, remedy, limit=_MAX_BYTES)
+    try:
+        return _from_tables(tables)
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        raise RunError(f"{path} is damaged ({error}): {remedy}") from error
+
+
+def _from_tables(tables: dict[str, np.ndarray]) -> list[NGram]:
     num_ordinary, has_end = tables["outcomes"].tolist()
     outcomes = Outcomes(num_ordinary, bool(has_end))
-    longest = NGramCounts(int(tables["order"]), keys, counts, outcomes)
-    orders = sorted(int(name[8:]) for name in tables if name.startswith("weights_"))
-    return [
-        NGram(longest.shorten(order), tuple(tables[f"weights_{order}"].tolist()))
-        for order in orders
-    ]
+    longest = int(tables["order"])
+    if not 1 <= num_ordinary < 2**31 or not 1 <= longest <= _MAX_ORDER:
+        raise ValueError(f"n-grams of the order {longest} over {num_ordinary} tokens")
+    gaps, counts = tables["gaps"], tables["counts"]
+    unsigned = gaps.dtype.kind == counts.dtype.kind == "u"
+    if not unsigned or gaps.ndim != 1 or gaps.shape != counts.shape:
+        raise ValueError("gaps and counts must be rows of unsigned integers, of one length")
+    keys = np.cumsum(gaps, dtype=np.int64)
+    if np.any(np.diff(keys) < 0) or (len(keys) and int(keys[-1]) >= outcomes.base**longest):
+        raise ValueError("an n-gram has a token that is none of the vocabulary's")
+    found = NGramCounts(longest, keys, counts.astype(np.int64), outcomes)
+    ngrams = []
+    for order in sorted(int(name[8:]) for name in tables if name.startswith("weights_")):
+        weights = tables[f"weights_{order}"].astype(np.float64)
+        if not 1 <= order <= longest or weights.shape != (order,) or not np.all(weights > 0):
+            raise ValueError(f"weights_{order} must be {order} positive numbers")
+        ngrams.append(NGram(found.shorten(order), tuple(weights.tolist())))
+    return ngrams
 
 
 def _narrow(values: np.ndarray) -> np.ndarray:

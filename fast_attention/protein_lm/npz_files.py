@@ -4,38 +4,62 @@ from __future__ import annotations
 
 import math
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from fast_attention.protein_lm.json_files import one_line, open_plain
 from fast_attention.protein_lm.machine_failures import machine_failure
 from fast_attention.protein_lm.run_folder import RunError
 
 _SUFFIX = ".npy"
 
 
-def read_npz(path: Path, remedy: str) -> dict[str, np.ndarray]:
+def read_npz(
+    path: Path,
+    remedy: str,
+    *,
+    limit: int,
+    expected: Mapping[str, tuple[int, ...]] | None = None,
+) -> dict[str, np.ndarray]:
     """Reads all arrays of a file, comparing their checksums.
+
+    A file of a few bytes can name an array of any size, or be compressed to it: what it promises is
+    compared before memory is allocated.
 
     Args:
       path: The file.
       remedy: What to do where it is absent or damaged.
+      limit: The most bytes that all arrays together may have.
+      expected: Names and shapes that the arrays must have; None takes any.
 
     Raises:
-      RunError: If it is absent or damaged; or, told apart from these, cannot be read for lack of
-        memory or a failure of the disk.
+      RunError: If it is absent or damaged, or has other arrays; or, told apart from these, cannot
+        be read for lack of memory or a failure of the disk.
     """
-    if not path.is_file():
+    if not path.exists():
         raise RunError(f"{path} is missing: {remedy}")
+    open_plain(path).close()
     try:
+        with zipfile.ZipFile(path) as archive:
+            promised = sum(member.file_size for member in archive.infolist())
+        if promised > limit:
+            raise ValueError(f"it promises {promised:,} bytes, at most {limit:,} are expected")
         check_npz(path)
-        return read_arrays(path)
+        arrays = read_arrays(path)
     except Exception as error:
         if (reason := machine_failure(error)) is not None:
             raise RunError(f"{path} cannot be read now: {reason}") from error
-        told = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise RunError(f"{path} is damaged ({told[:200]}): {remedy}") from error
+        raise RunError(f"{path} is damaged ({one_line(error)}): {remedy}") from error
+    shapes = {name: array.shape for name, array in arrays.items()}
+    for name in [*(expected or {}), *(shapes if expected else {})]:
+        there, wanted = (found.get(name, "absent") for found in (shapes, expected or {}))
+        if there != wanted:
+            raise RunError(
+                f"{path} fits another model: {name!r:.80} is {there}, expected {wanted}: {remedy}"
+            )
+    return arrays
 
 
 def read_arrays(path: Path, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,9 +13,54 @@ PREDICTOR_FILES = ("finetuned.json", "head.npz", "adapters.npz", "model.npz")
 """What the folder of a predictor may hold, see `finetuned.FineTuned.save`."""
 
 
+class RunError(RuntimeError):
+    """A run cannot be started, resumed or read; the message says why and what to do."""
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of a file in a folder.
+
+    Raises:
+      RunError: If it is a link that leads out of the folder.
+    """
+    path = folder / name
+    if os.path.islink(path):
+        _check_link(folder, path)
+    return path
+
+
+def check_links(folder: Path, root: Path) -> None:
+    """Checks that no file or folder in a folder, however deep, is a link out of another one.
+
+    Args:
+      folder: Where to look.
+      root: What links must not lead out of.
+
+    Raises:
+      RunError: At the first such link, or what is neither a file nor a folder.
+    """
+    for place, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = Path(place, name)
+            if path.is_symlink():
+                _check_link(root, path)
+            elif not (path.is_dir() or path.is_file()):
+                raise RunError(f"{path} is not a plain file")
+
+
+def _check_link(root: Path, path: Path) -> None:
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
+        raise RunError(
+            f"{path} is a link that leads out of {root}: replace it by a copy of what it names"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class RunFolder:
     """Names of the files of a run.
+
+    A name that is a link leading out of the folder raises RunError: a folder from somebody else
+    could otherwise name any file of this machine, to be read or overwritten.
 
     Attributes:
       path: The folder.
@@ -28,67 +74,67 @@ class RunFolder:
 
         For people to read, and to give as ``--gin_file``: no command parses it of its own accord.
         """
-        return self.path / "config.gin"
+        return inside(self.path, "config.gin")
 
     @property
     def model(self) -> Path:
         """What the model is, see `model_file`."""
-        return self.path / "model.json"
+        return inside(self.path, "model.json")
 
     @property
     def checkpoints(self) -> Path:
         """The folder of checkpoints, one per step that was kept."""
-        return self.path / "checkpoints"
+        return inside(self.path, "checkpoints")
 
     @property
     def lock(self) -> Path:
         """Names the process that trains here, see `run_lock`."""
-        return self.path / "train.lock"
+        return inside(self.path, "train.lock")
 
     @property
     def data(self) -> Path:
         """What the run is trained on, see `data_record`."""
-        return self.path / "data.json"
+        return inside(self.path, "data.json")
 
     @property
     def held_out(self) -> Path:
         """Training proteins that were held out for validation, where no other ones were given."""
-        return self.path / "held_out.fasta"
+        return inside(self.path, "held_out.fasta")
 
     @property
     def metrics(self) -> Path:
         """One JSON object per line: training and validation figures."""
-        return self.path / "metrics.jsonl"
+        return inside(self.path, "metrics.jsonl")
 
     @property
     def tensorboard(self) -> Path:
         """The same figures for TensorBoard."""
-        return self.path / "tensorboard"
+        return inside(self.path, "tensorboard")
 
     @property
     def baselines(self) -> Path:
         """n-grams of the training proteins."""
-        return self.path / "baselines.npz"
+        return inside(self.path, "baselines.npz")
 
     @property
     def curve(self) -> Path:
         """The picture of the learning curve."""
-        return self.path / "curve.png"
+        return inside(self.path, "curve.png")
 
     @property
     def result(self) -> Path:
         """What a finished run reached; its presence says that the run is finished."""
-        return self.path / "result.json"
+        return inside(self.path, "result.json")
 
     @property
     def evaluation(self) -> Path:
         """What ``protein-lm evaluate`` found."""
-        return self.path / "evaluation.json"
+        return inside(self.path, "evaluation.json")
 
     @property
     def weights(self) -> Path:
         """In an exported folder: the arrays."""
-        return self.path / "model.safetensors"
+        return inside(self.path, "model.safetensors")
 
     def is_export(self) -> bool:
         """Whether the folder holds an exported model, which training cannot go on from."""
@@ -105,10 +151,6 @@ def files_read(path: Path) -> Iterator[Path]:
             yield from (file for file in place.rglob("*") if file.is_file())
         elif place.exists():
             yield place
-
-
-class RunError(RuntimeError):
-    """A run cannot be started, resumed or read; the message says why and what to do."""
 
 
 def claim(folder: RunFolder, config: str, model: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ from fast_attention.protein_lm import (
 )
 from fast_attention.protein_lm.fasta_files import FastaPaths
 from fast_attention.protein_lm.flax_model import FlaxModel
+from fast_attention.protein_lm.json_files import read_json
 from fast_attention.protein_lm.models import FlaxLM
 from fast_attention.protein_lm.ngrams import NGram
 from fast_attention.protein_lm.run_folder import RunError, RunFolder
@@ -114,9 +114,9 @@ def tell_finished(run: resuming.Opened, files: DataFiles) -> dict[str, Any]:
     for text in resuming.check_finished(run, files):
         processes.note(text)
     try:
-        result = json.loads(folder.result.read_text(encoding="utf-8"))
+        result = read_json(folder.result)
         told = report.format_report(result, folder)
-    except (ValueError, KeyError, TypeError) as error:
+    except (RunError, ValueError, KeyError, TypeError) as error:
         raise RunError(
             f"{folder.result} is damaged: remove it, and the same command evaluates the run again"
         ) from error

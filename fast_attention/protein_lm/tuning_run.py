@@ -15,6 +15,7 @@ from fast_attention.protein_lm.fasta_files import read_proteins
 from fast_attention.protein_lm.fasta_parser import LONGEST_PROTEIN, MAX_RESIDUES
 from fast_attention.protein_lm.finetuned import fingerprint
 from fast_attention.protein_lm.finetuning import TuningConfig, fine_tune
+from fast_attention.protein_lm.json_files import read_json
 from fast_attention.protein_lm.labelled import as_numbers, read_labelled
 from fast_attention.protein_lm.loading import load_run
 from fast_attention.protein_lm.model_inputs import longest_record
@@ -104,7 +105,7 @@ def run_tuning(
     }
     result_file = folder / "result.json"
     if result_file.is_file():
-        result = json.loads(result_file.read_text(encoding="utf-8"))
+        result = read_json(result_file)
         changed = [name for name in asked if result.get("asked", {}).get(name) != asked[name]]
         if changed:
             raise RunError(
@@ -155,7 +156,7 @@ def run_tuning(
             "metrics": tuned.fit.metrics,
         }
         write_json(path / result_file.name, result)
-    result = json.loads(result_file.read_text(encoding="utf-8"))
+    result = read_json(result_file)
     print(f"\n{format_result(result, folder)}")
     return result
 

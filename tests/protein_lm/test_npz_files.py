@@ -27,7 +27,7 @@ def header_of(shape: tuple[int, ...]) -> bytes:
 
 
 def test_arrays_are_read(path):
-    found = read_npz(path, "fetch it")
+    found = read_npz(path, "fetch it", limit=2**20)
     assert found.keys() == ARRAYS.keys()
     for name, array in ARRAYS.items():
         np.testing.assert_array_equal(found[name], array)
@@ -47,7 +47,7 @@ def test_arrays_are_read(path):
 def test_damage_is_told_with_the_remedy(path, damage):
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(RunError, match=r"a\.npz is damaged \(.+\): fetch it"):
-        read_npz(path, "fetch it")
+        read_npz(path, "fetch it", limit=2**20)
 
 
 @pytest.mark.parametrize("shape", [(10**12,), (10**6, 10**9)])
@@ -55,12 +55,12 @@ def test_an_array_that_claims_to_be_huge_is_not_allocated(tmp_path, shape):
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
         archive.writestr("x.npy", header_of(shape))
     with pytest.raises(RunError, match="is damaged.*'x.npy' is not of the size"):
-        read_npz(tmp_path / "a.npz", "fetch it")
+        read_npz(tmp_path / "a.npz", "fetch it", limit=2**20)
 
 
 def test_a_missing_file_is_told(tmp_path):
     with pytest.raises(RunError, match=r"b\.npz is missing: fetch it"):
-        read_npz(tmp_path / "b.npz", "fetch it")
+        read_npz(tmp_path / "b.npz", "fetch it", limit=2**20)
 
 
 @pytest.mark.parametrize(
@@ -74,4 +74,4 @@ def test_a_failure_of_the_machine_is_not_damage(path, monkeypatch, error):
 
     monkeypatch.setattr(npz_files.np, "load", fail)
     with pytest.raises(RunError, match=r"a\.npz cannot be read now: (out of memory|a read error)"):
-        read_npz(path, "fetch it")
+        read_npz(path, "fetch it", limit=2**20)

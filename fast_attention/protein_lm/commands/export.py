@@ -10,7 +10,7 @@ from fast_attention.protein_lm.commands import arguments
 SUMMARY = "write a trained model as safetensors and JSON"
 DESCRIPTION = """\
 Write a trained protein model to a folder of its own, for other programs and to pass it on:
-model.safetensors holds the numbers, config.json everything needed to rebuild the model. It is much
+model.safetensors holds the numbers, model.json everything needed to rebuild the model. It is much
 smaller than the run, from which training could go on. Wherever --run_dir is asked for, the new
 folder will do.
 
