@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 from fast_attention.feature_maps.elementwise import kernel_name
 from fast_attention.protein_lm.json_files import check_fields, matches, one_line, shown
@@ -26,11 +27,11 @@ def describe(attention_fn: Any) -> dict[str, Any]:
     arguments = {}
     for name, hint in _hints(found.factory).items():
         value = found.arguments[name]
-        if hint is Any:
+        if _is_nested(hint):
             value = describe(value)
         elif callable(value):
             value = kernel_name(value)
-        if hint is not Any and not matches(value, hint):
+        if not _is_nested(hint) and not matches(value, hint):
             return {OWN: f"{found.factory}({name}={name_of(found.arguments[name])})"}
         arguments[name] = value
     return {"factory": found.factory, "arguments": arguments}
@@ -68,8 +69,8 @@ def build(path: Path, place: str, described: Any, depth: int = 0) -> Any:
         )
     place = f"{place}.arguments"
     hints = _hints(name)
-    nested = [argument for argument, hint in hints.items() if hint is Any]
-    plain = {argument: hint for argument, hint in hints.items() if hint is not Any}
+    nested = [argument for argument, hint in hints.items() if _is_nested(hint)]
+    plain = {argument: hint for argument, hint in hints.items() if argument not in nested}
     given = fields["arguments"]
     arguments = check_fields(
         path, place, {key: value for key, value in given.items() if key not in nested}, plain
@@ -117,6 +118,11 @@ def name_of(value: Any) -> str:
     """The name of a class or a function, or of the class of another object."""
     named = value if hasattr(value, "__qualname__") else type(value)
     return f"{named.__module__}.{named.__qualname__}"
+
+
+def _is_nested(hint: Any) -> bool:
+    """Whether an argument is another attention function."""
+    return get_origin(hint) is Callable
 
 
 def _hints(factory: str) -> dict[str, Any]:
