@@ -14,7 +14,7 @@ from benchmarks.programs import FORWARD, MEASURES, Program, compile_jax
 from benchmarks.results import CaseInfo
 from benchmarks.settings import Inputs
 from fast_attention.feature_maps import IdentityFeatures, PositiveFeatures, elementwise_map
-from fast_attention.linear_attention import IMPLEMENTATIONS, linear_attention
+from fast_attention.linear import IMPLEMENTATIONS, linear_attention
 from fast_attention.mechanisms.local.fn import make_local_attention
 
 Attention = Literal["causal", "bidirectional"]

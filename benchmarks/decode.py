@@ -19,7 +19,7 @@ from benchmarks.settings import Setting
 from benchmarks.suite import Limits
 from benchmarks.timing import interleave
 from fast_attention.feature_maps import PositiveFeatures
-from fast_attention.linear_attention import LinearAttentionState, empty_state, prefill, step
+from fast_attention.linear import LinearAttentionState, empty_state, prefill, step
 
 SCAN = CaseInfo("decode/scan", "state, within a scan", ours=True)
 CALL = CaseInfo("decode/call", "state, one jitted call", ours=True)

@@ -10,7 +10,7 @@ import jax
 from benchmarks import torch_peers
 from benchmarks.programs import Program, compile_jax
 from benchmarks.settings import Inputs
-from fast_attention.lsh_attention import lsh_attention
+from fast_attention.mechanisms.lsh.hashed import lsh_attention
 
 BUCKET_SIZE = 64
 N_HASHES = 8

@@ -23,9 +23,9 @@ from jax import lax
 
 from fast_attention.array_types import Array, Bool, Float, Int
 from fast_attention.feature_maps import LogFeatures
-from fast_attention.linear_attention import LinearAttentionState, empty_state, merge
-from fast_attention.linear_attention.inputs import safe_inverse
-from fast_attention.linear_attention.state import EMPTY_LOG_SCALE
+from fast_attention.linear import LinearAttentionState, empty_state, merge
+from fast_attention.linear.inputs import safe_inverse
+from fast_attention.linear.state import EMPTY_LOG_SCALE
 from fast_attention.manual_axes import vary_alike
 from fast_attention.ragged import from_grid, places, to_grid
 

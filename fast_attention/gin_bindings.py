@@ -21,6 +21,7 @@ from fast_attention.mechanisms.favor.factories import (
 from fast_attention.mechanisms.local.fn import make_local_attention
 from fast_attention.mechanisms.lsh.fn import make_lsh_attention
 from fast_attention.mechanisms.strided.fn import make_strided_attention
+from fast_attention.softmax_attention import make_softmax_attention
 
 KERNEL_NAMES = {
     "jcos": jnp.cos,
@@ -48,5 +49,6 @@ make_efficient_attention = gin.external_configurable(
 make_strided_attention = gin.external_configurable(make_strided_attention, "make_strided_attention")
 make_lsh_attention = gin.external_configurable(make_lsh_attention, "make_lsh_attention")
 make_local_attention = gin.external_configurable(make_local_attention, "make_local_attention")
+make_softmax_attention = gin.external_configurable(make_softmax_attention, "make_softmax_attention")
 for _name, _kernel in KERNEL_NAMES.items():
     gin.external_configurable(_kernel, _name)

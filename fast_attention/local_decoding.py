@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from fast_attention.array_types import Array, Bool, Float, Int
-from fast_attention.local_attention import local_attention, normalized
 from fast_attention.local_tile import Choices, Sight, Tile, attend_tile
 from fast_attention.local_window import Window, check_shapes, fold_batch
+from fast_attention.mechanisms.local.op import local_attention, normalized
 
 
 class LocalState(NamedTuple):
@@ -71,7 +71,7 @@ def prefill(
       key: ``[*B, T, K, D]``.
       value: ``[*B, T, K, V]``.
       key_mask: False is padding: it takes no place.
-      shared_qk: as in :func:`fast_attention.local_attention.local_attention`.
+      shared_qk: as in :func:`fast_attention.local_attention`.
       precision: of the products.
 
     Returns:
@@ -189,7 +189,7 @@ def attend_from_one(
       bias: broadcastable to ``[*B, H, 1, S]``.
       mask: broadcastable to ``[*B, H, 1, S]``.
       key_mask: broadcastable to ``[*B, S]``.
-      shared_qk: as in :func:`fast_attention.local_attention.local_attention`; so are the rest.
+      shared_qk: as in :func:`fast_attention.local_attention`; so are the rest.
       dropout_key: random key or None.
       dropout_rate: of the weights.
       broadcast_dropout: the batch and the heads share the dropped weights.

@@ -18,11 +18,11 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from fast_attention.array_types import Array, Bool, Float, Int
-from fast_attention.local_attention import check_distance_bias, normalized
 from fast_attention.local_blocks import tiled_attention
 from fast_attention.local_tile import Choices, Sight
 from fast_attention.local_window import Window, check_shapes, fold_batch, make_window
 from fast_attention.manual_axes import vary_alike
+from fast_attention.mechanisms.local.op import check_distance_bias, normalized
 from fast_attention.mesh_layout import AxisName, layout_of
 from fast_attention.softmax_blocks import run_bounds
 

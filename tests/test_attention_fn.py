@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fast_attention import make_fast_generalized_attention, make_fast_softmax_attention
-from fast_attention.linear_attention import linear_attention
+from fast_attention.linear import linear_attention
 
 B, T, H, D, V, M = 2, 6, 4, 8, 5, 16
 softmax = functools.partial(
@@ -262,6 +262,27 @@ def test_calls_that_cannot_be_honoured(options, message):
 def test_wrong_shapes(shapes, message):
     with pytest.raises(ValueError, match=message):
         softmax()(*(jnp.ones(shape) for shape in shapes))
+
+
+def test_a_signed_kernel_of_ones_own_is_guarded_as_the_named_one_is():
+    """Where a denominator vanishes, ``den / stabilizer^2`` takes the place of its inverse."""
+    query, key = jnp.asarray([[[1.0, 0.0]]]), jnp.asarray([[[0.0, 1.0]]])
+    value = jnp.ones((1, 1, 1))
+    for stabilizer in (1e-3, 0.1):
+        options = {"kernel_epsilon": 0.0, "numerical_stabilizer": stabilizer}
+        near = key.at[0, 0, 0].set(stabilizer / 2)
+        own = lambda x: x  # noqa: E731
+        found = [
+            make_fast_generalized_attention(kernel_fn=kernel, **options, **told)(query, near, value)
+            for kernel, told in (("identity", {}), (own, {"signed_kernel": True}))
+        ]
+        np.testing.assert_array_equal(*found)
+        with pytest.raises(ValueError, match="signed_kernel must be True or False"):
+            make_fast_generalized_attention(kernel_fn=own, **options)
+        exact = make_fast_generalized_attention(kernel_fn=own, signed_kernel=False, **options)
+        np.testing.assert_allclose(exact(query, near, value), 1, rtol=1e-6)
+        np.testing.assert_allclose(found[0], 0.25, rtol=1e-5)
+    assert make_fast_generalized_attention(kernel_fn=own).epsilon == 1e-6
 
 
 def test_unknown_keywords_are_type_errors():

@@ -9,7 +9,7 @@ import pytest
 
 from fast_attention import make_fast_softmax_attention
 from fast_attention.feature_maps import TUNED_ESTIMATORS, TunedParameters
-from fast_attention.linear_attention import linear_attention
+from fast_attention.linear import linear_attention
 from fast_attention.mechanisms.favor.calibration import calibrate
 from fast_attention.mechanisms.favor.factories import ESTIMATORS
 
@@ -254,9 +254,9 @@ def test_fewer_positions_than_channels_at_any_norm(estimator):
 
 
 def test_denominators_are_at_least_one():
-    from fast_attention.linear_attention import chunked
-    from fast_attention.linear_attention.inputs import Inputs, Plan
-    from fast_attention.linear_attention.state import empty_state
+    from fast_attention.linear import chunked
+    from fast_attention.linear.inputs import Inputs, Plan
+    from fast_attention.linear.state import empty_state
 
     attention, parameters = tuned(unidirectional=True), calibrated_pairs()
     feature_map = attention.feature_map

@@ -1,10 +1,13 @@
 """The gin names of the original code, for functions and kernels."""
 
+import inspect
+
 import gin
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import fast_attention
 from fast_attention import (
     FastAttention,
     gin_bindings,
@@ -73,6 +76,14 @@ def test_strided_efficient_attention_by_name():
         "make_efficient_attention.blindspot_size = 8",
     )
     assert attention == make_strided_attention(make_efficient_attention(True, 8), 16)
+
+
+def test_every_factory_has_a_gin_name():
+    names = [name for name in vars(fast_attention) if name.startswith("make_")]
+    assert len(names) >= 7
+    for name in set(names) - {"make_mesh"}:
+        found = gin.get_configurable(name).__wrapped__
+        assert inspect.unwrap(found).__name__ == name
 
 
 def test_local_attention_by_name():

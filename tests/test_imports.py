@@ -1,5 +1,7 @@
 """What importing the package loads, and that it stands alone."""
 
+import importlib
+import inspect
 import json
 import pathlib
 import re
@@ -15,21 +17,14 @@ HEAVY = ["gin", "grain", "matplotlib", "optax", "orbax", "tensorboardX", "tqdm"]
 CORE = [
     "fast_attention",
     "fast_attention.array_types",
-    "fast_attention.mechanisms.favor.factories",
-    "fast_attention.mechanisms.axes",
     "fast_attention.diagnostics",
-    "fast_attention.mechanisms.efficient.fn",
     "fast_attention.linformer",
-    "fast_attention.local_attention",
-    "fast_attention.mechanisms.local.fn",
-    "fast_attention.mechanisms.masks",
     "fast_attention.mesh_attention",
     "fast_attention.meshes",
-    "fast_attention.mechanisms.strided.fn",
     *(
-        f"fast_attention.{folder}.{path.stem}"
-        for folder in ("feature_maps", "linear_attention", "lsh_attention", "near_field")
-        for path in sorted((PACKAGE / folder).glob("[!_]*.py"))
+        ".".join(("fast_attention", *path.relative_to(PACKAGE).with_suffix("").parts))
+        for folder in ("feature_maps", "linear", "mechanisms", "near_field")
+        for path in sorted((PACKAGE / folder).rglob("[!_]*.py"))
     ),
 ]
 
@@ -61,6 +56,19 @@ def test_every_factory_of_the_readme_is_exported():
     assert [name for name in sorted(factories) if not hasattr(fast_attention, name)] == []
 
 
+def test_a_module_is_what_its_name_imports():
+    """No function takes the place of a module of the same name in the package that holds it."""
+    hidden = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        if parts[-1] in ("__init__", "__main__"):
+            continue
+        module = importlib.import_module(".".join(parts))
+        if inspect.getattr_static(sys.modules[module.__package__], parts[-1]) is not module:
+            hidden.append(module.__name__)
+    assert not hidden
+
+
 def test_import_runs_no_computation():
     """A backend started at import would take the accelerator before the user can choose."""
     code = "import fast_attention, jax._src.xla_bridge as bridge"
@@ -75,14 +83,16 @@ def test_pallas_is_loaded_when_a_kernel_is_asked_for():
 
 def test_arrows_point_down():
     """Nothing in the core imports from the layers, models or applications above it."""
-    for folder in ("feature_maps", "linear_attention", "lsh_attention", "near_field"):
-        for path in (PACKAGE / folder).glob("*.py"):
-            source = path.read_text()
-            for above in ("layers", "models", "protein_lm", "attention_fn", "flax"):
-                assert f"import {above}" not in source
-                assert f"fast_attention.{above}" not in source
+    rooms = ("feature_maps", "linear", "near_field", "mechanisms")
+    for folder in rooms:
+        for path in (PACKAGE / folder).rglob("*.py"):
+            imports = re.findall(r"^ *(?:from|import) (\S+)", path.read_text(), re.MULTILINE)
+            above = ["fast_attention.layers", "fast_attention.models", "fast_attention.protein_lm"]
+            above += [] if folder == "mechanisms" else ["fast_attention.mechanisms.attention_fn"]
+            found = [name for name in imports if name.startswith((*above, "flax"))]
+            assert not found, f"{path.name} imports {found}"
     for path in (PACKAGE / "feature_maps").glob("*.py"):
-        assert "fast_attention.linear_attention" not in path.read_text()
+        assert "fast_attention.linear." not in path.read_text()
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.stem)

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fast_attention.local_attention import local_attention
 from fast_attention.local_blocks import Tiling, tiled_attention
 from fast_attention.local_tile import Choices, Sight
+from fast_attention.mechanisms.local.op import local_attention
 
 LENGTH = 13
 

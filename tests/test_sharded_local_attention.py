@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fast_attention.local_attention import local_attention
+from fast_attention.mechanisms.local.op import local_attention
 from fast_attention.sharded_local_attention import sharded_local_attention
 from tests.compiling import compiled
 

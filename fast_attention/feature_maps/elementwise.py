@@ -72,8 +72,9 @@ KERNELS: dict[str, Kernel] = {
 }
 """Elementwise kernels by name."""
 
-_SIGNED = frozenset(
-    {exact_gelu, jax.nn.gelu, jax.nn.silu, jax.nn.elu, jnp.tanh, jnp.cos, jnp.sin, identity}
+_NONNEGATIVE = frozenset(
+    {relu, squared_relu, shifted_elu, jnp.exp, jax.nn.sigmoid, absolute, jax.nn.relu}
+    | {jax.nn.relu6, jax.nn.softplus, jax.nn.hard_sigmoid, jnp.square, jnp.abs}
 )
 _EXPONENTIAL = frozenset({jnp.exp})
 
@@ -99,7 +100,7 @@ def resolve_kernel(kernel: str | Kernel) -> Kernel:
 
 def _unwrapped(kernel: Kernel) -> Kernel:
     """Returns the known kernel inside a wrapper (gin puts one around every configurable)."""
-    known = {*KERNELS.values(), *_SIGNED}
+    known = {*KERNELS.values(), *_NONNEGATIVE}
     inner: Kernel | None = kernel
     while inner is not None and inner not in known:
         inner = getattr(inner, "__wrapped__", None)
@@ -113,8 +114,16 @@ def kernel_name(kernel: Kernel) -> str | None:
 
 
 def is_signed(kernel: Kernel) -> bool:
-    """Tells whether a known kernel takes both signs, so that denominators can vanish."""
-    return kernel in _SIGNED
+    """Tells whether a kernel may take both signs, so that denominators can vanish.
+
+    Of a function that is not known here nothing else can be said.
+    """
+    return kernel not in _NONNEGATIVE
+
+
+def is_known(kernel: Kernel) -> bool:
+    """Tells whether the sign of a kernel is known here."""
+    return kernel in {*KERNELS.values(), *_NONNEGATIVE, jax.nn.gelu, jax.nn.silu, jax.nn.elu}
 
 
 def is_exponential(kernel: Kernel) -> bool:
@@ -172,7 +181,7 @@ class ElementwiseFeatures(FeatureMap):
 
 @dataclasses.dataclass(frozen=True)
 class SignedElementwiseFeatures(ElementwiseFeatures):
-    """Elementwise features that take both signs (gelu, tanh, cos, sin, identity).
+    """Elementwise features that may take both signs (gelu, tanh, cos, sin, identity, unknown ones).
 
     Denominators can vanish: outputs can be far larger than any value.
     """
@@ -211,16 +220,18 @@ def elementwise_map(
     num_rows: int | None = None,
     projection: str = "orthogonal",
     normalize_data: bool = False,
+    signed: bool | None = None,
 ) -> ElementwiseFeatures:
     """Returns the feature map of an elementwise kernel, of the kind the kernel needs.
 
     Args:
-      kernel: a name in :data:`KERNELS` or an elementwise function; an unknown function is taken
-        to be nonnegative.
+      kernel: a name in :data:`KERNELS` or an elementwise function; one that is not known here is
+        taken to have both signs.
       epsilon: added to every feature, at least 0.
       num_rows: rows of the random projection, None for the kernel on the raw vectors.
       projection: distribution of the projection.
       normalize_data: scale inputs by ``D^(-1/4)``.
+      signed: whether the kernel takes both signs; None is what is known of it.
 
     Raises:
       ValueError: for an unknown kernel name or a negative epsilon.
@@ -231,7 +242,7 @@ def elementwise_map(
     kind = ElementwiseFeatures
     if is_exponential(function):
         kind = ExponentialFeatures
-    elif is_signed(function):
+    elif is_signed(function) if signed is None else signed:
         kind = SignedElementwiseFeatures
     return kind(
         kernel=function,

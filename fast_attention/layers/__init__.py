@@ -2,9 +2,9 @@
 
 from fast_attention.layers.attention_config import AttentionConfig as AttentionConfig
 from fast_attention.layers.attention_config import HeadGroup as HeadGroup
-from fast_attention.layers.calibrate import calibrate as calibrate
-from fast_attention.layers.calibrate import query_key_moments as query_key_moments
-from fast_attention.layers.calibrate import recalibrate as recalibrate
+from fast_attention.layers.calibration import calibrate as calibrate
+from fast_attention.layers.calibration import query_key_moments as query_key_moments
+from fast_attention.layers.calibration import recalibrate as recalibrate
 from fast_attention.layers.feed_forward import ACTIVATIONS as ACTIVATIONS
 from fast_attention.layers.feed_forward import FeedForward as FeedForward
 from fast_attention.layers.fidelity import LayerFidelity as LayerFidelity
@@ -32,10 +32,10 @@ from fast_attention.layers.positions import sinusoids as sinusoids
 from fast_attention.layers.product_key_memory import ProductKeyMemory as ProductKeyMemory
 from fast_attention.layers.product_key_memory import is_memory_value as is_memory_value
 from fast_attention.layers.query_key_norm import UnitQueryKey as UnitQueryKey
-from fast_attention.layers.redraw import fix_projections as fix_projections
-from fast_attention.layers.redraw import redraw as redraw
-from fast_attention.layers.redraw import redraw_due as redraw_due
-from fast_attention.layers.redraw import redraw_every as redraw_every
+from fast_attention.layers.redrawing import fix_projections as fix_projections
+from fast_attention.layers.redrawing import redraw as redraw
+from fast_attention.layers.redrawing import redraw_due as redraw_due
+from fast_attention.layers.redrawing import redraw_every as redraw_every
 from fast_attention.layers.reversible import residual as residual
 from fast_attention.layers.reversible import reversible_residual as reversible_residual
 from fast_attention.layers.stack import Stack as Stack

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fast_attention.array_types import Array, Float
-from fast_attention.efficient_attention import efficient_attention
+from fast_attention.mechanisms.efficient.op import efficient_attention
 
 
 class ImageLinearAttention(nnx.Module):

@@ -14,6 +14,7 @@ from flax import nnx
 from jax.core import Tracer
 
 from fast_attention.array_types import Array, Float, Int
+from fast_attention.dtypes import at_least_float32
 
 
 def sinusoids(
@@ -60,7 +61,8 @@ def rotate(
         and parameters trained with one are of no use to the other.
 
     Returns:
-      ``[*B, H, D]`` in the type of `x`.
+      ``[*B, H, D]`` in the type of `x`, to which it is rounded once: products and sums are in
+      float32 at least.
 
     Raises:
       ValueError: If D is odd.
@@ -72,13 +74,16 @@ def rotate(
     if width % 2:
         raise ValueError(f"Rotary positions turn pairs of features: D must be even, got {width}.")
     angles = _angles(positions, np.arange(0, width, 2) / width, base)[..., None, :]
-    cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
+    wide = x.astype(at_least_float32(x.dtype))
+    cos, sin = jnp.cos(angles).astype(wide.dtype), jnp.sin(angles).astype(wide.dtype)
     if interleaved:
-        left, right = x[..., ::2], x[..., 1::2]
-        turned = [left * cos - right * sin, right * cos + left * sin]
-        return jnp.stack(turned, axis=-1).reshape(x.shape)
-    left, right = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+        left, right = wide[..., ::2], wide[..., 1::2]
+    else:
+        left, right = jnp.split(wide, 2, axis=-1)
+    turned = [left * cos - right * sin, right * cos + left * sin]
+    if interleaved:
+        return jnp.stack(turned, axis=-1).reshape(x.shape).astype(x.dtype)
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
 def _angles(positions: Array, exponents: np.ndarray, base: float = 10000.0) -> Array:

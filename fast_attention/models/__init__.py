@@ -3,7 +3,7 @@
 from fast_attention.models.config import LanguageModelConfig as LanguageModelConfig
 from fast_attention.models.config import TransformerConfig as TransformerConfig
 from fast_attention.models.encoder_decoder import EncoderDecoder as EncoderDecoder
-from fast_attention.models.generate import generate as generate
+from fast_attention.models.generation import generate as generate
 from fast_attention.models.language_model import DecodeState as DecodeState
 from fast_attention.models.language_model import LanguageModel as LanguageModel
 from fast_attention.models.linear_attention_transformer import (
@@ -23,9 +23,9 @@ from fast_attention.models.losses import next_token_loss as next_token_loss
 from fast_attention.models.performer import Performer as Performer
 from fast_attention.models.performer import PerformerEncoderDecoder as PerformerEncoderDecoder
 from fast_attention.models.performer import PerformerLM as PerformerLM
-from fast_attention.models.record import Recording as Recording
-from fast_attention.models.record import record as record
 from fast_attention.models.record_plot import plot_recordings as plot_recordings
+from fast_attention.models.recording import Recording as Recording
+from fast_attention.models.recording import record as record
 from fast_attention.models.reformer import LSHSelfAttention as LSHSelfAttention
 from fast_attention.models.reformer import Reformer as Reformer
 from fast_attention.models.reformer import ReformerEncoderDecoder as ReformerEncoderDecoder

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fast_attention.array_types import Array, Bool, Float, Int
-from fast_attention.models.generate import generate
+from fast_attention.models.generation import generate
 from fast_attention.models.language_model import LanguageModel
 from fast_attention.models.losses import cross_entropy
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fast_attention.models.record import Recording
+from fast_attention.models.recording import Recording
 
 
 def plot_recordings(

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 
 from fast_attention.array_types import Array, Bool, Float, Int
 from fast_attention.feature_maps.base import FeatureMap, Parameters
-from fast_attention.linear_attention.api import implementation_names
-from fast_attention.linear_attention.checks import check_shapes
-from fast_attention.linear_attention.inputs import Inputs, Plan, SavedStates, finish, merge_parts
-from fast_attention.linear_attention.prepare import prepare
+from fast_attention.linear.api import implementation_names
+from fast_attention.linear.checks import check_shapes
+from fast_attention.linear.inputs import Inputs, Plan, SavedStates, finish, merge_parts
+from fast_attention.linear.prepare import prepare
 from fast_attention.manual_axes import vary_alike
 from fast_attention.near_field import fused
 from fast_attention.near_field.parts import (

@@ -7,7 +7,7 @@ on keys are far, and no row reads a key in both ways: one matrix of weights, on 
 one product with the values.
 
 This is causal linear attention between rows from the n-th on and keys up to the n-th last, as in
-:mod:`fast_attention.linear_attention.chunked_causal`, with more weights to each row. The first n
+:mod:`fast_attention.linear.chunked_causal`, with more weights to each row. The first n
 rows have no far keys and are done apart.
 
 Shape letters: B batch, T rows, S keys, H heads, K key/value heads, V value width, C chunk.
@@ -22,33 +22,33 @@ import jax
 import jax.numpy as jnp
 
 from fast_attention.array_types import Array
-from fast_attention.linear_attention.chunk_backward import pull_back_causal
-from fast_attention.linear_attention.chunk_causal import (
+from fast_attention.linear.chunk_backward import pull_back_causal
+from fast_attention.linear.chunk_causal import (
     Past,
     add_first_key,
     read_causal,
     row_sums,
 )
-from fast_attention.linear_attention.chunk_choice import planned_chunk
-from fast_attention.linear_attention.chunk_state import absorb_keys, next_state
-from fast_attention.linear_attention.chunked_causal import group_length, pass_chunk
-from fast_attention.linear_attention.gradients import (
+from fast_attention.linear.chunk_choice import planned_chunk
+from fast_attention.linear.chunk_state import absorb_keys, next_state
+from fast_attention.linear.chunked_causal import group_length, pass_chunk
+from fast_attention.linear.gradients import (
     add_key_gradient,
     add_query_gradient,
     as_cotangent,
     gradient_buffers,
 )
-from fast_attention.linear_attention.inputs import Inputs, Parts, Plan
-from fast_attention.linear_attention.loops import scan_chunks, scan_chunks_back
-from fast_attention.linear_attention.outputs import empty_output, parts_gradient, write_output
-from fast_attention.linear_attention.products import einsum_of
-from fast_attention.linear_attention.slices import (
+from fast_attention.linear.inputs import Inputs, Parts, Plan
+from fast_attention.linear.loops import scan_chunks, scan_chunks_back
+from fast_attention.linear.outputs import empty_output, parts_gradient, write_output
+from fast_attention.linear.products import einsum_of
+from fast_attention.linear.slices import (
     causal_sight,
     key_features,
     query_features,
     unload_rows,
 )
-from fast_attention.linear_attention.state import LinearAttentionState
+from fast_attention.linear.state import LinearAttentionState
 from fast_attention.near_field.window import (
     Reach,
     largest_logit,

@@ -19,10 +19,10 @@ import jax.numpy as jnp
 
 from fast_attention.array_types import Array
 from fast_attention.feature_maps.base import FeatureMap, Parameters
-from fast_attention.linear_attention.api import attend
-from fast_attention.linear_attention.inputs import Output, Parts, Plan
-from fast_attention.linear_attention.state import EMPTY_LOG_SCALE
-from fast_attention.local_attention import local_attention
+from fast_attention.linear.api import attend
+from fast_attention.linear.inputs import Output, Parts, Plan
+from fast_attention.linear.state import EMPTY_LOG_SCALE
+from fast_attention.mechanisms.local.op import local_attention
 
 
 class Sequences(NamedTuple):

@@ -17,17 +17,17 @@ import jax.numpy as jnp
 from fast_attention.array_types import Array, Bool, Float, Int
 from fast_attention.dtypes import at_least_float32
 from fast_attention.feature_maps.base import FeatureMap, Parameters
-from fast_attention.linear_attention.api import attend, implementation_names
-from fast_attention.linear_attention.decode import step_parts
-from fast_attention.linear_attention.inputs import (
+from fast_attention.linear.api import attend, implementation_names
+from fast_attention.linear.decode import step_parts
+from fast_attention.linear.inputs import (
     Inputs,
     Plan,
     SavedStates,
     finish,
     merge_parts,
 )
-from fast_attention.linear_attention.state import LinearAttentionState, typed_like
-from fast_attention.linear_attention.state import empty_state as empty_linear_state
+from fast_attention.linear.state import LinearAttentionState, typed_like
+from fast_attention.linear.state import empty_state as empty_linear_state
 from fast_attention.local_tile import Choices, Sight, Tile, attend_tile
 from fast_attention.manual_axes import vary_alike
 from fast_attention.near_field import fused

@@ -1,6 +1,6 @@
 """Softmax weights of a few rows on the window of keys about them, and their gradients.
 
-Layout and letters are those of :mod:`fast_attention.linear_attention.chunk_state`, with S keys in a
+Layout and letters are those of :mod:`fast_attention.linear.chunk_state`, with S keys in a
 window.
 """
 
@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from fast_attention.array_types import Array
-from fast_attention.linear_attention.inputs import Inputs
-from fast_attention.linear_attention.products import Einsum
-from fast_attention.linear_attention.slices import compute_dtype, load, load_rows
-from fast_attention.linear_attention.state import EMPTY_LOG_SCALE
+from fast_attention.linear.inputs import Inputs
+from fast_attention.linear.products import Einsum
+from fast_attention.linear.slices import compute_dtype, load, load_rows
+from fast_attention.linear.state import EMPTY_LOG_SCALE
 
 
 class Reach(NamedTuple):

@@ -22,7 +22,7 @@ from fast_attention import make_fast_softmax_attention
 from fast_attention.diagnostics import Recommendation, attention_matrix, recommend_features
 from fast_attention.feature_maps import TUNED_ESTIMATORS
 from fast_attention.feature_maps.moments import Moments, merge_moments
-from fast_attention.layers.calibrate import query_key_moments
+from fast_attention.layers.calibration import query_key_moments
 from fast_attention.layers.fidelity import (
     FidelitySums,
     LayerFidelity,

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 from flax import nnx
 
-from fast_attention.layers.calibrate import recalibrate
-from fast_attention.layers.redraw import redraw
+from fast_attention.layers.calibration import recalibrate
+from fast_attention.layers.redrawing import redraw
 from fast_attention.layers.stack import Stack
 
 # Folded into the key of a step, which dropout is drawn from, too.

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fast_attention.models.generate import generate
+from fast_attention.models.generation import generate
 from fast_attention.models.samplers import forbid_tokens, sample_token
 from fast_attention.protein_lm import batches
 from fast_attention.protein_lm.flax_model import FlaxModel as FlaxModel

@@ -70,6 +70,15 @@ def test_rotation_keeps_the_dtype():
     assert jax.eval_shape(rotate, x, jnp.ones((1, 2), int)).dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_a_rotation_in_bfloat16_rounds_once(interleaved):
+    x = jax.random.normal(jax.random.key(0), (64, 2, 16)).astype(jnp.bfloat16)
+    positions = jnp.arange(64) * 7
+    found = rotate(x, positions, interleaved=interleaved)
+    wide = rotate(x.astype(jnp.float32), positions, interleaved=interleaved)
+    np.testing.assert_array_equal(found, wide.astype(jnp.bfloat16))
+
+
 def test_an_odd_width_cannot_be_rotated():
     with pytest.raises(ValueError, match="D must be even, got 5"):
         rotate(jnp.ones((1, 2, 1, 5)), jnp.zeros((1, 2), int))

@@ -12,7 +12,7 @@ from fast_attention.feature_maps import (
     TrigonometricFeatures,
     elementwise_map,
 )
-from fast_attention.linear_attention import linear_attention
+from fast_attention.linear import linear_attention
 from tests import compiling
 
 B, T, H, K, D, V, M = 2, 13, 4, 2, 8, 6, 16

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from fast_attention.feature_maps import PositiveFeatures
-from fast_attention.linear_attention import api, empty_state, linear_attention
+from fast_attention.linear import api, empty_state, linear_attention
 from tests.linear_attention import cases
 
 

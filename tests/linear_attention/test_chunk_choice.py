@@ -2,8 +2,8 @@
 
 import pytest
 
-from fast_attention.linear_attention.chunk_choice import ChunkChoice, chunk_choice
-from fast_attention.linear_attention.chunk_table import CHUNKS, MEASURED
+from fast_attention.linear.chunk_choice import ChunkChoice, chunk_choice
+from fast_attention.linear.chunk_table import CHUNKS, MEASURED
 
 TABLE = {
     ("cpu", True, 64, 64): (128, 2),

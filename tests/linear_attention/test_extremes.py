@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from fast_attention.feature_maps import PositiveFeatures, TrigonometricFeatures
-from fast_attention.linear_attention import chunked, linear_attention
-from fast_attention.linear_attention.inputs import Inputs, Plan
-from fast_attention.linear_attention.state import empty_state
+from fast_attention.linear import chunked, linear_attention
+from fast_attention.linear.inputs import Inputs, Plan
+from fast_attention.linear.state import empty_state
 from tests.linear_attention import cases
 
 # Rounding and memory are those of programs as users have them.

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fast_attention.linear_attention import linear_attention
+from fast_attention.linear import linear_attention
 from tests.linear_attention import cases
 
 T = 12  # Whole chunks: one loop body to compile.

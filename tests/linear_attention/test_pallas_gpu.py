@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from fast_attention.feature_maps import HyperbolicFeatures, PositiveFeatures, elementwise_map
-from fast_attention.linear_attention import linear_attention
-from fast_attention.linear_attention.inputs import Inputs, Plan
-from fast_attention.linear_attention.pallas_gpu import attend_on
-from fast_attention.linear_attention.state import empty_state
+from fast_attention.linear import linear_attention
+from fast_attention.linear.inputs import Inputs, Plan
+from fast_attention.linear.pallas_gpu import attend_on
+from fast_attention.linear.state import empty_state
 from tests.linear_attention import cases
 
 KERNELS = "pallas_gpu_interpret"

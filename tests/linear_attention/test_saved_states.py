@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fast_attention.feature_maps import PositiveFeatures
-from fast_attention.linear_attention import LinearAttentionState, linear_attention
+from fast_attention.linear import LinearAttentionState, linear_attention
 from tests.linear_attention import cases
 from tests.linear_attention.test_memory import temporary_bytes
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from fast_attention.linear_attention import (
+from fast_attention.linear import (
     linear_attention,
     linear_attention_of_shard,
     sharded_linear_attention,

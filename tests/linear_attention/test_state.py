@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fast_attention import make_fast_generalized_attention, make_fast_softmax_attention
-from fast_attention.linear_attention import (
+from fast_attention.linear import (
     LinearAttentionState,
     empty_state,
     linear_attention,

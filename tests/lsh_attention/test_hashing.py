@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fast_attention.lsh_attention import draw_rotations, hash_vectors, hashing, n_buckets
+from fast_attention.mechanisms.lsh.hashed import draw_rotations, hash_vectors, hashing, n_buckets
 
 
 @pytest.mark.parametrize("products", [3, 10**6])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fast_attention import LSHOutput, lsh_attention, shared_qk_attention
-from fast_attention.lsh_attention import n_buckets
+from fast_attention.mechanisms.lsh.hashed import n_buckets
 from tests.lsh_attention.definition import attend, meetings
 
 KEY = jax.random.key(5)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fast_attention.lsh_attention.sorting import sort_by_bucket
+from fast_attention.mechanisms.lsh.hashed.sorting import sort_by_bucket
 
 
 # 31 bits fit one number; with 32 and 33 the product of bucket and length is beyond 2^31.

@@ -13,7 +13,7 @@ from flax import nnx
 from fast_attention import make_fast_generalized_attention, make_fast_softmax_attention
 from fast_attention.layers import Projection, redraw
 from fast_attention.models.config import TransformerConfig
-from fast_attention.models.generate import generate
+from fast_attention.models.generation import generate
 from fast_attention.models.transformer import Transformer
 
 VOCAB, LENGTH = 11, 14

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fast_attention import make_fast_softmax_attention
-from fast_attention.linear_attention.state import LinearAttentionState
+from fast_attention.linear.state import LinearAttentionState
 from tests.linear_attention import cases
 
 B, T, K, D, V = cases.B, cases.T, cases.K, cases.D, cases.V

@@ -17,13 +17,13 @@ from fast_attention.blindspot import (
     prefill_buckets,
     step_buckets,
 )
-from fast_attention.efficient_attention import efficient_attention
 from fast_attention.feature_maps import LogFeatures
-from fast_attention.linear_attention import LinearAttentionState, empty_state, prefill, step
+from fast_attention.linear import LinearAttentionState, empty_state, prefill, step
 from fast_attention.mechanisms.attention_fn import AttentionFn
 from fast_attention.mechanisms.call import Call, Takes
 from fast_attention.mechanisms.checks import check_count, check_flag
 from fast_attention.mechanisms.decoding import StateSizes
+from fast_attention.mechanisms.efficient.op import efficient_attention
 from fast_attention.recipes import attention_factory
 
 

@@ -31,7 +31,7 @@ from fast_attention.feature_maps.trained import (
     begin_training,
 )
 from fast_attention.feature_maps.tuned import TunedFeatures, TunedParameters, fold
-from fast_attention.linear_attention.checks import split_bias
+from fast_attention.linear.checks import split_bias
 from fast_attention.mechanisms.call import Call
 
 if TYPE_CHECKING:

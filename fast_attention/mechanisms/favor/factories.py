@@ -27,10 +27,10 @@ from fast_attention.feature_maps import (
     TunedFeatures,
     elementwise_map,
 )
-from fast_attention.feature_maps.elementwise import Kernel, relu
+from fast_attention.feature_maps.elementwise import Kernel, is_known, relu, resolve_kernel
 from fast_attention.feature_maps.projections import ANTITHETIC
-from fast_attention.linear_attention.checks import check_saved_states
-from fast_attention.linear_attention.inputs import SavedStates
+from fast_attention.linear.checks import check_saved_states
+from fast_attention.linear.inputs import SavedStates
 from fast_attention.mechanisms.checks import check_count, mismatch
 from fast_attention.mechanisms.favor.calibration import Calibration
 from fast_attention.mechanisms.favor.fn import FastAttention
@@ -175,6 +175,7 @@ def make_fast_generalized_attention(
     *,
     ortho_scaling: float = 0.0,
     normalize_data: bool = False,
+    signed_kernel: bool | None = None,
     seed: int = 0,
     projection_matrix: Array | None = None,
     chunk_size: int | None = None,
@@ -188,19 +189,23 @@ def make_fast_generalized_attention(
       qkv_dim: width D of one head's queries and keys; None takes it from each call.
       renormalize_attention: divide by the sum of weights.
       numerical_stabilizer: for signed kernels, denominators up to this size are inverted as
-        ``den / stabilizer^2`` (0 stands for 1e-6); nonnegative kernels are divided exactly.
+        ``den / stabilizer^2`` (0 stands for 1e-6); kernels that are known to be nonnegative are
+        divided exactly.
       nb_features: rows of the projection; unused by "deterministic" features, which have D.
       features_type: "deterministic": f on the vectors themselves; "iid", "ortho": f on their
         projections.
       kernel_fn: the elementwise f, a function or a name of
         :data:`fast_attention.feature_maps.KERNELS`. gelu, tanh, cos, sin and identity take both
-        signs: denominators can vanish.
+        signs: denominators can vanish. A function of one's own is taken to, unless
+        ``signed_kernel`` says otherwise.
       kernel_epsilon: added to every feature.
       redraw_features: as in :func:`make_fast_softmax_attention`.
       unidirectional: causal attention.
       lax_scan_unroll: chunks unrolled in the compiled loop; None for the fastest measured.
       ortho_scaling: row lengths of "ortho" projections, 0 or 1.
       normalize_data: scale queries and keys by ``D^(-1/4)``, as softmax features do.
+      signed_kernel: whether ``kernel_fn`` takes both signs, for a function of one's own; needed to
+        set a ``numerical_stabilizer`` for it.
       seed: of the fixed projection.
       projection_matrix: an explicit fixed projection ``[M, D]``, for "iid" and "ortho".
       chunk_size: positions handled at once; None for the implementation's own.
@@ -223,6 +228,13 @@ def make_fast_generalized_attention(
         raise ValueError(
             f"features_type must be 'deterministic', 'iid' or 'ortho', got {features_type!r}."
         )
+    if signed_kernel is None and numerical_stabilizer and not is_known(resolve_kernel(kernel_fn)):
+        raise mismatch(
+            "signed_kernel",
+            "True or False for a kernel of one's own with a numerical_stabilizer",
+            None,
+            "True if it takes both signs; nonnegative kernels are divided exactly and need none",
+        )
     deterministic = features_type == "deterministic"
     if deterministic and projection_matrix is not None:
         raise ValueError(
@@ -235,6 +247,7 @@ def make_fast_generalized_attention(
         num_rows=None if deterministic else nb_features,
         projection=_projection_name(features_type == "ortho", ortho_scaling),
         normalize_data=normalize_data,
+        signed=signed_kernel,
     )
     return FastAttention(
         feature_map=feature_map,

@@ -26,7 +26,7 @@ from fast_attention.feature_maps import (
     untuned,
 )
 from fast_attention.feature_maps.base import Parameters
-from fast_attention.linear_attention import (
+from fast_attention.linear import (
     LinearAttentionState,
     empty_state,
     linear_attention,
@@ -34,7 +34,7 @@ from fast_attention.linear_attention import (
     prefill,
     step,
 )
-from fast_attention.linear_attention.inputs import SavedStates
+from fast_attention.linear.inputs import SavedStates
 from fast_attention.mechanisms.attention_fn import AttentionFn
 from fast_attention.mechanisms.call import Call, Takes
 from fast_attention.mechanisms.decoding import StateSizes
@@ -48,6 +48,7 @@ from fast_attention.near_field import NearFieldState, near_field_attention
 from fast_attention.near_field import empty_state as empty_near_field_state
 from fast_attention.near_field import prefill as near_field_prefill
 from fast_attention.near_field import step as near_field_step
+from fast_attention.near_field.cached import attend_from_one
 
 AnyProjection = TunedParameters | TrainedParameters | Float[Array, "..."] | None
 
@@ -133,17 +134,21 @@ class FastAttention(AttentionFn):
         attend = linear_attention
         if self.sequence_axis is not None:
             attend = functools.partial(linear_attention_of_shard, axis_name=self.sequence_axis)
+        options: dict[str, Any] = {"causal": call.causal, "segment_ids": call.segment_ids}
         if self.exact_window is not None:
             attend = functools.partial(near_field_attention, exact_window=self.exact_window)
+            if call.over_cache:
+                # Of causal attention, the window counts the query's own position.
+                reach = self.exact_window - 1 if call.steps else self.exact_window
+                attend, options = functools.partial(attend_from_one, reach=reach), {}
         return attend(
             call.query,
             call.key,
             call.drop_keys(),
             parameters=self._read(parameters),
-            causal=call.causal,
             key_mask=call.key_mask,
             key_bias=call.key_bias,
-            segment_ids=call.segment_ids,
+            **options,
             **self._options(call),
         )
 

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 
 from fast_attention import local_decoding
 from fast_attention.array_types import Array, Float
-from fast_attention.local_attention import local_attention
 from fast_attention.local_decoding import LocalState
 from fast_attention.local_window import Window, make_window
 from fast_attention.mechanisms.attention_fn import AttentionFn
 from fast_attention.mechanisms.call import Call, Takes
 from fast_attention.mechanisms.checks import check_flag, mismatch
 from fast_attention.mechanisms.decoding import StateSizes
+from fast_attention.mechanisms.local.op import local_attention
 from fast_attention.mesh_layout import AxisName
 from fast_attention.recipes import attention_factory
 from fast_attention.sharded_local_attention import local_attention_of_shard
@@ -163,7 +163,7 @@ def make_local_attention(
     exact_window: bool = False,
     shared_qk: bool = False,
 ) -> LocalAttention:
-    """Makes local attention, see :func:`fast_attention.local_attention.local_attention`.
+    """Makes local attention, see :func:`fast_attention.local_attention`.
 
     Args:
       window_size: W, positions in a block.

@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from fast_attention.array_types import Array, Float
-from fast_attention.lsh_attention import lsh_attention
 from fast_attention.mechanisms.attention_fn import AttentionFn
 from fast_attention.mechanisms.call import Call, Takes
 from fast_attention.mechanisms.checks import check_count, check_flag, check_rate
+from fast_attention.mechanisms.lsh.hashed import lsh_attention
+from fast_attention.mechanisms.lsh.shared_qk import shared_qk_attention
 from fast_attention.mechanisms.masks import same_run
 from fast_attention.recipes import attention_factory
-from fast_attention.shared_qk_attention import shared_qk_attention
 from fast_attention.shared_query_key import LSHOutput
 
 
@@ -182,7 +182,7 @@ def make_lsh_attention(
     scale: float | None = None,
     count_across_rounds: bool = True,
 ) -> LSHAttention:
-    """Makes Reformer's attention; see :func:`fast_attention.lsh_attention.lsh_attention`.
+    """Makes Reformer's attention; see :func:`fast_attention.lsh_attention`.
 
     Args:
       bucket_size: size of a chunk, on average that of a bucket.

@@ -1,0 +1,185 @@
+"""Recurrent use of linear attention: read a prompt once, then one token at a time.
+
+Shape letters: B batch, T length, H heads, K key/value heads, D head width, V value width.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from fast_attention.array_types import Array, Bool, Float
+from fast_attention.dtypes import at_least_float32
+from fast_attention.feature_maps.base import FeatureMap, Parameters
+from fast_attention.linear.api import linear_attention
+from fast_attention.linear.chunk_state import absorb_keys, next_state, read_state
+from fast_attention.linear.inputs import Parts, SavedStates, finish
+from fast_attention.linear.reductions import row_sum
+from fast_attention.linear.state import LinearAttentionState, key_features
+from fast_attention.linear.wrapped_maps import match_scales
+
+
+def prefill(
+    state: LinearAttentionState,
+    query: Float[Array, "*B T H D"],
+    key: Float[Array, "*B T K D"],
+    value: Float[Array, "*B T K V"],
+    *,
+    feature_map: FeatureMap,
+    parameters: Parameters,
+    key_mask: Bool[Array, "*B T"] | None = None,
+    normalize: bool = True,
+    epsilon: float = 0.0,
+    chunk_size: int | None = None,
+    unroll: int | None = None,
+    saved_states: SavedStates | None = None,
+    implementation: str | Sequence[str] | None = None,
+    precision: jax.lax.PrecisionLike = None,
+) -> tuple[Float[Array, "*B T H V"], LinearAttentionState]:
+    """Reads T tokens causally after those already in ``state``.
+
+    Args:
+      state: what came before, as from :func:`~fast_attention.linear.empty_state`.
+      query: ``[*B, T, H, D]``.
+      key: ``[*B, T, K, D]``.
+      value: ``[*B, T, K, V]``.
+      feature_map: the map.
+      parameters: its parameters.
+      key_mask: ``[*B, T]``; False is padding on either side of a shorter prompt.
+      normalize: as in :func:`linear_attention`.
+      epsilon: as there.
+      chunk_size: as there.
+      unroll: as there.
+      saved_states: as there.
+      implementation: as there.
+      precision: as there.
+
+    Returns:
+      Outputs ``[*B, T, H, V]`` (unspecified at padding) and the state after the prompt.
+    """
+    return linear_attention(
+        query,
+        key,
+        value,
+        feature_map=feature_map,
+        parameters=parameters,
+        causal=True,
+        key_mask=key_mask,
+        initial_state=state,
+        return_state=True,
+        normalize=normalize,
+        epsilon=epsilon,
+        chunk_size=chunk_size,
+        unroll=unroll,
+        saved_states=saved_states,
+        implementation=implementation,
+        precision=precision,
+    )
+
+
+def step(
+    state: LinearAttentionState,
+    query: Float[Array, "*B H D"],
+    key: Float[Array, "*B K D"],
+    value: Float[Array, "*B K V"],
+    *,
+    feature_map: FeatureMap,
+    parameters: Parameters,
+    normalize: bool = True,
+    epsilon: float = 0.0,
+    precision: jax.lax.PrecisionLike = None,
+) -> tuple[Float[Array, "*B H V"], LinearAttentionState]:
+    """Adds one token to the state and reads it: time and memory independent of the past.
+
+    Args:
+      state: what came before.
+      query: ``[*B, H, D]``.
+      key: ``[*B, K, D]``.
+      value: ``[*B, K, V]``.
+      feature_map: the map.
+      parameters: its parameters.
+      normalize: divide by the sum of weights.
+      epsilon: guard of the denominator.
+      precision: of products of features and values.
+
+    Returns:
+      Output ``[*B, H, V]`` in the promoted type of the inputs, and the new state.
+    """
+    parts, new = step_parts(
+        state,
+        query,
+        key,
+        value,
+        feature_map=feature_map,
+        parameters=parameters,
+        exact_scale=True,
+        precision=precision,
+    )
+    out = finish(parts, "mean" if normalize else "sum", epsilon)
+    return out.astype(jnp.result_type(query, key, value)), new
+
+
+def step_parts(
+    state: LinearAttentionState,
+    query: Float[Array, "*B H D"],
+    key: Float[Array, "*B K D"],
+    value: Float[Array, "*B K V"],
+    *,
+    feature_map: FeatureMap,
+    parameters: Parameters,
+    visible: Bool[Array, "*B"] | None = None,
+    exact_scale: bool = False,
+    precision: jax.lax.PrecisionLike = None,
+) -> tuple[Parts, LinearAttentionState]:
+    """A step before its division, to be merged with attention to other keys.
+
+    Args:
+      state: what came before.
+      query: ``[*B, H, D]``.
+      key: ``[*B, K, D]``.
+      value: ``[*B, K, V]``.
+      feature_map: the map.
+      parameters: its parameters.
+      visible: ``[*B]``; a key where it is False does not enter the state.
+      exact_scale: compute factors that would cancel under normalisation.
+      precision: of products of features and values.
+
+    Returns:
+      :class:`~.inputs.Parts` of ``[*B, H]``, and the new state.
+    """
+    batch_shape, (heads, width), kv_heads = query.shape[:-2], query.shape[-2:], key.shape[-2]
+    batch = math.prod(batch_shape)
+    inputs_dtype = at_least_float32(jnp.result_type(query, key, value))
+    dtype = max(inputs_dtype, state.kv.dtype, key=lambda dtype: dtype.itemsize)
+    feature_map, matched = match_scales(feature_map, state)
+    old = jax.tree.map(
+        lambda x: x.astype(dtype).reshape(batch, *x.shape[len(batch_shape) :]), matched
+    )
+    keys = key_features(
+        feature_map,
+        parameters,
+        key.astype(dtype).reshape(batch, kv_heads, 1, width),
+        key_mask=None if visible is None else visible.reshape(batch, 1, 1),
+        exact_scale=exact_scale,
+    )
+    # Rows of one key head are its group of query heads.
+    queries = feature_map.apply(
+        query.astype(dtype).reshape(batch, kv_heads, heads // kv_heads, width),
+        parameters,
+        is_query=True,
+        exact_scale=exact_scale,
+    )
+    values = value.astype(dtype).reshape(batch, kv_heads, 1, value.shape[-1])
+    einsum = functools.partial(jnp.einsum, precision=precision)
+    new = next_state(old, absorb_keys(old, keys), values, einsum)
+    read = read_state(new.log_scale, queries)
+    numerator = einsum("bkrm,bkvm->bkrv", read.features, new.kv)
+    denominator = row_sum(read.features * new.k_sum[..., None, :])
+    parts = Parts(numerator, denominator, read.row_max)
+    parts = jax.tree.map(lambda x: x.reshape(*batch_shape, heads, *x.shape[3:]), parts)
+    new = jax.tree.map(lambda x: x.astype(state.kv.dtype).reshape(*batch_shape, *x.shape[1:]), new)
+    return parts, new

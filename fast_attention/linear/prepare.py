@@ -1,0 +1,90 @@
+"""From the arguments of a call to what implementations receive: checks, one layout, an empty state.
+
+Shape letters: B batch, T queries, S keys, H heads, K key/value heads, D head width, V value width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+
+from fast_attention.array_types import Array
+from fast_attention.dtypes import at_least_float32
+from fast_attention.feature_maps.base import Parameters
+from fast_attention.linear.checks import (
+    broadcast_segments,
+    check_saved_states,
+    check_shapes,
+    check_state,
+    per_key,
+    promote_floating,
+    split_bias,
+)
+from fast_attention.linear.inputs import Inputs, Plan
+from fast_attention.linear.state import LinearAttentionState, empty_state
+from fast_attention.linear.wrapped_maps import match_scales, with_position_scale
+
+
+def prepare(
+    plan: Plan,
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    parameters: Parameters,
+    key_mask: Array | None = None,
+    key_bias: Array | None = None,
+    segment_ids: Array | None = None,
+    initial_state: LinearAttentionState | None = None,
+) -> tuple[Plan, Inputs]:
+    """Checks what a plan asks for; see :func:`~.api.linear_attention` for the arguments.
+
+    Returns:
+      The plan with the map that the bias and the state need, and the arrays with one batch axis.
+    """
+    check_shapes(query, key, value, plan.causal, segment_ids)
+    for name, number in (("chunk_size", plan.chunk_size), ("unroll", plan.unroll)):
+        if number is not None and number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}.")
+    check_saved_states(plan.saved_states)
+    feature_map = plan.feature_map
+    if key_bias is not None:
+        feature_map = with_position_scale(feature_map)
+    feature_map, initial_state = match_scales(feature_map, initial_state)
+
+    batch_shape = query.shape[:-3]
+    batch = math.prod(batch_shape)
+    query, key, value = promote_floating(query, key, value)
+    compute = at_least_float32(query.dtype)
+    state = initial_state
+    if state is not None:
+        compute = max(compute, state.kv.dtype, key=lambda dtype: dtype.itemsize)
+    else:
+        state = empty_state(
+            feature_map,
+            parameters,
+            batch_shape,
+            key.shape[-2],
+            key.shape[-1],
+            value.shape[-1],
+            compute,
+        )
+    check_state(state, batch_shape, key, value)
+    key_bias, key_mask = split_bias(
+        per_key(key_bias, key, "key_bias"), per_key(key_mask, key, "key_mask")
+    )
+    inputs = Inputs(
+        query=query.reshape(batch, *query.shape[-3:]),
+        key=key.reshape(batch, *key.shape[-3:]),
+        value=value.reshape(batch, *value.shape[-3:]),
+        parameters=parameters,
+        key_mask=key_mask,
+        key_bias=key_bias,
+        segment_ids=None if segment_ids is None else broadcast_segments(segment_ids, query),
+        state=jax.tree.map(
+            lambda x: x.astype(compute).reshape(batch, *x.shape[len(batch_shape) :]), state
+        ),
+    )
+    return dataclasses.replace(plan, feature_map=feature_map), inputs

@@ -1,6 +1,0 @@
-"""Attention among positions that hash alike (Reformer). Knows nothing of Flax."""
-
-from fast_attention.lsh_attention.api import lsh_attention as lsh_attention
-from fast_attention.lsh_attention.api import n_buckets as n_buckets
-from fast_attention.lsh_attention.hashing import draw_rotations as draw_rotations
-from fast_attention.lsh_attention.hashing import hash_vectors as hash_vectors
