@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from fast_attention.array_types import Array, Bool, Float, Int
 from fast_attention.mechanisms.attention_fn import AttentionFn
+from fast_attention.mechanisms.checks import mismatch
 
 
 class Visible(NamedTuple):
@@ -57,6 +58,10 @@ def call_attention(
     """
     mask = visible.mask
     if mask is not None:
+        if mask.ndim != 3:
+            raise mismatch(
+                "mask", "[B, T, T]", f"shape {mask.shape}", "padding [B, T] is passed as key_mask"
+            )
         rest = ((0, 0), (0, 0), (0, key.shape[1] - query.shape[1]))
         mask = jnp.pad(mask, rest, constant_values=True)[:, None]
     return attention_fn(

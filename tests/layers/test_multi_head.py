@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from flax import nnx
@@ -205,6 +206,12 @@ def test_what_cannot_decode_says_why():
     assert build(fast(unidirectional=True)).init_state(B, T) is not None
     with pytest.raises(TypeError, match="cannot decode"):
         build(masks_only, causal=True).init_state(B, T)
+
+
+def test_padding_passed_as_mask_is_told_of_key_mask(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match="passed as key_mask"):
+        build()(X, mask=jnp.ones((B, T), bool))
 
 
 def test_decoding_with_rotation_needs_positions():
