@@ -71,7 +71,7 @@ def continue_training(
         raise RunError(
             f"{run_dir} is an exported model, from which training cannot go on: give the run itself"
         )
-    if Path(work_dir).absolute() == before.folder.path.absolute():
+    if Path(work_dir).exists() and Path(work_dir).samefile(before.folder.path):
         raise RunError(f"{work_dir} is the run to begin from: give the new run another folder")
     corpus = load_corpus(
         list(fasta), before.model.domain, on_error=on_error, skipped=SkippedRecords()

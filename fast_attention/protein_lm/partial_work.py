@@ -70,7 +70,13 @@ def open_work(output: str | os.PathLike[str], settings: Mapping[str, Any]) -> It
     whole = Path(os.path.realpath(output))
     work = Work(whole.with_name(f"{whole.name}.partial"), settings)
     _check(work)
-    yield work
+    try:
+        yield work
+    except BaseException:
+        # Without a finished part there is nothing to resume from.
+        if not any(_PART.fullmatch(name) for name in _names(work.folder)):
+            remove_parts(work)
+        raise
 
 
 def _check(work: Work) -> None:

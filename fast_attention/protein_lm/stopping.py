@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,9 @@ from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """What the keyboard, a job scheduler and a closed terminal send."""
+
+_REPEAT = 0.5
+"""Seconds after which a signal is repeated whose exception was dropped."""
 
 
 class Stopped(Exception):
@@ -44,26 +48,50 @@ class Interrupted(KeyboardInterrupt):
 def interrupt_on_signals() -> Iterator[None]:
     """Raises `Interrupted` in the block at the first of `SIGNALS`, so that it cleans up.
 
-    Further signals are ignored until the block has ended: a second Ctrl-C must not stop the
-    deletion of temporary files. A signal that the parent process chose to ignore, as ``nohup``
-    does, stays ignored. Outside of the main thread nothing changes.
+    While the exception unwinds the block, further signals are ignored: a second Ctrl-C must not
+    stop the deletion of temporary files. Python drops an exception that is raised in a finalizer or
+    a callback of the garbage collector, so the signal is repeated until the block has ended.
+
+    A signal that the parent process chose to ignore, as ``nohup`` does, stays ignored. Outside of
+    the main thread nothing changes.
     """
     before: dict[int, Any] = {}
+    main = threading.main_thread()
+    ended, lock = threading.Event(), threading.Lock()
+    received: list[int] = []
+
+    def repeat() -> None:
+        while not ended.wait(_REPEAT):
+            with lock:
+                if not ended.is_set():
+                    signal.pthread_kill(main.ident or 0, received[0])
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        for other in before:
-            signal.signal(other, signal.SIG_IGN)
-        raise Interrupted(number)
+        if _unwinds(sys.exc_info()[1]):
+            return
+        if not received:
+            received.append(number)
+            threading.Thread(target=repeat, daemon=True).start()
+        raise Interrupted(received[0])
 
-    if threading.current_thread() is threading.main_thread():
+    if threading.current_thread() is main:
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 before[number] = signal.signal(number, interrupt)
     try:
         yield
     finally:
+        with lock:
+            ended.set()
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _unwinds(error: BaseException | None) -> bool:
+    """Whether an exception is, or came up while handling, `Interrupted`."""
+    while error is not None and not isinstance(error, Interrupted):
+        error = error.__context__
+    return error is not None
 
 
 class StopRequest:

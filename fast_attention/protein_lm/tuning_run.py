@@ -21,6 +21,7 @@ from fast_attention.protein_lm.loading import load_run
 from fast_attention.protein_lm.model_inputs import longest_record
 from fast_attention.protein_lm.output_files import (
     check_output_folder,
+    check_outputs,
     json_text,
     open_output_folder,
     write_json,
@@ -36,6 +37,7 @@ _FEW = 20
 """Fewer proteins than this give a correlation or a share of hits mostly by chance."""
 
 _PARTS = {"train": "training", "valid": "validation", "test": "test"}
+_METRICS, _PREDICTIONS = "metrics.jsonl", "predictions.tsv"
 
 
 def run_tuning(
@@ -77,6 +79,12 @@ def run_tuning(
       ValueError: If an option is out of its range.
     """
     folder, columns, options = Path(output), dict(columns or {}), dict(options or {})
+    result_file = folder / "result.json"
+    if not result_file.exists():
+        check_output_folder(folder)
+    for name in (_METRICS, _PREDICTIONS):
+        if (folder / name).exists():
+            check_outputs({"--output": folder / name}, [table])
     loaded = load_run(run_dir, gin_file=gin_file)
     letters = loaded.model.domain.vocab.symbols
     sequences = None
@@ -103,7 +111,6 @@ def run_tuning(
         "options": dataclasses.asdict(TuningConfig(**options)),
         "whole_model": whole_model,
     }
-    result_file = folder / "result.json"
     if result_file.is_file():
         result = read_json(result_file)
         changed = [name for name in asked if result.get("asked", {}).get(name) != asked[name]]
@@ -117,11 +124,10 @@ def run_tuning(
     target = RunFolder(folder)
     if target.checkpoints.exists() or target.is_export():
         raise RunError(f"{folder} holds a run: give the result a folder of its own")
-    check_output_folder(folder)
     for reason in found.left_out:
         print(f"left out: {reason}")
     with open_output_folder(folder, last=result_file.name) as path:
-        with open(path / "metrics.jsonl", "w", encoding="utf-8") as lines:
+        with open(path / _METRICS, "w", encoding="utf-8") as lines:
 
             def log(row: dict[str, Any]) -> None:
                 lines.write(json_text(row) + "\n")
@@ -142,7 +148,7 @@ def run_tuning(
         tuned.save(path, run_dir=loaded.folder.path, whole=whole_model)
         types = prediction_columns(tuned.classes)
         columns_written = {"id": types.pop("id"), "part": str, "label": str} | types
-        with open_table(path / "predictions.tsv", columns_written) as write:
+        with open_table(path / _PREDICTIONS, columns_written) as write:
             predicted = prediction_rows(tuned.classes, tuned.fit.outputs)
             for name, part, label, row in zip(
                 found.ids, tuned.fit.parts.tolist(), found.labels, predicted, strict=True

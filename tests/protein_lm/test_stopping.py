@@ -1,9 +1,12 @@
 import os
 import signal
+import sys
 import threading
+import time
 
 import pytest
 
+from fast_attention.protein_lm import stopping
 from fast_attention.protein_lm.output_files import open_output, open_output_folder
 from fast_attention.protein_lm.stopping import (
     SIGNALS,
@@ -95,6 +98,24 @@ def test_an_interrupted_block_cleans_up_whatever_else_comes(tmp_path, number):
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
     assert (tmp_path / "old").read_text() == "old"
     assert {other: signal.getsignal(other) for other in SIGNALS} == before
+
+
+def test_an_interruption_that_python_drops_is_repeated(monkeypatch):
+    """As when a signal arrives while the garbage collector runs a callback."""
+    monkeypatch.setattr(stopping, "_REPEAT", 0.01)
+    dropped = []
+
+    class Finalized:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.001)
+
+    monkeypatch.setattr(sys, "unraisablehook", dropped.append)
+    with pytest.raises(Interrupted), interrupt_on_signals():
+        Finalized()
+        time.sleep(30)
+        raise AssertionError("the signal was lost")
+    assert isinstance(dropped[0].exc_value, Interrupted)
 
 
 def test_a_signal_that_is_ignored_stays_ignored():

@@ -89,13 +89,14 @@ def run(options: argparse.Namespace) -> None:
         )
         about = {"run_dir": str(folder.path), "step": step, "date": evaluation_files.now()}
         result = about | found.result
+        # The figures come last: where they are, the table is.
+        if options.per_protein:
+            write_table(options.per_protein, found.per_protein, default=".tsv")
         kept = None
         if options.output:
             write_json(options.output, result)
         else:
             kept = evaluation_files.write_evaluation(folder, result)
-        if options.per_protein:
-            write_table(options.per_protein, found.per_protein, default=".tsv")
         written = [str(options.output or folder.evaluation)]
         written += [options.per_protein] if options.per_protein else []
         told = f"{report.format_evaluation(result)}\n\nwritten to {' and '.join(written)}"

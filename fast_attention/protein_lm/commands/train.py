@@ -155,7 +155,11 @@ def _train(options: argparse.Namespace) -> None:
     import gin
 
     from fast_attention.protein_lm import gin_registry, processes
+    from fast_attention.protein_lm.output_files import check_output_folder
+    from fast_attention.protein_lm.run_folder import RunFolder
 
+    if not RunFolder(Path(options.work_dir)).result.exists():
+        check_output_folder(options.work_dir)
     chosen = {
         "train_files": options.fasta and read_weights(options.fasta),
         "valid_files": options.valid_fasta,
