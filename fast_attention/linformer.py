@@ -1,6 +1,6 @@
 """Linformer: softmax attention over keys and values projected along the length.
 
-Shape letters: B batch, T queries, L keys (fixed), R projected keys, H heads, K key/value heads, D
+Shape letters: B batch, T queries, L keys at most, R projected keys, H heads, K key/value heads, D
 head width, V value width.
 
 Reference: Wang et al., "Linformer: Self-Attention with Linear Complexity", arXiv:2006.04768.
@@ -20,8 +20,8 @@ from fast_attention.softmax_attention import make_softmax_attention
 
 def linformer_attention(
     query: Float[Array, "*B T H D"],
-    key: Float[Array, "*B L K D"],
-    value: Float[Array, "*B L K V"],
+    key: Float[Array, "*B S K D"],
+    value: Float[Array, "*B S K V"],
     key_projection: Float[Array, "L R"],
     value_projection: Float[Array, "L R"],
     *,
@@ -39,9 +39,9 @@ def linformer_attention(
 
     Args:
       query: ``[*B, T, H, D]``, of any length.
-      key: ``[*B, L, K, D]``; query head h reads key head ``h // (H / K)``.
-      value: ``[*B, L, K, V]``.
-      key_projection: E, ``[L, R]``.
+      key: ``[*B, S, K, D]``, S <= L; query head h reads key head ``h // (H / K)``.
+      value: ``[*B, S, K, V]``.
+      key_projection: E, ``[L, R]``; of fewer keys its first S rows are used.
       value_projection: F, ``[L, R]``.
       key_mask: must be None: a mixture of positions cannot leave one out.
       causal: must be False, for the same reason.
@@ -54,28 +54,31 @@ def linformer_attention(
       ``[*B, T, H, V]`` in the promoted type of query, key and value; sums are in float32 at least.
 
     Raises:
-      ValueError: for another length than L, a mask, causality, or shapes that do not fit.
+      ValueError: for more keys than L, a mask, causality, or shapes that do not fit.
     """
     refuse_masks(key_mask, causal)
-    length = key_projection.shape[0]
+    length, longest = key.shape[-3], key_projection.shape[0]
     if key_projection.shape != value_projection.shape:
         raise ValueError(
             "key_projection and value_projection must both be [length, projected], got "
             f"{key_projection.shape} and {value_projection.shape}."
         )
-    if key.shape[-3] != length or value.shape[-3] != length:
+    if value.shape[-3] != length or length > longest:
         raise ValueError(
-            f"Linformer's projections are made for exactly {length} keys and values, got key "
-            f"{key.shape} and value {value.shape} ([*B, length, heads, width]). Pad or cut the "
-            f"input to {length} (padding takes part, it cannot be masked), or use a mechanism for "
-            "any length, such as make_efficient_attention."
+            f"Linformer's projections are made for at most {longest} keys, and as many values, got "
+            f"key {key.shape} and value {value.shape} ([*B, length, heads, width]). Cut the input, "
+            "make longer projections, or use a mechanism for any length, such as "
+            "make_efficient_attention."
         )
     dtype = jnp.result_type(query, key, value)
     compute = at_least_float32(dtype)
 
     def project(x: Array, projection: Array) -> Array:
         return jnp.einsum(
-            "...lkd,lr->...rkd", x.astype(compute), projection.astype(compute), precision=precision
+            "...lkd,lr->...rkd",
+            x.astype(compute),
+            projection[:length].astype(compute),
+            precision=precision,
         )
 
     out = make_softmax_attention()(

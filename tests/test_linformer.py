@@ -56,6 +56,13 @@ def test_equals_the_definition_with_its_gradients():
         np.testing.assert_allclose(np.sum(gradient * direction), slope, rtol=1e-3, atol=1e-3)
 
 
+def test_fewer_keys_use_the_first_rows_of_the_projections():
+    query, key, value, *projections = ARRAYS
+    short = linformer_attention(query, key[:, :4], value[:, :4], *projections)
+    cut = linformer_attention(query, key[:, :4], value[:, :4], *(x[:4] for x in projections))
+    np.testing.assert_array_equal(short, cut)
+
+
 def test_low_precision_is_summed_in_float32():
     out = linformer_attention(*(jnp.asarray(x, jnp.bfloat16) for x in ARRAYS))
     assert out.dtype == jnp.bfloat16
@@ -65,7 +72,8 @@ def test_low_precision_is_summed_in_float32():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"key": ARRAYS[1][:, :6], "value": ARRAYS[2][:, :6]}, "made for exactly 7 keys"),
+        ({"key": ARRAYS[1][:, :6]}, "at most 7 keys, and as many values"),
+        ({"key_projection": ARRAYS[3][:6], "value_projection": ARRAYS[4][:6]}, "at most 6 keys"),
         ({"value_projection": ARRAYS[4][:, :2]}, r"got \(7, 3\) and \(7, 2\)"),
         ({"key_mask": np.ones((B, L), bool)}, "no key can be masked"),
         ({"causal": True}, "cannot be causal"),

@@ -24,6 +24,7 @@ class HeadGroup:
         becomes an `AttentionFn` around it.
       rotary: Rotate queries and keys by their positions: channels i and i + D/2 together
         ("halves"), or 2i and 2i + 1 ("pairs"); None does not.
+      query_offset: Added to the positions by which queries are rotated, but not keys.
       dropout_rate: Of attention weights, handed to `attention_fn`.
       extra_keys: See memory and appended context; if False the group sees the sequence alone.
     """
@@ -31,6 +32,7 @@ class HeadGroup:
     num_heads: int
     attention_fn: AttentionFn = make_softmax_attention()
     rotary: Rotary | None = None
+    query_offset: int = 0
     dropout_rate: float = 0.0
     extra_keys: bool = True
 
@@ -45,6 +47,10 @@ class HeadGroup:
             raise ValueError(f"A group needs at least one head, got num_heads={self.num_heads}.")
         if self.rotary not in (None, "halves", "pairs"):
             raise ValueError(f"rotary must be 'halves', 'pairs' or None, got {self.rotary!r}.")
+        if self.query_offset and self.rotary is None:
+            raise ValueError(
+                f"query_offset={self.query_offset} is of rotary positions: give rotary, too."
+            )
         if not 0 <= self.dropout_rate < 1:
             raise ValueError(f"dropout_rate must be in [0, 1), got {self.dropout_rate}.")
 

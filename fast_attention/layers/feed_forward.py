@@ -21,15 +21,44 @@ def _squared_relu(x: Array) -> Array:
 
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = MappingProxyType(
     {
+        "celu": jax.nn.celu,
+        "elu": jax.nn.elu,
         "gelu": functools.partial(jax.nn.gelu, approximate=True),
         "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
+        "hard_swish": jax.nn.hard_swish,
+        "identity": jax.nn.identity,
         "leaky_relu": jax.nn.leaky_relu,
+        "mish": jax.nn.mish,
         "relu": jax.nn.relu,
+        "relu6": jax.nn.relu6,
+        "selu": jax.nn.selu,
+        "sigmoid": jax.nn.sigmoid,
         "silu": jax.nn.silu,
+        "softplus": jax.nn.softplus,
         "squared_relu": _squared_relu,
+        "swish": jax.nn.silu,
+        "tanh": jnp.tanh,
     }
 )
 """Activation functions by name; "gelu" is the tanh approximation, Flax's default."""
+
+Activation = str | Callable[[Array], Array]
+"""A key of `ACTIVATIONS`, or an elementwise function."""
+
+
+def activation_of(activation: Activation) -> Callable[[Array], Array]:
+    """Returns the function that an activation names, or is.
+
+    Raises:
+      ValueError: At an unknown name, or what is neither a name nor a function.
+    """
+    if callable(activation):
+        return activation
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"activation must be one of {sorted(ACTIVATIONS)} or a function, got {activation!r}."
+        )
+    return ACTIVATIONS[activation]
 
 
 class FeedForward(nnx.Module):
@@ -38,7 +67,7 @@ class FeedForward(nnx.Module):
     With `glu` the first dense layer has two halves, ``(activation(x W_1 + b_1) * (x V + c)) W_2``.
 
     Attributes:
-      activation: Name of the activation, a key of `ACTIVATIONS`.
+      activation: The elementwise function, or its name in `ACTIVATIONS`.
       glu: Whether activations are multiplied by a second half.
       chunks: Pieces that the length is cut in.
       up: First dense layer, M to the hidden width; with `glu` to twice that, ``[W_1, V]``.
@@ -54,7 +83,7 @@ class FeedForward(nnx.Module):
         features: int,
         hidden_features: int,
         *,
-        activation: str = "gelu",
+        activation: Activation = "gelu",
         glu: bool = False,
         chunks: int = 1,
         dropout_rate: float = 0.0,
@@ -66,7 +95,8 @@ class FeedForward(nnx.Module):
         Args:
           features: M, of inputs and outputs.
           hidden_features: Width between the two layers.
-          activation: A key of `ACTIVATIONS`; "gelu_exact" is that of the original models.
+          activation: A key of `ACTIVATIONS`, or an elementwise function; "gelu_exact" is that of
+            the original models.
           glu: Multiply activations by a second half of the first layer.
           chunks: Cut the length in so many pieces, at most as many as there are positions, and work
             on one after another, in the backward pass too. Values are the same; no more than one
@@ -78,10 +108,7 @@ class FeedForward(nnx.Module):
         Raises:
           ValueError: At an unknown activation or without a piece.
         """
-        if activation not in ACTIVATIONS:
-            raise ValueError(
-                f"activation must be one of {sorted(ACTIVATIONS)}, got {activation!r}."
-            )
+        activation_of(activation)
         if chunks < 1:
             raise ValueError(f"chunks counts pieces of the length: it must be >= 1, got {chunks}.")
         self.activation = activation
@@ -118,7 +145,7 @@ class FeedForward(nnx.Module):
 
     def _apply(self, x: Array, deterministic: bool, rngs: nnx.Rngs | None) -> Array:
         hidden = self.up(x)
-        activation = ACTIVATIONS[self.activation]
+        activation = activation_of(self.activation)
         if self.glu:
             gate, factor = jnp.split(hidden, 2, axis=-1)
             hidden = activation(gate) * factor

@@ -33,7 +33,7 @@ def rotated(
         raise ValueError("Rotary positions need positions=, the place of every token.")
     interleaved = group.rotary == "pairs"
     length = query.shape[-3]
-    turned = rotate(query, positions, interleaved=interleaved)
+    turned = rotate(query, positions + group.query_offset, interleaved=interleaved)
     if query.ndim == 4 and key.shape[1] > length:
         own = rotate(key[:, :length], positions, interleaved=interleaved)
         return turned, jnp.concatenate([own, key[:, length:]], axis=1)

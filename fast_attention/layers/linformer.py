@@ -1,7 +1,7 @@
-"""Linformer with its dense layers: attention of a fixed length.
+"""Linformer with its dense layers: attention up to a fixed length.
 
-Shape letters: B batch, T queries, L keys (fixed), R projected keys, M features, N context features,
-H heads, D head width.
+Shape letters: B batch, T queries, S keys, L keys at most, R projected keys, M features, N context
+features, H heads, D head width.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class LinformerAttention(nnx.Module):
         Args:
           features: M, of inputs and outputs.
           num_heads: H.
-          length: L, of the input or, where one is given, of the context.
+          length: L, the longest input or, where one is given, context.
           projected: R, mixtures of positions.
           head_dim: D, by default M / H.
           context_features: N, by default M.
@@ -104,7 +104,7 @@ class LinformerAttention(nnx.Module):
         self,
         x: Float[Array, "B T M"],
         *,
-        context: Float[Array, "B L N"] | None = None,
+        context: Float[Array, "B S N"] | None = None,
         key_mask: None = None,
         segment_ids: None = None,
         deterministic: bool = True,
@@ -113,8 +113,8 @@ class LinformerAttention(nnx.Module):
         """Attends from x to itself, or to a context.
 
         Args:
-          x: ``[B, T, M]``; T = L unless there is a context.
-          context: ``[B, L, N]``.
+          x: ``[B, T, M]``; T <= L unless there is a context.
+          context: ``[B, S, N]``, S <= L.
           key_mask: Must be None: a mixture of positions cannot leave one out.
           segment_ids: Must be None.
           deterministic: No dropout.
@@ -124,7 +124,7 @@ class LinformerAttention(nnx.Module):
           ``[B, T, M]``.
 
         Raises:
-          ValueError: For another length than L, a mask, or dropout without `rngs`.
+          ValueError: For more keys than L, a mask, or dropout without `rngs`.
         """
         refuse_masks(key_mask if segment_ids is None else segment_ids, causal=False)
         drop = self.dropout_rate > 0 and not deterministic

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,8 @@ class ProductKeyMemory(nnx.Module):
     Attributes:
       to_queries: Dense layer without bias, M to H D; its first half holds the first halves of all
         heads.
-      norm: `MaskedBatchNorm` of the queries.
+      norm: Of the queries: `nnx.LayerNorm` of each half of each head, or `MaskedBatchNorm` of all
+        channels.
       keys: Parameter ``[H, N, 2, D / 2]``.
       memory_values: Parameter ``[N^2, M]``, shared by the heads; see `is_memory_value`.
 
@@ -63,6 +64,7 @@ class ProductKeyMemory(nnx.Module):
         num_keys: int = 128,
         top_k: int = 32,
         head_dim: int = 256,
+        norm: Literal["layer", "batch"] = "layer",
         input_dropout: float = 0.0,
         query_dropout: float = 0.0,
         value_dropout: float = 0.0,
@@ -77,6 +79,8 @@ class ProductKeyMemory(nnx.Module):
           num_keys: N.
           top_k: K; where there are fewer than K values, all are read.
           head_dim: D, even.
+          norm: "layer" normalises every half of a query by itself; "batch" each channel over the
+            visible positions of the batch, by running averages at evaluation.
           input_dropout: Of the inputs.
           query_dropout: Of the normalised queries.
           value_dropout: Of the output.
@@ -85,7 +89,7 @@ class ProductKeyMemory(nnx.Module):
           rngs: Source of the parameters.
 
         Raises:
-          ValueError: If a query cannot be halved, or nothing is to be read.
+          ValueError: If a query cannot be halved, nothing is to be read, or `norm` is neither.
         """
         if head_dim % 2:
             raise ValueError(f"A query has two halves: head_dim must be even, got {head_dim}.")
@@ -93,6 +97,8 @@ class ProductKeyMemory(nnx.Module):
             raise ValueError(
                 f"num_heads, num_keys and top_k must be >= 1, got {num_heads}, {num_keys}, {top_k}."
             )
+        if norm not in ("layer", "batch"):
+            raise ValueError(f"norm must be 'layer' or 'batch', got {norm!r}.")
         self.num_heads = num_heads
         self.top_k = top_k
         self.dtype = dtype
@@ -101,7 +107,9 @@ class ProductKeyMemory(nnx.Module):
         self.to_queries = Linear(
             features, width, use_bias=False, kernel_init=kernel_init, dtype=dtype, rngs=rngs
         )
-        self.norm = MaskedBatchNorm(width)
+        self.norm: nnx.Module = MaskedBatchNorm(width)
+        if norm == "layer":
+            self.norm = nnx.LayerNorm(head_dim // 2, epsilon=1e-5, dtype=dtype, rngs=rngs)
         shape = num_heads, num_keys, 2, head_dim // 2
         self.keys = nnx.Param(_draw(rngs.params(), shape))
         self.memory_values = nnx.Param(_draw(rngs.params(), (num_keys**2, features)))
@@ -119,15 +127,15 @@ class ProductKeyMemory(nnx.Module):
         deterministic: bool = True,
         rngs: nnx.Rngs | None = None,
     ) -> Any:
-        """Reads the memory at each position; in training the norm follows the batch.
+        """Reads the memory at each position; in training a batch norm follows the batch.
 
         Args:
           x: ``[*B, M]``.
-          key_mask: ``[*B]``, False where `x` is padding, which the norm then disregards.
+          key_mask: ``[*B]``, False where `x` is padding, which a batch norm then disregards.
           chosen: ``[*B, H, K]``, which values to read: those of an earlier call, where inputs are
             known only up to rounding, as in the backward pass of reversible layers.
           return_chosen: Also return which values were read.
-          deterministic: No dropout, and the norm by running averages.
+          deterministic: No dropout, and a batch norm by running averages.
           rngs: Source of dropout, needed unless `deterministic` or without dropout.
 
         Returns:
@@ -136,9 +144,12 @@ class ProductKeyMemory(nnx.Module):
         x = self.input_dropout(x, deterministic=deterministic, rngs=rngs)
         queries = self.to_queries(x)
         dtype = queries.dtype
-        queries = self.norm(queries, key_mask=key_mask, use_running_average=deterministic)
-        queries = self.query_dropout(queries, deterministic=deterministic, rngs=rngs)
+        if isinstance(self.norm, MaskedBatchNorm):
+            queries = self.norm(queries, key_mask=key_mask, use_running_average=deterministic)
         halves = queries.reshape(*x.shape[:-1], 2, self.num_heads, -1)
+        if isinstance(self.norm, nnx.LayerNorm):
+            halves = self.norm(halves)
+        halves = self.query_dropout(halves, deterministic=deterministic, rngs=rngs)
         keys = self.keys[...]
         working = at_least_float32(queries.dtype)
         scores = jnp.einsum("...phd,hnpd->...hpn", halves, keys, preferred_element_type=working)

@@ -6,14 +6,14 @@ Shape letters: B batch, T length, M features.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
 
 from fast_attention.array_types import Array, Float
 from fast_attention.layers.attention_config import AttentionConfig
-from fast_attention.layers.feed_forward import FeedForward
+from fast_attention.layers.feed_forward import Activation, FeedForward
 from fast_attention.layers.inputs import Inputs
 from fast_attention.layers.linformer import LinformerAttention
 from fast_attention.layers.multi_head import NO_INPUTS, MultiHeadAttention
@@ -27,7 +27,7 @@ class FeedForwardConfig:
     """Shape of a `FeedForward`; the attributes are its arguments."""
 
     hidden_features: int
-    activation: str = "gelu"
+    activation: Activation = "gelu"
     glu: bool = False
     chunks: int = 1
     dropout_rate: float = 0.0
@@ -49,6 +49,7 @@ class MemoryConfig:
     num_heads: int = 4
     top_k: int = 32
     head_dim: int = 256
+    norm: Literal["layer", "batch"] = "layer"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from fast_attention.array_types import Array
 from fast_attention.layers.attention_config import AttentionConfig, HeadGroup
-from fast_attention.layers.feed_forward import ACTIVATIONS
+from fast_attention.layers.feed_forward import Activation, activation_of
 from fast_attention.layers.stack import StackConfig
 from fast_attention.layers.sublayer import FeedForwardConfig, NormConfig, SublayerConfig
 from fast_attention.softmax_attention import make_softmax_attention
@@ -110,7 +110,7 @@ class TransformerConfig:
       tie_embeddings: Logits are products with the embeddings of the tokens, over sqrt(emb_dim).
       shift_tokens: Half of the channels into every attention and feed-forward part come from the
         position before; causal models only.
-      activation: A key of `fast_attention.layers.ACTIVATIONS`.
+      activation: A key of `fast_attention.layers.ACTIVATIONS`, or an elementwise function.
       dtype: To compute in; parameters, logits and decoding states of attention are float32.
       qk_norm: Queries and keys of a head have one length, learned as a temperature, see
         `fast_attention.layers.UnitQueryKey`.
@@ -135,7 +135,7 @@ class TransformerConfig:
     positions: str = "learned"
     tie_embeddings: bool = False
     shift_tokens: bool = False
-    activation: str = "gelu"
+    activation: Activation = "gelu"
     dtype: Any = jnp.float32
     qk_norm: bool = False
     remat: bool = False
@@ -179,10 +179,7 @@ class TransformerConfig:
                 f"Rotary positions need heads of even width, but qkv_dim={self.qkv_dim} / "
                 f"num_heads={self.num_heads} = {self.head_dim}."
             )
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(
-                f"activation must be one of {sorted(ACTIVATIONS)}, got {self.activation!r}."
-            )
+        activation_of(self.activation)
         for name in ("qk_norm", "remat"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}.")

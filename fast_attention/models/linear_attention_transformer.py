@@ -1,15 +1,19 @@
 """linear-attention-transformer's models by its keyword names.
 
-Defaults are those of version 0.19.1. What is right here and was not there: any length without
-padding, ff_glu and ff_dropout reach every feed-forward layer, pkm_num_keys counts, keys of any
-size, rotary positions also with axial attention, and unknown keywords are errors.
+Defaults are those of version 0.19.1. As there, ff_glu is for the feed-forward layers behind axial
+and context attention alone, and heads of axial attention have the width dim / heads.
+What is right here and was not there: any length without padding, ff_dropout reaches every
+feed-forward layer, pkm_num_keys counts, keys of any size, rotary positions also with axial
+attention, and unknown keywords are errors.
 
 Reference: Shen et al. Efficient Attention. arXiv:1812.01243.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import warnings
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -75,12 +79,14 @@ LINEAR_ATTENTION_TRANSFORMER = {
     "attend_axially": False,
     "pkm_layers": (),
     "pkm_num_keys": 128,
+    "pkm_norm": "layer",
     "linformer_settings": None,
     "context_linformer_settings": None,
     "shift_tokens": False,
 }
 """Keywords of `LinearAttentionTransformer` and their defaults; `bucket_size`, which did nothing,
-is not among them."""
+is not among them. `pkm_norm` is ours: "batch" is for weights of product-key-memory before 0.2.
+`blindspot_size` is of causal attention."""
 
 LINEAR_ATTENTION_TRANSFORMER_LM = {
     **LINEAR_ATTENTION_TRANSFORMER,
@@ -151,16 +157,25 @@ def _stack(o: SimpleNamespace, rotary: bool) -> StackConfig:
     turned = "pairs" if rotary else None
     own = {"out_bias": True, "dropout_rate": o.attn_layer_dropout}
     head_dim = head_width(o.dim, o.heads, o.dim_head)
+    blindspot_size = o.blindspot_size
+    if not o.causal and blindspot_size != 1:
+        warnings.warn(
+            f"blindspot_size={blindspot_size} has no effect with causal=False, as in the original; "
+            "leave it out, or pass causal=True.",
+            stacklevel=4,
+        )
+        blindspot_size = 1
     far = make_efficient_attention(
-        unidirectional=o.causal, blindspot_size=o.blindspot_size, scale_queries=True
+        unidirectional=o.causal, blindspot_size=blindspot_size, scale_queries=True
     )
     near = make_local_attention(
         o.local_attn_window_size, unidirectional=o.causal, look_forward=0 if o.causal else 1
     )
-    feed_forward = FeedForwardConfig(o.dim * 4, "gelu_exact", o.ff_glu, o.ff_chunks, o.ff_dropout)
+    feed_forward = FeedForwardConfig(o.dim * 4, "gelu_exact", False, o.ff_chunks, o.ff_dropout)
+    gated = dataclasses.replace(feed_forward, glu=o.ff_glu)
     pkm = chosen_layers("pkm_layers", o.pkm_layers, o.depth)
     shifts = ((1, 0) if o.causal else (1, 0, -1)) if o.shift_tokens else None
-    extra = _axial_block(o, own, head_dim, turned) + _context_block(o, own, head_dim)
+    extra = _axial_block(o, own, turned) + _context_block(o, own, head_dim)
     blocks = []
     local = per_layer("n_local_attn_heads", o.n_local_attn_heads, o.depth, o.heads)
     for layer, number in enumerate(local, 1):
@@ -175,17 +190,16 @@ def _stack(o: SimpleNamespace, rotary: bool) -> StackConfig:
             attention = LinformerConfig(
                 o.heads, o.max_seq_len, k, head_dim, dropout_rate=o.attn_dropout
             )
-        second = MemoryConfig(o.pkm_num_keys) if layer in pkm else feed_forward
+        second = MemoryConfig(o.pkm_num_keys, norm=o.pkm_norm) if layer in pkm else feed_forward
         blocks.append((SublayerConfig(attention, shifts), SublayerConfig(second, shifts)))
-        blocks += [(part, SublayerConfig(feed_forward)) for part in extra]
+        blocks += [(part, SublayerConfig(gated)) for part in extra]
     return StackConfig(o.dim, tuple(blocks), norm=_LAYER, reversible=o.reversible)
 
 
-def _axial_block(
-    o: SimpleNamespace, own: dict[str, Any], head_dim: int, rotary: Any
-) -> list[SublayerConfig]:
+def _axial_block(o: SimpleNamespace, own: dict[str, Any], rotary: Any) -> list[SublayerConfig]:
     if not o.attend_axially:
         return []
+    head_dim = head_width(o.dim, o.heads, None)
     across = make_efficient_attention(unidirectional=o.causal, scale_queries=True)
     strided = make_strided_attention(across, o.local_attn_window_size)
     group = HeadGroup(o.heads, strided, rotary)

@@ -2,7 +2,8 @@
 
 Defaults are those of version 1.4.4. What is right here and was not there: any length without
 padding, rotary positions also in dense attention, dropout after attention also in the language
-model, hashing that is the same at every evaluation, and unknown keywords are errors.
+model, hashing that is the same at every evaluation, a mask of pairs that local heads honour too
+(there they ignore it), and unknown keywords are errors.
 
 Reference: Kitaev et al. Reformer: the efficient Transformer. arXiv:2001.04451.
 """
@@ -46,6 +47,7 @@ REFORMER = {
     "depth": REQUIRED,
     "heads": 8,
     "dim_head": None,
+    "max_seq_len": None,
     "bucket_size": 64,
     "n_hashes": 8,
     "ff_chunks": 100,
@@ -73,6 +75,7 @@ REFORMER = {
     "n_local_attn_heads": 0,
     "pkm_layers": (),
     "pkm_num_keys": 128,
+    "pkm_norm": "layer",
     "hash_masked": False,
 }
 """Keywords of `Reformer` and their defaults; `twin_attention` is that of versions before 1, and
@@ -147,7 +150,8 @@ def Reformer(*, rngs: nnx.Rngs, dtype: Any = None, **keywords: Any) -> Stack:
     Args:
       rngs: Source of parameters and of the rotations that hash.
       dtype: To compute in.
-      **keywords: See `REFORMER`. `dim_head` is by default dim / heads.
+      **keywords: See `REFORMER`. `dim_head` is by default dim / heads. `max_seq_len`, which the
+        original's README gives, changes nothing: inputs may have any length.
 
     Returns:
       The `Stack`. The originals' ``keys`` are its context, and ``input_mask`` its key mask.
@@ -237,7 +241,7 @@ def _stack(o: SimpleNamespace, rotary: bool) -> StackConfig:
         o.dim * o.ff_mult, o.ff_activation or "gelu_exact", o.ff_glu, o.ff_chunks, o.ff_dropout
     )
     second = attention if o.twin_attention else feed_forward
-    memory = MemoryConfig(o.pkm_num_keys)
+    memory = MemoryConfig(o.pkm_num_keys, norm=o.pkm_norm)
     pkm = chosen_layers("pkm_layers", o.pkm_layers, o.depth)
     norm = NormConfig("rezero") if o.use_rezero else _LAYER
     return StackConfig(

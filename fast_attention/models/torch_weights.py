@@ -18,6 +18,7 @@ from jax.core import Tracer
 
 from fast_attention.layers.feed_forward import FeedForward
 from fast_attention.layers.linformer import LinformerAttention
+from fast_attention.layers.masked_batch_norm import MaskedBatchNorm
 from fast_attention.layers.multi_head import MultiHeadAttention
 from fast_attention.layers.norms import ScaleNorm
 from fast_attention.layers.product_key_memory import ProductKeyMemory
@@ -80,10 +81,13 @@ def load_torch_state_dict(model: nnx.Module, state_dict: Mapping[str, Any]) -> N
         "one tensor whose names disagree": unlike,
     }
     if any(problems.values()):
+        hint = ""
+        if any(".norm.fn." in name for name in unknown):
+            hint = " pkm_norm='batch' is for memories of product-key-memory before 0.2."
         told = "; ".join(f"{what}: {', '.join(names)}" for what, names in problems.items() if names)
         raise ValueError(
             f"The state dict does not fit the model ({told}). Build the model with the keywords "
-            "of the original; missing ones go by our names."
+            f"of the original; missing ones go by our names.{hint}"
         )
     for _, variable, value in values.values():
         variable[...] = jnp.asarray(value, variable.dtype)
@@ -153,14 +157,16 @@ def _place_in_stack(stack: Stack, name: str) -> Place | None:
     return _place_in_sublayer(stack.blocks[block][int(part)], found[3])
 
 
-def _place_in_sublayer(sublayer: Sublayer, name: str) -> Place | None:
-    name = re.sub(r"^((net|fn)\.)+", "", name)
+def _place_in_sublayer(sublayer: Sublayer, given: str) -> Place | None:
+    name = re.sub(r"^((net|fn)\.)+", "", given)
     if name in ("g", "norm.g"):
         gain = sublayer.norm if isinstance(sublayer.norm, ScaleNorm) else sublayer.gain
         variable = getattr(gain, "scale", getattr(gain, "gain", None))
         return None if variable is None else (variable, _scalar)
     inner = sublayer.inner
     module, _, leaf = name.rpartition(".")
+    if module == "norm" and isinstance(inner, ProductKeyMemory) and "fn.norm." in given:
+        return _place_in_memory(inner, name)
     if module == "norm":
         return _leaf(sublayer.norm, leaf)
     name = re.sub(r"^((net|fn)\.)+", "", name)
@@ -205,11 +211,17 @@ def _place_in_memory(memory: ProductKeyMemory, name: str) -> Place | None:
         "keys": (memory.keys, _same),
         "values.weight": (memory.memory_values, _same),
         "to_queries.weight": (memory.to_queries.kernel, _transposed),
-        "norm.fn.weight": (memory.norm.scale, _same),
-        "norm.fn.bias": (memory.norm.bias, _same),
-        "norm.fn.running_mean": (memory.norm.mean, _same),
-        "norm.fn.running_var": (memory.norm.var, _same),
     }
+    norm = memory.norm
+    if isinstance(norm, MaskedBatchNorm):
+        places |= {
+            "norm.fn.weight": (norm.scale, _same),
+            "norm.fn.bias": (norm.bias, _same),
+            "norm.fn.running_mean": (norm.mean, _same),
+            "norm.fn.running_var": (norm.var, _same),
+        }
+    else:
+        places |= {"norm.weight": (norm.scale, _same), "norm.bias": (norm.bias, _same)}
     return places.get(name)
 
 

@@ -12,12 +12,23 @@ import numpy as np
 from flax import nnx
 
 ACTIVATIONS = {
+    "celu": lambda x: np.where(x > 0, x, np.expm1(x)),
+    "elu": lambda x: np.where(x > 0, x, np.expm1(x)),
     "gelu": lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
     "gelu_exact": lambda x: 0.5 * x * (1 + np.vectorize(math.erf)(x / np.sqrt(2))),
+    "hard_swish": lambda x: x * np.clip(x + 3, 0, 6) / 6,
+    "identity": lambda x: x,
     "leaky_relu": lambda x: np.where(x > 0, x, 0.01 * x),
+    "mish": lambda x: x * np.tanh(np.log1p(np.exp(x))),
     "relu": lambda x: np.maximum(x, 0),
+    "relu6": lambda x: np.clip(x, 0, 6),
+    "selu": lambda x: 1.0507009873554805 * np.where(x > 0, x, 1.6732632423543772 * np.expm1(x)),
+    "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
     "silu": lambda x: x / (1 + np.exp(-x)),
+    "softplus": lambda x: np.log1p(np.exp(x)),
     "squared_relu": lambda x: np.maximum(x, 0) ** 2,
+    "swish": lambda x: x / (1 + np.exp(-x)),
+    "tanh": np.tanh,
 }
 
 

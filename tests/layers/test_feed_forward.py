@@ -24,6 +24,13 @@ def test_equals_the_definition(activation):
     np.testing.assert_allclose(out, definitions.feed_forward(layer, X, activation), atol=1e-6)
 
 
+def test_any_function_is_an_activation():
+    named, given = build(activation="tanh"), build(activation=jnp.tanh)
+    np.testing.assert_array_equal(compiled(named)(X), compiled(given)(X))
+    with pytest.raises(ValueError, match="or a function, got 'tanhh'"):
+        build(activation="tanhh")
+
+
 def test_a_gate_multiplies_the_second_half():
     layer = build(glu=True, activation="gelu_exact")
     up, down = definitions.linear(layer.up, X), definitions.linear

@@ -15,7 +15,7 @@ X = draw(2, 5, FEATURES)
 MASK = np.arange(5) < np.array([[5], [3]])
 
 
-def build(top_k=2, **options):
+def build(top_k=2, norm="batch", **options):
     def make():
         return ProductKeyMemory(
             FEATURES,
@@ -23,12 +23,14 @@ def build(top_k=2, **options):
             num_keys=KEYS,
             top_k=top_k,
             head_dim=WIDTH,
+            norm=norm,
             rngs=nnx.Rngs(0),
             **options,
         )
 
     layer = filled(make)
-    layer.norm.var[...] = jnp.exp(layer.norm.var[...])
+    if norm == "batch":
+        layer.norm.var[...] = jnp.exp(layer.norm.var[...])
     return layer
 
 
@@ -60,6 +62,16 @@ def test_reads_the_best_of_all_values(top_k):
     mean, var = array(layer.norm.mean), array(layer.norm.var)
     queries = normed(layer.norm, X @ array(layer.to_queries.kernel), mean, var)
     expected = [read(layer, query, top_k) for query in queries.reshape(-1, HEADS * WIDTH)]
+    out = compiled(layer)(X)
+    np.testing.assert_allclose(out.reshape(-1, FEATURES), expected, atol=1e-5)
+
+
+def test_a_layer_norm_normalises_each_half_of_a_query():
+    layer = build(norm="layer")
+    halves = (X @ array(layer.to_queries.kernel)).reshape(-1, WIDTH // 2)
+    mean, var = halves.mean(-1, keepdims=True), halves.var(-1, keepdims=True)
+    queries = normed(layer.norm, halves, mean, var).reshape(-1, 2 * HEADS * (WIDTH // 2))
+    expected = [read(layer, query, 2) for query in queries]
     out = compiled(layer)(X)
     np.testing.assert_allclose(out.reshape(-1, FEATURES), expected, atol=1e-5)
 
@@ -153,4 +165,6 @@ def test_options_that_make_no_memory_are_told():
         ProductKeyMemory(4, head_dim=5, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="must be >= 1, got 4, 128, 0"):
         ProductKeyMemory(4, top_k=0, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="'layer' or 'batch', got 'rms'"):
+        ProductKeyMemory(4, norm="rms", rngs=nnx.Rngs(0))
     assert MaskedBatchNorm(3).scale.shape == (3,)

@@ -22,7 +22,7 @@ from fast_attention.models import TransformerConfig
         ({"num_kv_heads": 0}, "num_kv_heads=0"),
         ({"positions": "alibi"}, "'sinusoidal', 'rotary', 'none'.* got 'alibi'"),
         ({"positions": "rotary", "qkv_dim": 24}, "qkv_dim=24 / num_heads=8 = 3"),
-        ({"activation": "swish"}, "'gelu'.*got 'swish'"),
+        ({"activation": "swoosh"}, "'gelu'.*got 'swoosh'"),
         ({"remat": "full"}, "remat must be True or False, got 'full'"),
         ({"dtype": jnp.int32}, "floating point type, got .*int32"),
     ],

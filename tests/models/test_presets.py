@@ -437,6 +437,25 @@ def test_values_that_make_no_model_are_errors_that_name_them(preset, options, me
         nnx.eval_shape(lambda: preset(rngs=nnx.Rngs(0), **options))
 
 
+def test_a_blind_spot_of_bidirectional_attention_is_ignored_and_said():
+    options = options_of(LinearAttentionTransformer) | {"causal": False, "max_seq_len": 8}
+    make = lambda **more: LinearAttentionTransformer(rngs=nnx.Rngs(0), **options | more)  # noqa: E731
+    with pytest.warns(UserWarning, match="blindspot_size=4 has no effect with causal=False"):
+        blind = nnx.eval_shape(lambda: make(blindspot_size=4))
+    assert blind.config == nnx.eval_shape(make).config
+
+
+def test_padding_given_as_a_mask_of_pairs_is_an_error_that_names_key_mask():
+    model = build(PerformerLM, **LM)
+    with pytest.raises(ValueError, match=r"mask must be \[B, 13, 13\].*pass padding, .*key_mask"):
+        nnx.eval_shape(lambda: model(TOKENS, mask=jnp.asarray(ALL)))
+
+
+def test_the_length_that_a_readme_gives_changes_nothing():
+    make = lambda **more: Reformer(dim=8, depth=1, heads=2, rngs=nnx.Rngs(0), **more)  # noqa: E731
+    assert nnx.eval_shape(lambda: make(max_seq_len=64)).config == nnx.eval_shape(make).config
+
+
 @pytest.mark.parametrize("preset", [Performer, LinearAttentionTransformer])
 def test_stacks_leak_nothing_under_jit_grad_vmap_scan_and_remat(preset):
     # Two streams have a test of their own: looking for leaks is slow.
