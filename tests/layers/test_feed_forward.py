@@ -27,8 +27,6 @@ def test_equals_the_definition(activation):
 def test_any_function_is_an_activation():
     named, given = build(activation="tanh"), build(activation=jnp.tanh)
     np.testing.assert_array_equal(compiled(named)(X), compiled(given)(X))
-    with pytest.raises(ValueError, match="or a function, got 'tanhh'"):
-        build(activation="tanhh")
 
 
 def test_a_gate_multiplies_the_second_half():
@@ -119,5 +117,5 @@ def test_computes_in_its_dtype_or_in_that_of_inputs_and_parameters(dtype, given,
 
 
 def test_an_unknown_activation_is_told_what_there_is():
-    with pytest.raises(ValueError, match=r"one of \['gelu', .*'squared_relu'\], got 'swish'"):
-        build(activation="swish")
+    with pytest.raises(ValueError, match=r"one of \['celu', .*'tanh'\] or a function, got 'geluu'"):
+        build(activation="geluu")
