@@ -447,7 +447,7 @@ def test_a_blind_spot_of_bidirectional_attention_is_ignored_and_said():
 
 def test_padding_given_as_a_mask_of_pairs_is_an_error_that_names_key_mask():
     model = build(PerformerLM, **LM)
-    with pytest.raises(ValueError, match=r"mask must be \[B, 13, 13\].*pass padding, .*key_mask"):
+    with pytest.raises(ValueError, match=r"mask must be .*padding .* key_mask"):
         nnx.eval_shape(lambda: model(TOKENS, mask=jnp.asarray(ALL)))
 
 
