@@ -12,16 +12,18 @@ from fast_attention.feature_maps.base import Features
 from fast_attention.linear.chunk_causal import CausalRead, Past, first_key_features
 from fast_attention.linear.chunk_state import Absorbed
 from fast_attention.linear.products import Einsum, sums
+from fast_attention.linear.wide_pairs import pull_back_wide_pairs
 
 
 class ChunkGradients(NamedTuple):
-    """Cotangents of one causal chunk: features, values and the state before it."""
+    """Cotangents of one causal chunk: features, values and the state before it; and all weights."""
 
     queries: Features
     keys: Features
     value: Array
     kv: Array
     k_sum: Array
+    weights: Array
 
 
 def pull_back_causal(
@@ -58,7 +60,7 @@ def pull_back_causal(
 
     Returns:
       Cotangents of the inputs and of the state before the chunk; that of values is without what
-      comes through ``read.weights``.
+      comes through the weights inside the chunk, which are returned.
     """
     # Inside the chunk.
     d_products = d_weights * read.factor
@@ -91,19 +93,29 @@ def pull_back_causal(
             d_first_sum * old,
         )
 
+    d_queries = queries.pull_back(read.read.shift, read.read.features, d_read)
     first_shift = None if first.log_scale is None else -first.log_scale[..., None, :]
-    return ChunkGradients(
-        queries=queries.pull_back(read.read.shift, read.read.features, d_read),
-        keys=_add_first(
-            _add(
-                keys.pull_back(read.key_shift, read.key, d_key),
-                d_entered,
-            ),
-            _first(keys).pull_back(first_shift, first_key[..., None, :], d_first_key[..., None, :]),
+    d_keys = _add_first(
+        _add(
+            keys.pull_back(read.key_shift, read.key, d_key),
+            d_entered,
         ),
+        _first(keys).pull_back(first_shift, first_key[..., None, :], d_first_key[..., None, :]),
+    )
+    weights = read.weights
+    if read.wide is not None:
+        assert read.kept.pair_max is not None
+        weights, *logs = pull_back_wide_pairs(
+            read.wide, read.kept.pair_max, d_weights, weights, d_queries.log, d_keys.log
+        )
+        d_queries, d_keys = (Features(None, log) for log in logs)
+    return ChunkGradients(
+        queries=d_queries,
+        keys=d_keys,
         value=d_entered_value + _in_first_row(d_first_value[..., None, :], value.shape[-2]),
         kv=d_first_kv,
         k_sum=d_first_sum,
+        weights=weights,
     )
 
 

@@ -14,12 +14,15 @@ from fast_attention.feature_maps.base import Features
 from fast_attention.linear.chunk_state import Read, read_state
 from fast_attention.linear.products import Einsum, sums
 from fast_attention.linear.state import EMPTY_LOG_SCALE, LinearAttentionState
+from fast_attention.linear.wide_pairs import (
+    HEADROOM,
+    Exponents,
+    WidePairs,
+    add_wide_pairs,
+    pair_limit,
+)
 
-# Keys inside a chunk are kept this many nats above their own maximum, so that their products with
-# queries (at most 1) use float32's range on both sides of 1: a pair whose features hardly overlap
-# (opposed queries and keys of squared norm 200) still has a product that does not underflow.
-HEADROOM = 40.0
-
+# Of maps with one exponent a position, whose products cannot underflow.
 LARGEST_EXPONENT = 80.0
 
 
@@ -90,7 +93,8 @@ class CausalRead(NamedTuple):
       key: features of keys inside the chunk, ``[B, K, C, M]``.
       key_shift: what was added to their logarithms, or None.
       factor: weights over products of features, ``[B, K, R, C]``; 0 where a key is not seen.
-      weights: w, ``[B, K, R, C]``.
+      weights: w, ``[B, K, R, C]``; without wide pairs if maxima were kept.
+      wide: the pairs as exponents, for maps of exponents alone; None for others.
     """
 
     past: Array
@@ -102,6 +106,7 @@ class CausalRead(NamedTuple):
     key_shift: Array | None
     factor: Array
     weights: Array
+    wide: WidePairs | None
 
 
 def read_causal(
@@ -110,6 +115,7 @@ def read_causal(
     keys: Features,
     sight: Sight,
     einsum: Einsum,
+    exponents: Exponents,
     kept: Kept | None = None,
     at_least: Array | None = None,
 ) -> CausalRead:
@@ -127,6 +133,7 @@ def read_causal(
       keys: features.
       sight: who sees whom.
       einsum: the matrix products.
+      exponents: makes those of the queries and keys anew, where they are needed.
       kept: of an earlier call; maxima are not looked for again.
       at_least: ``[B, K, R]``, the least that ``log_scale`` may be, for rows that also see keys
         which are not here; None for none. Maps with exponents only.
@@ -137,12 +144,14 @@ def read_causal(
     # Row sums are written as products: XLA on CPU fuses a plain sum with the exponentials before it
     # and evaluates them a second time, element by element.
     inter_sum = sums("bkrm,bkm->bkr", read.features, first.k_sum)
+    wide = None
     if read.scale is None or first.log_scale is None or keys.log is None:
         key_max, pair_max, key_shift, log_scale = None, None, None, None
         key = keys.shift(None)
         products = einsum("bkrm,bkcm->bkrc", read.features, key)
         factor = jnp.broadcast_to(sight.pairs, products.shape).astype(products.dtype)
         gain = None if sight.state is None else sight.state.astype(products.dtype)
+        weights = products * factor
     else:
         headroom = HEADROOM if keys.values is None else 0.0
         key_max = (keys.log - read.scale).max(-1) if kept is None else kept.key_max
@@ -150,7 +159,9 @@ def read_causal(
         key_shift = headroom - read.scale - key_max[..., None]
         key = keys.shift(key_shift)
         products = einsum("bkrm,bkcm->bkrc", read.features, key)
-        exponent = key_max[..., None, :] - headroom
+        exponent = key_max - headroom
+        if keys.values is None and read.row_max is not None:
+            wide = WidePairs(exponents, read.scale, read.row_max, key_max, sight.pairs)
         # What rows read from the state is at most about 1, if there is a state to read.
         past = jnp.zeros_like(key_max[..., :1])
         if not sight.occupied:
@@ -158,23 +169,32 @@ def read_causal(
             past = jnp.where(empty, EMPTY_LOG_SCALE, past)
         if sight.state is not None:
             past = jnp.where(sight.state, past, EMPTY_LOG_SCALE)
+        least = past
+        if at_least is not None:
+            assert read.row_max is not None
+            least = jnp.maximum(past, at_least - read.row_max)
         if kept is None:
-            logs = jnp.where(sight.pairs, jnp.log(jnp.abs(products)) + exponent, -jnp.inf)
-            pair_max = jnp.maximum(past, logs.max(-1))
-            if at_least is not None:
-                assert read.row_max is not None
-                pair_max = jnp.maximum(pair_max, at_least - read.row_max)
+            smallest = 0 if wide is None else jnp.finfo(products.dtype).tiny
+            logs = jnp.log(jnp.maximum(jnp.abs(products), smallest)) + exponent[..., None, :]
+            pair_max = jnp.maximum(least, jnp.where(sight.pairs, logs, -jnp.inf).max(-1))
         else:
             pair_max = kept.pair_max
         assert pair_max is not None
-        factor = jnp.exp(jnp.minimum(exponent - pair_max[..., None], LARGEST_EXPONENT))
-        factor = jnp.where(sight.pairs & (products != 0), factor, 0)
+        logs = exponent[..., None, :] - pair_max[..., None]
+        if wide is None:
+            factor = jnp.exp(jnp.minimum(logs, LARGEST_EXPONENT))
+            factor = jnp.where(sight.pairs & (products != 0), factor, 0)
+        else:
+            few = logs <= pair_limit(logs.dtype) - HEADROOM
+            factor = jnp.where(sight.pairs & few, jnp.exp(logs), 0)
+        weights = products * factor
+        if wide is not None and kept is None:
+            weights, pair_max = add_wide_pairs(wide, products, weights, pair_max, least)
         gain = jnp.exp(past - pair_max)
         if sight.state is not None:
             gain = jnp.where(sight.state, gain, 0)
         assert read.row_max is not None
         log_scale = read.row_max + pair_max
-    weights = products * factor
     if gain is not None:
         inter, inter_sum = inter * gain[..., None], inter_sum * gain
     if kept is None:
@@ -190,6 +210,7 @@ def read_causal(
         key_shift=key_shift,
         factor=factor,
         weights=weights,
+        wide=wide,
     )
 
 

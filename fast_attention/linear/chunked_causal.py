@@ -28,7 +28,12 @@ from fast_attention.linear.inputs import Inputs, Parts, Plan
 from fast_attention.linear.loops import scan_chunks, scan_chunks_back
 from fast_attention.linear.outputs import empty_output, parts_gradient, write_output
 from fast_attention.linear.products import einsum_of
-from fast_attention.linear.slices import causal_sight, key_features, query_features
+from fast_attention.linear.slices import (
+    causal_sight,
+    exponents_of,
+    key_features,
+    query_features,
+)
 from fast_attention.linear.state import LinearAttentionState
 from fast_attention.linear.symbolic import is_symbolic, smaller
 
@@ -47,7 +52,14 @@ def forward(plan: Plan, inputs: Inputs, *, save: bool):
         keys, value, _ = key_features(plan, inputs, start, size)
         sight = causal_sight(inputs, start, size)
         first, old = add_first_key(state, keys, value, sight)
-        read = read_causal(first, queries, keys, sight, einsum)
+        read = read_causal(
+            first,
+            queries,
+            keys,
+            sight,
+            einsum,
+            exponents_of(plan, inputs, start, start, size),
+        )
         numerator = read.past + einsum("bkrc,bkcv->bkrv", read.weights, value)
         out = write_output(
             plan, out, Parts(numerator, read.kept.denominator, read.log_scale), start
@@ -88,7 +100,15 @@ def backward(plan: Plan, residuals: Any, cotangents: Any) -> Inputs:
         queries, pull_queries = query_features(plan, inputs, start, size)
         keys, value, pull_keys = key_features(plan, inputs, start, size)
         sight = causal_sight(inputs, start, size)
-        read = read_causal(past.first, queries, keys, sight, einsum, kept)
+        read = read_causal(
+            past.first,
+            queries,
+            keys,
+            sight,
+            einsum,
+            exponents_of(plan, inputs, start, start, size),
+            kept,
+        )
         d_numerator, d_denominator = parts_gradient(
             plan, inputs, kept.denominator, read.log_scale, *outputs_in(grads), start, size
         )
@@ -108,7 +128,7 @@ def backward(plan: Plan, residuals: Any, cotangents: Any) -> Inputs:
             sight.enter,
             einsum,
         )
-        d_value = pulled.value + einsum("bkrc,bkrv->bkcv", read.weights, d_numerator)
+        d_value = pulled.value + einsum("bkrc,bkrv->bkcv", pulled.weights, d_numerator)
         grads = add_query_gradient(grads, pull_queries(pulled.queries), start)
         grads = add_key_gradient(grads, pull_keys(pulled.keys, d_value), start)
         return pulled.kv, pulled.k_sum, grads

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from fast_attention.array_types import Array
+from fast_attention.manual_axes import vary_alike
 
 
 def scan_chunks(
@@ -63,3 +64,21 @@ def scan_chunks_back(
         unroll=unroll,
     )
     return carry
+
+
+def run_if(condition: Array, body: Callable[[Any], Any], carry: Any) -> Any:
+    """Returns ``body(carry)`` if ``condition`` holds, else ``carry``.
+
+    This is a loop of at most one round. Under ``vmap``, ``lax.cond`` would run the body always; the
+    loop runs it if the condition holds for any row.
+
+    Args:
+      condition: bool ``[]``.
+      body: from arrays to arrays of the same shapes and types.
+      carry: the arrays.
+    """
+    return jax.lax.while_loop(
+        lambda loop: loop[0],
+        lambda loop: (jnp.zeros_like(loop[0]), body(loop[1])),
+        vary_alike((condition, carry)),
+    )[1]

@@ -5,6 +5,8 @@ shared memory, forward and backward, so that no array of T x M is ever in global
 the maps whose log-features are ``w . x - |x|^2 / 2`` (:class:`.PositiveFeatures` and
 :class:`.HyperbolicFeatures`); norms, masks and biases are one number a key and are added to its
 logs. Everything else is refused with NotImplementedError, so that the next implementation gets it.
+Rows of a causal call whose exponents are too far apart for the kernels (:mod:`.wide_pairs`) are
+computed in chunks on XLA; if there are any, so are all gradients of the call.
 
 What is known of it: interpreted, the kernels agree with the definition, values and gradients. They
 lower to Mosaic GPU modules, and jax 0.10.2 compiles those for an H100 (sm_90a) ahead of time, at
@@ -24,6 +26,8 @@ Reference: arXiv:2009.14794 (FAVOR+); the chunked form is that of arXiv:2202.104
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -32,7 +36,9 @@ import jax.numpy as jnp
 
 from fast_attention.array_types import Array
 from fast_attention.feature_maps.softmax import HyperbolicFeatures, PositiveFeatures
+from fast_attention.linear import chunked
 from fast_attention.linear.inputs import Inputs, Parts, Plan, finish
+from fast_attention.linear.loops import run_if
 from fast_attention.linear.state import MASKED_LOG, LinearAttentionState
 
 CHUNK = 64
@@ -71,6 +77,69 @@ def attend_on(
       interpret: interpret the kernels instead of compiling them.
     """
     _check_call(plan, inputs)
+    parts, state = _attend(plan, interpret, inputs)
+    if plan.output == "parts":
+        return parts, state
+    out_dtype = jnp.result_type(inputs.query, inputs.key, inputs.value)
+    return finish(parts, plan.output, plan.epsilon).astype(out_dtype), state
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(plan: Plan, interpret: bool, inputs: Inputs) -> tuple[Parts, LinearAttentionState]:
+    """Attends with the kernels, and in chunks on XLA for rows that have wide pairs."""
+    return _corrected(plan, inputs, *_with_kernels(plan, interpret, inputs))
+
+
+def _forward(plan: Plan, interpret: bool, inputs: Inputs) -> tuple[Any, Any]:
+    def attend(smooth: Inputs) -> tuple[Any, Array]:
+        out, wide = _with_kernels(plan, interpret, smooth._replace(key_mask=inputs.key_mask))
+        return out, wide
+
+    out, pull_back, wide = jax.vjp(attend, inputs._replace(key_mask=None), has_aux=True)
+    return _corrected(plan, inputs, out, wide), (inputs, pull_back, wide)
+
+
+def _backward(plan: Plan, interpret: bool, residuals: Any, cotangents: Any) -> tuple[Inputs]:
+    del interpret
+    inputs, pull_back, wide = residuals
+
+    def of_chunks(_: Inputs) -> Inputs:
+        smooth = inputs._replace(key_mask=None)
+        return jax.vjp(lambda x: _in_chunks(plan, x, inputs.key_mask), smooth)[1](cotangents)[0]
+
+    return (run_if(jnp.any(wide > 0), of_chunks, pull_back(cotangents)[0]),)
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _corrected(
+    plan: Plan, inputs: Inputs, out: tuple[Parts, LinearAttentionState], wide: Array
+) -> tuple[Parts, LinearAttentionState]:
+    """Replaces the rows that have wide pairs; states are right as they are."""
+
+    def of_chunks(parts: Parts) -> Parts:
+        right, _ = _in_chunks(plan, inputs, inputs.key_mask)
+
+        def chosen(right: Array, x: Array) -> Array:
+            rows = wide.reshape(*wide.shape, *(1,) * (x.ndim - wide.ndim))
+            return jnp.where(rows > 0, right, x)
+
+        return jax.tree.map(chosen, right, parts)
+
+    parts, state = out
+    return run_if(jnp.any(wide > 0), of_chunks, parts), state
+
+
+def _in_chunks(plan: Plan, inputs: Inputs, key_mask: Array | None) -> Any:
+    plan = dataclasses.replace(plan, complete=plan.exact_scale, output="parts")
+    return chunked.attend(plan, inputs._replace(key_mask=key_mask))
+
+
+def _with_kernels(
+    plan: Plan, interpret: bool, inputs: Inputs
+) -> tuple[tuple[Parts, LinearAttentionState], Array]:
+    """Returns parts and state of the kernels, and which rows have wide pairs, ``[B, T, H]``."""
     # Pallas takes long to import and few calls need it.
     from fast_attention.linear import pallas_gpu_core as core
 
@@ -92,11 +161,8 @@ def attend_on(
     attended: Any = core.attend_with_kernels(choices, arguments)
     kv, k_sum, log_scale = attended.state
     state = LinearAttentionState(kv, k_sum, jax.lax.stop_gradient(log_scale))
-    parts = _parts(plan, inputs, attended)
-    if plan.output == "parts":
-        return parts, state
-    out_dtype = jnp.result_type(inputs.query, inputs.key, inputs.value)
-    return finish(parts, plan.output, plan.epsilon).astype(out_dtype), state
+    wide = jnp.swapaxes(jax.lax.stop_gradient(attended.wide), 1, 2)
+    return (_parts(plan, inputs, attended), state), wide
 
 
 def _parts(plan: Plan, inputs: Inputs, attended: Any) -> Parts:

@@ -27,6 +27,7 @@ from fast_attention.linear.pallas_gpu_program import (
 from fast_attention.linear.pallas_gpu_state import State
 from fast_attention.linear.pallas_gpu_tiles import TILE, split
 from fast_attention.linear.state import EMPTY_LOG_SCALE, MASKED_LOG
+from fast_attention.linear.wide_pairs import HEADROOM, pair_limit
 
 
 class Arguments(NamedTuple):
@@ -60,12 +61,14 @@ class Attended(NamedTuple):
       numerator: float32 ``[B, T, H, V]``.
       denominator: float32 ``[B, H, T]``.
       log_scale: of both, ``[B, H, T]``; a constant.
+      wide: 1 where a row has a pair of :mod:`.wide_pairs`, which kernels lose, ``[B, H, T]``.
       state: as given, after the last key.
     """
 
     numerator: Array
     denominator: Array
     log_scale: Array
+    wide: Array
     state: tuple[Array, Array, Array]
 
 
@@ -96,16 +99,28 @@ def _forward(choices: Choices, arguments: Arguments) -> tuple[Attended, Any]:
     out = forward(sizes, operands, state, causal=choices.causal)
     length, width = arguments.query.shape[1], arguments.value.shape[-1]
     log_scale = out.maxima.row_max
+    wide = jnp.zeros_like(log_scale)
     if choices.causal:
         log_scale = log_scale + out.maxima.pair_max
+        wide = _wide_rows(out.maxima.key_shift, out.maxima.pair_max)
     after = [x[:, :: sizes.groups, : sizes.real_features] for x in out.state]
     attended = Attended(
         out.numerator[:, :length, :, :width],
         out.denominator[:, :, :length],
         log_scale[:, :, :length],
+        wide[:, :, :length],
         (jnp.swapaxes(after[0][..., :width], -1, -2), after[1], after[2]),
     )
     return attended, (arguments, out.maxima, out.state)
+
+
+def _wide_rows(key_shift: Array, pair_max: Array) -> Array:
+    """Tells which rows have wide pairs, ``[B, H, T]``."""
+    shift = key_shift.reshape(*key_shift.shape[:-1], -1, TILE)
+    # Rows read the first key of a chunk on the scale of the state with it.
+    key_max = (shift + HEADROOM).at[..., 0].set(MASKED_LOG)
+    key_max = jax.lax.cummax(key_max, axis=key_max.ndim - 1).reshape(pair_max.shape)
+    return (key_max - pair_max > pair_limit(pair_max.dtype)).astype(pair_max.dtype)
 
 
 def _backward(choices: Choices, residuals: Any, cotangents: Attended) -> tuple[Arguments]:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from fast_attention.array_types import Array
-from fast_attention.linear.chunk_causal import HEADROOM, LARGEST_EXPONENT
+from fast_attention.linear.chunk_causal import LARGEST_EXPONENT
 from fast_attention.linear.pallas_gpu_program import (
     Operands,
     Program,
@@ -40,6 +40,7 @@ from fast_attention.linear.pallas_gpu_tiles import (
     spread_rows,
 )
 from fast_attention.linear.state import EMPTY_LOG_SCALE
+from fast_attention.linear.wide_pairs import HEADROOM
 
 
 class Result(NamedTuple):

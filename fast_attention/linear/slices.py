@@ -19,6 +19,7 @@ from fast_attention.feature_maps.base import Features
 from fast_attention.linear.chunk_causal import Sight
 from fast_attention.linear.inputs import Inputs, Plan
 from fast_attention.linear.state import bias_features, mask_features
+from fast_attention.linear.wide_pairs import Exponents
 
 
 def load(x: Array, start: Array | int, size: int, dtype: Any = None) -> Array:
@@ -102,6 +103,30 @@ def key_features(plan: Plan, inputs: Inputs, start: Array | int, size: int):
         return jnp.swapaxes(d_key, 1, 2), jnp.swapaxes(d_value, 1, 2), d_parameters, d_bias
 
     return keys, value, pull_back
+
+
+def exponents_of(
+    plan: Plan, inputs: Inputs, row: Array | int, start: Array | int, size: int
+) -> Exponents:
+    """Returns what makes the exponents of queries from ``row`` and keys from ``start`` on."""
+    dtype = compute_dtype(inputs)
+
+    def of_rows():
+        return query_features(plan, inputs, row, size)[0].log
+
+    def of_keys(places):
+        def taken(x):
+            x = load(x, start, size, dtype)
+            index = places.reshape(*places.shape, *(1,) * (x.ndim - places.ndim))
+            return jnp.take_along_axis(x, index, axis=2)
+
+        features = plan.feature_map.apply(
+            taken(inputs.key), inputs.parameters, is_query=False, exact_scale=plan.exact_scale
+        )
+        bias = inputs.key_bias
+        return bias_features(features, None if bias is None else taken(bias)).log
+
+    return Exponents(of_rows, of_keys)
 
 
 def causal_sight(inputs: Inputs, start: Array | int, size: int) -> Sight:

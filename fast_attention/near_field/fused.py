@@ -44,6 +44,7 @@ from fast_attention.linear.outputs import empty_output, parts_gradient, write_ou
 from fast_attention.linear.products import einsum_of
 from fast_attention.linear.slices import (
     causal_sight,
+    exponents_of,
     key_features,
     query_features,
     unload_rows,
@@ -122,7 +123,15 @@ def _forward(plan: Plan, reach: Reach, operands: Operands, *, save: bool = True)
         keys, value, _ = key_features(plan, far, start, size)
         sight = causal_sight(far, start, size)
         first, old = add_first_key(state, keys, value, sight)
-        read = read_causal(first, queries, keys, sight, einsum, at_least=largest_logit(logits))
+        read = read_causal(
+            first,
+            queries,
+            keys,
+            sight,
+            einsum,
+            exponents_of(plan, inputs, row, start, size),
+            at_least=largest_logit(logits),
+        )
         assert read.log_scale is not None
         near = jnp.exp(logits - read.log_scale[..., None])
         weights = _all_weights(near, read.weights)
@@ -173,14 +182,21 @@ def _backward(plan: Plan, reach: Reach, residuals: Any, cotangents: Any) -> tupl
         queries, pull_queries = query_features(plan, inputs, row, size)
         keys, value, pull_keys = key_features(plan, far, start, size)
         sight = causal_sight(far, start, size)
-        read = read_causal(past.first, queries, keys, sight, einsum, kept)
+        read = read_causal(
+            past.first,
+            queries,
+            keys,
+            sight,
+            einsum,
+            exponents_of(plan, inputs, row, start, size),
+            kept,
+        )
         assert read.log_scale is not None
         near = jnp.exp(window_logits(window, einsum) - read.log_scale[..., None])
         d_numerator, d_denominator = parts_gradient(
             plan, inputs, kept.denominator, read.log_scale, *outputs_in(grads), row, size
         )
         d_weights = einsum("bkrv,bksv->bkrs", d_numerator, window.value) + d_denominator[..., None]
-        d_value = einsum("bkrs,bkrv->bksv", _all_weights(near, read.weights), d_numerator)
         d_near = pull_back_window(window, near, d_weights, einsum)
         pulled = pull_back_causal(
             queries,
@@ -197,6 +213,7 @@ def _backward(plan: Plan, reach: Reach, residuals: Any, cotangents: Any) -> tupl
             sight.enter,
             einsum,
         )
+        d_value = einsum("bkrs,bkrv->bksv", _all_weights(near, pulled.weights), d_numerator)
         d_query, d_parameters = pull_queries(pulled.queries)
         d_query = d_query + unload_rows(d_near.rows, size)
         grads = add_query_gradient(grads, (d_query, d_parameters), row)

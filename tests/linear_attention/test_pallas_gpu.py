@@ -154,6 +154,15 @@ def test_opposed_and_aligned_keys_of_large_norm(sign):
     cases.assert_close(attend(True)(**inputs), expected, 2e-4)
 
 
+def test_gradients_agree_at_squared_norms_of_2000():
+    """Rows whose exponents are too far apart for the kernels are computed in chunks."""
+    inputs = arguments(C + 9)
+    for name in ("query", "key"):
+        x = inputs[name]
+        inputs[name] = x * (2000 * D**0.5) ** 0.5 / jnp.linalg.norm(x, axis=-1, keepdims=True)
+    check(inputs, {}, 5e-4, causal=True)
+
+
 @pytest.mark.parametrize(("causal", "unseen"), [(True, 3), (False, 9)])
 def test_rows_with_nothing_to_see_are_0(causal, unseen):
     inputs = arguments(9)
