@@ -60,7 +60,7 @@ class SoftmaxAttention(AttentionFn):
     @property
     def takes(self) -> Takes:
         """Any mask and bias."""
-        return Takes(mask="pairs", bias="pairs", dropout="weights")
+        return Takes(mask="pairs", bias="pairs", dropout="weights", symbolic_lengths=True)
 
     def attend(self, call: Call) -> Float[Array, "*B T H V"]:
         """Attends in memory linear in the length."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import jax
 
 from fast_attention.array_types import Array
+from fast_attention.explicit_axes import runs_on_auto_axes
 from fast_attention.mechanisms.binding import (
     bind,
     dropout_of,
@@ -62,6 +63,7 @@ class AttentionFn(EqualOptions, Decoder, abc.ABC):
         """The feature map whose parameters are fitted to data, or None."""
         return None
 
+    @runs_on_auto_axes
     def __call__(
         self,
         query: Array,

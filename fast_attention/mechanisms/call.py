@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import export
 
 from fast_attention.array_types import Array
 from fast_attention.mechanisms.axes import fold_axes, unfold_axes
@@ -42,6 +43,8 @@ class Takes:
       other_keys: whether keys may be as many as they like; else T = S.
       cache: whether one query may attend to many keys (a KV-cache step).
       shared_qk: queries and keys are the same vectors, and keys may be given behind the queries.
+      symbolic_lengths: whether lengths may be symbols of ``jax.export``, known only when the
+        exported program runs.
       any_value_width: whether V may differ from D; Flax's own functions need them equal.
     """
 
@@ -54,6 +57,7 @@ class Takes:
     other_keys: bool = True
     cache: bool = True
     shared_qk: bool = False
+    symbolic_lengths: bool = False
     any_value_width: bool = True
 
 
@@ -280,6 +284,13 @@ class Call:
 def check_lengths(call: Call, mechanism: str, takes: Takes) -> None:
     """Raises ValueError for numbers of queries and keys that the call does not allow."""
     length, keys = call.query.shape[-3], call.key.shape[-3]
+    if not takes.symbolic_lengths and any(export.is_symbolic_dim(n) for n in (length, keys)):
+        raise mismatch(
+            f"Lengths of {mechanism.lower()}",
+            "known",
+            f"the symbolic length {length} of queries and {keys} of keys",
+            "export a program for each length, or use linear or exact attention",
+        )
     if length == keys:
         return
     given = f"{length} queries and {keys} keys"

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from fast_attention.array_types import Array
+from fast_attention.explicit_axes import runs_on_auto_axes
+from fast_attention.linear_attention.state import typed_like
 from fast_attention.mechanisms.binding import bind, naming_forward_mode, refuse_untaken
 from fast_attention.mechanisms.call import Call, Takes
 from fast_attention.mechanisms.checks import check_count, mismatch
@@ -74,7 +76,8 @@ class Decoder:
           head_dim: D.
           value_dim: V.
           max_length: tokens to make room for; only caches of all keys need it.
-          dtype: float32 or float64; None is float64 under ``jax_enable_x64`` and float32 otherwise.
+          dtype: of its arrays, float32 or float64. A state keeps it, whatever it reads. None is
+            float64 under ``jax_enable_x64``, else float32.
 
         Raises:
           TypeError: if the function cannot decode.
@@ -91,6 +94,7 @@ class Decoder:
             raise mismatch("dtype", "a floating type", repr(dtype))
         return self.start(StateSizes(batch, *counts, max_length, jnp.dtype(dtype)))
 
+    @runs_on_auto_axes
     def prefill(
         self,
         state: Any,
@@ -144,9 +148,10 @@ class Decoder:
         if call.is_empty:
             return call.finish(call.empty_output()), state
         with naming_forward_mode(self.mechanism, self.forward_mode):
-            out, state = self.read(state, call)
-        return call.finish(out), state
+            out, after = self.read(state, call)
+        return call.finish(out), typed_like(after, state)
 
+    @runs_on_auto_axes
     def step(
         self,
         state: Any,
@@ -180,8 +185,8 @@ class Decoder:
         if call.is_empty:
             return jnp.squeeze(call.empty_output(), -3), state
         with naming_forward_mode(self.mechanism, self.forward_mode):
-            out, state = self.read_one(state, call)
-        return jnp.squeeze(out, -3), state
+            out, after = self.read_one(state, call)
+        return jnp.squeeze(out, -3), typed_like(after, state)
 
     def start(self, sizes: StateSizes) -> Any:
         """Returns the state before the first token, of sizes that were checked."""

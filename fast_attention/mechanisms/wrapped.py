@@ -118,7 +118,13 @@ class ForeignAttention(AttentionFn):
     @property
     def takes(self) -> Takes:
         """Any mask and bias."""
-        return Takes(mask="pairs", bias="pairs", dropout="weights", any_value_width=False)
+        return Takes(
+            mask="pairs",
+            bias="pairs",
+            dropout="weights",
+            symbolic_lengths=True,
+            any_value_width=False,
+        )
 
     def attend(self, call: Call) -> Any:
         """Calls the function."""

@@ -47,7 +47,11 @@ class EfficientAttention(AttentionFn):
     @property
     def takes(self) -> Takes:
         """Masks and biases of keys, dropout of keys."""
-        return Takes(cache=self.blindspot_size == 1)
+        return Takes(
+            cache=self.blindspot_size == 1,
+            # Only causal attention has a blind spot.
+            symbolic_lengths=self.blindspot_size == 1 or not self.unidirectional,
+        )
 
     def attend(self, call: Call) -> Float[Array, "*B T H V"]:
         """Attends; see :func:`fast_attention.efficient_attention` for what is computed."""

@@ -108,7 +108,11 @@ class FastAttention(AttentionFn):
     @property
     def takes(self) -> Takes:
         """Masks and biases of keys, dropout of keys, and random features in place of its own."""
-        return Takes(projection=True, other_keys=self.exact_window is None)
+        return Takes(
+            projection=True,
+            other_keys=self.exact_window is None,
+            symbolic_lengths=self.exact_window is None,
+        )
 
     @property
     def redraws(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
