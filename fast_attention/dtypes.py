@@ -1,4 +1,4 @@
-"""The type in which sums and exponentials are computed."""
+"""The types in which sums and exponentials are computed."""
 
 from __future__ import annotations
 
@@ -14,3 +14,8 @@ def at_least_float32(dtype: Any) -> Any:
     """
     wide = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits > 32
     return jnp.dtype(dtype) if wide else jnp.dtype(jnp.float32)
+
+
+def widest(*dtypes: Any) -> Any:
+    """Returns the widest of some floating types; of equally wide ones the first."""
+    return max((jnp.dtype(dtype) for dtype in dtypes), key=lambda dtype: dtype.itemsize)

@@ -12,7 +12,8 @@ from fast_attention.array_types import Array, Bool, Int
 
 def places(taken: Int[Array, "*B"], visible: Bool[Array, "*B T"]) -> Int[Array, "*B T"]:
     """Returns the place of every token: after those taken, in order, padding not counted."""
-    return taken[..., None] + jnp.cumsum(visible, axis=-1) - visible
+    before = jnp.cumsum(visible, axis=-1, dtype=taken.dtype) - visible.astype(taken.dtype)
+    return taken[..., None] + before
 
 
 def to_grid(x: Array, place: Array, visible: Array, length: int) -> Array:

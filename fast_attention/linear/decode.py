@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from fast_attention.array_types import Array, Bool, Float
-from fast_attention.dtypes import at_least_float32
+from fast_attention.dtypes import widest
 from fast_attention.feature_maps.base import FeatureMap, Parameters
 from fast_attention.linear.api import linear_attention
 from fast_attention.linear.chunk_state import absorb_keys, next_state, read_state
@@ -153,8 +153,7 @@ def step_parts(
     """
     batch_shape, (heads, width), kv_heads = query.shape[:-2], query.shape[-2:], key.shape[-2]
     batch = math.prod(batch_shape)
-    inputs_dtype = at_least_float32(jnp.result_type(query, key, value))
-    dtype = max(inputs_dtype, state.kv.dtype, key=lambda dtype: dtype.itemsize)
+    dtype = widest(jnp.float32, state.kv.dtype, query.dtype, key.dtype, value.dtype)
     feature_map, matched = match_scales(feature_map, state)
     old = jax.tree.map(
         lambda x: x.astype(dtype).reshape(batch, *x.shape[len(batch_shape) :]), matched

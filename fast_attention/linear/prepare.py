@@ -11,7 +11,7 @@ import math
 import jax
 
 from fast_attention.array_types import Array
-from fast_attention.dtypes import at_least_float32
+from fast_attention.dtypes import at_least_float32, widest
 from fast_attention.feature_maps.base import Parameters
 from fast_attention.linear.checks import (
     broadcast_segments,
@@ -60,7 +60,7 @@ def prepare(
     compute = at_least_float32(query.dtype)
     state = initial_state
     if state is not None:
-        compute = max(compute, state.kv.dtype, key=lambda dtype: dtype.itemsize)
+        compute = widest(compute, state.kv.dtype)
     else:
         state = empty_state(
             feature_map,

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from fast_attention.array_types import Array, Bool, Float, Int
-from fast_attention.dtypes import at_least_float32
+from fast_attention.dtypes import at_least_float32, widest
 from fast_attention.feature_maps.base import FeatureMap, Parameters
 from fast_attention.linear.api import attend, implementation_names
 from fast_attention.linear.decode import step_parts
@@ -183,8 +183,10 @@ def _prefill(
     place = jnp.arange(window)[None]
     before = (state.length[:, None] + place) % window
     in_use = place >= window - state.length[:, None]
-    keys = jnp.concatenate([_taken(state.key, before), key], axis=1)
-    values = jnp.concatenate([_taken(state.value, before), value], axis=1)
+    wide = widest(state.key.dtype, dtype)
+    keys = jnp.concatenate([_taken(state.key, before).astype(wide), key.astype(wide)], axis=1)
+    values = [_taken(state.value, before).astype(wide), value.astype(wide)]
+    values = jnp.concatenate(values, axis=1)
     arriving = jnp.arange(new)[None] < count[:, None]
     visible = jnp.concatenate([in_use, arriving], axis=1)[..., None]
     # Of the far keys those count that a token of this call pushes out of the window.

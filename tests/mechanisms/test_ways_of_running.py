@@ -55,7 +55,7 @@ ALL = {name: f for name, f in BOTH_WAYS.items()} | {
 }
 DECODING = {name: f for name, f in CAUSAL.items() if f.can_decode}
 # These choose blocks by the length.
-NEEDS_LENGTH = ("near field", "local", "lsh", "blindspot", "strided")
+NEEDS_LENGTH = ("near field", "local", "lsh", "blindspot")
 
 every_function = pytest.mark.parametrize("function", ALL.values(), ids=ALL)
 every_decoder = pytest.mark.parametrize("function", DECODING.values(), ids=DECODING)
