@@ -109,6 +109,24 @@ def test_a_traced_mask_is_checked_in_the_program_as_a_concrete_one_is(name, caus
         assert fits[row] == expected
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_long_traced_masks_are_checked_as_short_ones_are(causal):
+    """Of 300 keys, which are counted in groups and a rest."""
+    length = 300
+    sizes = Sizes((3,), length, length, 1, 1)
+    keys = np.random.default_rng(0).random(length) < 0.7
+    keys[[0, -1]] = True
+    good = keys[None] & (np.tri(length, dtype=bool) if causal else np.ones((length, 1), bool))
+    more, less = good.copy(), good.copy()
+    more[7, length - 1] = not causal and keys[-1]
+    more[7, 20:] |= keys[20:] & causal
+    more[7, -1] = not more[7, -1]
+    less[-2, 0] = False
+    masks = np.stack([good, more, less])[:, None]
+    _, fits = jax.jit(lambda mask: key_mask_from_mask(mask, sizes, causal=causal))(masks)
+    np.testing.assert_array_equal(fits, [True, False, False])
+
+
 def test_numbers_other_than_0_and_1_are_no_mask_of_pairs():
     additive = np.where(PAIRS, 0.0, -1e9)
     with pytest.raises(ValueError, match="an additive mask goes into bias"):
