@@ -15,7 +15,7 @@ from fast_attention.protein_lm.machine_failures import (
     machine_failure,
     memory_remedy,
 )
-from fast_attention.protein_lm.output_files import OutputError
+from fast_attention.protein_lm.output_targets import OutputError
 from fast_attention.protein_lm.run_folder import RunError
 from fast_attention.protein_lm.text_source import FastaError
 

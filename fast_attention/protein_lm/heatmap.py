@@ -38,12 +38,23 @@ def check(work: Sequence[tuple[FastaRecord, Iterable[Variant]]]) -> None:
         raise ValueError("a heat map shows single substitutions such as A12G, but there is none")
 
 
-def effect_matrix(wild_type: str, variants: Sequence[Variant], values: np.ndarray) -> np.ndarray:
-    """Returns float64 [20, positions]: the value of each single substitution, NaN where none is.
+def effect_matrix(
+    wild_type: str,
+    variants: Sequence[Variant],
+    values: np.ndarray,
+    residues: str = STANDARD_RESIDUES,
+) -> np.ndarray:
+    """Returns float64 [residues, positions]: the value of each single substitution, NaN elsewhere.
 
     That of the wild type's own residue is 0. Other variants are left out.
+
+    Args:
+      wild_type: The protein.
+      variants: Of the protein.
+      values: One of each variant.
+      residues: The residue of each row.
     """
-    rows = {residue: row for row, residue in enumerate(STANDARD_RESIDUES)}
+    rows = {residue: row for row, residue in enumerate(residues)}
     matrix = np.full((len(rows), len(wild_type)), np.nan)
     for variant, value in zip(variants, values, strict=True):
         if _is_single(variant):
@@ -62,6 +73,7 @@ def plot_heatmap(
     matrix: np.ndarray,
     name: str,
     *,
+    residues: str = STANDARD_RESIDUES,
     span: tuple[int, int] | None = None,
 ) -> None:
     """Draws `effect_matrix`, with a dot at each residue of the wild type; grey is not known.
@@ -71,8 +83,9 @@ def plot_heatmap(
     Args:
       path: The picture, PNG.
       protein: The wild type.
-      matrix: float ``[20, positions]``, natural logarithms.
+      matrix: float ``[residues, positions]``, natural logarithms.
       name: What the values are.
+      residues: The residue of each row.
       span: The first position that is drawn, from 0, and the first after the last; None draws the
         whole protein.
     """
@@ -88,7 +101,8 @@ def plot_heatmap(
     image = None
     for axes, start in zip(grid, starts, strict=True):
         stop = min(start + per_row, end)
-        image = _draw_row(axes, matrix[:, start:stop], protein.sequence, start, width, limit)
+        part = matrix[:, start:stop]
+        image = _draw_row(axes, part, protein.sequence, residues, start, width, limit)
     grid[-1].set_xlabel("position; a dot marks the residue of the wild type")
     shown = protein.id if len(protein.id) <= 60 else f"{protein.id[:57]}..."
     # A dollar sign would begin a formula.
@@ -103,7 +117,13 @@ def plot_heatmap(
 
 
 def _draw_row(
-    axes: Any, part: np.ndarray, wild_type: str, start: int, width: int, limit: float
+    axes: Any,
+    part: np.ndarray,
+    wild_type: str,
+    residues: str,
+    start: int,
+    width: int,
+    limit: float,
 ) -> Any:
     """Draws the positions from `start` on, in a row with room for `width` of them."""
     left, right = start + 0.5, start + part.shape[1] + 0.5
@@ -126,14 +146,12 @@ def _draw_row(
     ticks = [tick for tick in axes.get_xticks() if left <= tick <= right]
     axes.set_xticks([start + 1, *(tick for tick in ticks if tick > start + width / 20)])
     places = [
-        place
-        for place in range(start, start + part.shape[1])
-        if wild_type[place] in STANDARD_RESIDUES
+        place for place in range(start, start + part.shape[1]) if wild_type[place] in residues
     ]
-    rows = [STANDARD_RESIDUES.index(wild_type[place]) for place in places]
+    rows = [residues.index(wild_type[place]) for place in places]
     size = 5 * min(1.0, _POSITIONS_PER_ROW / width)
     axes.scatter(np.array(places) + 1, rows, s=size, color="black", linewidths=0)
-    axes.set_yticks(range(len(STANDARD_RESIDUES)), STANDARD_RESIDUES, fontsize=7)
+    axes.set_yticks(range(len(residues)), residues, fontsize=7)
     axes.set_ylabel("residue")
     return image
 

@@ -21,10 +21,12 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from fast_attention.protein_lm.vocabulary import STANDARD_RESIDUES
+from fast_attention.protein_lm.vocabulary import FASTA_SYMBOLS, STANDARD_RESIDUES
 
-_SUBSTITUTION = re.compile(r"([A-Z])(\d+)([A-Z])")
-_INDEL = re.compile(r"([A-Z])(\d+)(?:_([A-Z])(\d+))?(del|ins|delins)([A-Z]*)")
+# Digits are positions, and the others separate.
+_RESIDUE = f"[{re.escape(''.join(set(FASTA_SYMBOLS) - set('0123456789:,_')))}]"
+_SUBSTITUTION = re.compile(rf"({_RESIDUE})(\d+)({_RESIDUE})")
+_INDEL = re.compile(rf"({_RESIDUE})(\d+)(?:_({_RESIDUE})(\d+))?(del|ins|delins)({_RESIDUE}*)")
 _BARE_DELETION = re.compile(r"del(\d+)(?:_(\d+))?")
 _FORMS = "A12G, A12del, del12, A12_L14del, A12_L13insGS, A12delinsGS, several joined by ':' or ','"
 
@@ -119,20 +121,25 @@ def variant_of(name: str, sequence: str, wild_type: str) -> Variant:
     return Variant(name, (edit,))
 
 
-def all_substitutions(wild_type: str, places: Iterable[int] | None = None) -> list[Variant]:
-    """Every substitution by another standard residue.
+def all_substitutions(
+    wild_type: str, places: Iterable[int] | None = None, residues: str = STANDARD_RESIDUES
+) -> list[Variant]:
+    """Every substitution by another residue.
 
     Args:
       wild_type: The protein.
       places: Where, from 0 on; None is everywhere.
+      residues: By which, such as `Vocabulary.standard_symbols` of a model with another alphabet.
     """
-    return list(iterate_substitutions(wild_type, places))
+    return list(iterate_substitutions(wild_type, places, residues))
 
 
-def iterate_substitutions(wild_type: str, places: Iterable[int] | None = None) -> Iterator[Variant]:
+def iterate_substitutions(
+    wild_type: str, places: Iterable[int] | None = None, residues: str = STANDARD_RESIDUES
+) -> Iterator[Variant]:
     """Yields what `all_substitutions` returns, one by one."""
     for place in range(len(wild_type)) if places is None else places:
-        for residue in STANDARD_RESIDUES:
+        for residue in residues:
             if residue != wild_type[place]:
                 name = f"{wild_type[place]}{place + 1}{residue}"
                 yield Variant(name, (Edit(place, place + 1, residue),))

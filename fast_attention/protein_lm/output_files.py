@@ -19,47 +19,18 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TextIO
+from typing import Any, BinaryIO
 
-AnyPath = str | os.PathLike[str]
-
-STDOUT = "-"
-"""The name of standard output."""
-
-_REMEDIES = {
-    errno.ENOENT: "its folder does not exist: create it first",
-    errno.ENOTDIR: "its folder is a file: choose another name",
-    errno.EISDIR: "it is a folder: choose another name",
-    errno.ENOSPC: "the disk is full: make room, or write elsewhere",
-    errno.EDQUOT: "your disk quota is used up: make room, or write elsewhere",
-    errno.EFBIG: "the file is larger than is allowed here: write elsewhere",
-    errno.EACCES: "permission denied: write elsewhere",
-    errno.EPERM: "permission denied: write elsewhere",
-    errno.EROFS: "the file system is read-only: write elsewhere",
-    errno.ENAMETOOLONG: "the name is too long: choose another",
-    errno.ELOOP: "its symbolic links form a loop: choose another name",
-}
-
-
-class OutputError(OSError):
-    """A file cannot be written; the message names it, says why and what to do."""
-
-
-class _Target(NamedTuple):
-    """Where an output goes: its path without links, and what is there now."""
-
-    path: Path
-    descriptor: int | None
-    stat: os.stat_result | None
-
-    @property
-    def special(self) -> bool:
-        """Whether it is written in place: a device, a pipe or an open descriptor."""
-        if self.descriptor is not None:
-            return True
-        return self.stat is not None and not (
-            stat.S_ISREG(self.stat.st_mode) or stat.S_ISDIR(self.stat.st_mode)
-        )
+from fast_attention.protein_lm.output_targets import (
+    AnyPath,
+    OutputError,
+    Target,
+    describe,
+    has,
+    is_null,
+    resolve,
+    same,
+)
 
 
 @contextlib.contextmanager
@@ -85,7 +56,7 @@ def open_output(path: AnyPath, *, seekable: bool = False) -> Iterator[BinaryIO]:
       OutputError: If it cannot be written.
     """
     check_output(path)
-    target = _resolve(path)
+    target = resolve(path)
     write = _open_plain if not target.special else _open_copied if seekable else _open_direct
     used = [str(path), str(target.path)]
     try:
@@ -94,11 +65,11 @@ def open_output(path: AnyPath, *, seekable: bool = False) -> Iterator[BinaryIO]:
     except OSError as error:
         if isinstance(error, (OutputError, BrokenPipeError)) or error.filename not in (None, *used):
             raise
-        raise _describe(path, error) from error
+        raise describe(path, error) from error
 
 
 @contextlib.contextmanager
-def _open_plain(target: _Target, used: list[str]) -> Iterator[BinaryIO]:
+def _open_plain(target: Target, used: list[str]) -> Iterator[BinaryIO]:
     temporary = _temporary_name(target.path)
     used.append(str(temporary))
     file = None
@@ -127,7 +98,7 @@ def _open_plain(target: _Target, used: list[str]) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def _open_direct(target: _Target, used: list[str]) -> Iterator[BinaryIO]:
+def _open_direct(target: Target, used: list[str]) -> Iterator[BinaryIO]:
     if target.descriptor is not None:
         # What was printed before comes before.
         sys.stdout.flush()
@@ -143,7 +114,7 @@ def _open_direct(target: _Target, used: list[str]) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def _open_copied(target: _Target, used: list[str]) -> Iterator[BinaryIO]:
+def _open_copied(target: Target, used: list[str]) -> Iterator[BinaryIO]:
     with tempfile.TemporaryDirectory(prefix="protein-lm.") as folder:
         path = Path(folder, "output")
         used.append(str(path))
@@ -192,7 +163,7 @@ def open_output_folder(path: AnyPath, *, last: str) -> Iterator[Path]:
             raise OutputError(str(error).replace(str(temporary), str(path))) from error
         if not str(error.filename).startswith((str(temporary), str(target))):
             raise
-        raise _describe(path, error) from error
+        raise describe(path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         for folder in reversed(above):
@@ -240,11 +211,11 @@ def check_outputs(outputs: Mapping[str, AnyPath | None], inputs: Iterable[AnyPat
     for path in outputs.values():
         if path is not None:
             check_output(path)
-    given = {name: _resolve(path) for name, path in outputs.items() if path is not None}
+    given = {name: resolve(path) for name, path in outputs.items() if path is not None}
     names = list(given)
     for number, name in enumerate(names):
         for other in names[:number]:
-            if _same(given[name], given[other]) and not _is_null(given[name]):
+            if same(given[name], given[other]) and not is_null(given[name]):
                 raise OutputError(
                     f"{other} and {name} name the same file, {outputs[name]}: give each output a "
                     "file of its own"
@@ -255,7 +226,7 @@ def check_outputs(outputs: Mapping[str, AnyPath | None], inputs: Iterable[AnyPat
         except (OSError, ValueError):
             continue  # Whoever reads it says so.
         for name, target in given.items():
-            if stat.S_ISREG(found.st_mode) and _has(target, found):
+            if stat.S_ISREG(found.st_mode) and has(target, found):
                 raise OutputError(
                     f"{name} {outputs[name]} is the same file as the input {os.fspath(path)}, "
                     "which would be overwritten: write to another file"
@@ -265,7 +236,7 @@ def check_outputs(outputs: Mapping[str, AnyPath | None], inputs: Iterable[AnyPat
 def check_output(path: AnyPath) -> None:
     """Raises OutputError if a file cannot be written; for use before long work."""
     try:
-        target = _resolve(path)
+        target = resolve(path)
         if target.descriptor is not None:
             os.fstat(target.descriptor)
             return
@@ -278,7 +249,7 @@ def check_output(path: AnyPath) -> None:
         if not target.special:
             _check_folder(target.path.parent, target.path.name)
     except (OSError, ValueError) as error:
-        raise _describe(path, error) from error
+        raise describe(path, error) from error
 
 
 def check_output_folder(path: AnyPath) -> None:
@@ -294,33 +265,7 @@ def check_output_folder(path: AnyPath) -> None:
     except OutputError:
         raise
     except (OSError, ValueError) as error:
-        raise _describe(path, error) from error
-
-
-def status_stream(*outputs: AnyPath | None) -> TextIO:
-    """Where a command prints what it did: stderr where one of its outputs is standard output."""
-    try:
-        standard = os.fstat(1)
-    except OSError:
-        return sys.stdout
-    for path in outputs:
-        if path is None:
-            continue
-        target = _resolve(path)
-        if target.descriptor == 1 or (_has(target, standard) and not _is_null(target)):
-            return sys.stderr
-    return sys.stdout
-
-
-def is_special(path: AnyPath) -> bool:
-    """Whether an output is a device, a named pipe or standard output rather than a plain file."""
-    return _resolve(path).special
-
-
-def explain(error: OSError | ValueError) -> str:
-    """Why something cannot be written, and what to do."""
-    number = error.errno if isinstance(error, OSError) else None
-    return _REMEDIES.get(number or 0) or getattr(error, "strerror", None) or str(error)
+        raise describe(path, error) from error
 
 
 def printable(text: str) -> str:
@@ -331,51 +276,6 @@ def printable(text: str) -> str:
         letter if letter.isprintable() else letter.encode("unicode_escape").decode()
         for letter in text
     )
-
-
-def _resolve(path: AnyPath) -> _Target:
-    text = os.fspath(path)
-    descriptor = 1 if text == STDOUT else _descriptor(text)
-    if descriptor is not None:
-        try:
-            return _Target(Path(text), descriptor, os.fstat(descriptor))
-        except OSError:
-            return _Target(Path(text), descriptor, None)
-    try:
-        real = Path(os.path.realpath(text))
-        return _Target(real, None, os.stat(real))
-    except FileNotFoundError:
-        return _Target(real, None, None)
-    except NotADirectoryError:
-        return _Target(real, None, None)
-
-
-def _descriptor(text: str) -> int | None:
-    """The number of an open descriptor that a path such as ``/dev/stdout`` means, if any."""
-    for _ in range(40):
-        folder, name = os.path.split(os.path.abspath(text))
-        folder = os.path.realpath(folder)
-        if name.isdigit() and folder in (f"/proc/{os.getpid()}/fd", "/dev/fd"):
-            return int(name)
-        try:
-            text = os.path.join(folder, os.readlink(os.path.join(folder, name)))
-        except (OSError, ValueError):
-            return None
-    return None
-
-
-def _same(one: _Target, other: _Target) -> bool:
-    if one.stat is None or other.stat is None:
-        return one.stat is other.stat and one.path == other.path
-    return os.path.samestat(one.stat, other.stat)
-
-
-def _has(target: _Target, found: os.stat_result) -> bool:
-    return target.stat is not None and os.path.samestat(target.stat, found)
-
-
-def _is_null(target: _Target) -> bool:
-    return target.stat is not None and os.path.samestat(target.stat, os.stat(os.devnull))
 
 
 def _check_folder(folder: Path, name: str = "") -> None:
@@ -410,8 +310,3 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _describe(path: AnyPath, error: OSError | ValueError) -> OutputError:
-    name = "standard output" if os.fspath(path) == STDOUT else os.fspath(path)
-    return OutputError(f"{name} cannot be written: {explain(error)}")

@@ -26,7 +26,8 @@ from fast_attention.protein_lm.encoding import Encoded
 from fast_attention.protein_lm.flax_model import FlaxModel
 from fast_attention.protein_lm.machine_failures import machine_failure
 from fast_attention.protein_lm.npz_files import check_npz, read_arrays
-from fast_attention.protein_lm.output_files import is_special, open_output, write_json
+from fast_attention.protein_lm.output_files import open_output, write_json
+from fast_attention.protein_lm.output_targets import is_special
 from fast_attention.protein_lm.run_folder import RunError
 
 _MANIFEST = "manifest.json"

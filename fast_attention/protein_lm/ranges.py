@@ -39,8 +39,9 @@ class Range(NamedTuple):
     def holds(self, value: Any) -> bool:
         """Whether a value is such a number."""
         kind = numbers.Integral if self.whole else numbers.Real
-        if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, kind):
             return False
+        # NaN and infinite numbers fail these comparisons, which hold for integers of any size.
         if self.zero and value == 0:
             return True
         above = value > self.low if self.above else value >= self.low

@@ -7,7 +7,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from fast_attention.protein_lm.output_files import OutputError, explain, write_file
+from fast_attention.protein_lm.output_files import write_file
+from fast_attention.protein_lm.output_targets import OutputError, explain
 
 PREDICTOR_FILES = ("finetuned.json", "head.npz", "adapters.npz", "model.npz")
 """What the folder of a predictor may hold, see `finetuned.FineTuned.save`."""

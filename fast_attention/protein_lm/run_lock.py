@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from fast_attention.protein_lm.output_files import OutputError, explain
+from fast_attention.protein_lm.output_targets import OutputError, explain
 from fast_attention.protein_lm.run_folder import RunError, RunFolder
 
 # What a file system that has no locks answers.

@@ -85,11 +85,10 @@ def list_skipped(path: str | os.PathLike[str] | None) -> Iterator[SkippedRecords
     """Gives a collector whose records are all written to a table, a row each.
 
     Args:
-      path: the table (path, line, id, reason), see `tables.open_table`; tabs separate its cells
-        where its name says nothing else. None writes none.
+      path: the table (path, line, id, reason), see `tables.open_table`. None writes none.
     """
     if path is None:
         yield SkippedRecords()
         return
-    with open_table(path, _COLUMNS, default=".tsv") as write:
+    with open_table(path, _COLUMNS) as write:
         yield SkippedRecords(write=write)

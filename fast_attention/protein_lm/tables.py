@@ -27,7 +27,8 @@ from typing import Any, BinaryIO, TextIO
 
 import numpy as np
 
-from fast_attention.protein_lm.output_files import is_special, open_output
+from fast_attention.protein_lm.output_files import open_output
+from fast_attention.protein_lm.output_targets import is_special
 
 EXTENSIONS = (".tsv", ".csv", ".tsv.gz", ".csv.gz", ".parquet")
 """What the name of a table may end in, in lower case."""
@@ -40,48 +41,42 @@ _TERMINATOR = "\r\n"
 Write = Callable[[Sequence[Any]], None]
 
 
-def find_extension(
-    path: str | os.PathLike[str], extensions: Sequence[str], default: str | None = None
-) -> str:
+def find_extension(path: str | os.PathLike[str], extensions: Sequence[str]) -> str:
     """Returns the extension that says in which format an output is written.
 
     Args:
       path: The file. A device, a pipe or standard output whose name says nothing is written in the
         first format.
       extensions: Those that are possible, in lower case.
-      default: The format of a plain file that has none of them; None refuses it.
 
     Raises:
-      ValueError: If a plain file has none of the extensions, and there is no default.
+      ValueError: If a plain file has none of the extensions.
     """
     name = Path(path).name.lower()
     found = [extension for extension in extensions if name.endswith(extension)]
     if found:
         return found[0]
-    if default is None and not is_special(path):
+    if not is_special(path):
         raise ValueError(
             f"{path}: the name of the output says what is written, and must end in one of "
             f"{', '.join(extensions)}"
         )
-    return default or extensions[0]
+    return extensions[0]
 
 
 @contextlib.contextmanager
-def open_table(
-    path: str | os.PathLike[str], columns: Mapping[str, type], default: str | None = None
-) -> Iterator[Write]:
+def open_table(path: str | os.PathLike[str], columns: Mapping[str, type]) -> Iterator[Write]:
     """Gives a function that writes one row.
 
     Args:
       path: The file, with one of `EXTENSIONS`, see `output_files.open_output`.
       columns: Type (str, int or float) of each column, by its name.
-      default: As for `find_extension`.
 
     Raises:
       ValueError: At another extension.
       OutputError: If the file cannot be written.
     """
-    extension = find_extension(path, EXTENSIONS, default)
+    extension = find_extension(path, EXTENSIONS)
     parquet = extension == ".parquet"
     with open_output(path, seekable=parquet) as file:
         if parquet:
@@ -92,14 +87,10 @@ def open_table(
                 yield write
 
 
-def write_table(
-    path: str | os.PathLike[str],
-    columns: Mapping[str, Sequence[Any]],
-    default: str | None = None,
-) -> None:
+def write_table(path: str | os.PathLike[str], columns: Mapping[str, Sequence[Any]]) -> None:
     """Writes whole columns of equal length, see `open_table`."""
     types = {name: _type(values) for name, values in columns.items()}
-    with open_table(path, types, default) as write:
+    with open_table(path, types) as write:
         for row in zip(*columns.values(), strict=True):
             write(row)
 

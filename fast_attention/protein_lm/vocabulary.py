@@ -136,6 +136,11 @@ class Vocabulary:
         return self.ordinary_ids
 
     @property
+    def standard_symbols(self) -> str:
+        """The tokens of `standard_ids` that a FASTA file can hold: what a substitution may give."""
+        return "".join(filter(_is_symbol, (self._tokens[token] for token in self.standard_ids)))
+
+    @property
     def bos(self) -> int | None:
         """Id of the begin token, or None."""
         return self._bos

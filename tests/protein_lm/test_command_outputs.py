@@ -131,6 +131,35 @@ def test_two_outputs_of_one_name_are_refused(arguments, tmp_path, command, optio
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("command", "options", "expected"),
+    [
+        ("score", ["--output={}.tsv", "--skipped_list={}.txt"], ".tsv, .csv"),
+        ("embed", ["--output={}.npz", "--skipped_list={}.json"], ".tsv, .csv"),
+        ("predict", ["--output={}.tsv", "--skipped_list={}"], ".tsv, .csv"),
+        ("evaluate", ["--output={}.json", "--per_protein={}.xlsx"], ".tsv, .csv"),
+        ("mutate", ["--output={}.tsv", "--heatmap={}.pdf"], ".png"),
+        ("diagnose", ["--output={}.tsv", "--plot={}.svg"], ".png"),
+    ],
+    ids=["score", "embed", "predict", "evaluate", "mutate", "diagnose"],
+)
+def test_a_name_that_says_another_format_is_refused(
+    arguments, tmp_path, command, options, expected, capfd
+):
+    given = [option.format(tmp_path / "some") for option in options]
+    assert cli.main([*arguments[command], *given]) == 1
+    told = capfd.readouterr().err
+    assert given[1].partition("=")[2] in told and f"must end in one of {expected}" in told
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_evaluation_in_the_folder_of_a_run_is_an_output(arguments, lm_run, tmp_path, capfd):
+    target = tmp_path / "each.tsv"
+    target.symlink_to(lm_run / "evaluation.json")
+    assert cli.main([*arguments["evaluate"], f"--per_protein={target}"]) == 1
+    assert "evaluation.json and --per_protein name the same file" in capfd.readouterr().err
+
+
 def test_an_export_that_fails_leaves_what_was_there(lm_run, tmp_path, monkeypatch, capfd):
     target = tmp_path / "new" / "export"
 

@@ -6,10 +6,13 @@ import pytest
 
 from fast_attention.protein_lm import cli, mutation_effects
 from fast_attention.protein_lm.commands import mutate as mutate_command
+from fast_attention.protein_lm.domains import VariableLengthDiscreteDomain
 from fast_attention.protein_lm.heatmap import effect_matrix
 from fast_attention.protein_lm.loading import load_run
+from fast_attention.protein_lm.models import FlaxLM
 from fast_attention.protein_lm.mutation_effects import score_variants
 from fast_attention.protein_lm.mutations import parse_variant
+from fast_attention.protein_lm.vocabulary import ProteinVocab, Vocabulary
 
 WILD = "MKTAYIAKQR"
 
@@ -173,6 +176,33 @@ def test_what_cannot_be_done_is_told(lm_run, bert_run, fasta, tmp_path, capsys):
     assert "1-10" in fails(lm_run, tmp_path, capsys, common[0], "--all", "--positions=11")
     assert mutate(lm_run, tmp_path / "x.txt", common[0], "--all") == 1
     assert ".parquet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("vocab", "wild", "others"),
+    [
+        (ProteinVocab(include_align_tokens=True, include_eos=True), "M-K", "ACDEFGHIKLMNPQRSTVWY"),
+        (Vocabulary("ACGU-", include_eos=True), "A-GU", "ACGU-"),
+    ],
+    ids=["aligned", "nucleotides"],
+)
+def test_mutations_are_those_of_the_alphabet_of_the_run(tmp_path, capsys, vocab, wild, others):
+    domain = VariableLengthDiscreteDomain(vocab, 16)
+    sizes = {"emb_dim": 8, "num_heads": 1, "num_layers": 1, "qkv_dim": 8, "mlp_dim": 8}
+    run, output = tmp_path / "run", tmp_path / "out.tsv"
+    FlaxLM(domain, **sizes).save(run)
+    fasta, picture = tmp_path / "wild.fasta", tmp_path / "x.png"
+    fasta.write_text(f">w\n{wild}\n")
+    assert mutate(run, output, f"--fasta={fasta}", "--all", f"--heatmap={picture}") == 0
+    expected = [
+        f"{old}{place}{new}" for place, old in enumerate(wild, 1) for new in others if new != old
+    ]
+    assert [row["mutant"] for row in rows(output)] == expected
+    assert mutate(run, output, f"--sequence={wild}", f"--mutations=-2A,{wild[0]}1-") == 0
+    assert [row["mutant"] for row in rows(output)] == ["-2A", f"{wild[0]}1-"]
+    assert mutate(run, output, f"--fasta={fasta}", f"--variants={fasta}") == 0
+    fasta.write_text(">w\nMKO\n")
+    assert "has the symbol" in fails(run, tmp_path, capsys, f"--fasta={fasta}", "--all")
 
 
 def test_the_matrix_holds_single_substitutions():

@@ -70,6 +70,14 @@ def test_what_does_not_fit_is_named(text, message):
         parse_variant(text, WILD)
 
 
+def test_residues_of_other_alphabets_are_written_as_they_are():
+    assert parse_variant("-2A", "M-K").apply("M-K") == "MAK"
+    assert parse_variant("K3.:M1-", "M-K").apply("M-K") == "--."
+    assert parse_variant("-2_K3ins-A", "M-K").apply("M-K") == "M--AK"
+    names = [variant.name for variant in all_substitutions("A-", residues="AC-")]
+    assert names == ["A1C", "A1-", "-2A", "-2C"]
+
+
 def test_all_substitutions_are_all_of_them():
     found = all_substitutions("MXK")
     assert len(found) == 19 + 20 + 19

@@ -63,8 +63,8 @@ def test_zero_is_refused_but_where_it_means_something(command, option, capsys):
     ("allowed", "inside", "outside"),
     [
         (ranges.SEED, [0, 2**32 - 1], [-1, 2**32, 0.5, True]),
-        (ranges.COUNT, [1, 10**9], [0, 10**9 + 1]),
-        (ranges.PROBABILITY, [1e-300, 1, 1.0], [0.0, 1.0001, math.nan]),
+        (ranges.COUNT, [1, 10**9], [0, 10**9 + 1, 10**400]),
+        (ranges.PROBABILITY, [1e-300, 1, 1.0], [0.0, 1.0001, math.nan, 10**400]),
         (ranges.SHARE, [0.5], [0, 1, math.inf]),
         (ranges.TEMPERATURE, [0, 0.001, 1000.0], [1e-300, 1001, -0.1]),
     ],
@@ -77,6 +77,8 @@ def test_ranges_hold_what_they_say(allowed, inside, outside):
     for value in outside:
         with pytest.raises(ValueError, match=f"x must be {allowed}, but got {value!r}"):
             ranges.check("x", value, allowed)
+        with pytest.raises(ValueError, match=f"expected {allowed}, got"):
+            allowed.parse(str(value))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ import pytest
 from fast_attention.protein_lm import cli, output_files
 from fast_attention.protein_lm.fasta import FastaRecord, write_fasta
 from fast_attention.protein_lm.output_files import (
-    OutputError,
     check_output,
     check_outputs,
     json_text,
@@ -21,6 +20,7 @@ from fast_attention.protein_lm.output_files import (
     printable,
     write_file,
 )
+from fast_attention.protein_lm.output_targets import OutputError
 
 RECORD = FastaRecord("a", "", "MKTAY" * 1000)
 WRITERS = {
@@ -68,7 +68,8 @@ FULL = """
 import resource, sys
 from pathlib import Path
 from fast_attention.protein_lm.fasta import FastaRecord, write_fasta
-from fast_attention.protein_lm.output_files import OutputError, write_file
+from fast_attention.protein_lm.output_files import write_file
+from fast_attention.protein_lm.output_targets import OutputError
 from fast_attention.protein_lm.skipped_records import SkippedRecord, list_skipped
 
 def list_many(path):

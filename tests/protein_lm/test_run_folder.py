@@ -3,7 +3,7 @@ import errno
 import pytest
 
 from fast_attention.protein_lm import run_folder
-from fast_attention.protein_lm.output_files import OutputError
+from fast_attention.protein_lm.output_targets import OutputError
 from fast_attention.protein_lm.run_folder import RunFolder, claim
 
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from fast_attention.protein_lm.output_files import OutputError
+from fast_attention.protein_lm.output_targets import OutputError
 from fast_attention.protein_lm.run_folder import RunError, RunFolder
 from fast_attention.protein_lm.run_lock import hold_run
 

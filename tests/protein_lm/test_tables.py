@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fast_attention.protein_lm.columns import read_columns
-from fast_attention.protein_lm.output_files import is_special
+from fast_attention.protein_lm.output_targets import is_special
 from fast_attention.protein_lm.tables import ROW_GROUP, find_extension, open_table, write_table
 
 COLUMNS = {"id": str, "residues": int, "score": float}
@@ -180,4 +180,3 @@ def test_a_device_needs_no_extension(tmp_path):
     assert is_special(os.devnull)
     assert find_extension(os.devnull, (".tsv", ".csv")) == ".tsv"
     assert find_extension("-", (".npz", ".h5")) == ".npz"
-    assert find_extension(tmp_path / "a.txt", (".tsv",), default=".tsv") == ".tsv"

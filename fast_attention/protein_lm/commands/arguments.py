@@ -67,7 +67,8 @@ def add_on_error(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--skipped_list",
         metavar="FILE",
-        help="with --on_error=skip, where to list all proteins that were left out, a table",
+        help="with --on_error=skip, where to list all proteins that were left out: a table, .tsv, "
+        ".csv, .gz behind either compresses it, or .parquet",
     )
 
 
@@ -109,21 +110,32 @@ _INPUTS = (
 )
 
 
-def check_files(options: argparse.Namespace, *outputs: str) -> None:
+_PICTURE = (".png",)
+
+
+def check_files(options: argparse.Namespace, *outputs: str, evaluation: Path | None = None) -> None:
     """Checks, before any work, what a command is to write.
 
     Args:
       options: Of the command.
       outputs: Names of the options that are files to write.
+      evaluation: What is written to the run's folder as well.
 
     Raises:
       OutputError: If one cannot be written, is another output as well, or is a file that the
         command reads.
+      ValueError: If the name of a table or a picture ends in no format of its kind.
     """
     from fast_attention.protein_lm.output_files import check_outputs
+    from fast_attention.protein_lm.tables import EXTENSIONS, find_extension
 
     given = {f"--{name}": getattr(options, name) for name in outputs}
-    check_outputs(given, input_files(options))
+    check_outputs({"evaluation.json": evaluation} | given, input_files(options))
+    formats = dict.fromkeys(("skipped_list", "per_protein"), EXTENSIONS)
+    formats |= dict.fromkeys(("heatmap", "plot"), _PICTURE)
+    for name, extensions in formats.items():
+        if name in outputs and (path := getattr(options, name)) is not None:
+            find_extension(path, extensions)
 
 
 def input_files(options: argparse.Namespace) -> Iterator[str | Path]:

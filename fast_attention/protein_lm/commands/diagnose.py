@@ -115,7 +115,7 @@ def run(options: argparse.Namespace) -> None:
     from fast_attention.protein_lm.encoding import longest_protein
     from fast_attention.protein_lm.loading import load_run
     from fast_attention.protein_lm.model_inputs import read_for_model
-    from fast_attention.protein_lm.output_files import status_stream
+    from fast_attention.protein_lm.output_targets import status_stream
 
     if options.output:
         diagnosis_report.check_name(options.output)

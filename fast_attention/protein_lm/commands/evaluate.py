@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--per_protein",
         metavar="FILE",
-        help="also write a table with one row per protein: .tsv, .csv, .tsv.gz, .csv.gz or "
-        ".parquet (tab-separated under any other name)",
+        help="also write a table with one row per protein: .tsv, .csv, .gz behind either "
+        "compresses it, or .parquet",
     )
     parser.add_argument(
         "--split_file",
@@ -64,15 +64,17 @@ def run(options: argparse.Namespace) -> None:
     """Runs the command."""
     from fast_attention.protein_lm import evaluation, evaluation_files, report
     from fast_attention.protein_lm.loading import load_run
-    from fast_attention.protein_lm.output_files import check_output, status_stream, write_json
+    from fast_attention.protein_lm.output_files import write_json
+    from fast_attention.protein_lm.output_targets import status_stream
     from fast_attention.protein_lm.run_folder import RunFolder
     from fast_attention.protein_lm.tables import write_table
 
     last = options.seed + options.num_seeds - 1
     ranges.check("--seed plus --num_seeds minus 1", last, ranges.SEED)
+    own = None
     if options.output is None and Path(options.run_dir).is_dir():
-        check_output(RunFolder(Path(options.run_dir)).evaluation)
-    arguments.check_files(options, "output", "per_protein", "skipped_list")
+        own = RunFolder(Path(options.run_dir)).evaluation
+    arguments.check_files(options, "output", "per_protein", "skipped_list", evaluation=own)
     model, step, folder = load_run(options.run_dir, gin_file=options.gin_file)
     with arguments.skipped_records(options) as skipped:
         found = evaluation.evaluate_in_groups(
@@ -91,7 +93,7 @@ def run(options: argparse.Namespace) -> None:
         result = about | found.result
         # The figures come last: where they are, the table is.
         if options.per_protein:
-            write_table(options.per_protein, found.per_protein, default=".tsv")
+            write_table(options.per_protein, found.per_protein)
         kept = None
         if options.output:
             write_json(options.output, result)

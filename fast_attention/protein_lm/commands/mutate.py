@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from fast_attention.protein_lm.commands import arguments
 
 if TYPE_CHECKING:
     from fast_attention.protein_lm.fasta import FastaRecord
     from fast_attention.protein_lm.mutations import Variant
+    from fast_attention.protein_lm.vocabulary import Vocabulary
 
 SUMMARY = "predict the effects of mutations"
 DESCRIPTION = """\
@@ -52,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "ProteinGym; a column 'id' says which of several wild types is meant. Or, where there is "
         "no such file, the mutations themselves: A12G,L40P:K41R is A12G, and L40P with K41R",
     )
-    what.add_argument("--all", action="store_true", help="all 19 substitutions at every position")
+    what.add_argument("--all", action="store_true", help="all substitutions at every position")
     what.add_argument(
         "--variants", metavar="FILE", help="whole mutant proteins, FASTA, of one wild type"
     )
@@ -87,20 +88,20 @@ def run(options: argparse.Namespace) -> None:
 
     from fast_attention.protein_lm import heatmap, mutation_effects
     from fast_attention.protein_lm.loading import load_run
-    from fast_attention.protein_lm.output_files import status_stream
+    from fast_attention.protein_lm.output_targets import status_stream
     from fast_attention.protein_lm.tables import EXTENSIONS, find_extension, open_table
 
     find_extension(options.output, EXTENSIONS)
     arguments.check_files(options, "output", "heatmap")
     if options.positions and not options.all:
         raise ValueError("--positions says where --all substitutes: give both, or neither")
-    work = _work(options)
-    # What is wrong with the first proteins is found before the model is loaded.
-    begin = list(itertools.islice(work, 2))
-    if options.heatmap:
-        heatmap.check(begin)
-    work = itertools.chain(begin, work)
     model = load_run(options.run_dir, gin_file=options.gin_file).model
+    vocab = model.domain.vocab
+    work = _work(options, vocab)
+    if options.heatmap:
+        begin = list(itertools.islice(work, 2))
+        heatmap.check(begin)
+        work = itertools.chain(begin, work)
     method = mutation_effects.choose_method(model, options.method)
     columns = mutation_effects.score_columns(method)
     types = {"id": str, "mutant": str} | dict.fromkeys(columns, float)
@@ -126,30 +127,43 @@ def run(options: argparse.Namespace) -> None:
                 count += len(variants)
                 if options.heatmap:
                     values = scores[columns[0]]
-                    part = heatmap.effect_matrix(wild_type.sequence, variants, values)
+                    part = heatmap.effect_matrix(
+                        wild_type.sequence, variants, values, vocab.standard_symbols
+                    )
                     matrix = part if matrix is None else np.where(np.isnan(part), matrix, part)
             if matrix is not None:
                 places = _places(options, wild_type)
                 span = None if places is None else (places[0], places[-1] + 1)
-                heatmap.plot_heatmap(options.heatmap, wild_type, matrix, columns[0], span=span)
+                heatmap.plot_heatmap(
+                    options.heatmap,
+                    wild_type,
+                    matrix,
+                    columns[0],
+                    residues=vocab.standard_symbols,
+                    span=span,
+                )
     print(
         f"{count:,} mutants of {proteins:,} proteins written to {options.output}",
         file=status_stream(options.output, options.heatmap),
     )
 
 
-def _work(options: argparse.Namespace) -> Iterator[tuple[FastaRecord, Iterable[Variant]]]:
-    """Yields the wild types, and the variants of each."""
+def _work(
+    options: argparse.Namespace, vocab: Vocabulary
+) -> Iterator[tuple[FastaRecord, Iterable[Variant]]]:
+    """Yields the wild types, and the variants of each, in the letters of a vocabulary."""
     from fast_attention.protein_lm.fasta_files import read_proteins
     from fast_attention.protein_lm.model_inputs import CUT, longest_record
     from fast_attention.protein_lm.mutation_files import variants_of_list
     from fast_attention.protein_lm.mutations import iterate_substitutions, variant_of
 
     limit, too_long = longest_record(None, CUT)
-    wild_types = _wild_types(options, limit, too_long)
+    rules = {"alphabet": vocab.symbols, "max_residues": limit, "too_long": too_long}
+    wild_types = _wild_types(options, rules)
     if options.all:
         for wild in wild_types:
-            yield wild, iterate_substitutions(wild.sequence, _places(options, wild))
+            places = _places(options, wild)
+            yield wild, iterate_substitutions(wild.sequence, places, vocab.standard_symbols)
         return
     known = list(wild_types)
     if options.mutations:
@@ -161,22 +175,22 @@ def _work(options: argparse.Namespace) -> Iterator[tuple[FastaRecord, Iterable[V
             "command for each"
         )
     (wild,) = known
-    mutants = read_proteins(options.variants, max_residues=limit, too_long=too_long)
+    mutants = read_proteins(options.variants, **rules)
     variants = (variant_of(mutant.id, mutant.sequence, wild.sequence) for mutant in mutants)
     # For a picture they are looked at twice.
     yield wild, list(variants) if options.heatmap else variants
 
 
-def _wild_types(options: argparse.Namespace, limit: int, too_long: str) -> Iterator[FastaRecord]:
+def _wild_types(options: argparse.Namespace, rules: Mapping[str, Any]) -> Iterator[FastaRecord]:
     from fast_attention.protein_lm.fasta import FastaRecord
     from fast_attention.protein_lm.fasta_files import read_proteins
 
     if options.sequence is None:
-        yield from read_proteins(
-            options.fasta, unique_ids=True, max_residues=limit, too_long=too_long
+        yield from read_proteins(options.fasta, unique_ids=True, **rules)
+    elif len(options.sequence) > rules["max_residues"]:
+        raise ValueError(
+            f"--sequence has more than {rules['max_residues']:,} residues. {rules['too_long']}"
         )
-    elif len(options.sequence) > limit:
-        raise ValueError(f"--sequence has more than {limit:,} residues. {too_long}")
     elif options.sequence:
         yield FastaRecord("protein", "", options.sequence.upper())
     else:

@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> None:
     """Runs the command."""
     from fast_attention.protein_lm.finetuned import FineTuned
     from fast_attention.protein_lm.model_inputs import read_for_model
-    from fast_attention.protein_lm.output_files import status_stream
+    from fast_attention.protein_lm.output_targets import status_stream
     from fast_attention.protein_lm.prediction_files import CROP, predict_to_file
     from fast_attention.protein_lm.tables import EXTENSIONS, find_extension
 

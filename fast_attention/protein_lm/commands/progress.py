@@ -27,7 +27,7 @@ def residue_bar(title: str) -> Iterator[Callable[[int], None]]:
 
 def tell(model: FlaxModel, done: Done, seconds: float, output: str, *others: str | None) -> None:
     """Prints what was done; `others` are further outputs of the command."""
-    from fast_attention.protein_lm.output_files import status_stream
+    from fast_attention.protein_lm.output_targets import status_stream
 
     status = status_stream(output, *others)
     print(

@@ -129,7 +129,7 @@ def run(options: argparse.Namespace) -> None:
 
     from fast_attention.protein_lm.fasta import write_fasta
     from fast_attention.protein_lm.loading import load_run
-    from fast_attention.protein_lm.output_files import status_stream
+    from fast_attention.protein_lm.output_targets import status_stream
 
     arguments.check_files(options, "output")
     given = options.min_length is not None and options.max_length is not None
