@@ -157,16 +157,8 @@ def _stack(o: SimpleNamespace, rotary: bool) -> StackConfig:
     turned = "pairs" if rotary else None
     own = {"out_bias": True, "dropout_rate": o.attn_layer_dropout}
     head_dim = head_width(o.dim, o.heads, o.dim_head)
-    blindspot_size = o.blindspot_size
-    if not o.causal and blindspot_size != 1:
-        warnings.warn(
-            f"blindspot_size={blindspot_size} has no effect with causal=False, as in the original; "
-            "leave it out, or pass causal=True.",
-            stacklevel=4,
-        )
-        blindspot_size = 1
     far = make_efficient_attention(
-        unidirectional=o.causal, blindspot_size=blindspot_size, scale_queries=True
+        unidirectional=o.causal, blindspot_size=_blindspot_size(o), scale_queries=True
     )
     near = make_local_attention(
         o.local_attn_window_size, unidirectional=o.causal, look_forward=0 if o.causal else 1
@@ -194,6 +186,18 @@ def _stack(o: SimpleNamespace, rotary: bool) -> StackConfig:
         blocks.append((SublayerConfig(attention, shifts), SublayerConfig(second, shifts)))
         blocks += [(part, SublayerConfig(gated)) for part in extra]
     return StackConfig(o.dim, tuple(blocks), norm=_LAYER, reversible=o.reversible)
+
+
+def _blindspot_size(o: SimpleNamespace) -> int:
+    """The blind spot of causal attention; the original ignores it where attention is not causal."""
+    if o.causal or o.blindspot_size == 1:
+        return o.blindspot_size
+    warnings.warn(
+        f"blindspot_size={o.blindspot_size} has no effect with causal=False, as in the original; "
+        "leave it out, or pass causal=True.",
+        stacklevel=5,
+    )
+    return 1
 
 
 def _axial_block(o: SimpleNamespace, own: dict[str, Any], rotary: Any) -> list[SublayerConfig]:

@@ -140,7 +140,7 @@ def run(lm_run):
     """The tiny run, loaded once for all commands of this module."""
     loaded = loading.load_run(lm_run)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loading, "load_run", lambda folder: loaded)
+        patch.setattr(loading, "load_run", lambda folder, **options: loaded)
         yield lm_run
 
 

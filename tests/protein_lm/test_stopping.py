@@ -19,10 +19,14 @@ from fast_attention.protein_lm.stopping import (
 
 @pytest.fixture(autouse=True)
 def interrupts():
-    """What a shell starts in the background ignores SIGINT; here it is as at a terminal."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """A shell may start processes with SIGINT or SIGHUP ignored; here none is."""
+    before = {
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
+        signal.SIGHUP: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    }
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def handlers():
