@@ -12,7 +12,7 @@ from fast_attention.protein_lm.evaluation_files import (
     format_evaluation_summary,
     read_evaluations,
 )
-from fast_attention.protein_lm.fasta_files import read_proteins
+from fast_attention.protein_lm.fasta_files import fasta_paths, read_proteins
 from fast_attention.protein_lm.loading import open_run
 from fast_attention.protein_lm.run_folder import RunFolder
 from fast_attention.protein_lm.skipped_records import SkippedRecords
@@ -128,12 +128,11 @@ def _corpus(settings: dict[str, Any], count: bool, symbols: str) -> dict[str, An
 
 def _count(files: Sequence[str], on_error: str, symbols: str) -> dict[str, Any]:
     proteins = residues = 0
-    for path in files:
-        # A folder from somebody else could name a device or a pipe, which has no end.
-        if Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):
-            problem = f"{path} is not a plain file"
-            return {"proteins": None, "residues": None, "problem": problem}
     try:
+        for path in fasta_paths(files):
+            # A folder from somebody else could name a device or a pipe, which has no end.
+            if path.exists() and not path.is_file():
+                raise FastaError(f"{path} is not a plain file")
         skipped = SkippedRecords()
         for record in read_proteins(files, alphabet=symbols, on_error=on_error, skipped=skipped):
             proteins += 1

@@ -100,9 +100,14 @@ def read_metrics(path: Path) -> list[Row]:
 def _row(path: Path, number: int, line: bytes) -> Row:
     try:
         row = json.loads(line)
-        if isinstance(row["step"], int) and isinstance(row["split"], str):
+        others = [value for name, value in row.items() if name != "split"]
+        if (
+            type(row["step"]) is int
+            and isinstance(row["split"], str)
+            and all(value is None or type(value) in (int, float) for value in others)
+        ):
             return row
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     raise RunError(
         f"{path}, line {number} is damaged: remove that line (training needs none of them), or "

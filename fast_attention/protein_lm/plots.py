@@ -23,11 +23,12 @@ def plot_learning_curve(
 
     Args:
       path: The picture, PNG.
-      rows: Rows of ``metrics.jsonl`` with ``step``, ``split`` and ``perplexity``.
+      rows: Rows of ``metrics.jsonl``; those without ``perplexity`` are left out.
       references: Perplexities to draw as level lines, by name.
     """
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
+    rows = [row for row in rows if row.get("perplexity") is not None]
     for split in dict.fromkeys(row["split"] for row in rows):
         points = [(row["step"], row["perplexity"]) for row in rows if row["split"] == split]
         axes.plot(*zip(*points, strict=True), label=split, marker="o", markersize=2)

@@ -19,14 +19,17 @@ class RunError(RuntimeError):
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The path of a file in a folder.
+    """The path of a file or folder in a folder, to be read or written.
 
     Raises:
-      RunError: If it is a link that leads out of the folder.
+      RunError: If it is a link that leads out of the folder, a device or a pipe.
     """
     path = folder / name
     if os.path.islink(path):
         _check_link(folder, path)
+    # Opening a pipe waits for its other end.
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise RunError(f"{path} is not a plain file: remove it")
     return path
 
 
@@ -60,8 +63,8 @@ def _check_link(root: Path, path: Path) -> None:
 class RunFolder:
     """Names of the files of a run.
 
-    A name that is a link leading out of the folder raises RunError: a folder from somebody else
-    could otherwise name any file of this machine, to be read or overwritten.
+    A name that is a link leading out of the folder, a device or a pipe raises RunError: a folder
+    from somebody else could otherwise name any file of this machine, to be read or overwritten.
 
     Attributes:
       path: The folder.
@@ -131,6 +134,10 @@ class RunFolder:
     def evaluation(self) -> Path:
         """What ``protein-lm evaluate`` found."""
         return inside(self.path, "evaluation.json")
+
+    def skipped(self, split: str) -> Path:
+        """The table of records of a split's files that training left out."""
+        return inside(self.path, f"skipped_{split}.tsv")
 
     @property
     def weights(self) -> Path:

@@ -134,7 +134,7 @@ def tell_skipped(folder: RunFolder, name: str, skipped: SkippedRecords) -> None:
     """
     if skipped.count and processes.is_primary():
         print(skipped.summary(), file=sys.stderr)
-        skipped.save(folder.path / f"skipped_{name}.tsv")
+        skipped.save(folder.skipped(name))
 
 
 def _sample(model: FlaxModel, number: int, max_length: int | None) -> list[str]:

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -115,3 +116,26 @@ def test_the_attention_of_a_causal_model_is_called_causal(lm_run, bert_run, caps
         assert not re.search(r"unidirectional\W+[Ff]alse", text)
         assert re.search(r"unidirectional\W+[Tt]rue", text)
         assert "unidirectional" in told(bert_run, capsys, "--skip_corpus", *options)
+
+
+def test_control_characters_of_a_file_do_not_reach_the_terminal(lm_run, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(lm_run, folder)
+    scores = [{"name": "\x1b[31mmodel", "perplexity": 1.0, "accuracy": 0.1}]
+    about = {"objective": None, "fasta": ["\x1b]0;x\x07"], "digest": None}
+    about |= {"proteins": 1, "residues": 2, "scores": scores}
+    (folder / "evaluation.json").write_text(json.dumps(about))
+    text = told(folder, capsys, "--skip_corpus")
+    assert "\x1b" not in text and "\x07" not in text and r"\x1b[31mmodel" in text
+
+
+def test_a_pipe_among_the_proteins_of_a_run_is_not_opened(lm_run, tmp_path, capsys):
+    folder, data = tmp_path / "run", tmp_path / "data"
+    shutil.copytree(lm_run, folder)
+    data.mkdir()
+    os.mkfifo(data / "a.fasta")
+    about = json.loads((folder / "model.json").read_text())
+    about["training"]["train_files"] = str(data)
+    (folder / "model.json").write_text(json.dumps(about))
+    found = json.loads(told(folder, capsys, "--json"))["corpus"]["train"]
+    assert found["proteins"] is None and "a.fasta is not a plain file" in found["problem"]

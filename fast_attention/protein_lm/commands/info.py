@@ -30,9 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Runs the command."""
     from fast_attention.protein_lm.information import describe_run, format_information
-    from fast_attention.protein_lm.output_files import json_text
+    from fast_attention.protein_lm.output_files import json_text, printable
 
     about = describe_run(
         options.run_dir, count_corpus=not options.skip_corpus, gin_file=options.gin_file
     )
-    print(json_text(about, indent=1) if options.json else format_information(about))
+    if options.json:
+        print(json_text(about, indent=1))
+        return
+    for line in format_information(about).split("\n"):
+        # A control character out of a file would be a command to the terminal.
+        print(printable(line))
