@@ -25,9 +25,13 @@ from fast_attention.protein_lm.vocabulary import FASTA_SYMBOLS, STANDARD_RESIDUE
 
 # Digits are positions, and the others separate.
 _RESIDUE = f"[{re.escape(''.join(set(FASTA_SYMBOLS) - set('0123456789:,_')))}]"
-_SUBSTITUTION = re.compile(rf"({_RESIDUE})(\d+)({_RESIDUE})")
-_INDEL = re.compile(rf"({_RESIDUE})(\d+)(?:_({_RESIDUE})(\d+))?(del|ins|delins)({_RESIDUE}*)")
-_BARE_DELETION = re.compile(r"del(\d+)(?:_(\d+))?")
+# Python does not read numbers of thousands of digits.
+_POSITION = r"(\d{1,15})"
+_SUBSTITUTION = re.compile(rf"({_RESIDUE}){_POSITION}({_RESIDUE})")
+_INDEL = re.compile(
+    rf"({_RESIDUE}){_POSITION}(?:_({_RESIDUE}){_POSITION})?(del|ins|delins)({_RESIDUE}*)"
+)
+_BARE_DELETION = re.compile(rf"del{_POSITION}(?:_{_POSITION})?")
 _FORMS = "A12G, A12del, del12, A12_L14del, A12_L13insGS, A12delinsGS, several joined by ':' or ','"
 
 
@@ -164,9 +168,11 @@ def parse_positions(text: str, length: int) -> list[int]:
     """
     places: set[int] = set()
     for part in text.split(","):
-        found = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        found = re.fullmatch(rf"\s*{_POSITION}\s*(?:-\s*{_POSITION}\s*)?", part)
         if found is None:
-            raise ValueError(f"positions {text!r}: expected such as 10-50,60, got {part!r}")
+            raise ValueError(
+                f"positions {text[:60]!r}: expected such as 10-50,60, got {part[:60]!r}"
+            )
         first, last = int(found[1]), int(found[2] or found[1])
         if not 1 <= first <= last <= length:
             raise ValueError(
@@ -200,7 +206,7 @@ def _parse_edit(text: str, name: str, wild_type: str) -> Edit:
                 f"{whole}: an insertion lies between two neighbours, such as A12_L13insGS"
             )
         return Edit(last, last, residues)
-    raise ValueError(f"{whole!r} is no mutation that can be read; expected such as {_FORMS}")
+    raise ValueError(f"{whole[:60]!r} is no mutation that can be read; expected such as {_FORMS}")
 
 
 def _deletion(first: int, last: int, residues: str, whole: str) -> Edit:

@@ -91,3 +91,11 @@ def test_positions_are_read():
     for text in ("3-2", "0", "13", "a", "1-", ""):
         with pytest.raises(ValueError, match="positions"):
             parse_positions(text, 12)
+
+
+def test_positions_of_thousands_of_digits_are_refused_in_a_short_line():
+    digits = "9" * 5000
+    for read in (lambda: parse_positions(digits, 3), lambda: parse_variant(f"M{digits}K", "MKT")):
+        with pytest.raises(ValueError, match="expected such as") as found:
+            read()
+        assert len(str(found.value)) < 300
