@@ -16,6 +16,9 @@ from fast_attention.protein_lm.text_source import FastaError
 
 SPLITS = ("train", "valid", "test")
 
+COUNTS = ("proteins", "residues")
+"""What is counted of each split."""
+
 Entry = dict[str, Any]
 
 
@@ -67,8 +70,12 @@ def read_record(folder: RunFolder) -> Entry | None:
                 found = (entry["file"], entry["sha256"], entry["bytes"], entry["weight"])
                 if tuple(map(type, found[:3])) != (str, str, int):
                     raise TypeError(found)
+        for name in COUNTS:
+            for split, number in record.get(name, {}).items():
+                if split not in SPLITS or type(number) is not int:
+                    raise TypeError(f"{name}: {split}: {number!r}")
         return record
-    except (RunError, KeyError, TypeError) as error:
+    except (RunError, KeyError, TypeError, AttributeError) as error:
         raise RunError(
             f"{folder.data} is damaged, so that nobody knows what the run was trained on: fetch it "
             "again from where the folder was copied, or remove it to resume without this check"

@@ -6,36 +6,38 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fast_attention.protein_lm import checkpoints, descriptions, exporting, metrics_log, model_file
+from fast_attention.protein_lm import (
+    checkpoints,
+    data_record,
+    descriptions,
+    exporting,
+    metrics_log,
+    model_file,
+)
 from fast_attention.protein_lm.corpus import bundled_corpus
 from fast_attention.protein_lm.evaluation_files import (
     format_evaluation_summary,
     read_evaluations,
 )
-from fast_attention.protein_lm.fasta_files import fasta_paths, read_proteins
 from fast_attention.protein_lm.loading import open_run
 from fast_attention.protein_lm.run_folder import RunFolder
-from fast_attention.protein_lm.skipped_records import SkippedRecords
-from fast_attention.protein_lm.text_source import FastaError
-
-_SPLITS = ("train", "valid", "test")
 
 
 def describe_run(
-    run_dir: str | Path, *, count_corpus: bool = True, gin_file: Sequence[str] = ()
+    run_dir: str | Path, *, with_corpus: bool = True, gin_file: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Gathers what is known, in the form of JSON.
 
     Args:
       run_dir: A run, finished or not, with or without a checkpoint, or an exported folder.
-      count_corpus: Whether to read the FASTA files to count proteins and residues.
+      with_corpus: Whether to say which proteins it was trained on.
       gin_file: As for `loading.open_run`.
 
     Returns:
       ``folder``, ``kind`` (``"run"`` or ``"export"``), those of `descriptions.describe_model`,
       ``vocabulary``, ``max_length``, ``checkpoints`` (steps), ``step`` and ``tokens`` (seen in
-      training) of the newest or None, ``finished``, ``corpus`` (by split: ``files``, ``proteins``,
-      ``residues``, and ``problem`` where they cannot be counted), ``metrics`` (the last row by
+      training) of the newest or None, ``finished``, ``corpus`` (by split: ``files``, and
+      ``proteins`` and ``residues`` where they are on record), ``metrics`` (the last row by
       split), ``evaluations`` (those on record, the newest first, each with its ``file``, ``date``
       and ``step``).
 
@@ -58,7 +60,7 @@ def describe_run(
         "step": step,
         "tokens": None if step is None else tokens_seen(folder, step),
         "finished": exported or folder.result.is_file(),
-        "corpus": _corpus(about["training"] or {}, count_corpus, model.domain.vocab.symbols),
+        "corpus": _corpus(folder, about["training"] or {}) if with_corpus else {},
         "metrics": {row["split"]: row for row in rows},
         "evaluations": read_evaluations(folder),
     }
@@ -111,36 +113,25 @@ def format_information(about: dict[str, Any]) -> str:
     return "\n\n".join([text, *map(format_evaluation_summary, about["evaluations"])])
 
 
-def _corpus(settings: dict[str, Any], count: bool, symbols: str) -> dict[str, Any]:
+def _corpus(folder: RunFolder, settings: dict[str, Any]) -> dict[str, Any]:
+    """What a run was trained on, from its own record: a file that it names is never opened."""
+    record = data_record.read_record(folder) or {}
+    held_out = record.get("held_out") is not None
     bundled = bool(settings) and settings["train_files"] is None
     corpus = {}
-    for split in _SPLITS:
-        files = settings.get(f"{split}_files")
-        if files is None and bundled:
+    for split in data_record.SPLITS:
+        files = [entry["file"] for entry in record.get(split, [])] or settings.get(f"{split}_files")
+        if held_out and split == "valid":
+            files = str(folder.held_out)
+        if not files and bundled:
             files = str(bundled_corpus(split))
         if files:
+            counts = {
+                name: record[name].get(split) for name in data_record.COUNTS if name in record
+            }
             files = [files] if isinstance(files, str) else list(files)
-            corpus[split] = {"files": files} | (
-                _count(files, settings.get("on_error", "raise"), symbols) if count else {}
-            )
+            corpus[split] = {"files": files} | counts
     return corpus
-
-
-def _count(files: Sequence[str], on_error: str, symbols: str) -> dict[str, Any]:
-    proteins = residues = 0
-    try:
-        for path in fasta_paths(files):
-            # A folder from somebody else could name a device or a pipe, which has no end.
-            if path.exists() and not path.is_file():
-                raise FastaError(f"{path} is not a plain file")
-        skipped = SkippedRecords()
-        for record in read_proteins(files, alphabet=symbols, on_error=on_error, skipped=skipped):
-            proteins += 1
-            residues += len(record.sequence)
-    except FastaError as error:
-        # A model outlives the files it was trained on, and they may lie on another machine.
-        return {"proteins": None, "residues": None, "problem": str(error)}
-    return {"proteins": proteins, "residues": residues}
 
 
 def _status(about: dict[str, Any]) -> str:
@@ -180,8 +171,6 @@ def _vocabulary(vocabulary: dict[str, Any]) -> str:
 
 def _files(split: dict[str, Any]) -> str:
     named = ", ".join(split["files"])
-    if "proteins" not in split:
+    if split.get("proteins") is None or split.get("residues") is None:
         return named
-    if split["proteins"] is None:
-        return f"{named}: cannot be counted now ({split['problem']})"
     return f"{named}: {split['proteins']:,} proteins, {split['residues']:,} residues"

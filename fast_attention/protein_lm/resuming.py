@@ -99,16 +99,17 @@ def check_data(run: Opened, files: DataFiles, *, new_data: bool) -> Entry:
             "warning",
         )
     if run.record is not None and not new_data:
-        _refuse(run.folder, run.record, now)
+        _refuse(run.folder, run.record, now, _OTHER_DATA)
     return now
 
 
-def check_finished(run: Opened, files: DataFiles) -> list[str]:
+def check_finished(run: Opened, files: DataFiles, *, new_data: bool) -> list[str]:
     """Compares the data of a finished run with that of now, without reading what has its name.
 
     Args:
       run: From `open_folder`.
       files: The data of now.
+      new_data: Whether the command asks to train on other data.
 
     Returns:
       Sentences that a user should read.
@@ -123,7 +124,14 @@ def check_finished(run: Opened, files: DataFiles) -> list[str]:
         now = [(str(path), weight) for split in SPLITS for path, weight in listed[split]]
         then = [(entry["file"], entry["weight"]) for split in SPLITS for entry in run.record[split]]
         if now != then:
-            check_data(run, files, new_data=False)
+            _refuse(
+                run.folder,
+                run.record,
+                {split: data_record.describe_files(files.by_split[split]) for split in SPLITS},
+                "the run is finished: give a larger --steps or --epochs to train it on these"
+                if new_data
+                else _OTHER_DATA,
+            )
             return []
         sizes = [path.stat().st_size for split in SPLITS for path, _ in listed[split]]
     except (OSError, FastaError) as error:
@@ -166,7 +174,7 @@ def begin(
         return
     before = run.folder.config.read_text(encoding="utf-8")
     compare_settings(run.folder.path, before, run.used, run.asked)
-    _refuse(run.folder, data_record.read_record(run.folder) or now, now)
+    _refuse(run.folder, data_record.read_record(run.folder) or now, now, _OTHER_DATA)
 
 
 def update(
@@ -211,13 +219,15 @@ def update(
     return own or bool(data_record.differences(run.record, now | {"train": run.record["train"]}))
 
 
-def _refuse(folder: RunFolder, before: Entry, now: Entry) -> None:
+_OTHER_DATA = (
+    "give the files that it began with, --new_data to train further on these, or another --work_dir"
+)
+
+
+def _refuse(folder: RunFolder, before: Entry, now: Entry, remedy: str) -> None:
     found = data_record.differences(before, now)
     if found:
-        raise RunError(
-            f"{folder.path} holds a run on other data ({'; '.join(found)}): give the files that "
-            "it began with, --new_data to train on with these, or another --work_dir"
-        )
+        raise RunError(f"{folder.path} holds a run on other data ({'; '.join(found)}): {remedy}")
 
 
 def _write_data(
@@ -232,7 +242,11 @@ def _write_data(
     if found.held_out is not None:
         held_out = {"fraction": files.valid_fraction, "proteins": len(found.held_out)}
         _write_held_out(run, domain, files, found)
-    counts = {"proteins": found.counts, "identical_to_training": found.shared}
+    counts = {
+        "proteins": found.proteins,
+        "residues": found.residues,
+        "identical_to_training": found.shared,
+    }
     record = now | {"held_out": held_out} | counts
     data_record.write_record(run.folder, record, step=step, before=run.record)
 

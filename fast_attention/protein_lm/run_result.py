@@ -97,12 +97,13 @@ def finish(
     return result
 
 
-def tell_finished(run: resuming.Opened, files: DataFiles) -> dict[str, Any]:
+def tell_finished(run: resuming.Opened, files: DataFiles, *, new_data: bool) -> dict[str, Any]:
     """Reports the result of a finished run.
 
     Args:
       run: The run.
       files: The data that the command names now, see `resuming.check_finished`.
+      new_data: As there.
 
     Returns:
       The content of ``result.json``.
@@ -111,7 +112,7 @@ def tell_finished(run: resuming.Opened, files: DataFiles) -> dict[str, Any]:
       RunError: If that file is damaged, or files of other names have another content.
     """
     folder = run.folder
-    for text in resuming.check_finished(run, files):
+    for text in resuming.check_finished(run, files, new_data=new_data):
         processes.note(text)
     try:
         result = read_json(folder.result)

@@ -207,7 +207,7 @@ def run_experiment(
         for name in resuming.unused_settings(run):
             processes.note(f"nothing uses the setting {name}", "warning")
         if process_arrays.any_process(folder.result.exists() and not run.longer):
-            return run_result.tell_finished(run, files)
+            return run_result.tell_finished(run, files, new_data=new_data)
         if initial_run is not None and not run.resumed:
             # Before anything is written: what is refused can then be corrected.
             check_initial_run(Path(initial_run), model)

@@ -11,6 +11,7 @@ import numpy as np
 from fast_attention.protein_lm import data, held_out, ranges
 from fast_attention.protein_lm.batches import select
 from fast_attention.protein_lm.corpus import Corpus, load_corpus
+from fast_attention.protein_lm.data_record import SPLITS
 from fast_attention.protein_lm.domains import DiscreteDomain
 from fast_attention.protein_lm.fasta_files import read_proteins
 from fast_attention.protein_lm.mixture import Mixture, join_sources
@@ -62,7 +63,8 @@ class TrainingData:
     Attributes:
       train: To train on.
       valid: To validate on, or None.
-      counts: Proteins of each split.
+      proteins: Number of proteins of each split.
+      residues: Number of residues of each split.
       shared: By split, how many of its proteins are identical to one that is trained on.
       held_out: Numbers of the records of the training files that `valid` was made of, or None
         where these have files of their own.
@@ -72,7 +74,8 @@ class TrainingData:
 
     train: data.Source
     valid: Corpus | None
-    counts: dict[str, int]
+    proteins: dict[str, int]
+    residues: dict[str, int]
     shared: dict[str, int]
     held_out: np.ndarray | None
     on_error: str
@@ -100,7 +103,7 @@ def load_training_data(
     """
     train = data.load_source(files.train, domain, on_error=on_error, skipped=skipped["train"])
     hashes = held_out.sequence_hashes(_corpus(train))
-    counts: dict[str, int] = {}
+    corpora: dict[str, Corpus] = {}
     shared: dict[str, int] = {}
     notes: list[str] = []
     valid = rows = None
@@ -131,15 +134,27 @@ def load_training_data(
             continue
         left_out = skipped["valid"] if split == "valid" else SkippedRecords()
         found = load_corpus(files.by_split[split], domain, on_error=on_error, skipped=left_out)
-        counts[split] = len(found)
+        corpora[split] = found
         shared[split] = int(np.isin(held_out.sequence_hashes(found), hashes).sum())
         if note := shared_note(_NAMES[split], shared[split], len(found)):
             notes.append(note)
         valid = found if split == "valid" else valid
-    counts = (
-        {"train": len(_corpus(train))} | ({} if valid is None else {"valid": len(valid)}) | counts
+    corpora["train"] = _corpus(train)
+    if valid is not None:
+        corpora["valid"] = valid
+    if files.test is not None and files.test == files.valid:
+        corpora["test"] = corpora["valid"]
+    splits = [split for split in SPLITS if split in corpora]
+    return TrainingData(
+        train,
+        valid,
+        proteins={split: len(corpora[split]) for split in splits},
+        residues={split: _residues(corpora[split]) for split in splits},
+        shared=shared,
+        held_out=rows,
+        on_error=on_error,
+        notes=notes,
     )
-    return TrainingData(train, valid, counts, shared, rows, on_error, notes)
 
 
 _NAMES = {"valid": "validation", "test": "test"}
@@ -171,6 +186,10 @@ def held_out_fasta(
         for number, record in enumerate(records)
         if number in wanted
     )
+
+
+def _residues(corpus: Corpus) -> int:
+    return int(corpus.offsets[-1]) - (corpus.vocab.eos is not None) * len(corpus)
 
 
 def _corpus(source: data.Source) -> Corpus:

@@ -235,10 +235,10 @@ def test_links_out_of_a_run_are_refused(sound, tmp_path, name):
     (tmp_path / "run" / name).rename(moved)
     (tmp_path / "run" / name).symlink_to(moved)
     with pytest.raises(RunError, match=f"{name} is a link that leads out of"):
-        describe_run(tmp_path / "run", count_corpus=False)
+        describe_run(tmp_path / "run", with_corpus=False)
         load_baselines(RunFolder(tmp_path / "run").baselines)
     # A link that stays inside is as good as the file.
     moved.rename(tmp_path / "run" / "inside")
     (tmp_path / "run" / name).unlink()
     (tmp_path / "run" / name).symlink_to("inside")
-    assert describe_run(tmp_path / "run", count_corpus=False)["step"] == 0
+    assert describe_run(tmp_path / "run", with_corpus=False)["step"] == 0

@@ -52,18 +52,16 @@ def test_the_text_says_the_same(bert_run, tiny_fasta, capsys):
     ):
         assert part in text
     skipped = told(bert_run, capsys, "--skip_corpus")
-    counted = f"train data      {tiny_fasta}: 500 proteins"
-    assert counted in text and counted not in skipped and tiny_fasta in skipped
+    assert f"train data      {tiny_fasta}: 500 proteins" in text and "data  " not in skipped
 
 
-def test_a_run_without_a_checkpoint_and_without_its_data_is_described(lm_run, tmp_path, capsys):
+def test_a_run_without_a_checkpoint_is_described(lm_run, tmp_path, capsys):
     folder = tmp_path / "run"
     folder.mkdir()
-    about = (lm_run / "model.json").read_text().replace("tiny.fasta", "absent.fasta")
-    (folder / "model.json").write_text(about)
+    shutil.copy(lm_run / "model.json", folder)
     text = told(folder, capsys)
     assert "unfinished run" in text and "step            none yet" in text
-    assert "cannot be counted now" in text and "absent.fasta" in text
+    assert "tiny.fasta.gz\n" in text
     about = json.loads(told(folder, capsys, "--json"))
     assert about["tokens"] is None and about["checkpoints"] == [] and about["evaluations"] == []
 
@@ -74,8 +72,32 @@ def test_an_exported_model_is_described(lm_run, tmp_path, capsys):
     capsys.readouterr()
     one, two = (json.loads(told(path, capsys, "--json")) for path in (lm_run, folder))
     assert two["kind"] == "export" and "exported" in told(folder, capsys)
-    for name in ("model", "transformer", "attention", "parameters", "step", "tokens", "corpus"):
+    for name in ("model", "transformer", "attention", "parameters", "step", "tokens"):
         assert one[name] == two[name]
+    names = [{split: found["files"] for split, found in x["corpus"].items()} for x in (one, two)]
+    # The run evaluates on its validation proteins, which no setting repeats.
+    assert names[0] == names[1] | {"test": names[1]["valid"]}
+
+
+def test_files_that_a_run_names_are_counted_from_its_record(lm_run, tmp_path, capsys):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)  # Who opens it waits for ever.
+    model, data = (json.loads((lm_run / f"{name}.json").read_text()) for name in ("model", "data"))
+    model["training"] |= {"train_files": str(pipe), "valid_files": None, "test_files": None}
+    data["train"][0]["file"] = str(pipe)
+    data |= {"valid": [], "test": [], "held_out": {"fraction": 0.1, "proteins": 2}}
+    data |= {"proteins": {"train": 7, "valid": 2}, "residues": {"train": 1234, "valid": 50}}
+    (folder / "model.json").write_text(json.dumps(model))
+    (folder / "data.json").write_text(json.dumps(data))
+    text = told(folder, capsys)
+    assert f"train data      {pipe}: 7 proteins, 1,234 residues" in text
+    assert f"valid data      {folder}/held_out.fasta: 2 proteins, 50 residues" in text
+    data["residues"]["train"] = "1234"
+    (folder / "data.json").write_text(json.dumps(data))
+    assert cli.main(["info", f"--run_dir={folder}"]) == 1
+    assert "data.json is damaged" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["info", "export"])
@@ -127,15 +149,3 @@ def test_control_characters_of_a_file_do_not_reach_the_terminal(lm_run, tmp_path
     (folder / "evaluation.json").write_text(json.dumps(about))
     text = told(folder, capsys, "--skip_corpus")
     assert "\x1b" not in text and "\x07" not in text and r"\x1b[31mmodel" in text
-
-
-def test_a_pipe_among_the_proteins_of_a_run_is_not_opened(lm_run, tmp_path, capsys):
-    folder, data = tmp_path / "run", tmp_path / "data"
-    shutil.copytree(lm_run, folder)
-    data.mkdir()
-    os.mkfifo(data / "a.fasta")
-    about = json.loads((folder / "model.json").read_text())
-    about["training"]["train_files"] = str(data)
-    (folder / "model.json").write_text(json.dumps(about))
-    found = json.loads(told(folder, capsys, "--json"))["corpus"]["train"]
-    assert found["proteins"] is None and "a.fasta is not a plain file" in found["problem"]

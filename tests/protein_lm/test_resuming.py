@@ -89,6 +89,8 @@ def test_data_is_told_apart_by_content_and_not_by_name(
     assert "is finished" in capsys.readouterr().out
     assert cli.main(arguments(other_fasta)) == 1
     assert f"{other_fasta} has" in capsys.readouterr().err
+    assert cli.main(arguments(other_fasta, "--new_data")) == 1
+    assert "give a larger --steps or --epochs" in capsys.readouterr().err
     (finished / "result.json").unlink()
     assert cli.main(arguments(other_fasta)) == 1
     told = capsys.readouterr().err

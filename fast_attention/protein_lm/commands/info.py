@@ -22,8 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--skip_corpus",
         action="store_true",
-        help="do not read the FASTA files of the training to count their proteins and residues, "
-        "which takes a while if they are large",
+        help="leave out the FASTA files that the model was trained on",
     )
 
 
@@ -33,7 +32,7 @@ def run(options: argparse.Namespace) -> None:
     from fast_attention.protein_lm.output_files import json_text, printable
 
     about = describe_run(
-        options.run_dir, count_corpus=not options.skip_corpus, gin_file=options.gin_file
+        options.run_dir, with_corpus=not options.skip_corpus, gin_file=options.gin_file
     )
     if options.json:
         print(json_text(about, indent=1))
