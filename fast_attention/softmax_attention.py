@@ -109,7 +109,7 @@ class SoftmaxAttention(AttentionFn):
 
         def append(cache: Array, update: Array) -> Array:
             trailing = cache.shape[len(batch) :]
-            rows = jax.vmap(lambda *x: lax.dynamic_update_slice_in_dim(*x, 0))
+            rows = jax.vmap(lambda x, new, at: lax.dynamic_update_slice_in_dim(x, new, at, 0))
             flat = (cache.reshape(-1, *trailing), update.reshape(-1, *update.shape[len(batch) :]))
             out = rows(flat[0], flat[1].astype(cache.dtype), used.reshape(-1))
             return out.reshape(cache.shape)

@@ -170,12 +170,12 @@ def _split_extras(
         if x is None:
             continue
         x = _broadcastable(name, jnp.asarray(x), (*batch_shape, *shape))
-        tail = x.shape[x.ndim - rank :]
+        trailing = x.shape[x.ndim - rank :]
         if math.prod(x.shape[: x.ndim - rank]) == 1:
-            shared = shared._replace(**{name: x.reshape(tail)})
+            shared = shared._replace(**{name: x.reshape(trailing)})
         else:
-            x = jnp.broadcast_to(x, (*batch_shape, *tail))
-            own = own._replace(**{name: x.reshape(-1, *tail)})
+            x = jnp.broadcast_to(x, (*batch_shape, *trailing))
+            own = own._replace(**{name: x.reshape(-1, *trailing)})
     if extras.dropout_key is not None:
         if choices.share_dropout:
             shared = shared._replace(dropout_key=extras.dropout_key)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +77,7 @@ def qr(square: Float[Array, "*B D D"]) -> tuple[Float[Array, "*B D D"], Float[Ar
     return q * sign[..., None, :], r * sign[..., :, None]
 
 
-def _one_at_a_time(decompose: Callable[[Array], object]) -> Callable[[Array], object]:
+def _one_at_a_time(decompose: Callable[[Array], Any]) -> Callable[[Array], Any]:
     """Makes a function of one matrix, or a batch of them, one of ``[*B, D, D]``; see the module."""
 
     def loop(matrices: Array) -> object:

@@ -159,8 +159,12 @@ class MultiAxisAttention(nnx.Module):
             projected = linear(x)
             return projected.reshape(*x.shape[:-1], self.num_heads, -1)
 
-        arrays = (heads(self.query, query), heads(self.key, key), heads(self.value, value))
-        out = self.attention_fn(*(fold_axes(x, axes, trailing=2) for x in arrays), **options)
+        out = self.attention_fn(
+            fold_axes(heads(self.query, query), axes, trailing=2),
+            fold_axes(heads(self.key, key), axes, trailing=2),
+            fold_axes(heads(self.value, value), axes, trailing=2),
+            **options,
+        )
         out = unfold_axes(out, axes, (*query.shape[:-1], *out.shape[-2:]))
         out = self.out(out.reshape(*query.shape[:-1], -1))
         return out.reshape(*query.shape[:-1], *self.output_shape)

@@ -78,8 +78,13 @@ class AttentionCall(NamedTuple):
     def _after_memory(self) -> Array:
         function = self.function
         length = self.query.shape[1]
-        sizes = (len(self.key),), *self.key.shape[-2:], self.value.shape[-1]
-        state = function.init_state(*sizes, max_length=self.key.shape[1])
+        state = function.init_state(
+            (len(self.key),),
+            self.key.shape[-2],
+            self.key.shape[-1],
+            self.value.shape[-1],
+            max_length=self.key.shape[1],
+        )
         masks: list[Any] = [None, None]
         if self.visible.key_mask is not None:
             masks = [self.visible.key_mask[:, length:], self.visible.key_mask[:, :length]]

@@ -105,6 +105,7 @@ def pull_back_causal(
     weights = read.weights
     if read.wide is not None:
         assert read.kept.pair_max is not None
+        assert d_queries.log is not None and d_keys.log is not None
         weights, *logs = pull_back_wide_pairs(
             read.wide, read.kept.pair_max, d_weights, weights, d_queries.log, d_keys.log
         )

@@ -77,7 +77,8 @@ def attend_on(
       interpret: interpret the kernels instead of compiling them.
     """
     _check_call(plan, inputs)
-    parts, state = _attend(plan, interpret, inputs)
+    attended: Any = _attend(plan, interpret, inputs)
+    parts, state = attended
     if plan.output == "parts":
         return parts, state
     out_dtype = jnp.result_type(inputs.query, inputs.key, inputs.value)

@@ -111,10 +111,10 @@ def exponents_of(
     """Returns what makes the exponents of queries from ``row`` and keys from ``start`` on."""
     dtype = compute_dtype(inputs)
 
-    def of_rows():
+    def of_rows() -> Any:
         return query_features(plan, inputs, row, size)[0].log
 
-    def of_keys(places):
+    def of_keys(places: Array) -> Any:
         def taken(x):
             x = load(x, start, size, dtype)
             index = places.reshape(*places.shape, *(1,) * (x.ndim - places.ndim))

@@ -32,10 +32,10 @@ def check_flag(name: str, value: object) -> bool:
     raise mismatch(name, "True or False", repr(value))
 
 
-def check_count(name: str, value: object, least: int = 1) -> int:
+def check_count(name: str, value: Any, least: int = 1) -> int:
     """Returns a whole number as an int; flags, floats and smaller numbers raise ValueError."""
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if whole and value >= least:  # pyright: ignore[reportOperatorIssue]
+    if whole and value >= least:
         return int(value)
     kind = "a positive whole number" if least == 1 else f"a whole number of at least {least}"
     raise mismatch(name, kind, repr(value))

@@ -86,13 +86,14 @@ class Decoder:
         self.check_decodes()
         batch = tuple(check_count("batch_shape", n, least=0) for n in batch_shape)
         sizes = (("num_kv_heads", num_kv_heads), ("head_dim", head_dim), ("value_dim", value_dim))
-        counts = [check_count(name, number) for name, number in sizes]
+        heads, width, value_width = (check_count(name, number) for name, number in sizes)
         if max_length is not None:
             max_length = check_count("max_length", max_length)
         dtype = jnp.zeros(()).dtype if dtype is None else dtype
         if not jnp.issubdtype(dtype, jnp.floating):
             raise mismatch("dtype", "a floating type", repr(dtype))
-        return self.start(StateSizes(batch, *counts, max_length, jnp.dtype(dtype)))
+        made_for = StateSizes(batch, heads, width, value_width, max_length, jnp.dtype(dtype))
+        return self.start(made_for)
 
     @runs_on_auto_axes
     def prefill(

@@ -14,6 +14,7 @@ from fast_attention.layers.attention_config import AttentionConfig, HeadGroup
 from fast_attention.layers.feed_forward import Activation, activation_of
 from fast_attention.layers.stack import StackConfig
 from fast_attention.layers.sublayer import FeedForwardConfig, NormConfig, SublayerConfig
+from fast_attention.mechanisms.wrapped import as_attention_fn
 from fast_attention.softmax_attention import make_softmax_attention
 
 POSITIONS = ("learned", "sinusoidal", "rotary", "none")
@@ -202,7 +203,7 @@ class TransformerConfig:
         """The model of this shape around an attention function; None is exact attention."""
         group = HeadGroup(
             self.num_heads,
-            attention_fn or make_softmax_attention(),
+            make_softmax_attention() if attention_fn is None else as_attention_fn(attention_fn),
             rotary="halves" if self.positions == "rotary" else None,
             dropout_rate=self.attention_dropout_rate,
         )

@@ -126,12 +126,13 @@ def generate(
     window = length + max_new_tokens
     if repetition_window is not None:
         window = min(window, repetition_window)
-    has_penalty = isinstance(repetition_penalty, Tracer) or repetition_penalty != 1
+    traced = isinstance(repetition_penalty, Tracer)
+    has_penalty = traced or bool(repetition_penalty != 1)
     pad = pad_token if pad_token is not None else eos_token
     options = _Options(
         max_new_tokens=max_new_tokens,
         top_k=top_k,
-        has_top_p=top_p is not None and (isinstance(top_p, Tracer) or top_p < 1),
+        has_top_p=top_p is not None and (isinstance(top_p, Tracer) or bool(top_p < 1)),
         has_penalty=has_penalty,
         has_minimum=has_minimum,
         window=window if has_penalty else 0,

@@ -11,7 +11,6 @@ Reference: Choromanski et al. Rethinking Attention with Performers. arXiv:2009.1
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +20,7 @@ from flax import nnx
 from fast_attention.layers.attention_config import AttentionConfig, HeadGroup
 from fast_attention.layers.stack import Stack, StackConfig
 from fast_attention.layers.sublayer import FeedForwardConfig, NormConfig, SublayerConfig
+from fast_attention.mechanisms.attention_fn import AttentionFn
 from fast_attention.mechanisms.efficient.fn import make_efficient_attention
 from fast_attention.mechanisms.favor.factories import (
     make_fast_generalized_attention,
@@ -205,7 +205,7 @@ def _stack(o: SimpleNamespace) -> StackConfig:
     )
 
 
-def _attention_fn(o: SimpleNamespace, head_dim: int, causal: bool) -> Callable[..., Any]:
+def _attention_fn(o: SimpleNamespace, head_dim: int, causal: bool) -> AttentionFn:
     if o.no_projection:
         return make_efficient_attention(unidirectional=causal)
     features = o.nb_features

@@ -207,7 +207,7 @@ def _place_in_attention(attention: MultiHeadAttention, name: str) -> Place | Non
 
 
 def _place_in_memory(memory: ProductKeyMemory, name: str) -> Place | None:
-    places = {
+    places: dict[str, Any] = {
         "keys": (memory.keys, _same),
         "values.weight": (memory.memory_values, _same),
         "to_queries.weight": (memory.to_queries.kernel, _transposed),
@@ -221,6 +221,7 @@ def _place_in_memory(memory: ProductKeyMemory, name: str) -> Place | None:
             "norm.fn.running_var": (norm.var, _same),
         }
     else:
+        assert isinstance(norm, nnx.LayerNorm)
         places |= {"norm.weight": (norm.scale, _same), "norm.bias": (norm.bias, _same)}
     return places.get(name)
 

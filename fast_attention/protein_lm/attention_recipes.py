@@ -30,7 +30,8 @@ def describe(attention_fn: Any) -> dict[str, Any]:
         if _is_nested(hint):
             value = describe(value)
         elif callable(value):
-            value = kernel_name(value)
+            function: Any = value
+            value = kernel_name(function)
         if not _is_nested(hint) and not matches(value, hint):
             return {OWN: f"{found.factory}({name}={name_of(found.arguments[name])})"}
         arguments[name] = value

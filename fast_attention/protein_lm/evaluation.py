@@ -72,8 +72,8 @@ def fit_baselines(
     )
     assert counted is not None
     if left_out is not None:
-        hashes = [sequence_hashes(corpus) for corpus in (counted, left_out)]
-        counted = select(counted, np.flatnonzero(~np.isin(*hashes)))
+        copies = np.isin(sequence_hashes(counted), sequence_hashes(left_out))
+        counted = select(counted, np.flatnonzero(~copies))
     return fit_ngrams(counted, valid=tuned)
 
 

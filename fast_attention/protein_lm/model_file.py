@@ -304,7 +304,7 @@ def _build_domain(path: Path, about: dict[str, Any]) -> DiscreteDomain:
         if not 0 <= number < len(tokens):
             raise RunError(f"{path}: vocabulary.{name} is {number}; there are {len(tokens)} tokens")
     ordinary = tokens[: len(tokens) - len(ids)]
-    special = {f"include_{name}": name in ids for name in _SPECIAL}
+    special: dict[str, Any] = {f"include_{name}": name in ids for name in _SPECIAL}
     special |= {f"{name}_token": tokens[number] for name, number in ids.items()}
     if given["type"] == "ProteinVocab":
         vocab = ProteinVocab(

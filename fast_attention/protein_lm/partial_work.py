@@ -63,13 +63,13 @@ def open_work(output: str | os.PathLike[str], settings: Mapping[str, Any]) -> It
     Raises:
       RunError: If the folder of the parts has parts of other settings, or other files.
     """
-    settings = json.loads(json.dumps(settings))
+    plain = json.loads(json.dumps(settings))
     if is_special(output):
         with tempfile.TemporaryDirectory(prefix="protein-lm.") as folder:
-            yield Work(Path(folder), settings)
+            yield Work(Path(folder), plain)
         return
     whole = Path(os.path.realpath(output))
-    work = Work(whole.with_name(f"{whole.name}.partial"), settings)
+    work = Work(whole.with_name(f"{whole.name}.partial"), plain)
     _check(work)
     try:
         yield work

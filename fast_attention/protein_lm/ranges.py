@@ -44,8 +44,9 @@ class Range(NamedTuple):
         # NaN and infinite numbers fail these comparisons, which hold for integers of any size.
         if self.zero and value == 0:
             return True
-        above = value > self.low if self.above else value >= self.low
-        return bool(above and (value < self.high if self.below else value <= self.high))
+        number: Any = value
+        above = number > self.low if self.above else number >= self.low
+        return bool(above and (number < self.high if self.below else number <= self.high))
 
     def parse(self, text: str) -> int | float:
         """Reads a number.

@@ -112,8 +112,10 @@ class EfficientAttention(AttentionFn):
                 precision=call.precision,
             )
         else:
-            wide = (x.astype(state.complete.kv.dtype) for x in operands)
-            out, state = step_buckets(state, *wide, self.blindspot_size, precision=call.precision)
+            query, key, value = (x.astype(state.complete.kv.dtype) for x in operands)
+            out, state = step_buckets(
+                state, query, key, value, self.blindspot_size, precision=call.precision
+            )
             out = out.astype(call.query.dtype)
         return jnp.expand_dims(out, -3), state
 

@@ -132,8 +132,8 @@ def run(options: argparse.Namespace) -> None:
     from fast_attention.protein_lm.output_targets import status_stream
 
     arguments.check_files(options, "output")
-    given = options.min_length is not None and options.max_length is not None
-    if given and options.min_length > options.max_length:
+    shortest, longest = options.min_length, options.max_length
+    if shortest is not None and longest is not None and shortest > longest:
         raise ValueError(
             f"--min_length={options.min_length} is more than --max_length={options.max_length}: "
             "lower the first, or raise the second"
