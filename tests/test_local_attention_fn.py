@@ -216,8 +216,8 @@ class TestHosts:
         ({"projection": jnp.ones((3, 6))}, "no random features"),
         ({"input_positions": jnp.arange(LENGTH)}, "apply rotary positions"),
         ({"module": object()}, "sow_weights"),
-        ({"qk_attn_weights_einsum": jnp.einsum}, "does not take qk_attn_weights_einsum"),
-        ({"key_mask": jnp.ones((2, 10), bool)}, "key_mask must broadcast"),
+        ({"qk_attn_weights_einsum": jnp.einsum}, "qk_attn_weights_einsum must be None"),
+        ({"key_mask": jnp.ones((2, 10), bool)}, "key_mask must be of shape"),
         ({"axis": 2}, "axis must name"),
     ],
 )
@@ -230,11 +230,11 @@ def test_shapes_and_options_that_do_not_fit_are_errors():
     query, key, value = inputs(2)
     with pytest.raises(ValueError, match="self-attention"):
         CAUSAL(query[:, :5], key, value)
-    with pytest.raises(ValueError, match="self-attention"):
+    with pytest.raises(ValueError, match="equal batch axes"):
         CAUSAL(query[:1, :1], key, value)
-    with pytest.raises(ValueError, match="divide the query heads"):
+    with pytest.raises(ValueError, match="a multiple of that of key/value heads"):
         CAUSAL(query[:, :, :3], key, value)
-    with pytest.raises(ValueError, match="mask of the keys"):
+    with pytest.raises(ValueError, match="mask the keys instead"):
         CAUSAL(query[:, :1], key, value, segment_ids=jnp.ones((2, 1), int))
     with pytest.raises(ValueError, match="cannot look forward"):
         LocalAttention(WINDOW, look_forward=1)(query, key, value, is_causal=True)

@@ -206,6 +206,11 @@ class _Watched(WrappedAttention):
         out, inner = self.attention_fn.read_one(state.inner, call)
         return out, state._replace(inner=inner)
 
+    def keep_types(self, after: _MemoryState, before: _MemoryState) -> _MemoryState:
+        """Keeps the types of the inner state; the call beside it is no state."""
+        inner = self.attention_fn.keep_types(after.inner, before.inner)
+        return after._replace(inner=inner)
+
     def _reported(self, call: Call, visible: Visible) -> AttentionCall:
         options: dict[str, Any] = {}
         if call.projection is not None:

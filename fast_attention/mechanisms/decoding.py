@@ -150,7 +150,7 @@ class Decoder:
             return call.finish(call.empty_output()), state
         with naming_forward_mode(self.mechanism, self.forward_mode):
             out, after = self.read(state, call)
-        return call.finish(out), typed_like(after, state)
+        return call.finish(out), self.keep_types(after, state)
 
     @runs_on_auto_axes
     def step(
@@ -187,7 +187,7 @@ class Decoder:
             return jnp.squeeze(call.empty_output(), -3), state
         with naming_forward_mode(self.mechanism, self.forward_mode):
             out, after = self.read_one(state, call)
-        return jnp.squeeze(out, -3), typed_like(after, state)
+        return jnp.squeeze(out, -3), self.keep_types(after, state)
 
     def start(self, sizes: StateSizes) -> Any:
         """Returns the state before the first token, of sizes that were checked."""
@@ -200,6 +200,10 @@ class Decoder:
     def read_one(self, state: Any, call: Call) -> tuple[Array, Any]:
         """The same for T = 1; see :meth:`step`."""
         return self.read(state, call)
+
+    def keep_types(self, after: Any, before: Any) -> Any:
+        """Casts a state to the types of the one before, so that it can be the carry of a scan."""
+        return typed_like(after, before)
 
     def check_decodes(self) -> None:
         """Raises TypeError if the function cannot decode."""

@@ -86,6 +86,10 @@ class WrappedAttention(AttentionFn):
         """Reads as the inner function does."""
         return self.attention_fn.read_one(state, call)
 
+    def keep_types(self, after: Any, before: Any) -> Any:
+        """Keeps types as the inner function does."""
+        return self.attention_fn.keep_types(after, before)
+
     def draw_projection(self, key: Array, head_dim: int) -> Any:
         """Draws what the inner function draws."""
         return self.attention_fn.draw_projection(key, head_dim)

@@ -112,6 +112,14 @@ class _Recorded(WrappedAttention):
         """Reads one token as :meth:`read` does."""
         return self.read(state, call)
 
+    def keep_types(self, after: _RecordedState, before: _RecordedState) -> _RecordedState:
+        """Keeps the types of the inner states; the numbers beside them are known in Python."""
+        values, units = (
+            self.attention_fn.keep_types(*pair)
+            for pair in ((after.values, before.values), (after.units, before.units))
+        )
+        return after._replace(values=values, units=units)
+
     def _keep(self, weights: Array, buckets: Array | None) -> None:
         weights = jnp.moveaxis(weights.astype(jnp.float32), 1, 2)
         self.keep(Recording(self.path, self.group, weights, buckets))

@@ -127,6 +127,10 @@ class StridedAttention(WrappedAttention):
         out = from_grid(unfold(out, slots, trailing=2), place)
         return out, StridedState(classes, state.count + visible.sum(-1, dtype=jnp.int32))
 
+    def keep_types(self, after: StridedState, before: StridedState) -> StridedState:
+        """Keeps the types of the classes' states."""
+        return after._replace(classes=self.attention_fn.keep_types(after.classes, before.classes))
+
     def read_one(self, state: StridedState, call: Call) -> tuple[Array, StridedState]:
         """Reads one token: only the state of its class is touched."""
         axes = len(call.query.shape) - 3
