@@ -295,9 +295,6 @@ def test_what_does_not_combine():
             near_field_attention(q, k, v, feature_map=feature_map, parameters=None, exact_window=2)
     with pytest.raises(TypeError, match="exact_window"):
         make_fast_generalized_attention(exact_window=2)
-    q, k, v = cases.qkv(length=1, keys=4)
-    with pytest.raises(ValueError, match="init_state"):
-        make_fast_softmax_attention(nb_features=M, exact_window=2)(q, k, v)
 
 
 @pytest.mark.usefixtures("optimized")

@@ -146,7 +146,7 @@ def test_many_that_were_left_out_are_counted_and_all_listed_in_a_file(write, tmp
 
 def test_a_list_of_a_failed_reading_does_not_appear(write, tmp_path):
     path = write("a.fasta", b">a\nM-\n>b\nMK\n>c\nM\0\n")
-    with pytest.raises(FastaError, match="NUL"), list_skipped(tmp_path / "list") as skipped:
+    with pytest.raises(FastaError, match="NUL"), list_skipped(tmp_path / "list.tsv") as skipped:
         ids(path, on_error="skip", skipped=skipped)
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.fasta"]
 
