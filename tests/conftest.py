@@ -51,3 +51,10 @@ def optimized():
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _free_programs():
+    """A process that keeps the programs of all modules runs out of memory maps, and crashes."""
+    yield
+    jax.clear_caches()
