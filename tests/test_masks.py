@@ -110,21 +110,31 @@ def test_a_traced_mask_is_checked_in_the_program_as_a_concrete_one_is(name, caus
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_long_traced_masks_are_checked_as_short_ones_are(causal):
-    """Of 300 keys, which are counted in groups and a rest."""
-    length = 300
-    sizes = Sizes((3,), length, length, 1, 1)
+@pytest.mark.parametrize("length", [512, 515])
+def test_long_traced_masks_are_checked_as_short_ones_are(causal, length):
+    """They are compared in blocks of rows and groups of keys, with a rest of each."""
     keys = np.random.default_rng(0).random(length) < 0.7
-    keys[[0, -1]] = True
+    keys[[0, 200, -1]] = True
     good = keys[None] & (np.tri(length, dtype=bool) if causal else np.ones((length, 1), bool))
-    more, less = good.copy(), good.copy()
-    more[7, length - 1] = not causal and keys[-1]
-    more[7, 20:] |= keys[20:] & causal
-    more[7, -1] = not more[7, -1]
-    less[-2, 0] = False
-    masks = np.stack([good, more, less])[:, None]
-    _, fits = jax.jit(lambda mask: key_mask_from_mask(mask, sizes, causal=causal))(masks)
-    np.testing.assert_array_equal(fits, [True, False, False])
+    good[[0, 99, 300]] = False
+    padded, hidden, all_hidden = good.copy(), good.copy(), np.zeros_like(good)
+    padded[-150:] = False
+    hidden[:, 200] = False
+    wrong = []
+    for row, key in ((7, 0), (length - 1, 200), (257, length - 1), (256, 255)):
+        bad = good.copy()
+        bad[row, key] = not bad[row, key]
+        wrong.append(bad)
+    masks = np.stack([good, padded, hidden, all_hidden, keys[None] & good[:, :1], *wrong])[:, None]
+    sizes = Sizes((len(masks),), length, length, 1, 1)
+    found, fits = jax.jit(lambda mask: key_mask_from_mask(mask, sizes, causal=causal))(masks)
+    np.testing.assert_array_equal(fits, np.arange(len(masks)) < 5)
+    np.testing.assert_array_equal(found[0, :, 0], keys)
+    for row, mask in enumerate(masks[:4]):
+        concrete = Sizes((1,), length, length, 1, 1)
+        np.testing.assert_array_equal(
+            found[row : row + 1], key_mask_from_mask(mask[None], concrete, causal=causal)[0]
+        )
 
 
 def test_numbers_other_than_0_and_1_are_no_mask_of_pairs():

@@ -16,14 +16,11 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jax import export, lax
 from jax.core import Tracer
 
 from fast_attention.array_types import Array, Bool, Float
 from fast_attention.mechanisms.checks import as_visible, check_broadcast, mismatch
-
-LANES = 64
-"""Keys that are counted side by side."""
+from fast_attention.mechanisms.mask_structure import common_keys
 
 BIAS_ADVICE = "booleans and numbers 0 and 1 are a mask"
 EXACT = "use exact attention (make_softmax_attention)"
@@ -75,8 +72,8 @@ def key_mask_from_mask(
     """Turns a Flax mask into a mask of keys.
 
     Accepted are masks that are constant over queries (exact), and ``padding x padding`` masks, with
-    or without a causal factor, of which the key part is taken: a key is visible if any query may
-    see it.
+    or without a causal factor, of which the key part is taken. Causal attention hides later keys by
+    itself, so what a mask says about them does not matter.
 
     Args:
       mask: bool or 0/1 numbers, broadcastable to ``[*B, H, T, S]``; true means "may see".
@@ -94,14 +91,13 @@ def key_mask_from_mask(
     check_broadcast("mask", jnp.shape(mask), sizes.full)
     visible, values = as_visible("mask", mask)
     traced = isinstance(visible, Tracer)
-    xp: Any = jnp if traced else np
     visible = _full_rank(visible, sizes)
     conditions = [] if values is None else [_full_rank(values, sizes).all(axis=(-1, -2, -3))]
     if visible.shape[-2] == 1:
         keys = visible[..., 0, :]
     else:
-        keys = visible.any(axis=-2)
-        expressible = _expressible(xp, visible, keys, causal)
+        keys, expressible = common_keys(visible, causal=causal)
+        expressible = expressible.all(axis=-1)
         if not traced and not expressible.all():
             raise ValueError(_explain(np.asarray(visible), causal))
         conditions.append(expressible)
@@ -167,40 +163,6 @@ def _all_of(conditions: list[Any]) -> Any:
     for condition in conditions[1:]:
         found = found & condition
     return found
-
-
-def _expressible(xp: Any, visible: Any, keys: Any, causal: bool) -> Any:
-    """Whether rows, where not entirely masked, show the key mask (times causality), ``[*B]``.
-
-    A row shows no key that the key mask hides, so that counting what it shows is enough.
-    """
-    rows, columns = visible.shape[-2:]
-    count = _row_counts(xp, visible)
-    fits = (count == 0) | (count == keys.sum(axis=-1, dtype=np.int32)[..., None])
-    if causal and rows == columns:
-        place = xp.arange(columns, dtype=np.int32)
-        past = (place[None] <= place[:, None]).reshape((1,) * (visible.ndim - 2) + (rows, columns))
-        # All that a row shows lies in its past, and is all that there is.
-        before = xp.cumsum(keys, axis=-1, dtype=np.int32)
-        fits = fits | ((count == before) & (count == _row_counts(xp, visible & past)))
-    return fits.all(axis=(-1, -2))
-
-
-def _row_counts(xp: Any, visible: Any) -> Any:
-    """Counts the keys that each row shows, ``[..., S]`` to ``[...]``.
-
-    XLA's CPU compiler sums along the last axis one number at a time. Sums across groups of lanes
-    are vectorised, and cost a tenth as long as they are not merged with the sum over lanes.
-    """
-    columns = visible.shape[-1]
-    if xp is np or export.is_symbolic_dim(columns) or columns < 4 * LANES:
-        return visible.sum(axis=-1, dtype=np.int32)
-    groups = columns // LANES
-    narrow = next(kind for kind in (np.uint8, np.uint16, np.uint32) if groups <= np.iinfo(kind).max)
-    grouped = visible[..., : groups * LANES].reshape(*visible.shape[:-1], groups, LANES)
-    lanes = lax.optimization_barrier(grouped.astype(narrow).sum(axis=-2, dtype=narrow))
-    rest = visible[..., groups * LANES :].sum(axis=-1, dtype=np.int32)
-    return lanes.astype(np.int32).sum(axis=-1) + rest
 
 
 def _explain(visible: np.ndarray, causal: bool) -> str:
