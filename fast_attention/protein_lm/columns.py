@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
 import os
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fast_attention.protein_lm.fasta_parser import CONTROLS
-from fast_attention.protein_lm.machine_failures import machine_failure
 from fast_attention.protein_lm.run_folder import RunError
+from fast_attention.protein_lm.table_rows import cell_count, parse_rows, read_lines
+from fast_attention.protein_lm.text_source import FastaError
+from fast_attention.protein_lm.wording import counted
 
 MOST_BYTES = 2**29
 """Bytes of the largest table that is read, unpacked."""
@@ -21,13 +19,6 @@ Columns = dict[str, list[str]]
 
 
 def read_columns(
-    path: str | os.PathLike[str], required: Sequence[str] = (), optional: Sequence[str] = ()
-) -> Columns:
-    """Reads some columns of a table, see `read_numbered_columns`."""
-    return read_numbered_columns(path, required, optional)[0]
-
-
-def read_numbered_columns(
     path: str | os.PathLike[str],
     required: Sequence[str] = (),
     optional: Sequence[str] = (),
@@ -35,9 +26,7 @@ def read_numbered_columns(
 ) -> tuple[Columns, list[int]]:
     """Reads some columns of a table whose first line names them.
 
-    Cells are separated by tabs where the first line has one, and by commas otherwise. Quoted
-    cells, any line ends, a byte order mark and blank lines are accepted; blanks around cells are
-    dropped.
+    See `table_rows` for what a table may be. A name is also found where only its case differs.
 
     Args:
       path: The file.
@@ -54,41 +43,44 @@ def read_numbered_columns(
         or has a row of another number of cells.
     """
     path = Path(path)
-    text = read_text(path)
-    first = text.partition("\n")[0]
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if "\t" in first else ",")
     try:
-        numbered = [(rows.line_num, [cell.strip() for cell in row]) for row in rows if any(row)]
-    except csv.Error as error:
-        raise RunError(f"{path}, line {rows.line_num}: no table ({error})") from error
+        numbered = list(parse_rows(path, read_lines(path, most_bytes=MOST_BYTES)))
+    except FastaError as error:
+        raise RunError(str(error)) from error
     if len(numbered) < 2:
         raise RunError(
             f"{path}: expected a first line with the names of columns, and rows below it; the "
-            f"file has {len(numbered)} lines that are not blank"
+            f"file has {counted(len(numbered), 'row')}"
         )
-    names = numbered[0][1]
-    for name in required:
-        if name not in names:
-            flag = (flags or {}).get(name)
-            how = f" with {flag}" if flag else ""
-            raise RunError(
-                f"{path}, line {numbered[0][0]}: there is no column {name!r}, only "
-                f"{', '.join(map(repr, names))}; name the column{how}, or put its name into the "
-                "first line"
-            )
-    wanted = [*required, *(name for name in optional if name in names)] or names
-    for name in wanted:
-        if names.count(name) > 1:
-            raise RunError(f"{path}: {names.count(name)} columns are named {name!r}; rename one")
+    first, names = numbered[0]
     for number, row in numbered[1:]:
         if len(row) != len(names):
+            raise RunError(f"{path}, line {number}: {'. '.join(cell_count(len(row), len(names)))}")
+    if not required and not optional:
+        required = names
+    places = {}
+    for name in dict.fromkeys([*required, *optional]):
+        found = [place for place, other in enumerate(names) if other == name] or [
+            place for place, other in enumerate(names) if other.lower() == name.lower()
+        ]
+        if len(found) > 1:
             raise RunError(
-                f"{path}, line {number}: {len(row)} cells, but the first line names {len(names)} "
-                "columns; quote cells that hold the separator"
+                f"{path}, line {first}: {len(found)} columns are named {name!r}; rename one"
             )
-    places = {name: names.index(name) for name in wanted}
-    found = {name: [row[place] for _, row in numbered[1:]] for name, place in places.items()}
-    return found, [number for number, _ in numbered[1:]]
+        if found:
+            places[name] = found[0]
+        elif name in required:
+            raise RunError(_no_column(path, first, name, names, (flags or {}).get(name)))
+    columns = {name: [row[place] for _, row in numbered[1:]] for name, place in places.items()}
+    return columns, [number for number, _ in numbered[1:]]
+
+
+def _no_column(path: Path, line: int, name: str, names: Sequence[str], flag: str | None) -> str:
+    how = f" with {flag}" if flag else ""
+    return (
+        f"{path}, line {line}: there is no column {name!r}, only {', '.join(map(repr, names))}; "
+        f"name the column{how}, or put its name into the first line"
+    )
 
 
 def check_name(text: str) -> str:
@@ -101,41 +93,3 @@ def check_name(text: str) -> str:
     if control is not None:
         raise ValueError(f"{text[:80]!r} has the control character {control!r}: replace it")
     return text
-
-
-def _read_bounded(path: Path) -> str:
-    with open(path, "rb") as raw:
-        packed = raw.peek(2)[:2] == b"\x1f\x8b"
-        with gzip.GzipFile(fileobj=raw) if packed else raw as stream:
-            content = stream.read(MOST_BYTES + 1)
-    if len(content) > MOST_BYTES:
-        raise RunError(
-            f"{path} has more than {MOST_BYTES:,} bytes, and tables are read into memory: check "
-            "that it is the right file, or split it"
-        )
-    return content.decode("utf-8-sig")
-
-
-def read_text(path: Path) -> str:
-    """The text of a table, plain or gzip.
-
-    Raises:
-      RunError: If it cannot be read, is damaged or no text, or has more than `MOST_BYTES` bytes.
-    """
-    try:
-        return _read_bounded(path)
-    except FileNotFoundError:
-        raise RunError(f"{path}: no such file; check the path") from None
-    except IsADirectoryError:
-        raise RunError(f"{path}: is a folder; give the table in it") from None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise RunError(
-            f"{path}: the compressed data is cut off or damaged ({error}); fetch the file again"
-        ) from error
-    except OSError as error:
-        remedy = machine_failure(error) or "check the file"
-        raise RunError(f"{path}: cannot be read ({error.strerror or error}): {remedy}") from error
-    except UnicodeDecodeError:
-        raise RunError(
-            f"{path}: is no text; save a spreadsheet as CSV or TSV, encoded in UTF-8"
-        ) from None

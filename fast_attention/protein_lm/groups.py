@@ -17,6 +17,7 @@ import numpy as np
 
 from fast_attention.protein_lm.columns import check_name, read_columns
 from fast_attention.protein_lm.run_folder import RunError
+from fast_attention.protein_lm.wording import counted
 
 _TOLD = 5
 
@@ -62,27 +63,32 @@ def read_groups(
     Raises:
       RunError: If the table cannot be read or lacks some of the proteins.
     """
-    if key is None or value is None:
-        table = list(read_columns(path).items())
-        if len(table) < 2:
-            raise RunError(f"{path}: expected a column of ids and one of the {name}; got one")
-        keys, values = table[0][1], table[1][1]
-    else:
-        columns = read_columns(path, [key, value])
-        keys, values = columns[key], columns[value]
-    for row, label in enumerate(values, 1):
+    names = [] if key is None or value is None else [key, value]
+    table, lines = read_columns(path, names)
+    if len(table) < 2:
+        raise RunError(f"{path}: expected a column of ids and one of the {name}; got one")
+    first, keys, values = list(table)[0], *list(table.values())[:2]
+    places: dict[str, int] = {}
+    for line, protein, label in zip(lines, keys, values, strict=True):
         try:
-            check_name(label)
+            if not check_name(label):
+                raise ValueError("is empty")
         except ValueError as error:
-            raise RunError(f"{path}, row {row}: the {name} {error}") from None
+            raise RunError(f"{path}, line {line}: the {name} {error}") from None
+        if places.setdefault(protein, line) != line:
+            raise RunError(
+                f"{path}, line {line}: {protein!r} stands in line {places[protein]}, too; keep one "
+                "row for each protein"
+            )
     known = dict(zip(keys, values, strict=True))
     found = [known.get(protein, known.get(accession(protein))) for protein in ids]
     missing = [protein for protein, label in zip(ids, found, strict=True) if label is None]
     if missing:
         told = ", ".join(missing[:_TOLD]) + (", ..." if len(missing) > _TOLD else "")
         raise RunError(
-            f"{path}: {len(missing)} of {len(ids)} proteins are not in its column of ids: {told}; "
-            f"its ids are like {keys[0]!r}; add a row for each protein, or leave the proteins out"
+            f"{path}: {len(missing)} of {counted(len(ids), 'protein')} not found in its column "
+            f"{first!r}, which has ids such as {keys[0]!r}: {told}; the first line must name the "
+            "columns; add a row for each protein, or leave the proteins out"
         )
     return make_groups(name, [label for label in found if label is not None])
 

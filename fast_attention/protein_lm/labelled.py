@@ -12,11 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fast_attention.protein_lm.columns import check_name, read_numbered_columns
+from fast_attention.protein_lm.columns import check_name, read_columns
 from fast_attention.protein_lm.fasta import PROTEIN_LETTERS
 from fast_attention.protein_lm.fasta_parser import MAX_RESIDUES
 from fast_attention.protein_lm.output_files import printable
 from fast_attention.protein_lm.run_folder import RunError
+from fast_attention.protein_lm.wording import counted
 
 TASKS = ("regression", "classification")
 PARTS = ("train", "valid", "test")
@@ -39,7 +40,6 @@ class Labelled(NamedTuple):
       parts: Of `PARTS`, or None where the table does not say.
       groups: Proteins of equal groups belong together, or None.
       left_out: What was left out, and why.
-      lines: Of the file, in which each row ends.
     """
 
     ids: list[str]
@@ -48,7 +48,6 @@ class Labelled(NamedTuple):
     parts: list[str] | None
     groups: list[str] | None
     left_out: list[str]
-    lines: list[int]
 
 
 def read_labelled(
@@ -63,6 +62,7 @@ def read_labelled(
     on_error: str = "raise",
     alphabet: str = PROTEIN_LETTERS,
     longest: int = MAX_RESIDUES,
+    numeric: bool = False,
 ) -> Labelled:
     """Reads a table of proteins, see `columns.read_columns`.
 
@@ -78,6 +78,7 @@ def read_labelled(
         ``"replace"`` the letter by X. Rows without sequence or label are errors, too.
       alphabet: The residues that may occur.
       longest: Most residues of a protein.
+      numeric: Whether labels must be numbers; a row whose label is none is an error, too.
 
     Raises:
       RunError: If the table cannot be read or understood; the message names the row.
@@ -91,9 +92,7 @@ def read_labelled(
         split_column or "": "--split_column",
         group_column or "": "--group_column",
     }
-    table, lines = read_numbered_columns(
-        path, list(dict.fromkeys(required)), [id_column, "split"], flags
-    )
+    table, lines = read_columns(path, list(dict.fromkeys(required)), [id_column, "split"], flags)
     number = len(table[label_column])
     ids = table.get(id_column) or [str(row) for row in range(1, number + 1)]
     splits = table.get(split_column or "split")
@@ -102,6 +101,8 @@ def read_labelled(
         try:
             if not table[label_column][row]:
                 raise ValueError(f"the column {label_column!r} (--label_column) is empty")
+            if numeric:
+                as_number(table[label_column][row])
             residues = (
                 _lookup(sequences, ids[row])
                 if sequences is not None
@@ -140,34 +141,43 @@ def read_labelled(
         else [_part(f"{path}, line {lines[row]}", splits[row]) for row in kept],
         pick(table[group_column]) if group_column else None,
         left_out,
-        [lines[row] for row in kept],
     )
 
 
-def as_numbers(labels: Sequence[str | float], places: Sequence[str] | None = None) -> np.ndarray:
+def as_numbers(labels: Sequence[str | float]) -> np.ndarray:
     """Labels as float64 ``[N]``.
-
-    Args:
-      labels: N numbers, or their text.
-      places: Where each is from, for the message.
 
     Raises:
       RunError: At a label that is no finite number.
     """
     values = []
-    for row, label in enumerate(labels):
+    for row, label in enumerate(labels, 1):
         try:
-            value = float(label)
-        except (TypeError, ValueError):
-            value = math.nan
-        if not math.isfinite(value):
-            raise RunError(
-                f"{places[row] if places else f'label {row + 1}'}: the label {label!r} is no "
-                "finite number; correct it, or choose --task=classification "
-                "(task='classification' in Python)"
-            )
-        values.append(value)
+            values.append(as_number(label))
+        except ValueError as error:
+            raise RunError(f"label {row}: {error}") from None
     return np.array(values)
+
+
+def as_number(label: str | float) -> float:
+    """A label as a number.
+
+    Raises:
+      ValueError: If it is no finite number.
+    """
+    try:
+        # Python reads 1_5 as 15, and other programs do not.
+        value = math.nan if "_" in str(label) else float(label)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not math.isfinite(value):
+        comma = "," in str(label)
+        raise ValueError(
+            f"the label {label!r} is no finite number; "
+            + ("write decimals with a point" if comma else "correct it")
+            + ", or choose --task=classification (task='classification' in Python)"
+        )
+    return value
 
 
 def choose_parts(
@@ -203,7 +213,9 @@ def choose_parts(
         if not 0 < share < 1:
             raise ValueError(f"{name} must be between 0 and 1; got {share}")
     if number < _LEAST_ROWS:
-        raise RunError(f"{number} proteins are too few; give at least {_LEAST_ROWS}")
+        raise RunError(
+            f"{counted(number, 'protein')}: too few to learn from; give at least {_LEAST_ROWS}"
+        )
     labels = np.array([str(row) for row in range(number)] if groups is None else groups)
     rng = np.random.default_rng([seed, 4])
     chosen = np.full(number, "train", dtype=object) if parts is None else np.array(parts, object)
@@ -214,8 +226,8 @@ def choose_parts(
     counts = {part: int((chosen == part).sum()) for part in PARTS}
     if counts["train"] < 2 or not counts["valid"]:
         raise RunError(
-            f"there are {counts['train']} proteins to train on and {counts['valid']} to validate "
-            "on, too few; give more proteins, smaller shares, or smaller groups"
+            f"too few: {counted(counts['train'], 'protein')} to train on and {counts['valid']} to "
+            "validate on; give more proteins, smaller shares, or smaller groups"
         )
     return chosen.astype(str)
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import io
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fast_attention.protein_lm.columns import read_text
+from fast_attention.protein_lm.columns import MOST_BYTES
 from fast_attention.protein_lm.fasta import FastaRecord
 from fast_attention.protein_lm.mutations import Variant, is_notation, parse_variant
+from fast_attention.protein_lm.table_rows import cell_count, parse_rows, read_lines
 
 _MUTANT, _ID = "mutant", "id"
 
@@ -35,46 +35,46 @@ def read_mutations(path: str | Path) -> list[ListedMutation]:
 
     Where there is no file of this name, the name itself is read as mutations between commas.
 
-    The file is a table if its first line that is not empty, cut at tabs if it has any and else at
-    commas, has a cell ``mutant``; that line is its header then. In a table the column ``id``,
-    if there is one, names the wild type by its id in the FASTA file; other columns are not looked
-    at (tables of ProteinGym can be given as they are). Otherwise every line that is not empty is
-    a mutation, the first one, too.
+    The file is a table, see `table_rows`, if the first line that is not empty has a cell
+    ``mutant``; that line is its header then. In a table the column ``id``, if there is one, names
+    the wild type by its id in the FASTA file; other columns are not looked at (tables of ProteinGym
+    can be given as they are). Otherwise every line that is not empty is a mutation, the first one,
+    too.
 
     Args:
-      path: The file, text, plain or gzip, see `columns.read_text`.
+      path: The file, text, plain or gzip, see `table_rows.read_lines`.
 
     Raises:
-      ValueError: If it has no mutation, or a line of a table ends before its mutation.
-      RunError: If it cannot be read.
+      ValueError: If it cannot be read, has no mutation, two columns of one name, or a row that does
+        not have a cell for each column.
     """
     if not os.path.exists(path):
         return _inline(str(path))
-    text = read_text(Path(path))
-    lines = text.splitlines()
-    first = next((number for number, line in enumerate(lines) if line.strip()), None)
+    path = Path(path)
+    lines = list(read_lines(path, most_bytes=MOST_BYTES))
+    first = next((line for line in lines if line.strip()), None)
     if first is None:
         raise ValueError(f"{path}: the file is empty; give one mutation per line, such as A12G")
-    delimiter = "\t" if "\t" in lines[first] else ","
-    header = [
-        cell.strip().lower() for cell in next(csv.reader([lines[first]], delimiter=delimiter))
-    ]
+    header = [cell.lower() for _, cells in parse_rows(path, [first]) for cell in cells]
     if _MUTANT not in header:
         return [
             ListedMutation(line.strip(), None, number)
             for number, line in enumerate(lines, 1)
             if line.strip()
         ]
+    for name in (_MUTANT, _ID):
+        if header.count(name) > 1:
+            raise ValueError(f"{path}: {header.count(name)} columns are named {name!r}; rename one")
     found = []
-    rows = csv.reader(io.StringIO("\n".join(lines[first + 1 :])), delimiter=delimiter)
-    for row in rows:
-        if not any(cell.strip() for cell in row):
-            continue
-        line = first + 1 + rows.line_num
-        cells = dict(zip(header, (cell.strip() for cell in row), strict=False))
-        if not cells.get(_MUTANT):
+    for line, cells in itertools.islice(parse_rows(path, lines), 1, None):
+        if len(cells) != len(header):
+            raise ValueError(
+                f"{path}, line {line}: {'. '.join(cell_count(len(cells), len(header)))}"
+            )
+        row = dict(zip(header, cells, strict=True))
+        if not row[_MUTANT]:
             raise ValueError(f"{path}, line {line}: nothing in the column {_MUTANT!r}")
-        found.append(ListedMutation(cells[_MUTANT], cells.get(_ID), line))
+        found.append(ListedMutation(row[_MUTANT], row.get(_ID), line))
     if not found:
         raise ValueError(f"{path}: the table has a header and no mutation")
     return found

@@ -53,7 +53,7 @@ def read_pieces(path: Path) -> Iterator[bytes]:
     except FileNotFoundError:
         raise FastaError(f"{path}: no such file. Check the path.") from None
     except IsADirectoryError:
-        raise FastaError(f"{path}: is a folder. Give the FASTA files in it instead.") from None
+        raise FastaError(f"{path}: is a folder. Give a file in it instead.") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise FastaError(
             f"{path}: the compressed data is cut off or damaged ({error}). Fetch the file again."

@@ -16,7 +16,7 @@ from fast_attention.protein_lm.fasta_parser import LONGEST_PROTEIN, MAX_RESIDUES
 from fast_attention.protein_lm.finetuned import fingerprint
 from fast_attention.protein_lm.finetuning import TuningConfig, fine_tune
 from fast_attention.protein_lm.json_files import read_json
-from fast_attention.protein_lm.labelled import as_numbers, read_labelled
+from fast_attention.protein_lm.labelled import read_labelled
 from fast_attention.protein_lm.loading import load_run
 from fast_attention.protein_lm.model_inputs import longest_record
 from fast_attention.protein_lm.output_files import (
@@ -101,12 +101,17 @@ def run_tuning(
             too_long=longest_record(None)[1],
         )
         sequences = {record.id: record.sequence for record in records}
-    found = read_labelled(table, **columns, sequences=sequences, alphabet=letters, longest=limit)
-    if task == "regression":
-        as_numbers(found.labels, [f"{table}, line {line}" for line in found.lines])
+    found = read_labelled(
+        table,
+        **columns,
+        sequences=sequences,
+        alphabet=letters,
+        longest=limit,
+        numeric=task == "regression",
+    )
     asked = {
         "trunk": fingerprint(loaded.model),
-        "data": hashlib.sha256(json.dumps(found._replace(lines=[])).encode()).hexdigest(),
+        "data": hashlib.sha256(json.dumps(found).encode()).hexdigest(),
         "task": task,
         "options": dataclasses.asdict(TuningConfig(**options)),
         "whole_model": whole_model,

@@ -13,30 +13,42 @@ from fast_attention.protein_lm.run_folder import RunError
         b"id,sequence,y\na,MK,1\nb,AA,2\n",
         b"\xef\xbb\xbfid\tsequence\ty\r\na\tMK\t1\r\n\r\nb\tAA\t2",
         gzip.compress(b'id,"sequence",y\n"a",MK, 1\nb,AA,2\n'),
+        b"\nid;sequence;y\ra;MK;1\rb;AA;2",
+        "id,Sequence,Y\na,MK,1\nb,AA,2\n".encode("utf-16"),
     ],
     # gzip.compress writes the time: an id made of it would change from second to second.
-    ids=["csv", "tsv_with_byte_order_mark", "csv_in_gzip"],
+    ids=["csv", "tsv_with_byte_order_mark", "csv_in_gzip", "semicolons", "utf_16"],
 )
 def test_csv_and_tsv_are_told_apart(tmp_path, content):
     path = tmp_path / "table"
     path.write_bytes(content)
-    assert read_columns(path, ["sequence"], ["y", "z"]) == {
+    assert read_columns(path, ["sequence"], ["y", "z"])[0] == {
         "sequence": ["MK", "AA"],
         "y": ["1", "2"],
     }
-    assert list(read_columns(path)) == ["id", "sequence", "y"]
+    assert [name.lower() for name in read_columns(path)[0]] == ["id", "sequence", "y"]
+
+
+def test_a_cell_may_be_as_long_as_a_protein(tmp_path):
+    # The csv module alone refuses more than 131,072 characters.
+    path = tmp_path / "table"
+    path.write_text("id,sequence\na," + "M" * 200_000 + "\n")
+    assert len(read_columns(path)[0]["sequence"][0]) == 200_000
 
 
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"", "has 0 lines"),
-        (b"sequence,label\n", "has 1 lines"),
+        (b"", "has 0 rows"),
+        (b"sequence,label\n", "has 1 row$"),
         (b"sequence,y\nMK,1\n", "no column 'label', only 'sequence', 'y'"),
         (b"label,label\n1,2\n", "2 columns are named 'label'"),
-        (b"label,x\n1,2\n3\n", "line 3: 1 cells, but the first line names 2"),
+        (b"label,x\n1,2\n3\n", "line 3: has 1 cell, but the first line has 2"),
         (b"\x1f\x8bnothing", "cut off or damaged"),
-        (b"\xff\xfe", "is no text"),
+        (b"label,x\n\xe9,2\n", "line 2: the byte 0xe9 .* is not UTF-8"),
+        (b"label,x\n1,\0\n", "line 2: has a NUL byte"),
+        (b'label,x\n1,2\n3,"5 prime\n4,5\n', "line 3: is no table.*as far as line 4"),
+        (b'label,x\n1,"a\n2,"b\n', "line 2: is no table"),
     ],
 )
 def test_what_is_no_table_is_told(tmp_path, content, expected):

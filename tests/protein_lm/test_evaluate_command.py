@@ -1,7 +1,10 @@
 import csv
 import json
 
-from fast_attention.protein_lm import cli, read_fasta
+import pytest
+
+from fast_attention.protein_lm import cli, groups, read_fasta
+from fast_attention.protein_lm.run_folder import RunError
 
 
 def test_tables_are_written(lm_run, tiny_fasta, tmp_path, capsys):
@@ -18,6 +21,23 @@ def test_tables_are_written(lm_run, tiny_fasta, tmp_path, capsys):
     assert sum(int(row["residues_scored"]) for row in rows) == result["residues"]
     assert len(result["by_family"]) == 30
     assert {"perplexity", "accuracy", "5-gram_perplexity", "family"} < set(rows[0])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("id,family\na,x\na,y\n", "line 3: 'a' stands in line 2, too"),
+        ("id,family\na,\n", "line 2: the family is empty"),
+        ('id,family\n\na,"x\ny"\n', "line 4: the family .* control character"),
+        ("a,x\nb,y\n", "1 of 1 protein not found in its column 'a'.*first line must name"),
+    ],
+    ids=["twice", "empty", "line_end", "no_header"],
+)
+def test_families_that_cannot_be_looked_up_are_told_with_their_line(tmp_path, text, message):
+    path = tmp_path / "families.csv"
+    path.write_text(text)
+    with pytest.raises(RunError, match=rf"families\.csv.* {message}"):
+        groups.read_groups(path, ["a"], key=None, value=None, name="family")
 
 
 def test_an_unfit_table_is_told(lm_run, tiny_fasta, tmp_path, capsys):

@@ -181,7 +181,7 @@ def test_tables_of_lengths_and_families_add_up(lm, ngrams, few, tmp_path):
 def test_proteins_without_a_group_are_told(lm, ngrams, few, tmp_path):
     table = tmp_path / "splits.tsv"
     table.write_text("accession\tcomponent\nP1\t1\n")
-    with pytest.raises(RunError, match="20 of 20 proteins are not in") as error:
+    with pytest.raises(RunError, match="20 of 20 proteins not found in") as error:
         evaluation.evaluate_in_groups(lm.model, few, ngrams, split_file=table)
     assert next(read_fasta(few)).id in str(error.value)
 

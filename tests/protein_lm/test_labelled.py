@@ -87,16 +87,18 @@ def test_given_parts_are_kept():
 
 
 def test_too_few_are_told():
-    with pytest.raises(RunError, match="7 proteins are too few"):
+    with pytest.raises(RunError, match="7 proteins: too few"):
         choose_parts(7, None, None, **SHARES)
-    with pytest.raises(RunError, match="0 to validate"):
+    with pytest.raises(RunError, match="1 protein: too few"):
+        choose_parts(1, None, None, **SHARES)
+    with pytest.raises(RunError, match="too few: 9 proteins to train on and 0 to validate"):
         choose_parts(9, None, ["one family"] * 9, **SHARES)
-    with pytest.raises(RunError, match="0 proteins to train on"):
+    with pytest.raises(RunError, match="too few: 0 proteins to train on"):
         choose_parts(9, ["test"] * 9, None, **SHARES)
 
 
 @pytest.mark.parametrize("column", ["id", "label", "family"])
-@pytest.mark.parametrize("control", ["\t", "\n", "\r", "\0"], ids=ascii)
+@pytest.mark.parametrize("control", ["\t", "\n", "\r"], ids=ascii)
 def test_names_that_break_tables_are_refused_or_left_out(tmp_path, column, control):
     rows = [{"id": f"p{row}", "sequence": "MK", "label": "x", "family": "f"} for row in range(3)]
     rows[1][column] = f"a{control}b"
@@ -109,3 +111,15 @@ def test_names_that_break_tables_are_refused_or_left_out(tmp_path, column, contr
         read_labelled(path, group_column="family")
     found = read_labelled(path, group_column="family", on_error="skip")
     assert found.ids == ["p0", "p2"] and len(found.left_out) == 1
+
+
+@pytest.mark.parametrize(
+    ("label", "remedy"), [("NA", "correct it"), ("1,5", "with a point"), ("1_5", "correct it")]
+)
+def test_a_label_that_is_no_number_is_an_error_of_its_row(tmp_path, label, remedy):
+    path = write(tmp_path / "t.csv", f'id,sequence,label\na,MK,1\nb,MA,"{label}"\n')
+    with pytest.raises(RunError, match=rf"t.csv, line 3 \(b\): the label '{label}'.*{remedy}"):
+        read_labelled(path, numeric=True)
+    found = read_labelled(path, numeric=True, on_error="skip")
+    assert found.ids == ["a"] and len(found.left_out) == 1
+    assert read_labelled(path).labels == ["1", label]

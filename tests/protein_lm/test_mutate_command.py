@@ -93,9 +93,15 @@ def test_a_list_and_whole_proteins_say_the_same(lm_run, tmp_path):
         ("mutant\tid\nK2G\tthree\n", "line 2: there is no wild type 'three'; there is protein"),
         ("mutant,x\n,1\n", "line 2: nothing in the column 'mutant'"),
         ("mutant\n", "no mutation"),
+        ("mutant,x\nK2G,R10W,1\n", "line 2: has 3 cells, but the first line has 2"),
+        ("mutant,x\nK2G\n", "line 2: has 1 cell, but the first line has 2"),
+        ("mutant,mutant\nK2G,R10W\n", "2 columns are named 'mutant'"),
+        ('mutant,x\nK2G,"a\nR10W,b\n', "line 2: is no table"),
+        ("mutant,x\nK2G,\0\n", "line 2: has a NUL byte"),
         (" \n", "the file is empty"),
         ("hello\n", "line 1: 'hello' is no mutation"),
     ],
+    ids=ascii,
 )
 def test_a_bad_list_is_told_with_its_line(lm_run, tmp_path, capsys, text, expected):
     path = tmp_path / "list.txt"

@@ -26,6 +26,8 @@ def read(folder, name, text, **options):
         ("a.CSV.gz", 'p1,MKTAY\r\n\r\n"p2 kinase, human",ACD'),
         ("a.tsv", "id\tsequence\np1\tMKTAY\np2 kinase, human\tACD\n"),
         ("a.csv", '\ufeffSequence,note,ID\nMKTAY,x,p1\nACD,,"p2 kinase, human"\n'),
+        ("a.csv", "p1;MKTAY\n\np2 kinase, human;ACD\n"),
+        ("a.csv", "id\tsequence\np1\tMKTAY\np2 kinase, human\tACD\n"),
         ("a.csv", 'name,length,sequence\np1,5,MK TAY\n"p2 kinase, human",3,ACD\n'),
     ],
 )
@@ -49,6 +51,7 @@ def test_a_column_of_sequences_needs_no_ids(tmp_path):
         ("id,sequence,sequence\n", "two columns have one name"),
         ("id,sequence\np1,M\0K\n", "line 2: has a NUL byte"),
         ('id,sequence\n"p1,MK\n', "line 2: is no table"),
+        ('id,sequence,note\np1,MK,"a\np2,MK,b\n', "line 2: is no table.*as far as line 3"),
     ],
 )
 def test_what_cannot_be_read_is_told_with_its_line(text, message, tmp_path):
