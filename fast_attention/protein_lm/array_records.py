@@ -44,15 +44,6 @@ def checksums(arrays: Any) -> dict[str, int]:
     return dict(zip(leaves, total.tolist(), strict=True))
 
 
-def checksums_of_bytes(arrays: Any) -> dict[str, int]:
-    """The CRC-32 of the bytes of each array, as checkpoints of earlier versions have."""
-    found = {}
-    for name, leaf in named(arrays).items():
-        whole = np.ascontiguousarray(process_arrays.fetch(_data(leaf)))
-        found[name] = zlib.crc32(whole.reshape(-1).view(np.uint8).data)
-    return found
-
-
 def seal(about: dict[str, Any]) -> int:
     """The CRC-32 of what is fit for JSON."""
     return zlib.crc32(json.dumps(about, sort_keys=True).encode())

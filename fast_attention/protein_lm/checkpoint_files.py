@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 
-from fast_attention.protein_lm.json_files import MAX_BYTES
-from fast_attention.protein_lm.run_folder import check_links
+from fast_attention.protein_lm.json_files import MAX_BYTES, check_fields
+from fast_attention.protein_lm.run_folder import RunError, check_links
 
 # Files that orbax reads whole, before anything in them can be compared.
 _TEXT_FILES = ("metadata", "_METADATA", "_CHECKPOINT_METADATA", "_sharding", "process_0")
@@ -17,6 +17,19 @@ _TEXT_FILES = ("metadata", "_METADATA", "_CHECKPOINT_METADATA", "_sharding", "pr
 # Trained numbers hardly compress, zeros do.
 _MAX_COMPRESSION = 256
 _SMALL = 2**28
+
+_ABOUT = {"progress": dict, "arrays": dict[str, str], "sums": dict[str, int], "seal": int}
+_PROGRESS = {
+    "iterator": dict | None,
+    "batch_size": int,
+    "tokens": int,
+    "seconds": float,
+    "pending": list[dict[str, float]] | None,
+    "lowest_loss": float | None,
+    "best_step": int | None,
+    "best_loss": float | None,
+}
+"""Types of the fields of `checkpoints.Progress` as JSON."""
 
 
 def check(folder: Path, arrays: Any = None) -> None:
@@ -42,3 +55,22 @@ def check(folder: Path, arrays: Any = None) -> None:
     wanted = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
     if wanted > _SMALL + _MAX_COMPRESSION * there:
         raise ValueError(f"its {there:,} bytes cannot hold {wanted:,} bytes of arrays")
+
+
+def check_about(folder: Path, about: Any) -> None:
+    """Checks what stands beside the arrays of a checkpoint: names and types.
+
+    Args:
+      folder: Of the checkpoint.
+      about: The content of its JSON file.
+
+    Raises:
+      RunError: At an unknown or missing name, or a value of another type.
+    """
+    path = folder / "about" / "metadata"
+    check_fields(path, "", about, _ABOUT)
+    progress = check_fields(path, "progress", about["progress"], _PROGRESS)
+    if progress["batch_size"] < 1:
+        raise RunError(
+            f"{path}: progress.batch_size is {progress['batch_size']}; expected 1 or more"
+        )

@@ -12,6 +12,7 @@ lay, so that any number of processes and devices can read it.
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -22,21 +23,11 @@ import jax
 import orbax.checkpoint as ocp
 
 from fast_attention.protein_lm import checkpoint_files, process_arrays, processes
-from fast_attention.protein_lm.array_records import (
-    checksums,
-    checksums_of_bytes,
-    describe,
-    find_unsound,
-    seal,
-)
+from fast_attention.protein_lm.array_records import checksums, describe, find_unsound, seal
 from fast_attention.protein_lm.divergence import REMEDY
 from fast_attention.protein_lm.machine_failures import machine_failure
 from fast_attention.protein_lm.run_folder import RunError
 from fast_attention.protein_lm.train_state import TrainState
-
-# What orbax raises at files that are cut short, missing or changed, or cannot be written; some of
-# it comes from C++ as RuntimeError.
-_FAILURES = (ValueError, KeyError, TypeError, OSError, RuntimeError, AttributeError, AssertionError)
 
 # Room for what a checkpoint has beside its arrays, generously.
 _METADATA_BYTES = 2**20
@@ -155,7 +146,7 @@ def save(
                 about=ocp.args.JsonSave(about),
             ),
         )
-    except _FAILURES as error:
+    except Exception as error:  # Orbax raises anything, a bare Exception included.
         if processes.tells_a_loss(error):
             raise
         raise _unwritten(manager, step, error) from error
@@ -213,8 +204,13 @@ def restore(
 
 def newest_step(directory: Path) -> int | None:
     """Step of the newest checkpoint of a folder, found without reading it; None without one."""
-    names = [path.name for path in directory.glob("*") if path.name.isdecimal()]
-    return max(map(int, names), default=None)
+    return max(steps_kept(directory), default=None)
+
+
+def steps_kept(directory: Path) -> list[int]:
+    """Steps of the checkpoints of a folder, in ascending order, found without reading them."""
+    found = (path for path in directory.glob("*") if re.fullmatch(r"0|[1-9][0-9]*", path.name))
+    return sorted(int(path.name) for path in found if path.is_dir())
 
 
 def tokens_seen(directory: Path, step: int) -> int | None:
@@ -223,7 +219,7 @@ def tokens_seen(directory: Path, step: int) -> int | None:
     with ocp.CheckpointManager(directory.absolute(), options=options) as manager:
         try:
             return _restore_about(manager, step)["progress"]["tokens"]
-        except (RunError, KeyError, TypeError):
+        except RunError:
             return None
 
 
@@ -266,21 +262,24 @@ def restore_model(
                 )
             steps = [checkpoint]
 
-        def read(step: int) -> Restored:
-            about = _about(manager, step, abstract)
-            best = about["progress"].get("best_step")
-            if checkpoint == "best" and best not in (None, step) and best in steps:
+        def read_best(step: int) -> Restored:
+            best = _about(manager, step, abstract)["progress"]["best_step"]
+            if best != step and best in steps:
                 try:
                     return read(best)
                 except _Damaged as error:
                     _warn(error, step)
+            return read(step)
+
+        def read(step: int) -> Restored:
+            about = _about(manager, step, abstract)
             found = _read(manager, step, about, model=_model_arrays(abstract))["model"]
             average = found.get("average")
             return Restored(
                 step, found["parameters"] if average is None else average, found["variables"]
             )
 
-        return _first_sound(manager, steps, read)[1]
+        return _first_sound(manager, steps, read_best if checkpoint == "best" else read)[1]
 
 
 def _first_sound(
@@ -306,14 +305,7 @@ def _warn(error: Exception, instead: int) -> None:
 def _about(manager: ocp.CheckpointManager, step: int, abstract: TrainState) -> dict[str, Any]:
     """What stands beside the arrays, which are checked to be those that the model expects."""
     about = _restore_about(manager, step, _model_arrays(abstract))
-    # Of earlier versions, there is no seal.
-    if about.keys() & {"seal", "sums"} and about.pop("seal", None) != seal(about):
-        raise _damage(manager, step, "what stands beside the arrays is not what was written")
-    try:
-        stored = about["arrays"]
-        about["progress"]["tokens"]
-    except (KeyError, TypeError) as error:
-        raise _damage(manager, step, error) from error
+    stored = about["arrays"]
     expected = describe(_model_arrays(abstract))
     names = [name for name in stored | expected if stored.get(name) != expected.get(name)]
     if names:
@@ -333,8 +325,12 @@ def _restore_about(manager: ocp.CheckpointManager, step: int, arrays: Any = None
     except ValueError as error:
         raise _damage(manager, step, error) from error
     about = _restore(manager, step, about=ocp.args.JsonRestore())["about"]
-    if not isinstance(about, dict):
-        raise _damage(manager, step, "what stands beside the arrays is no object")
+    try:
+        checkpoint_files.check_about(Path(manager.directory) / str(step), about)
+    except RunError as error:
+        raise _damage(manager, step, error) from error
+    if about.pop("seal") != seal(about):
+        raise _damage(manager, step, "what stands beside the arrays is not what was written")
     return about
 
 
@@ -343,13 +339,9 @@ def _read(
 ) -> dict[str, Any]:
     items = {name: ocp.args.StandardRestore(arrays) for name, arrays in abstract.items()}
     found = _restore(manager, step, **items)
-    stored, compute = about.get("sums"), checksums
-    if stored is None:
-        # Checkpoints of earlier versions have other checksums, or none.
-        stored, compute = about.get("checksums", {}), checksums_of_bytes
-    for arrays in found.values() if stored else ():
-        for name, checksum in compute(arrays).items():
-            if stored.get(name, checksum) != checksum:
+    for arrays in found.values():
+        for name, checksum in checksums(arrays).items():
+            if about["sums"].get(name) != checksum:
                 raise _damage(manager, step, f"{name} is not what was written")
     return found
 
@@ -357,7 +349,7 @@ def _read(
 def _restore(manager: ocp.CheckpointManager, step: int, **items: Any) -> Any:
     try:
         return manager.restore(step, args=ocp.args.Composite(**items))
-    except (MemoryError, *_FAILURES) as error:
+    except Exception as error:  # Orbax raises anything, a bare Exception included.
         if processes.tells_a_loss(error):
             raise
         if (reason := machine_failure(error)) is not None:

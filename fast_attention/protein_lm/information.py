@@ -46,7 +46,7 @@ def describe_run(
     """
     model, about, folder = open_run(run_dir, gin_file=gin_file)
     exported = folder.is_export()
-    steps = checkpoint_steps(folder)
+    steps = checkpoints.steps_kept(folder.checkpoints)
     newest = steps[-1] if steps else None
     step = exporting.exported_step(folder, about) if exported else newest
     rows = metrics_log.read_metrics(folder.metrics)
@@ -64,13 +64,6 @@ def describe_run(
         "metrics": {row["split"]: row for row in rows},
         "evaluations": read_evaluations(folder),
     }
-
-
-def checkpoint_steps(folder: RunFolder) -> list[int]:
-    """Steps of the checkpoints that are whole."""
-    if not folder.checkpoints.is_dir():
-        return []
-    return sorted(int(path.name) for path in folder.checkpoints.iterdir() if path.name.isdecimal())
 
 
 def tokens_seen(folder: RunFolder, step: int) -> int | None:

@@ -12,7 +12,6 @@ import errno
 import json
 import math
 import os
-import secrets
 import shutil
 import stat
 import sys
@@ -30,6 +29,11 @@ from fast_attention.protein_lm.output_targets import (
     is_null,
     resolve,
     same,
+)
+from fast_attention.protein_lm.temporaries import (
+    temporary_file,
+    temporary_folder,
+    temporary_name,
 )
 
 
@@ -70,17 +74,18 @@ def open_output(path: AnyPath, *, seekable: bool = False) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def _open_plain(target: Target, used: list[str]) -> Iterator[BinaryIO]:
-    temporary = _temporary_name(target.path)
-    used.append(str(temporary))
-    file = None
-    try:
-        # Unlike `tempfile`, this lets the umask decide who can read the file.
-        file = temporary.open("x+b")
-        if target.stat is not None:
-            os.chmod(temporary, stat.S_IMODE(target.stat.st_mode))
-        mode = stat.S_IMODE(os.stat(temporary).st_mode)
-        yield file
-        file.close()
+    with temporary_file(target.path) as temporary:
+        used.append(str(temporary))
+        file = temporary.open("r+b")
+        try:
+            if target.stat is not None:
+                os.chmod(temporary, stat.S_IMODE(target.stat.st_mode))
+            mode = stat.S_IMODE(os.stat(temporary).st_mode)
+            yield file
+            file.close()
+        finally:
+            with contextlib.suppress(OSError):
+                file.close()
         # A library may have put another file, with a mode of its own, in place of ours.
         with open(temporary, "rb") as written:
             os.fchmod(written.fileno(), mode)
@@ -89,12 +94,6 @@ def _open_plain(target: Target, used: list[str]) -> Iterator[BinaryIO]:
             os.fsync(written.fileno())
         os.replace(temporary, target.path)
         _sync_folder(target.path.parent)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if file is not None:
-            with contextlib.suppress(OSError):
-                file.close()
 
 
 @contextlib.contextmanager
@@ -140,35 +139,41 @@ def open_output_folder(path: AnyPath, *, last: str) -> Iterator[Path]:
     """
     check_output_folder(path)
     target = Path(os.path.realpath(path))
-    temporary = _temporary_name(target)
     above: list[Path] = []
     try:
         for folder in reversed(target.parents):
             if not folder.exists():
                 folder.mkdir()
                 above.append(folder)
-        temporary.mkdir()
-        yield temporary
-        if not target.exists():
-            os.rename(temporary, target)
-        else:
-            with contextlib.suppress(FileNotFoundError):
-                # Old and new files together are incomplete.
-                (target / last).unlink()
-            for name in sorted(os.listdir(temporary), key=lambda name: (name == last, name)):
-                os.replace(temporary / name, target / name)
+        with temporary_folder(target) as temporary:
+            try:
+                yield temporary
+            except OutputError as error:
+                raise OutputError(str(error).replace(str(temporary), str(path))) from error
+            _put_in_place(temporary, target, last)
         _sync_folder(target.parent)
     except OSError as error:
         if isinstance(error, OutputError):
-            raise OutputError(str(error).replace(str(temporary), str(path))) from error
-        if not str(error.filename).startswith((str(temporary), str(target))):
+            raise
+        # Errors name the temporary folder, or the target.
+        if Path(str(error.filename)).parts[: len(target.parent.parts)] != target.parent.parts:
             raise
         raise describe(path, error) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
         for folder in reversed(above):
             with contextlib.suppress(OSError):
                 folder.rmdir()
+
+
+def _put_in_place(temporary: Path, target: Path, last: str) -> None:
+    if not target.exists():
+        os.rename(temporary, target)
+        return
+    with contextlib.suppress(FileNotFoundError):
+        # Old and new files together are incomplete.
+        (target / last).unlink()
+    for name in sorted(os.listdir(temporary), key=lambda name: (name == last, name)):
+        os.replace(temporary / name, target / name)
 
 
 def write_file(path: AnyPath, content: str | bytes) -> None:
@@ -286,7 +291,7 @@ def _check_folder(folder: Path, name: str = "") -> None:
         raise PermissionError(errno.EACCES, "")
     if len(os.fsencode(name)) > os.pathconf(folder, "PC_NAME_MAX"):
         raise OSError(errno.ENAMETOOLONG, "")
-    probe = _temporary_name(folder / "probe")
+    probe = temporary_name(folder / "probe")
     try:
         probe.touch(exist_ok=False)
     except FileNotFoundError:
@@ -295,11 +300,6 @@ def _check_folder(folder: Path, name: str = "") -> None:
     finally:
         with contextlib.suppress(OSError):
             probe.unlink()
-
-
-def _temporary_name(path: Path) -> Path:
-    stem = os.fsdecode(os.fsencode(path.name)[:200])
-    return path.with_name(f".{stem}.{secrets.token_hex(4)}.tmp")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -8,8 +8,10 @@ of a resumed run is removed before its new settings or data are written.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import gin
+import grain
 
 from fast_attention.protein_lm import data_record, processes, run_folder
 from fast_attention.protein_lm.data_record import SPLITS, Entry
@@ -217,6 +219,29 @@ def update(
     _write_data(run, domain, files, found, now, step=step)
     own = found.held_out is not None
     return own or bool(data_record.differences(run.record, now | {"train": run.record["train"]}))
+
+
+def set_position(iterator: grain.DatasetIterator, state: Any, folder: RunFolder) -> None:
+    """Sets a data iterator to where a checkpoint was saved.
+
+    Args:
+      iterator: Of the run's data, at any position.
+      state: ``Progress.iterator``.
+      folder: Of the run.
+
+    Raises:
+      RunError: If the state is not one of such an iterator.
+    """
+    try:
+        found = {name: state[name] >= 0 for name in iterator.get_state()}
+        if not all(found.values()) or found.keys() != state.keys():
+            raise ValueError
+        iterator.set_state(state)
+    except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
+        raise RunError(
+            f"{folder.checkpoints}: the newest checkpoint has {str(state)[:80]!r} as the position "
+            "in the data, which is damaged: remove this checkpoint to resume from the one before"
+        ) from error
 
 
 _OTHER_DATA = (

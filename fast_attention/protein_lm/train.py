@@ -260,7 +260,7 @@ def run_experiment(
                     # Begun on other devices: the same batches are divided among those here.
                     rows = process_arrays.own_rows(model.mesh, progress.batch_size)
                     iterator = iter(make_dataset(batch_size=progress.batch_size, rows=rows[:2]))
-                iterator.set_state(progress.iterator)
+                resuming.set_position(iterator, progress.iterator, folder)
                 processes.tell(f"resuming the run in {folder.path} after step {int(state.step)}")
             if epochs is not None:
                 steps = data.num_batches(
