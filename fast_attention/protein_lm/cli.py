@@ -98,8 +98,17 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+        # The type of options that have none.
+        command.register("type", None, _text)
         module.add_arguments(command)
         command.add_argument(
             "--traceback", action="store_true", help="on failure, show where in the program it was"
         )
     return parser
+
+
+def _text(text: str) -> str:
+    """An option's text, which is empty where a variable of a shell script is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a value, got an empty text")
+    return text

@@ -14,6 +14,7 @@ from fast_attention.meshes import row_shards
 from fast_attention.protein_lm import gin_registry, model_file, model_gin
 from fast_attention.protein_lm.corpus import load_corpus
 from fast_attention.protein_lm.loading import load_run
+from fast_attention.protein_lm.output_files import check_output_folder
 from fast_attention.protein_lm.packing import EpochPlanner
 from fast_attention.protein_lm.run_folder import RunError
 from fast_attention.protein_lm.skipped_records import SkippedRecords
@@ -66,6 +67,7 @@ def continue_training(
             "epochs and batch_size must be at least 1, and learning_rate not negative; got "
             f"{epochs}, {batch_size} and {learning_rate}"
         )
+    check_output_folder(work_dir)
     before = load_run(run_dir, gin_file=gin_file)
     if before.folder.is_export():
         raise RunError(

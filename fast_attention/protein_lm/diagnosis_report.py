@@ -22,6 +22,7 @@ from fast_attention.mechanisms.lsh.fn import LSHAttention
 from fast_attention.protein_lm.diagnosis import Diagnosis
 from fast_attention.protein_lm.output_files import write_file, write_json
 from fast_attention.protein_lm.tables import EXTENSIONS, find_extension, open_table
+from fast_attention.protein_lm.wording import counted
 from fast_attention.softmax_attention import SoftmaxAttention
 
 if TYPE_CHECKING:
@@ -220,19 +221,21 @@ def plot(
         for name, matrix in matrices.items()
     }
     picture = io.BytesIO()
-    plot_head_errors(ratios, picture, named, f"error of each head\n{found.proteins:,} proteins")
+    title = f"error of each head\n{counted(found.proteins, 'protein')}"
+    plot_head_errors(ratios, picture, named, title)
     write_file(path, picture.getvalue())
 
 
 def _heading(found: Diagnosis, about: Mapping[str, Any]) -> str:
-    text = f"{about['positions']:,} positions of {found.proteins:,} proteins"
+    text = f"{counted(about['positions'], 'position')} of {counted(found.proteins, 'protein')}"
     if found.features is not None:
         own = found.features
-        text += f"; in place of the model's attention {own.estimator}, {own.nb_features:,} features"
+        text += f"; in place of the model's attention {own.estimator}, "
+        text += counted(own.nb_features, "feature")
         if own.exact_window is not None:
-            text += f", exact within {own.exact_window} residues"
+            text += f", exact within {counted(own.exact_window, 'residue')}"
     if found.calibrated_on:
-        text += f"; calibrated on {found.calibrated_on:,} other proteins"
+        text += f"; calibrated on {counted(found.calibrated_on, 'other protein')}"
     return text
 
 

@@ -12,6 +12,7 @@ from fast_attention.protein_lm.json_files import check_fields, read_json, shown
 from fast_attention.protein_lm.output_files import write_json
 from fast_attention.protein_lm.report import format_table
 from fast_attention.protein_lm.run_folder import RunError, RunFolder, inside
+from fast_attention.protein_lm.wording import counted
 
 _SAME = ("step", "digest", "max_residues", "seed", "num_seeds", "errors")
 """What makes two evaluations one and the same, given again."""
@@ -96,9 +97,10 @@ def format_evaluation_summary(found: dict[str, Any]) -> str:
     """The scores of an evaluation, below a line that says of which proteins they are."""
     digest = f", sha256 {found['digest'][:12]}" if found.get("digest") else ""
     step = "" if found["step"] is None else f", step {found['step']:,}"
+    size = f"{counted(found['proteins'], 'protein')}, {counted(found['residues'], 'residue')}"
     caption = (
-        f"evaluation of {', '.join(found['fasta'])}: {found['proteins']:,} proteins, "
-        f"{found['residues']:,} residues{digest}{step}, {found['date']} ({found['file']})"
+        f"evaluation of {', '.join(found['fasta'])}: {size}{digest}{step}, {found['date']} "
+        f"({found['file']})"
     )
     table = format_table(
         ("", "perplexity", "accuracy"),

@@ -28,7 +28,7 @@ from fast_attention.protein_lm.output_files import (
     open_output_folder,
     write_file,
 )
-from fast_attention.protein_lm.run_folder import RunError, RunFolder
+from fast_attention.protein_lm.run_folder import RunError, RunFolder, content
 from fast_attention.protein_lm.train_state import TrainState, weights
 
 # Names of the types in a safetensors file.
@@ -112,9 +112,9 @@ def check_export(folder: RunFolder | None, target: RunFolder) -> None:
         and folder.path.exists()
         and target.path.samefile(folder.path)
     )
-    holds_run = target.checkpoints.exists() or target.config.exists() and not target.is_export()
-    if holds_run or same:
-        raise RunError(f"{target.path} holds a run already: give the export a folder of its own")
+    held = content(target)
+    if same or held not in ("", "an exported model"):
+        raise RunError(f"{target.path} holds {held} already: give the export a folder of its own")
 
 
 def read_arrays(

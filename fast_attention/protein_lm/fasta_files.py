@@ -149,7 +149,7 @@ def _read(
             skipped.add(SkippedRecord(str(path), record.line, record.id, record.reason))
     if not kept and skipped is not None:
         raise FastaError(
-            f"All {skipped.count} records were left out, so that there is nothing to do. The "
+            f"All records ({skipped.count:,}) were left out, so that there is nothing to do. The "
             f"first: {left_out}"
         )
 

@@ -24,7 +24,7 @@ from fast_attention.protein_lm import embedding, lora, model_file
 from fast_attention.protein_lm.flax_model import FlaxModel
 from fast_attention.protein_lm.json_files import check_fields, read_json, shown
 from fast_attention.protein_lm.linear_head import LinearHead, Units
-from fast_attention.protein_lm.loading import load_run, open_run
+from fast_attention.protein_lm.loading import load_run, open_model
 from fast_attention.protein_lm.npz_files import read_npz
 from fast_attention.protein_lm.output_files import open_output_folder, write_file, write_json
 from fast_attention.protein_lm.run_folder import PREDICTOR_FILES, RunError, RunFolder, inside
@@ -175,13 +175,13 @@ class FineTuned:
           RunError: If the folder is no such one, or the model is not the one that was fine-tuned.
         """
         folder = Path(folder)
-        if not (folder / _ABOUT).is_file():
+        about = read_about(folder)
+        if about["whole"] and run_dir is not None:
             raise RunError(
-                f"{folder} has no {_ABOUT}: give the --output of a finished 'protein-lm fine-tune'"
+                f"{folder} holds the whole model, and --run_dir is not read: leave it out"
             )
-        about = check_fields(folder / _ABOUT, "", read_json(inside(folder, _ABOUT)), _HINTS)
         if model is None and about["whole"]:
-            model = open_run(folder, gin_file=gin_file).model
+            model = open_model(RunFolder(folder), gin_file=gin_file).model
         elif model is None:
             found = _find_run(folder, about["run_dir"]) if run_dir is None else Path(run_dir)
             model = load_run(found, gin_file=gin_file).model
@@ -209,6 +209,19 @@ class FineTuned:
         )
 
 
+def read_about(folder: Path) -> dict[str, Any]:
+    """What the folder of a predictor says of it: see `FineTuned`, and ``run_dir``.
+
+    Raises:
+      RunError: If the folder is no such one, or damaged.
+    """
+    if not (folder / _ABOUT).is_file():
+        raise RunError(
+            f"{folder} has no {_ABOUT}: give the --output of a finished 'protein-lm fine-tune'"
+        )
+    return check_fields(folder / _ABOUT, "", read_json(inside(folder, _ABOUT)), _HINTS)
+
+
 def _find_run(folder: Path, noted: str | None) -> Path:
     """Where the run of a fine-tuned folder is, by the way that the folder notes."""
     if noted is None:
@@ -224,7 +237,8 @@ def _find_run(folder: Path, noted: str | None) -> Path:
     found = folder / noted
     if not RunFolder(found).model.is_file():
         raise RunError(
-            f"{folder} needs the run that was fine-tuned, and {found} is not its folder: give "
+            f"{folder} needs the run that was fine-tuned, and {os.path.normpath(found)} is not its "
+            "folder: give "
             "--run_dir, where the run is now"
         )
     return found

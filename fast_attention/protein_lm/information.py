@@ -21,6 +21,7 @@ from fast_attention.protein_lm.evaluation_files import (
 )
 from fast_attention.protein_lm.loading import open_run
 from fast_attention.protein_lm.run_folder import RunFolder
+from fast_attention.protein_lm.wording import counted
 
 
 def describe_run(
@@ -89,7 +90,7 @@ def format_information(about: dict[str, Any]) -> str:
         lines.append(("masking", _options(about["masking"], skip=("type",))))
     lines += [
         ("vocabulary", _vocabulary(about["vocabulary"])),
-        ("longest", f"{about['max_length']:,} tokens"),
+        ("longest", counted(about["max_length"], "token")),
         ("parameters", f"{total:,} trained, and {drawn:,} drawn once"),
     ]
     lines += [("", f"{part.replace('_', '-'):<14}{n:>14,}") for part, n in parameters.items()]
@@ -166,4 +167,6 @@ def _files(split: dict[str, Any]) -> str:
     named = ", ".join(split["files"])
     if split.get("proteins") is None or split.get("residues") is None:
         return named
-    return f"{named}: {split['proteins']:,} proteins, {split['residues']:,} residues"
+    return (
+        f"{named}: {counted(split['proteins'], 'protein')}, {counted(split['residues'], 'residue')}"
+    )

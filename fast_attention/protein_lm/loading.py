@@ -18,7 +18,7 @@ import jax
 from fast_attention.meshes import MeshError
 from fast_attention.protein_lm import checkpoints, exporting, model_file
 from fast_attention.protein_lm.flax_model import FlaxModel
-from fast_attention.protein_lm.run_folder import RunError, RunFolder
+from fast_attention.protein_lm.run_folder import RunError, RunFolder, content
 
 
 class LoadedRun(NamedTuple):
@@ -70,11 +70,14 @@ def open_run(
         given.
     """
     folder = RunFolder(Path(run_dir))
-    if not folder.model.is_file():
-        raise RunError(
-            f"{folder.path} is not the folder of a run: it has no {folder.model.name}; give the "
-            "--work_dir of a 'protein-lm train' or the --output of a 'protein-lm export'"
-        )
+    _check_folder(folder)
+    return open_model(folder, gin_file=gin_file, model=model)
+
+
+def open_model(
+    folder: RunFolder, *, gin_file: Sequence[str] = (), model: FlaxModel | None = None
+) -> OpenedRun:
+    """Makes the model that ``model.json`` of any folder describes, see `open_run`."""
     about = model_file.read(folder.model)
     if model is None and not gin_file:
         return OpenedRun(_build(folder.model, about), about, folder)
@@ -123,6 +126,24 @@ def load_run(
     loaded = copy.copy(opened.model)
     loaded.set_parameters(parameters, variables)
     return LoadedRun(loaded, step, folder)
+
+
+def _check_folder(folder: RunFolder) -> None:
+    path = folder.path
+    if not path.is_dir():
+        if path.exists():
+            raise RunError(f"{path} is a file: give the folder of a run or of an exported model")
+        raise RunError(f"{path}: no such folder; check the path")
+    if content(folder) == "a predictor":
+        raise RunError(
+            f"{path} is a predictor, the --output of 'protein-lm fine-tune --table': use it with "
+            f"'protein-lm predict --model={path}', and give a run or an exported model here"
+        )
+    if not folder.model.is_file():
+        raise RunError(
+            f"{path} is not the folder of a run: it has no {folder.model.name}; give the "
+            "--work_dir of a 'protein-lm train' or the --output of a 'protein-lm export'"
+        )
 
 
 def _build(path: Path, about: dict[str, Any]) -> FlaxModel:

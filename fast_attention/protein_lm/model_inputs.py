@@ -13,6 +13,7 @@ from fast_attention.protein_lm.fasta_parser import LONGEST_PROTEIN, MAX_RESIDUES
 from fast_attention.protein_lm.machine_failures import OUT_OF_MEMORY, machine_failure
 from fast_attention.protein_lm.run_folder import RunError
 from fast_attention.protein_lm.skipped_records import SkippedRecords
+from fast_attention.protein_lm.wording import counted
 
 if TYPE_CHECKING:
     from fast_attention.protein_lm.flax_model import FlaxModel
@@ -137,7 +138,7 @@ def naming_the_longest(
             raise
         longest = max(range(len(ids)), key=lengths.__getitem__)
         raise RunError(
-            f"out of memory at a group of {len(ids):,} proteins, the longest of which is "
-            f"{ids[longest][:100]!r} with {lengths[longest]:,} residues: {remedy} "
+            f"out of memory at a group of {counted(len(ids), 'protein')}, the longest of which is "
+            f"{ids[longest][:100]!r} with {counted(lengths[longest], 'residue')}: {remedy} "
             f"({next(iter(str(error).splitlines()), 'MemoryError')[:200]})"
         ) from error

@@ -115,14 +115,14 @@ class FlaxLM(FlaxModel):
                 f"expected prompts [B, P] that begin with the begin token, {bos}; got {prompt}"
             )
         if not vocab.are_ordinary(prompt[:, 1:]).all():
-            raise ValueError(f"a prompt must hold residues after the begin token; got {prompt}")
+            raise ValueError(f"a prompt must be residues after the begin token; got {prompt}")
         prompt = prompt.astype(np.int32)
         length = self.max_length if config.max_length is None else config.max_length
         new = length + 1 - prompt.shape[1]
         if new < 1 or length > self.max_length:
             raise ValueError(
-                f"max_length is {length}; it must be at most {self.max_length}, as many as the "
-                f"model can write, and more than the {prompt.shape[1] - 1} residues of the prompt"
+                f"max_length is {length}, but must be more than the residues of the prompt "
+                f"({prompt.shape[1] - 1}) and at most {self.max_length}, the model's limit"
             )
         if not 0 <= config.min_length <= length:
             raise ValueError(

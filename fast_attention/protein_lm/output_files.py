@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fast_attention.protein_lm.output_targets import (
+    STDOUT,
     AnyPath,
     OutputError,
     Target,
@@ -259,6 +260,8 @@ def check_output(path: AnyPath) -> None:
 
 def check_output_folder(path: AnyPath) -> None:
     """Raises OutputError if a folder cannot be created or filled; for use before long work."""
+    if os.fspath(path) == STDOUT:
+        raise OutputError("- is standard output, but a folder is written: give its name")
     target = Path(os.path.realpath(path))
     try:
         if target.exists() and not target.is_dir():

@@ -55,7 +55,9 @@ class Range(NamedTuple):
           ValueError: If the text is no number of the range; the message says what is expected.
         """
         try:
-            value = int(text) if self.whole else float(text)
+            # Python also reads 1_000 and digits of other scripts, which may be a slip.
+            plain = text.isascii() and "_" not in text
+            value = (int(text) if self.whole else float(text)) if plain else math.nan
         except ValueError:
             value = math.nan
         if not self.holds(value):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fast_attention.protein_lm.run_folder import RunFolder
+from fast_attention.protein_lm.wording import counted, duration
 
 _GROUPS_SHOWN = 20
 
@@ -34,25 +35,27 @@ def shared_note(name: str, shared: int, total: int) -> str:
     """
     if not shared:
         return ""
+    verb = "is" if shared == 1 else "are"
     return (
-        f"{shared:,} of {total:,} {name} proteins are identical to proteins that are trained on: "
-        "figures on them say little of new proteins"
+        f"{shared:,} of {counted(total, f'{name} protein')} {verb} identical to proteins that are "
+        "trained on: figures on them say little of new proteins"
     )
 
 
 def format_evaluation(result: dict[str, Any]) -> str:
     """The tables of `evaluation.evaluate_on`."""
-    asked = "residues" if result["objective"] == "causal" else "hidden residues"
+    asked = "residue" if result["objective"] == "causal" else "hidden residue"
     caption = (
-        f"{result['residues']:,} {asked} of {result['proteins']:,} proteins "
-        f"({', '.join(result['fasta'])}; the first {result['max_residues']} of each)"
+        f"{counted(result['residues'], asked)} of {counted(result['proteins'], 'protein')} "
+        f"({', '.join(result['fasta'])}; at most the first {result['max_residues']:,} residues of "
+        "each)"
     )
-    over = result["errors"]["over"]
-    parts = [
-        caption,
-        _scores(result["scores"]),
-        f"+- is one standard error over {result['errors']['groups']:,} {over}s",
-    ]
+    over, groups = result["errors"]["over"], result["errors"]["groups"]
+    parts = [caption, _scores(result["scores"])]
+    if groups > 1:
+        parts.append(f"+- is one standard error over {groups:,} {over}s")
+    else:
+        parts.append(f"there are no error bars: they take at least two {over}s")
     if "masking" in result:
         parts.insert(1, _masking(result))
     if len(result["by_length"]) > 1:
@@ -118,9 +121,9 @@ def _masking(result: dict[str, Any]) -> str:
 def format_report(result: dict[str, Any], folder: RunFolder) -> str:
     """What a finished run reached, as told at its end."""
     parts = [
-        f"{result['model']} with {result['parameters']:,} parameters, trained for "
-        f"{result['steps']:,} steps on {result['tokens']:,} tokens in "
-        f"{result['seconds'] / 60:.1f} minutes"
+        f"{result['model']} with {counted(result['parameters'], 'parameter')}, trained for "
+        f"{counted(result['steps'], 'step')} on {counted(result['tokens'], 'token')} in "
+        f"{duration(result['seconds'])}"
     ]
     if result["evaluation"] is not None:
         parts.append(format_evaluation(result["evaluation"]))

@@ -58,7 +58,7 @@ def open_folder(folder: RunFolder, model: str) -> Opened:
         configuration of gin.
     """
     asked, used = gin.config_str(), gin.operative_config_str()
-    run_folder.check_no_export(folder)
+    run_folder.check_trainable(folder)
     if not folder.config.is_file():
         for other in (folder.result, folder.checkpoints):
             if other.exists():

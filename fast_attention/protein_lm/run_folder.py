@@ -161,6 +161,17 @@ def files_read(path: Path) -> Iterator[Path]:
             yield place
 
 
+def content(folder: RunFolder) -> str:
+    """What a folder holds: a run, an exported model or a predictor; empty if none of these."""
+    if folder.checkpoints.exists():
+        return "a run"
+    if (folder.path / PREDICTOR_FILES[0]).exists():
+        return "a predictor"
+    if folder.is_export():
+        return "an exported model"
+    return "a run" if folder.config.exists() else ""
+
+
 def claim(folder: RunFolder, config: str, model: str) -> None:
     """Writes the model's description and the configuration, which says that a run has begun.
 
@@ -179,10 +190,11 @@ def claim(folder: RunFolder, config: str, model: str) -> None:
         raise OutputError(f"{folder.path} cannot be written to: {explain(error)}") from error
 
 
-def check_no_export(folder: RunFolder) -> None:
-    """Raises RunError if the folder holds an exported model, which cannot be trained further."""
-    if folder.is_export():
+def check_trainable(folder: RunFolder) -> None:
+    """Raises RunError if the folder holds something else than a run."""
+    held = content(folder)
+    if held not in ("", "a run"):
         raise RunError(
-            f"{folder.path} holds an exported model, which has no checkpoint to resume from: give "
-            "another --work_dir"
+            f"{folder.path} holds {held}, which has no checkpoint to resume from: give another "
+            "--work_dir"
         )

@@ -15,6 +15,7 @@ from fast_attention.protein_lm.models import FlaxLM
 from fast_attention.protein_lm.run_folder import RunError
 from fast_attention.protein_lm.scoring import PseudoScore, SequenceScore, score_sequences
 from fast_attention.protein_lm.token_batches import Shape
+from fast_attention.protein_lm.wording import counted
 
 _ROWS_AT_ONCE = 64
 
@@ -79,10 +80,7 @@ def draw_proteins(
         raise ValueError(f"min_length must be at least 1; got {settings['min_length']}")
     vocab = model.domain.vocab
     prompt = prompt.upper()
-    try:
-        start = [model.bos_token, *vocab.encode(prompt)]
-    except KeyError as error:
-        raise ValueError(f"prompt {prompt!r}: {error.args[0]}") from None
+    start = encode_prompt(model, prompt, settings.get("max_length"))
     rows = np.tile(np.array(start, np.int32), (min(num_samples, _ROWS_AT_ONCE), 1))
     shapes: set[Shape] = set()
 
@@ -108,6 +106,34 @@ def draw_proteins(
             yield from batch(first)[: num_samples - first]
 
     return records()
+
+
+def encode_prompt(model: FlaxModel, prompt: str, max_length: int | None = None) -> list[int]:
+    """The ids of a prompt, behind the begin token.
+
+    Args:
+      model: A causal model.
+      prompt: Residues, in upper case.
+      max_length: Most residues of a protein, the prompt included; None is the model's limit.
+
+    Raises:
+      ValueError: If the prompt has a letter that is no residue of the vocabulary, or leaves no room
+        for another one.
+    """
+    vocab = model.domain.vocab
+    known = {vocab.tokens[token]: token for token in vocab.ordinary_ids}
+    strange = next((letter for letter in prompt if letter not in known), None)
+    if strange is not None:
+        raise ValueError(
+            f"the prompt has {strange!r}, which is none of the residues {''.join(known)}"
+        )
+    longest = min(model.max_length, max_length or model.max_length)
+    if len(prompt) >= longest:
+        raise ValueError(
+            f"the prompt has {counted(len(prompt), 'residue')}, but a protein has at most "
+            f"{longest:,}, the prompt included (max_length): shorten the prompt"
+        )
+    return [model.bos_token, *(known[letter] for letter in prompt)]
 
 
 def row_keys(seed: int, first: int, number: int) -> jax.Array:

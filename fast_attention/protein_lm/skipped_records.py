@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from fast_attention.protein_lm.tables import Write, open_table
+from fast_attention.protein_lm.wording import counted
 
 _SHOWN = 10
 _COLUMNS = {"path": str, "line": int, "id": str, "reason": str}
@@ -70,7 +71,7 @@ class SkippedRecords:
         if not self.count:
             return ""
         verb = "was" if self.count == 1 else "were"
-        lines = [f"{self.count} of {self.total} records {verb} left out:"]
+        lines = [f"{self.count:,} of {counted(self.total, 'record')} {verb} left out:"]
         lines += [
             f"  {entry.path}, line {entry.line}: record {entry.id!r} {entry.reason}"
             for entry in self.records[:_SHOWN]

@@ -17,6 +17,7 @@ from fast_attention.protein_lm.fasta_files import read_proteins
 from fast_attention.protein_lm.mixture import Mixture, join_sources
 from fast_attention.protein_lm.report import shared_note
 from fast_attention.protein_lm.skipped_records import SkippedRecords
+from fast_attention.protein_lm.wording import counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,17 +116,18 @@ def load_training_data(
         if len(rows):
             valid, train = select(_corpus(train), rows), _without(train, chosen, files)
             hashes = hashes[~chosen]
+            verb = "is" if chosen.sum() == 1 else "are"
             notes.append(
-                f"{chosen.sum():,} of {len(chosen):,} proteins are held out for validation "
-                f"({100 * files.valid_fraction:g} % by the hash of the sequence, at most "
-                f"{held_out.MOST:,}): give --valid_fasta to choose them, or "
+                f"{chosen.sum():,} of {counted(len(chosen), 'protein')} {verb} held out for "
+                f"validation ({100 * files.valid_fraction:g} % by the hash of the sequence, at "
+                f"most {held_out.MOST:,}): give --valid_fasta to choose them, or "
                 "experiment.valid_fraction = 0 for no validation"
             )
         else:
             rows = None
             notes.append(
-                f"nothing can be held out for validation, since all {len(hashes)} proteins of "
-                f"--fasta are identical: {_NO_FIGURES}"
+                "nothing can be held out for validation, since --fasta has one protein, or copies "
+                f"of one ({counted(len(hashes), 'record')}): {_NO_FIGURES}"
             )
     elif files.valid is None and files.test is None:
         notes.append(f"there are no proteins to validate on: {_NO_FIGURES}")
@@ -207,8 +209,8 @@ def _without(source: data.Source, left_out: np.ndarray, files: DataFiles) -> dat
         kept = np.flatnonzero(~left_out[begin:end])
         if not len(kept):
             raise ValueError(
-                f"{path}: all of its {end - begin} proteins would be held out for validation: give "
-                "--valid_fasta, or experiment.valid_fraction = 0"
+                f"{path}: all of its proteins ({end - begin:,}) would be held out for validation: "
+                "give --valid_fasta, or experiment.valid_fraction = 0"
             )
         parts.append(select(part, kept))
     return join_sources(parts, source.weights)

@@ -21,22 +21,23 @@ from fast_attention.protein_lm.loading import load_run
 from fast_attention.protein_lm.model_inputs import longest_record
 from fast_attention.protein_lm.output_files import (
     check_output_folder,
-    check_outputs,
     json_text,
     open_output_folder,
     write_json,
 )
 from fast_attention.protein_lm.prediction_files import prediction_columns, prediction_rows
 from fast_attention.protein_lm.report import format_table, shared_note
-from fast_attention.protein_lm.run_folder import RunError, RunFolder
+from fast_attention.protein_lm.run_folder import PREDICTOR_FILES, RunError, RunFolder, content
 from fast_attention.protein_lm.skipped_records import SkippedRecords
 from fast_attention.protein_lm.tables import open_table
+from fast_attention.protein_lm.wording import counted
 
 _SHOWN_CLASSES = 12
 _FEW = 20
 """Fewer proteins than this give a correlation or a share of hits mostly by chance."""
 
 _PARTS = {"train": "training", "valid": "validation", "test": "test"}
+RESULT = "result.json"
 _METRICS, _PREDICTIONS = "metrics.jsonl", "predictions.tsv"
 
 
@@ -79,12 +80,13 @@ def run_tuning(
       ValueError: If an option is out of its range.
     """
     folder, columns, options = Path(output), dict(columns or {}), dict(options or {})
-    result_file = folder / "result.json"
+    result_file = folder / RESULT
+    if (held := content(RunFolder(folder))) not in ("", "a predictor"):
+        raise RunError(f"{folder} holds {held}: give the result a folder of its own")
     if not result_file.exists():
         check_output_folder(folder)
-    for name in (_METRICS, _PREDICTIONS):
-        if (folder / name).exists():
-            check_outputs({"--output": folder / name}, [table])
+    if not held:
+        _check_free(folder)
     loaded = load_run(run_dir, gin_file=gin_file)
     letters = loaded.model.domain.vocab.symbols
     sequences = None
@@ -126,9 +128,6 @@ def run_tuning(
             )
         print(f"{folder} is finished\n\n{format_result(result, folder)}")
         return result
-    target = RunFolder(folder)
-    if target.checkpoints.exists() or target.is_export():
-        raise RunError(f"{folder} holds a run: give the result a folder of its own")
     for reason in found.left_out:
         print(f"left out: {reason}")
     with open_output_folder(folder, last=result_file.name) as path:
@@ -172,17 +171,18 @@ def run_tuning(
     return result
 
 
+def _check_free(folder: Path) -> None:
+    for name in (*PREDICTOR_FILES, _METRICS, _PREDICTIONS, RunFolder(folder).model.name):
+        if (folder / name).exists():
+            raise RunError(
+                f"{folder / name} would be overwritten: give the result a folder of its own, or "
+                "remove the file"
+            )
+
+
 def format_result(result: dict[str, Any], folder: Path) -> str:
     """What a finished fine-tuning reached, as told at its end."""
-    if result["classes"] is None:
-        names = ("spearman", "r2", "rmse", "rmse_of_mean")
-    else:
-        names = ("accuracy", "accuracy_of_majority", "macro_f1")
-    rows = [
-        (part, f"{found['proteins']:,}", *(_figure(name, found[name]) for name in names))
-        for part, found in result["metrics"].items()
-    ]
-    parts = [format_table(("", "proteins", *(name.replace("_", " ") for name in names)), rows)]
+    parts = [format_metrics(result["classes"], result["metrics"])]
     for part, found in result["metrics"].items():
         if note := shared_note(_PARTS[part], found["shared"], found["proteins"]):
             parts.append(note)
@@ -202,20 +202,32 @@ def format_result(result: dict[str, Any], folder: Path) -> str:
     return "\n\n".join(parts)
 
 
+def format_metrics(classes: Sequence[str] | None, metrics: Mapping[str, Any]) -> str:
+    """A table of the figures of each part, for a regression or for classes."""
+    if classes is None:
+        names = ("spearman", "r2", "rmse", "rmse_of_mean")
+    else:
+        names = ("accuracy", "accuracy_of_majority", "macro_f1")
+    rows = [
+        (part, f"{found['proteins']:,}", *(_figure(name, found[name]) for name in names))
+        for part, found in metrics.items()
+    ]
+    return format_table(("", "proteins", *(name.replace("_", " ") for name in names)), rows)
+
+
 def _progress(row: dict[str, Any]) -> str:
     where = "frozen trunk" if row["split"] == "frozen" else f"epoch {row['epoch']}"
     names = ("loss", "spearman", "accuracy")
     figures = ", ".join(f"{name} {row[name]:.4f}" for name in names if name in row)
     number = row["proteins"]
-    return f"{where}: validation {figures} (of {_few_note(number) or f'{number:,} proteins'})"
+    return f"{where}: validation {figures} (of {_few_note(number) or counted(number, 'protein')})"
 
 
 def _few_note(number: int) -> str:
     """Says that proteins are too few for their figures to mean much; empty if they are not."""
     if number >= _FEW:
         return ""
-    named = "1 protein" if number == 1 else f"{number} proteins"
-    return f"{named}, which is too few: have {_FEW} or more"
+    return f"{counted(number, 'protein')}, which is too few: have {_FEW} or more"
 
 
 def _figure(name: str, value: float | None) -> str:

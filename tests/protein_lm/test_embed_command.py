@@ -69,7 +69,7 @@ def test_a_stopped_command_goes_on(lm_run, fasta, tmp_path, monkeypatch, capsys)
     assert run(lm_run, fasta, output, small, "--pool=max") == 1
     assert "pool: 'mean' there, 'max' asked for now" in capsys.readouterr().err
     assert run(lm_run, fasta, output, small) == 0
-    assert "3 residues had been done" in capsys.readouterr().out
+    assert "3 residues of these had been computed" in capsys.readouterr().out
     assert output.read_bytes() == whole.read_bytes()
 
 

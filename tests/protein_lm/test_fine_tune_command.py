@@ -90,6 +90,22 @@ def test_classes_by_id_with_adapters_in_a_whole_model(
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["split"] for row in rows] == ["frozen", "valid", "train", "valid"]
 
+    for extra, expected in (
+        ([], [f"{folder} (predictor)", "a class: basic, other", "in the folder", "macro f1"]),
+        (["--json"], ['"kind": "predictor"', '"method": "lora"']),
+    ):
+        assert cli.main(["info", f"--run_dir={folder}", *extra]) == 0
+        told = capsys.readouterr().out
+        assert all(text in told for text in expected)
+    fasta = ["--fasta=x", f"--output={tmp_path / 'x.tsv'}"]
+    assert cli.main(["score", f"--run_dir={folder}", *fasta]) == 1
+    told = capsys.readouterr().err
+    assert "is a predictor" in told and f"protein-lm predict --model={folder}" in told
+    assert cli.main(["train", f"--work_dir={folder}", "--fasta=x"]) == 1
+    assert "holds a predictor" in capsys.readouterr().err
+    assert cli.main(["predict", f"--model={folder}", "--run_dir=x", *fasta]) == 1
+    assert "holds the whole model, and --run_dir is not read" in capsys.readouterr().err
+
     def read_run(*_, **__):
         raise AssertionError("the whole model needs no run")
 
@@ -141,6 +157,15 @@ def test_a_run_is_not_written_over(lm_run, arguments, capsys):
         kept.rename(result)
     assert "holds a run" in capsys.readouterr().err
     assert (lm_run / "metrics.jsonl").read_text() == before
+
+
+def test_files_of_others_are_not_written_over(arguments, tmp_path, capsys):
+    (tmp_path / "predictions.tsv").write_text("mine")
+    assert cli.main(arguments(tmp_path)) == 1
+    assert "predictions.tsv would be overwritten" in capsys.readouterr().err
+    assert (tmp_path / "predictions.tsv").read_text() == "mine"
+    assert cli.main(arguments("-")) == 1
+    assert "standard output, but a folder is written" in capsys.readouterr().err
 
 
 def test_a_family_is_learned(lm_run, records, tmp_path, capsys):

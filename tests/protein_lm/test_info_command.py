@@ -100,6 +100,13 @@ def test_files_that_a_run_names_are_counted_from_its_record(lm_run, tmp_path, ca
     assert "data.json is damaged" in capsys.readouterr().err
 
 
+def test_what_is_no_folder_is_called_that(lm_run, capsys):
+    assert cli.main(["info", f"--run_dir={lm_run / 'absent'}"]) == 1
+    assert "absent: no such folder; check the path" in capsys.readouterr().err
+    assert cli.main(["info", f"--run_dir={lm_run / 'model.json'}"]) == 1
+    assert "model.json is a file: give the folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["info", "export"])
 def test_another_folder_is_refused(command, tmp_path, capsys):
     extra = [] if command == "info" else [f"--output={tmp_path / 'x'}"]
@@ -122,9 +129,10 @@ def test_every_evaluation_is_kept_and_said_of_which_proteins(lm_run, tmp_path, c
     assert set(found) == set(names)
     assert [found[name]["proteins"] for name in names] == [1, 2]
     text = told(folder, capsys, "--skip_corpus")
-    for name in names:
+    sizes = ("1 protein, 3 residues", "2 proteins, 7 residues")
+    for name, size in zip(names, sizes, strict=True):
         one = found[name]
-        assert f"{name}: {one['proteins']} proteins, {one['residues']} residues" in text
+        assert f"{name}: {size}" in text
         assert one["digest"][:12] in text and one["date"] in text
     # The same evaluation, given again, replaces itself.
     assert cli.main(command) == 0

@@ -43,7 +43,7 @@ def test_all_substitutions_and_their_picture(lm_run, tmp_path, capsys):
     output, picture = tmp_path / "effects.tsv", tmp_path / "effects.png"
     arguments = [f"--sequence={WILD}", "--all", "--positions=2-3,10", f"--heatmap={picture}"]
     assert mutate(lm_run, output, *arguments) == 0
-    assert "57 mutants of 1 proteins" in capsys.readouterr().out
+    assert "57 mutants of 1 protein " in capsys.readouterr().out
     found = rows(output)
     assert list(found[0]) == [
         "id",

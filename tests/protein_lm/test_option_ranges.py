@@ -21,8 +21,29 @@ def numeric_options():
     return found
 
 
-NOT_NUMBERS = ("nan", "inf", "-inf", "1e999", "x", "", "9" * 5000)
+def text_options():
+    """Command and option of every option that takes a text."""
+    found = []
+    for name, module in COMMANDS.items():
+        parser = argparse.ArgumentParser()
+        module.add_arguments(parser)
+        for action in parser._actions:
+            if action.type is None and action.option_strings and action.nargs is None:
+                found.append((name, action.option_strings[-1]))
+    return found
+
+
+NOT_NUMBERS = ("nan", "inf", "-inf", "1e999", "x", "", "9" * 5000, "1_0", "\u0663")
 OPTIONS = numeric_options()
+
+
+@pytest.mark.parametrize(("command", "option"), text_options(), ids="".join)
+def test_an_empty_text_is_refused_by_name(command, option, capsys):
+    # As of --heatmap=$PICTURE in a script where the variable is not set.
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([command, f"{option}="])
+    assert stopped.value.code == 2
+    assert f"argument {option}: expected a value, got an empty text" in capsys.readouterr().err
 
 
 def test_every_option_with_a_default_number_has_a_range():

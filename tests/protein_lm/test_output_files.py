@@ -273,6 +273,15 @@ class TestFolder:
         assert [path.name for path in tmp_path.rglob("*")] == ["old", "a"]
         assert (tmp_path / "old" / "a").read_text() == "old"
 
+    def test_standard_output_is_no_folder(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        with (
+            pytest.raises(OutputError, match="standard output, but a folder is written"),
+            open_output_folder("-", last="a"),
+        ):
+            pass
+        assert not list(tmp_path.iterdir())
+
     def test_errors_name_the_folder_that_was_asked_for(self, tmp_path):
         (tmp_path / "file").write_text("")
         with pytest.raises(OutputError, match="file is not a folder"):

@@ -1,6 +1,6 @@
 import pytest
 
-from fast_attention.protein_lm import cli, read_fasta
+from fast_attention.protein_lm import cli, read_fasta, sampling
 
 
 def fails(arguments, capsys):
@@ -57,7 +57,9 @@ def test_hidden_residues_are_filled_in(bert_run, tmp_path, capsys):
     [
         ("--rounds=2", "--rounds has no meaning without --infill"),
         ("--infill=M*K", "sees only what stands before"),
-        ("--prompt=MKJ", "'J'"),
+        ("--prompt=MKJ", "--prompt: the prompt has 'J', which is none of the residues ACD"),
+        ("--prompt=MK*", "--prompt: the prompt has '*', which is none of the residues ACD"),
+        (f"--prompt={'M' * 300}", "--prompt: the prompt has 300 residues, but a protein has at"),
         ("--prompt_fasta=absent.fasta", "absent.fasta"),
     ],
 )
@@ -66,6 +68,27 @@ def test_what_cannot_be_done_is_told(lm_run, tmp_path, option, expected, capsys)
     arguments = ["sample", f"--run_dir={lm_run}", option, f"--output={output}"]
     assert expected in fails(arguments, capsys)
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("p.fasta", f">a\nMK\n>b\n{'M' * 300}\n", "p.fasta: 'b': the prompt has 300 residues"),
+        ("p.fasta", ">a\nMK\n>a\nMKT\n", "has the id of the record at"),
+        ("p.csv", f"id,sequence\na,MK\nb,{'M' * 300}\n", "p.csv: 'b': the prompt has 300"),
+    ],
+    ids=["long", "twice", "table"],
+)
+def test_all_prompts_are_checked_before_one_is_continued(
+    lm_run, tmp_path, name, text, expected, capsys, monkeypatch
+):
+    def draw(*_, **__):
+        raise AssertionError("a prompt was continued")
+
+    monkeypatch.setattr(sampling, "draw_proteins", draw)
+    (tmp_path / name).write_text(text)
+    arguments = ["sample", f"--run_dir={lm_run}", f"--output={tmp_path / 'x.fasta'}"]
+    assert expected in fails([*arguments, f"--prompt_fasta={tmp_path / name}"], capsys)
 
 
 def test_options_of_writing_are_refused_for_filling(bert_run, tmp_path, capsys):

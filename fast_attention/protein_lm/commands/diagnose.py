@@ -116,6 +116,7 @@ def run(options: argparse.Namespace) -> None:
     from fast_attention.protein_lm.loading import load_run
     from fast_attention.protein_lm.model_inputs import read_for_model
     from fast_attention.protein_lm.output_targets import status_stream
+    from fast_attention.protein_lm.wording import place
 
     if options.output:
         diagnosis_report.check_name(options.output)
@@ -173,7 +174,7 @@ def run(options: argparse.Namespace) -> None:
         print(diagnosis_report.format_diagnosis(found, options.target_error), file=status)
         written = [path for path in (options.output, options.plot) if path]
         if written:
-            print(f"\nwritten to {' and '.join(written)}", file=status)
+            print(f"\nwritten to {' and '.join(map(place, written))}", file=status)
 
 
 def _features(options: argparse.Namespace) -> diagnosis.Features | None:

@@ -12,7 +12,10 @@ SUMMARY = "say how well a trained model predicts proteins"
 DESCRIPTION = """\
 Say how well a trained model predicts the residues of some proteins, beside simple baselines.
 Perplexity is the number of residues that the model in effect wavers between (less is better, 20 is
-a blind guess); accuracy is how often its first choice is the right residue."""
+a blind guess); accuracy is how often its first choice is the right residue.
+
+All proteins are in memory together, with about one byte per residue and their ids; other commands
+read them as a stream. Divide what does not fit into several files."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,6 +71,7 @@ def run(options: argparse.Namespace) -> None:
     from fast_attention.protein_lm.output_targets import status_stream
     from fast_attention.protein_lm.run_folder import RunFolder
     from fast_attention.protein_lm.tables import write_table
+    from fast_attention.protein_lm.wording import place
 
     last = options.seed + options.num_seeds - 1
     ranges.check("--seed plus --num_seeds minus 1", last, ranges.SEED)
@@ -101,7 +105,9 @@ def run(options: argparse.Namespace) -> None:
             kept = evaluation_files.write_evaluation(folder, result)
         written = [str(options.output or folder.evaluation)]
         written += [options.per_protein] if options.per_protein else []
-        told = f"{report.format_evaluation(result)}\n\nwritten to {' and '.join(written)}"
+        told = (
+            f"{report.format_evaluation(result)}\n\nwritten to {' and '.join(map(place, written))}"
+        )
         if kept is not None:
             told += f"\nthe earlier evaluation, of other proteins or settings, is now {kept}"
         print(told, file=status_stream(*written, options.skipped_list))

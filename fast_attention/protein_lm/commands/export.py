@@ -29,12 +29,13 @@ def run(options: argparse.Namespace) -> None:
     from fast_attention.protein_lm.exporting import check_export, export_model
     from fast_attention.protein_lm.loading import load_run
     from fast_attention.protein_lm.run_folder import RunFolder
+    from fast_attention.protein_lm.wording import counted
 
     check_export(RunFolder(Path(options.run_dir)), RunFolder(Path(options.output)))
     model, step, folder = load_run(options.run_dir, gin_file=options.gin_file)
     tokens = information.tokens_seen(folder, step)
     target = export_model(model, folder, options.output, step=step, tokens=tokens)
     print(
-        f"{type(model).__name__} with {model.num_parameters:,} parameters after {step:,} steps "
-        f"written to {target.path}"
+        f"{type(model).__name__} with {counted(model.num_parameters, 'parameter')} after "
+        f"{counted(step, 'step')} written to {target.path}"
     )

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from fast_attention.protein_lm.commands import arguments
 
 SUMMARY = "say what a trained model is and what it reached"
 DESCRIPTION = """\
 Say what a trained model is and what it reached: its shape and size, the proteins it was trained on,
-how far the training has come, its last figures. Works for a run that is still being trained, and
-for an exported model.
+how far the training has come, its last figures. Works for a run that is still being trained, for
+an exported model, and for a predictor, the result of 'protein-lm fine-tune --table'.
 
   protein-lm info --run_dir=runs/demo"""
 
@@ -30,13 +31,24 @@ def run(options: argparse.Namespace) -> None:
     """Runs the command."""
     from fast_attention.protein_lm.information import describe_run, format_information
     from fast_attention.protein_lm.output_files import json_text, printable
-
-    about = describe_run(
-        options.run_dir, with_corpus=not options.skip_corpus, gin_file=options.gin_file
+    from fast_attention.protein_lm.predictor_information import (
+        describe_predictor,
+        format_predictor,
     )
+    from fast_attention.protein_lm.run_folder import RunFolder, content
+
+    folder = RunFolder(Path(options.run_dir))
+    predictor = content(folder) == "a predictor"
+    if predictor:
+        about = describe_predictor(folder.path)
+    else:
+        about = describe_run(
+            folder.path, with_corpus=not options.skip_corpus, gin_file=options.gin_file
+        )
     if options.json:
         print(json_text(about, indent=1))
         return
-    for line in format_information(about).split("\n"):
+    text = format_predictor(about) if predictor else format_information(about)
+    for line in text.split("\n"):
         # A control character out of a file would be a command to the terminal.
         print(printable(line))

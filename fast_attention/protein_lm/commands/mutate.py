@@ -90,6 +90,7 @@ def run(options: argparse.Namespace) -> None:
     from fast_attention.protein_lm.loading import load_run
     from fast_attention.protein_lm.output_targets import status_stream
     from fast_attention.protein_lm.tables import EXTENSIONS, find_extension, open_table
+    from fast_attention.protein_lm.wording import counted, place
 
     find_extension(options.output, EXTENSIONS)
     arguments.check_files(options, "output", "heatmap")
@@ -143,7 +144,8 @@ def run(options: argparse.Namespace) -> None:
                     span=span,
                 )
     print(
-        f"{count:,} mutants of {proteins:,} proteins written to {options.output}",
+        f"{counted(count, 'mutant')} of {counted(proteins, 'protein')} written to "
+        f"{place(options.output)}",
         file=status_stream(options.output, options.heatmap),
     )
 

@@ -43,6 +43,7 @@ def run(options: argparse.Namespace) -> None:
     from fast_attention.protein_lm.output_targets import status_stream
     from fast_attention.protein_lm.prediction_files import CROP, predict_to_file
     from fast_attention.protein_lm.tables import EXTENSIONS, find_extension
+    from fast_attention.protein_lm.wording import counted, place
 
     find_extension(options.output, EXTENSIONS)
     arguments.check_files(options, "output", "skipped_list")
@@ -58,6 +59,6 @@ def run(options: argparse.Namespace) -> None:
         )
         count = predict_to_file(tuned, records, options.output)
         print(
-            f"{count:,} proteins predicted, written to {options.output}",
+            f"predictions of {counted(count, 'protein')} written to {place(options.output)}",
             file=status_stream(options.output, options.skipped_list),
         )

@@ -28,21 +28,20 @@ def residue_bar(title: str) -> Iterator[Callable[[int], None]]:
 def tell(model: FlaxModel, done: Done, seconds: float, output: str, *others: str | None) -> None:
     """Prints what was done; `others` are further outputs of the command."""
     from fast_attention.protein_lm.output_targets import status_stream
+    from fast_attention.protein_lm.wording import counted, place
 
     status = status_stream(output, *others)
     print(
-        f"{done.proteins:,} proteins, {done.residues:,} residues, "
-        f"{done.computed / seconds:,.0f} residues/s, written to {output}",
+        f"{counted(done.proteins, 'protein')}, {counted(done.residues, 'residue')}, "
+        f"{done.computed / seconds:,.0f} residues/s, written to {place(output)}",
         file=status,
     )
     if done.computed < done.residues:
-        print(
-            f"{done.residues - done.computed:,} residues had been done before the interruption",
-            file=status,
-        )
+        before = counted(done.residues - done.computed, "residue")
+        print(f"{before} of these had been computed before the interruption", file=status)
     if done.longer:
         print(
-            f"of {done.longer:,} proteins more than {model.domain.length} residues were read, the "
-            "length that the model was made for: it has not been trained on longer proteins",
+            f"of {counted(done.longer, 'protein')} more than {model.domain.length:,} residues were "
+            "read, the length that the model was made for: it has not been trained on longer ones",
             file=status,
         )

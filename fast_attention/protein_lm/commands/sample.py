@@ -28,7 +28,7 @@ fills in the residues that are hidden by * in a given protein:
 
 # What only one of the two ways has, with the value that stands for "not given".
 _WRITING = {
-    "prompt": "",
+    "prompt": None,
     "prompt_fasta": None,
     "min_length": None,
     "max_length": None,
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     starts.add_argument(
         "--prompt_fasta",
         metavar="FILE",
-        help="several prompts, each a record of a FASTA file",
+        help="several prompts, each a record of a FASTA file (or a row of a table, .csv or .tsv)",
     )
     starts.add_argument(
         "--infill",
@@ -130,6 +130,7 @@ def run(options: argparse.Namespace) -> None:
     from fast_attention.protein_lm.fasta import write_fasta
     from fast_attention.protein_lm.loading import load_run
     from fast_attention.protein_lm.output_targets import status_stream
+    from fast_attention.protein_lm.wording import counted, place
 
     arguments.check_files(options, "output")
     shortest, longest = options.min_length, options.max_length
@@ -147,18 +148,30 @@ def run(options: argparse.Namespace) -> None:
     total, records = (_fill if options.infill else _write)(model, options)
     # Proteins go to the file as they are drawn; it gets its name when it is whole.
     write_fasta(options.output, tqdm(records, "sampling", total, unit="protein", disable=None))
-    print(f"{total} proteins written to {options.output}", file=status_stream(options.output))
+    print(
+        f"{counted(total, 'protein')} written to {place(options.output)}",
+        file=status_stream(options.output),
+    )
 
 
 def _write(model: FlaxModel, options: argparse.Namespace) -> tuple[int, Iterator[FastaRecord]]:
-    from fast_attention.protein_lm.fasta import FastaRecord, read_fasta
-    from fast_attention.protein_lm.sampling import draw_proteins
+    from fast_attention.protein_lm.fasta import FastaRecord
+    from fast_attention.protein_lm.fasta_files import read_proteins
+    from fast_attention.protein_lm.sampling import draw_proteins, encode_prompt
 
     number = 10 if options.num_samples is None else options.num_samples
     if options.prompt_fasta:
-        prompts = list(read_fasta(options.prompt_fasta, alphabet=model.domain.vocab.symbols))
+        symbols = model.domain.vocab.symbols
+        prompts = list(read_proteins(options.prompt_fasta, alphabet=symbols, unique_ids=True))
     else:
-        prompts = [FastaRecord("sample", "", options.prompt)]
+        prompts = [FastaRecord("sample", "", (options.prompt or "").upper())]
+    # All of them before the first protein is drawn.
+    for prompt in prompts:
+        try:
+            encode_prompt(model, prompt.sequence, options.max_length)
+        except ValueError as error:
+            where = f"{options.prompt_fasta}: {prompt.id!r}" if options.prompt_fasta else "--prompt"
+            raise ValueError(f"{where}: {error}") from None
 
     def records() -> Iterator[FastaRecord]:
         for prompt in prompts:
@@ -191,7 +204,13 @@ def _fill(model: FlaxModel, options: argparse.Namespace) -> tuple[int, Iterator[
     if os.path.exists(options.infill):
         limit, too_long = longest_record(None, CUT)
         proteins = list(
-            read_proteins(options.infill, alphabet=symbols, max_residues=limit, too_long=too_long)
+            read_proteins(
+                options.infill,
+                alphabet=symbols,
+                unique_ids=True,
+                max_residues=limit,
+                too_long=too_long,
+            )
         )
     elif set(options.infill.upper()) <= set(symbols):
         proteins = [FastaRecord("infill", "", options.infill.upper())]
