@@ -1,10 +1,11 @@
 """Calls on meshes whose axes are Explicit, the default of ``jax.make_mesh``.
 
 There the type of an array says how it is sharded, and every operation must state the sharding of
-its result. Attention leaves that to the compiler: a call runs with these axes as Auto ones, and its
-results are sharded as its operands are.
+its result. This package leaves that to the compiler: a call runs with these axes as Auto ones, and
+its results are sharded as its first array is. For functions of modules see
+:mod:`fast_attention.layers.explicit_axes`.
 
-Shape letters: B batch, T queries, H heads, D head width.
+Shape letters: B batch, T queries.
 """
 
 from __future__ import annotations
@@ -15,71 +16,98 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def explicit_axes(x: Any) -> tuple[str, ...]:
-    """Returns the names of the Explicit mesh axes in the type of an array, usually none."""
-    if not isinstance(x, jax.Array):
-        return ()
-    mesh = jax.typeof(x).sharding.mesh
-    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return tuple(name for name, kind in types if kind == AxisType.Explicit)
+def explicit_mesh(tree: Any) -> AbstractMesh | None:
+    """Returns the mesh in the types of these arrays if it has Explicit axes, usually None."""
+    first = _first_on_mesh(tree)
+    return None if first is None else jax.typeof(first).sharding.mesh
 
 
 def runs_on_auto_axes(function: Function) -> Function:
-    """Decorates a function of ``query``, ``key``, ``value``, and perhaps a ``state``.
+    """Decorates a function of arrays; see :func:`sharded_alike` for how its results lie.
 
-    Outputs are sharded as the axes ``*B, T, H`` of the queries are, a new state as the old one. The
-    arrays must be leaves of the arguments; whatever else there is passes as it is.
+    Arrays must be leaves of the arguments; everything else passes as it is.
     """
     signature = inspect.signature(function)
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        leaves, tree = jax.tree.flatten((args, kwargs))
-        axes = tuple(dict.fromkeys(name for x in leaves for name in explicit_axes(x)))
-        if not axes:
+        mesh = explicit_mesh((args, kwargs))
+        if mesh is None:
             return function(*args, **kwargs)
-        where = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
-
-        def of_arrays(*arrays: jax.Array) -> Any:
-            for i, x in zip(where, arrays, strict=True):
-                leaves[i] = x
-            args, kwargs = jax.tree.unflatten(tree, leaves)
-            return function(*args, **kwargs)
-
-        sharding = _of_results(signature.bind(*args, **kwargs).arguments)
-        attend = jax.sharding.auto_axes(of_arrays, axes=axes, out_sharding=sharding)
-        return attend(*(leaves[i] for i in where))
+        with auto_axes_of(mesh):
+            on_auto = lay_on_auto_axes((args, kwargs))
+            result = function(*on_auto[0], **on_auto[1])
+        state = signature.bind(*args, **kwargs).arguments.get("state")
+        return sharded_alike(result, mesh, (args, kwargs), state)
 
     return run  # pyright: ignore[reportReturnType]
 
 
-def _of_results(arguments: dict[str, Any]) -> Any:
-    """The shardings of an output and, where there was a state, of the new one."""
-    operands = [arguments[name] for name in ("query", "key", "value")]
-    model = next((x for x in operands if explicit_axes(x)), None)
-    if model is None:
-        raise ValueError(
-            "Arrays of this call lie on a mesh with Explicit axes, but query, key and value do "
-            "not: put these on the mesh, with jax.device_put or jax.sharding.reshard."
-        )
-    mesh, spec = jax.typeof(model).sharding.mesh, jax.typeof(model).sharding.spec
-    # A result may hold more than the output; its batch axes come first in all of them.
-    whole = model is operands[0] and not any(
-        arguments.get(name) for name in ("return_weights", "return_buckets", "return_state")
-    )
-    state = arguments.get("state")
-    axes = model.ndim - 1 if whole else model.ndim - (3 if "state" not in arguments else 2)
-    out = NamedSharding(mesh, PartitionSpec(*spec[:axes]))
+def auto_axes_of(mesh: AbstractMesh) -> Any:
+    """A context in which the Explicit axes of a mesh are Auto ones."""
+    kinds = dict.fromkeys(mesh.explicit_axes, AxisType.Auto)
+    return jax.sharding.use_abstract_mesh(mesh.update_axis_types(kinds))
+
+
+def lay_on_auto_axes(tree: Any) -> Any:
+    """Takes the shardings out of the types of all arrays, inside :func:`auto_axes_of`."""
+
+    def lay(x: Any) -> Any:
+        return jax.sharding.reshard(x, PartitionSpec()) if _is_on_mesh(x) else x
+
+    return jax.tree.map(lay, tree)
+
+
+def sharded_alike(result: Any, mesh: AbstractMesh, arguments: Any, state: Any = None) -> Any:
+    """Shards results, outside of :func:`auto_axes_of`, as the first array of a call is.
+
+    An array has the sharding of the leading axes that it has in common with that one, so of
+    ``[B, T, ...]`` the rows and positions.
+
+    Args:
+      result: the result of the call.
+      mesh: with Explicit axes.
+      arguments: those of the call.
+      state: a decoding state among them; the second result then lies as it does.
+    """
+    model = _first_on_mesh(arguments)
+    places = () if model is None else jax.typeof(model).sharding.spec
+    shape = () if model is None else model.shape
+
+    def lay(x: Any) -> Any:
+        if not isinstance(x, jax.Array):
+            return x
+        common = 0
+        while common < min(x.ndim, len(shape)) and x.shape[common] == shape[common]:
+            common += 1
+        return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*places[:common])))
+
     if state is None:
-        return out
+        return jax.tree.map(lay, result)
+    out, after = result
+    return jax.tree.map(lay, out), sharded_as_before(after, mesh, state)
 
-    def of_state(x: Any) -> NamedSharding:
-        sharding = jax.typeof(x).sharding
-        return NamedSharding(mesh, sharding.spec if explicit_axes(x) else PartitionSpec())
 
-    return out, jax.tree.map(of_state, state)
+def sharded_as_before(tree: Any, mesh: AbstractMesh, before: Any) -> Any:
+    """Shards each array as the one in its place was; whole where that was not on the mesh."""
+
+    def lay(x: Any, old: Any) -> Any:
+        if not isinstance(x, jax.Array):
+            return x
+        spec = jax.typeof(old).sharding.spec if _is_on_mesh(old) else PartitionSpec()
+        return jax.sharding.reshard(x, NamedSharding(mesh, spec))
+
+    return jax.tree.map(lay, tree, before)
+
+
+def _first_on_mesh(tree: Any) -> Any:
+    return next((x for x in jax.tree.leaves(tree) if _is_on_mesh(x)), None)
+
+
+def _is_on_mesh(x: Any) -> bool:
+    return isinstance(x, jax.Array) and bool(jax.typeof(x).sharding.mesh.explicit_axes)

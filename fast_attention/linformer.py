@@ -15,9 +15,11 @@ import jax.numpy as jnp
 
 from fast_attention.array_types import Array, Float
 from fast_attention.dtypes import at_least_float32
+from fast_attention.explicit_axes import runs_on_auto_axes
 from fast_attention.softmax_attention import make_softmax_attention
 
 
+@runs_on_auto_axes
 def linformer_attention(
     query: Float[Array, "*B T H D"],
     key: Float[Array, "*B S K D"],

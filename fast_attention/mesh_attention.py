@@ -24,7 +24,7 @@ from fast_attention.mechanisms.call import Call
 from fast_attention.mechanisms.checks import mismatch
 from fast_attention.mechanisms.wrapped import WrappedAttention, as_attention_fn
 from fast_attention.mesh_layout import AxisName, Layout
-from fast_attention.meshes import MODEL, SEQUENCE, axis_dividing, rows_axes
+from fast_attention.meshes import MODEL, SEQUENCE, axis_dividing, rows_axes, with_auto_axes
 
 _OWN_AXES = {
     **{name: 2 for name in ("rows", "query_norm", "key_norm", "stretch")},
@@ -132,12 +132,14 @@ def on_mesh(attention_fn: Callable[..., Any], mesh: Mesh) -> AttentionFn:
     Args:
       attention_fn: any attention function; along ``sequence`` one of those that
         :func:`~fast_attention.sequence_parallel.along_mesh_axis` takes.
-      mesh: from :func:`fast_attention.meshes.make_mesh`.
+      mesh: from :func:`fast_attention.meshes.make_mesh`, or another one with its axes; arrays may
+        lie on one whose axes are Explicit.
 
     Raises:
-      ValueError: for a function that cannot attend across devices, if the mesh divides positions.
+      ValueError: for a function that cannot attend across devices, if the mesh divides positions,
+        or a mesh with other axes.
     """
-    function = as_attention_fn(attention_fn)
+    function, mesh = as_attention_fn(attention_fn), with_auto_axes(mesh)
     if mesh.size == 1:
         return function
     if mesh.shape[SEQUENCE] > 1:

@@ -80,6 +80,24 @@ def make_mesh(
     return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
 
 
+def with_auto_axes(mesh: Mesh) -> Mesh:
+    """Returns a mesh for this package's own programs: its axes are Auto, whatever they were.
+
+    Raises:
+      MeshError: if an axis of :data:`AXES` is missing.
+    """
+    missing = [name for name in AXES if name not in mesh.shape]
+    if missing:
+        raise MeshError(
+            f"the mesh must have the axes {', '.join(AXES)}, got {', '.join(mesh.axis_names)}: "
+            "make it with fast_attention.make_mesh, where an axis of 1 device divides nothing"
+        )
+    if all(kind == AxisType.Auto for kind in mesh.axis_types):
+        return mesh
+    kinds = (AxisType.Auto,) * len(mesh.axis_names)
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=kinds)
+
+
 def row_shards(mesh: Mesh) -> int:
     """Among how many devices rows are divided; each such group of devices has rows of its own."""
     return math.prod(mesh.shape[name] for name in ROWS)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from fast_attention import (
     make_fast_generalized_attention,
@@ -16,7 +17,7 @@ from fast_attention import (
 from fast_attention.feature_maps.gaussian_family import untuned
 from fast_attention.feature_maps.tuned import fold
 from fast_attention.mesh_attention import MeshAttention, on_mesh
-from fast_attention.meshes import make_mesh
+from fast_attention.meshes import MeshError, make_mesh
 from tests.compiling import compiled
 
 needs_devices = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
@@ -133,6 +134,30 @@ def test_what_cannot_be_done_across_devices_says_so():
 def test_what_cannot_be_taken_apart_is_left_to_the_compiler():
     function = make_lsh_attention(8)
     assert on_mesh(function, make_mesh(model=8)) is function
+
+
+@pytest.mark.eight_devices
+@needs_devices
+def test_a_mesh_with_explicit_axes():
+    """Values and gradients, of arrays with and without their sharding in their types."""
+    auto = make_mesh(data=2, sequence=2, model=2)
+    kinds = (AxisType.Explicit,) * 4
+    mesh = jax.make_mesh(auto.devices.shape, auto.axis_names, axis_types=kinds)
+    arrays = draw(8)
+    place = NamedSharding(mesh, PartitionSpec("data", "sequence", "model"))
+    check(TUNED, mesh, arrays)
+    expected = differentiated(LINEAR, arrays)
+    with jax.set_mesh(mesh):
+        found = differentiated(on_mesh(LINEAR, mesh), jax.device_put(arrays, place))
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
+    assert found[1].sharding.is_equivalent_to(place, 4)
+
+
+def test_a_mesh_with_other_axes_is_an_error():
+    mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+    with pytest.raises(MeshError, match="axes data, fsdp, sequence, model, got data"):
+        on_mesh(LINEAR, mesh)
 
 
 def test_one_device_needs_nothing():

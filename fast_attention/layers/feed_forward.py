@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fast_attention.array_types import Array, Float
+from fast_attention.layers.explicit_axes import modules_run_on_auto_axes
 from fast_attention.layers.linear import Linear
 
 
@@ -122,6 +123,7 @@ class FeedForward(nnx.Module):
         )
         self.dropout = nnx.Dropout(dropout_rate)
 
+    @modules_run_on_auto_axes
     def __call__(
         self,
         x: Float[Array, "*B M"],

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fast_attention.array_types import Array, Float
+from fast_attention.layers.explicit_axes import modules_run_on_auto_axes
 from fast_attention.mechanisms.efficient.op import efficient_attention
 
 
@@ -86,6 +87,7 @@ class ImageLinearAttention(nnx.Module):
         out_channels = channels if out_channels is None else out_channels
         self.out = convolution(num_heads * value_dim, out_channels, 1)
 
+    @modules_run_on_auto_axes
     def __call__(
         self, x: Float[Array, "B X Y C"], *, context: Float[Array, "B *P C"] | None = None
     ) -> Float[Array, "B X2 Y2 O"]:

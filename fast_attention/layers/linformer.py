@@ -12,6 +12,7 @@ import jax
 from flax import nnx
 
 from fast_attention.array_types import Array, Float
+from fast_attention.layers.explicit_axes import modules_run_on_auto_axes
 from fast_attention.layers.linear import Linear
 from fast_attention.linformer import linformer_attention, refuse_masks
 
@@ -100,6 +101,7 @@ class LinformerAttention(nnx.Module):
         self.key_projection = projection()
         self.value_projection = nnx.data(None if share_kv else projection())
 
+    @modules_run_on_auto_axes
     def __call__(
         self,
         x: Float[Array, "B T M"],

@@ -11,6 +11,7 @@ from flax import nnx
 
 from fast_attention.array_types import Array, Bool, Float
 from fast_attention.dtypes import at_least_float32
+from fast_attention.layers.explicit_axes import modules_run_on_auto_axes
 
 
 class MaskedBatchNorm(nnx.Module):
@@ -38,6 +39,7 @@ class MaskedBatchNorm(nnx.Module):
         self.mean = nnx.BatchStat(jnp.zeros(features))
         self.var = nnx.BatchStat(jnp.ones(features))
 
+    @modules_run_on_auto_axes
     def __call__(
         self,
         x: Float[Array, "*B M"],

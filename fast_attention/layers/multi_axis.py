@@ -13,6 +13,7 @@ from typing import Any
 from flax import nnx
 
 from fast_attention.array_types import Array, Bool, Float
+from fast_attention.layers.explicit_axes import modules_run_on_auto_axes
 from fast_attention.layers.held import as_held, held_projection, redraw
 from fast_attention.layers.linear import Linear
 from fast_attention.mechanisms.axes import attended_axes, fold_axes, unfold_axes
@@ -102,6 +103,7 @@ class MultiAxisAttention(nnx.Module):
         drawn = self.attention_fn.draw_projection(rngs.params(), key_dim)
         self.projection = nnx.data(as_held(drawn, num_heads))
 
+    @modules_run_on_auto_axes
     def __call__(
         self,
         query: Float[Array, "*B C"],

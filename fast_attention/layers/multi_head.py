@@ -20,6 +20,7 @@ from fast_attention.layers.attention_call import (
     causal_by_mask,
 )
 from fast_attention.layers.attention_config import AttentionConfig, HeadGroup
+from fast_attention.layers.explicit_axes import modules_run_on_auto_axes
 from fast_attention.layers.head_groups import (
     dropout_options,
     read_keys,
@@ -89,6 +90,7 @@ class MultiHeadAttention(nnx.Module):
         self.projections = nnx.List(map(as_held, drawn, kv_heads))
         self.moments = nnx.List(no_running_moments(config, kv_heads))
 
+    @modules_run_on_auto_axes
     def __call__(
         self,
         x: Float[Array, "B T M"],
@@ -125,6 +127,7 @@ class MultiHeadAttention(nnx.Module):
         inputs = Inputs(positions, segment_ids, key_mask, context, context_mask, mask)
         return self.attend(x, inputs, deterministic=deterministic, rngs=rngs)[0]
 
+    @modules_run_on_auto_axes
     def attend(
         self,
         x: Float[Array, "B T M"],
@@ -209,6 +212,7 @@ class MultiHeadAttention(nnx.Module):
         steps = all(group.attention_fn.can_decode for group in config.groups)
         return self.causal and steps and not appended
 
+    @modules_run_on_auto_axes
     def init_state(
         self, batch_size: int, max_length: int, inputs: Inputs = NO_INPUTS
     ) -> AttentionState:
@@ -246,6 +250,7 @@ class MultiHeadAttention(nnx.Module):
                     states[index] = read_keys(group, states[index], k, v, self._own(index))
         return AttentionState(tuple(states))
 
+    @modules_run_on_auto_axes
     def prefill(
         self, state: AttentionState, x: Float[Array, "B T M"], inputs: Inputs = NO_INPUTS
     ) -> tuple[Float[Array, "B T M"], AttentionState]:
@@ -262,6 +267,7 @@ class MultiHeadAttention(nnx.Module):
         """
         return self._continue(False, state, x, inputs, {"key_mask": inputs.key_mask})
 
+    @modules_run_on_auto_axes
     def step(
         self, state: AttentionState, x: Float[Array, "B M"], inputs: Inputs = NO_INPUTS
     ) -> tuple[Float[Array, "B M"], AttentionState]:

@@ -15,6 +15,8 @@ from jax.core import Tracer
 
 from fast_attention.array_types import Array, Float, Int
 from fast_attention.dtypes import at_least_float32
+from fast_attention.explicit_axes import runs_on_auto_axes
+from fast_attention.layers.explicit_axes import modules_run_on_auto_axes
 
 
 def sinusoids(
@@ -42,6 +44,7 @@ def sinusoids(
     return jnp.stack(waves, axis=-1).reshape(*positions.shape, -1)[..., :features]
 
 
+@runs_on_auto_axes
 def rotate(
     x: Float[Array, "*B H D"],
     positions: Int[Array, "*B"],
@@ -125,6 +128,7 @@ class LearnedPositions(nnx.Module):
             raise ValueError("An initializer of positions draws from rngs: give it, got None.")
         self.table = nnx.Param(initializer(rngs.params(), (max_len, features), jnp.float32))
 
+    @modules_run_on_auto_axes
     def __call__(self, positions: Int[Array, "*B"]) -> Float[Array, "*B M"]:
         """Looks positions up.
 
@@ -197,6 +201,7 @@ class AxialPositions(nnx.Module):
             for n, width in zip(shape, widths, strict=True)
         )
 
+    @modules_run_on_auto_axes
     def __call__(self, positions: Int[Array, "*B"]) -> Float[Array, "*B M"]:
         """Looks positions up, as `LearnedPositions` does; the grid has the place of its table."""
         count = math.prod(self.shape)

@@ -16,6 +16,7 @@ from flax import nnx
 
 from fast_attention.array_types import Array, Bool, Float, Int
 from fast_attention.dtypes import at_least_float32
+from fast_attention.layers.explicit_axes import modules_run_on_auto_axes
 from fast_attention.layers.linear import Linear
 from fast_attention.layers.masked_batch_norm import MaskedBatchNorm
 
@@ -117,6 +118,7 @@ class ProductKeyMemory(nnx.Module):
         self.query_dropout = nnx.Dropout(query_dropout)
         self.value_dropout = nnx.Dropout(value_dropout)
 
+    @modules_run_on_auto_axes
     def __call__(
         self,
         x: Float[Array, "*B M"],

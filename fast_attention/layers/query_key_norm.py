@@ -13,6 +13,7 @@ from jax import lax
 
 from fast_attention.array_types import Array, Float
 from fast_attention.dtypes import at_least_float32
+from fast_attention.layers.explicit_axes import modules_run_on_auto_axes
 
 TEMPERATURE = 1.0
 """Of every head, at first: logits lie between -1 and 1."""
@@ -43,6 +44,7 @@ class UnitQueryKey(nnx.Module):
         """
         self.log_temperature = nnx.Param(jnp.full(num_kv_heads, math.log(TEMPERATURE)))
 
+    @modules_run_on_auto_axes
     def __call__(self, x: Float[Array, "*B H D"]) -> Float[Array, "*B H D"]:
         """Scales queries or keys of H heads, a multiple of K, in float32 at least."""
         heads, width = x.shape[-2:]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fast_attention.array_types import Array, Bool, Float
+from fast_attention.layers.explicit_axes import modules_run_on_auto_axes
 from fast_attention.layers.inputs import Inputs
 from fast_attention.layers.layer_dropout import draw_layer_mask
 from fast_attention.layers.multi_head import NO_INPUTS
@@ -130,6 +131,7 @@ class Stack(nnx.Module):
         else:
             self.blocks = nnx.List([build(block, rngs) for block in config.blocks])
 
+    @modules_run_on_auto_axes
     def __call__(
         self,
         x: Float[Array, "B T M"],
@@ -177,6 +179,7 @@ class Stack(nnx.Module):
 
         return self._flow(x, add)
 
+    @modules_run_on_auto_axes
     def hidden_states(
         self, x: Float[Array, "B T M"], inputs: Inputs = NO_INPUTS
     ) -> list[Float[Array, "B T M"]]:
@@ -209,6 +212,7 @@ class Stack(nnx.Module):
         """Whether no position sees a later one."""
         return all(sublayer.causal for block in self.blocks for sublayer in block)
 
+    @modules_run_on_auto_axes
     def init_state(self, batch_size: int, max_length: int, inputs: Inputs = NO_INPUTS) -> Any:
         """Makes the state before the first token, see `MultiHeadAttention.init_state`."""
         return tuple(
@@ -216,12 +220,14 @@ class Stack(nnx.Module):
             for block in self.blocks
         )
 
+    @modules_run_on_auto_axes
     def prefill(
         self, state: Any, x: Float[Array, "B T M"], inputs: Inputs = NO_INPUTS
     ) -> tuple[Float[Array, "B T M"], Any]:
         """Applies all blocks to T new tokens per row, see `MultiHeadAttention.prefill`."""
         return self._continue("prefill", state, x, inputs)
 
+    @modules_run_on_auto_axes
     def step(
         self, state: Any, x: Float[Array, "B M"], inputs: Inputs = NO_INPUTS
     ) -> tuple[Float[Array, "B M"], Any]:

@@ -13,6 +13,7 @@ from flax import nnx
 
 from fast_attention.array_types import Array, Float
 from fast_attention.layers.attention_config import AttentionConfig
+from fast_attention.layers.explicit_axes import modules_run_on_auto_axes
 from fast_attention.layers.feed_forward import Activation, FeedForward
 from fast_attention.layers.inputs import Inputs
 from fast_attention.layers.linformer import LinformerAttention
@@ -167,6 +168,7 @@ class Sublayer(nnx.Module):
             build_inner(features, config, dtype=dtype, rngs=rngs) if inner is None else inner
         )
 
+    @modules_run_on_auto_axes
     def __call__(
         self,
         x: Float[Array, "B T M"],
@@ -231,6 +233,7 @@ class Sublayer(nnx.Module):
             return False
         return not isinstance(self.inner, MultiHeadAttention) or self.inner.can_decode
 
+    @modules_run_on_auto_axes
     def init_state(
         self, batch_size: int, max_length: int, inputs: Inputs = NO_INPUTS
     ) -> SublayerState:
@@ -244,6 +247,7 @@ class Sublayer(nnx.Module):
             before = jnp.zeros((batch_size, self.features), self.dtype or jnp.float32)
         return SublayerState(inner, before)
 
+    @modules_run_on_auto_axes
     def prefill(
         self, state: SublayerState, x: Float[Array, "B T M"], inputs: Inputs = NO_INPUTS
     ) -> tuple[Float[Array, "B T M"], SublayerState]:
@@ -262,6 +266,7 @@ class Sublayer(nnx.Module):
             x = self.inner(x)
         return self._scaled(x), SublayerState(inner, before)
 
+    @modules_run_on_auto_axes
     def step(
         self, state: SublayerState, x: Float[Array, "B M"], inputs: Inputs = NO_INPUTS
     ) -> tuple[Float[Array, "B M"], SublayerState]:

@@ -17,8 +17,10 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 
 from fast_attention.array_types import Array, Bool, Float
+from fast_attention.explicit_axes import runs_on_auto_axes
 
 
+@runs_on_auto_axes
 def shift_tokens(
     x: Float[Array, "B T M"],
     shifts: Sequence[int] = (0, 1),

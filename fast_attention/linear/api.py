@@ -9,6 +9,7 @@ from typing import Any, Literal, overload
 import jax
 
 from fast_attention.array_types import Array, Bool, Float, Int
+from fast_attention.explicit_axes import runs_on_auto_axes
 from fast_attention.feature_maps.base import FeatureMap, Parameters
 from fast_attention.linear import chunked, pallas_gpu, reference
 from fast_attention.linear.inputs import Inputs, Plan, SavedStates
@@ -83,6 +84,7 @@ def linear_attention(
 ) -> tuple[Array, LinearAttentionState]: ...
 
 
+@runs_on_auto_axes
 def linear_attention(
     query: Float[Array, "*B T H D"],
     key: Float[Array, "*B S K D"],

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fast_attention.array_types import Array, Bool, Float, Int
+from fast_attention.layers.explicit_axes import modules_run_on_auto_axes
 from fast_attention.models.generation import generate
 from fast_attention.models.language_model import LanguageModel
 from fast_attention.models.losses import cross_entropy
@@ -59,6 +60,7 @@ class EncoderDecoder(nnx.Module):
         self.ignore_index = ignore_index
         self.pad_value = pad_value
 
+    @modules_run_on_auto_axes
     def encode(
         self,
         source: Int[Array, "B S"],
@@ -72,6 +74,7 @@ class EncoderDecoder(nnx.Module):
             source, key_mask=source_mask, deterministic=deterministic, rngs=rngs
         )
 
+    @modules_run_on_auto_axes
     def __call__(
         self,
         source: Int[Array, "B S"],
@@ -101,6 +104,7 @@ class EncoderDecoder(nnx.Module):
             target, key_mask=target_mask, context=context, context_mask=source_mask, **own
         )
 
+    @modules_run_on_auto_axes
     def loss(
         self,
         source: Int[Array, "B S"],

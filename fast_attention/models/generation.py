@@ -19,6 +19,7 @@ from jax import lax
 from jax.core import Tracer
 
 from fast_attention.array_types import Array, Bool, Float, Int
+from fast_attention.explicit_axes import runs_on_auto_axes
 from fast_attention.models import samplers
 from fast_attention.models.language_model import LanguageModel
 from fast_attention.models.reading import read_prompt, read_token
@@ -154,6 +155,7 @@ def generate(
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "options"))
+@runs_on_auto_axes
 def _generate(
     graphdef: Any,
     variables: Any,

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from fast_attention.array_types import Array, Bool, Float, Int
+from fast_attention.layers.explicit_axes import modules_run_on_auto_axes
 from fast_attention.layers.inputs import Inputs
 from fast_attention.layers.linear import Linear
 from fast_attention.layers.norms import make_norm
@@ -85,6 +86,7 @@ class LanguageModel(nnx.Module):
         self.norm = make_norm(norm.kind, norm_width, epsilon=norm.epsilon, dtype=dtype, rngs=rngs)
         self.head = linear(width, config.vocab_size, None) if config.logits == "dense" else None
 
+    @modules_run_on_auto_axes
     def __call__(
         self,
         tokens: Int[Array, "B T"],
@@ -132,6 +134,7 @@ class LanguageModel(nnx.Module):
         )
         return self._logits(encoded)
 
+    @modules_run_on_auto_axes
     def encode(
         self,
         tokens: Int[Array, "B T"],
@@ -174,6 +177,7 @@ class LanguageModel(nnx.Module):
         )
         return self._leave(x)
 
+    @modules_run_on_auto_axes
     def hidden_states(
         self,
         tokens: Int[Array, "B T"],
@@ -230,6 +234,7 @@ class LanguageModel(nnx.Module):
         """Whether the model can read token by token."""
         return self.stack.can_decode
 
+    @modules_run_on_auto_axes
     def init_state(
         self,
         batch_size: int,
@@ -260,6 +265,7 @@ class LanguageModel(nnx.Module):
             positions=jnp.zeros(batch_size, jnp.int32),
         )
 
+    @modules_run_on_auto_axes
     def prefill(
         self,
         state: DecodeState,
@@ -289,6 +295,7 @@ class LanguageModel(nnx.Module):
         state = DecodeState(layers, state.positions + seen[:, -1])
         return self._logits(self._leave(x)), state
 
+    @modules_run_on_auto_axes
     def step(
         self, state: DecodeState, tokens: Int[Array, " B"]
     ) -> tuple[Float[Array, "B V"], DecodeState]:

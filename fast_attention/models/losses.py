@@ -12,9 +12,12 @@ import optax
 from flax import nnx
 
 from fast_attention.array_types import Array, Bool, Float, Int
+from fast_attention.explicit_axes import runs_on_auto_axes
+from fast_attention.layers.explicit_axes import modules_run_on_auto_axes
 from fast_attention.models.language_model import LanguageModel
 
 
+@runs_on_auto_axes
 def cross_entropy(
     logits: Float[Array, "B T V"], targets: Int[Array, "B T"], counts: Bool[Array, "B T"]
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
@@ -34,6 +37,7 @@ def cross_entropy(
     return jnp.sum(jnp.where(counts, losses, 0)) / jnp.maximum(number, 1), number
 
 
+@modules_run_on_auto_axes
 def next_token_loss(
     model: LanguageModel,
     tokens: Int[Array, "B T"],

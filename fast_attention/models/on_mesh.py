@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from fast_attention.layers.linear import Linear
 from fast_attention.layers.multi_head import MultiHeadAttention
 from fast_attention.mesh_attention import on_mesh
-from fast_attention.meshes import SEQUENCE
+from fast_attention.meshes import SEQUENCE, with_auto_axes
 from fast_attention.models.language_model import LanguageModel
 
 
@@ -23,11 +23,13 @@ def lay_on_mesh(model: nnx.Module, mesh: Mesh) -> None:
 
     Args:
       model: With `MultiHeadAttention` layers; changed in place, its arrays are left alone.
-      mesh: From :func:`fast_attention.meshes.make_mesh`.
+      mesh: From :func:`fast_attention.meshes.make_mesh`, or another one with its axes.
 
     Raises:
-      ValueError: If the mesh divides positions, and an attention function cannot do that.
+      ValueError: If the mesh divides positions, and an attention function cannot do that, or if it
+        has other axes.
     """
+    mesh = with_auto_axes(mesh)
     if mesh.size == 1:
         return
     for _, module in nnx.iter_modules(model):

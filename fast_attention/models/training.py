@@ -11,6 +11,7 @@ from flax import nnx
 from jax import lax
 
 from fast_attention.array_types import Array, Float
+from fast_attention.layers.explicit_axes import modules_run_on_auto_axes
 
 Loss = Callable[[Any, Any, nnx.Rngs | None], tuple[Array, Array]]
 """``loss(model, batch, rngs) -> (mean, count)``: a mean and how many it is the mean of."""
@@ -41,6 +42,7 @@ def make_train_step(
         raise ValueError(f"accumulate must be at least 1, got {accumulate}.")
 
     @nnx.jit
+    @modules_run_on_auto_axes
     def step(
         model: nnx.Module, optimizer: nnx.Optimizer, batch: Any, rngs: nnx.Rngs | None
     ) -> Array:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from fast_attention.meshes import with_auto_axes
 from fast_attention.models.on_mesh import lay_on_mesh
 from fast_attention.models.transformer import Transformer
 from fast_attention.protein_lm import (
@@ -289,7 +290,7 @@ class BuiltModel:
     def with_mesh(self, mesh: Mesh) -> Self:
         """The same model, with the same parameters, on other devices; training starts anew."""
         model = copy.copy(self)
-        model._state, model.mesh = None, mesh
+        model._state, model.mesh = None, with_auto_axes(mesh)
         model._build(self.attention_fn, self.schedule)
         model.set_parameters(*process_arrays.fetch((self.weights, self.state.variables)))
         return model

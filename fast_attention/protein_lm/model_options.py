@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from fast_attention.meshes import make_mesh
+from fast_attention.meshes import make_mesh, with_auto_axes
 from fast_attention.protein_lm.train_state import TrainState
 
 _REPLACED = {
@@ -62,10 +62,11 @@ class ModelOptions:
         """The devices of the model: `mesh`, or those that there are.
 
         Raises:
-          ValueError: If ``pmap`` is False and a mesh is given.
+          ValueError: If ``pmap`` is False and a mesh is given, or the mesh has other axes than
+            `make_mesh` gives it.
         """
         if self.pmap:
-            return make_mesh() if mesh is None else mesh
+            return make_mesh() if mesh is None else with_auto_axes(mesh)
         if mesh is not None:
             raise ValueError("pmap=False uses one device, and mesh several: give one of them")
         return make_mesh(devices=jax.local_devices()[:1])

@@ -5,10 +5,10 @@ import re
 import jax
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from fast_attention import make_fast_generalized_attention
-from fast_attention.meshes import make_mesh
+from fast_attention.meshes import AXES, make_mesh
 from fast_attention.protein_lm import checkpoints, make_protein_domain, train_state
 from fast_attention.protein_lm.models import FlaxBERT, FlaxLM
 
@@ -117,8 +117,10 @@ def assert_divided(state):
 
 
 def test_masked_training_is_the_same_on_rows_and_heads():
+    """Of a mesh as `jax.make_mesh` makes it."""
     one = make(FlaxBERT, make_mesh(devices=jax.devices()[:1]))
-    eight = make(FlaxBERT, make_mesh(data=2, fsdp=2, model=2))
+    kinds = (AxisType.Explicit,) * 4
+    eight = make(FlaxBERT, jax.make_mesh((2, 2, 1, 2), AXES, axis_types=kinds))
     expected, losses = advance(one, one.state, range(3))
     found, rows = advance(eight, eight.state, range(3))
     np.testing.assert_allclose(rows, losses, rtol=1e-5)

@@ -17,6 +17,7 @@ from jax import lax
 from fast_attention.array_types import Array, Bool, Float, Int
 from fast_attention.blindspot import attend_to_buckets
 from fast_attention.dtypes import at_least_float32
+from fast_attention.explicit_axes import runs_on_auto_axes
 from fast_attention.feature_maps import IdentityFeatures, LogFeatures
 from fast_attention.linear import linear_attention
 from fast_attention.linear.checks import (
@@ -27,6 +28,7 @@ from fast_attention.linear.checks import (
 )
 
 
+@runs_on_auto_axes
 def efficient_attention(
     query: Float[Array, "*B T H D"],
     key: Float[Array, "*B S K D"],

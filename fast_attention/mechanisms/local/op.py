@@ -23,6 +23,7 @@ from jax import lax
 
 from fast_attention.array_types import Array, Bool, Float, Int
 from fast_attention.dtypes import at_least_float32
+from fast_attention.explicit_axes import runs_on_auto_axes
 from fast_attention.local_blocks import tiled_attention
 from fast_attention.local_tile import Choices, Sight, most_ahead, most_back
 from fast_attention.local_window import Window, check_shapes, fold_batch, make_window
@@ -79,6 +80,7 @@ def local_attention(
 ) -> tuple[Array, Array]: ...
 
 
+@runs_on_auto_axes
 def local_attention(
     query: Float[Array, "*B T H D"],
     key: Float[Array, "*B T K D"],

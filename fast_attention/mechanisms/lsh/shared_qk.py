@@ -19,6 +19,7 @@ from jax import lax
 
 from fast_attention.array_types import Array, Bool, Float, Int
 from fast_attention.dtypes import at_least_float32
+from fast_attention.explicit_axes import runs_on_auto_axes
 from fast_attention.shared_query_key import (
     SELF_LOGIT,
     LSHOutput,
@@ -46,6 +47,7 @@ _DEVICE_SCORES = 2**27
         "return_weights",
     ),
 )
+@runs_on_auto_axes
 def shared_qk_attention(
     qk: Float[Array, "*B S H D"],
     value: Float[Array, "*B S K V"],

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fast_attention.array_types import Array, Bool, Float, Int
+from fast_attention.explicit_axes import runs_on_auto_axes
 from fast_attention.mechanisms.lsh.hashed.checks import check_arguments, rounds_of
 from fast_attention.mechanisms.lsh.hashed.core import Shared, attend_sorted
 from fast_attention.mechanisms.lsh.hashed.hashing import draw_rotations, hash_vectors
@@ -62,6 +63,7 @@ def n_buckets(length: int, bucket_size: int) -> int:
         "return_buckets",
     ),
 )
+@runs_on_auto_axes
 def lsh_attention(
     qk: Float[Array, "*B S H D"],
     value: Float[Array, "*B S K V"],
