@@ -21,11 +21,7 @@ from fast_attention.layers.attention_call import (
 )
 from fast_attention.layers.attention_config import AttentionConfig, HeadGroup
 from fast_attention.layers.explicit_axes import modules_run_on_auto_axes
-from fast_attention.layers.head_groups import (
-    dropout_options,
-    read_keys,
-    rotated,
-)
+from fast_attention.layers.head_groups import dropout_options, read_keys, rotated
 from fast_attention.layers.held import as_held, held_projection, no_running_moments, observe, redraw
 from fast_attention.layers.inputs import Inputs
 from fast_attention.layers.linear import Linear
@@ -90,7 +86,6 @@ class MultiHeadAttention(nnx.Module):
         self.projections = nnx.List(map(as_held, drawn, kv_heads))
         self.moments = nnx.List(no_running_moments(config, kv_heads))
 
-    @modules_run_on_auto_axes
     def __call__(
         self,
         x: Float[Array, "B T M"],
