@@ -1,4 +1,4 @@
-"""Checkpoints: all that a run needs to go on as if it had never stopped.
+"""Checkpoints: all that a run needs to resume as if it had never stopped.
 
 A checkpoint is written under a temporary name and renamed when it is whole, so that a run killed
 at any moment leaves whole checkpoints only under their proper names. Each holds a checksum of
@@ -26,7 +26,7 @@ from fast_attention.protein_lm import checkpoint_files, process_arrays, processe
 from fast_attention.protein_lm.array_records import checksums, describe, find_unsound, seal
 from fast_attention.protein_lm.divergence import REMEDY
 from fast_attention.protein_lm.machine_failures import machine_failure
-from fast_attention.protein_lm.run_folder import RunError
+from fast_attention.protein_lm.run_folder import RunError, check_name
 from fast_attention.protein_lm.train_state import TrainState
 
 # Room for what a checkpoint has beside its arrays, generously.
@@ -87,7 +87,11 @@ def open_checkpoints(directory: Path) -> ocp.CheckpointManager:
 
     Args:
       directory: Created when absent.
+
+    Raises:
+      RunError: If its name is not UTF-8.
     """
+    check_name(directory)
     return ocp.CheckpointManager(
         directory.absolute(),
         options=ocp.CheckpointManagerOptions(
@@ -244,6 +248,7 @@ def restore_model(
         raise ValueError(
             f"checkpoint must be 'best', 'last' or the number of a step; got {checkpoint!r}"
         )
+    check_name(directory)
     nothing = f"no checkpoint in {directory}: the run has not reached its first one yet"
     if not directory.is_dir():
         raise RunError(nothing)

@@ -18,6 +18,7 @@ from fast_attention.protein_lm.failures import (
 from fast_attention.protein_lm.host_threads import provide_threads
 from fast_attention.protein_lm.huge_pages import restart_with_huge_pages
 from fast_attention.protein_lm.stopping import Interrupted, Stopped, interrupt_on_signals
+from fast_attention.protein_lm.terminal import for_terminal
 
 _DESCRIPTION = """\
 Train protein language models on FASTA files, and use them.
@@ -44,10 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
       when by SIGTERM and 129 when by SIGHUP.
     """
     if arguments is None:
-        # A file's name or a header may have letters that the terminal's encoding lacks.
-        for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="backslashreplace")
+        # Messages quote names of files and headers, which may hold any character.
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout = for_terminal(sys.stdout)
+        if isinstance(sys.stderr, io.TextIOWrapper):
+            sys.stderr = for_terminal(sys.stderr)
         # Without it, matplotlib reads a file of the current folder, which may name modules.
         os.environ.setdefault("MATPLOTLIBRC", os.devnull)
     options = _parser().parse_args(arguments)

@@ -69,17 +69,23 @@ def _describe_machine(reason: str, error: Exception, text: str, options: Collect
 def silence_libraries() -> None:
     """Keeps tracebacks of libraries off stderr, in a process that runs one command.
 
-    Orbax logs the traceback of what it raises, which is told in one line in the end. So is what
-    fails in a thread, such as TensorBoard's writer, or in an event loop.
+    Orbax logs the traceback of what it raises, and leaves tasks unread that failed for the same
+    reason; the command reports it in one line at the end. What fails in a thread, such as
+    TensorBoard's writer, is one line, too.
     """
     absl.logging.set_verbosity(absl.logging.FATAL)
     logging.disable(logging.ERROR)
     threading.excepthook = _tell_thread
+    sys.unraisablehook = _drop
 
 
 def _tell_thread(failure: threading.ExceptHookArgs) -> None:
     if isinstance(failure.exc_value, Exception):
         print(f"warning: {describe_failure(failure.exc_value)}", file=sys.stderr)
+
+
+def _drop(failure: sys.UnraisableHookArgs) -> None:
+    """Python ignores these errors already, after it has printed a traceback."""
 
 
 def _configurable(error: Exception) -> str | None:

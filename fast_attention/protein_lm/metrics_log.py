@@ -40,9 +40,9 @@ class MetricsLog:
             self._lines.flush()
         except OSError as error:
             raise RunError(
-                f"{self._lines.name} cannot be written to ({error.strerror}): look whether the "
-                "disk is full. Checkpoints are as they were, and the same command goes on from "
-                "the last"
+                f"{self._lines.name} cannot be written to ({error.strerror}): check whether the "
+                "disk is full. Checkpoints are unchanged, and the same command resumes from the "
+                "last one"
             ) from error
         for name, value in values.items():
             if math.isfinite(value):

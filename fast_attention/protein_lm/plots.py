@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from fast_attention.diagnostics_plots import log_ticks
-from fast_attention.protein_lm.output_files import write_file
+from fast_attention.protein_lm.output_files import printable, write_file
 
 
 def plot_learning_curve(
@@ -38,11 +39,14 @@ def plot_learning_curve(
     axes.set_ylabel("perplexity per token (log scale)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     log_ticks(axes.yaxis)
-    name = path.absolute().parent.name.replace("$", r"\$")
+    name = printable(path.absolute().parent.name).replace("$", r"\$")
     axes.set_title(f"learning curve of the run {name}", fontsize=10)
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
     picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
+    with warnings.catch_warnings():
+        # The font lacks letters of some names, for which there are boxes then.
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        figure.savefig(picture, format="png", dpi=120)
     write_file(path, picture.getvalue())

@@ -8,6 +8,7 @@ of a resumed run is removed before its new settings or data are written.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import gin
@@ -59,6 +60,7 @@ def open_folder(folder: RunFolder, model: str) -> Opened:
     """
     asked, used = gin.config_str(), gin.operative_config_str()
     run_folder.check_trainable(folder)
+    run_folder.check_name(folder.path)
     if not folder.config.is_file():
         for other in (folder.result, folder.checkpoints):
             if other.exists():
@@ -103,6 +105,27 @@ def check_data(run: Opened, files: DataFiles, *, new_data: bool) -> Entry:
     if run.record is not None and not new_data:
         _refuse(run.folder, run.record, now, _OTHER_DATA)
     return now
+
+
+def check_unchanged(run: Opened, files: DataFiles, before: Entry, splits: Sequence[str]) -> None:
+    """Checks that files have the content of before, when they have been or are to be read again.
+
+    Args:
+      run: From `open_folder`.
+      files: The data.
+      before: From `check_data`.
+      splits: Which files to compare.
+
+    Raises:
+      FastaError: If a file cannot be read.
+      RunError: If one was changed.
+    """
+    now = before | {split: data_record.describe_files(files.by_split[split]) for split in splits}
+    if found := data_record.differences(before, now):
+        raise RunError(
+            f"data of the run in {run.folder.path} was changed while the run was being trained "
+            f"({'; '.join(found)}): restore the files, and give the same command again"
+        )
 
 
 def check_finished(run: Opened, files: DataFiles, *, new_data: bool) -> list[str]:

@@ -190,6 +190,17 @@ def claim(folder: RunFolder, config: str, model: str) -> None:
         raise OutputError(f"{folder.path} cannot be written to: {explain(error)}") from error
 
 
+def check_name(path: Path) -> None:
+    """Raises RunError if the name of a folder is not UTF-8, which checkpoints need."""
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:
+        raise RunError(
+            f"{str(path)!r} is not UTF-8, as the names of folders with checkpoints must be: rename "
+            "the folder, or give another one"
+        ) from None
+
+
 def check_trainable(folder: RunFolder) -> None:
     """Raises RunError if the folder holds something else than a run."""
     held = content(folder)

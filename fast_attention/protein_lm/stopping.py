@@ -74,7 +74,14 @@ def interrupt_on_signals() -> Iterator[None]:
             threading.Thread(target=repeat, daemon=True).start()
         raise Interrupted(received[0])
 
+    def report(dropped: sys.UnraisableHookArgs) -> None:
+        if not isinstance(dropped.exc_value, Interrupted):
+            report_before(dropped)
+
+    report_before = sys.unraisablehook
     if threading.current_thread() is main:
+        # What is repeated need not be reported.
+        sys.unraisablehook = report
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 before[number] = signal.signal(number, interrupt)
@@ -83,6 +90,8 @@ def interrupt_on_signals() -> Iterator[None]:
     finally:
         with lock:
             ended.set()
+        if sys.unraisablehook is report:
+            sys.unraisablehook = report_before
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 

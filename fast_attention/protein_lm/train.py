@@ -33,6 +33,7 @@ from fast_attention.protein_lm import (
     training_loop,
 )
 from fast_attention.protein_lm.corpus import Corpus, bundled_corpus
+from fast_attention.protein_lm.data_record import SPLITS
 from fast_attention.protein_lm.dataset import get_train_valid_files
 from fast_attention.protein_lm.domains import DiscreteDomain
 from fast_attention.protein_lm.flax_model import FlaxModel
@@ -218,6 +219,7 @@ def run_experiment(
         skipped = {name: SkippedRecords(keep=None) for name in ("train", "valid")}
         digests = resuming.check_data(run, files, new_data=new_data)
         found = load_training_data(files, model.domain, on_error=on_error, skipped=skipped)
+        resuming.check_unchanged(run, files, digests, SPLITS)
         run_checks.check_early_stopping(early_stopping, found.valid is not None)
         make_dataset = functools.partial(
             data.make_dataset,
@@ -298,6 +300,7 @@ def run_experiment(
                 # It came after the last step had begun.
                 raise stopping.stopped(stop.signal or signal.SIGTERM, int(state.step))
 
+        resuming.check_unchanged(run, files, digests, ("test",))
         reached = run_result.Reached(int(state.step), progress.tokens, progress.seconds)
         result = run_result.finish(
             folder,

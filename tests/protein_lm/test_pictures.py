@@ -1,5 +1,7 @@
 """What pictures say in words: whose they are, units, and plain ticks."""
 
+import warnings
+
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
@@ -77,3 +79,14 @@ def test_a_learning_curve_says_run_scale_and_whole_steps(tmp_path, drawn):
     assert all(tick == int(tick) for tick in axes.get_xticks())
     labels = [t.label1.get_text() for t in axes.yaxis.get_minor_ticks() if t.label1.get_text()]
     assert labels and all(float(label) for label in labels)
+
+
+def test_any_name_of_a_run_can_be_drawn(tmp_path, drawn):
+    folder = tmp_path / "蛋\x1b\nfamille_é_$1$"
+    folder.mkdir()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plot_learning_curve(folder / "curve.png", [])
+    (figure,) = drawn
+    title = figure.axes[0].get_title()
+    assert "famille_é" in title and title.isprintable()

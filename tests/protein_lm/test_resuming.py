@@ -139,6 +139,52 @@ def test_a_signal_after_the_last_step_is_honoured(
     assert result(tmp_path) == result(lm_run)
 
 
+@pytest.mark.parametrize("when", ["while_read", "while_training"])
+def test_files_that_change_while_a_run_uses_them_are_noticed(
+    train_arguments, tiny_fasta, tmp_path, monkeypatch, capsys, when
+):
+    valid, folder = tmp_path / "valid.fasta", tmp_path / "run"
+    shutil.copy(tiny_fasta, valid)
+    arguments = [*train_arguments(folder), f"--test_fasta={valid}"]
+    write, load = MetricsLog.write, train.load_training_data
+
+    def change(*_):
+        valid.write_text(">a\nMKTAYIAKQR\n")
+
+    def write_and_change(log, step, split, values):
+        write(log, step, split, values)
+        change()
+
+    def load_and_change(*given, **options):
+        found = load(*given, **options)
+        change()
+        return found
+
+    with monkeypatch.context() as patch:
+        if when == "while_read":
+            patch.setattr(train, "load_training_data", load_and_change)
+        else:
+            patch.setattr(MetricsLog, "write", write_and_change)
+        assert cli.main(arguments) == 1
+    told = capsys.readouterr().err
+    assert f"test: {valid} had" in told and "restore the files" in told
+    assert not (folder / "result.json").exists()
+    assert folder.exists() == (when == "while_training")
+    shutil.copy(tiny_fasta, valid)
+    if when == "while_training":
+        assert cli.main(arguments) == 0
+        assert json.loads((folder / "result.json").read_text())["steps"] == 12
+
+
+def test_a_folder_whose_name_is_no_utf_8_is_refused_before_any_work(
+    train_arguments, tmp_path, capsys
+):
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    assert cli.main(train_arguments(Path(name))) == 1
+    assert "is not UTF-8" in capsys.readouterr().err
+    assert not os.listdir(tmp_path)
+
+
 def test_records_are_skipped_alike_by_calibration_and_with_another_batch_size(
     train_arguments, tiny_fasta, other_fasta, tmp_path
 ):

@@ -14,7 +14,7 @@ Turn proteins into vectors of numbers (embeddings), which can be compared, clust
 simple classifier: proteins that are alike to the model have vectors that are near to each other.
 
 One vector per protein by default, the mean over its residues; --pool=none writes one per residue.
-A command that was stopped goes on where it was when it is given again."""
+The same command resumes a command that was stopped."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,8 +11,8 @@ from fast_attention.protein_lm.commands import arguments
 
 SUMMARY = "train a model, or resume its training"
 DESCRIPTION = """\
-Train a model and write it to a folder. A run that was stopped goes on from its last checkpoint
-when the same command is given again; Ctrl-C and SIGTERM save the running step first. Without
+Train a model and write it to a folder. The same command resumes a run that was
+stopped from its last checkpoint; Ctrl-C and SIGTERM save the current step first. Without
 --fasta, the proteins that come with the package are used.
 
   protein-lm train --gin_file=protein_lm_configs/demo.gin --work_dir=runs/demo
@@ -142,9 +142,9 @@ def _processes(options: argparse.Namespace) -> AbstractContextManager[None]:
     def remedy() -> str:
         step = checkpoints.newest_step(RunFolder(Path(options.work_dir)).checkpoints)
         if step is None:
-            return "There was no checkpoint yet: the same command begins anew"
+            return "There was no checkpoint yet: the same command starts from the beginning"
         return (
-            f"The checkpoint of step {step} is whole, and the same command goes on from there, "
+            f"The checkpoint of step {step} is complete, and the same command resumes from there, "
             "also with another number of processes or devices"
         )
 
