@@ -42,9 +42,12 @@ def as_corpus(sequences: Iterable[Any], domain: DiscreteDomain) -> Corpus:
 
     Raises:
       KeyError: At a letter that the vocabulary lacks.
+      TypeError: If `sequences` is one string.
       ValueError: If there is no sequence, one is empty or longer than the domain allows, or one
         has a special token other than at its end.
     """
+    if isinstance(sequences, str):
+        raise TypeError("expected several sequences, but got one string: give [sequence]")
     vocab = domain.vocab
     rows = []
     for number, sequence in enumerate(sequences):

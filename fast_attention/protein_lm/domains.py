@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fast_attention.protein_lm import seq_utils
+from fast_attention.protein_lm import ranges, seq_utils
 from fast_attention.protein_lm.vocabulary import ProteinVocab, Vocabulary
 
 
@@ -18,9 +18,8 @@ class DiscreteDomain:
     """Sequences of at most ``length`` tokens of ``vocab``."""
 
     def __init__(self, vocab: Vocabulary, length: int):
-        """Raises ValueError if ``length`` is not positive."""
-        if length < 1:
-            raise ValueError(f"length must be at least 1, but got {length}.")
+        """Raises ValueError if ``length`` is no positive whole number."""
+        ranges.check("length", length, ranges.LENGTH)
         self._vocab = vocab
         self._length = length
 

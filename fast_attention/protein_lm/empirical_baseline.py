@@ -31,10 +31,13 @@ class EmpiricalBaseline:
           alpha: Laplace smoothing.
 
         Raises:
+          TypeError: If `train_ds` is one string.
           ValueError: If `alpha` is negative, there is nothing to count, or at what is no id.
         """
         if not alpha >= 0:
             raise ValueError(f"alpha must be 0 or more; got {alpha}")
+        if isinstance(train_ds, str):
+            raise TypeError("expected several sequences, but got one string: give [sequence]")
         self._vocab = domain.vocab
         counts = np.zeros(len(domain.vocab.ordinary_ids))
         for batch in train_ds:

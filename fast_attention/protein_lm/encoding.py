@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fast_attention.protein_lm import ranges
 from fast_attention.protein_lm.domains import domain_to_bos
 
 if TYPE_CHECKING:
@@ -70,8 +71,8 @@ def encode_sequences(
     """
     if isinstance(sequences, str):
         raise TypeError("expected several sequences, but got one string: give [sequence].")
-    if max_length is not None and max_length < 1:
-        raise ValueError(f"max_length must be at least 1, but got {max_length}.")
+    if max_length is not None:
+        ranges.check("max_length", max_length, ranges.LENGTH)
     return _encode(model, sequences, max_length)
 
 

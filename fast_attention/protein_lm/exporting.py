@@ -28,7 +28,7 @@ from fast_attention.protein_lm.output_files import (
     open_output_folder,
     write_file,
 )
-from fast_attention.protein_lm.run_folder import RunError, RunFolder, content
+from fast_attention.protein_lm.run_folder import RunError, RunFolder, check_free, content
 from fast_attention.protein_lm.train_state import TrainState, weights
 
 # Names of the types in a safetensors file.
@@ -115,6 +115,8 @@ def check_export(folder: RunFolder | None, target: RunFolder) -> None:
     held = content(target)
     if same or held not in ("", "an exported model"):
         raise RunError(f"{target.path} holds {held} already: give the export a folder of its own")
+    files = (target.weights, target.model, target.baselines)
+    check_free(target, [file.name for file in files])
 
 
 def read_arrays(

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fast_attention.protein_lm import tuning_loop
+from fast_attention.protein_lm import ranges, tuning_loop
 from fast_attention.protein_lm.encoding import encode_sequences
 from fast_attention.protein_lm.finetuned import (
     FineTuned as FineTuned,
@@ -59,7 +59,7 @@ class TuningConfig:
       alpha: Adapters are scaled by alpha / r.
       learning_rate: None takes 1e-3 for adapters and 1e-4 for all parameters.
       weight_decay: AdamW's, of gradient steps.
-      grad_clip: Largest global norm of a gradient.
+      grad_clip: Largest global norm of a gradient; None does not clip.
       batch_size: Proteins of a gradient step.
       max_epochs: Most passes through the proteins.
       patience: Epochs without improvement on the validation part after which to stop.
@@ -75,7 +75,7 @@ class TuningConfig:
     alpha: float = 16.0
     learning_rate: float | None = None
     weight_decay: float = 0.01
-    grad_clip: float = 1.0
+    grad_clip: float | None = 1.0
     batch_size: int = 16
     max_epochs: int = 20
     patience: int = 3
@@ -89,15 +89,12 @@ class TuningConfig:
         """Raises ValueError at a value out of its range."""
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}; got {self.method!r}")
-        for name in ("rank", "batch_size", "max_epochs", "patience"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if self.alpha <= 0:
-            raise ValueError(f"alpha must be positive; got {self.alpha}")
-        if self.learning_rate is not None and self.learning_rate < 0:
-            raise ValueError(f"learning_rate must not be negative; got {self.learning_rate}")
-        if self.seed < 0:
-            raise ValueError(f"seed must be 0 or more; got {self.seed}")
+        for name, allowed in ranges.TUNING.items():
+            value = getattr(self, name)
+            if value is not None or name not in ("learning_rate", "grad_clip", "max_length"):
+                ranges.check(name, value, allowed)
+        if not isinstance(self.balanced, bool):
+            raise ValueError(f"balanced must be True or False, but got {self.balanced!r}")
 
 
 def fine_tune(

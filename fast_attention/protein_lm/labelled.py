@@ -212,6 +212,15 @@ def choose_parts(
     for name, share in (("test_share", test_share), ("valid_share", valid_share)):
         if not 0 < share < 1:
             raise ValueError(f"{name} must be between 0 and 1; got {share}")
+    for name, given in (("parts", parts), ("groups", groups)):
+        if given is not None and len(given) != number:
+            raise ValueError(
+                f"{name} must have an entry for each of {counted(number, 'protein')}; got "
+                f"{len(given)}"
+            )
+    unknown = sorted(set(parts or ()) - set(PARTS))
+    if unknown:
+        raise ValueError(f"parts must be {', '.join(PARTS)}; got {unknown[0]!r}")
     if number < _LEAST_ROWS:
         raise RunError(
             f"{counted(number, 'protein')}: too few to learn from; give at least {_LEAST_ROWS}"

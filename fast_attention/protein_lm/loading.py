@@ -117,6 +117,10 @@ def load_run(
     """
     opened = open_run(run_dir, gin_file=gin_file, model=model)
     folder, abstract = opened.folder, opened.model.abstract_state
+    if opened.about["exported"] is not None and not folder.is_export():
+        raise RunError(
+            f"{folder.weights} is missing: fetch the folder again, or export the run again"
+        )
     if folder.is_export():
         step, parameters, variables = exporting.read_arrays(folder, opened.about, abstract)
     else:

@@ -15,7 +15,7 @@ from flax import nnx
 
 from fast_attention.models.generation import generate
 from fast_attention.models.samplers import forbid_tokens, sample_token
-from fast_attention.protein_lm import batches
+from fast_attention.protein_lm import batches, ranges
 from fast_attention.protein_lm.flax_model import FlaxModel as FlaxModel
 from fast_attention.protein_lm.masking import MaskingConfig
 
@@ -77,8 +77,9 @@ class FlaxLM(FlaxModel):
           ids, int32 [B, L], with padding only after the end token.
 
         Raises:
-          ValueError: As for `sample_with_prompt`.
+          ValueError: If `num_samples` is not positive, or as for `sample_with_prompt`.
         """
+        ranges.check("num_samples", num_samples, ranges.COUNT)
         return self.sample_with_prompt(np.full((num_samples, 1), self.bos_token), rng, **options)
 
     def sample_with_prompt(

@@ -102,6 +102,22 @@ RATE = Range(0, 100, whole=False)
 BELOW_ONE = Range(0, 1, whole=False, below=True)
 NORM = Range(0, 1e9, whole=False, above=True)
 
+TUNING = {
+    "rank": RANK,
+    "alpha": NORM,
+    "learning_rate": RATE,
+    "weight_decay": RATE,
+    "grad_clip": NORM,
+    "batch_size": BATCH_SIZE,
+    "max_epochs": EPOCHS,
+    "patience": EPOCHS,
+    "test_share": SHARE,
+    "valid_share": SHARE,
+    "max_length": LENGTH,
+    "seed": SEED,
+}
+"""Ranges of the fields of `finetuning.TuningConfig`."""
+
 _MODEL = {
     "random_seed": SEED,
     "batch_size": BATCH_SIZE,

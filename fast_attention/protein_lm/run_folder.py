@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from fast_attention.protein_lm.output_files import write_file
@@ -170,6 +170,18 @@ def content(folder: RunFolder) -> str:
     if folder.is_export():
         return "an exported model"
     return "a run" if folder.config.exists() else ""
+
+
+def check_free(folder: RunFolder, names: Iterable[str]) -> None:
+    """Raises RunError if a folder that holds none of our results has files of these names."""
+    if content(folder):
+        return
+    for name in names:
+        if (folder.path / name).exists():
+            raise RunError(
+                f"{folder.path / name} would be overwritten: give the result a folder of its own, "
+                "or remove the file"
+            )
 
 
 def claim(folder: RunFolder, config: str, model: str) -> None:

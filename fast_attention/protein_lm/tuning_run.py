@@ -27,7 +27,13 @@ from fast_attention.protein_lm.output_files import (
 )
 from fast_attention.protein_lm.prediction_files import prediction_columns, prediction_rows
 from fast_attention.protein_lm.report import format_table, shared_note
-from fast_attention.protein_lm.run_folder import PREDICTOR_FILES, RunError, RunFolder, content
+from fast_attention.protein_lm.run_folder import (
+    PREDICTOR_FILES,
+    RunError,
+    RunFolder,
+    check_free,
+    content,
+)
 from fast_attention.protein_lm.skipped_records import SkippedRecords
 from fast_attention.protein_lm.tables import open_table
 from fast_attention.protein_lm.wording import counted
@@ -85,8 +91,8 @@ def run_tuning(
         raise RunError(f"{folder} holds {held}: give the result a folder of its own")
     if not result_file.exists():
         check_output_folder(folder)
-    if not held:
-        _check_free(folder)
+    names = (*PREDICTOR_FILES, _METRICS, _PREDICTIONS, RunFolder(folder).model.name)
+    check_free(RunFolder(folder), names)
     loaded = load_run(run_dir, gin_file=gin_file)
     letters = loaded.model.domain.vocab.symbols
     sequences = None
@@ -169,15 +175,6 @@ def run_tuning(
     result = read_json(result_file)
     print(f"\n{format_result(result, folder)}")
     return result
-
-
-def _check_free(folder: Path) -> None:
-    for name in (*PREDICTOR_FILES, _METRICS, _PREDICTIONS, RunFolder(folder).model.name):
-        if (folder / name).exists():
-            raise RunError(
-                f"{folder / name} would be overwritten: give the result a folder of its own, or "
-                "remove the file"
-            )
 
 
 def format_result(result: dict[str, Any], folder: Path) -> str:

@@ -177,3 +177,9 @@ def test_discreteness():
     check_if_discrete(make_protein_domain())
     with pytest.raises(ValueError, match="got str"):
         check_if_discrete("protein")
+
+
+@pytest.mark.parametrize("length", [0, -1, 1.5, float("nan"), 10**30], ids=str)
+def test_a_length_is_a_whole_number(length):
+    with pytest.raises(ValueError, match="length must be a whole number from 1"):
+        FixedLengthDiscreteDomain(vocab=Vocabulary("AB"), length=length)

@@ -184,6 +184,8 @@ def test_two_tokens_each_half_of_the_time_have_perplexity_two():
 
 
 def test_special_tokens_are_neither_counted_nor_scored():
+    with pytest.raises(TypeError, match="one string: give"):
+        EmpiricalBaseline(DOMAIN, "AAC")
     baseline = EmpiricalBaseline(DOMAIN, ["AAC"], alpha=0)
     padded = np.array([[VOCAB.bos, 0, 0, 1, VOCAB.eos, VOCAB.pad]])
     again = EmpiricalBaseline(DOMAIN, [padded], alpha=0)

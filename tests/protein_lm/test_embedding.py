@@ -157,7 +157,7 @@ def test_learned_positions_are_a_limit_that_is_told():
         ({"layers": ()}, "at least one layer"),
         ({"pool": "median"}, "pool must be one of mean, max, sum, bos, eos"),
         ({"dtype": "int8"}, "dtype must be one of float32, float16"),
-        ({"max_length": 0}, "max_length must be at least 1"),
+        ({"max_length": 0}, "max_length must be a whole number from 1"),
         ({"tokens_per_batch": 0}, "tokens_per_batch must be at least 1"),
     ],
 )

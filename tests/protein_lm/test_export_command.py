@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -80,3 +81,21 @@ def test_what_cannot_be_read_or_written_is_told(lm_run, tmp_path, capsys):
     assert "format_version 3" in fails(again, capsys)
     (folder / "model.json").write_text("{}")
     assert "model.json describes no model" in fails(again, capsys)
+
+
+def test_files_of_others_are_not_written_over(lm_run, tmp_path, capsys):
+    (tmp_path / "model.json").write_text("mine")
+    told = fails(["export", f"--run_dir={lm_run}", f"--output={tmp_path}"], capsys)
+    assert "model.json would be overwritten" in told
+    assert [path.name for path in tmp_path.iterdir()] == ["model.json"]
+    assert (tmp_path / "model.json").read_text() == "mine"
+
+
+def test_an_export_without_its_arrays_is_called_that(exported, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(exported[1], folder)
+    (folder / "model.safetensors").unlink()
+    told = fails(
+        ["score", f"--run_dir={folder}", "--fasta=x", f"--output={tmp_path / 'x.tsv'}"], capsys
+    )
+    assert "model.safetensors is missing: fetch the folder again" in told

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -258,10 +259,22 @@ def test_labels_that_teach_nothing_are_told(lm, proteins, labels, task, message)
     [
         ({"task": "ranking"}, "task must be one of"),
         ({"method": "prompt"}, "method must be one of"),
-        ({"rank": 0}, "rank must be at least 1"),
-        ({"test_share": 1.0}, "test_share must be between"),
-        ({"learning_rate": -1.0}, "must not be negative"),
-        ({"alpha": 0}, "alpha must be positive"),
+        ({"rank": 0}, "rank must be a whole number"),
+        ({"rank": math.nan}, "rank must be a whole number"),
+        ({"max_epochs": 1.5}, "max_epochs must be a whole number"),
+        ({"test_share": 1.0}, "test_share must be a number between"),
+        ({"valid_share": math.nan}, "valid_share must be a number between"),
+        ({"learning_rate": -1.0}, "learning_rate must be a number from 0"),
+        ({"learning_rate": math.inf}, "learning_rate must be a number from 0"),
+        ({"weight_decay": -1.0}, "weight_decay must be a number from 0"),
+        ({"max_length": 1.5}, "max_length must be a whole number"),
+        ({"alpha": 0}, "alpha must be a number above 0"),
+        ({"alpha": math.nan}, "alpha must be a number above 0"),
+        ({"seed": 2**40}, "seed must be a whole number"),
+        ({"balanced": "yes"}, "balanced must be True or False"),
+        ({"parts": ["train"] * 119}, "parts must have an entry for each of 120 proteins; got 119"),
+        ({"parts": ["training"] * 120}, "parts must be train, valid, test; got 'training'"),
+        ({"groups": ["a"] * 119}, "groups must have an entry for each of 120 proteins"),
     ],
 )
 def test_options_are_checked(lm, proteins, shares, options: dict[str, Any], message):

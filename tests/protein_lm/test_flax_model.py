@@ -99,6 +99,12 @@ def test_fit_says_what_is_wrong(untrained, xs, options, message):
         untrained.fit(xs, **options)
 
 
+def test_one_string_is_not_taken_for_several_proteins(untrained):
+    for use in (untrained.fit, untrained.evaluate):
+        with pytest.raises(TypeError, match="one string: give"):
+            use("MKT")
+
+
 def test_divergence_stops_fit(untrained):
     batch = packed_batch("ACDEF")
     batch["weights"] = batch["weights"] * np.nan

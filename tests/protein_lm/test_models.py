@@ -61,6 +61,8 @@ def test_samples_are_the_toy_set_and_end_in_padding_only(trained):
     samples = trained.sample(32, jax.random.key(1))
     assert samples.shape == (32, DOMAIN.length)
     assert samples.dtype == np.int32
+    with pytest.raises(ValueError, match="num_samples must be a whole number from 1"):
+        trained.sample(0)
     assert not np.isin(samples, np.array([VOCAB.bos, VOCAB.mask])).any()
     ended = np.cumsum(samples == VOCAB.eos, axis=1) > 0
     assert (ended.any(axis=1)).mean() > 0.9

@@ -162,7 +162,7 @@ def test_a_vocabulary_without_end_has_no_end_to_score():
         (["MK", "MJ"], {}, "sequence 1 has 'J'.*'X'"),
         (["mk"], {}, "upper case"),
         (["MK>"], {}, "'>'"),
-        (["MK"], {"max_length": 0}, "max_length must be at least 1"),
+        (["MK"], {"max_length": 0}, "max_length must be a whole number from 1"),
         (["MK"], {"tokens_per_batch": 0}, "tokens_per_batch must be at least 1"),
     ],
 )
