@@ -237,6 +237,7 @@ def _check_options(
         )
     if segment_ids is not None:
         raise ValueError(
-            f"Buckets of blindspot_size={blindspot_size} start at multiples of it, not at "
-            "segments: attend to one sequence a row, or use blindspot_size=1."
+            f"segment_ids must be None with blindspot_size={blindspot_size}, because buckets "
+            "start at multiples of it, not at segments: attend to one sequence a row, or use "
+            "blindspot_size=1."
         )

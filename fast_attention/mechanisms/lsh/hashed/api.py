@@ -203,7 +203,11 @@ def lsh_attention(
                 rows=elements * heads if random_rotations_per_head else 1,
             )
         buckets = hash_vectors(
-            hashed, rotations, n_hashes=n_hashes, rehash_each_round=rehash_each_round
+            hashed,
+            rotations,
+            n_hashes=n_hashes,
+            rehash_each_round=rehash_each_round,
+            precision=precision,
         )
     else:
         buckets = buckets.reshape(elements * heads, rounds, length).astype(jnp.int32)

@@ -51,6 +51,7 @@ def hash_vectors(
     *,
     n_hashes: int,
     rehash_each_round: bool = True,
+    precision: jax.lax.PrecisionLike = None,
 ) -> Int[Array, "N R S"]:
     """Finds the bucket of every vector in every round.
 
@@ -60,6 +61,7 @@ def hash_vectors(
       n_hashes: R.
       rehash_each_round: with a rotation of its own for each round; otherwise a vector enters its R
         best buckets of one rotation, the best in the last round (all J if there are no more).
+      precision: of the products with rotations.
 
     Returns:
       int32 ``[N, R, S]``, numbers below J.
@@ -85,7 +87,9 @@ def hash_vectors(
 
     def hash_block(x: Array, rotation: Array) -> Array:
         # The length last: the search for the largest then runs over whole vectors.
-        products = jnp.einsum("jd,sd->js", rotation, x, preferred_element_type=compute)
+        products = jnp.einsum(
+            "jd,sd->js", rotation, x, precision=precision, preferred_element_type=compute
+        )
         products = products.reshape(n_rotations, half, -1)
         if rehash_each_round:
             return _first_largest(products)
