@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import jax
+import tensorstore
 
-from fast_attention.protein_lm.json_files import MAX_BYTES, check_fields
+from fast_attention.protein_lm.json_files import MAX_BYTES, check_fields, read_json
 from fast_attention.protein_lm.run_folder import RunError, check_links
 
 # Files that orbax reads whole, before anything in them can be compared.
@@ -55,6 +57,31 @@ def check(folder: Path, arrays: Any = None) -> None:
     wanted = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
     if wanted > _SMALL + _MAX_COMPRESSION * there:
         raise ValueError(f"its {there:,} bytes cannot hold {wanted:,} bytes of arrays")
+
+
+def check_chunks(folder: Path) -> None:
+    """Checks that no array of an item of a checkpoint is stored in chunks larger than itself.
+
+    A chunk is decompressed as a whole, so that a few bytes could take any amount of memory. If the
+    files are damaged, anything may be raised.
+
+    Args:
+      folder: Of the item, an OCDBT database of zarr arrays.
+
+    Raises:
+      ValueError: If it is no such database, or at a larger chunk.
+    """
+    if read_json(folder / "_METADATA").get("use_ocdbt") is not True:
+        raise ValueError(f"{folder.name}/_METADATA: use_ocdbt is not true")
+    base = {"driver": "file", "path": f"{folder}/"}
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
+    for key in store.list().result():
+        if key.endswith((b"/.zarray", b"/zarr.json")):
+            about = json.loads(store.read(key).result().value)
+            if "chunk_grid" in about:
+                about["chunks"] = about["chunk_grid"]["configuration"]["chunk_shape"]
+            if math.prod(about["chunks"]) > max(math.prod(about["shape"]), 1):
+                raise ValueError(f"{key.decode()[:80]!r} has chunks larger than the array")
 
 
 def check_about(folder: Path, about: Any) -> None:

@@ -353,6 +353,9 @@ def _read(
 
 def _restore(manager: ocp.CheckpointManager, step: int, **items: Any) -> Any:
     try:
+        for name, args in items.items():
+            if isinstance(args, ocp.args.StandardRestore):
+                checkpoint_files.check_chunks(Path(manager.directory) / str(step) / name)
         return manager.restore(step, args=ocp.args.Composite(**items))
     except Exception as error:  # Orbax raises anything, a bare Exception included.
         if processes.tells_a_loss(error):

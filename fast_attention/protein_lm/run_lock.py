@@ -57,6 +57,10 @@ def _make(path: Path) -> list[Path]:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
+        if path.is_symlink() and not path.exists():
+            raise RunError(
+                f"{path} is a link to {os.readlink(path)}, which does not exist: create that folder"
+            ) from None
         raise RunError(f"{path} is not a folder: give the run a folder of its own") from None
     except OSError as error:
         raise _unwritable(path, error) from error

@@ -12,6 +12,7 @@ import gin
 import jax
 import numpy as np
 import pytest
+import tensorstore
 
 from fast_attention.protein_lm import checkpoints, make_protein_domain
 from fast_attention.protein_lm.array_records import seal
@@ -162,6 +163,22 @@ def test_large_arrays_that_are_damaged_give_way_too(tmp_path, capsys):
     assert read(tmp_path, wide) == 6
     # Lets asyncio report here what orbax left unread.
     gc.collect()
+
+
+def test_chunks_of_absurd_size_are_refused_before_memory_is_taken(stored, model, capsys):
+    base = {"driver": "file", "path": f"{stored / '9' / 'model'}/"}
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
+    key = next(key for key in store.list().result() if key.endswith(b".zarray"))
+    about = json.loads(store.read(key).result().value)
+    about["chunks"] = [2**17 for _ in about["chunks"]]
+    store.write(key, json.dumps(about).encode()).result()
+    assert read(stored, model, "last") == 6
+    assert "chunks larger than the array" in capsys.readouterr().err
+    # Arrays beside the database would not be looked at.
+    path = stored / "6" / "model" / "_METADATA"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_ocdbt": False}))
+    assert read(stored, model, "last") == 3
+    assert "use_ocdbt is not true" in capsys.readouterr().err
 
 
 def write_about(folder: Path, fields: dict, progress: dict) -> None:

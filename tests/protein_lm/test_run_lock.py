@@ -71,5 +71,8 @@ def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path):
 
 def test_a_file_in_place_of_the_folder_is_told(tmp_path):
     (tmp_path / "run").touch()
+    (tmp_path / "link").symlink_to("unmounted")
+    with pytest.raises(RunError, match=r"link is a link to unmounted, which does not exist"):
+        hold_run(RunFolder(tmp_path / "link")).__enter__()
     with pytest.raises(RunError, match="is not a folder"):
         hold_run(RunFolder(tmp_path / "run")).__enter__()
