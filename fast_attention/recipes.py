@@ -11,6 +11,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
+from fast_attention.mechanisms.checks import check_flag
+
 Parameters = ParamSpec("Parameters")
 Made = TypeVar("Made")
 
@@ -54,8 +56,22 @@ def recorded(make: Callable[Parameters, Made]) -> Callable[Parameters, Made]:
 
 
 def attention_factory(make: Callable[Parameters, Made]) -> Callable[Parameters, Made]:
-    """Decorates a factory of attention functions: `recorded`, and an entry of `FACTORIES`."""
-    FACTORIES[make.__name__] = made = recorded(make)
+    """Decorates a factory of attention functions: `recorded`, and an entry of `FACTORIES`.
+
+    Every argument that the factory annotates as ``bool`` must be a flag, else ValueError is raised.
+    """
+    signature = inspect.signature(make)
+    flags = [name for name, x in signature.parameters.items() if x.annotation in (bool, "bool")]
+
+    @functools.wraps(make)
+    def checked(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Made:
+        given = signature.bind(*args, **kwargs).arguments
+        for name in flags:
+            if name in given:
+                check_flag(name, given[name])
+        return make(*args, **kwargs)
+
+    FACTORIES[make.__name__] = made = recorded(checked)
     return made
 
 

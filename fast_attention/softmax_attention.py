@@ -22,7 +22,7 @@ from jax.core import Tracer
 from fast_attention.array_types import Array, Bool, Float, Int
 from fast_attention.mechanisms.attention_fn import AttentionFn
 from fast_attention.mechanisms.call import Call, Takes
-from fast_attention.mechanisms.checks import check_flag, mismatch
+from fast_attention.mechanisms.checks import mismatch
 from fast_attention.mechanisms.decoding import StateSizes
 from fast_attention.recipes import attention_factory
 from fast_attention.softmax_blocks import Choices, Extras, blocked_attention, run_bounds
@@ -141,4 +141,4 @@ def make_softmax_attention(unidirectional: bool = False) -> SoftmaxAttention:
     Returns:
       An ``attention_fn`` that also decodes with a :class:`KVCache`.
     """
-    return SoftmaxAttention(check_flag("unidirectional", unidirectional))
+    return SoftmaxAttention(unidirectional)

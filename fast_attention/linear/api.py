@@ -263,7 +263,8 @@ def implementation_names(implementation: str | Sequence[str] | None) -> tuple[st
     """Returns the names to try in order, for what the caller asks for."""
     if implementation is None:
         return DEFAULT_ORDER
-    names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
+    several = isinstance(implementation, Sequence) and not isinstance(implementation, str)
+    names = tuple(implementation) if several else (implementation,)
     unknown = [name for name in names if name not in IMPLEMENTATIONS]
     if unknown or not names:
         raise ValueError(

@@ -7,6 +7,7 @@ Shape letters: B batch, T queries, S keys, H heads, K key/value heads, D head wi
 
 from __future__ import annotations
 
+import math
 import numbers
 from typing import Any
 
@@ -38,6 +39,25 @@ def check_count(name: str, value: Any, least: int = 1) -> int:
     if whole and value >= least:
         return int(value)
     kind = "a positive whole number" if least == 1 else f"a whole number of at least {least}"
+    raise mismatch(name, kind, repr(value))
+
+
+def check_seed(value: Any) -> int:
+    """Returns a seed of a random key as an int; anything but a whole number raises ValueError."""
+    if isinstance(value, int | np.integer) and not isinstance(value, bool):
+        return int(value)
+    raise mismatch("seed", "a whole number", repr(value))
+
+
+def check_number(name: str, value: Any, least: float | None = None) -> float:
+    """Returns a finite number as a float; others, and those below `least`, raise ValueError."""
+    scalar = isinstance(value, np.ndarray | jax.Array) and value.ndim == 0
+    number = isinstance(value, numbers.Real | np.number) or scalar
+    if number and not isinstance(value, Tracer | bool | np.bool_):
+        found = float(value)
+        if math.isfinite(found) and (least is None or found >= least):
+            return found
+    kind = "a finite number" if least is None else f"a finite number of at least {least:g}"
     raise mismatch(name, kind, repr(value))
 
 

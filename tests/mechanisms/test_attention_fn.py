@@ -12,6 +12,7 @@ from flax import nnx
 import fast_attention as fa
 from fast_attention.mechanisms.attention_fn import AttentionFn
 from fast_attention.mechanisms.wrapped import WrappedAttention
+from fast_attention.recipes import FACTORIES
 
 B, T, H, D = 2, 6, 2, 4
 MASK = np.arange(T)[None] < np.array([[T], [4]])
@@ -178,6 +179,45 @@ def test_one_check_of_arguments(name, argument):
     for given in BAD[argument]:
         with pytest.raises(ValueError, match=f"{argument}|Operands"):
             function(**operands | {"dropout_rng": jax.random.key(0)} | {argument: given})
+
+
+FLAGS = [
+    (make.__name__, name)
+    for make in FACTORIES.values()
+    for name, x in inspect.signature(make).parameters.items()
+    if x.annotation == "bool"
+]
+
+
+@pytest.mark.parametrize(("factory", "flag"), FLAGS)
+@pytest.mark.parametrize("given", [None, 1, 1.5])
+def test_flags_of_factories_are_flags(factory, flag, given):
+    # What comes first has no default: an attention function, widths, window sizes.
+    first = {"make_local_attention": {"window_size": 2}}.get(factory, {})
+    with pytest.raises(ValueError, match=f"{flag} must be True or False, got {given}"):
+        FACTORIES[factory](**first, **{flag: given})
+
+
+@pytest.mark.parametrize(
+    ("make", "option", "given"),
+    [
+        (linear, "seed", 1.5),
+        (linear, "seed", None),
+        (linear, "implementation", "cuda"),
+        (linear, "implementation", 3),
+        (linear, "numerical_stabilizer", None),
+        (linear, "numerical_stabilizer", np.nan),
+        (MAKERS["tuned"], "moment_decay", "0.9"),
+        (MAKERS["generalized"], "kernel_epsilon", np.nan),
+        (MAKERS["generalized"], "kernel_epsilon", None),
+        (MAKERS["generalized"], "signed_kernel", 1),
+        (MAKERS["lsh"], "scale", np.nan),
+        (MAKERS["lsh"], "seed", None),
+    ],
+)
+def test_numbers_of_factories_are_numbers(make, option, given):
+    with pytest.raises(ValueError, match=option):
+        make(**{option: given})
 
 
 @pytest.mark.parametrize("name", MAKERS)

@@ -21,7 +21,7 @@ from fast_attention.feature_maps import LogFeatures
 from fast_attention.linear import LinearAttentionState, empty_state, prefill, step
 from fast_attention.mechanisms.attention_fn import AttentionFn
 from fast_attention.mechanisms.call import Call, Takes
-from fast_attention.mechanisms.checks import check_count, check_flag
+from fast_attention.mechanisms.checks import check_count
 from fast_attention.mechanisms.decoding import StateSizes
 from fast_attention.mechanisms.efficient.op import efficient_attention
 from fast_attention.recipes import attention_factory
@@ -140,7 +140,5 @@ def make_efficient_attention(
       ValueError: for a ``blindspot_size`` below 1.
     """
     return EfficientAttention(
-        check_flag("unidirectional", unidirectional),
-        check_count("blindspot_size", blindspot_size),
-        check_flag("scale_queries", scale_queries),
+        unidirectional, check_count("blindspot_size", blindspot_size), scale_queries
     )

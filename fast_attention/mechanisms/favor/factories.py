@@ -29,9 +29,16 @@ from fast_attention.feature_maps import (
 )
 from fast_attention.feature_maps.elementwise import Kernel, is_known, relu, resolve_kernel
 from fast_attention.feature_maps.projections import ANTITHETIC
+from fast_attention.linear.api import implementation_names
 from fast_attention.linear.checks import check_saved_states
 from fast_attention.linear.inputs import SavedStates
-from fast_attention.mechanisms.checks import check_count, mismatch
+from fast_attention.mechanisms.checks import (
+    check_count,
+    check_flag,
+    check_number,
+    check_seed,
+    mismatch,
+)
 from fast_attention.mechanisms.favor.calibration import Calibration
 from fast_attention.mechanisms.favor.fn import FastAttention
 from fast_attention.near_field.parts import check_options as check_near_field
@@ -134,6 +141,8 @@ def make_fast_softmax_attention(
         chunk_size=chunk_size,
         qkv_dim=qkv_dim,
     )
+    check_seed(seed)
+    implementation_names(implementation)
     check_saved_states(saved_states)
     name = _coupling(projection, ortho_features, ortho_scaling)
     feature_map = _softmax_map(estimator, name, nb_features, calibration == "trained")
@@ -223,11 +232,16 @@ def make_fast_generalized_attention(
         chunk_size=chunk_size,
         qkv_dim=qkv_dim,
     )
+    check_seed(seed)
+    implementation_names(implementation)
     check_saved_states(saved_states)
     if features_type not in ("deterministic", "iid", "ortho"):
         raise ValueError(
             f"features_type must be 'deterministic', 'iid' or 'ortho', got {features_type!r}."
         )
+    check_number("kernel_epsilon", kernel_epsilon, least=0)
+    if signed_kernel is not None:
+        check_flag("signed_kernel", signed_kernel)
     if signed_kernel is None and numerical_stabilizer and not is_known(resolve_kernel(kernel_fn)):
         raise mismatch(
             "signed_kernel",
@@ -324,6 +338,8 @@ def _calibration(
         )
     if calibration is None and tuned:
         calibration = "stored" if unidirectional else "call"
+    if moment_decay is not None:
+        check_number("moment_decay", moment_decay)
     if moment_decay is not None and (calibration != "stored" or not 0 <= moment_decay < 1):
         raise ValueError(
             f"moment_decay, in [0, 1), is for calibration='stored', got {moment_decay} with "
@@ -365,8 +381,7 @@ def _check_options(
 ) -> dict[str, int | None]:
     """Returns the counts, whole numbers or None, or raises ValueError."""
     check_count("nb_features", nb_features)
-    if not numerical_stabilizer >= 0:
-        raise mismatch("numerical_stabilizer", "at least 0", numerical_stabilizer)
+    check_number("numerical_stabilizer", numerical_stabilizer, least=0)
     return {
         name: None if number is None else check_count(name, number)
         for name, number in counts.items()

@@ -17,7 +17,7 @@ from fast_attention.local_decoding import LocalState
 from fast_attention.local_window import Window, make_window
 from fast_attention.mechanisms.attention_fn import AttentionFn
 from fast_attention.mechanisms.call import Call, Takes
-from fast_attention.mechanisms.checks import check_flag, mismatch
+from fast_attention.mechanisms.checks import mismatch
 from fast_attention.mechanisms.decoding import StateSizes
 from fast_attention.mechanisms.local.op import local_attention
 from fast_attention.mesh_layout import AxisName
@@ -179,12 +179,6 @@ def make_local_attention(
     Raises:
       ValueError: for numbers out of range, or a causal window that looks forward.
     """
-    for name, flag in (
-        ("unidirectional", unidirectional),
-        ("exact_window", exact_window),
-        ("shared_qk", shared_qk),
-    ):
-        check_flag(name, flag)
     window = make_window(window_size, unidirectional, look_backward, look_forward, exact_window)
     return LocalAttention(
         window.size,

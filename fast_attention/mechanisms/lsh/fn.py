@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from fast_attention.array_types import Array, Float
 from fast_attention.mechanisms.attention_fn import AttentionFn
 from fast_attention.mechanisms.call import Call, Takes
-from fast_attention.mechanisms.checks import check_count, check_flag, check_rate
+from fast_attention.mechanisms.checks import check_count, check_number, check_rate, check_seed
 from fast_attention.mechanisms.lsh.hashed import lsh_attention
 from fast_attention.mechanisms.lsh.shared_qk import shared_qk_attention
 from fast_attention.mechanisms.masks import same_run
@@ -220,19 +220,10 @@ def make_lsh_attention(
         check_count(name, number)
     if full_attn_thres is not None:
         check_count("full_attn_thres", full_attn_thres, least=0)
-    for name, flag in (
-        ("unidirectional", unidirectional),
-        ("allow_duplicate_attention", allow_duplicate_attention),
-        ("attend_across_buckets", attend_across_buckets),
-        ("rehash_each_round", rehash_each_round),
-        ("random_rotations_per_head", random_rotations_per_head),
-        ("use_full_attn", use_full_attn),
-        ("rotary", rotary),
-        ("hash_masked", hash_masked),
-        ("count_across_rounds", count_across_rounds),
-    ):
-        check_flag(name, flag)
     check_rate("drop_for_hash_rate", drop_for_hash_rate)
+    check_seed(seed)
+    if scale is not None:
+        check_number("scale", scale)
     if not (allow_duplicate_attention or rehash_each_round):
         raise ValueError(
             "allow_duplicate_attention=False needs rehash_each_round=True: with one rotation for "
