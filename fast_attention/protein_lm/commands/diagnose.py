@@ -11,19 +11,19 @@ from fast_attention.protein_lm.commands import arguments
 if TYPE_CHECKING:
     from fast_attention.protein_lm import diagnosis
 
-SUMMARY = "say how far a trained model's attention is from exact attention"
+SUMMARY = "measure the error of a trained model's attention against exact attention"
 DESCRIPTION = """\
-Say how far the attention of a trained model is from exact softmax attention, layer by layer and
-head by head, on some proteins.
+Measure the error of a trained model's attention against exact softmax attention, for each layer
+and head, on some proteins.
 
-The error is relative: 0 is exact. Beside it stands the error of uniform attention, the plain mean
-of all that a residue may look at: a head whose error is no smaller has learned nothing from
-approximating. Effective keys says how many residues an exact head looks at in effect; the fewer,
-the harder it is to approximate.
+The error is relative: 0 is exact. It is printed beside the error of uniform attention, the mean
+over all visible residues: a head whose error is not below this baseline gains nothing from its
+features. Effective keys is the number of residues that an exact head attends to in effect; the
+fewer, the harder the head is to approximate.
 
 A model with exact attention has no error. With --estimator, --nb_features, --projection or
---exact_window the command tells the error that such random features would have in its place, and
-with --target_error how many it would take:
+--exact_window the command reports the error that such random features would have in its place, and
+with --target_error how many features are needed:
 
   protein-lm diagnose --run_dir=runs/demo --fasta=my_proteins.fasta
   protein-lm diagnose --run_dir=runs/exact --fasta=my_proteins.fasta --nb_features=256"""

@@ -8,10 +8,10 @@ import time
 from fast_attention.protein_lm import ranges
 from fast_attention.protein_lm.commands import arguments, progress
 
-SUMMARY = "turn proteins into vectors"
+SUMMARY = "compute vectors (embeddings) of proteins"
 DESCRIPTION = """\
-Turn proteins into vectors of numbers (embeddings), which can be compared, clustered, or given to a
-simple classifier: proteins that are alike to the model have vectors that are near to each other.
+Compute vectors (embeddings) of proteins, which can be compared, clustered, or given to a simple
+classifier: similar proteins have vectors that are close to each other.
 
 One vector per protein by default, the mean over its residues; --pool=none writes one per residue.
 The same command resumes a command that was stopped."""

@@ -8,11 +8,11 @@ from pathlib import Path
 from fast_attention.protein_lm import ranges
 from fast_attention.protein_lm.commands import arguments
 
-SUMMARY = "say how well a trained model predicts proteins"
+SUMMARY = "measure how well a trained model predicts proteins"
 DESCRIPTION = """\
-Say how well a trained model predicts the residues of some proteins, beside simple baselines.
-Perplexity is the number of residues that the model in effect wavers between (less is better, 20 is
-a blind guess); accuracy is how often its first choice is the right residue.
+Measure how well a trained model predicts the residues of some proteins, and compare it with n-gram
+baselines. Perplexity is exp(mean loss per residue): lower is better, and 20 means uniform guessing
+among the 20 amino acids. Accuracy is the share of residues whose most probable prediction is right.
 
 All proteins are in memory together, with about one byte per residue and their ids; other commands
 read them as a stream. Divide what does not fit into several files."""

@@ -9,10 +9,10 @@ from typing import Any
 from fast_attention.protein_lm import ranges
 from fast_attention.protein_lm.commands import arguments
 
-SUMMARY = "teach a trained model a property of proteins, or a family"
+SUMMARY = "fine-tune a trained model on a property of proteins, or on a family"
 DESCRIPTION = """\
-Teach a trained model a property of proteins from a table of examples, such as stability (a number)
-or location (a class):
+Fine-tune a trained model on a property of proteins from a table of examples, such as stability (a
+number) or location (a class):
 
   protein-lm fine-tune --run_dir=runs/demo --table=stability.csv --task=regression \\
       --output=runs/stability
@@ -137,7 +137,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the highest (default: 1e-3 for lora, else 1e-4)",
     )
     arguments.add_on_error_choice(parser, "raise")
-    arguments.add_seed(parser, "of every draw; equal seeds give equal results (default: 0)")
+    arguments.add_seed(parser, "random seed; equal seeds give equal results (default: 0)")
 
 
 _COLUMNS = ("sequence_column", "label_column", "id_column", "split_column", "group_column")

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from fast_attention.protein_lm.commands import arguments
 
-SUMMARY = "say what a trained model is and what it reached"
+SUMMARY = "describe a trained model, its training and its evaluations"
 DESCRIPTION = """\
-Say what a trained model is and what it reached: its shape and size, the proteins it was trained on,
-how far the training has come, its last figures. Works for a run that is still being trained, for
+Describe a trained model: architecture and size, the proteins it was trained on, training progress,
+the latest metrics and evaluations. Works for a run that is still being trained, for
 an exported model, and for a predictor, the result of 'protein-lm fine-tune --table'.
 
   protein-lm info --run_dir=runs/demo"""

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 SUMMARY = "predict the effects of mutations"
 DESCRIPTION = """\
-Say how much more, or less, probable a protein becomes by mutations, in a table with a row for each.
-Below 0 the model finds the mutant less probable than the wild type, which usually means that it
-works less well.
+Score mutations by the change in log-likelihood relative to the wild type, and write a table with a
+row for each. Below 0 the mutant is less probable than the wild type, which often means that the
+protein works less well.
 
   protein-lm mutate --run_dir=runs/demo --fasta=wild_type.fasta --all --heatmap=effects.png \\
       --output=effects.tsv

@@ -6,10 +6,10 @@ import argparse
 
 from fast_attention.protein_lm.commands import arguments
 
-SUMMARY = "predict a property that a model was taught"
+SUMMARY = "predict a property with a fine-tuned model"
 DESCRIPTION = """\
-Predict the property that 'protein-lm fine-tune --table=...' taught, for the proteins of FASTA
-files, as a table with one line per protein. Proteins are cropped as they were for 'fine-tune
+Predict a property with the result of 'protein-lm fine-tune --table=...' for the proteins of FASTA
+files, and write a table with a row per protein. Proteins are cropped as they were for 'fine-tune
 --max_length'; without it, one of more than 50,000 residues is refused.
 
   protein-lm predict --model=runs/stability --fasta=new.fasta --output=predictions.tsv"""

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from fast_attention.protein_lm.fasta import FastaRecord
     from fast_attention.protein_lm.flax_model import FlaxModel
 
-SUMMARY = "write new proteins, or fill in hidden residues"
+SUMMARY = "sample new proteins, or fill in masked residues"
 DESCRIPTION = """\
-Write new proteins, drawn from a trained model, to a FASTA file; each header tells how probable the
-model finds the protein.
+Sample new proteins from a trained model and write them to a FASTA file; each header has the
+log-likelihood of the protein.
 
   protein-lm sample --run_dir=runs/demo --num_samples=10 --output=new_proteins.fasta
 
@@ -109,13 +109,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=arguments.number(ranges.LENGTH),
         default=_WRITING["min_length"],
         metavar="N",
-        help="least residues of a protein, the prompt included (default: 1)",
+        help="minimum length in residues, including the prompt (default: 1)",
     )
     parser.add_argument(
         "--max_length",
         type=arguments.number(ranges.LENGTH),
         metavar="N",
-        help="most residues of a protein, the prompt included (default: the model's limit)",
+        help="maximum length in residues, including the prompt (default: the model's limit)",
     )
     arguments.add_seed(parser, "equal seeds give equal proteins")
     parser.add_argument(

@@ -7,15 +7,15 @@ import time
 
 from fast_attention.protein_lm.commands import arguments, progress
 
-SUMMARY = "say how probable each of some proteins is to a trained model"
+SUMMARY = "compute the log-likelihood and perplexity of each protein"
 DESCRIPTION = """\
-Say how probable each of some proteins is to a trained model, in a table with a row per protein.
+Compute the log-likelihood and perplexity of each protein, and write a table with a row per protein.
 
-FlaxLM gives the log-likelihood, the (natural) logarithm of the probability of the whole protein,
-exactly. FlaxBERT gives the pseudo-log-likelihood: every residue is hidden in turn and predicted
-from all others, which takes as many passes as the protein has residues. Perplexity is the number of
-residues that the model in effect wavers between: less is better, and 20 is a blind guess.
-If the command is interrupted, giving it again resumes from the proteins that are done."""
+FlaxLM gives the exact log-likelihood (natural logarithm) of the whole protein. FlaxBERT gives the
+pseudo-log-likelihood: each residue is masked in turn and predicted from all others, which takes as
+many passes as the protein has residues. Perplexity is exp(-mean log-likelihood per residue): lower
+is better, and 20 means uniform guessing among the 20 amino acids. An interrupted command resumes
+when it is given again."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         (
             "--batch_size",
             ranges.BATCH_SIZE,
-            "rows of a batch on each device; less needs less memory",
+            "sequences per batch and device; lower it to save memory",
         ),
     ):
         parser.add_argument(
@@ -104,20 +104,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num_processes",
         type=arguments.number(ranges.PROCESSES),
         metavar="N",
-        help="how many there are",
+        help="total number of processes",
     )
     group.add_argument(
         "--process_id",
         type=arguments.number(ranges.PROCESS),
         metavar="I",
-        help="which this one is, from 0 on",
+        help="0-based index of this process",
     )
     group.add_argument(
         "--join_timeout",
         type=arguments.number(ranges.SECONDS),
         default=300,
         metavar="SECONDS",
-        help="in which all processes must have come (default: 300)",
+        help="time to wait until all processes have connected (default: 300)",
     )
 
 
