@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,8 @@ def check_chunks(folder: Path) -> None:
     """
     if read_json(folder / "_METADATA").get("use_ocdbt") is not True:
         raise ValueError(f"{folder.name}/_METADATA: use_ocdbt is not true")
-    base = {"driver": "file", "path": f"{folder}/"}
+    # The driver takes no relative path and no "..".
+    base = {"driver": "file", "path": f"{os.path.realpath(folder)}/"}
     store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
     for key in store.list().result():
         if key.endswith((b"/.zarray", b"/zarr.json")):

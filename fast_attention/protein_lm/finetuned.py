@@ -234,11 +234,10 @@ def _find_run(folder: Path, noted: str | None) -> Path:
             f"{folder / _ABOUT}: run_dir is {shown(noted)}; expected the way from {folder} to the "
             "run: give --run_dir"
         )
-    found = folder / noted
+    found = Path(os.path.realpath(folder / noted))
     if not RunFolder(found).model.is_file():
         raise RunError(
-            f"{folder} needs the run that was fine-tuned, and {os.path.normpath(found)} is not its "
-            "folder: give "
+            f"{folder} needs the run that was fine-tuned, and {found} is not its folder: give "
             "--run_dir, where the run is now"
         )
     return found

@@ -445,3 +445,10 @@ def test_a_changed_vocabulary_is_told(lm_run, tmp_path):
     (tmp_path / "model.json").write_text(text.replace('"A"', '"c"'))
     with pytest.raises(RunError, match="vocabulary.tokens"):
         load_run(tmp_path)
+
+
+def test_a_run_is_found_by_any_path(lm_run, tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(lm_run)
+    monkeypatch.chdir(lm_run.parent)
+    for path in (tmp_path / "link", f"{lm_run.name}/../{lm_run.name}", lm_run.name):
+        assert load_run(path).step == 12
