@@ -138,7 +138,7 @@ class LinformerAttention(nnx.Module):
         source = x if context is None else context
 
         def heads(x: Array) -> Array:
-            return x.reshape(*x.shape[:-1], -1, self.head_dim)
+            return x.reshape(*x.shape[:-1], x.shape[-1] // self.head_dim, self.head_dim)
 
         key = heads(self.key(source))
         value = key if self.value is None else heads(self.value(source))
@@ -154,4 +154,4 @@ class LinformerAttention(nnx.Module):
             dropout_rate=self.dropout_rate if drop else 0.0,
             broadcast_dropout=False,
         )
-        return self.out(out.reshape(*x.shape[:-1], -1))
+        return self.out(jax.lax.collapse(out, -2))

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 from flax import nnx
 
 from fast_attention.array_types import Array, Bool, Float
@@ -159,7 +160,9 @@ class MultiAxisAttention(nnx.Module):
 
         def heads(linear: Linear, x: Array) -> Array:
             projected = linear(x)
-            return projected.reshape(*x.shape[:-1], self.num_heads, -1)
+            return projected.reshape(
+                *x.shape[:-1], self.num_heads, projected.shape[-1] // self.num_heads
+            )
 
         out = self.attention_fn(
             fold_axes(heads(self.query, query), axes, trailing=2),
@@ -168,7 +171,7 @@ class MultiAxisAttention(nnx.Module):
             **options,
         )
         out = unfold_axes(out, axes, (*query.shape[:-1], *out.shape[-2:]))
-        out = self.out(out.reshape(*query.shape[:-1], -1))
+        out = self.out(jax.lax.collapse(out, -2))
         return out.reshape(*query.shape[:-1], *self.output_shape)
 
     def redraw(self, rngs: nnx.Rngs) -> None:

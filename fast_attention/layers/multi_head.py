@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -369,7 +370,7 @@ class MultiHeadAttention(nnx.Module):
 
     def _merge(self, parts: Sequence[Array]) -> Array:
         joined = jnp.concatenate(parts, axis=-2) if len(parts) > 1 else parts[0]
-        return self.out(joined.reshape(*joined.shape[:-2], -1))
+        return self.out(jax.lax.collapse(joined, -2))
 
     def _check(self, context: Array | None, deterministic: bool, rngs: nnx.Rngs | None) -> None:
         if self.config.context is None and context is not None:

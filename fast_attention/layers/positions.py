@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -41,7 +42,7 @@ def sinusoids(
     waves = jnp.sin(angles), jnp.cos(angles)
     if concatenated:
         return jnp.concatenate(waves, axis=-1)[..., :features]
-    return jnp.stack(waves, axis=-1).reshape(*positions.shape, -1)[..., :features]
+    return jax.lax.collapse(jnp.stack(waves, axis=-1), -2)[..., :features]
 
 
 @runs_on_auto_axes

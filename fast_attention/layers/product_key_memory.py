@@ -148,7 +148,7 @@ class ProductKeyMemory(nnx.Module):
         dtype = queries.dtype
         if isinstance(self.norm, MaskedBatchNorm):
             queries = self.norm(queries, key_mask=key_mask, use_running_average=deterministic)
-        halves = queries.reshape(*x.shape[:-1], 2, self.num_heads, -1)
+        halves = queries.reshape(*x.shape[:-1], 2, *self.keys.shape[::3])
         if isinstance(self.norm, nnx.LayerNorm):
             halves = self.norm(halves)
         halves = self.query_dropout(halves, deterministic=deterministic, rngs=rngs)
@@ -168,7 +168,7 @@ class ProductKeyMemory(nnx.Module):
         best, where = jax.lax.top_k(scores, min(self.top_k, count))
         sums = best[..., 0, :, None] + best[..., 1, None, :]
         values = where[..., 0, :, None] * count + where[..., 1, None, :]
-        sums, values = (x.reshape(*x.shape[:-2], -1) for x in (sums, values))
+        sums, values = (jax.lax.collapse(x, -2) for x in (sums, values))
         return _pick(values, jax.lax.top_k(sums, min(self.top_k, sums.shape[-1]))[1])
 
     def _read(self, chosen: Int[Array, "*B H K"], weights: Float[Array, "*B H K"]) -> Array:

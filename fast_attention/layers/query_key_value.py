@@ -129,7 +129,7 @@ class QueryKeyValue(nnx.Module):
         return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
     def _heads(self, x: Array) -> Array:
-        return x.reshape(*x.shape[:-1], -1, self.config.head_dim)
+        return x.reshape(*x.shape[:-1], x.shape[-1] // self.config.head_dim, self.config.head_dim)
 
     def _normalized(self, x: Array, norm: nnx.RMSNorm | None) -> Array:
         if self.unit_norm is not None:

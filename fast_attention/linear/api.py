@@ -13,7 +13,7 @@ from fast_attention.explicit_axes import runs_on_auto_axes
 from fast_attention.feature_maps.base import FeatureMap, Parameters
 from fast_attention.linear import chunked, pallas_gpu, reference
 from fast_attention.linear.inputs import Inputs, Plan, SavedStates
-from fast_attention.linear.prepare import prepare
+from fast_attention.linear.prepare import fill_empty, prepare
 from fast_attention.linear.segments import attend_within_segments
 from fast_attention.linear.state import LinearAttentionState
 from fast_attention.linear.symbolic import is_symbolic, pad_symbolic
@@ -153,8 +153,9 @@ def linear_attention(
         exponents always are.
 
     Returns:
-      ``[*B, T, H, V]`` in the promoted type of query, key and value; a row that sees no key is 0.
-      With ``return_state`` a pair of that and the :class:`LinearAttentionState`.
+      ``[*B, T, H, V]`` in the promoted type of query, key and value; a row that sees no key is 0,
+      and batches and sequences may be empty. With ``return_state`` a pair of that and the
+      :class:`LinearAttentionState`.
 
     Raises:
       ValueError: for shapes or options that do not fit together.
@@ -221,11 +222,13 @@ def attend(
         initial_state=initial_state,
     )
     batch_shape = query.shape[:-3]
-    length = inputs.query.shape[1]
-    inputs = pad_symbolic(plan, inputs)
+    batch, length = inputs.query.shape[:2]
+    inputs = fill_empty(pad_symbolic(plan, inputs))
     attended = _compiled(plan, vary_alike(inputs), implementation_names(implementation))
-    if is_symbolic(length):
+    if is_symbolic(length) or length == 0:
         attended = (jax.tree.map(lambda x: x[:, :length], attended[0]), attended[1])
+    if batch == 0:
+        attended = jax.tree.map(lambda x: x[:0], attended)
     out, state = jax.tree.map(lambda x: x.reshape(*batch_shape, *x.shape[1:]), attended)
     if initial_state is not None:
         state = jax.tree.map(lambda x: x.astype(initial_state.kv.dtype), state)

@@ -42,7 +42,7 @@ def split_bias(key_bias: Array | None, key_mask: Array | None) -> tuple[Array | 
 def broadcast_segments(segment_ids: Array, query: Array) -> Array:
     """Brings segment ids to ``[B, T]``, and numbers the runs: ids may come again later."""
     ids = spread_segments(segment_ids, query)
-    new_run = jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)))
+    new_run = jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)))[:, : ids.shape[1]]
     return jnp.cumsum(new_run, axis=1)
 
 
@@ -103,8 +103,10 @@ def check_shapes(
         )
     if query.shape[-1] != key.shape[-1]:
         raise ValueError(f"query and key must have the same width, got {shapes}.")
-    if 0 in query.shape or 0 in key.shape or 0 in value.shape:
-        raise ValueError(f"query, key and value must not be empty, got {shapes}.")
+    if any(0 in x.shape[-2:] for x in (query, key, value)):
+        raise ValueError(
+            f"query, key and value must have heads and widths of 1 or more, got {shapes}."
+        )
     heads, kv_heads = query.shape[-2], key.shape[-2]
     swapped = (
         " Length comes before heads, [*B, length, heads, width]: are the two swapped?"
@@ -128,6 +130,16 @@ def check_shapes(
             f"segment_ids are for self-attention, but there are {length} queries and {keys} keys; "
             "use a key_mask."
         )
+
+
+def is_empty(query: Array, key: Array) -> bool:
+    """Whether no query attends, or none sees a key: the batch or a sequence is empty."""
+    return 0 in query.shape[:-2] or 0 in key.shape[:-2]
+
+
+def empty_output(query: Array, value: Array) -> Array:
+    """Returns ``[*B, T, H, V]`` of queries that see no key: zeros, if there are any."""
+    return jnp.zeros((*query.shape[:-1], value.shape[-1]), query.dtype)
 
 
 def check_state(

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from fast_attention.array_types import Array
 from fast_attention.dtypes import at_least_float32, widest
@@ -88,3 +90,32 @@ def prepare(
         ),
     )
     return dataclasses.replace(plan, feature_map=feature_map), inputs
+
+
+def fill_empty(inputs: Inputs) -> Inputs:
+    """Gives an empty batch one row, and sequences without positions one, where a key is masked."""
+    batch, queries = inputs.query.shape[:2]
+    keys = inputs.key.shape[1]
+    if 0 not in (batch, queries, keys):
+        return inputs
+
+    def filled(x: Array | None, axis: int = 1) -> Any:
+        if x is None or x.shape[axis] != 0:
+            return x
+        return jnp.pad(x, [(0, int(i == axis)) for i in range(x.ndim)])
+
+    mask = inputs.key_mask
+    if keys == 0 and mask is None:
+        mask = jnp.ones((batch, keys, 1), bool)
+    inputs = inputs._replace(
+        query=filled(inputs.query),
+        key=filled(inputs.key),
+        value=filled(inputs.value),
+        key_mask=filled(mask),
+        key_bias=filled(inputs.key_bias),
+        segment_ids=filled(inputs.segment_ids),
+    )
+    # Parameters may have an axis of the batch too.
+    return (
+        jax.tree.map(lambda x: filled(x, 0) if jnp.ndim(x) else x, inputs) if batch == 0 else inputs
+    )

@@ -143,7 +143,10 @@ class AttentionFn(EqualOptions, Decoder, abc.ABC):
 
         Raises:
           ValueError: for anything that cannot be honoured; the message says what to do instead.
-          TypeError: in forward mode differentiation, where there is none.
+          TypeError: in forward mode differentiation (``jax.jvp``, ``jax.jacfwd``), where there is
+            none: linear, hashed and causal efficient attention have their own gradients. Where the
+            call is under ``jax.jit`` the message is JAX's own, as jax differentiates the compiled
+            program and no code of this function runs then. ``jax.hessian`` works.
         """
         check_flag("force_fp32_for_softmax", force_fp32_for_softmax)
         causal = check_flag("is_causal", is_causal) or self.unidirectional

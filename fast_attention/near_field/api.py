@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from fast_attention.array_types import Array, Bool, Float, Int
 from fast_attention.feature_maps.base import FeatureMap, Parameters
 from fast_attention.linear.api import implementation_names
-from fast_attention.linear.checks import check_shapes
+from fast_attention.linear.checks import check_shapes, empty_output, is_empty, promote_floating
 from fast_attention.linear.inputs import Inputs, Plan, SavedStates, finish, merge_parts
 from fast_attention.linear.prepare import prepare
 from fast_attention.manual_axes import vary_alike
@@ -124,6 +124,8 @@ def near_field_attention(
         key_bias=key_bias,
         segment_ids=segment_ids,
     )
+    if is_empty(query, key):
+        return empty_output(*promote_floating(query, key, value)[::2])
     out = _attend(plan, exact_window, implementation_names(implementation), vary_alike(inputs))
     return out.reshape(*query.shape[:-3], *out.shape[1:])
 

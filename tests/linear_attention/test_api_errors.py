@@ -30,7 +30,7 @@ def call(q=(2, 5, 4, 8), k=(2, 5, 2, 8), v=(2, 5, 2, 6), **options):
         ({"k": (3, 5, 2, 8), "v": (3, 5, 2, 6)}, "batch axes"),
         ({"v": (2, 6, 2, 6)}, "all axes but the last"),
         ({"k": (2, 5, 2, 7)}, "same width"),
-        ({"k": (2, 0, 2, 8), "v": (2, 0, 2, 6)}, "must not be empty"),
+        ({"v": (2, 5, 2, 0)}, "heads and widths of 1 or more"),
         ({"k": (2, 5, 3, 8), "v": (2, 5, 3, 6)}, "multiple of that of key heads, got 4 and 3"),
         ({"k": (2, 7, 3, 8), "v": (2, 7, 3, 6)}, "are the two swapped"),
         ({"k": (2, 7, 2, 8), "v": (2, 7, 2, 6), "causal": True}, "as many keys as queries, got 7"),

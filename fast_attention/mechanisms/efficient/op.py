@@ -23,6 +23,8 @@ from fast_attention.linear import linear_attention
 from fast_attention.linear.checks import (
     broadcast_segments,
     check_shapes,
+    empty_output,
+    is_empty,
     promote_floating,
     split_bias,
 )
@@ -108,6 +110,8 @@ def efficient_attention(
             segment_ids=segment_ids,
             precision=precision,
         )
+    if is_empty(query, key):
+        return empty_output(query, value)
     dtype, compute = query.dtype, at_least_float32(query.dtype)
     query, key, value = (x.astype(compute) for x in (query, key, value))
     if key_bias is not None:

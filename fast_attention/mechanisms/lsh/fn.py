@@ -93,8 +93,6 @@ class LSHAttention(AttentionFn):
         segments, take memory as the square of the length.
         """
         query, key, value = call.query, call.key, call.value
-        if call.is_empty:
-            raise ValueError("There are no weights and no buckets of an empty sequence.")
         mask, key_mask = call.pairs()
         if call.segment_ids is not None:
             given = key.shape[-3] - query.shape[-3]

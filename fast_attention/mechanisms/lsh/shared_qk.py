@@ -100,7 +100,7 @@ def shared_qk_attention(
             "Expected qk [*batch, length, heads, width] and value [*batch, length, value heads, "
             f"value width], value heads dividing heads, got {qk.shape} and {value.shape}."
         )
-    if not 0 < queries <= length:
+    if not min(1, length) <= queries <= length:
         raise ValueError(f"query_length={queries} must be between 1 and the {length} positions.")
     if not 0 <= dropout_rate < 1 or (dropout_rate > 0 and dropout_key is None):
         raise ValueError(
@@ -112,6 +112,10 @@ def shared_qk_attention(
     dtype = jnp.result_type(qk, value)
     qk, value = qk.astype(dtype), value.astype(dtype)
     compute = at_least_float32(dtype)
+    if 0 in (*batch, length):
+        weights = jnp.zeros((*batch, heads, queries, length), compute)
+        out = jnp.zeros((*batch, queries, heads, value.shape[-1]), dtype)
+        return LSHOutput(out, weights, None) if return_weights else out
     visible = None
     if key_mask is not None:
         visible = jnp.broadcast_to(key_mask.astype(bool), (*batch, length)).reshape(-1, length)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fast_attention.array_types import Array, Bool, Float, Int
+from fast_attention.dtypes import at_least_float32
 from fast_attention.explicit_axes import runs_on_auto_axes
 from fast_attention.mechanisms.lsh.hashed.checks import check_arguments, rounds_of
 from fast_attention.mechanisms.lsh.hashed.core import Shared, attend_sorted
@@ -179,6 +180,8 @@ def lsh_attention(
     queries = length if query_length is None else query_length
     dtype = jnp.result_type(qk, value)
     qk, value = qk.astype(dtype), value.astype(dtype)
+    if 0 in (*batch, length):
+        return _empty(qk, value, queries, rounds, return_weights, return_buckets)
     elements = math.prod(batch)
     padded, missing = chunks * bucket_size, chunks * bucket_size - length
     weight_key = hash_key = None
@@ -267,6 +270,19 @@ def lsh_attention(
         weights = weights[:, :queries, :length].reshape(*batch, heads, queries, length)
     buckets = buckets.reshape(*batch, heads, rounds, length)
     return LSHOutput(out, weights, buckets if return_buckets else None)
+
+
+def _empty(
+    qk: Array, value: Array, queries: int, rounds: int, return_weights: bool, return_buckets: bool
+) -> Array | LSHOutput:
+    """What an empty batch or sequence gives: arrays of the right shape without entries."""
+    *batch, length, heads, _ = qk.shape
+    out = jnp.zeros((*batch, queries, heads, value.shape[-1]), qk.dtype)
+    if not (return_weights or return_buckets):
+        return out
+    weights = jnp.zeros((*batch, heads, queries, length), at_least_float32(qk.dtype))
+    buckets = jnp.zeros((*batch, heads, rounds, length), jnp.int32)
+    return LSHOutput(out, weights if return_weights else None, buckets if return_buckets else None)
 
 
 def _restrictions(

@@ -46,7 +46,7 @@ def check_arguments(
     length, heads = qk.shape[-3:-1]
     if value.shape[-2] == 0 or heads % value.shape[-2]:
         raise ValueError(f"The number of value heads must divide that of heads, got {shapes}.")
-    if query_length is not None and not 0 < query_length <= length:
+    if query_length is not None and not min(1, length) <= query_length <= length:
         raise ValueError(
             f"query_length={query_length} must be between 1 and the {length} positions of qk."
         )
@@ -54,7 +54,6 @@ def check_arguments(
         ("bucket_size", bucket_size),
         ("n_hashes", n_hashes),
         ("attn_chunks", attn_chunks),
-        ("the length", length),
     ):
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}.")
