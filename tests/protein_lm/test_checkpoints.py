@@ -178,6 +178,16 @@ def test_chunks_of_absurd_size_are_refused_before_memory_is_taken(stored, model,
     assert "use_ocdbt is not true" in capsys.readouterr().err
 
 
+def test_folders_may_have_any_path(stored, model, tmp_path, monkeypatch):
+    odd = tmp_path / "a b\n%20é#?*"
+    shutil.copytree(stored, odd / "stored")
+    (tmp_path / "link").symlink_to(odd.name)
+    monkeypatch.chdir(odd)
+    for path in (odd / "stored", Path("stored"), Path("..", "link", "..", odd.name, "stored")):
+        assert read(path, model) == 6
+    assert resume(Path("..", "link", "stored"), model) == 9
+
+
 def write_about(folder: Path, fields: dict, progress: dict) -> None:
     """Changes what stands beside the arrays, as somebody does who knows the checksum."""
     path = folder / "about" / "metadata"
