@@ -129,8 +129,10 @@ class AttentionFn(EqualOptions, Decoder, abc.ABC):
             or 0/1, where batch axes may be 1: a key where it is False is not seen, whatever it is.
           segment_ids: ``[*B, T]`` integers, self-attention only: positions see their own run of
             equal ids.
-          query_mask: ``[*B, T]``, False is padding: its outputs do not matter, and it does not
-            count where parameters are fitted to a call. None is `key_mask` where T = S, else all.
+          query_mask: ``[*B, T]``, False is padding: its outputs do not matter, what it holds (NaN
+            included) reaches no gradient, and it does not count where parameters are fitted to a
+            call. None is `key_mask` where parameters are fitted and T = S; else all queries count,
+            and NaN in any of them reaches the gradients of keys and values.
           projection: in place of the function's own random features, see :meth:`draw_projection`.
           positions: ``[*B, T]``, for functions that rotate queries and keys themselves.
           buckets: of an earlier call of hashed attention, to attend to the same again.

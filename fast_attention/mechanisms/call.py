@@ -171,12 +171,16 @@ class Call:
         return self._also(keys if own else keys[..., None], fits)
 
     def with_query_mask(self, given: Any) -> Call:
-        """Adds a mask of queries ``[*B, T]``, its axes before they are folded."""
+        """Adds a mask of queries ``[*B, T]``, its axes before they are folded.
+
+        Queries that are padding become zeros: what they hold reaches no gradient.
+        """
         if given is None:
             return self
         visible, fits = self._of_positions("query_mask", given, self.shape[:-2])
         folded = fold_axes(visible, self.axes, trailing=0)
-        return dataclasses.replace(self._fitting(fits), query_mask=folded)
+        query = jnp.where(folded[..., None, None], self.query, 0)
+        return dataclasses.replace(self._fitting(fits), query=query, query_mask=folded)
 
     def with_ids(self, segment_ids: Any, positions: Any) -> Call:
         """Adds whole numbers ``[*B, T]``, their axes before they are folded."""
@@ -227,7 +231,7 @@ class Call:
         return keys if self.mask is None else keys & self.mask, None
 
     def without_hidden(self) -> Call:
-        """Puts zeros for keys and values that no query sees, and for queries that are padding.
+        """Puts zeros for keys and values that no query sees.
 
         Whatever was there, NaN and infinity included, reaches no output and no gradient.
         """
@@ -242,8 +246,6 @@ class Call:
             for name, x in (("key", self.key), ("value", self.value)):
                 own = shown if shown.shape[-1] in (1, heads[name]) else shown.any(-1, keepdims=True)
                 changed[name] = jnp.where(own[..., None], x, 0)
-        if self.query_mask is not None:
-            changed["query"] = jnp.where(self.query_mask[..., None, None], self.query, 0)
         return dataclasses.replace(self, **changed) if changed else self
 
     def finish(self, out: Array) -> Array:

@@ -88,6 +88,22 @@ def test_what_hidden_keys_hold_reaches_no_output_and_no_gradient(name, junk):
 
 
 @pytest.mark.parametrize("name", DECODING)
+@pytest.mark.parametrize("unidirectional", [False, True])
+def test_what_queries_of_padding_hold_reaches_no_gradient(name, unidirectional):
+    function, shown = MAKERS[name](unidirectional=unidirectional), MASK[..., None, None]
+
+    def loss(operands, hidden):
+        query = jnp.where(shown, operands[0], hidden)
+        out = function(query, *operands[1:], query_mask=MASK)
+        return (jnp.where(shown, out, 0) ** 2).sum()
+
+    gradient = jax.grad(loss)
+    found, expected = (gradient(arrays(name), hidden) for hidden in (np.nan, 0.0))
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", DECODING)
 def test_states_of_chosen_rows_continue_as_the_whole(name):
     """Beams: rows are chosen by one map over the state; padding in the prompt holds NaN."""
     function = MAKERS[name](unidirectional=True)
