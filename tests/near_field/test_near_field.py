@@ -9,6 +9,7 @@ import pytest
 
 from fast_attention import make_fast_generalized_attention, make_fast_softmax_attention
 from fast_attention.feature_maps import PositiveFeatures, TrigonometricFeatures
+from fast_attention.linear.api import IMPLEMENTATIONS
 from fast_attention.near_field import near_field_attention
 from fast_attention.softmax_attention import make_softmax_attention
 from tests.linear_attention import cases
@@ -318,3 +319,20 @@ def test_memory_is_linear():
     # Gradients, the output, states between groups of chunks; features of all queries and keys
     # alone would take 32.
     assert size < 8 * length * heads * width * 4
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_far_keys_go_to_the_kernels_that_are_asked_for(causal, monkeypatch):
+    calls = []
+    kernels = "pallas_gpu_interpret"
+
+    def counted(plan, inputs):
+        calls.append(plan)
+        return IMPLEMENTATIONS["reference"](plan, inputs)
+
+    monkeypatch.setitem(IMPLEMENTATIONS, kernels, counted)
+    options = {"nb_features": M, "exact_window": 2, "unidirectional": causal}
+    q, k, v = (jax.random.normal(x, (1, 9, 2, 8)) for x in jax.random.split(jax.random.key(0), 3))
+    found = make_fast_softmax_attention(8, implementation=kernels, **options)(q, k, v)
+    assert calls
+    np.testing.assert_allclose(found, make_fast_softmax_attention(8, **options)(q, k, v), atol=2e-5)

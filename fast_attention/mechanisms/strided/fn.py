@@ -158,7 +158,8 @@ def make_strided_attention(attention_fn: Callable[..., Any], stride: int) -> Str
       stride: W, at least 1.
 
     Returns:
-      An ``attention_fn`` that decodes if the inner one does.
+      An ``attention_fn`` that decodes if the inner one does. Of masks it takes those of keys that
+      are the same for all queries, and no bias: both raise ValueError otherwise.
 
     Raises:
       ValueError: for a stride below 1.
