@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 
 from fast_attention.array_types import Array
 from fast_attention.feature_maps.base import Features
@@ -156,6 +157,7 @@ def read_causal(
         headroom = HEADROOM if keys.values is None else 0.0
         key_max = (keys.log - read.scale).max(-1) if kept is None else kept.key_max
         assert key_max is not None
+        key_max = lax.stop_gradient(key_max)
         key_shift = headroom - read.scale - key_max[..., None]
         key = keys.shift(key_shift)
         products = einsum("bkrm,bkcm->bkrc", read.features, key)
@@ -180,6 +182,7 @@ def read_causal(
         else:
             pair_max = kept.pair_max
         assert pair_max is not None
+        pair_max = lax.stop_gradient(pair_max)
         logs = exponent[..., None, :] - pair_max[..., None]
         if wide is None:
             factor = jnp.exp(jnp.minimum(logs, LARGEST_EXPONENT))
@@ -190,6 +193,7 @@ def read_causal(
         weights = products * factor
         if wide is not None and kept is None:
             weights, pair_max = add_wide_pairs(wide, products, weights, pair_max, least)
+            pair_max = lax.stop_gradient(pair_max)
         gain = jnp.exp(past - pair_max)
         if sight.state is not None:
             gain = jnp.where(sight.state, gain, 0)
@@ -234,10 +238,11 @@ def add_first_key(
         scale = None
     else:
         assert state.log_scale is not None
-        before = state.log_scale
+        # Scales cancel: constants for derivatives of any order, here as wherever they are read.
+        before = lax.stop_gradient(state.log_scale)
         if carry is not None:
             before = jnp.where(carry, before, EMPTY_LOG_SCALE)
-        scale = jnp.maximum(before, keys.log[..., 0, :])
+        scale = lax.stop_gradient(jnp.maximum(before, keys.log[..., 0, :]))
         old = jnp.exp(before - scale)
         if carry is not None:
             old = jnp.where(carry, old, 0)

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from fast_attention.array_types import Array
-from fast_attention.linear.loops import run_if
+from fast_attention.linear.loops import repeat_while, run_if
 from fast_attention.linear.state import EMPTY_LOG_SCALE
 from fast_attention.manual_axes import vary_alike
 
@@ -120,9 +120,10 @@ def add_wide_pairs(
     """
 
     def correct(_):
-        logs = jnp.where(
-            wide.seen, jnp.log(products) + (wide.key_max - HEADROOM)[..., None, :], -jnp.inf
-        )
+        # Of 1 where there is no product: the derivative of the logarithm of 0 is none.
+        there = wide.seen & (products > 0)
+        logs = jnp.log(jnp.where(there, products, 1)) + (wide.key_max - HEADROOM)[..., None, :]
+        logs = jnp.where(there, logs, -jnp.inf)
         done = jnp.zeros_like(logs, bool)
         rows = wide.rows()
 
@@ -136,10 +137,11 @@ def add_wide_pairs(
             total = jax.nn.logsumexp(terms, axis=-1)
             return jnp.where(chosen, total[..., None], logs), done | chosen
 
-        logs, done = jax.lax.while_loop(
-            lambda carry: pending(carry).any(), one_key, vary_alike((logs, done))
+        carry = vary_alike((logs, done), rows)
+        logs, done = repeat_while(
+            lambda carry: pending(carry).any(), one_key, carry, wide.key_max.shape[-1]
         )
-        largest = jnp.maximum(least, logs.max(axis=-1))
+        largest = jax.lax.stop_gradient(jnp.maximum(least, logs.max(axis=-1)))
         corrected = done.any(axis=-1)
         return (
             jnp.where(corrected[..., None], jnp.exp(logs - largest[..., None]), weights),
@@ -185,8 +187,8 @@ def pull_back_wide_pairs(
             d_key = jnp.where(key, d_terms.sum(axis=-2)[..., None, :], 0)
             return left & ~chosen, weights, d_rows + d_terms, d_keys + d_key
 
-        carry = vary_alike((wide.among(pair_max), *carry))
-        _, *carry = jax.lax.while_loop(lambda carry: carry[0].any(), one_key, carry)
-        return tuple(carry)
+        carry = vary_alike((wide.among(pair_max), *carry), rows)
+        most = wide.key_max.shape[-1]
+        return repeat_while(lambda carry: carry[0].any(), one_key, carry, most)[1:]
 
     return run_if(wide.any(pair_max), correct, (weights, d_rows, d_keys))

@@ -90,7 +90,7 @@ def window_logits(window: Window, einsum: Einsum) -> Array:
 
 def largest_logit(logits: Array) -> Array:
     """Returns the scale that rows need for their near keys, ``[B, K, R]``."""
-    return jnp.maximum(logits.max(axis=-1), EMPTY_LOG_SCALE)
+    return jax.lax.stop_gradient(jnp.maximum(logits.max(axis=-1), EMPTY_LOG_SCALE))
 
 
 class WindowGradients(NamedTuple):

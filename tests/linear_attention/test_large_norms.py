@@ -204,3 +204,25 @@ def test_vmap_is_the_batch():
     q, k, v, _ = arrays(4, 2000.0)
     one_by_one = cases.compiled(jax.vmap(function))(q, k, v)
     cases.assert_close(one_by_one, cases.compiled(function)(q, k, v), 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["causal", "near field", "near field both ways"])
+@pytest.mark.parametrize("norm", [30.0, 200.0, 800.0])
+def test_second_derivatives_in_float32_are_those_in_float64(kind, norm):
+    """Also of pairs of rows and keys that are summed by themselves."""
+    function = attend(KINDS[kind][0])
+
+    def second(q, k, v, g):
+        def gradient(q):
+            return jax.grad(lambda q: (function(q, k, v) * g).sum())(q)
+
+        return jax.grad(lambda q: jnp.vdot(gradient(q), g.repeat(D // V, axis=-1)))(q)
+
+    inputs = arrays(0, norm)
+    with jax.enable_x64(True):
+        expected = np.asarray(jax.jit(second)(*(x.astype(np.float64) for x in inputs)))
+        found = np.asarray(jax.jit(second)(*inputs))
+    assert found.dtype == np.float32
+    # Where attention is all but hard, terms of order 1 cancel.
+    scale = max(np.abs(expected).max(), 1.0)
+    np.testing.assert_allclose(found / scale, expected / scale, atol=3e-4)

@@ -150,6 +150,35 @@ def test_export_of_a_symbolic_length(name):
     check_equal(program.call(*arrays, key_mask()), masked(*arrays, key_mask()))
 
 
+# Fitted parameters are constants for derivatives, which finite differences do not know.
+@pytest.mark.parametrize(
+    "function",
+    [f for name, f in ALL.items() if "wderf" not in name],
+    ids=[name for name in ALL if "wderf" not in name],
+)
+@pytest.mark.parametrize("norm", [1.0, 3.0])
+def test_second_derivatives(function, norm):
+    """In reverse mode, and in forward mode over reverse mode, against finite differences."""
+    with jax.enable_x64(True):
+        query, key, value = draw(jnp.float64)
+        direction = jnp.cos(jnp.arange(query.size, dtype=query.dtype)).reshape(query.shape)
+        query, key = norm * query, norm * key
+        if function.takes.shared_qk:
+            key = query
+
+        def gradient(query):
+            both = query if function.takes.shared_qk else key
+            return jax.grad(lambda x: (loss(function, x, both, value)[1] ** 2).sum())(query)
+
+        near = 1e-5 * direction
+        expected = jax.jit(lambda x: (gradient(x + near) - gradient(x - near)) / 2e-5)(query)
+        largest = jnp.abs(expected).max()
+        reverse = jax.jit(jax.grad(lambda x: jnp.vdot(gradient(x), direction)))(query)
+        np.testing.assert_allclose(reverse / largest, expected / largest, atol=1e-6)
+        forward = jax.jit(lambda x: jax.jvp(gradient, (x,), (direction,))[1])(query)
+        np.testing.assert_allclose(forward / largest, expected / largest, atol=1e-6)
+
+
 @every_function
 def test_float64(function):
     """Under x64 float64 inputs give float64 outputs, to its accuracy."""
