@@ -33,9 +33,9 @@ import numpy as np
 from benchmarks.approximation_error import DATA, Data, gaussian
 from benchmarks.approximation_tables import tables
 from fast_attention import FastAttention, make_fast_softmax_attention
-from fast_attention.diagnostics import attention_matrix
-from fast_attention.diagnostics_curves import ErrorCurves, error_curves
-from fast_attention.diagnostics_plots import plot_errors, plot_matrices
+from fast_attention.diagnostics.curves import ErrorCurves, error_curves
+from fast_attention.diagnostics.errors import attention_matrix
+from fast_attention.diagnostics.plots import plot_errors, plot_matrices
 from fast_attention.feature_maps import TUNED_ESTIMATORS
 from fast_attention.mechanisms.favor.factories import ESTIMATORS
 from fast_attention.softmax_attention import make_softmax_attention

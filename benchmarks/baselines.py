@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from benchmarks.per_token import softmax_features
-from fast_attention.array_types import Array, Float
+from fast_attention.arrays.types import Array, Float
 
 
 def whole_sequence(

@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.chunk_sizes`` measures the output and gradients of causal and bidirectional
 FAVOR+ on the present platform and rewrites the platform's rows in
-``fast_attention/linear/chunk_table.py``; the rows of other platforms stay.
+``fast_attention/linear/chunked/chunk_table.py``; the rows of other platforms stay.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmarks import environment
 from benchmarks.settings import Setting
 
-TABLE = Path(__file__).parents[1] / "fast_attention" / "linear" / "chunk_table.py"
+TABLE = Path(__file__).parents[1] / "fast_attention" / "linear" / "chunked" / "chunk_table.py"
 
 # D, M, H: the widths of common models, with a like amount of work.
 SHAPES = {

@@ -12,7 +12,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from fast_attention.array_types import Array, Float
+from fast_attention.arrays.types import Array, Float
 
 
 def attention(

@@ -28,13 +28,18 @@ import numpy as np
 
 from fast_attention import make_fast_softmax_attention
 from fast_attention.protein_lm import make_protein_domain, read_fasta
-from fast_attention.protein_lm.corpus import bundled_corpus
-from fast_attention.protein_lm.embedding import embed_sequences
-from fast_attention.protein_lm.encoding import row_lengths
+from fast_attention.protein_lm.data.corpus import bundled_corpus
 from fast_attention.protein_lm.flax_model import FlaxModel
+from fast_attention.protein_lm.inference.embedding import embed_sequences
+from fast_attention.protein_lm.inference.scoring import score_sequences
+from fast_attention.protein_lm.modeling.encoding import row_lengths
+from fast_attention.protein_lm.modeling.token_batches import (
+    Shape,
+    fill,
+    plan_batches,
+    windows,
+)
 from fast_attention.protein_lm.models import FlaxLM
-from fast_attention.protein_lm.scoring import score_sequences
-from fast_attention.protein_lm.token_batches import Shape, fill, plan_batches, windows
 
 SIZES = {
     "demo": {"emb_dim": 128, "num_heads": 4, "num_layers": 4, "qkv_dim": 128, "mlp_dim": 512},

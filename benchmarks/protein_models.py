@@ -103,7 +103,7 @@ def train_and_evaluate(
     Raises:
       RuntimeError: If a command fails.
     """
-    from fast_attention.protein_lm.corpus import bundled_corpus, bundled_splits
+    from fast_attention.protein_lm.data.corpus import bundled_corpus, bundled_splits
 
     warmup = min(60, max(1, steps // 10))
     common = [

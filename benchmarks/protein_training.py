@@ -91,7 +91,7 @@ def measure(
 def _model(name: str, length: int, layers: int, width: int) -> Any:
     # This imports jax, which must not happen before the process is prepared.
     from fast_attention import make_fast_softmax_attention
-    from fast_attention.protein_lm.domains import make_protein_domain
+    from fast_attention.protein_lm.data.domains import make_protein_domain
     from fast_attention.protein_lm.models import FlaxLM
 
     linear = make_fast_softmax_attention(nb_features=64, chunk_size=32, unidirectional=True)

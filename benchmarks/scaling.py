@@ -85,8 +85,8 @@ def lower(shape: Shape, layout: Layout) -> tuple[Any, int]:
     import jax.numpy as jnp
 
     from fast_attention import make_fast_softmax_attention
-    from fast_attention.meshes import batch_shardings, make_mesh
-    from fast_attention.protein_lm.domains import make_protein_domain
+    from fast_attention.mesh.meshes import batch_shardings, make_mesh
+    from fast_attention.protein_lm.data.domains import make_protein_domain
     from fast_attention.protein_lm.models import FlaxLM
 
     mesh = make_mesh(**dataclasses.asdict(layout), devices=jax.devices()[: layout.devices])

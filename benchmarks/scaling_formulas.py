@@ -77,7 +77,7 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Sizes of the axes of a mesh, see `fast_attention.meshes.make_mesh`."""
+    """Sizes of the axes of a mesh, see `fast_attention.mesh.meshes.make_mesh`."""
 
     data: int = 1
     fsdp: int = 1

@@ -28,8 +28,8 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from fast_attention.protein_lm.corpus import bundled_corpus
-from fast_attention.protein_lm.fasta import (
+from fast_attention.protein_lm.data.corpus import bundled_corpus
+from fast_attention.protein_lm.data.fasta import (
     PROTEIN_LETTERS,
     FastaRecord,
     read_fasta,

@@ -83,11 +83,11 @@ def proteins(run_dir: str, length: int) -> tuple[Any, Text]:
 
     A protein begins with the begin token, as in training, but in training none sees another.
     """
-    from fast_attention.protein_lm.corpus import bundled_corpus, load_corpus
-    from fast_attention.protein_lm.domains import domain_to_bos
-    from fast_attention.protein_lm.encoding import longest_input
+    from fast_attention.protein_lm.data.corpus import bundled_corpus, load_corpus
+    from fast_attention.protein_lm.data.domains import domain_to_bos
+    from fast_attention.protein_lm.modeling.encoding import longest_input
+    from fast_attention.protein_lm.modeling.train_state import weights
     from fast_attention.protein_lm.models import FlaxLM
-    from fast_attention.protein_lm.train_state import weights
 
     trained = FlaxLM.load(run_dir)
     room = longest_input(trained)

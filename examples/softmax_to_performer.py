@@ -30,11 +30,12 @@ import numpy as np
 from flax import nnx
 
 from fast_attention import layers, make_fast_softmax_attention
-from fast_attention.protein_lm import cli, data
-from fast_attention.protein_lm.corpus import bundled_corpus
+from fast_attention.protein_lm import cli
+from fast_attention.protein_lm.data import pipeline
+from fast_attention.protein_lm.data.corpus import bundled_corpus
+from fast_attention.protein_lm.files.output_files import write_file
+from fast_attention.protein_lm.modeling.schedules import create_learning_rate_scheduler
 from fast_attention.protein_lm.models import FlaxLM
-from fast_attention.protein_lm.output_files import write_file
-from fast_attention.protein_lm.schedules import create_learning_rate_scheduler
 
 EXACT = "exact"
 _FAVOR: dict[str, Any] = {"unidirectional": True, "chunk_size": 32}
@@ -89,7 +90,7 @@ def train_exact(folder: Path, options: argparse.Namespace) -> None:
 def proteins(model: FlaxLM, fasta: Any, seed: int, options: argparse.Namespace) -> Iterator[Any]:
     """Batches of packed proteins, the same for every model."""
     return iter(
-        data.make_dataset(
+        pipeline.make_dataset(
             str(fasta),
             model.domain,
             length=options.length,

@@ -12,7 +12,7 @@ import jax
 from flax import nnx
 
 from examples.running import Example, run
-from fast_attention.models.tensorflow_performer import MultiHeadAttention
+from fast_attention.models.originals.tensorflow_performer import MultiHeadAttention
 
 
 def cross_attention(

@@ -2,7 +2,7 @@
 
     out_i = sum_j softmax_j(q_i . k_j / sqrt(D) + bias_ij) v_j        (arXiv:1706.03762)
 
-Memory is linear in the length, see :mod:`fast_attention.softmax_blocks`.
+Memory is linear in the length, see :mod:`fast_attention.mechanisms.softmax.blocks`.
 
 Shape letters: B batch, T query length, S key length, H heads, K key/value heads, D head
 width, V value width.
@@ -19,13 +19,18 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-from fast_attention.array_types import Array, Bool, Float, Int
+from fast_attention.arrays.types import Array, Bool, Float, Int
 from fast_attention.mechanisms.attention_fn import AttentionFn
 from fast_attention.mechanisms.call import Call, Takes
 from fast_attention.mechanisms.checks import mismatch
 from fast_attention.mechanisms.decoding import StateSizes
+from fast_attention.mechanisms.softmax.blocks import (
+    Choices,
+    Extras,
+    blocked_attention,
+    run_bounds,
+)
 from fast_attention.recipes import attention_factory
-from fast_attention.softmax_blocks import Choices, Extras, blocked_attention, run_bounds
 
 
 class KVCache(NamedTuple):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fast_attention.protein_lm import host_threads
+from fast_attention.protein_lm.distributed import host_threads
 
 
 @pytest.mark.parametrize(("marker", "count"), [("devices", 4), ("eight_devices", 8)])

@@ -14,16 +14,12 @@ import fast_attention
 
 PACKAGE = pathlib.Path(fast_attention.__file__).parent
 HEAVY = ["gin", "grain", "matplotlib", "optax", "orbax", "tensorboardX", "tqdm"]
+FLOORS = ("arrays", "feature_maps", "mesh", "linear", "mechanisms", "diagnostics")
 CORE = [
     "fast_attention",
-    "fast_attention.array_types",
-    "fast_attention.diagnostics",
-    "fast_attention.linformer",
-    "fast_attention.mesh_attention",
-    "fast_attention.meshes",
     *(
         ".".join(("fast_attention", *path.relative_to(PACKAGE).with_suffix("").parts))
-        for folder in ("feature_maps", "linear", "mechanisms", "near_field")
+        for folder in FLOORS
         for path in sorted((PACKAGE / folder).rglob("[!_]*.py"))
     ),
 ]

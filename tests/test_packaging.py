@@ -40,5 +40,5 @@ def test_the_command_is_where_it_is_said_to_be():
 
 
 def test_the_shipped_corpus_is_small():
-    folder = ROOT / "fast_attention" / "protein_lm" / "data"
+    folder = ROOT / "fast_attention" / "protein_lm" / "data" / "bundled"
     assert 0 < sum(path.stat().st_size for path in folder.iterdir()) < 10e6

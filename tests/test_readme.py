@@ -11,7 +11,7 @@ import pytest
 
 from fast_attention import FastAttention
 from fast_attention.protein_lm import cli, gin_registry
-from fast_attention.protein_lm.fasta import FastaRecord, read_fasta, write_fasta
+from fast_attention.protein_lm.data.fasta import FastaRecord, read_fasta, write_fasta
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.S | re.M)

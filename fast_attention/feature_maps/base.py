@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fast_attention.array_types import Array, Float
+from fast_attention.arrays.types import Array, Float
 
 Parameters = Any
 """Pytree of arrays a map needs: shared, or with leading (batch and) head axes."""

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fast_attention.array_types import Array, Float
+from fast_attention.arrays.types import Array, Float
 
 
 def cholesky(square: Float[Array, "*B D D"]) -> Float[Array, "*B D D"]:

@@ -41,7 +41,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fast_attention.array_types import Array, Float
+from fast_attention.arrays.types import Array, Float
 from fast_attention.feature_maps.decompositions import cholesky, eigh, invert_lower
 from fast_attention.feature_maps.moments import Moments
 from fast_attention.feature_maps.shrinkage import (

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import export
 
-from fast_attention.array_types import Array, Bool, Float
-from fast_attention.dtypes import at_least_float32
+from fast_attention.arrays.dtypes import at_least_float32
+from fast_attention.arrays.types import Array, Bool, Float
 from fast_attention.feature_maps.subset import spread_out
 
 

@@ -13,8 +13,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from fast_attention.array_types import Array, Float
-from fast_attention.manual_axes import vary_alike
+from fast_attention.arrays.manual_axes import vary_alike
+from fast_attention.arrays.types import Array, Float
 
 # Squared bias counts this many times as much as variance; chosen on anisotropic Gaussian data and
 # a third of the heads of two trained encoders.

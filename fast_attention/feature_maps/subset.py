@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fast_attention.array_types import Array, Bool, Float
+from fast_attention.arrays.types import Array, Bool, Float
 
 _JITTER_BITS = 12
 

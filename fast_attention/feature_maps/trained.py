@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fast_attention.array_types import Array, Float
+from fast_attention.arrays.types import Array, Float
 from fast_attention.feature_maps.decompositions import cholesky, invert_lower, qr
 from fast_attention.feature_maps.gaussian_family import Tuning
 from fast_attention.feature_maps.tuned import TunedParameters, fold

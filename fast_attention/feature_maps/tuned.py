@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fast_attention.array_types import Array, Float
+from fast_attention.arrays.types import Array, Float
 from fast_attention.feature_maps.base import FeatureMap, Features, Parameters, project
 from fast_attention.feature_maps.gaussian_family import (
     Tuning,

@@ -1,4 +1,6 @@
-"""Calls of modules on meshes whose axes are Explicit, see :mod:`fast_attention.explicit_axes`."""
+"""Calls of modules on meshes whose axes are Explicit, see
+:mod:`fast_attention.arrays.explicit_axes`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from fast_attention.explicit_axes import (
+from fast_attention.arrays.explicit_axes import (
     Function,
     auto_axes_of,
     explicit_mesh,
@@ -22,8 +24,8 @@ from fast_attention.explicit_axes import (
 def modules_run_on_auto_axes(function: Function) -> Function:
     """Decorates a method or function of arrays and modules (also random streams, optimisers).
 
-    Results lie as :func:`fast_attention.explicit_axes.sharded_alike` says; what a call changes in
-    its modules lies as it did before.
+    Results lie as :func:`fast_attention.arrays.explicit_axes.sharded_alike` says; what a call
+    changes in its modules lies as it did before.
     """
     signature = inspect.signature(function)
 

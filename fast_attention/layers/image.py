@@ -15,7 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from fast_attention.array_types import Array, Float
+from fast_attention.arrays.types import Array, Float
 from fast_attention.layers.explicit_axes import modules_run_on_auto_axes
 from fast_attention.mechanisms.efficient.op import efficient_attention
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fast_attention.array_types import Array, Bool, Float, Int
+from fast_attention.arrays.types import Array, Bool, Float, Int
 
 
 class Inputs(NamedTuple):

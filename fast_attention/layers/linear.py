@@ -6,7 +6,7 @@ from typing import Any
 
 from flax import nnx
 
-from fast_attention.array_types import Array, Float
+from fast_attention.arrays.types import Array, Float
 
 
 class Linear(nnx.Linear):

@@ -11,8 +11,8 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from fast_attention.array_types import Array, Float
-from fast_attention.dtypes import at_least_float32
+from fast_attention.arrays.dtypes import at_least_float32
+from fast_attention.arrays.types import Array, Float
 
 NORMS = ("layer", "scale", "rms", "none")
 """What `make_norm` makes."""

@@ -14,9 +14,9 @@ import numpy as np
 from flax import nnx
 from jax.core import Tracer
 
-from fast_attention.array_types import Array, Float, Int
-from fast_attention.dtypes import at_least_float32
-from fast_attention.explicit_axes import runs_on_auto_axes
+from fast_attention.arrays.dtypes import at_least_float32
+from fast_attention.arrays.explicit_axes import runs_on_auto_axes
+from fast_attention.arrays.types import Array, Float, Int
 from fast_attention.layers.explicit_axes import modules_run_on_auto_axes
 
 

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fast_attention.array_types import Array, Bool, Float, Int
-from fast_attention.dtypes import at_least_float32
+from fast_attention.arrays.dtypes import at_least_float32
+from fast_attention.arrays.types import Array, Bool, Float, Int
 from fast_attention.layers.explicit_axes import modules_run_on_auto_axes
 from fast_attention.layers.linear import Linear
 from fast_attention.layers.masked_batch_norm import MaskedBatchNorm

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
-from fast_attention.array_types import Array, Bool, Float
-from fast_attention.explicit_axes import runs_on_auto_axes
+from fast_attention.arrays.explicit_axes import runs_on_auto_axes
+from fast_attention.arrays.types import Array, Bool, Float
 
 
 @runs_on_auto_axes

@@ -8,16 +8,18 @@ from typing import Any, Literal, overload
 
 import jax
 
-from fast_attention.array_types import Array, Bool, Float, Int
-from fast_attention.explicit_axes import runs_on_auto_axes
+from fast_attention.arrays.explicit_axes import runs_on_auto_axes
+from fast_attention.arrays.manual_axes import vary_alike
+from fast_attention.arrays.types import Array, Bool, Float, Int
 from fast_attention.feature_maps.base import FeatureMap, Parameters
-from fast_attention.linear import chunked, pallas_gpu, reference
-from fast_attention.linear.inputs import Inputs, Plan, SavedStates
+from fast_attention.linear import reference
+from fast_attention.linear.chunked import api as chunked
+from fast_attention.linear.pallas_gpu import api as pallas_gpu
 from fast_attention.linear.prepare import fill_empty, prepare
 from fast_attention.linear.segments import attend_within_segments
 from fast_attention.linear.state import LinearAttentionState
 from fast_attention.linear.symbolic import is_symbolic, pad_symbolic
-from fast_attention.manual_axes import vary_alike
+from fast_attention.linear.types import Inputs, Plan, SavedStates
 
 Implementation = Callable[[Plan, Inputs], Any]
 
@@ -140,7 +142,7 @@ def linear_attention(
       epsilon: denominators up to this size are inverted as ``den / epsilon^2``. Not needed for
         positive maps; for signed ones it bounds outputs where a denominator vanishes.
       chunk_size: positions handled at once (1: token by token); None for what was measured to be
-        the fastest, see :mod:`.chunk_table`.
+        the fastest, see :mod:`fast_attention.linear.chunked.chunk_table`.
       unroll: chunks unrolled in the compiled loop; None for the same.
       saved_states: what the backward pass of causal attention finds when it starts: "all" states
         between chunks (``T K V M / C`` numbers), or a "few", about the square root of that many
@@ -207,7 +209,7 @@ def attend(
     """Checks and runs what a plan asks for; see :func:`linear_attention` for the arguments.
 
     Returns:
-      The output ``[*B, T, H, V]``, or its :class:`~.inputs.Parts` with ``*B`` in front if the plan
+      The output ``[*B, T, H, V]``, or its :class:`~.types.Parts` with ``*B`` in front if the plan
       asks for them, and the state after the last key.
     """
     plan, inputs = prepare(

@@ -6,8 +6,8 @@ import math
 
 import jax.numpy as jnp
 
-from fast_attention.array_types import Array
-from fast_attention.dtypes import at_least_float32
+from fast_attention.arrays.dtypes import at_least_float32
+from fast_attention.arrays.types import Array
 from fast_attention.linear.state import LinearAttentionState
 
 

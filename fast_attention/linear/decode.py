@@ -12,14 +12,14 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from fast_attention.array_types import Array, Bool, Float
-from fast_attention.dtypes import widest
+from fast_attention.arrays.dtypes import widest
+from fast_attention.arrays.types import Array, Bool, Float
 from fast_attention.feature_maps.base import FeatureMap, Parameters
 from fast_attention.linear.api import linear_attention
-from fast_attention.linear.chunk_state import absorb_keys, next_state, read_state
-from fast_attention.linear.inputs import Parts, SavedStates, finish
-from fast_attention.linear.reductions import row_sum
+from fast_attention.linear.chunked.chunk_state import absorb_keys, next_state, read_state
+from fast_attention.linear.chunked.reductions import row_sum
 from fast_attention.linear.state import LinearAttentionState, key_features
+from fast_attention.linear.types import Parts, SavedStates, finish
 from fast_attention.linear.wrapped_maps import match_scales
 
 
@@ -149,7 +149,7 @@ def step_parts(
       precision: of products of features and values.
 
     Returns:
-      :class:`~.inputs.Parts` of ``[*B, H]``, and the new state.
+      :class:`~.types.Parts` of ``[*B, H]``, and the new state.
     """
     batch_shape, (heads, width), kv_heads = query.shape[:-2], query.shape[-2:], key.shape[-2]
     batch = math.prod(batch_shape)

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fast_attention.array_types import Array
-from fast_attention.dtypes import at_least_float32, widest
+from fast_attention.arrays.dtypes import at_least_float32, widest
+from fast_attention.arrays.types import Array
 from fast_attention.feature_maps.base import Parameters
 from fast_attention.linear.checks import (
     broadcast_segments,
@@ -24,8 +24,8 @@ from fast_attention.linear.checks import (
     promote_floating,
     split_bias,
 )
-from fast_attention.linear.inputs import Inputs, Plan
 from fast_attention.linear.state import LinearAttentionState, empty_state
+from fast_attention.linear.types import Inputs, Plan
 from fast_attention.linear.wrapped_maps import match_scales, with_position_scale
 
 

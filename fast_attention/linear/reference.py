@@ -5,15 +5,15 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from fast_attention.array_types import Array
+from fast_attention.arrays.types import Array
 from fast_attention.feature_maps.base import Features
-from fast_attention.linear.inputs import Inputs, Parts, Plan, finish
 from fast_attention.linear.state import (
     EMPTY_LOG_SCALE,
     LinearAttentionState,
     key_features,
     merge,
 )
+from fast_attention.linear.types import Inputs, Parts, Plan, finish
 
 
 def attend(plan: Plan, inputs: Inputs) -> tuple[Array | Parts, LinearAttentionState]:

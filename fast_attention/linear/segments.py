@@ -8,9 +8,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from fast_attention.array_types import Array
-from fast_attention.linear.inputs import Inputs, Parts, Plan, finish, merge_parts
+from fast_attention.arrays.types import Array
 from fast_attention.linear.state import LinearAttentionState, emptied
+from fast_attention.linear.types import Inputs, Parts, Plan, finish, merge_parts
 
 Run = Callable[[Plan, Inputs], tuple[Array | Parts, LinearAttentionState]]
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from fast_attention.array_types import Array, Bool, Float
+from fast_attention.arrays.types import Array, Bool, Float
 from fast_attention.feature_maps.base import FeatureMap, Features, Parameters
 
 EMPTY_LOG_SCALE = -1e30

@@ -13,9 +13,9 @@ from typing import Any
 import jax.numpy as jnp
 from jax import export
 
-from fast_attention.array_types import Array
-from fast_attention.linear.chunk_choice import planned_chunk
-from fast_attention.linear.inputs import Inputs, Plan
+from fast_attention.arrays.types import Array
+from fast_attention.linear.chunked.chunk_choice import planned_chunk
+from fast_attention.linear.types import Inputs, Plan
 
 
 def is_symbolic(length: Any) -> bool:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from fast_attention.array_types import Array
+from fast_attention.arrays.types import Array
 from fast_attention.feature_maps.base import FeatureMap, Features, LogKind, Parameters
 from fast_attention.linear.state import LinearAttentionState, with_scale
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 
-from fast_attention.array_types import Array
-from fast_attention.explicit_axes import runs_on_auto_axes
+from fast_attention.arrays.explicit_axes import runs_on_auto_axes
+from fast_attention.arrays.types import Array
 from fast_attention.mechanisms.binding import (
     bind,
     dropout_of,
@@ -30,7 +30,7 @@ from fast_attention.mechanisms.equality import EqualOptions
 if TYPE_CHECKING:
     from fast_attention.feature_maps.tuned import TunedFeatures
     from fast_attention.mechanisms.favor.calibration import Calibration
-    from fast_attention.mesh_layout import AxisName
+    from fast_attention.mesh.layout import AxisName
 
 
 class AttentionFn(EqualOptions, Decoder, abc.ABC):

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from fast_attention.array_types import Array
+from fast_attention.arrays.types import Array
 from fast_attention.mechanisms.checks import mismatch
 
 

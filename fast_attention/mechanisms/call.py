@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import export
 
-from fast_attention.array_types import Array
+from fast_attention.arrays.types import Array
 from fast_attention.mechanisms.axes import fold_axes, unfold_axes
 from fast_attention.mechanisms.checks import (
     as_visible,

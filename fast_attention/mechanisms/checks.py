@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from fast_attention.array_types import Array
-from fast_attention.dtypes import at_least_float32
+from fast_attention.arrays.dtypes import at_least_float32
+from fast_attention.arrays.types import Array
 
 
 def mismatch(name: str, expected: str, given: object, instead: str = "") -> ValueError:

@@ -11,8 +11,8 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fast_attention.array_types import Array
-from fast_attention.explicit_axes import runs_on_auto_axes
+from fast_attention.arrays.explicit_axes import runs_on_auto_axes
+from fast_attention.arrays.types import Array
 from fast_attention.linear.state import typed_like
 from fast_attention.mechanisms.binding import bind, naming_forward_mode, refuse_untaken
 from fast_attention.mechanisms.call import Call, Takes

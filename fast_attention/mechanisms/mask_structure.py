@@ -19,8 +19,8 @@ import numpy as np
 from jax import export, lax
 from jax.core import Tracer
 
-from fast_attention.array_types import Array, Bool
-from fast_attention.manual_axes import vary_alike
+from fast_attention.arrays.manual_axes import vary_alike
+from fast_attention.arrays.types import Array, Bool
 
 ROWS = 256
 """Rows of a block."""

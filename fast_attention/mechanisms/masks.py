@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from fast_attention.array_types import Array, Bool, Float
+from fast_attention.arrays.types import Array, Bool, Float
 from fast_attention.mechanisms.checks import as_visible, check_broadcast, mismatch
 from fast_attention.mechanisms.mask_structure import common_keys
 

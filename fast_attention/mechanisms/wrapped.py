@@ -9,7 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from fast_attention.array_types import Array
+from fast_attention.arrays.types import Array
 from fast_attention.feature_maps.tuned import TunedFeatures
 from fast_attention.mechanisms.attention_fn import AttentionFn
 from fast_attention.mechanisms.call import Call, Takes

@@ -9,11 +9,15 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from fast_attention.array_types import Array
-from fast_attention.layers.attention_config import AttentionConfig, HeadGroup
+from fast_attention.arrays.types import Array
+from fast_attention.layers.attention.config import AttentionConfig, HeadGroup
 from fast_attention.layers.feed_forward import Activation, activation_of
-from fast_attention.layers.stack import StackConfig
-from fast_attention.layers.sublayer import FeedForwardConfig, NormConfig, SublayerConfig
+from fast_attention.layers.stack.stack import StackConfig
+from fast_attention.layers.stack.sublayer import (
+    FeedForwardConfig,
+    NormConfig,
+    SublayerConfig,
+)
 from fast_attention.mechanisms.wrapped import as_attention_fn
 from fast_attention.softmax_attention import make_softmax_attention
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from fast_attention.array_types import Array, Bool, Float, Int
+from fast_attention.arrays.types import Array, Bool, Float, Int
 from fast_attention.layers.explicit_axes import modules_run_on_auto_axes
 from fast_attention.models.generation import generate
 from fast_attention.models.language_model import LanguageModel

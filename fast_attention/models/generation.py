@@ -18,11 +18,11 @@ from flax import nnx
 from jax import lax
 from jax.core import Tracer
 
-from fast_attention.array_types import Array, Bool, Float, Int
-from fast_attention.explicit_axes import runs_on_auto_axes
+from fast_attention.arrays.explicit_axes import runs_on_auto_axes
+from fast_attention.arrays.types import Array, Bool, Float, Int
 from fast_attention.models import samplers
 from fast_attention.models.language_model import LanguageModel
-from fast_attention.models.reading import read_prompt, read_token
+from fast_attention.models.prompt_reading import read_prompt, read_token
 
 
 class _Options(NamedTuple):

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from fast_attention.array_types import Array, Bool, Float, Int
+from fast_attention.arrays.types import Array, Bool, Float, Int
 from fast_attention.layers.explicit_axes import modules_run_on_auto_axes
 from fast_attention.layers.inputs import Inputs
 from fast_attention.layers.linear import Linear
 from fast_attention.layers.norms import make_norm
 from fast_attention.layers.positions import AxialPositions, LearnedPositions, sinusoids
-from fast_attention.layers.stack import Stack
-from fast_attention.meshes import lay_activations, lay_whole_rows
+from fast_attention.layers.stack.stack import Stack
+from fast_attention.mesh.meshes import lay_activations, lay_whole_rows
 from fast_attention.models.config import LanguageModelConfig
 
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from fast_attention.array_types import Array, Bool, Float, Int
-from fast_attention.explicit_axes import runs_on_auto_axes
+from fast_attention.arrays.explicit_axes import runs_on_auto_axes
+from fast_attention.arrays.types import Array, Bool, Float, Int
 from fast_attention.layers.explicit_axes import modules_run_on_auto_axes
 from fast_attention.models.language_model import LanguageModel
 

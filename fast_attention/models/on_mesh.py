@@ -7,23 +7,23 @@ import dataclasses
 from flax import nnx
 from jax.sharding import Mesh
 
+from fast_attention.layers.attention.multi_head import MultiHeadAttention
 from fast_attention.layers.linear import Linear
-from fast_attention.layers.multi_head import MultiHeadAttention
-from fast_attention.mesh_attention import on_mesh
-from fast_attention.meshes import SEQUENCE, with_auto_axes
+from fast_attention.mechanisms.on_mesh.fn import on_mesh
+from fast_attention.mesh.meshes import SEQUENCE, with_auto_axes
 from fast_attention.models.language_model import LanguageModel
 
 
 def lay_on_mesh(model: nnx.Module, mesh: Mesh) -> None:
     """Makes a model one for whole batches, under ``jax.jit``, that lie on a mesh.
 
-    Attention is that of :func:`fast_attention.mesh_attention.on_mesh`, and activations are divided
-    as batches are, see :func:`fast_attention.meshes.batch_spec`. Nothing else changes: the
-    parameters are the same, and so are values and gradients, up to the order of sums.
+    Attention is that of :func:`fast_attention.mechanisms.on_mesh.fn.on_mesh`, and activations are
+    divided as batches are, see :func:`fast_attention.mesh.meshes.batch_spec`. Nothing else changes:
+    the parameters are the same, and so are values and gradients, up to the order of sums.
 
     Args:
       model: With `MultiHeadAttention` layers; changed in place, its arrays are left alone.
-      mesh: From :func:`fast_attention.meshes.make_mesh`, or another one with its axes.
+      mesh: From :func:`fast_attention.mesh.meshes.make_mesh`, or another one with its axes.
 
     Raises:
       ValueError: If the mesh divides positions, and an attention function cannot do that, or if it

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fast_attention.meshes import FSDP, MODEL, axis_dividing
+from fast_attention.mesh.meshes import FSDP, MODEL, axis_dividing
 
 SMALLEST = 1024
 """Entries below which a parameter is not worth dividing."""
@@ -41,7 +41,7 @@ def parameter_spec(path: Sequence[Any], shape: Sequence[int], mesh: Mesh) -> Par
     Args:
       path: its names from the outside in; keys of ``jax.tree_util`` are read, too.
       shape: of the parameter; stacked layers have axes in front.
-      mesh: from :func:`fast_attention.meshes.make_mesh`.
+      mesh: from :func:`fast_attention.mesh.meshes.make_mesh`.
 
     Returns:
       A spec with as many entries as `shape`, or an empty one for what every device holds: vectors
@@ -70,7 +70,7 @@ def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
     Args:
       tree: parameters, gradients or the state of an optimiser, whose moments have the names of
         their parameters: arrays, or their shapes.
-      mesh: from :func:`fast_attention.meshes.make_mesh`.
+      mesh: from :func:`fast_attention.mesh.meshes.make_mesh`.
     """
     return jax.tree_util.tree_map_with_path(
         lambda path, x: NamedSharding(mesh, parameter_spec(path, x.shape, mesh)), tree

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from flax import nnx
 
-from fast_attention.array_types import Array, Float
-from fast_attention.layers.multi_head import MultiHeadAttention
-from fast_attention.layers.stack import Stack
+from fast_attention.arrays.types import Array, Float
+from fast_attention.layers.attention.multi_head import MultiHeadAttention
+from fast_attention.layers.stack.stack import Stack
 from fast_attention.mechanisms.call import Call
 from fast_attention.mechanisms.decoding import StateSizes
 from fast_attention.mechanisms.wrapped import WrappedAttention

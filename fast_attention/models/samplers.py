@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from fast_attention.array_types import Array, Bool, Float, Int
+from fast_attention.arrays.types import Array, Bool, Float, Int
 
 
 def apply_repetition_penalty(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from fast_attention.array_types import Array, Float
+from fast_attention.arrays.types import Array, Float
 from fast_attention.layers.explicit_axes import modules_run_on_auto_axes
 
 Loss = Callable[[Any, Any, nnx.Rngs | None], tuple[Array, Array]]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from flax import nnx
 
-from fast_attention.array_types import Array
+from fast_attention.arrays.types import Array
 from fast_attention.models.config import TransformerConfig
 from fast_attention.models.language_model import LanguageModel
 

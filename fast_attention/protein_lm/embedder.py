@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from fast_attention.protein_lm import process_arrays, train_state
-from fast_attention.protein_lm.domains import DiscreteDomain
+from fast_attention.protein_lm.data.domains import DiscreteDomain
+from fast_attention.protein_lm.distributed import process_arrays
+from fast_attention.protein_lm.modeling import train_state
 
 if TYPE_CHECKING:
     from fast_attention.protein_lm.flax_model import FlaxModel

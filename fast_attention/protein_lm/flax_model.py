@@ -13,19 +13,20 @@ from typing import Any, Self
 import jax
 import numpy as np
 
-from fast_attention.protein_lm import (
+from fast_attention.protein_lm.distributed import process_arrays
+from fast_attention.protein_lm.errors import RunError
+from fast_attention.protein_lm.inference import embedding, scoring
+from fast_attention.protein_lm.modeling import (
+    attention_exchange as exchange,
+)
+from fast_attention.protein_lm.modeling import (
     batches,
-    embedding,
-    exchange,
     fitting,
     metrics,
     pairs,
-    process_arrays,
-    scoring,
     train_state,
 )
-from fast_attention.protein_lm.built_model import BuiltModel
-from fast_attention.protein_lm.run_folder import RunError
+from fast_attention.protein_lm.modeling.built_model import BuiltModel
 
 
 class FlaxModel(BuiltModel):
@@ -157,7 +158,7 @@ class FlaxModel(BuiltModel):
           RunError: If it holds a run.
         """
         # What describes a model names the classes of models, whose modules import this one.
-        from fast_attention.protein_lm.exporting import save_model
+        from fast_attention.protein_lm.runs.exporting import save_model
 
         save_model(self, path)
 
@@ -189,13 +190,13 @@ class FlaxModel(BuiltModel):
 
     def save_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Writes the state of the training to a folder: `saved_training.save_training`."""
-        from fast_attention.protein_lm.saved_training import save_training
+        from fast_attention.protein_lm.runs.saved_training import save_training
 
         save_training(self, path)
 
     def load_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Takes up the state of a training: `saved_training.load_training`."""
-        from fast_attention.protein_lm.saved_training import load_training
+        from fast_attention.protein_lm.runs.saved_training import load_training
 
         load_training(self, path)
 

@@ -13,18 +13,12 @@ import gin.config
 
 import fast_attention
 from fast_attention import gin_bindings as gin_bindings
-from fast_attention.meshes import make_mesh
-from fast_attention.protein_lm import (
-    dataset,
-    domains,
-    embedder,
-    models,
-    ranges,
-    reducers,
-    schedules,
-    train,
-    vocabulary,
-)
+from fast_attention.mesh.meshes import make_mesh
+from fast_attention.protein_lm import embedder, models, ranges
+from fast_attention.protein_lm.data import domains, vocabulary
+from fast_attention.protein_lm.inference import reducers
+from fast_attention.protein_lm.modeling import schedules
+from fast_attention.protein_lm.training import dataset, train
 
 # What holds unless a configuration says otherwise.
 _DEFAULTS = """

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 
 import jax
 
-from fast_attention.meshes import MeshError
-from fast_attention.protein_lm import checkpoints, exporting, model_file
+from fast_attention.mesh.meshes import MeshError
+from fast_attention.protein_lm.errors import RunError
 from fast_attention.protein_lm.flax_model import FlaxModel
-from fast_attention.protein_lm.run_folder import RunError, RunFolder, content
+from fast_attention.protein_lm.runs import checkpoints, exporting, model_file
+from fast_attention.protein_lm.runs.run_folder import RunFolder, content
 
 
 class LoadedRun(NamedTuple):

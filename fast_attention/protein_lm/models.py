@@ -15,9 +15,10 @@ from flax import nnx
 
 from fast_attention.models.generation import generate
 from fast_attention.models.samplers import forbid_tokens, sample_token
-from fast_attention.protein_lm import batches, ranges
+from fast_attention.protein_lm import ranges
+from fast_attention.protein_lm.data.masking import MaskingConfig
 from fast_attention.protein_lm.flax_model import FlaxModel as FlaxModel
-from fast_attention.protein_lm.masking import MaskingConfig
+from fast_attention.protein_lm.modeling import batches
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import pytest
 from benchmarks import approximation_figure as figure
 from benchmarks.approximation_error import anisotropic
 from benchmarks.approximation_tables import features_for, tables
-from fast_attention.diagnostics_curves import error_curves
+from fast_attention.diagnostics.curves import error_curves
 
 DOCS = Path(__file__).parents[2] / "docs"
 

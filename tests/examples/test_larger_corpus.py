@@ -1,7 +1,7 @@
 import os
 
 from examples import larger_corpus
-from fast_attention.protein_lm.fasta import FastaRecord, read_fasta, write_fasta
+from fast_attention.protein_lm.data.fasta import FastaRecord, read_fasta, write_fasta
 
 PROTEINS = {"P1|GO:1": "MKT" * 10, "P2|GO:1,GO:2": "ACD" * 10, "P3|GO:1": "WWY" * 10, "P4|": "MAC"}
 

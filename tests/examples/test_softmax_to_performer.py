@@ -6,7 +6,7 @@ import gin
 import pytest
 
 from examples import softmax_to_performer
-from fast_attention.protein_lm.corpus import bundled_corpus
+from fast_attention.protein_lm.data.corpus import bundled_corpus
 
 CONFIG = """
 experiment.batch_size_per_device = 2

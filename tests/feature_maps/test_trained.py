@@ -16,7 +16,7 @@ from fast_attention.feature_maps import (
     untuned,
 )
 from fast_attention.mechanisms.favor.calibration import calibrate
-from fast_attention.sequence_parallel import along_mesh_axis
+from fast_attention.mechanisms.on_mesh.sequence_parallel import along_mesh_axis
 
 B, T, H, K, D, M = 2, 7, 4, 2, 4, 8
 make = functools.partial(

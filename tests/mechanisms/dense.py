@@ -12,8 +12,8 @@ import numpy as np
 from fast_attention.feature_maps import TunedParameters
 from fast_attention.feature_maps.moments import measure
 from fast_attention.mechanisms.favor.calibration import retune
-from fast_attention.shared_query_key import SELF_LOGIT
-from tests.lsh_attention.definition import meetings
+from fast_attention.mechanisms.lsh.shared_query_key import SELF_LOGIT
+from tests.mechanisms.lsh.definition import meetings
 
 
 def heads_before_length(x, heads=None):

@@ -22,7 +22,7 @@ from fast_attention import (
 )
 from fast_attention.feature_maps import PositiveFeatures
 from fast_attention.linear import empty_state, prefill
-from fast_attention.near_field import near_field_attention
+from fast_attention.mechanisms.favor.near_field import near_field_attention
 
 H, K, D, V = 2, 1, 4, 3
 MAP = PositiveFeatures(6)

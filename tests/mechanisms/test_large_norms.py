@@ -8,7 +8,7 @@ import pytest
 
 from fast_attention import make_fast_softmax_attention, on_mesh
 from fast_attention.mechanisms.favor.calibration import calibrate
-from fast_attention.meshes import make_mesh
+from fast_attention.mesh.meshes import make_mesh
 from tests.mechanisms import dense
 
 B, T, H, K, D, V = 2, 20, 2, 1, 16, 4

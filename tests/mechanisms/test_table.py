@@ -15,7 +15,7 @@ import pytest
 from flax import linen, nnx
 
 from fast_attention import on_mesh
-from fast_attention.meshes import make_mesh
+from fast_attention.mesh.meshes import make_mesh
 from tests.mechanisms.table import (
     CASES,
     NOT_A_MASK_OF_KEYS,

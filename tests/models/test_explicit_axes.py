@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from fast_attention import models
-from fast_attention.meshes import AXES, MeshError
+from fast_attention.mesh.meshes import AXES, MeshError
 from fast_attention.models.on_mesh import lay_on_mesh
 from fast_attention.models.training import make_train_step
 from tests.models.cases import LM, build, tokens

@@ -4,7 +4,7 @@ import gin
 import pytest
 
 from fast_attention.protein_lm import cli
-from fast_attention.protein_lm.corpus import bundled_corpus
+from fast_attention.protein_lm.data.corpus import bundled_corpus
 
 TINY_CONFIG = """
 experiment.batch_size_per_device = 4

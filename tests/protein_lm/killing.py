@@ -27,8 +27,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fast_attention.protein_lm.corpus import bundled_corpus
-from fast_attention.protein_lm.metrics_log import read_metrics
+from fast_attention.protein_lm.data.corpus import bundled_corpus
+from fast_attention.protein_lm.runs.metrics_log import read_metrics
 
 SETTINGS = {
     "experiment.batch_size_per_device": 4,

@@ -26,8 +26,8 @@ from fast_attention.protein_lm import (
     sum_reducer,
 )
 from fast_attention.protein_lm.cli import main
-from fast_attention.protein_lm.fasta import FastaError, FastaRecord, write_fasta
-from fast_attention.protein_lm.vocabulary import Vocabulary
+from fast_attention.protein_lm.data.fasta import FastaError, FastaRecord, write_fasta
+from fast_attention.protein_lm.data.vocabulary import Vocabulary
 
 SIZES = {"num_layers": 2, "num_heads": 1, "qkv_dim": 8, "emb_dim": 8, "mlp_dim": 8}
 DOMAIN = make_protein_domain(length=12)

@@ -1,6 +1,7 @@
 """The page of the original's names is whole and true, and its gin parameters are accepted."""
 
 import importlib
+import importlib.util
 import re
 from pathlib import Path
 
@@ -79,11 +80,10 @@ def test_every_public_name_of_the_original_is_on_the_page():
 @pytest.mark.parametrize("name", sorted({name for names in rows().values() for name in names}))
 def test_what_the_page_names_can_be_imported(name):
     package = "fast_attention.protein_lm"
-    first, *rest = name.split(".")
-    if first[0].islower() and rest:
-        value, path = importlib.import_module(f"{package}.{first}"), rest
-    else:
-        value, path = importlib.import_module(package), [first, *rest]
+    parts = name.split(".")
+    value, path = importlib.import_module(package), parts
+    while len(path) > 1 and importlib.util.find_spec(f"{value.__name__}.{path[0]}"):
+        value, path = importlib.import_module(f"{value.__name__}.{path[0]}"), path[1:]
     for part in path:
         value = getattr(value, part)
 

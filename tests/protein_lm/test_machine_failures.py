@@ -6,8 +6,8 @@ import os
 import jax
 import pytest
 
+from fast_attention.protein_lm.files.text_source import FastaError, read_pieces
 from fast_attention.protein_lm.machine_failures import machine_failure, memory_remedy
-from fast_attention.protein_lm.text_source import FastaError, read_pieces
 
 
 def caused_by(error: Exception, cause: Exception) -> Exception:

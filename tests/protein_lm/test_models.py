@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from fast_attention import make_fast_generalized_attention, make_fast_softmax_attention
-from fast_attention.protein_lm import data, make_protein_domain
-from fast_attention.protein_lm.batches import as_corpus
+from fast_attention.protein_lm import make_protein_domain
+from fast_attention.protein_lm.data import pipeline
+from fast_attention.protein_lm.modeling.batches import as_corpus
 from fast_attention.protein_lm.models import FlaxBERT, FlaxLM
 
 SIZES = {
@@ -203,7 +204,7 @@ def test_bert_evaluation_depends_on_the_seed_and_not_on_the_batches(trained_bert
 
 def test_bert_is_asked_for_residues_only():
     model = make(FlaxBERT, mask_rate=1.0, mask_token_proportion=1.0, random_token_proportion=0.0)
-    dataset = data.make_dataset(
+    dataset = pipeline.make_dataset(
         as_corpus(TOY, DOMAIN),
         DOMAIN,
         length=24,

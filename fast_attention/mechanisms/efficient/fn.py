@@ -10,19 +10,19 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from fast_attention.array_types import Array, Float
-from fast_attention.blindspot import (
-    BlindspotState,
-    empty_blindspot_state,
-    prefill_buckets,
-    step_buckets,
-)
+from fast_attention.arrays.types import Array, Float
 from fast_attention.feature_maps import LogFeatures
 from fast_attention.linear import LinearAttentionState, empty_state, prefill, step
 from fast_attention.mechanisms.attention_fn import AttentionFn
 from fast_attention.mechanisms.call import Call, Takes
 from fast_attention.mechanisms.checks import check_count
 from fast_attention.mechanisms.decoding import StateSizes
+from fast_attention.mechanisms.efficient.blindspot import (
+    BlindspotState,
+    empty_blindspot_state,
+    prefill_buckets,
+    step_buckets,
+)
 from fast_attention.mechanisms.efficient.op import efficient_attention
 from fast_attention.recipes import attention_factory
 

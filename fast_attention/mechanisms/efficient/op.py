@@ -14,10 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fast_attention.array_types import Array, Bool, Float, Int
-from fast_attention.blindspot import attend_to_buckets
-from fast_attention.dtypes import at_least_float32
-from fast_attention.explicit_axes import runs_on_auto_axes
+from fast_attention.arrays.dtypes import at_least_float32
+from fast_attention.arrays.explicit_axes import runs_on_auto_axes
+from fast_attention.arrays.types import Array, Bool, Float, Int
 from fast_attention.feature_maps import IdentityFeatures, LogFeatures
 from fast_attention.linear import linear_attention
 from fast_attention.linear.checks import (
@@ -28,6 +27,7 @@ from fast_attention.linear.checks import (
     promote_floating,
     split_bias,
 )
+from fast_attention.mechanisms.efficient.blindspot import attend_to_buckets
 
 
 @runs_on_auto_axes

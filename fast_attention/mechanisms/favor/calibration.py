@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 
-from fast_attention.array_types import Array, Bool, Float
+from fast_attention.arrays.types import Array, Bool, Float
 from fast_attention.feature_maps.gaussian_family import tune
 from fast_attention.feature_maps.moments import Moments, measure, measure_visible
 from fast_attention.feature_maps.trained import (

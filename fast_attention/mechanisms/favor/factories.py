@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from fast_attention.array_types import Array
+from fast_attention.arrays.types import Array
 from fast_attention.feature_maps import (
     PROJECTIONS,
     TRAINABLE_ESTIMATORS,
@@ -31,7 +31,7 @@ from fast_attention.feature_maps.elementwise import Kernel, is_known, relu, reso
 from fast_attention.feature_maps.projections import ANTITHETIC
 from fast_attention.linear.api import implementation_names
 from fast_attention.linear.checks import check_saved_states
-from fast_attention.linear.inputs import SavedStates
+from fast_attention.linear.types import SavedStates
 from fast_attention.mechanisms.checks import (
     check_count,
     check_flag,
@@ -41,7 +41,9 @@ from fast_attention.mechanisms.checks import (
 )
 from fast_attention.mechanisms.favor.calibration import Calibration
 from fast_attention.mechanisms.favor.fn import FastAttention
-from fast_attention.near_field.parts import check_options as check_near_field
+from fast_attention.mechanisms.favor.near_field.near_and_far import (
+    check_options as check_near_field,
+)
 from fast_attention.recipes import attention_factory
 
 ESTIMATORS = ("favor+", "hyperbolic", "trigonometric", *TUNED_ESTIMATORS)
@@ -122,7 +124,8 @@ def make_fast_softmax_attention(
       check_masks: check masks given under jit when the program runs (debugging).
       exact_window: W, the softmax weights of keys this near are exact, those of the others
         estimated: causal the last W, a position's own among them, else all with ``|t - s| <= W``.
-        Positive estimators only; see :func:`fast_attention.near_field.near_field_attention`.
+        Positive estimators only; see
+        :func:`fast_attention.mechanisms.favor.near_field.near_field_attention`.
 
     Raises:
       ValueError: for options that do not fit together or are out of range.

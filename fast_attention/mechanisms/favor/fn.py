@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fast_attention.array_types import Array, Float
+from fast_attention.arrays.types import Array, Float
 from fast_attention.feature_maps import (
     FeatureMap,
     TrainedParameters,
@@ -34,7 +34,7 @@ from fast_attention.linear import (
     prefill,
     step,
 )
-from fast_attention.linear.inputs import SavedStates
+from fast_attention.linear.types import SavedStates
 from fast_attention.mechanisms.attention_fn import AttentionFn
 from fast_attention.mechanisms.call import Call, Takes
 from fast_attention.mechanisms.decoding import StateSizes
@@ -43,12 +43,17 @@ from fast_attention.mechanisms.favor.calibration import (
     parameters_of_call,
     without_unused,
 )
-from fast_attention.mesh_layout import AxisName, own_dropout_key
-from fast_attention.near_field import NearFieldState, near_field_attention
-from fast_attention.near_field import empty_state as empty_near_field_state
-from fast_attention.near_field import prefill as near_field_prefill
-from fast_attention.near_field import step as near_field_step
-from fast_attention.near_field.cached import attend_from_one
+from fast_attention.mechanisms.favor.near_field import (
+    NearFieldState,
+    near_field_attention,
+)
+from fast_attention.mechanisms.favor.near_field import (
+    empty_state as empty_near_field_state,
+)
+from fast_attention.mechanisms.favor.near_field import prefill as near_field_prefill
+from fast_attention.mechanisms.favor.near_field import step as near_field_step
+from fast_attention.mechanisms.favor.near_field.cached import attend_from_one
+from fast_attention.mesh.layout import AxisName, own_dropout_key
 
 AnyProjection = TunedParameters | TrainedParameters | Float[Array, "..."] | None
 
@@ -75,13 +80,14 @@ class FastAttention(AttentionFn):
       saved_states: of the same.
       check_masks: check masks given under jit when the program runs.
       exact_window: positions near each one whose weights are those of softmax attention, see
-        :func:`fast_attention.near_field.near_field_attention`; None for none.
+        :func:`fast_attention.mechanisms.favor.near_field.near_field_attention`; None for none.
       calibration: where parameters of a tuned estimator come from, see
         :mod:`fast_attention.mechanisms.favor.calibration`; None for other maps.
       moment_decay: layers keep running averages of the moments of queries and keys in training,
         with this decay a call; None keeps none.
       sequence_axis: the mesh axis along which sequences lie where it is called inside
-        ``jax.shard_map``, see :func:`fast_attention.sequence_parallel.along_mesh_axis`.
+        ``jax.shard_map``, see
+        :func:`fast_attention.mechanisms.on_mesh.sequence_parallel.along_mesh_axis`.
     """
 
     feature_map: FeatureMap

@@ -11,18 +11,18 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from fast_attention import local_decoding
-from fast_attention.array_types import Array, Float
-from fast_attention.local_decoding import LocalState
-from fast_attention.local_window import Window, make_window
+from fast_attention.arrays.types import Array, Float
 from fast_attention.mechanisms.attention_fn import AttentionFn
 from fast_attention.mechanisms.call import Call, Takes
 from fast_attention.mechanisms.checks import mismatch
 from fast_attention.mechanisms.decoding import StateSizes
+from fast_attention.mechanisms.local import decoding
+from fast_attention.mechanisms.local.decoding import LocalState
 from fast_attention.mechanisms.local.op import local_attention
-from fast_attention.mesh_layout import AxisName
+from fast_attention.mechanisms.local.sharded import local_attention_of_shard
+from fast_attention.mechanisms.local.window import Window, make_window
+from fast_attention.mesh.layout import AxisName
 from fast_attention.recipes import attention_factory
-from fast_attention.sharded_local_attention import local_attention_of_shard
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,7 +37,8 @@ class LocalAttention(AttentionFn):
       exact_window: the reach is counted from each position, not from its block.
       shared_qk: keys are normalised queries, and a position's own key is the last resort.
       sequence_axis: the mesh axis along which sequences lie where it is called inside
-        ``jax.shard_map``, see :func:`fast_attention.sequence_parallel.along_mesh_axis`.
+        ``jax.shard_map``, see
+        :func:`fast_attention.mechanisms.on_mesh.sequence_parallel.along_mesh_axis`.
     """
 
     window_size: int
@@ -74,7 +75,7 @@ class LocalAttention(AttentionFn):
         }
         operands = call.query, call.key, call.value
         if call.over_cache:
-            return local_decoding.attend_from_one(
+            return decoding.attend_from_one(
                 window,
                 *operands,
                 call.bias,
@@ -112,7 +113,7 @@ class LocalAttention(AttentionFn):
 
     def start(self, sizes: StateSizes) -> LocalState:
         """The state before the first token; its size does not depend on ``max_length``."""
-        return local_decoding.empty_state(
+        return decoding.empty_state(
             self._window(causal=True),
             sizes.batch_shape,
             sizes.num_kv_heads,
@@ -124,7 +125,7 @@ class LocalAttention(AttentionFn):
     def read(self, state: LocalState, call: Call) -> tuple[Float[Array, "*B T H V"], LocalState]:
         """Reads T tokens; padding takes no place."""
         call = call.without_hidden()
-        return local_decoding.prefill(
+        return decoding.prefill(
             self._window(causal=True),
             state,
             call.query,
@@ -139,7 +140,7 @@ class LocalAttention(AttentionFn):
         self, state: LocalState, call: Call
     ) -> tuple[Float[Array, "*B 1 H V"], LocalState]:
         """Reads one token: constant time and memory, however many came before."""
-        out, state = local_decoding.step(
+        out, state = decoding.step(
             self._window(causal=True),
             state,
             *(jnp.squeeze(x, -3) for x in (call.query, call.key, call.value)),

@@ -21,13 +21,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fast_attention.array_types import Array, Bool, Float, Int
-from fast_attention.dtypes import at_least_float32
-from fast_attention.explicit_axes import runs_on_auto_axes
-from fast_attention.local_blocks import tiled_attention
-from fast_attention.local_tile import Choices, Sight, most_ahead, most_back
-from fast_attention.local_window import Window, check_shapes, fold_batch, make_window
-from fast_attention.softmax_blocks import run_bounds
+from fast_attention.arrays.dtypes import at_least_float32
+from fast_attention.arrays.explicit_axes import runs_on_auto_axes
+from fast_attention.arrays.types import Array, Bool, Float, Int
+from fast_attention.mechanisms.local.blocks import tiled_attention
+from fast_attention.mechanisms.local.tile import Choices, Sight, most_ahead, most_back
+from fast_attention.mechanisms.local.window import (
+    Window,
+    check_shapes,
+    fold_batch,
+    make_window,
+)
+from fast_attention.mechanisms.softmax.blocks import run_bounds
 
 
 @overload

@@ -12,15 +12,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fast_attention.array_types import Array, Float
+from fast_attention.arrays.types import Array, Float
 from fast_attention.mechanisms.attention_fn import AttentionFn
 from fast_attention.mechanisms.call import Call, Takes
 from fast_attention.mechanisms.checks import check_count, check_number, check_rate, check_seed
 from fast_attention.mechanisms.lsh.hashed import lsh_attention
 from fast_attention.mechanisms.lsh.shared_qk import shared_qk_attention
+from fast_attention.mechanisms.lsh.shared_query_key import LSHOutput
 from fast_attention.mechanisms.masks import same_run
 from fast_attention.recipes import attention_factory
-from fast_attention.shared_query_key import LSHOutput
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fast_attention.array_types import Array, Bool, Float, Int
-from fast_attention.dtypes import at_least_float32
-from fast_attention.explicit_axes import runs_on_auto_axes
-from fast_attention.shared_query_key import (
+from fast_attention.arrays.dtypes import at_least_float32
+from fast_attention.arrays.explicit_axes import runs_on_auto_axes
+from fast_attention.arrays.types import Array, Bool, Float, Int
+from fast_attention.mechanisms.lsh.shared_query_key import (
     SELF_LOGIT,
     LSHOutput,
     place_queries,

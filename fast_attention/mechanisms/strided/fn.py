@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fast_attention.array_types import Array, Float, Int
-from fast_attention.folding import fold, run_numbers, unfold
+from fast_attention.arrays.ragged import from_grid, places, to_grid
+from fast_attention.arrays.types import Array, Float, Int
 from fast_attention.mechanisms.attention_fn import AttentionFn
 from fast_attention.mechanisms.call import Call, Takes
 from fast_attention.mechanisms.checks import check_count
 from fast_attention.mechanisms.decoding import StateSizes
+from fast_attention.mechanisms.strided.folding import fold, run_numbers, unfold
 from fast_attention.mechanisms.wrapped import WrappedAttention, as_attention_fn
-from fast_attention.ragged import from_grid, places, to_grid
 from fast_attention.recipes import attention_factory
 from fast_attention.softmax_attention import SoftmaxAttention
 

@@ -13,16 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fast_attention.array_types import Array, Bool, Float, Int
-from fast_attention.dtypes import at_least_float32
-from fast_attention.explicit_axes import runs_on_auto_axes
+from fast_attention.arrays.dtypes import at_least_float32
+from fast_attention.arrays.explicit_axes import runs_on_auto_axes
+from fast_attention.arrays.types import Array, Bool, Float, Int
 from fast_attention.mechanisms.lsh.hashed.checks import check_arguments, rounds_of
 from fast_attention.mechanisms.lsh.hashed.core import Shared, attend_sorted
 from fast_attention.mechanisms.lsh.hashed.hashing import draw_rotations, hash_vectors
 from fast_attention.mechanisms.lsh.hashed.scores import Choices, Restrictions
 from fast_attention.mechanisms.lsh.hashed.sorting import sort_by_bucket
 from fast_attention.mechanisms.lsh.hashed.weights import dense_weights
-from fast_attention.shared_query_key import (
+from fast_attention.mechanisms.lsh.shared_query_key import (
     LSHOutput,
     place_queries,
     rotate_pairs,

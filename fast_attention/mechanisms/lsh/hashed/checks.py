@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fast_attention.array_types import Array
+from fast_attention.arrays.types import Array
 
 
 def rounds_of(n_hashes: int, rehash_each_round: bool, n_buckets: int) -> int:

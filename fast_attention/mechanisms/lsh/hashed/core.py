@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fast_attention.array_types import Array, Float
+from fast_attention.arrays.types import Array, Float
 from fast_attention.mechanisms.lsh.hashed.gradients import pull_back_rounds
 from fast_attention.mechanisms.lsh.hashed.rounds import Row, Sums, attend_rounds
 from fast_attention.mechanisms.lsh.hashed.scores import Choices, Restrictions

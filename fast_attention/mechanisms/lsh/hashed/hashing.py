@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fast_attention.array_types import Array, Float, Int
-from fast_attention.dtypes import at_least_float32
+from fast_attention.arrays.dtypes import at_least_float32
+from fast_attention.arrays.types import Array, Float, Int
 
 # Products computed at once, per row: on a CPU what stays in the cache.
 _CPU_PRODUCTS = 2**17

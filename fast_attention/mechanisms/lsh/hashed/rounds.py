@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fast_attention.array_types import Array, Float
-from fast_attention.dtypes import at_least_float32
-from fast_attention.manual_axes import vary_alike
+from fast_attention.arrays.dtypes import at_least_float32
+from fast_attention.arrays.manual_axes import vary_alike
+from fast_attention.arrays.types import Array, Float
 from fast_attention.mechanisms.lsh.hashed.scores import (
     Choices,
     Restrictions,

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from fast_attention.array_types import Array, Int
+from fast_attention.arrays.types import Array, Int
 
 
 class Order(NamedTuple):

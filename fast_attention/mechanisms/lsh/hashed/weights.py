@@ -8,8 +8,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import lax
 
-from fast_attention.array_types import Array, Float
-from fast_attention.manual_axes import vary_alike
+from fast_attention.arrays.manual_axes import vary_alike
+from fast_attention.arrays.types import Array, Float
 from fast_attention.mechanisms.lsh.hashed.core import Shared, map_rows, row_of
 from fast_attention.mechanisms.lsh.hashed.rounds import finite, scores_of, windows_of
 from fast_attention.mechanisms.lsh.hashed.scores import Choices

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fast_attention.array_types import Array, Int
+from fast_attention.arrays.types import Array, Int
 from fast_attention.mechanisms.lsh.hashed.sorting import Order
 
 

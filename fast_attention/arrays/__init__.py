@@ -1,0 +1,1 @@
+"""Types of arrays, their dtypes, and the mesh axes over which they differ."""

@@ -1,0 +1,1 @@
+"""Attention layers: groups of heads, their projections, their calibration."""

@@ -1,0 +1,130 @@
+"""The same model around another attention function.
+
+Shape letters: H heads, K key/value heads, D head width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from flax import nnx
+
+from fast_attention.layers.attention.config import AttentionConfig, HeadGroup
+from fast_attention.layers.attention.multi_head import MultiHeadAttention
+from fast_attention.layers.attention.stored_projections import (
+    as_held,
+    no_running_moments,
+)
+
+Model = TypeVar("Model", bound=nnx.Module)
+
+
+def with_attention(
+    model: Model,
+    attention_fn: Callable[..., Any],
+    rngs: nnx.Rngs,
+    *,
+    where: Callable[[HeadGroup], bool] | None = None,
+) -> Model:
+    """Returns a model of the same parameters whose heads attend by another function.
+
+    Nothing is converted: attention functions have no parameters of their own, so that a model
+    trained with exact attention becomes a Performer, and a Performer an exact Transformer. What the
+    new function draws (its random projection) is drawn from `rngs`; running moments start empty.
+    Features with stored parameters are those of FAVOR+ until `calibrate`::
+
+        performer = layers.with_attention(transformer, attention_fn, nnx.Rngs(0))
+        layers.calibrate(performer, tokens)
+
+    Section 4.3 of the Performer paper (arXiv:2009.14794) does this to a trained Transformer, and
+    recovers its accuracy in a few steps of training.
+
+    Args:
+      model: Any module with `MultiHeadAttention` layers inside. It stays as it is; the parameters
+        of the result are its own, too: training one does not change the other.
+      attention_fn: Called as ``nnx.dot_product_attention``, such as `make_fast_softmax_attention`
+        returns.
+      rngs: Source of what the function draws, for every layer anew.
+      where: Which groups of heads to change; None is all. A model with an encoder and a decoder is
+        changed part by part.
+
+    Raises:
+      ValueError: If there is nothing to change, if a causal function should attend where later
+        positions were seen, or to keys that are the queries.
+    """
+
+    def choose(group: HeadGroup) -> HeadGroup:
+        chosen = where is None or where(group)
+        return dataclasses.replace(group, attention_fn=attention_fn) if chosen else group
+
+    switched = nnx.clone(model)
+    count = 0
+    for _, module in nnx.iter_modules(switched):
+        if isinstance(module, MultiHeadAttention):
+            count += _switch_layer(module, choose, rngs)
+            continue
+        # What modules around the layers know of them is to agree with them.
+        for name in ("config", "shape"):
+            if dataclasses.is_dataclass(own := getattr(module, name, None)):
+                setattr(module, name, _in_configuration(own, choose))
+    if not count:
+        raise ValueError(
+            f"{type(model).__name__} has no MultiHeadAttention with a group of heads to change"
+            + ("." if where is None else ", or where= chose none.")
+        )
+    return switched
+
+
+def _switch_layer(
+    module: MultiHeadAttention, choose: Callable[[HeadGroup], HeadGroup], rngs: nnx.Rngs
+) -> int:
+    """Changes one layer in place; returns how many of its groups were changed."""
+    before = module.config
+    config = _in_configuration(before, choose)
+    projections, moments = list(module.projections), list(module.moments)
+    changed = [i for i, group in enumerate(config.groups) if group is not before.groups[i]]
+    kv_heads = [g.num_heads * config.kv_heads // config.num_heads for g in config.groups]
+    empty = no_running_moments(config, kv_heads)
+    for index in changed:
+        group = config.groups[index]
+        _check(before, before.groups[index], group)
+        drawn = group.attention_fn.draw_projection(rngs.params(), config.head_dim)
+        projections[index] = as_held(drawn, kv_heads[index])
+        moments[index] = empty[index]
+    module.config = config
+    module.projections, module.moments = nnx.List(projections), nnx.List(moments)
+    return len(changed)
+
+
+def _check(config: AttentionConfig, before: HeadGroup, now: HeadGroup) -> None:
+    causal = config.causal or before.attention_fn.unidirectional
+    if now.attention_fn.unidirectional and not causal:
+        raise ValueError(
+            "The model sees later positions, or attends to a second sequence, and the new "
+            "attention function is causal (unidirectional=True): make it with "
+            "unidirectional=False, or leave such layers out with where=."
+        )
+    if config.shared_qk:
+        raise ValueError(
+            "Layers with shared queries and keys attend by functions that normalise keys "
+            "themselves; another function is no approximation of theirs. Leave them out with "
+            "where=."
+        )
+
+
+def _in_configuration(config: Any, choose: Callable[[HeadGroup], HeadGroup]) -> Any:
+    """The same configuration with groups of heads replaced, at whatever depth they are."""
+    if isinstance(config, HeadGroup):
+        return choose(config)
+    if type(config) is tuple:
+        parts = tuple(_in_configuration(part, choose) for part in config)
+        same = all(new is old for new, old in zip(parts, config, strict=True))
+        return config if same else parts
+    if not dataclasses.is_dataclass(config) or isinstance(config, type):
+        return config
+    parts = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
+    changed = {name: _in_configuration(part, choose) for name, part in parts.items()}
+    changed = {name: part for name, part in changed.items() if part is not parts[name]}
+    return dataclasses.replace(config, **changed) if changed else config

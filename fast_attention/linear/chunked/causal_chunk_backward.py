@@ -1,0 +1,159 @@
+"""The backward pass of one chunk; see :mod:`.chunk_state` for layout and letters."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fast_attention.arrays.types import Array
+from fast_attention.feature_maps.base import Features
+from fast_attention.linear.chunked.causal_chunk import (
+    CausalRead,
+    Past,
+    first_key_features,
+)
+from fast_attention.linear.chunked.chunk_state import Absorbed
+from fast_attention.linear.chunked.wide_pairs import pull_back_wide_pairs
+from fast_attention.linear.rounded_products import Einsum, sums
+
+
+class ChunkGradients(NamedTuple):
+    """Cotangents of one causal chunk: features, values and the state before it; and all weights."""
+
+    queries: Features
+    keys: Features
+    value: Array
+    kv: Array
+    k_sum: Array
+    weights: Array
+
+
+def pull_back_causal(
+    queries: Features,
+    keys: Features,
+    value: Array,
+    past: Past,
+    read: CausalRead,
+    absorbed: Absorbed,
+    d_weights: Array,
+    d_numerator: Array,
+    d_denominator: Array,
+    d_kv: Array,
+    d_k_sum: Array,
+    enter: Array | None,
+    einsum: Einsum,
+) -> ChunkGradients:
+    """Pulls cotangents of a chunk's output and of the state after it back to its inputs.
+
+    Args:
+      queries: features given to :func:`read_causal`.
+      keys: features given to it.
+      value: values given to it.
+      past: the state read.
+      read: what :func:`read_causal` returned.
+      absorbed: what :func:`absorb_keys` returned for the keys after the first.
+      d_weights: cotangent of ``read.weights``, from the numerator and the denominator.
+      d_numerator: cotangent of the numerator.
+      d_denominator: cotangent of the denominator.
+      d_kv: cotangent of ``kv`` after the chunk.
+      d_k_sum: cotangent of ``k_sum`` after the chunk.
+      enter: which keys entered the state, as in :class:`Sight`.
+      einsum: the matrix products.
+
+    Returns:
+      Cotangents of the inputs and of the state before the chunk; that of values is without what
+      comes through the weights inside the chunk, which are returned.
+    """
+    # Inside the chunk.
+    d_products = d_weights * read.factor
+    d_read = einsum("bkrc,bkcm->bkrm", d_products, read.key)
+    d_key = einsum("bkrc,bkrm->bkcm", d_products, read.read.features)
+
+    # What rows read from the state and the first key.
+    if read.gain is not None:
+        d_numerator = d_numerator * read.gain[..., None]
+        d_denominator = d_denominator * read.gain
+    first, old = past.first, past.old
+    first_key = first_key_features(first, keys)
+    # Numerator and denominator nearly cancel here: rounding one of them would show.
+    d_read = d_read + einsum("bkrv,bkvm->bkrm", d_numerator, first.kv, rounded=False)
+    d_read = d_read + d_denominator[..., None] * first.k_sum[..., None, :]
+
+    # What entered the state after the first key.
+    d_entered, d_entered_value = pull_back_absorbed(absorbed, value, d_kv, d_k_sum, einsum, enter)
+    if absorbed.decay is not None:
+        d_kv, d_k_sum = d_kv * absorbed.decay[..., None, :], d_k_sum * absorbed.decay
+
+    # The state with the first key: read by rows, and kept.
+    d_first_kv = d_kv + einsum("bkrv,bkrm->bkvm", d_numerator, read.read.features)
+    d_first_sum = d_k_sum + sums("bkr,bkrm->bkm", d_denominator, read.read.features)
+    d_first_key = sums("bkv,bkvm->bkm", value[..., 0, :], d_first_kv) + d_first_sum
+    d_first_value = sums("bkvm,bkm->bkv", d_first_kv, first_key)
+    if old is not None:
+        d_first_kv, d_first_sum = (
+            d_first_kv * old[..., None, :],
+            d_first_sum * old,
+        )
+
+    d_queries = queries.pull_back(read.read.shift, read.read.features, d_read)
+    first_shift = None if first.log_scale is None else -first.log_scale[..., None, :]
+    d_keys = _add_first(
+        _add(
+            keys.pull_back(read.key_shift, read.key, d_key),
+            d_entered,
+        ),
+        _first(keys).pull_back(first_shift, first_key[..., None, :], d_first_key[..., None, :]),
+    )
+    weights = read.weights
+    if read.wide is not None:
+        assert read.kept.pair_max is not None
+        assert d_queries.log is not None and d_keys.log is not None
+        weights, *logs = pull_back_wide_pairs(
+            read.wide, read.kept.pair_max, d_weights, weights, d_queries.log, d_keys.log
+        )
+        d_queries, d_keys = (Features(None, log) for log in logs)
+    return ChunkGradients(
+        queries=d_queries,
+        keys=d_keys,
+        value=d_entered_value + _in_first_row(d_first_value[..., None, :], value.shape[-2]),
+        kv=d_first_kv,
+        k_sum=d_first_sum,
+        weights=weights,
+    )
+
+
+def pull_back_absorbed(
+    absorbed: Absorbed,
+    value: Array,
+    d_kv: Array,
+    d_k_sum: Array,
+    einsum: Einsum,
+    enter: Array | None = None,
+) -> tuple[Features, Array]:
+    """Returns cotangents of absorbed key features and of values, given those of the state."""
+    d_features = einsum("bkcv,bkvm->bkcm", value, d_kv)
+    d_value = einsum("bkcm,bkvm->bkcv", absorbed.features, d_kv)
+    d_features = d_features + d_k_sum[..., None, :]
+    if enter is not None:
+        d_features = jnp.where(enter[..., None], d_features, 0)
+    return absorbed.source.pull_back(absorbed.shift, absorbed.features, d_features), d_value
+
+
+def _add(left: Features, right: Features) -> Features:
+    return jax.tree.map(jnp.add, left, right)
+
+
+def _first(features: Features) -> Features:
+    return jax.tree.map(lambda x: x[..., :1, :], features)
+
+
+def _add_first(features: Features, first: Features) -> Features:
+    return jax.tree.map(lambda x, y: x + _in_first_row(y, x.shape[-2]), features, first)
+
+
+def _in_first_row(x: Array, rows: int) -> Array:
+    """Pads ``[..., 1, N]`` with zero rows; unlike an indexed update it fuses with what follows."""
+    is_first = jnp.arange(rows) == 0
+    return jnp.where(is_first[:, None].reshape((1,) * (x.ndim - 2) + (rows, 1)), x, 0)

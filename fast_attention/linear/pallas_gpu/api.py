@@ -1,0 +1,266 @@
+"""Linear attention in GPU kernels written with Pallas (Mosaic GPU), for Hopper.
+
+Queries, keys, values and the projection go in; features are made and used a tile at a time in
+shared memory, forward and backward, so that no array of T x M is ever in global memory. Served are
+the maps whose log-features are ``w . x - |x|^2 / 2`` (:class:`.PositiveFeatures` and
+:class:`.HyperbolicFeatures`); norms, masks and biases are one number a key and are added to its
+logs. Everything else is refused with NotImplementedError, so that the next implementation gets it.
+Rows of a causal call whose exponents are too far apart for the kernels
+(:mod:`fast_attention.linear.chunked.wide_pairs`) are computed in chunks on XLA; if there are any,
+so are all gradients of the call.
+
+What is known of it: interpreted, the kernels agree with the definition, values and gradients. They
+lower to Mosaic GPU modules, and jax 0.10.2 compiles those for an H100 (sm_90a) ahead of time, at
+255 registers with up to 2.6 kB spilled. They have not been run on a GPU, and no speed is claimed;
+that is why no default order names this implementation. Interpreted, matrix products and copies are
+plain ones (see :mod:`.tiles`), the rest is the same code.
+
+A program serves one batch row and one query head and walks over the length in sequence: a GPU is
+full only with about as many rows times heads as it has multiprocessors. Query heads that share a
+key head each build the state anew.
+
+Shape letters: B batch, T queries, S keys, H heads, K key/value heads, D head width, V value width,
+M features.
+
+Reference: arXiv:2009.14794 (FAVOR+); the chunked form is that of arXiv:2202.10447, section 3.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fast_attention.arrays.types import Array
+from fast_attention.feature_maps.softmax import HyperbolicFeatures, PositiveFeatures
+from fast_attention.linear.chunked import api as chunked
+from fast_attention.linear.chunked.loops import run_if
+from fast_attention.linear.state import MASKED_LOG, LinearAttentionState
+from fast_attention.linear.types import Inputs, Parts, Plan, finish
+
+CHUNK = 64
+
+
+def attend(plan: Plan, inputs: Inputs) -> tuple[Array | Parts, LinearAttentionState]:
+    """Computes linear attention and the state after the last key, on a Hopper GPU.
+
+    Args:
+      plan: static choices.
+      inputs: arrays, see :class:`fast_attention.linear.types.Inputs`.
+
+    Returns:
+      As :func:`fast_attention.linear.chunked.api.attend`.
+
+    Raises:
+      NotImplementedError: for a call, or on a platform, that the kernels do not serve.
+    """
+    _check_platform()
+    return attend_on(plan, inputs, interpret=False)
+
+
+def attend_interpreted(plan: Plan, inputs: Inputs) -> tuple[Array | Parts, LinearAttentionState]:
+    """Computes the same with the kernels interpreted, slowly, on any platform."""
+    return attend_on(plan, inputs, interpret=True)
+
+
+def attend_on(
+    plan: Plan, inputs: Inputs, *, interpret: bool
+) -> tuple[Array | Parts, LinearAttentionState]:
+    """Computes the same without a look at the platform, as lowering for another one needs.
+
+    Args:
+      plan: static choices.
+      inputs: arrays.
+      interpret: interpret the kernels instead of compiling them.
+    """
+    _check_call(plan, inputs)
+    attended: Any = _attend(plan, interpret, inputs)
+    parts, state = attended
+    if plan.output == "parts":
+        return parts, state
+    out_dtype = jnp.result_type(inputs.query, inputs.key, inputs.value)
+    return finish(parts, plan.output, plan.epsilon).astype(out_dtype), state
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(plan: Plan, interpret: bool, inputs: Inputs) -> tuple[Parts, LinearAttentionState]:
+    """Attends with the kernels, and in chunks on XLA for rows that have wide pairs."""
+    return _corrected(plan, inputs, *_with_kernels(plan, interpret, inputs))
+
+
+def _forward(plan: Plan, interpret: bool, inputs: Inputs) -> tuple[Any, Any]:
+    def attend(smooth: Inputs) -> tuple[Any, Array]:
+        out, wide = _with_kernels(plan, interpret, smooth._replace(key_mask=inputs.key_mask))
+        return out, wide
+
+    out, pull_back, wide = jax.vjp(attend, inputs._replace(key_mask=None), has_aux=True)
+    return _corrected(plan, inputs, out, wide), (inputs, pull_back, wide)
+
+
+def _backward(plan: Plan, interpret: bool, residuals: Any, cotangents: Any) -> tuple[Inputs]:
+    del interpret
+    inputs, pull_back, wide = residuals
+
+    def of_chunks(_: Inputs) -> Inputs:
+        smooth = inputs._replace(key_mask=None)
+        return jax.vjp(lambda x: _in_chunks(plan, x, inputs.key_mask), smooth)[1](cotangents)[0]
+
+    return (run_if(jnp.any(wide > 0), of_chunks, pull_back(cotangents)[0]),)
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _corrected(
+    plan: Plan, inputs: Inputs, out: tuple[Parts, LinearAttentionState], wide: Array
+) -> tuple[Parts, LinearAttentionState]:
+    """Replaces the rows that have wide pairs; states are right as they are."""
+
+    def of_chunks(parts: Parts) -> Parts:
+        right, _ = _in_chunks(plan, inputs, inputs.key_mask)
+
+        def chosen(right: Array, x: Array) -> Array:
+            rows = wide.reshape(*wide.shape, *(1,) * (x.ndim - wide.ndim))
+            return jnp.where(rows > 0, right, x)
+
+        return jax.tree.map(chosen, right, parts)
+
+    parts, state = out
+    return run_if(jnp.any(wide > 0), of_chunks, parts), state
+
+
+def _in_chunks(plan: Plan, inputs: Inputs, key_mask: Array | None) -> Any:
+    plan = dataclasses.replace(plan, complete=plan.exact_scale, output="parts")
+    return chunked.attend(plan, inputs._replace(key_mask=key_mask))
+
+
+def _with_kernels(
+    plan: Plan, interpret: bool, inputs: Inputs
+) -> tuple[tuple[Parts, LinearAttentionState], Array]:
+    """Returns parts and state of the kernels, and which rows have wide pairs, ``[B, T, H]``."""
+    # Pallas takes long to import and few calls need it.
+    from fast_attention.linear.pallas_gpu import core
+
+    state, scale = inputs.state, inputs.state.log_scale
+    assert scale is not None
+    choices = core.Choices(plan.causal, _value_parts(plan, inputs), interpret)
+    arguments = core.Arguments(
+        query=inputs.query,
+        key=_without_padding(inputs, inputs.key),
+        value=_without_padding(inputs, inputs.value),
+        key_log=_key_logs(plan, inputs),
+        weights=_weights(plan, inputs),
+        kv=state.kv,
+        k_sum=state.k_sum,
+        # A state from a map without exponents brings one scale for all features.
+        log_scale=jax.lax.stop_gradient(jnp.broadcast_to(scale, state.k_sum.shape)),
+    )
+    core.check_shared_memory(choices, arguments)
+    attended: Any = core.attend_with_kernels(choices, arguments)
+    kv, k_sum, log_scale = attended.state
+    state = LinearAttentionState(kv, k_sum, jax.lax.stop_gradient(log_scale))
+    wide = jnp.swapaxes(jax.lax.stop_gradient(attended.wide), 1, 2)
+    return (_parts(plan, inputs, attended), state), wide
+
+
+def _parts(plan: Plan, inputs: Inputs, attended: Any) -> Parts:
+    heads_last = lambda x: jnp.swapaxes(x, 1, 2)  # noqa: E731
+    numerator, denominator = attended.numerator, heads_last(attended.denominator)
+    log_scale = jax.lax.stop_gradient(heads_last(attended.log_scale))
+    if plan.exact_scale:
+        # The kernels leave out what all features of a query have in common.
+        common = _half_norms(inputs.query) - _half_log_count(plan, inputs)
+        constant = jax.lax.stop_gradient(common)
+        factor = jnp.exp(common - constant)
+        numerator, denominator = numerator * factor[..., None], denominator * factor
+        log_scale = log_scale + constant
+    return Parts(numerator, denominator, log_scale)
+
+
+def _key_logs(plan: Plan, inputs: Inputs) -> Array:
+    """Returns what is added to all log-features of a key, ``[B, K, S]``."""
+    logs = _half_norms(_without_padding(inputs, inputs.key))
+    if plan.exact_scale:
+        logs = logs - _half_log_count(plan, inputs)
+    if inputs.key_bias is not None:
+        logs = logs + inputs.key_bias.astype(jnp.float32)
+    if inputs.key_mask is not None:
+        logs = jnp.where(inputs.key_mask, logs, MASKED_LOG)
+    return jnp.swapaxes(logs, 1, 2)
+
+
+def _half_norms(x: Array) -> Array:
+    """Returns ``-|x|^2 / 2`` of the scaled vectors, ``[B, T, H]``."""
+    x = x.astype(jnp.float32)
+    return -0.5 * x.shape[-1] ** -0.5 * jnp.sum(x * x, axis=-1)
+
+
+def _half_log_count(plan: Plan, inputs: Inputs) -> float:
+    features = plan.feature_map.num_features(inputs.parameters, inputs.query.shape[-1])
+    return 0.5 * math.log(features)
+
+
+def _weights(plan: Plan, inputs: Inputs) -> Array:
+    """Returns the projection with the scale of the inputs in it, ``[B or 1, K or 1, M, D]``."""
+    weights = inputs.parameters.astype(jnp.float32) * inputs.query.shape[-1] ** -0.25
+    if isinstance(plan.feature_map, HyperbolicFeatures):
+        weights = jnp.concatenate([weights, -weights], axis=-2)
+    return weights.reshape((1,) * (4 - weights.ndim) + weights.shape)
+
+
+def _without_padding(inputs: Inputs, x: Array) -> Array:
+    # Whatever lies in padding, nan and inf included, must not reach a product.
+    return x if inputs.key_mask is None else jnp.where(inputs.key_mask[..., None], x, 0)
+
+
+def _value_parts(plan: Plan, inputs: Inputs) -> int:
+    """Returns in how many bfloat16 parts features and values are multiplied."""
+    precision = plan.precision
+    if isinstance(precision, str):
+        precision = jax.lax.Precision[precision.upper()]
+    if precision in (None, jax.lax.Precision.DEFAULT):
+        return 1 if inputs.query.dtype == jnp.bfloat16 else 2
+    if precision == jax.lax.Precision.HIGH:
+        return 2
+    if precision == jax.lax.Precision.HIGHEST:
+        return 3
+    raise NotImplementedError(
+        f"The GPU kernels know the precisions default, high and highest, got {precision!r}."
+    )
+
+
+def _check_platform() -> None:
+    device = jax.local_devices()[0]
+    capability = str(getattr(device, "compute_capability", ""))
+    if device.platform != "gpu" or capability.partition(".")[0] != "9":
+        raise NotImplementedError(
+            "The GPU kernels need an NVIDIA GPU of the Hopper generation (compute capability 9), "
+            f"got {device.device_kind} {capability}; use implementation='chunked', or "
+            "'pallas_gpu_interpret' to interpret them."
+        )
+
+
+def _check_call(plan: Plan, inputs: Inputs) -> None:
+    if type(plan.feature_map) not in (PositiveFeatures, HyperbolicFeatures):
+        raise NotImplementedError(
+            "The GPU kernels serve PositiveFeatures and HyperbolicFeatures, got "
+            f"{type(plan.feature_map).__name__}."
+        )
+    if inputs.segment_ids is not None:
+        raise NotImplementedError("The GPU kernels do not serve segment_ids.")
+    if inputs.state.kv.dtype != jnp.float32:
+        raise NotImplementedError(
+            f"The GPU kernels compute in float32, got {inputs.state.kv.dtype}."
+        )
+    if plan.chunk_size not in (None, CHUNK):
+        raise NotImplementedError(
+            f"The GPU kernels work in chunks of {CHUNK}, got chunk_size={plan.chunk_size}."
+        )
+    if plan.saved_states == "all":
+        raise NotImplementedError("The GPU kernels save no states, got saved_states='all'.")
+    if plan.unroll not in (None, 1):
+        raise NotImplementedError(f"The GPU kernels do not unroll, got unroll={plan.unroll}.")

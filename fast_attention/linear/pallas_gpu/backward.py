@@ -1,0 +1,165 @@
+"""What the backward kernels share, and the launch of both.
+
+Gradients of queries walk forward with the state, those of keys and values walk back with the
+state's cotangent; so no state is saved for a chunk and no prefix is rebuilt by subtraction.
+Features are made again, with the maxima that the forward pass found.
+
+Letters are those of :mod:`.program`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from fast_attention.arrays.types import Array
+from fast_attention.linear.chunked.causal_chunk import LARGEST_EXPONENT
+from fast_attention.linear.pallas_gpu.program import Operands, Program, Ref, Sizes, piece
+from fast_attention.linear.pallas_gpu.state import Maxima, State
+from fast_attention.linear.pallas_gpu.tiles import TILE
+
+
+class Cotangents(NamedTuple):
+    """What comes back for the results, and for the state of every query head.
+
+    Attributes:
+      numerator: parts of ``[B, T, H, V]``.
+      denominator: ``[B, H, T]``.
+      kv: ``[B, H, M, V]``.
+      k_sum: ``[B, H, M]``.
+    """
+
+    numerator: Any
+    denominator: Any
+    kv: Any
+    k_sum: Any
+
+
+class Given(NamedTuple):
+    """What a backward kernel reads.
+
+    Attributes:
+      operands: as given to the forward kernel.
+      state: the initial one if causal, the final one of every query head if not.
+      before: scales of the state before each chunk, ``[B, H, N, M]``; None if not causal.
+      maxima: what the forward pass found.
+      cotangents: of its results.
+    """
+
+    operands: Operands
+    state: State
+    before: Any
+    maxima: Maxima
+    cotangents: Cotangents
+
+
+def backward_memory(sizes: Sizes, input_parts: int) -> dict[str, tuple[int, int] | int]:
+    """Returns the shared memory of the backward kernels by name."""
+    value_parts = 1 if input_parts == 1 else sizes.parts
+    names = {
+        "query": (input_parts, sizes.head_dim),
+        "key": (input_parts, sizes.head_dim),
+        "value": (value_parts, sizes.value_dim),
+        "numerator": (sizes.parts, sizes.value_dim),
+        "weights": (3, sizes.head_dim),
+        "features": (sizes.parts, TILE),
+        "pairs": (sizes.parts, TILE),
+        "state": (sizes.parts, sizes.value_dim),
+        "stage": (0, sizes.value_dim),
+        "key_log": TILE,
+        "key_shift": TILE,
+        "row_max": TILE,
+        "pair_max": TILE,
+        "denominator": TILE,
+        "scale": TILE,
+        "next_scale": TILE,
+        "first": TILE,
+        "k_sum": TILE,
+    }
+    if sizes.head_dim != sizes.value_dim:
+        names["head_stage"] = (0, sizes.head_dim)
+    return names
+
+
+def row_copies(program: Program, given: Given, chunk: Array) -> list[tuple[Ref, Ref]]:
+    """Returns the copies of a chunk's queries and of what belongs to its rows."""
+    b, h, here, shared = program.batch, program.head, piece(chunk), program.shared
+    copies = [
+        *program.queries(given.operands.query, "query", chunk),
+        *program.queries(given.cotangents.numerator, "numerator", chunk),
+        (given.cotangents.denominator.at[b, h, here], shared["denominator"]),
+        (given.maxima.row_max.at[b, h, here], shared["row_max"]),
+    ]
+    if given.maxima.pair_max is not None:
+        copies.append((given.maxima.pair_max.at[b, h, here], shared["pair_max"]))
+    return copies
+
+
+def key_copies(program: Program, given: Given, chunk: Array) -> list[tuple[Ref, Ref]]:
+    """Returns the copies of a chunk's keys and values and of what belongs to them."""
+    b, h, here, shared = program.batch, program.head, piece(chunk), program.shared
+    copies = [
+        *program.keys(given.operands.key, "key", chunk),
+        *program.keys(given.operands.value, "value", chunk),
+        program.key_log_copy(chunk),
+    ]
+    if given.maxima.key_shift is not None:
+        copies.append((given.maxima.key_shift.at[b, h, here], shared["key_shift"]))
+    return copies
+
+
+def gain_of(pair_max: Array) -> Array:
+    """Returns the factor on what a row reads from the state; at most 1, also if that is empty."""
+    return jnp.exp(jnp.minimum(-pair_max, 0.0))
+
+
+def pair_factor(key_shift: Array, pair_max: Array, visible: Array) -> Array:
+    """Returns weights over products of features, 0 where a key is not seen; all ``[64, 64]``."""
+    factor = jnp.exp(jnp.minimum(key_shift - pair_max, LARGEST_EXPONENT))
+    return jnp.where(visible, factor, 0.0)
+
+
+def through_exp(features: Array, cotangent: Array) -> Array:
+    """Returns the cotangent of the logs; a feature that underflowed has none."""
+    return jnp.where(features > 0.0, features * cotangent, 0.0)
+
+
+def clear_weights(program: Program, d_weights: Ref) -> None:
+    """Sets a program's gradient of the projection to 0."""
+
+    def body(tile: Array, _: Any) -> None:
+        zeros = program.tiles.full(0.0, program.sizes.head_dim)
+        program.write_matrix(d_weights.at[_place(program, tile)], zeros)
+
+    program.over_tiles(body)
+
+
+def pull_back_logs(
+    program: Program, d_logs: Array, x: str, tile: Array, d_x: Array, d_weights: Ref
+) -> Array:
+    """Adds the gradients of ``logs = x @ weights^T``.
+
+    Args:
+      program: with the tile's weights and ``x`` in shared memory.
+      d_logs: ``[64, 64]``.
+      x: name of the operand.
+      tile: of features.
+      d_x: the gradient of x so far, ``[64, D]``.
+      d_weights: ``[B, H, M, D]``, added to.
+
+    Returns:
+      The gradient of x, with this tile.
+    """
+    tiles, shared, parts = program.tiles, program.shared, program.sizes.parts
+    tiles.store(shared["features"], d_logs)
+    d_x = d_x + tiles.matmul(shared["features"], shared["weights"], order=parts)
+    place = d_weights.at[_place(program, tile)]
+    before = program.read_matrix(place)
+    added = tiles.matmul(shared["features"], shared[x], transpose_left=True, order=parts)
+    program.write_matrix(place, before + added)
+    return d_x
+
+
+def _place(program: Program, tile: Array) -> tuple[Any, ...]:
+    return program.batch, program.head, piece(tile)

@@ -1,0 +1,226 @@
+"""Gradients of keys and values, and of the projection through keys.
+
+The causal kernel walks back and carries the cotangent of the state. Matrices of pairs have keys as
+rows here. Letters are those of :mod:`.program`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from fast_attention.arrays.types import Array
+from fast_attention.linear.pallas_gpu.backward import (
+    Given,
+    backward_memory,
+    clear_weights,
+    gain_of,
+    key_copies,
+    pair_factor,
+    pull_back_logs,
+    row_copies,
+    through_exp,
+)
+from fast_attention.linear.pallas_gpu.program import (
+    Program,
+    Sizes,
+    float32,
+    launch,
+    loop,
+    piece,
+    visible_scale,
+)
+from fast_attention.linear.pallas_gpu.state import State, copy_state
+from fast_attention.linear.pallas_gpu.tiles import (
+    TILE,
+    Tiles,
+    spread_columns,
+    spread_rows,
+)
+
+
+class KeyGradients(NamedTuple):
+    """What the kernel returns, for every query head.
+
+    Attributes:
+      key: ``[B, S, H, D]``.
+      value: ``[B, S, H, V]``.
+      key_log: ``[B, H, S]``.
+      weights: ``[B, H, M, D]``.
+      state: cotangent of the state before the first key (without a scale); if not causal, as given.
+    """
+
+    key: Any
+    value: Any
+    key_log: Any
+    weights: Any
+    state: State
+
+
+def key_gradients(sizes: Sizes, given: Given, *, causal: bool) -> KeyGradients:
+    """Computes the gradients; see :class:`KeyGradients`."""
+    head = (sizes.batch, sizes.heads)
+    outputs = KeyGradients(
+        key=float32(sizes.batch, sizes.keys, sizes.heads, sizes.head_dim),
+        value=float32(sizes.batch, sizes.keys, sizes.heads, sizes.value_dim),
+        key_log=float32(*head, sizes.keys),
+        weights=float32(*head, sizes.features, sizes.head_dim),
+        state=State(
+            float32(*head, sizes.features, sizes.value_dim), float32(*head, sizes.features), None
+        ),
+    )
+
+    def body(tiles: Tiles, given: Given, out: KeyGradients, shared: dict[str, Any]) -> None:
+        program = Program(tiles, sizes, given.operands, shared)
+        clear_weights(program, out.weights)
+        cotangents = State(given.cotangents.kv, given.cotangents.k_sum, None)
+        copy_state(program, cotangents, out.state, program.head)
+        chunk = _causal_chunk if causal else _bidirectional_chunk
+        last = sizes.keys // TILE - 1
+        loop(last + 1, lambda i, _: chunk(program, given, out, last - i))
+
+    return launch(body, sizes, given, outputs, backward_memory(sizes, len(given.operands.key)))
+
+
+Gradients = tuple[Array, Array, Array]
+"""Of keys ``[64, D]``, values ``[64, V]`` and what is added to their logs ``[64]``."""
+
+
+def _causal_chunk(program: Program, given: Given, out: KeyGradients, chunk: Array) -> None:
+    tiles, shared, sizes = program.tiles, program.shared, program.sizes
+    b, h = program.batch, program.head
+    tiles.fetch(*row_copies(program, given, chunk), *key_copies(program, given, chunk))
+    row_max, key_shift = tiles.rows(shared["row_max"]), tiles.rows(shared["key_shift"])
+
+    def features(tile: Array) -> tuple[Array, Array, Array]:
+        """Returns log-features of keys, and features of keys and queries on a common scale."""
+        program.fetch_weights(tile)
+        tiles.fetch((given.maxima.first_scales.at[b, h, chunk, piece(tile)], shared["first"]))
+        shift = spread_columns(visible_scale(tiles.columns(shared["first"])))
+        key_logs = program.key_logs(tile)
+        keys = jnp.exp(key_logs - shift - spread_rows(key_shift))
+        queries = jnp.exp(program.query_logs(tile) + shift - spread_rows(row_max))
+        return key_logs, keys, queries
+
+    def multiply(tile: Array, products: Array) -> Array:
+        _, keys, queries = features(tile)
+        tiles.store(shared["pairs"], keys)
+        tiles.store(shared["features"], queries)
+        return products + tiles.matmul(shared["pairs"], shared["features"], transpose_right=True)
+
+    products = program.over_tiles(multiply, tiles.full(0.0, TILE))
+    factor = pair_factor(
+        spread_rows(key_shift),
+        spread_columns(tiles.columns(shared["pair_max"])),
+        tiles.indices(0) <= tiles.indices(1),
+    )
+    tiles.store(shared["features"], jnp.where(products > 0.0, products * factor, 0.0))
+    d_value = tiles.matmul(shared["features"], shared["numerator"])
+    d_pairs = tiles.matmul(
+        shared["value"], shared["numerator"], transpose_right=True, order=sizes.parts
+    )
+    d_pairs = (d_pairs + spread_columns(tiles.columns(shared["denominator"]))) * factor
+    tiles.store(shared["pairs"], d_pairs)
+    gain = gain_of(tiles.rows(shared["pair_max"]))
+    d_denominator = tiles.rows(shared["denominator"])
+
+    def body(tile: Array, gradients: Gradients) -> Gradients:
+        key_logs, keys, queries = features(tile)
+        tiles.store(shared["features"], queries)
+        d_logs = through_exp(keys, tiles.matmul(shared["pairs"], shared["features"]))
+        tiles.fetch(
+            (given.before.at[b, h, chunk, piece(tile)], shared["scale"]),
+            (given.maxima.scales.at[b, h, chunk, piece(tile)], shared["next_scale"]),
+        )
+        d_kv, d_k_sum, gradients = _pull_back_absorbed(
+            program, out, tile, key_logs, d_logs, gradients
+        )
+
+        # Back to the state before the chunk, and what its rows read from it.
+        decay = jnp.exp(tiles.rows(shared["scale"]) - tiles.rows(shared["next_scale"]))
+        read = jnp.exp(tiles.rows(shared["scale"]) - tiles.rows(shared["first"]))
+        queries = queries * spread_rows(gain)
+        tiles.store(shared["features"], queries)
+        d_read = tiles.matmul(shared["features"], shared["numerator"], transpose_left=True)
+        d_kv = d_kv * spread_rows(decay, sizes.value_dim)
+        d_kv = d_kv + d_read * spread_rows(read, sizes.value_dim)
+        program.write_matrix(out.state.kv.at[b, h, piece(tile)], d_kv)
+        scale = tiles.columns(shared["scale"])
+        d_k_sum = d_k_sum * jnp.exp(scale - tiles.columns(shared["next_scale"]))
+        d_read_sum = jnp.sum(queries * spread_rows(d_denominator), axis=0)
+        d_k_sum = d_k_sum + d_read_sum * jnp.exp(scale - tiles.columns(shared["first"]))
+        shared["k_sum"][...] = d_k_sum
+        tiles.send((shared["k_sum"], out.state.k_sum.at[b, h, piece(tile)]))
+        return gradients
+
+    start = (tiles.full(0.0, sizes.head_dim), d_value, tiles.full_rows(0.0))
+    _write(program, out, chunk, program.over_tiles(body, start))
+
+
+def _bidirectional_chunk(program: Program, given: Given, out: KeyGradients, chunk: Array) -> None:
+    tiles, shared, sizes = program.tiles, program.shared, program.sizes
+    b, h = program.batch, program.head
+    tiles.fetch(*key_copies(program, given, chunk))
+
+    def body(tile: Array, gradients: Gradients) -> Gradients:
+        program.fetch_weights(tile)
+        # The scale of the final state is an upper bound for every key: nothing overflows.
+        tiles.fetch((given.state.log_scale.at[b, h, piece(tile)], shared["next_scale"]))
+        nothing = tiles.full(0.0, TILE)
+        return _pull_back_absorbed(program, out, tile, program.key_logs(tile), nothing, gradients)[
+            2
+        ]
+
+    start = (
+        tiles.full(0.0, sizes.head_dim),
+        tiles.full(0.0, sizes.value_dim),
+        tiles.full_rows(0.0),
+    )
+    _write(program, out, chunk, program.over_tiles(body, start))
+
+
+def _pull_back_absorbed(
+    program: Program,
+    out: KeyGradients,
+    tile: Array,
+    key_logs: Array,
+    d_logs: Array,
+    gradients: Gradients,
+) -> tuple[Array, Array, Gradients]:
+    """Pulls the cotangent of the state after a chunk back to its keys and values.
+
+    Args:
+      program: with the tile's weights and the scale after the chunk in shared memory.
+      out: whose state is the cotangent.
+      tile: of features.
+      key_logs: ``[64, 64]``.
+      d_logs: their cotangent by other ways.
+      gradients: so far.
+
+    Returns:
+      The tile of the state's cotangent, ``[64, V]`` and ``[64]``, and the gradients.
+    """
+    tiles, shared, parts = program.tiles, program.shared, program.sizes.parts
+    b, h, here = program.batch, program.head, piece(tile)
+    d_key, d_value, d_key_log = gradients
+    d_kv = program.read_matrix(out.state.kv.at[b, h, here])
+    tiles.fetch((out.state.k_sum.at[b, h, here], shared["k_sum"]))
+    d_k_sum = tiles.columns(shared["k_sum"])
+    tiles.store(shared["state"], d_kv)
+    keys = jnp.exp(key_logs - spread_columns(tiles.columns(shared["next_scale"])))
+    tiles.store(shared["features"], keys)
+    d_value = d_value + tiles.matmul(shared["features"], shared["state"])
+    d_keys = tiles.matmul(shared["value"], shared["state"], transpose_right=True, order=parts)
+    d_logs = d_logs + through_exp(keys, d_keys + spread_columns(d_k_sum))
+    d_key = pull_back_logs(program, d_logs, "key", tile, d_key, out.weights)
+    return d_kv, d_k_sum, (d_key, d_value, d_key_log + jnp.sum(d_logs, axis=1))
+
+
+def _write(program: Program, out: KeyGradients, chunk: Array, gradients: Gradients) -> None:
+    d_key, d_value, d_key_log = gradients
+    b, h, here = program.batch, program.head, piece(chunk)
+    program.write_matrix(out.key.at[b, here, h], d_key)
+    program.write_matrix(out.value.at[b, here, h], d_value)
+    program.shared["key_log"][...] = d_key_log
+    program.tiles.send((program.shared["key_log"], out.key_log.at[b, h, here]))

@@ -1,0 +1,160 @@
+"""Gradients of queries, and of the projection through them; letters of :mod:`.program`.
+
+The causal kernel walks forward and carries the state. The bidirectional one reads the final state
+and also adds up its cotangent.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from fast_attention.arrays.types import Array
+from fast_attention.linear.pallas_gpu.backward import (
+    Given,
+    backward_memory,
+    clear_weights,
+    gain_of,
+    key_copies,
+    pair_factor,
+    pull_back_logs,
+    row_copies,
+    through_exp,
+)
+from fast_attention.linear.pallas_gpu.program import (
+    Program,
+    Sizes,
+    float32,
+    launch,
+    loop,
+    piece,
+    visible_scale,
+)
+from fast_attention.linear.pallas_gpu.state import (
+    State,
+    absorb,
+    copy_state,
+    fetch_state_vectors,
+    first_decay,
+)
+from fast_attention.linear.pallas_gpu.tiles import (
+    TILE,
+    Tiles,
+    spread_columns,
+    spread_rows,
+)
+
+
+class QueryGradients(NamedTuple):
+    """What the kernel returns.
+
+    Attributes:
+      query: ``[B, T, H, D]``.
+      weights: ``[B, H, M, D]``.
+      state: of every query head: its working state if causal, its cotangent with all queries if
+        not (without a scale).
+    """
+
+    query: Any
+    weights: Any
+    state: State
+
+
+def query_gradients(sizes: Sizes, given: Given, *, causal: bool) -> QueryGradients:
+    """Computes the gradients; see :class:`QueryGradients`."""
+    head = (sizes.batch, sizes.heads)
+    outputs = QueryGradients(
+        query=float32(sizes.batch, sizes.queries, sizes.heads, sizes.head_dim),
+        weights=float32(*head, sizes.features, sizes.head_dim),
+        state=State(
+            float32(*head, sizes.features, sizes.value_dim),
+            float32(*head, sizes.features),
+            float32(*head, sizes.features) if causal else None,
+        ),
+    )
+
+    def body(tiles: Tiles, given: Given, out: QueryGradients, shared: dict[str, Any]) -> None:
+        program = Program(tiles, sizes, given.operands, shared)
+        clear_weights(program, out.weights)
+        if causal:
+            copy_state(program, given.state, out.state, program.key_head)
+        else:
+            cotangents = State(given.cotangents.kv, given.cotangents.k_sum, None)
+            copy_state(program, cotangents, out.state, program.head)
+        chunk = _causal_chunk if causal else _bidirectional_chunk
+        loop(sizes.queries // TILE, lambda i, _: chunk(program, given, out, i))
+
+    return launch(body, sizes, given, outputs, backward_memory(sizes, len(given.operands.query)))
+
+
+def _causal_chunk(program: Program, given: Given, out: QueryGradients, chunk: Array) -> None:
+    tiles, shared, sizes = program.tiles, program.shared, program.sizes
+    b, h = program.batch, program.head
+    tiles.fetch(*row_copies(program, given, chunk), *key_copies(program, given, chunk))
+    pair_max, d_denominator = tiles.rows(shared["pair_max"]), tiles.rows(shared["denominator"])
+    row_max, key_shift = tiles.rows(shared["row_max"]), tiles.rows(shared["key_shift"])
+    factor = pair_factor(
+        spread_columns(tiles.columns(shared["key_shift"])),
+        spread_rows(pair_max),
+        tiles.indices(1) <= tiles.indices(0),
+    )
+    d_pairs = tiles.matmul(
+        shared["numerator"], shared["value"], transpose_right=True, order=sizes.parts
+    )
+    tiles.store(shared["pairs"], (d_pairs + spread_rows(d_denominator)) * factor)
+    gain = gain_of(pair_max)
+
+    def body(tile: Array, d_query: Array) -> Array:
+        program.fetch_weights(tile)
+        fetch_state_vectors(program, out.state, tile)
+        tiles.fetch((given.maxima.first_scales.at[b, h, chunk, piece(tile)], shared["first"]))
+        first = tiles.columns(shared["first"])
+        shift = spread_columns(visible_scale(first))
+        key_logs = program.key_logs(tile)
+        tiles.store(shared["features"], jnp.exp(key_logs - shift - spread_rows(key_shift)))
+        queries = jnp.exp(program.query_logs(tile) + shift - spread_rows(row_max))
+        kv = program.read_matrix(out.state.kv.at[b, h, piece(tile)])
+        tiles.store(shared["state"], kv * first_decay(program))
+        k_sum = tiles.columns(shared["k_sum"]) * jnp.exp(tiles.columns(shared["scale"]) - first)
+        d_read = tiles.matmul(shared["numerator"], shared["state"], transpose_right=True)
+        d_read = d_read + spread_rows(d_denominator) * spread_columns(k_sum)
+        d_queries = tiles.matmul(shared["pairs"], shared["features"]) + d_read * spread_rows(gain)
+        absorb(program, out.state, tile, key_logs, kv)
+        d_logs = through_exp(queries, d_queries)
+        return pull_back_logs(program, d_logs, "query", tile, d_query, out.weights)
+
+    d_query = program.over_tiles(body, tiles.full(0.0, sizes.head_dim))
+    program.write_matrix(out.query.at[b, piece(chunk), h], d_query)
+
+
+def _bidirectional_chunk(program: Program, given: Given, out: QueryGradients, chunk: Array) -> None:
+    tiles, shared, sizes = program.tiles, program.shared, program.sizes
+    b, h = program.batch, program.head
+    tiles.fetch(*row_copies(program, given, chunk))
+    row_max, d_denominator = tiles.rows(shared["row_max"]), tiles.rows(shared["denominator"])
+
+    def body(tile: Array, d_query: Array) -> Array:
+        here = piece(tile)
+        program.fetch_weights(tile)
+        fetch_state_vectors(program, given.state, tile)
+        shift = spread_columns(visible_scale(tiles.columns(shared["scale"])))
+        queries = jnp.exp(program.query_logs(tile) + shift - spread_rows(row_max))
+        tiles.store(shared["state"], program.read_matrix(given.state.kv.at[b, h, here]))
+        d_queries = tiles.matmul(shared["numerator"], shared["state"], transpose_right=True)
+        k_sum = spread_columns(tiles.columns(shared["k_sum"]))
+        d_queries = d_queries + spread_rows(d_denominator) * k_sum
+
+        tiles.store(shared["features"], queries)
+        d_kv = program.read_matrix(out.state.kv.at[b, h, here])
+        d_kv = d_kv + tiles.matmul(shared["features"], shared["numerator"], transpose_left=True)
+        program.write_matrix(out.state.kv.at[b, h, here], d_kv)
+        tiles.fetch((out.state.k_sum.at[b, h, here], shared["k_sum"]))
+        d_k_sum = jnp.sum(queries * spread_rows(d_denominator), axis=0)
+        shared["k_sum"][...] = tiles.columns(shared["k_sum"]) + d_k_sum
+        tiles.send((shared["k_sum"], out.state.k_sum.at[b, h, here]))
+        d_logs = through_exp(queries, d_queries)
+        return pull_back_logs(program, d_logs, "query", tile, d_query, out.weights)
+
+    d_query = program.over_tiles(body, tiles.full(0.0, sizes.head_dim))
+    program.write_matrix(out.query.at[b, piece(chunk), h], d_query)

@@ -1,0 +1,1 @@
+"""Linear attention of sequences sharded over a mesh axis."""

@@ -1,0 +1,106 @@
+"""States of linear attention across the devices of a mesh axis, inside ``jax.shard_map``.
+
+What passes between devices is states (V x M numbers a head and a few more), never anything as long
+as the sequence, in the backward pass neither: that sends the gradients of the same states the other
+way.
+
+Shape letters: B batch, K key/value heads, V value width, M features.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fast_attention.arrays.types import Array
+from fast_attention.linear.state import LinearAttentionState, emptied, merge
+from fast_attention.mesh.layout import AxisName
+
+
+class Stretch(NamedTuple):
+    """What one stretch of the sequence leaves behind.
+
+    Attributes:
+      state: the keys of its last segment.
+      fresh: bool ``[B]``: a segment starts in it, so that nothing before it can be read behind it;
+        None without segments.
+    """
+
+    state: LinearAttentionState
+    fresh: Array | None
+
+
+def joined(left: Stretch, right: Stretch) -> Stretch:
+    """Returns what two stretches leave behind, one after the other; associative."""
+    if left.fresh is None or right.fresh is None:
+        return Stretch(merge(left.state, right.state), None)
+    visible = emptied(left.state, right.fresh)
+    return Stretch(merge(visible, right.state), left.fresh | right.fresh)
+
+
+def states_before(
+    own: Stretch, initial: LinearAttentionState, axis_name: AxisName, *, reverse: bool = False
+) -> LinearAttentionState:
+    """Returns what the stretches of the devices before this one leave behind.
+
+    The exclusive prefix is taken in ``1 + ceil(log2 n)`` rounds, in each of which a device receives
+    one state: after the first it holds what the device before left behind, and each further round
+    doubles the reach (Hillis and Steele, "Data parallel algorithms", 1986).
+
+    Args:
+      own: what the stretch of this device leaves behind.
+      initial: what came before the first device.
+      axis_name: the axis along which the sequence lies.
+      reverse: it is read from the last device to the first.
+    """
+    count, place = lax.axis_size(axis_name), lax.axis_index(axis_name)
+    if reverse:
+        place = count - 1 - place
+
+    def from_before(x: Any, distance: int) -> Any:
+        """Receives from the device ``distance`` places before; zeros where there is none."""
+        pairs = [(i, i + distance) for i in range(count - distance)]
+        if reverse:
+            pairs = [(count - 1 - source, count - 1 - target) for source, target in pairs]
+        return jax.tree.map(lambda x: lax.ppermute(x, axis_name, pairs), x)
+
+    def choose(condition: Array, x: Any, y: Any) -> Any:
+        return jax.tree.map(lambda x, y: jnp.where(condition, x, y), x, y)
+
+    start = Stretch(initial, None if own.fresh is None else jnp.ones_like(own.fresh))
+    before = choose(place == 0, start, from_before(own, 1))
+    distance = 1
+    while distance < count:
+        further = joined(from_before(before, distance), before)
+        before = choose(place >= distance, further, before)
+        distance *= 2
+    return before.state
+
+
+def state_of_all(
+    own: Stretch, initial: LinearAttentionState, axis_name: AxisName
+) -> LinearAttentionState:
+    """Returns what the whole sequence leaves behind, the same on every device.
+
+    Args:
+      own: what the stretch of this device leaves behind.
+      initial: what came before the first device, the same on all.
+      axis_name: the axis along which the sequence lies.
+    """
+    state = own.state
+    if own.fresh is not None:
+        place = lax.axis_index(axis_name)
+        last_fresh = lax.pmax(jnp.where(own.fresh, place, -1), axis_name)
+        state = emptied(state, place < last_fresh)
+        initial = emptied(initial, last_fresh >= 0)
+    if state.log_scale is None:
+        return merge(initial, jax.tree.map(lambda x: lax.psum(x, axis_name), state))
+    # No gradient flows through a scale.
+    own_scale = lax.stop_gradient(state.log_scale)
+    scale = lax.pmax(own_scale, axis_name)
+    factor = jnp.exp(own_scale - scale)
+    kv, k_sum = lax.psum((state.kv * factor[..., None, :], state.k_sum * factor), axis_name)
+    return merge(initial, LinearAttentionState(kv, k_sum, scale))

@@ -1,0 +1,107 @@
+"""What dense and hashed attention with one projection for queries and keys have in common.
+
+A position's key is its query at unit length. The logit of a position with itself, which would
+nearly always be the largest, is replaced by a constant so low that a position attends to itself
+only where it sees nothing else (Reformer, arXiv:2001.04451).
+
+Shape letters: B batch, T queries, S length, H heads, D head width, V value width, R rounds.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from fast_attention.arrays.dtypes import at_least_float32
+from fast_attention.arrays.types import Array, Float, Int
+
+SELF_LOGIT = -5e4
+"""Logit of a position with itself; half precision can hold it."""
+
+
+class LSHOutput(NamedTuple):
+    """Attention with what was asked for beside it, float32 weights before dropout.
+
+    Attributes:
+      out: ``[*B, T, H, V]``.
+      weights: ``[*B, H, T, S]``, or None.
+      buckets: ``[*B, H, R, S]`` int32, numbers within their rounds, or None.
+    """
+
+    out: Float[Array, "*B T H V"]
+    weights: Float[Array, "*B H T S"] | None
+    buckets: Int[Array, "*B H R S"] | None
+
+
+def unit_keys(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    """Scales vectors to unit length; those shorter than 1e-12 become zeros, with zero gradient.
+
+    Args:
+      x: ``[*B, D]``.
+
+    Returns:
+      ``[*B, D]`` in the type of `x`, computed in float32 at least.
+    """
+    wide = x.astype(at_least_float32(x.dtype))
+    squares = jnp.sum(wide * wide, axis=-1, keepdims=True)
+    # The inner where keeps the infinite slope of the root at 0 out of the gradient.
+    long = squares > 1e-24
+    inverse = jnp.where(long, jnp.where(long, squares, 1) ** -0.5, 0)
+    return (wide * inverse).astype(x.dtype)
+
+
+def rotate_pairs(x: Float[Array, "*B H D"], positions: Int[Array, "*B"]) -> Float[Array, "*B H D"]:
+    """Rotates neighbouring pairs of features by their positions.
+
+    Features 2i and 2i + 1 are turned by the angle ``t / 10000^(2i / D)`` (RoFormer,
+    arXiv:2104.09864). Position 0 leaves a vector as it is.
+
+    Args:
+      x: ``[*B, H, D]`` with D even.
+      positions: ``[*B]`` integers.
+
+    Returns:
+      ``[*B, H, D]`` in the type of `x`.
+
+    Raises:
+      ValueError: if D is odd.
+    """
+    width = x.shape[-1]
+    if width % 2:
+        raise ValueError(f"Rotary positions turn pairs of features: D must be even, got {width}.")
+    frequencies = jnp.asarray(10000.0 ** (-np.arange(0, width, 2) / width), jnp.float32)
+    frequencies = frequencies.reshape((1,) * (positions.ndim + 1) + (-1,))
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    wide = at_least_float32(x.dtype)
+    cos, sin = jnp.cos(angles).astype(wide), jnp.sin(angles).astype(wide)
+    even, odd = x[..., 0::2].astype(wide), x[..., 1::2].astype(wide)
+    turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
+    return turned.reshape(x.shape).astype(x.dtype)
+
+
+def place_queries(positions: Array | None, shape: tuple[int, ...], queries: int) -> Array:
+    """Positions ``[*B, S]`` for :func:`rotate_pairs`: those given for queries, then zeros."""
+    *batch, length = shape
+    if positions is None:
+        positions = jnp.arange(queries).reshape((1,) * len(batch) + (-1,))
+    if positions.ndim != len(shape):
+        raise ValueError(f"positions must have shape {(*batch, queries)}, got {positions.shape}.")
+    place = jnp.broadcast_to(positions, (*batch, queries))
+    return jnp.pad(place, [(0, 0)] * len(batch) + [(0, length - queries)])
+
+
+def spread_mask(mask: Array, shape: tuple[int, ...]) -> Array:
+    """Brings a mask that broadcasts to ``[*B, H, T, S]`` to ``[B or 1, H or 1, T, S]`` bool."""
+    full = (1,) * (len(shape) - mask.ndim) + mask.shape
+    if len(full) != len(shape) or any(n not in (1, m) for n, m in zip(full, shape, strict=True)):
+        raise ValueError(
+            f"mask must be broadcastable to [*batch, heads, queries, keys] = {shape}, got shape "
+            f"{mask.shape}."
+        )
+    shared = math.prod(full[:-3]) == 1
+    leading = (1,) * len(full[:-3]) if shared else shape[:-3]
+    mask = jnp.broadcast_to(mask.reshape(full).astype(bool), (*leading, full[-3], *shape[-2:]))
+    return mask.reshape(-1, *mask.shape[-3:])

@@ -1,0 +1,1 @@
+"""Attention functions for global arrays sharded over a mesh."""

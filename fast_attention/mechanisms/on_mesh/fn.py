@@ -1,0 +1,175 @@
+"""Attention functions for whole arrays that lie on a mesh.
+
+Inside, each device attends for its own rows, heads and positions; with positions divided, devices
+exchange what their attention needs and nothing else (see
+:mod:`fast_attention.mechanisms.on_mesh.sequence_parallel`).
+
+Shape letters: B batch, T query length, S key length, H heads, K key/value heads, D head width,
+V value width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from fast_attention.arrays.types import Array
+from fast_attention.feature_maps.tuned import TunedParameters
+from fast_attention.mechanisms.attention_fn import AttentionFn
+from fast_attention.mechanisms.call import Call
+from fast_attention.mechanisms.checks import mismatch
+from fast_attention.mechanisms.wrapped import WrappedAttention, as_attention_fn
+from fast_attention.mesh.layout import AxisName, Layout
+from fast_attention.mesh.meshes import (
+    MODEL,
+    SEQUENCE,
+    axis_dividing,
+    rows_axes,
+    with_auto_axes,
+)
+
+_OWN_AXES = {
+    **{name: 2 for name in ("rows", "query_norm", "key_norm", "stretch")},
+    **{name: 2 for name in ("query_weight", "key_weight")},
+    **{name: 1 for name in ("query_shift", "key_shift", "bias")},
+    "log_stretch": 0,
+}
+"""Axes of `TunedParameters` behind those of batch and heads."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MeshAttention(WrappedAttention):
+    """An attention function for whole arrays that lie on a mesh, from :func:`on_mesh`.
+
+    It decodes, redraws and is calibrated as the function for one device.
+
+    Attributes:
+      attention_fn: the function for one device.
+      mesh: with the axes of :func:`fast_attention.mesh.meshes.make_mesh`.
+    """
+
+    mesh: Mesh
+
+    mechanism = "Attention on a mesh"
+    forward_mode = "it is that of the function for one device"
+
+    def attend(self, call: Call) -> Any:
+        """Attends, with the result of the function for one device.
+
+        Rows, heads and positions that the devices do not divide are no error: a length is filled
+        up, and every device has all rows, or heads.
+        """
+        divided, whole = self.mesh.shape[SEQUENCE] > 1, self.attention_fn.attend
+        drops_weights = call.dropout is not None and self.takes.dropout == "weights"
+        unlike = (
+            ("bias", call.bias, "leave it out"),
+            ("mask", call.mask, "pass key_mask or segment_ids"),
+            ("dropout_rate", call.dropout if drops_weights else None, "use 0"),
+        )
+        asked = [(name, instead) for name, given, instead in unlike if given is not None]
+        if asked and divided and not call.over_cache:
+            name, instead = asked[0]
+            raise mismatch(name, "left out where positions are divided over a mesh", "one", instead)
+        if asked or call.over_cache:
+            # Left to the compiler, which divides rows and heads where it can.
+            return whole(call)
+        # Keys are dropped in whole arrays, so that every mesh drops the same ones.
+        call = dataclasses.replace(call, value=call.drop_keys(), dropout=None)
+        layout = self._layout(call)
+        arrays: dict[str, Any] = {"query": call.query, "key": call.key, "value": call.value}
+        specs: dict[str, Any] = dict.fromkeys(arrays, layout.spec(heads=True, width=True))
+        length, key_mask = call.query.shape[-3], call.key_mask
+        if call.key.shape[-3] % layout.shards and key_mask is None:
+            key_mask = jnp.ones((*call.key.shape[:-2], 1), bool)
+        for name, x in (("key_mask", key_mask), ("key_bias", call.key_bias)):
+            if x is not None:
+                arrays[name] = x
+                specs[name] = layout.spec(heads=x.shape[-1] > 1, width=x.shape[-1] == 1)
+        for name, x in (("segment_ids", call.segment_ids), ("query_mask", call.query_mask)):
+            if x is not None:
+                arrays[name], specs[name] = x, layout.spec()
+        ids = ("segment_ids",)
+        arrays = {name: layout.fill(x, edge=name in ids) for name, x in arrays.items()}
+        if call.projection is not None:
+            arrays["projection"] = call.projection
+            specs["projection"] = _projection_specs(call.projection, layout, call.key)
+        if call.training_key is not None and self.redraws:
+            arrays["training_key"], specs["training_key"] = call.training_key, PartitionSpec()
+        function = self.attention_fn.along_axis(SEQUENCE) if divided else self.attention_fn
+        nothing = dict.fromkeys(
+            ("key_mask", "key_bias", "segment_ids", "query_mask", "projection", "training_key")
+        )
+        plain = dataclasses.replace(call, **nothing, fits=None)
+
+        def attend(arrays: dict[str, Any]) -> Array:
+            return function.attend(dataclasses.replace(plain, **arrays))
+
+        mapped = jax.shard_map(attend, mesh=self.mesh, in_specs=(specs,), out_specs=specs["query"])
+        out: Any = mapped(arrays)
+        return out[..., :length, :, :] if length % layout.shards else out
+
+    def along_axis(self, axis: AxisName) -> AttentionFn:
+        """The function inside ``jax.shard_map``, where there is no mesh to divide over."""
+        return self.attention_fn.along_axis(axis)
+
+    def _layout(self, call: Call) -> Layout:
+        """Where queries, keys and values lie."""
+        batch, given = call.query.shape[:-3], call.projection
+        rows = (rows_axes(self.mesh, batch[0]), *(None for _ in batch[1:])) if batch else ()
+        heads = axis_dividing(self.mesh, MODEL, call.key.shape[-2])
+        known = given is None or isinstance(given, TunedParameters | jax.Array)
+        # Projections of the function's own that differ by head cannot be divided with the heads.
+        own = None if given is not None else self.resolve_parameters(None, call.query.shape[-1])
+        shared = own is None or isinstance(own, TunedParameters) or own.ndim == 2
+        return Layout(self.mesh, SEQUENCE, rows, heads if shared and known else None)
+
+
+def on_mesh(attention_fn: Callable[..., Any], mesh: Mesh) -> AttentionFn:
+    """Returns an attention function for whole arrays, under ``jax.jit``, that lie on a mesh.
+
+    Outputs and gradients are those of `attention_fn`. Rows are divided over ``data`` and ``fsdp``,
+    heads over ``model``, positions over ``sequence``. Functions that cannot be taken apart are
+    returned as they are: the compiler divides what it can.
+
+    Args:
+      attention_fn: any attention function; along ``sequence`` one of those that
+        :func:`~fast_attention.mechanisms.on_mesh.sequence_parallel.along_mesh_axis` takes.
+      mesh: from :func:`fast_attention.mesh.meshes.make_mesh`, or another one with its axes; arrays
+        may lie on one whose axes are Explicit.
+
+    Raises:
+      ValueError: for a function that cannot attend across devices, if the mesh divides positions,
+        or a mesh with other axes.
+    """
+    function, mesh = as_attention_fn(attention_fn), with_auto_axes(mesh)
+    if mesh.size == 1:
+        return function
+    if mesh.shape[SEQUENCE] > 1:
+        function.along_axis(SEQUENCE)
+        return MeshAttention(function, mesh)
+    return MeshAttention(function, mesh) if function.divides else function
+
+
+def _projection_specs(projection: Any, layout: Layout, key: Array) -> Any:
+    """How parameters lie: axes of theirs for batch and heads as those of the keys."""
+    sizes = (*key.shape[:-3], key.shape[-2])
+    names = (*layout.batch, layout.heads)
+
+    def spec(x: Array, own: int) -> PartitionSpec:
+        leading = x.shape[: x.ndim - own]
+        count = len(leading)
+        places = zip(leading, sizes[len(sizes) - count :], names[len(names) - count :], strict=True)
+        return PartitionSpec(*(name if size == whole else None for size, whole, name in places))
+
+    if isinstance(projection, TunedParameters):
+        named = projection._asdict().items()
+        specs: dict[str, Any] = {name: spec(x, _OWN_AXES[name]) for name, x in named}
+        return TunedParameters(**specs)
+    if isinstance(projection, jax.Array):
+        return spec(projection, 2)
+    return PartitionSpec()

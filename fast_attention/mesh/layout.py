@@ -1,0 +1,95 @@
+"""How ``[*B, length, heads, width]`` arrays lie on a mesh, with the length along one of its axes.
+
+Shape letters: B batch, T length, H heads, D head width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from fast_attention.arrays.types import Array
+
+AxisName = str | tuple[str, ...]
+"""Name of a mesh axis, or a tuple of names, as JAX's collectives take them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where the axes of ``[*B, T, H, D]`` lie.
+
+    Attributes:
+      mesh: the devices.
+      axis: the mesh axis of the length.
+      batch: of each batch axis, None for none.
+      heads: of the heads, None for none.
+    """
+
+    mesh: Mesh
+    axis: AxisName
+    batch: tuple[Any, ...]
+    heads: Any
+
+    @property
+    def shards(self) -> int:
+        """Into how many stretches a sequence is cut."""
+        names = (self.axis,) if isinstance(self.axis, str) else self.axis
+        return math.prod(self.mesh.shape[name] for name in names)
+
+    def spec(self, *, length: bool = True, heads: bool = False, width: bool = False):
+        """Spec of an array with the batch axes and those asked for."""
+        middle = ((self.axis,) if length else ()) + ((self.heads,) if heads else ())
+        return PartitionSpec(*self.batch, *middle, *((None,) if width else ()))
+
+    def fill(self, x: Array, *, edge: bool = False) -> Array:
+        """Lengthens ``[*B, T, ...]`` to a multiple of the stretches, by zeros or the last entry."""
+        place = len(self.batch)
+        missing = -x.shape[place] % self.shards
+        if not missing:
+            return x
+        widths = [(0, 0)] * x.ndim
+        widths[place] = (0, missing)
+        return jnp.pad(x, widths, mode="edge" if edge else "constant")
+
+
+def layout_of(mesh: Mesh, axis: AxisName, spec: PartitionSpec | None, ndim: int) -> Layout:
+    """Reads the layout of queries with ``ndim`` axes.
+
+    Args:
+      mesh: the devices.
+      axis: the mesh axis of the length.
+      spec: of ``[*B, T, H, D]``; None has nothing but ``axis``.
+      ndim: number of axes.
+
+    Raises:
+      ValueError: for axes that the mesh does not have, or a spec that does not fit.
+    """
+    names = (axis,) if isinstance(axis, str) else tuple(axis)
+    unknown = [name for name in names if name not in mesh.shape]
+    if unknown or not names:
+        raise ValueError(
+            f"axis must name axes of the mesh, {tuple(mesh.shape)}, along which the sequence lies, "
+            f"got {axis!r}."
+        )
+    whole = [None] * (ndim - 3) + [axis, None, None]
+    if spec is not None:
+        whole = [*spec, *[None] * (ndim - len(spec))]
+    if len(whole) != ndim or whole[-1] is not None or whole[-3] not in (axis, names):
+        raise ValueError(
+            f"spec must lay out [*B, length, heads, width] with {axis!r} for the length and None "
+            f"for the width, such as {PartitionSpec(*[None] * (ndim - 3), axis, None, None)}, got "
+            f"{spec}."
+        )
+    return Layout(mesh, axis, tuple(whole[: ndim - 3]), whole[-2])
+
+
+def own_dropout_key(key: Array | None, axis: AxisName | None) -> Array | None:
+    """Makes every device of ``axis`` drop something else, inside ``jax.shard_map``."""
+    if key is None or axis is None:
+        return key
+    return jax.random.fold_in(key, jax.lax.axis_index(axis))

@@ -1,0 +1,1 @@
+"""The models of the original packages under their names, and their weights."""

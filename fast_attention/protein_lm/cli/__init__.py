@@ -1,0 +1,120 @@
+"""The console command ``protein-lm``: finds the subcommand, and makes failures one line."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from fast_attention.protein_lm.cli.commands import COMMANDS
+from fast_attention.protein_lm.cli.failures import (
+    describe_failure,
+    silence_libraries,
+    without_places,
+)
+from fast_attention.protein_lm.distributed.host_threads import provide_threads
+from fast_attention.protein_lm.distributed.huge_pages import restart_with_huge_pages
+from fast_attention.protein_lm.distributed.stopping import (
+    Interrupted,
+    Stopped,
+    interrupt_on_signals,
+)
+from fast_attention.protein_lm.terminal import for_terminal
+
+_DESCRIPTION = """\
+Train protein language models on FASTA files, and use them.
+
+  protein-lm train --gin_file=protein_lm_configs/demo.gin --work_dir=runs/demo
+  protein-lm evaluate --run_dir=runs/demo --fasta=my_proteins.fasta
+  protein-lm score --run_dir=runs/demo --fasta=my_proteins.fasta --output=scores.tsv
+  protein-lm mutate --run_dir=runs/demo --fasta=wild_type.fasta --all --output=effects.tsv
+  protein-lm sample --run_dir=runs/demo --num_samples=10 --output=new_proteins.fasta
+  protein-lm embed --run_dir=runs/demo --fasta=my_proteins.fasta --output=vectors.npz
+
+Every command explains itself: protein-lm train --help."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+      arguments: What follows the command's name; None takes them from the command line.
+
+    Returns:
+      The exit status: 0 for success, 1 for a failure whose reason is on stderr, 2 (by way of
+      SystemExit) for arguments that cannot be understood, 130 when stopped from the keyboard, 143
+      when by SIGTERM and 129 when by SIGHUP.
+    """
+    if arguments is None:
+        # Messages quote names of files and headers, which may hold any character.
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout = for_terminal(sys.stdout)
+        if isinstance(sys.stderr, io.TextIOWrapper):
+            sys.stderr = for_terminal(sys.stderr)
+        # Without it, matplotlib reads a file of the current folder, which may name modules.
+        os.environ.setdefault("MATPLOTLIBRC", os.devnull)
+    options = _parser().parse_args(arguments)
+    if arguments is None and not options.traceback:
+        silence_libraries()
+    provide_threads()
+    if arguments is None and options.command == "train":
+        restart_with_huge_pages()
+    try:
+        with interrupt_on_signals():
+            COMMANDS[options.command].run(options)
+    except Stopped as stopped:
+        told = without_places(str(stopped))
+        print(f"\nprotein-lm {options.command}: {told}", file=sys.stderr)
+        return stopped.exit_status
+    except KeyboardInterrupt as stopped:
+        resumable = options.command in ("train", "embed", "score")
+        remedy = "; the same command resumes" if resumable else ""
+        reason = str(stopped) or "stopped by SIGINT"
+        print(f"\nprotein-lm {options.command}: {reason}{remedy}", file=sys.stderr)
+        return stopped.exit_status if isinstance(stopped, Interrupted) else 130
+    except BrokenPipeError:
+        # The reader of our output has gone; writing there again at exit would fail, too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if options.traceback:
+            traceback.print_exc()
+        told = describe_failure(error, vars(options))
+        print(f"protein-lm {options.command}: error: {told}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "protein-lm",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module in COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=module.SUMMARY,
+            description=module.DESCRIPTION,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        # The type of options that have none.
+        command.register("type", None, _text)
+        module.add_arguments(command)
+        command.add_argument(
+            "--traceback", action="store_true", help="on failure, show where in the program it was"
+        )
+    return parser
+
+
+def _text(text: str) -> str:
+    """An option's text, which is empty where a variable of a shell script is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a value, got an empty text")
+    return text

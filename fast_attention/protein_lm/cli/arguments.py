@@ -1,0 +1,182 @@
+"""Arguments that several commands have, so that they are called and explained the same."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from fast_attention.protein_lm import ranges
+from fast_attention.protein_lm.data.fasta_parser import LONGEST_PROTEIN
+from fast_attention.protein_lm.data.skipped_records import SkippedRecords, list_skipped
+from fast_attention.protein_lm.ranges import Range
+
+
+def number(allowed: Range) -> Callable[[str], float]:
+    """The ``type`` of an option that takes a number of a range."""
+
+    def parse(text: str) -> float:
+        try:
+            return allowed.parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parse
+
+
+def add_run_dir(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--run_dir``, the trained model, and ``--gin_file``."""
+    parser.add_argument(
+        "--run_dir",
+        required=True,
+        metavar="FOLDER",
+        help="the --work_dir of a trained run, or the folder of an exported model",
+    )
+    add_gin_file(parser)
+
+
+def add_gin_file(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--gin_file``, which makes a model that its folder cannot describe."""
+    parser.add_argument(
+        "--gin_file",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="the gin file that the model was trained with; needed only for a model with code of "
+        "your own, such as an attention function; may be repeated. A gin file can run any code",
+    )
+
+
+def add_fasta(parser: argparse.ArgumentParser, meaning: str) -> None:
+    """Adds ``--fasta``, one or more files of proteins or folders of those."""
+    parser.add_argument(
+        "--fasta",
+        action="append",
+        required=True,
+        metavar="PATH",
+        help=f"{meaning}: a FASTA file (or a table, .csv or .tsv), plain or gzip, or "
+        "a folder of FASTA files; may be repeated",
+    )
+
+
+def add_on_error(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--on_error`` and ``--skipped_list``, which `skipped_records` makes use of."""
+    add_on_error_choice(parser, "raise")
+    parser.add_argument(
+        "--skipped_list",
+        metavar="FILE",
+        help="with --on_error=skip, where to list all proteins that were left out: a table, .tsv, "
+        ".csv, .gz behind either compresses it, or .parquet",
+    )
+
+
+def add_on_error_choice(parser: argparse.ArgumentParser, default: str | None) -> None:
+    """Adds ``--on_error`` alone, for a command that has its own place for the list."""
+    parser.add_argument(
+        "--on_error",
+        choices=("raise", "skip", "replace"),
+        default=default,
+        help="what to do with a protein that cannot be read, for instance because of a gap or a "
+        "digit: raise stops (the default), skip leaves it out and tells so at the end, replace "
+        "takes unknown letters for X and stops at anything else",
+    )
+
+
+@contextlib.contextmanager
+def skipped_records(options: argparse.Namespace) -> Iterator[SkippedRecords]:
+    """Gives the collector for ``read_proteins(..., on_error=options.on_error, skipped=...)``.
+
+    At the end of the ``with`` block, what was left out is told on stderr, and listed in the file
+    of ``--skipped_list``.
+    """
+    with list_skipped(options.skipped_list) as skipped:
+        yield skipped
+    if skipped.count:
+        print(skipped.summary(), file=sys.stderr)
+
+
+_INPUTS = (
+    "fasta",
+    "valid_fasta",
+    "table",
+    "split_file",
+    "families",
+    "mutations",
+    "variants",
+    "prompt_fasta",
+    "infill",
+)
+
+
+_PICTURE = (".png",)
+
+
+def check_files(options: argparse.Namespace, *outputs: str, evaluation: Path | None = None) -> None:
+    """Checks, before any work, what a command is to write.
+
+    Args:
+      options: Of the command.
+      outputs: Names of the options that are files to write.
+      evaluation: What is written to the run's folder as well.
+
+    Raises:
+      OutputError: If one cannot be written, is another output as well, or is a file that the
+        command reads.
+      ValueError: If the name of a table or a picture ends in no format of its kind.
+    """
+    from fast_attention.protein_lm.files.output_files import check_outputs
+    from fast_attention.protein_lm.files.tables import EXTENSIONS, find_extension
+
+    given = {f"--{name}": getattr(options, name) for name in outputs}
+    check_outputs({"evaluation.json": evaluation} | given, input_files(options))
+    formats = dict.fromkeys(("skipped_list", "per_protein"), EXTENSIONS)
+    formats |= dict.fromkeys(("heatmap", "plot"), _PICTURE)
+    for name, extensions in formats.items():
+        if name in outputs and (path := getattr(options, name)) is not None:
+            find_extension(path, extensions)
+
+
+def input_files(options: argparse.Namespace) -> Iterator[str | Path]:
+    """Yields all files that a command reads, those in its folders among them."""
+    from fast_attention.protein_lm.data.fasta_files import fasta_paths
+    from fast_attention.protein_lm.runs.run_folder import files_read
+
+    for name in ("run_dir", "model"):
+        if folder := getattr(options, name, None):
+            yield from files_read(Path(folder))
+    for name in _INPUTS:
+        given = getattr(options, name, None) or []
+        for path in [given] if isinstance(given, str) else given:
+            # A path that cannot be read is reported by whatever reads it.
+            with contextlib.suppress(ValueError):
+                yield from fasta_paths(path)
+
+
+def add_token_budget(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--tokens_per_batch`` and ``--max_length``."""
+    add_tokens_per_batch(parser)
+    parser.add_argument(
+        "--max_length",
+        type=number(ranges.LENGTH),
+        metavar="N",
+        help="use the first N residues of a longer protein (default: proteins are read whole, and "
+        f"one of more than {LONGEST_PROTEIN:,} residues is refused)",
+    )
+
+
+def add_tokens_per_batch(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--tokens_per_batch``."""
+    parser.add_argument(
+        "--tokens_per_batch",
+        type=number(ranges.TOKENS_PER_BATCH),
+        default=16384,
+        metavar="N",
+        help="residues that are computed at a time; less needs less memory (default: 16384)",
+    )
+
+
+def add_seed(parser: argparse.ArgumentParser, meaning: str) -> None:
+    """Adds ``--seed``."""
+    parser.add_argument("--seed", type=number(ranges.SEED), default=0, metavar="N", help=meaning)

@@ -1,0 +1,190 @@
+"""``protein-lm diagnose``."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from fast_attention.protein_lm import ranges
+from fast_attention.protein_lm.cli import arguments
+
+if TYPE_CHECKING:
+    from fast_attention.protein_lm.evaluation import diagnosis
+
+SUMMARY = "measure the error of a trained model's attention against exact attention"
+DESCRIPTION = """\
+Measure the error of a trained model's attention against exact softmax attention, for each layer
+and head, on some proteins.
+
+The error is relative: 0 is exact. It is printed beside the error of uniform attention, the mean
+over all visible residues: a head whose error is not below this baseline gains nothing from its
+features. Effective keys is the number of residues that an exact head attends to in effect; the
+fewer, the harder the head is to approximate.
+
+A model with exact attention has no error. With --estimator, --nb_features, --projection or
+--exact_window the command reports the error that such random features would have in its place, and
+with --target_error how many features are needed:
+
+  protein-lm diagnose --run_dir=runs/demo --fasta=my_proteins.fasta
+  protein-lm diagnose --run_dir=runs/exact --fasta=my_proteins.fasta --nb_features=256"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    arguments.add_run_dir(parser)
+    arguments.add_fasta(parser, "proteins to look at the model with")
+    arguments.add_on_error(parser)
+    parser.add_argument(
+        "--max_proteins",
+        type=arguments.number(ranges.COUNT),
+        default=32,
+        metavar="N",
+        help="look at N proteins, spread evenly over the files (default: 32)",
+    )
+    parser.add_argument(
+        "--max_length",
+        type=arguments.number(ranges.LENGTH),
+        default=512,
+        metavar="N",
+        help="use the first N residues of a longer protein: exact attention, which is computed "
+        "beside, takes time as the square of the length (default: 512)",
+    )
+    parser.add_argument(
+        "--estimator",
+        metavar="NAME",
+        help="judge random features in place of the model's own attention: favor+, hyperbolic, "
+        "wderf_s, ... (docs/choosing-features.md; default, with one of the next: wderf_s)",
+    )
+    parser.add_argument(
+        "--nb_features",
+        type=arguments.number(ranges.FEATURES),
+        metavar="M",
+        help="how many of these features (default, with one of the others: 256)",
+    )
+    parser.add_argument(
+        "--projection",
+        metavar="NAME",
+        help="how they are drawn: iid, orthogonal, orthogonal_antithetic, ... (default: the last "
+        "for estimators with parameters from data, orthogonal for others)",
+    )
+    parser.add_argument(
+        "--exact_window",
+        type=arguments.number(ranges.LENGTH),
+        metavar="W",
+        help="compute residues this near exactly, and only the others by features (default: none)",
+    )
+    parser.add_argument(
+        "--target_error",
+        type=arguments.number(ranges.ERROR),
+        metavar="X",
+        help="also say how many such features each layer needs for a relative error of its "
+        "attention matrix of at most X, such as 0.3",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="also write the figures: .json, or a table, .tsv, .csv (.gz behind either compresses "
+        "it) or .parquet",
+    )
+    parser.add_argument(
+        "--plot",
+        metavar="FILE",
+        help="also draw them (PNG): the error of each head, and the attention matrices of "
+        "one head, exact and as it is",
+    )
+    parser.add_argument(
+        "--layer",
+        type=arguments.number(ranges.HEAD),
+        default=1,
+        metavar="N",
+        help="whose matrices --plot draws (default: 1)",
+    )
+    parser.add_argument(
+        "--head",
+        type=arguments.number(ranges.HEAD),
+        default=1,
+        metavar="N",
+        help="of that layer (default: 1)",
+    )
+    arguments.add_seed(parser, "which features are drawn (default: 0)")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Runs the command."""
+    from fast_attention.protein_lm.evaluation import diagnosis, diagnosis_report
+    from fast_attention.protein_lm.files.output_targets import status_stream
+    from fast_attention.protein_lm.inference.model_inputs import read_for_model
+    from fast_attention.protein_lm.loading import load_run
+    from fast_attention.protein_lm.modeling.encoding import longest_protein
+    from fast_attention.protein_lm.wording import place
+
+    if options.output:
+        diagnosis_report.check_name(options.output)
+    if options.plot:
+        # Told before the work where it is missing.
+        import matplotlib  # noqa: F401
+
+    arguments.check_files(options, "output", "plot", "skipped_list")
+    features = _features(options)
+    model, step, folder = load_run(options.run_dir, gin_file=options.gin_file)
+    diagnosis_report.check_head(model, options.layer, options.head)
+    longest = longest_protein(model)
+    max_length = options.max_length if longest is None else min(options.max_length, longest)
+    with arguments.skipped_records(options) as skipped:
+        records = read_for_model(
+            model,
+            options.fasta,
+            max_length=max_length,
+            on_error=options.on_error,
+            skipped=skipped,
+        )
+        chosen = diagnosis.spread_evenly(records, options.max_proteins)
+        sequences = [record.sequence for record in chosen]
+        found = diagnosis.diagnose(
+            model,
+            sequences,
+            features=features,
+            target_error=options.target_error,
+            max_length=max_length,
+            seed=options.seed,
+        )
+        about = {
+            "run_dir": str(folder.path),
+            "step": step,
+            "fasta": list(options.fasta),
+            "max_length": max_length,
+        }
+        if options.output:
+            diagnosis_report.write(options.output, found, about, options.target_error)
+        if options.plot:
+            matrices = diagnosis.head_matrices(
+                model,
+                sequences[0],
+                options.layer,
+                options.head,
+                features=features,
+                parameters=found.parameters,
+                max_length=max_length,
+            )
+            protein = chosen[0].id
+            diagnosis_report.plot(
+                options.plot, found, matrices, options.layer, options.head, protein
+            )
+        status = status_stream(options.output, options.plot, options.skipped_list)
+        print(diagnosis_report.format_diagnosis(found, options.target_error), file=status)
+        written = [path for path in (options.output, options.plot) if path]
+        if written:
+            print(f"\nwritten to {' and '.join(map(place, written))}", file=status)
+
+
+def _features(options: argparse.Namespace) -> diagnosis.Features | None:
+    """What is to be judged in place of the model's own attention, checked."""
+    from fast_attention.protein_lm.evaluation import diagnosis
+
+    named = ("estimator", "nb_features", "projection", "exact_window")
+    given = {name: getattr(options, name) for name in named if getattr(options, name) is not None}
+    if not given and options.target_error is None:
+        return None
+    features = diagnosis.Features(**given)
+    features.attention_fn(causal=True)
+    return features

@@ -1,0 +1,109 @@
+"""``protein-lm embed``."""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from fast_attention.protein_lm import ranges
+from fast_attention.protein_lm.cli import arguments, progress
+
+SUMMARY = "compute vectors (embeddings) of proteins"
+DESCRIPTION = """\
+Compute vectors (embeddings) of proteins, which can be compared, clustered, or given to a simple
+classifier: similar proteins have vectors that are close to each other.
+
+One vector per protein by default, the mean over its residues; --pool=none writes one per residue.
+The same command resumes a command that was stopped."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    arguments.add_run_dir(parser)
+    arguments.add_fasta(parser, "proteins to embed")
+    arguments.add_on_error(parser)
+    parser.add_argument(
+        "--output",
+        required=True,
+        metavar="FILE",
+        help="the vectors, in the format of the extension: .npz (NumPy), .h5 (HDF5) or .parquet",
+    )
+    parser.add_argument(
+        "--pool",
+        choices=("mean", "max", "sum", "bos", "eos", "none"),
+        default="mean",
+        help="how the vectors of the residues become one: mean (the default), max or sum; bos and "
+        "eos take the model's state at the begin or the end of the protein; none keeps one vector "
+        "per residue",
+    )
+    parser.add_argument(
+        "--layers",
+        nargs="+",
+        type=_layer,
+        default=["last"],
+        metavar="LAYER",
+        help="where in the model the vectors are taken: last, behind everything (the default), "
+        "or one or more blocks, 1, 2, ... from the first or -1, -2, ... from the last; 0 is "
+        "before the first",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16"),
+        default="float32",
+        help="float16 halves the file and keeps 3 digits (default: float32)",
+    )
+    arguments.add_token_budget(parser)
+
+
+def _layer(text: str) -> float | str:
+    if text == "last":
+        return text
+    try:
+        return ranges.LAYER.parse(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected 'last' or {ranges.LAYER}, got {text[:80]!r}"
+        ) from None
+
+
+def run(options: argparse.Namespace) -> None:
+    """Runs the command."""
+    from fast_attention.protein_lm.files.tables import find_extension
+    from fast_attention.protein_lm.inference import embedding
+    from fast_attention.protein_lm.inference.array_files import EXTENSIONS
+    from fast_attention.protein_lm.inference.embedding_files import embed_to_file
+    from fast_attention.protein_lm.inference.model_inputs import read_for_model
+    from fast_attention.protein_lm.loading import load_run
+
+    find_extension(options.output, EXTENSIONS)
+    arguments.check_files(options, "output", "skipped_list")
+    config = embedding.EmbeddingConfig(
+        layers=tuple(options.layers) if len(options.layers) > 1 else options.layers[0],
+        pool=None if options.pool == "none" else options.pool,
+        dtype=options.dtype,
+        tokens_per_batch=options.tokens_per_batch,
+        max_length=options.max_length,
+    )
+    model, step, _ = load_run(options.run_dir, gin_file=options.gin_file)
+    began = time.perf_counter()
+    with (
+        arguments.skipped_records(options) as skipped,
+        progress.residue_bar("embed") as advance,
+    ):
+        records = read_for_model(
+            model,
+            options.fasta,
+            max_length=options.max_length,
+            on_error=options.on_error,
+            skipped=skipped,
+            unique_ids=True,
+        )
+        done = embed_to_file(
+            model,
+            records,
+            options.output,
+            config,
+            origin={"step": step},
+            progress=advance,
+        )
+    progress.tell(model, done, time.perf_counter() - began, options.output, options.skipped_list)

@@ -1,0 +1,113 @@
+"""``protein-lm evaluate``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from fast_attention.protein_lm import ranges
+from fast_attention.protein_lm.cli import arguments
+
+SUMMARY = "measure how well a trained model predicts proteins"
+DESCRIPTION = """\
+Measure how well a trained model predicts the residues of some proteins, and compare it with n-gram
+baselines. Perplexity is exp(mean loss per residue): lower is better, and 20 means uniform guessing
+among the 20 amino acids. Accuracy is the share of residues whose most probable prediction is right.
+
+All proteins are in memory together, with about one byte per residue and their ids; other commands
+read them as a stream. Divide what does not fit into several files."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    arguments.add_run_dir(parser)
+    arguments.add_fasta(parser, "proteins to predict")
+    arguments.add_on_error(parser)
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="where to write the figures as JSON (default: evaluation.json in the run's folder; "
+        "an earlier evaluation of other proteins is kept there as evaluation-DATE.json)",
+    )
+    parser.add_argument(
+        "--per_protein",
+        metavar="FILE",
+        help="also write a table with one row per protein: .tsv, .csv, .gz behind either "
+        "compresses it, or .parquet",
+    )
+    parser.add_argument(
+        "--split_file",
+        metavar="FILE",
+        help="a table (TSV or CSV, plain or gzip) with columns 'accession' and 'component': "
+        "proteins of one component are relatives, and error bars are taken over components",
+    )
+    parser.add_argument(
+        "--families",
+        metavar="FILE",
+        help="a table whose first column has ids and whose second has families, for figures of "
+        "each family (default: the components of --split_file)",
+    )
+    parser.add_argument(
+        "--batch_size",
+        type=arguments.number(ranges.BATCH_SIZE),
+        metavar="N",
+        help="proteins at a time; less needs less memory",
+    )
+    arguments.add_seed(parser, "which residues FlaxBERT is asked for (default: 0)")
+    parser.add_argument(
+        "--num_seeds",
+        type=arguments.number(ranges.SEEDS),
+        default=1,
+        metavar="N",
+        help="ask FlaxBERT N times, for other residues each time (default: 1)",
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Runs the command."""
+    from fast_attention.protein_lm.evaluation import evaluation, evaluation_files, report
+    from fast_attention.protein_lm.files.output_files import write_json
+    from fast_attention.protein_lm.files.output_targets import status_stream
+    from fast_attention.protein_lm.files.tables import write_table
+    from fast_attention.protein_lm.loading import load_run
+    from fast_attention.protein_lm.runs.run_folder import RunFolder
+    from fast_attention.protein_lm.wording import place
+
+    last = options.seed + options.num_seeds - 1
+    ranges.check("--seed plus --num_seeds minus 1", last, ranges.SEED)
+    own = None
+    if options.output is None and Path(options.run_dir).is_dir():
+        own = RunFolder(Path(options.run_dir)).evaluation
+    arguments.check_files(options, "output", "per_protein", "skipped_list", evaluation=own)
+    model, step, folder = load_run(options.run_dir, gin_file=options.gin_file)
+    with arguments.skipped_records(options) as skipped:
+        found = evaluation.evaluate_in_groups(
+            model,
+            options.fasta,
+            evaluation.load_baselines(folder.baselines),
+            batch_size=options.batch_size,
+            seed=options.seed,
+            num_seeds=options.num_seeds,
+            split_file=options.split_file,
+            families=options.families,
+            on_error=options.on_error,
+            skipped=skipped,
+        )
+        about = {"run_dir": str(folder.path), "step": step, "date": evaluation_files.now()}
+        result = about | found.result
+        # The figures come last: where they are, the table is.
+        if options.per_protein:
+            write_table(options.per_protein, found.per_protein)
+        kept = None
+        if options.output:
+            write_json(options.output, result)
+        else:
+            kept = evaluation_files.write_evaluation(folder, result)
+        written = [str(options.output or folder.evaluation)]
+        written += [options.per_protein] if options.per_protein else []
+        told = (
+            f"{report.format_evaluation(result)}\n\nwritten to {' and '.join(map(place, written))}"
+        )
+        if kept is not None:
+            told += f"\nthe earlier evaluation, of other proteins or settings, is now {kept}"
+        print(told, file=status_stream(*written, options.skipped_list))

@@ -1,0 +1,41 @@
+"""``protein-lm export``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from fast_attention.protein_lm.cli import arguments
+
+SUMMARY = "write a trained model as safetensors and JSON"
+DESCRIPTION = """\
+Write a trained protein model to a folder of its own, for other programs and to pass it on:
+model.safetensors holds the numbers, model.json everything needed to rebuild the model. It is much
+smaller than the run, from which training could go on. Wherever --run_dir is asked for, the new
+folder will do.
+
+  protein-lm export --run_dir=runs/demo --output=demo_model"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    arguments.add_run_dir(parser)
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="the new folder")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Runs the command."""
+    from fast_attention.protein_lm.evaluation import run_description
+    from fast_attention.protein_lm.loading import load_run
+    from fast_attention.protein_lm.runs.exporting import check_export, export_model
+    from fast_attention.protein_lm.runs.run_folder import RunFolder
+    from fast_attention.protein_lm.wording import counted
+
+    check_export(RunFolder(Path(options.run_dir)), RunFolder(Path(options.output)))
+    model, step, folder = load_run(options.run_dir, gin_file=options.gin_file)
+    tokens = run_description.tokens_seen(folder, step)
+    target = export_model(model, folder, options.output, step=step, tokens=tokens)
+    print(
+        f"{type(model).__name__} with {counted(model.num_parameters, 'parameter')} after "
+        f"{counted(step, 'step')} written to {target.path}"
+    )

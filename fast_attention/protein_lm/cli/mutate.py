@@ -1,0 +1,223 @@
+"""``protein-lm mutate``."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from fast_attention.protein_lm.cli import arguments
+
+if TYPE_CHECKING:
+    from fast_attention.protein_lm.data.fasta import FastaRecord
+    from fast_attention.protein_lm.data.vocabulary import Vocabulary
+    from fast_attention.protein_lm.inference.mutations import Variant
+
+SUMMARY = "predict the effects of mutations"
+DESCRIPTION = """\
+Score mutations by the change in log-likelihood relative to the wild type, and write a table with a
+row for each. Below 0 the mutant is less probable than the wild type, which often means that the
+protein works less well.
+
+  protein-lm mutate --run_dir=runs/demo --fasta=wild_type.fasta --all --heatmap=effects.png \\
+      --output=effects.tsv
+
+A12G turns the A at position 12 (counted from 1) into a G, A12G:L40P does two things at once. With
+FlaxLM there are also A12del, A12_L14del (deletions), A12_L13insGS (an insertion) and A12delinsGS (a
+replacement).
+
+A wild type has at most 50,000 residues. Mutants are scored and written in groups, so that memory
+does not grow with their number."""
+
+_GROUP = 2**14
+"""Edits of the mutants that are in memory together."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    arguments.add_run_dir(parser)
+    wild = parser.add_mutually_exclusive_group(required=True)
+    wild.add_argument(
+        "--fasta",
+        action="append",
+        metavar="PATH",
+        help="the wild type, or several: a FASTA file, plain or gzip; may be repeated",
+    )
+    wild.add_argument("--sequence", metavar="RESIDUES", help="the residues of the wild type")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--mutations",
+        metavar="FILE",
+        help="one mutation per line, or a table (tab or comma) with a column 'mutant', as those of "
+        "ProteinGym; a column 'id' says which of several wild types is meant. Or, where there is "
+        "no such file, the mutations themselves: A12G,L40P:K41R is A12G, and L40P with K41R",
+    )
+    what.add_argument("--all", action="store_true", help="all substitutions at every position")
+    what.add_argument(
+        "--variants", metavar="FILE", help="whole mutant proteins, FASTA, of one wild type"
+    )
+    parser.add_argument(
+        "--positions", metavar="RANGES", help="with --all: only there, such as 10-50,60"
+    )
+    parser.add_argument(
+        "--method",
+        metavar="NAME",
+        help="FlaxLM: log-likelihood-ratio. FlaxBERT: masked-marginals (the default; mutated "
+        "positions are hidden), wt-marginals (nothing is hidden, one pass for all mutations) or "
+        "pseudo-log-likelihood-ratio (slow)",
+    )
+    parser.add_argument(
+        "--output",
+        required=True,
+        metavar="FILE",
+        help="the table: .tsv or .csv, .gz behind either compresses it, or .parquet",
+    )
+    parser.add_argument(
+        "--heatmap",
+        metavar="FILE",
+        help="a picture (PNG) of the effects of single substitutions in one protein",
+    )
+    arguments.add_tokens_per_batch(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Runs the command."""
+    import numpy as np
+    from tqdm import tqdm
+
+    from fast_attention.protein_lm.files.output_targets import status_stream
+    from fast_attention.protein_lm.files.tables import EXTENSIONS, find_extension, open_table
+    from fast_attention.protein_lm.inference import heatmap, mutation_effects
+    from fast_attention.protein_lm.loading import load_run
+    from fast_attention.protein_lm.wording import counted, place
+
+    find_extension(options.output, EXTENSIONS)
+    arguments.check_files(options, "output", "heatmap")
+    if options.positions and not options.all:
+        raise ValueError("--positions says where --all substitutes: give both, or neither")
+    model = load_run(options.run_dir, gin_file=options.gin_file).model
+    vocab = model.domain.vocab
+    work = _work(options, vocab)
+    if options.heatmap:
+        begin = list(itertools.islice(work, 2))
+        heatmap.check(begin)
+        work = itertools.chain(begin, work)
+    method = mutation_effects.choose_method(model, options.method)
+    columns = mutation_effects.score_columns(method)
+    types = {"id": str, "mutant": str} | dict.fromkeys(columns, float)
+    count = proteins = 0
+    with (
+        open_table(options.output, types) as write,
+        tqdm(desc="mutate", unit=" proteins read", disable=None) as bar,
+    ):
+        for wild_type, mutants in work:
+            proteins += 1
+            matrix = None
+            for variants in _groups(mutants):
+                scores = mutation_effects.score_variants(
+                    model,
+                    wild_type.sequence,
+                    variants,
+                    method=method,
+                    tokens_per_batch=options.tokens_per_batch,
+                    progress=bar.update,
+                )
+                for variant, *values in zip(variants, *scores.values(), strict=True):
+                    write([wild_type.id, variant.name, *map(float, values)])
+                count += len(variants)
+                if options.heatmap:
+                    values = scores[columns[0]]
+                    part = heatmap.effect_matrix(
+                        wild_type.sequence, variants, values, vocab.standard_symbols
+                    )
+                    matrix = part if matrix is None else np.where(np.isnan(part), matrix, part)
+            if matrix is not None:
+                places = _places(options, wild_type)
+                span = None if places is None else (places[0], places[-1] + 1)
+                heatmap.plot_heatmap(
+                    options.heatmap,
+                    wild_type,
+                    matrix,
+                    columns[0],
+                    residues=vocab.standard_symbols,
+                    span=span,
+                )
+    print(
+        f"{counted(count, 'mutant')} of {counted(proteins, 'protein')} written to "
+        f"{place(options.output)}",
+        file=status_stream(options.output, options.heatmap),
+    )
+
+
+def _work(
+    options: argparse.Namespace, vocab: Vocabulary
+) -> Iterator[tuple[FastaRecord, Iterable[Variant]]]:
+    """Yields the wild types, and the variants of each, in the letters of a vocabulary."""
+    from fast_attention.protein_lm.data.fasta_files import read_proteins
+    from fast_attention.protein_lm.inference.model_inputs import CUT, longest_record
+    from fast_attention.protein_lm.inference.mutation_files import variants_of_list
+    from fast_attention.protein_lm.inference.mutations import (
+        iterate_substitutions,
+        variant_of,
+    )
+
+    limit, too_long = longest_record(None, CUT)
+    rules = {"alphabet": vocab.symbols, "max_residues": limit, "too_long": too_long}
+    wild_types = _wild_types(options, rules)
+    if options.all:
+        for wild in wild_types:
+            places = _places(options, wild)
+            yield wild, iterate_substitutions(wild.sequence, places, vocab.standard_symbols)
+        return
+    known = list(wild_types)
+    if options.mutations:
+        yield from variants_of_list(options.mutations, known)
+        return
+    if len(known) > 1:
+        raise ValueError(
+            f"--variants are those of one wild type, but there are {len(known)}: run the "
+            "command for each"
+        )
+    (wild,) = known
+    mutants = read_proteins(options.variants, **rules)
+    variants = (variant_of(mutant.id, mutant.sequence, wild.sequence) for mutant in mutants)
+    # For a picture they are looked at twice.
+    yield wild, list(variants) if options.heatmap else variants
+
+
+def _wild_types(options: argparse.Namespace, rules: Mapping[str, Any]) -> Iterator[FastaRecord]:
+    from fast_attention.protein_lm.data.fasta import FastaRecord
+    from fast_attention.protein_lm.data.fasta_files import read_proteins
+
+    if options.sequence is None:
+        yield from read_proteins(options.fasta, unique_ids=True, **rules)
+    elif len(options.sequence) > rules["max_residues"]:
+        raise ValueError(
+            f"--sequence has more than {rules['max_residues']:,} residues. {rules['too_long']}"
+        )
+    elif options.sequence:
+        yield FastaRecord("protein", "", options.sequence.upper())
+    else:
+        raise ValueError("--sequence is empty: give the residues of the wild type")
+
+
+def _places(options: argparse.Namespace, wild: FastaRecord) -> list[int] | None:
+    """The positions of ``--positions``, from 0; None where all are meant."""
+    from fast_attention.protein_lm.inference.mutations import parse_positions
+
+    return parse_positions(options.positions, len(wild.sequence)) if options.positions else None
+
+
+def _groups(variants: Iterable[Variant]) -> Iterator[list[Variant]]:
+    """Yields lists of variants that have about `_GROUP` edits together."""
+    group: list[Variant] = []
+    edits = 0
+    for variant in variants:
+        group.append(variant)
+        edits += 1 + len(variant.edits)
+        if edits >= _GROUP:
+            yield group
+            group, edits = [], 0
+    if group:
+        yield group

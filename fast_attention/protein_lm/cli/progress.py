@@ -1,0 +1,47 @@
+"""How far a command is that reads many proteins, and what it did in the end."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fast_attention.protein_lm.flax_model import FlaxModel
+    from fast_attention.protein_lm.inference.model_inputs import Done
+
+
+@contextlib.contextmanager
+def residue_bar(title: str) -> Iterator[Callable[[int], None]]:
+    """Shows a bar on stderr, if that is a terminal, and gives what moves it by some residues."""
+    from tqdm import tqdm
+
+    # How many there are is known when the file has been read, which is once, and as it goes.
+    with tqdm(desc=title, unit=" residues", unit_scale=True, disable=None) as bar:
+
+        def advance(residues: int) -> None:
+            bar.update(residues)
+
+        yield advance
+
+
+def tell(model: FlaxModel, done: Done, seconds: float, output: str, *others: str | None) -> None:
+    """Prints what was done; `others` are further outputs of the command."""
+    from fast_attention.protein_lm.files.output_targets import status_stream
+    from fast_attention.protein_lm.wording import counted, place
+
+    status = status_stream(output, *others)
+    print(
+        f"{counted(done.proteins, 'protein')}, {counted(done.residues, 'residue')}, "
+        f"{done.computed / seconds:,.0f} residues/s, written to {place(output)}",
+        file=status,
+    )
+    if done.computed < done.residues:
+        before = counted(done.residues - done.computed, "residue")
+        print(f"{before} of these had been computed before the interruption", file=status)
+    if done.longer:
+        print(
+            f"of {counted(done.longer, 'protein')} more than {model.domain.length:,} residues were "
+            "read, the length that the model was made for: it has not been trained on longer ones",
+            file=status,
+        )

@@ -1,0 +1,235 @@
+"""``protein-lm sample``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from fast_attention.protein_lm import ranges
+from fast_attention.protein_lm.cli import arguments
+
+if TYPE_CHECKING:
+    from fast_attention.protein_lm.data.fasta import FastaRecord
+    from fast_attention.protein_lm.flax_model import FlaxModel
+
+SUMMARY = "sample new proteins, or fill in masked residues"
+DESCRIPTION = """\
+Sample new proteins from a trained model and write them to a FASTA file; each header has the
+log-likelihood of the protein.
+
+  protein-lm sample --run_dir=runs/demo --num_samples=10 --output=new_proteins.fasta
+
+A FlaxLM writes from left to right, from nothing or from a given beginning (--prompt). A FlaxBERT
+fills in the residues that are hidden by * in a given protein:
+
+  protein-lm sample --run_dir=runs/bert --infill='MKT**AYIA*' --output=filled.fasta"""
+
+# What only one of the two ways has, with the value that stands for "not given".
+_WRITING = {
+    "prompt": None,
+    "prompt_fasta": None,
+    "min_length": None,
+    "max_length": None,
+    "repetition_penalty": None,
+    "repetition_window": None,
+}
+_FILLING = {"rounds": None}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    arguments.add_run_dir(parser)
+    parser.add_argument(
+        "--num_samples",
+        type=arguments.number(ranges.COUNT),
+        metavar="N",
+        help="how many proteins, of each prompt or for each protein to fill in (default: 10, and "
+        "1 with --infill)",
+    )
+    starts = parser.add_mutually_exclusive_group()
+    starts.add_argument(
+        "--prompt",
+        default=_WRITING["prompt"],
+        metavar="RESIDUES",
+        help="residues that every protein begins with, such as MKT",
+    )
+    starts.add_argument(
+        "--prompt_fasta",
+        metavar="FILE",
+        help="several prompts, each a record of a FASTA file (or a row of a table, .csv or .tsv)",
+    )
+    starts.add_argument(
+        "--infill",
+        metavar="PROTEIN",
+        help="a FASTA file, or residues, with * for every residue that a FlaxBERT is to fill in",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=arguments.number(ranges.COUNT),
+        metavar="N",
+        help="with --infill: fill in the hidden residues in N rounds, those the model is surest of "
+        "first (default: one residue a round, the most careful and the slowest)",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=arguments.number(ranges.TEMPERATURE),
+        metavar="T",
+        help="below 1 more typical proteins, above 1 more unusual ones, 0 always the most probable "
+        "residue (default: FlaxModel.sampling_kwargs of the training, or 1; so for other options)",
+    )
+    parser.add_argument(
+        "--top_k",
+        type=arguments.number(ranges.COUNT),
+        metavar="K",
+        help="draw among the K most probable residues only",
+    )
+    parser.add_argument(
+        "--top_p",
+        type=arguments.number(ranges.PROBABILITY),
+        metavar="P",
+        help="draw among the fewest residues that together have probability P",
+    )
+    parser.add_argument(
+        "--repetition_penalty",
+        type=arguments.number(ranges.PENALTY),
+        default=_WRITING["repetition_penalty"],
+        metavar="R",
+        help="above 1, such as 1.2, makes residues that occurred lately less probable (default: 1)",
+    )
+    parser.add_argument(
+        "--repetition_window",
+        type=arguments.number(ranges.COUNT),
+        metavar="N",
+        help="how many residues back that looks (default: all)",
+    )
+    parser.add_argument(
+        "--min_length",
+        type=arguments.number(ranges.LENGTH),
+        default=_WRITING["min_length"],
+        metavar="N",
+        help="minimum length in residues, including the prompt (default: 1)",
+    )
+    parser.add_argument(
+        "--max_length",
+        type=arguments.number(ranges.LENGTH),
+        metavar="N",
+        help="maximum length in residues, including the prompt (default: the model's limit)",
+    )
+    arguments.add_seed(parser, "equal seeds give equal proteins")
+    parser.add_argument(
+        "--output", required=True, metavar="FILE", help="the FASTA file; .gz compresses it"
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Runs the command."""
+    from tqdm import tqdm
+
+    from fast_attention.protein_lm.data.fasta import write_fasta
+    from fast_attention.protein_lm.files.output_targets import status_stream
+    from fast_attention.protein_lm.loading import load_run
+    from fast_attention.protein_lm.wording import counted, place
+
+    arguments.check_files(options, "output")
+    shortest, longest = options.min_length, options.max_length
+    if shortest is not None and longest is not None and shortest > longest:
+        raise ValueError(
+            f"--min_length={options.min_length} is more than --max_length={options.max_length}: "
+            "lower the first, or raise the second"
+        )
+    unused = _WRITING if options.infill else _FILLING
+    for name, default in unused.items():
+        if getattr(options, name) != default:
+            way = "when hidden residues are filled in" if options.infill else "without --infill"
+            raise ValueError(f"--{name} has no meaning {way}: leave it out")
+    model = load_run(options.run_dir, gin_file=options.gin_file).model
+    total, records = (_fill if options.infill else _write)(model, options)
+    # Proteins go to the file as they are drawn; it gets its name when it is whole.
+    write_fasta(options.output, tqdm(records, "sampling", total, unit="protein", disable=None))
+    print(
+        f"{counted(total, 'protein')} written to {place(options.output)}",
+        file=status_stream(options.output),
+    )
+
+
+def _write(model: FlaxModel, options: argparse.Namespace) -> tuple[int, Iterator[FastaRecord]]:
+    from fast_attention.protein_lm.data.fasta import FastaRecord
+    from fast_attention.protein_lm.data.fasta_files import read_proteins
+    from fast_attention.protein_lm.inference.sampling import draw_proteins, encode_prompt
+
+    number = 10 if options.num_samples is None else options.num_samples
+    if options.prompt_fasta:
+        symbols = model.domain.vocab.symbols
+        prompts = list(read_proteins(options.prompt_fasta, alphabet=symbols, unique_ids=True))
+    else:
+        prompts = [FastaRecord("sample", "", (options.prompt or "").upper())]
+    # All of them before the first protein is drawn.
+    for prompt in prompts:
+        try:
+            encode_prompt(model, prompt.sequence, options.max_length)
+        except ValueError as error:
+            where = f"{options.prompt_fasta}: {prompt.id!r}" if options.prompt_fasta else "--prompt"
+            raise ValueError(f"{where}: {error}") from None
+
+    def records() -> Iterator[FastaRecord]:
+        for prompt in prompts:
+            yield from draw_proteins(
+                model,
+                number,
+                prompt=prompt.sequence,
+                name=prompt.id,
+                seed=options.seed,
+                min_length=options.min_length,
+                max_length=options.max_length,
+                temperature=options.temperature,
+                top_k=options.top_k,
+                top_p=options.top_p,
+                repetition_penalty=options.repetition_penalty,
+                repetition_window=options.repetition_window,
+            )
+
+    return number * len(prompts), records()
+
+
+def _fill(model: FlaxModel, options: argparse.Namespace) -> tuple[int, Iterator[FastaRecord]]:
+    from fast_attention.protein_lm.data.fasta import FastaRecord
+    from fast_attention.protein_lm.data.fasta_files import read_proteins
+    from fast_attention.protein_lm.inference.infilling import HIDDEN, infill_proteins
+    from fast_attention.protein_lm.inference.model_inputs import CUT, longest_record
+
+    number = 1 if options.num_samples is None else options.num_samples
+    symbols = model.domain.vocab.symbols + HIDDEN
+    if os.path.exists(options.infill):
+        limit, too_long = longest_record(None, CUT)
+        proteins = list(
+            read_proteins(
+                options.infill,
+                alphabet=symbols,
+                unique_ids=True,
+                max_residues=limit,
+                too_long=too_long,
+            )
+        )
+    elif set(options.infill.upper()) <= set(symbols):
+        proteins = [FastaRecord("infill", "", options.infill.upper())]
+    else:
+        shown = options.infill if len(options.infill) <= 60 else f"{options.infill[:57]}..."
+        strange = next(letter for letter in options.infill if letter.upper() not in symbols)
+        raise ValueError(
+            f"--infill={shown} is neither a file nor residues: there is no such file, and "
+            f"{strange!r} is none of the residues {symbols}; check the path, or give residues with "
+            f"{HIDDEN} for the hidden ones"
+        )
+    records = infill_proteins(
+        model,
+        proteins,
+        num_samples=number,
+        rounds=options.rounds,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+    return number * len(proteins), records

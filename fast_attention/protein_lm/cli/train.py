@@ -1,0 +1,217 @@
+"""``protein-lm train``."""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+from fast_attention.protein_lm import ranges
+from fast_attention.protein_lm.cli import arguments
+
+SUMMARY = "train a model, or resume its training"
+DESCRIPTION = """\
+Train a model and write it to a folder. The same command resumes a run that was
+stopped from its last checkpoint; Ctrl-C and SIGTERM save the current step first. Without
+--fasta, the proteins that come with the package are used.
+
+  protein-lm train --gin_file=protein_lm_configs/demo.gin --work_dir=runs/demo
+  protein-lm train --gin_file=protein_lm_configs/demo.gin --work_dir=runs/mine \\
+      --fasta=family.fasta=3 --fasta=swissprot.fasta.gz --valid_fasta=held_out.fasta --epochs=5
+
+Several machines can train one model: see docs/multi-process.md."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    parser.add_argument(
+        "--gin_file",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="the settings, a gin file such as protein_lm_configs/demo.gin; may be repeated "
+        "(default: without any, those of demo.gin)",
+    )
+    parser.add_argument(
+        "--gin_bindings",
+        action="append",
+        default=[],
+        metavar="SETTING",
+        help="one more setting, such as 'FlaxModel.num_layers = 4'; may be repeated, and wins "
+        "over the files",
+    )
+    parser.add_argument(
+        "--work_dir", required=True, metavar="FOLDER", help="where the run is written; one run each"
+    )
+    parser.add_argument(
+        "--fasta",
+        action="append",
+        metavar="PATH[=WEIGHT]",
+        help="proteins to train on: a FASTA file, plain or gzip, or a folder of them; may be "
+        "repeated. A weight makes this "
+        "file's share of what is trained on proportional to it (a file without one then has weight "
+        "1); without weights, a file counts as much as its size",
+    )
+    for flag, meaning in (
+        (
+            "--valid_fasta",
+            "proteins to validate on during training; may be repeated. Without --valid_fasta and "
+            "--test_fasta, 5 %% of the sequences of --fasta (at most 1,000) are held out for both",
+        ),
+        ("--test_fasta", "proteins to evaluate on at the end; may be repeated"),
+    ):
+        parser.add_argument(flag, action="append", metavar="PATH", help=meaning)
+    arguments.add_on_error_choice(parser, None)
+    for flag, allowed, meaning in (
+        ("--steps", ranges.COUNT, "training steps; a larger number trains a finished run further"),
+        (
+            "--epochs",
+            ranges.EPOCHS,
+            "passes through the proteins, if they end before --steps; more train further",
+        ),
+        (
+            "--batch_size",
+            ranges.BATCH_SIZE,
+            "sequences per batch and device; lower it to save memory",
+        ),
+    ):
+        parser.add_argument(
+            flag,
+            type=arguments.number(allowed),
+            metavar="N",
+            help=f"{meaning} (default: the settings')",
+        )
+    parser.add_argument(
+        "--new_data",
+        action="store_true",
+        help="resume a run whose FASTA files have changed, which is otherwise an error",
+    )
+    group = parser.add_argument_group(
+        "several processes",
+        "Start the same command on every machine, all of which must see the same --work_dir.",
+    )
+    group.add_argument(
+        "--distributed",
+        action="store_true",
+        help="join the processes that Slurm, Open MPI, Kubernetes or Cloud TPU has started",
+    )
+    group.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="join without such help: the machine of process 0, and a free port there",
+    )
+    group.add_argument(
+        "--num_processes",
+        type=arguments.number(ranges.PROCESSES),
+        metavar="N",
+        help="total number of processes",
+    )
+    group.add_argument(
+        "--process_id",
+        type=arguments.number(ranges.PROCESS),
+        metavar="I",
+        help="0-based index of this process",
+    )
+    group.add_argument(
+        "--join_timeout",
+        type=arguments.number(ranges.SECONDS),
+        default=300,
+        metavar="SECONDS",
+        help="time to wait until all processes have connected (default: 300)",
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Runs the command."""
+    with _processes(options):
+        _train(options)
+
+
+def _processes(options: argparse.Namespace) -> AbstractContextManager[None]:
+    given = (options.coordinator, options.num_processes, options.process_id)
+    if given == (None, None, None) and not options.distributed:
+        return nullcontext()
+    if options.distributed and given != (None, None, None):
+        raise ValueError(
+            "--distributed finds the others by itself: leave it out, or --coordinator, "
+            "--num_processes and --process_id"
+        )
+    from fast_attention.protein_lm.distributed import processes
+    from fast_attention.protein_lm.runs import checkpoints
+    from fast_attention.protein_lm.runs.run_folder import RunFolder
+
+    def remedy() -> str:
+        step = checkpoints.newest_step(RunFolder(Path(options.work_dir)).checkpoints)
+        if step is None:
+            return "There was no checkpoint yet: the same command starts from the beginning"
+        return (
+            f"The checkpoint of step {step} is complete, and the same command resumes from there, "
+            "also with another number of processes or devices"
+        )
+
+    return processes.joined(*given, timeout=options.join_timeout, remedy=remedy)
+
+
+def _train(options: argparse.Namespace) -> None:
+    import gin
+
+    from fast_attention.protein_lm import gin_registry
+    from fast_attention.protein_lm.distributed import processes
+    from fast_attention.protein_lm.files.output_files import check_output_folder
+    from fast_attention.protein_lm.runs.run_folder import RunFolder
+
+    if not RunFolder(Path(options.work_dir)).result.exists():
+        check_output_folder(options.work_dir)
+    chosen = {
+        "train_files": options.fasta and read_weights(options.fasta),
+        "valid_files": options.valid_fasta,
+        "test_files": options.test_fasta,
+        "max_train_steps": options.steps,
+        "epochs": options.epochs,
+        "batch_size_per_device": options.batch_size,
+    }
+    bindings = [
+        f"experiment.{name} = {value!r}" for name, value in chosen.items() if value is not None
+    ]
+    if options.on_error:
+        bindings.append(f"experiment.on_error = {options.on_error!r}")
+    settings = options.gin_file
+    if not settings:
+        settings = [gin_registry.DEMO]
+        processes.note(f"no --gin_file: the settings are those of {gin_registry.DEMO}")
+    gin_registry.configure(settings, options.gin_bindings + bindings)
+    gin.get_configurable("experiment")(options.work_dir, new_data=options.new_data)
+
+
+def read_weights(given: list[str]) -> list[str] | dict[str, float]:
+    """Tells files from weights: ``a.fasta=2`` is the file ``a.fasta`` of weight 2.
+
+    A file whose whole name ends in that way is taken to be meant as it is.
+
+    Returns:
+      The files where there is no weight, else a dict from all files to weights, 1 by default.
+
+    Raises:
+      ValueError: If a file with weights was given twice, or a weight is out of its range.
+    """
+    found: list[tuple[str, str]] = []
+    for text in given:
+        name, _, number = text.rpartition("=")
+        has_weight = name and _is_number(number) and not Path(text).exists()
+        found.append((name, number) if has_weight else (text, ""))
+    if not any(number for _, number in found):
+        return given
+    weights = {name: float(number or 1) for name, number in found}
+    for name, weight in weights.items():
+        ranges.check(f"the weight of --fasta={name}", weight, ranges.WEIGHT)
+    if len(weights) < len(found):
+        raise ValueError(f"with weights, each file can be given once; got --fasta {given}")
+    return weights
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,137 @@
+"""Proteins in memory: one flat array of ids, cheap to slice, shuffle and crop.
+
+Letters: N proteins, S stored tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fast_attention.protein_lm.data.domains import DiscreteDomain
+from fast_attention.protein_lm.data.fasta_files import FastaPaths as FastaPaths
+from fast_attention.protein_lm.data.fasta_files import fasta_paths, read_proteins
+from fast_attention.protein_lm.data.skipped_records import SkippedRecords
+from fast_attention.protein_lm.data.vocabulary import Vocabulary
+from fast_attention.protein_lm.files.text_source import FastaError
+
+BUNDLED_SPLITS = ("train", "valid", "test", "ood_test", "valid_iid", "test_iid", "tiny")
+
+_DATA = Path(__file__).parent / "bundled"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Corpus:
+    """Encoded proteins, each followed by one end token if the vocabulary has that.
+
+    Attributes:
+      tokens: ``[S]`` of `Vocabulary.id_dtype`, all proteins one after the other.
+      offsets: int64 ``[N + 1]``; protein i is ``tokens[offsets[i] : offsets[i + 1]]``.
+      vocab: what the ids mean.
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    vocab: Vocabulary
+
+    def __len__(self) -> int:
+        """Returns the number of proteins."""
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 ``[N]``: tokens of each protein, its end token included."""
+        return np.diff(self.offsets)
+
+
+def join_rows(rows: Sequence[np.ndarray], vocab: Vocabulary) -> Corpus:
+    """The corpus of some proteins, each an array of ids.
+
+    Args:
+      rows: one array or more.
+      vocab: what the ids mean.
+    """
+    offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+    return Corpus(np.concatenate(rows).astype(vocab.id_dtype), offsets, vocab)
+
+
+def bundled_corpus(split: str) -> Path:
+    """Returns the FASTA file of a split of the corpus that comes with the package.
+
+    Args:
+      split: One of `BUNDLED_SPLITS`. Proteins of ``"valid"``, ``"test"`` and ``"ood_test"`` have no
+        relatives in ``"train"``, those of ``"valid_iid"`` and ``"test_iid"`` have; ``"tiny"`` is
+        500 short proteins of ``"train"``.
+    """
+    if split not in BUNDLED_SPLITS:
+        raise ValueError(f"split must be one of {', '.join(BUNDLED_SPLITS)}, but got {split!r}.")
+    return _DATA / f"{split}.fasta.gz"
+
+
+def bundled_splits() -> Path:
+    """Returns the table of the split and the homology component of every bundled protein."""
+    return _DATA / "splits.tsv.gz"
+
+
+def data_files(fasta: FastaPaths) -> list[Path]:
+    """The files that are meant, see `fasta_paths`, all of which can be read more than once.
+
+    Raises:
+      FastaError: at a pipe or a device, or if a folder has no FASTA file.
+    """
+    paths = fasta_paths(fasta)
+    for path in paths:
+        if path.exists() and not path.is_file():
+            raise FastaError(
+                f"{path}: is a pipe or a device, but has to be read more than once. Write its "
+                "content to a file first."
+            )
+    return paths
+
+
+def load_corpus(
+    fasta: FastaPaths,
+    domain: DiscreteDomain,
+    *,
+    on_error: str = "raise",
+    skipped: SkippedRecords | None = None,
+    ids: list[str] | None = None,
+) -> Corpus:
+    """Reads and encodes whole FASTA files; proteins keep their full length and their order.
+
+    Args:
+      fasta: one file or folder, or several, see `fasta_paths`. No pipes: training and evaluation
+        read their files more than once.
+      domain: gives the vocabulary; its length is not looked at.
+      on_error: what to do with a record that cannot be read, see `read_proteins`.
+      skipped: collects what ``on_error="skip"`` leaves out, which needs it.
+      ids: takes the id of each protein.
+
+    Raises:
+      FastaError: if a file cannot be read or has a symbol that the vocabulary lacks.
+      ValueError: if there is no file, or the vocabulary has no token that a FASTA file can hold.
+    """
+    paths = data_files(fasta)
+    vocab = domain.vocab
+    symbols = vocab.symbols
+    if not symbols:
+        raise ValueError(
+            "A FASTA file has one symbol for each residue, but no ordinary token of the vocabulary "
+            "is a single upper-case letter, digit or sign: give rows of ids instead."
+        )
+    table = np.zeros(128, vocab.id_dtype)
+    table[np.frombuffer(symbols.encode("ascii"), np.uint8)] = vocab.encode(symbols)
+    end = b"" if vocab.eos is None else np.array([vocab.eos], vocab.id_dtype).tobytes()
+    tokens, offsets = bytearray(), array("q", [0])
+    for record in read_proteins(paths, alphabet=symbols, on_error=on_error, skipped=skipped):
+        tokens += table[np.frombuffer(record.sequence.encode("ascii"), np.uint8)].tobytes() + end
+        offsets.append(len(tokens) // vocab.id_dtype.itemsize)
+        if ids is not None:
+            ids.append(record.id)
+    return Corpus(
+        np.frombuffer(tokens, vocab.id_dtype), np.frombuffer(offsets, np.int64), domain.vocab
+    )

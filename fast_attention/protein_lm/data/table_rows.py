@@ -1,0 +1,133 @@
+"""The rows of a table of text, CSV or TSV: one reader for every table that a command takes.
+
+Cells are separated by tabs where the first line has one, otherwise by commas or semicolons,
+whichever it has more of. Cells may be quoted as in RFC 4180. Any line ends, a byte order mark and
+blank lines are accepted, plain or compressed with gzip; blanks around cells are dropped.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from fast_attention.protein_lm.data.fasta_parser import MAX_HEADER, MAX_RESIDUES
+from fast_attention.protein_lm.files.text_source import FastaError, read_pieces
+from fast_attention.protein_lm.wording import counted
+
+LONGEST_LINE = MAX_RESIDUES + MAX_HEADER
+"""Bytes of the longest line: a longer record is reported by its id up to this length."""
+
+Row = tuple[int, list[str]]
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """Yields the rows of a table, see `parse_rows`.
+
+    Raises:
+      FastaError: As `read_lines` and `parse_rows`.
+    """
+    return parse_rows(path, read_lines(path))
+
+
+def read_lines(path: Path, *, most_bytes: int | None = None) -> Iterator[str]:
+    r"""Yields the lines of a file, each with its ``\n``; only one is in memory.
+
+    Args:
+      path: The file: UTF-8, or UTF-16 or UTF-32 with a byte order mark.
+      most_bytes: A larger file, unpacked, is an error; None reads a file of any size.
+
+    Raises:
+      FastaError: If the file cannot be read, is larger, has a NUL byte, another encoding or a line
+        of more than `LONGEST_LINE` bytes.
+    """
+    rest, number, size = b"", 1, 0
+    for piece in read_pieces(path):
+        size += len(piece)
+        if most_bytes is not None and size > most_bytes:
+            raise FastaError(
+                f"{path} has more than {most_bytes:,} bytes, and tables are read into memory: "
+                "check that it is the right file, or split it."
+            )
+        *whole, rest = (rest + piece).split(b"\n")
+        for line in whole:
+            yield _decode(path, number, line) + "\n"
+            number += 1
+        if len(rest) > LONGEST_LINE:
+            begin = rest[:40].decode(errors="replace")
+            raise FastaError(
+                f"{path}, line {number}: the line that begins with {begin!r} is longer than "
+                f"{LONGEST_LINE:,} bytes. Check that it is a table of proteins."
+            )
+    if rest:
+        yield _decode(path, number, rest) + "\n"
+
+
+def _decode(path: Path, number: int, line: bytes) -> str:
+    if b"\0" in line:
+        raise FastaError(
+            f"{path}, line {number}: has a NUL byte, which no text has. Save the table as plain "
+            "text, UTF-8."
+        )
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        before = line[max(0, error.start - 20) : error.start].decode(errors="replace")
+        raise FastaError(
+            f"{path}, line {number}: the byte {line[error.start]:#04x} after {before!r} is not "
+            "UTF-8. Save the table as text with the encoding UTF-8 (in a spreadsheet: 'CSV UTF-8')."
+        ) from None
+
+
+def parse_rows(path: Path, lines: Iterable[str]) -> Iterator[Row]:
+    """Yields the rows of a table that are not blank.
+
+    Args:
+      path: The file, for errors.
+      lines: Its lines.
+
+    Yields:
+      The line in which a row ends, from 1, and its cells.
+
+    Raises:
+      FastaError: If a quotation mark is not closed, or text follows a closing one.
+    """
+    lines, head = iter(lines), list[str]()
+    for line in lines:
+        head.append(line)
+        if line.strip():
+            break
+    # The limit of the module is for all of its readers.
+    csv.field_size_limit(LONGEST_LINE)
+    rows = csv.reader(
+        itertools.chain(head, lines),
+        delimiter=find_separator(head[-1] if head else ""),
+        strict=True,
+    )
+    begin = 1
+    try:
+        for row in rows:
+            cells = [cell.strip() for cell in row]
+            if any(cells):
+                yield rows.line_num, cells
+            begin = rows.line_num + 1
+    except csv.Error as error:
+        raise FastaError(
+            f"{path}, line {begin}: is no table: the row that begins here cannot be read as far as "
+            f"line {rows.line_num} ({error}). Close each quotation mark, and double those inside a "
+            "quoted cell."
+        ) from error
+
+
+def find_separator(line: str) -> str:
+    """What separates the cells of a table whose first line this is."""
+    return "\t" if "\t" in line else max(",", ";", key=line.count)
+
+
+def cell_count(found: int, expected: int) -> tuple[str, str]:
+    """What is wrong with a row of another number of cells than the first line has, and a remedy."""
+    return (
+        f"has {counted(found, 'cell')}, but the first line has {expected}",
+        "Quote cells that hold the separator, and write decimals with a point.",
+    )

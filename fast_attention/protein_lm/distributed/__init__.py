@@ -1,0 +1,1 @@
+"""Several processes and devices, signals, threads of the host."""

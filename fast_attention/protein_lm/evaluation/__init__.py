@@ -1,0 +1,1 @@
+"""Evaluation on files of proteins, baselines, diagnosis."""

@@ -1,0 +1,1 @@
+"""Files: outputs that are whole or absent, tables, JSON, npz, text."""

@@ -1,0 +1,1 @@
+"""Models of a property of proteins on top of a language model."""

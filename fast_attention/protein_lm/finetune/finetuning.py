@@ -1,0 +1,303 @@
+"""Fine-tuning: a property of proteins, learned from examples on top of a language model.
+
+Three methods, from cheap to costly. ``"frozen"``: a linear model on the vectors of the untouched
+trunk, solved exactly. ``"lora"``: that, and low-rank adapters of every dense layer
+(arXiv:2106.09685). ``"full"``: that, and all parameters.
+
+Shape letters: N proteins, M width, K classes.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from fast_attention.protein_lm import ranges
+from fast_attention.protein_lm.errors import RunError
+from fast_attention.protein_lm.finetune import tuning_loop
+from fast_attention.protein_lm.finetune.finetuned import FineTuned as FineTuned
+from fast_attention.protein_lm.finetune.finetuned import (
+    Fit,
+    embed,
+    fingerprint,
+    head_outputs,
+    with_parameters,
+)
+from fast_attention.protein_lm.finetune.labelled import (
+    PARTS,
+    TASKS,
+    as_numbers,
+    choose_parts,
+)
+from fast_attention.protein_lm.finetune.linear_head import (
+    LinearHead,
+    Units,
+    cross_entropy,
+    fit_classification,
+    fit_regression,
+)
+from fast_attention.protein_lm.finetune.property_metrics import (
+    classification_metrics,
+    regression_metrics,
+    spearman,
+)
+from fast_attention.protein_lm.flax_model import FlaxModel
+from fast_attention.protein_lm.modeling.encoding import encode_sequences
+from fast_attention.protein_lm.modeling.token_batches import Shape
+
+METHODS = ("frozen", "lora", "full")
+_LEARNING_RATES = {"frozen": 0.0, "lora": 1e-3, "full": 1e-4}
+
+
+@dataclasses.dataclass(frozen=True)
+class TuningConfig:
+    """How a property is learned.
+
+    Attributes:
+      method: Of `METHODS`.
+      rank: r of the adapters.
+      alpha: Adapters are scaled by alpha / r.
+      learning_rate: None takes 1e-3 for adapters and 1e-4 for all parameters.
+      weight_decay: AdamW's, of gradient steps.
+      grad_clip: Largest global norm of a gradient; None does not clip.
+      batch_size: Proteins of a gradient step.
+      max_epochs: Most passes through the proteins.
+      patience: Epochs without improvement on the validation part after which to stop.
+      balanced: Whether the classes count equally, however many proteins they have.
+      test_share: Held out for the report, where the proteins have no parts.
+      valid_share: Of the rest, to choose penalties and to stop early.
+      max_length: Crops proteins to so many residues; None takes them whole.
+      seed: Of every draw.
+    """
+
+    method: str = "frozen"
+    rank: int = 8
+    alpha: float = 16.0
+    learning_rate: float | None = None
+    weight_decay: float = 0.01
+    grad_clip: float | None = 1.0
+    batch_size: int = 16
+    max_epochs: int = 20
+    patience: int = 3
+    balanced: bool = False
+    test_share: float = 0.2
+    valid_share: float = 0.1
+    max_length: int | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        """Raises ValueError at a value out of its range."""
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}; got {self.method!r}")
+        for name, allowed in ranges.TUNING.items():
+            value = getattr(self, name)
+            if value is not None or name not in ("learning_rate", "grad_clip", "max_length"):
+                ranges.check(name, value, allowed)
+        if not isinstance(self.balanced, bool):
+            raise ValueError(f"balanced must be True or False, but got {self.balanced!r}")
+
+
+def fine_tune(
+    model: FlaxModel,
+    sequences: Sequence[str],
+    labels: Sequence[Any],
+    *,
+    task: str,
+    parts: Sequence[str] | None = None,
+    groups: Sequence[str] | None = None,
+    log: Callable[[dict[str, Any]], None] | None = None,
+    **options: Any,
+) -> FineTuned:
+    """Learns a property of proteins; equal arguments give equal results on one machine.
+
+    Args:
+      model: The language model; it is not changed.
+      sequences: N proteins, in upper case.
+      labels: Numbers, or names of classes.
+      task: ``"regression"`` or ``"classification"``.
+      parts: ``"train"``, ``"valid"`` or ``"test"`` for each; None draws them.
+      groups: Proteins of one group (relatives) are not separated when parts are drawn.
+      log: Takes a row of figures for each epoch of gradient steps.
+      **options: Fields of `TuningConfig`.
+
+    Returns:
+      The predictor, with ``fit`` telling what it reached on each part.
+
+    Raises:
+      FloatingPointError: If training diverges.
+      RunError: If there are too few proteins or classes, or a label is no number.
+      ValueError: At an option out of its range, or a sequence that the model cannot read.
+    """
+    config = TuningConfig(**options)
+    if task not in TASKS:
+        raise ValueError(f"task must be one of {', '.join(TASKS)}; got {task!r}")
+    if isinstance(sequences, str) or len(sequences) != len(labels):
+        raise ValueError(
+            f"expected as many labels as sequences; got {len(labels)} and {len(sequences)}"
+        )
+    chosen = choose_parts(
+        len(sequences),
+        parts,
+        groups,
+        test_share=config.test_share,
+        valid_share=config.valid_share,
+        seed=config.seed,
+    )
+    sequences = list(sequences)
+    rows = {part: np.flatnonzero(chosen == part) for part in PARTS}
+    classes, targets = _targets(task, labels, rows["train"])
+    shapes: set[Shape] = set()
+    vectors = embed(model, sequences, config.max_length, shapes)
+    history: list[dict[str, Any]] = []
+
+    def record(row: dict[str, Any]) -> None:
+        history.append(row)
+        if log is not None:
+            log(row)
+
+    class_weights = np.ones(1 if classes is None else len(classes))
+    numbers, units = targets, None
+    if classes is None:
+        units = Units.of(numbers[rows["train"]])
+        targets = units.standardise(numbers)
+    elif config.balanced:
+        counts = np.bincount(targets[rows["train"]], minlength=len(classes))
+        class_weights = len(rows["train"]) / (len(classes) * np.maximum(counts, 1))
+    fitted, held = ((vectors[rows[part]], targets[rows[part]]) for part in ("train", "valid"))
+    if classes is None:
+        head, penalty = fit_regression(fitted, held)
+    else:
+        head, penalty = fit_classification(fitted, held, class_weights)
+    values = _valid_metrics(head, *held, class_weights)
+    record({"epoch": 0, "step": 0, "split": "frozen", "penalty": penalty, **values})
+
+    trunk, adapters = fingerprint(model), None
+    if config.method != "frozen":
+        model, head, adapters = _tune_trunk(
+            model, sequences, targets, rows, head, class_weights, config, shapes, record
+        )
+        vectors = embed(model, sequences, config.max_length, shapes)
+    if units is not None:
+        # In float64 beside the float32 kernel, which has too few digits for them.
+        head = head._replace(units=np.array(units))
+    outputs = head_outputs(head, vectors)
+    measure = regression_metrics if classes is None else classification_metrics
+    trained = {sequences[row] for row in rows["train"]}
+    measured = {
+        part: {
+            "proteins": len(found),
+            "shared": 0 if part == "train" else sum(sequences[row] in trained for row in found),
+        }
+        | measure(numbers[found], outputs[found])
+        for part, found in rows.items()
+        if len(found)
+    }
+    fit = Fit(chosen, outputs, measured, history)
+    return FineTuned(model, classes, head, config.method, config.max_length, trunk, adapters, fit)
+
+
+def _targets(
+    task: str, labels: Sequence[Any], train: np.ndarray
+) -> tuple[tuple[str, ...] | None, np.ndarray]:
+    if task == "regression":
+        numbers = as_numbers(labels)
+        some = numbers[train]
+        if some.min() == some.max() or Units.of(some).spread == 0:
+            raise RunError(
+                f"all {len(train)} training labels are {numbers[train[0]]:g}: there is nothing to "
+                "learn; check the column of labels (--label_column)"
+            )
+        return None, numbers
+    classes, targets = np.unique(np.array([str(label) for label in labels]), return_inverse=True)
+    present = classes[np.unique(targets[train])]
+    if len(present) < 2:
+        raise RunError(
+            f"all {len(train)} training proteins are of the class {str(present[0])!r}: there is "
+            "nothing to tell apart; check the column of labels (--label_column) and the split "
+            "(--split_column)"
+        )
+    if len(classes) == len(labels):
+        raise RunError(
+            f"each of the {len(labels)} proteins has a class of its own: choose --task=regression "
+            "for numbers (task='regression' in Python), or another column of labels "
+            "(--label_column)"
+        )
+    return tuple(classes.tolist()), targets
+
+
+def _valid_metrics(
+    head: LinearHead, vectors: np.ndarray, targets: np.ndarray, class_weights: np.ndarray
+) -> dict[str, float]:
+    """The loss that is trained on, and the figure that people look at."""
+    outputs = head_outputs(head, vectors)
+    about = {"proteins": len(targets)}
+    if outputs.ndim == 1:
+        loss = float(((outputs - targets) ** 2).mean())
+        return about | {"loss": loss, "spearman": spearman(targets, outputs)}
+    accuracy = float((outputs.argmax(-1) == targets).mean())
+    loss = cross_entropy(head(vectors), targets, class_weights)
+    return about | {"loss": loss, "accuracy": accuracy}
+
+
+def _tune_trunk(
+    model: FlaxModel,
+    sequences: list[str],
+    targets: np.ndarray,
+    rows: dict[str, np.ndarray],
+    head: LinearHead,
+    class_weights: np.ndarray,
+    config: TuningConfig,
+    shapes: set[Shape],
+    record: Callable[[dict[str, Any]], None],
+) -> tuple[FlaxModel, LinearHead, Any]:
+    rate = config.learning_rate
+    schedule = tuning_loop.Schedule(
+        learning_rate=_LEARNING_RATES[config.method] if rate is None else rate,
+        weight_decay=config.weight_decay,
+        grad_clip=config.grad_clip,
+        batch_size=config.batch_size,
+        max_epochs=config.max_epochs,
+        patience=config.patience,
+        seed=config.seed,
+    )
+    held = [sequences[row] for row in rows["valid"]]
+
+    def validate(parameters: Any, head: LinearHead) -> dict[str, float]:
+        # Never trained, so that it may share arrays with the model; an average of the parameters
+        # before would be read in their place.
+        tuned = copy.copy(model)
+        tuned.state = dataclasses.replace(model.state, parameters=parameters, average=None)
+        vectors = embed(tuned, held, config.max_length, shapes)
+        return _valid_metrics(head, vectors, targets[rows["valid"]], class_weights)
+
+    proteins = list(
+        encode_sequences(
+            model,
+            [sequences[row] for row in rows["train"]],
+            max_length=config.max_length,
+        )
+    )
+    wanted = targets[rows["train"]]
+    classify = len(class_weights) > 1
+    weights = class_weights[wanted] if classify else np.ones(len(wanted))
+    scale = config.alpha / config.rank
+    rank = config.rank if config.method == "lora" else None
+    trainable, head = tuning_loop.tune(
+        model,
+        proteins,
+        wanted.astype(np.int32 if classify else np.float32),
+        weights,
+        head,
+        tuning_loop.make_trunk(model, rank, config.seed),
+        scale,
+        schedule,
+        validate,
+        record,
+    )
+    parameters = tuning_loop.trunk_parameters(model, trainable, scale)
+    tuned = with_parameters(model, parameters, model.state.variables)
+    return tuned, head, (trainable["adapters"], scale) if rank else None

@@ -1,0 +1,1 @@
+"""Scores, mutations, embeddings, samples of a trained model."""

@@ -1,0 +1,144 @@
+"""Proteins of FASTA files, as far as a model can read them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from fast_attention.protein_lm.data.fasta import FastaRecord
+from fast_attention.protein_lm.data.fasta_files import FastaPaths, read_proteins
+from fast_attention.protein_lm.data.fasta_parser import LONGEST_PROTEIN, MAX_RESIDUES
+from fast_attention.protein_lm.data.skipped_records import SkippedRecords
+from fast_attention.protein_lm.errors import RunError
+from fast_attention.protein_lm.machine_failures import OUT_OF_MEMORY, machine_failure
+from fast_attention.protein_lm.modeling.encoding import longest_protein
+from fast_attention.protein_lm.wording import counted
+
+if TYPE_CHECKING:
+    from fast_attention.protein_lm.flax_model import FlaxModel
+
+CROP = (
+    "use the first N residues with --max_length=N (max_length in Python), or leave long proteins "
+    "out with --on_error=skip"
+)
+CUT = "cut out the part that matters"
+"""In place of `CROP`, for commands that do not crop."""
+
+_ID_BYTES_PER_TOKEN = 64
+
+
+class Done(NamedTuple):
+    """What was made of the proteins of some files.
+
+    Attributes:
+      proteins: How many there were.
+      residues: How many of their residues were read by the model.
+      longer: How many proteins have more residues than the model's domain.
+      computed: Residues of this call, without those that an earlier one had computed.
+    """
+
+    proteins: int
+    residues: int
+    longer: int
+    computed: int
+
+
+def read_for_model(
+    model: FlaxModel,
+    paths: FastaPaths,
+    *,
+    max_length: int | None = None,
+    on_error: str = "raise",
+    skipped: SkippedRecords | None = None,
+    unique_ids: bool = False,
+    crop: str = CROP,
+) -> Iterator[FastaRecord]:
+    """Reads proteins one by one that a model has letters and room for.
+
+    Args:
+      model: Whose letters may occur.
+      paths: As for `read_proteins`.
+      max_length: To how many residues proteins will be cropped. None crops none, and a record of
+        more than `LONGEST_PROTEIN` residues is an error.
+      on_error: As for `read_proteins`. Of a protein that is too long, "raise" and "replace" raise.
+      skipped: As for `read_proteins`.
+      unique_ids: As for `read_proteins`.
+      crop: What an error about a longer record tells the user to do.
+
+    Raises:
+      FastaError: As `read_proteins`, and at a protein that is too long.
+      RunError: If a crop does not fit into the model.
+    """
+    room = longest_protein(model)
+    if room is not None and max_length is not None and max_length > room:
+        raise RunError(
+            f"a crop to {max_length} residues does not fit into the model's learned positions, "
+            f"which have room for {room}"
+        )
+    limit, remedy = MAX_RESIDUES, None
+    if max_length is None:
+        limit, remedy = longest_record(room, crop)
+    return read_proteins(
+        paths,
+        alphabet=model.domain.vocab.symbols,
+        on_error=on_error,
+        skipped=skipped,
+        unique_ids=unique_ids,
+        max_residues=limit,
+        too_long=remedy,
+    )
+
+
+def longest_record(room: int | None, crop: str = CROP) -> tuple[int, str]:
+    """The most residues of a record that is read whole, and what to do with a longer one.
+
+    Args:
+      room: Most residues that the model can read; None is any number.
+      crop: How the caller crops proteins.
+    """
+    if room is not None and room < LONGEST_PROTEIN:
+        return room, (
+            f"The model's learned positions have room for {room}: "
+            f"{crop.replace('the first N', f'the first {room}').replace('=N', f'={room}')}, or "
+            "train a model with FlaxModel.positions = 'rotary'."
+        )
+    return LONGEST_PROTEIN, (
+        "No known protein is as long: check that this is no genome and that each protein has a "
+        f"header of its own, or {crop}."
+    )
+
+
+def record_cost(name: str) -> int:
+    """Tokens as which the id of a record counts, so that very long ids fill a window, too."""
+    return len(name) // _ID_BYTES_PER_TOKEN
+
+
+@contextlib.contextmanager
+def naming_the_longest(
+    ids: Sequence[str],
+    lengths: Sequence[int],
+    remedy: str = "take a smaller --tokens_per_batch, or use the first N residues with "
+    "--max_length=N",
+) -> Iterator[None]:
+    """Names the longest of some proteins where they need more memory than there is.
+
+    Args:
+      ids: Of the proteins.
+      lengths: Their residues.
+      remedy: What to do.
+
+    Raises:
+      RunError: In place of an error for lack of memory.
+    """
+    try:
+        yield
+    except Exception as error:
+        if machine_failure(error) != OUT_OF_MEMORY:
+            raise
+        longest = max(range(len(ids)), key=lengths.__getitem__)
+        raise RunError(
+            f"out of memory at a group of {counted(len(ids), 'protein')}, the longest of which is "
+            f"{ids[longest][:100]!r} with {counted(lengths[longest], 'residue')}: {remedy} "
+            f"({next(iter(str(error).splitlines()), 'MemoryError')[:200]})"
+        ) from error

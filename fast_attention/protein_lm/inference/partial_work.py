@@ -1,0 +1,251 @@
+"""Results of a long command in parts, from which the same command resumes after it was stopped.
+
+The proteins are computed window by window. The results of each window are a file in a folder beside
+the output, ``<output>.partial``, which is removed when the output is complete. A part has a digest
+of its settings and its proteins, so that a part of other proteins, an empty or a damaged one is
+computed again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fast_attention.protein_lm.errors import RunError
+from fast_attention.protein_lm.files.npz_files import check_npz, read_arrays
+from fast_attention.protein_lm.files.output_files import open_output, write_json
+from fast_attention.protein_lm.files.output_targets import is_special
+from fast_attention.protein_lm.flax_model import FlaxModel
+from fast_attention.protein_lm.machine_failures import machine_failure
+from fast_attention.protein_lm.modeling.encoding import Encoded
+
+_MANIFEST = "manifest.json"
+_PART = re.compile(r"\d{6}\.npz")
+_TEMPORARY = re.compile(r"\.(manifest\.json|\d{6}\.npz)\..*")
+
+Arrays = dict[str, np.ndarray]
+Found = TypeVar("Found")
+
+
+class Work(NamedTuple):
+    """The parts of one output.
+
+    Attributes:
+      folder: Where they are.
+      settings: What the results depend on beside the proteins, as JSON.
+    """
+
+    folder: Path
+    settings: dict[str, Any]
+
+
+@contextlib.contextmanager
+def open_work(output: str | os.PathLike[str], settings: Mapping[str, Any]) -> Iterator[Work]:
+    """Finds the parts of an output, without creating anything beside it.
+
+    The parts of a device, a pipe or standard output are in a temporary folder, and not resumed.
+
+    Args:
+      output: The file that is to be written.
+      settings: What the results depend on beside the proteins; fit for JSON.
+
+    Raises:
+      RunError: If the folder of the parts has parts of other settings, or other files.
+    """
+    plain = json.loads(json.dumps(settings))
+    if is_special(output):
+        with tempfile.TemporaryDirectory(prefix="protein-lm.") as folder:
+            yield Work(Path(folder), plain)
+        return
+    whole = Path(os.path.realpath(output))
+    work = Work(whole.with_name(f"{whole.name}.partial"), plain)
+    _check(work)
+    try:
+        yield work
+    except BaseException:
+        # Without a finished part there is nothing to resume from.
+        if not any(_PART.fullmatch(name) for name in _names(work.folder)):
+            remove_parts(work)
+        raise
+
+
+def _check(work: Work) -> None:
+    """Raises RunError if the folder has other files, or parts of other settings."""
+    names = _names(work.folder)
+    foreign = [name for name in names if not _is_own(name)]
+    if foreign:
+        raise RunError(
+            f"{work.folder} is in the way: it has {foreign[0]!r}, which is no part of a stopped "
+            "command; move the folder, or give another output"
+        )
+    before = _manifest(work.folder)
+    if before is None or not any(_PART.fullmatch(name) for name in names):
+        return
+    changed = [
+        f"{name}: {before.get(name)!r} there, {work.settings.get(name)!r} asked for now"
+        for name in sorted({*before, *work.settings})
+        if before.get(name) != work.settings.get(name)
+    ]
+    if changed:
+        raise RunError(
+            f"{work.folder} has the results of a stopped command with other settings:\n  "
+            + "\n  ".join(changed)
+            + "\ngive the settings of that command to resume it, delete the folder to start from "
+            "the beginning, or give another output"
+        )
+
+
+def window_digest(work: Work, names: Iterable[str], proteins: Iterable[Encoded]) -> str:
+    """The SHA-256 of the settings and the proteins of a window."""
+    digest = hashlib.sha256(json.dumps(work.settings, sort_keys=True).encode())
+    for name, item in zip(names, proteins, strict=True):
+        digest.update(f"{name}\0{len(item.residues)} {item.whole}\0".encode())
+        digest.update(item.residues.tobytes())
+    return digest.hexdigest()
+
+
+def has_part(work: Work, number: int, digest: str) -> bool:
+    """Whether there are results of a window, undamaged and of the same settings and proteins.
+
+    Args:
+      work: From `open_work`.
+      number: Of the window, from 0.
+      digest: From `window_digest`.
+
+    Raises:
+      RunError: If the part cannot be read for lack of memory or a failure of the disk.
+    """
+
+    def check(path: Path) -> bool:
+        check_npz(path)
+        return read_arrays(path, ["digest"])["digest"].item() == digest
+
+    return bool(_try(check, part_path(work, number)))
+
+
+def read_part(work: Work, number: int, digest: str, names: Sequence[str]) -> Arrays:
+    """Reads results of a window of which `has_part` is true, or that `save_part` has written.
+
+    Args:
+      work: From `open_work`.
+      number: Of the window, from 0.
+      digest: From `window_digest`.
+      names: Which arrays to read.
+
+    Raises:
+      RunError: If the part was changed, or cannot be read.
+    """
+
+    def read(path: Path) -> Arrays | None:
+        found = read_arrays(path, [*names, "digest"])
+        return found if found.pop("digest").item() == digest else None
+
+    path = part_path(work, number)
+    found = _try(read, path)
+    if found is None:
+        raise RunError(
+            f"{path} was changed while the command ran: give the command again, which computes "
+            "this part anew"
+        )
+    return found
+
+
+def save_part(work: Work, number: int, digest: str, arrays: Arrays) -> None:
+    """Writes the results of a window.
+
+    Args:
+      work: From `open_work`.
+      number: Of the window, from 0.
+      digest: From `window_digest`.
+      arrays: The results; none is called ``digest``.
+
+    Raises:
+      OutputError: If it cannot be written.
+    """
+    work.folder.mkdir(exist_ok=True)
+    if _manifest(work.folder) != work.settings:
+        write_json(work.folder / _MANIFEST, work.settings)
+    with open_output(part_path(work, number), seekable=True) as file:
+        np.savez(file, allow_pickle=False, digest=np.array(digest), **arrays)
+
+
+def remove_parts(work: Work) -> None:
+    """Removes the folder and the parts in it; files of other names are left, and the folder."""
+    for name in _names(work.folder):
+        if _is_own(name):
+            (work.folder / name).unlink()
+    with contextlib.suppress(OSError):
+        work.folder.rmdir()
+
+
+def part_path(work: Work, number: int) -> Path:
+    """The file of the window of a number, from 0."""
+    return work.folder / f"{number:06}.npz"
+
+
+def pack_ids(ids: Sequence[str]) -> Arrays:
+    """Strings as arrays whose size is that of the text, whatever the longest string is."""
+    encoded = [name.encode() for name in ids]
+    ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
+    return {"ids_utf8": np.frombuffer(b"".join(encoded), np.uint8), "ids_ends": ends}
+
+
+def unpack_ids(arrays: Mapping[str, np.ndarray]) -> list[str]:
+    """The strings of `pack_ids`."""
+    text, ends = arrays["ids_utf8"].tobytes(), arrays["ids_ends"].tolist()
+    return [text[start:end].decode() for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def fingerprint(model: FlaxModel) -> str:
+    """The SHA-256 of all arrays of a model, and of its shape."""
+    digest = hashlib.sha256(f"{model.objective} {model.config}".encode())
+    for leaf in jax.tree.leaves((model.weights, model.state.variables)):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def _try(read: Callable[[Path], Found], path: Path) -> Found | None:
+    """What a function makes of a file, or None where the file is absent or damaged."""
+    try:
+        return read(path)
+    except Exception as error:
+        if (reason := machine_failure(error)) is not None:
+            raise RunError(f"{path} cannot be read now: {reason}") from error
+        return None
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return []
+    except NotADirectoryError:
+        raise RunError(
+            f"{folder} is in the way, and is no folder: move it, or give another output"
+        ) from None
+
+
+def _is_own(name: str) -> bool:
+    return name == _MANIFEST or bool(_PART.fullmatch(name) or _TEMPORARY.fullmatch(name))
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    """The settings of the parts of a folder; None where they are absent or damaged."""
+    try:
+        found = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None  # Each part knows its settings by its digest.
+    return found if isinstance(found, dict) else None

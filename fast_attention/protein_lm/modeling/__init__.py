@@ -1,0 +1,1 @@
+"""The model, its state and its training step."""

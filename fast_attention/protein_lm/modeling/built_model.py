@@ -1,0 +1,297 @@
+"""The tokens, the arrays and the compiled functions of a protein language model."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from fast_attention.mesh.meshes import with_auto_axes
+from fast_attention.models.on_mesh import lay_on_mesh
+from fast_attention.models.transformer import Transformer
+from fast_attention.protein_lm.data.domains import DiscreteDomain
+from fast_attention.protein_lm.data.masking import MaskingConfig
+from fast_attention.protein_lm.distributed import process_arrays
+from fast_attention.protein_lm.inference import embedding, scoring
+from fast_attention.protein_lm.modeling import (
+    attention_exchange as exchange,
+)
+from fast_attention.protein_lm.modeling import (
+    optimizer,
+    schedules,
+    train_state,
+)
+from fast_attention.protein_lm.modeling.model_config import make_config, make_tokens
+from fast_attention.protein_lm.modeling.model_options import check_state, split_options
+
+
+class BuiltModel:
+    """What a `FlaxModel` is made of: its tokens, its arrays, and the functions compiled for it.
+
+    Attributes:
+      domain: Vocabulary and greatest length.
+      options: As given, see `ModelOptions`.
+      sampling_kwargs: Defaults of the options of `sample`.
+      tokens: Ids of special tokens, and the size of the model's vocabulary.
+      config: Of the Transformer.
+      attention_fn: As given; None is exact attention.
+      masking: How residues are corrupted; None for a causal model.
+      random_seed: As given.
+      schedule: Learning rate of each step.
+      optimizer_options: Keywords of `optimizer.create_optimizer`.
+      model_cls: As given.
+      ema_decay: As given.
+      mesh: The devices; batches are divided over them, and so may be parameters.
+      graphdef: Structure of the Transformer.
+      abstract_state: Shapes, dtypes and shardings of `state`.
+      initialize: ``key -> TrainState``.
+      train_step: ``(state, batch) -> (state, sums)``; donates the state.
+      eval_step: ``(parameters, variables, batch, packed) -> sums``.
+      logits_step: ``(parameters, variables, batch, packed) -> logits``.
+      residue_step: Log-probabilities of residues, see `scoring.make_residue_step`.
+      embedding_step: Representations, see `embedding.make_embedding_step`.
+    """
+
+    objective: ClassVar[str]
+    sampling_options: ClassVar[tuple[str, ...]]
+
+    def __init__(
+        self,
+        domain: DiscreteDomain,
+        *,
+        attention_fn: Callable[..., Any] | None = None,
+        model_cls: Callable[..., nnx.Module] = Transformer,
+        random_seed: int = 0,
+        batch_size: int = 32,
+        learning_rate: float | schedules.Schedule = 1e-3,
+        weight_decay: float = 0.1,
+        grad_clip: float | None = None,
+        beta1: float = 0.9,
+        beta2: float = 0.98,
+        epsilon: float = 1e-9,
+        ema_decay: float | None = None,
+        mesh: Mesh | None = None,
+        **kwargs: Any,
+    ):
+        """Builds the model; its parameters are made when `state` is first read.
+
+        Args:
+          domain: What is modelled.
+          attention_fn: Replaces exact attention in every layer, for instance the result of
+            ``make_fast_softmax_attention()``; None is exact attention.
+          model_cls: Called as ``model_cls(config, attention_fn, rngs=rngs)``.
+          random_seed: Of parameters, dropout, masks and, by default, samples.
+          batch_size: Rows per batch in `fit` and `evaluate`, unless they are told.
+          learning_rate: A number, or a function from a step to a number.
+          weight_decay: AdamW's, on matrices other than embeddings.
+          grad_clip: Largest global norm of a gradient; None does not clip.
+          beta1: AdamW's.
+          beta2: AdamW's.
+          epsilon: AdamW's.
+          ema_decay: Of a moving average of the parameters, in [0, 1), such as 0.999; validation,
+            evaluation and samples are then those of the average (see
+            `train_state.make_train_step`). None keeps no average.
+          mesh: From `make_mesh`; None divides batches over all devices, which hold the same
+            parameters.
+          **kwargs: Fields of `ModelOptions` and of `TransformerConfig`. ``max_len``, by default
+            the domain's length, is the most residues of a protein with learned positions; there is
+            one more position for the begin or the end token.
+
+        Raises:
+          TypeError: At a keyword that `TransformerConfig` does not have.
+          ValueError: If `ema_decay` is out of its range, or at a value that is not possible here.
+        """
+        if not hasattr(self, "objective"):
+            raise TypeError("FlaxModel is what FlaxLM and FlaxBERT share: make one of them")
+        self.options, model_kwargs = split_options(kwargs)
+        with_bos = self.options.with_bos
+        if with_bos is None:
+            with_bos = self.objective == "causal"
+        self.domain = domain
+        self.tokens = make_tokens(domain, with_bos, self.options.with_mask)
+        self.sampling_kwargs = self.options.sampling(type(self).sampling_options)
+        self.masking: MaskingConfig | None = None
+        self.random_seed = random_seed
+        self.batch_size = batch_size
+        self.config = make_config(self.objective == "causal", domain, self.tokens, model_kwargs)
+        self.optimizer_options = {
+            "weight_decay": weight_decay,
+            "grad_clip": grad_clip,
+            "beta1": beta1,
+            "beta2": beta2,
+            "epsilon": epsilon,
+        }
+        self.model_cls = model_cls
+        self.ema_decay = ema_decay
+        self.mesh = self.options.mesh(mesh)
+        self._build(attention_fn, learning_rate)
+
+    def _build(
+        self, attention_fn: Callable[..., Any] | None, learning_rate: float | schedules.Schedule
+    ) -> None:
+        """Makes the structure around an attention function, and what is compiled of it."""
+        self.attention_fn = attention_fn
+        if not callable(learning_rate):
+            learning_rate = schedules.create_learning_rate_scheduler("constant", learning_rate)
+        self.schedule: schedules.Schedule = learning_rate
+        self._optimizer = optimizer.create_optimizer(self.schedule, **self.optimizer_options)
+
+        # A protein of max_len residues is read with a begin or an end token.
+        config = dataclasses.replace(self.config, max_len=self.config.max_len + 1)
+
+        def build(rngs: nnx.Rngs) -> nnx.Module:
+            return self.model_cls(config, attention_fn, rngs=rngs)
+
+        abstract = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
+        lay_on_mesh(abstract, self.mesh)
+        self.graphdef, parameters, variables = train_state.split_model(abstract)
+        averaged = self.ema_decay is not None
+        self.abstract_state = train_state.abstract_state(
+            parameters, variables, self._optimizer, self.mesh, averaged=averaged
+        )
+        self._shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+        self.initialize = train_state.make_initializer(
+            build, self._optimizer, averaged=averaged, shardings=self._shardings
+        )
+        self._make_train_step()
+        self.eval_step = train_state.make_eval_step(self.graphdef)
+        self.logits_step = train_state.make_logits(self.graphdef)
+        self.residue_step = scoring.make_residue_step(self.graphdef, self.objective)
+        self.embedding_step = embedding.make_embedding_step(self.graphdef, self.objective)
+        self._state: train_state.TrainState | None = None
+
+    def _make_train_step(self) -> None:
+        self.train_step = train_state.make_train_step(
+            self.graphdef, self._optimizer, ema_decay=self.ema_decay, shardings=self._shardings
+        )
+
+    def set_num_steps(self, number: int) -> None:
+        """Says how long training takes: see `schedules.FactorSchedule.over`."""
+        if isinstance(self.schedule, schedules.FactorSchedule):
+            self.schedule = self.schedule.over(number)
+            self._optimizer = optimizer.create_optimizer(self.schedule, **self.optimizer_options)
+            self._make_train_step()
+
+    @property
+    def length(self) -> int:
+        """The most tokens of a sequence of the domain."""
+        return self.domain.length
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of the model, those among them that it adds to the vocabulary of the domain."""
+        return self.tokens.vocab_size
+
+    @property
+    def bos_token(self) -> int | None:
+        """Id of the begin token, or None."""
+        return self.tokens.bos
+
+    @property
+    def eos_token(self) -> int | None:
+        """Id of the end token, or None."""
+        return self.tokens.eos
+
+    @property
+    def pad_token(self) -> int | None:
+        """Id of the padding token, or None."""
+        return self.tokens.pad
+
+    @property
+    def mask_token(self) -> int | None:
+        """Id of the mask token, or None."""
+        return self.tokens.mask
+
+    @property
+    def state(self) -> train_state.TrainState:
+        """All arrays; made from `random_seed` when first read."""
+        if self._state is None:
+            self._state = self.initialize(jax.random.key(self.random_seed))
+        return self._state
+
+    @state.setter
+    def state(self, state: train_state.TrainState) -> None:
+        self._state = state
+
+    @property
+    def weights(self) -> Any:
+        """The parameters that predictions are made with: their average, where one is kept."""
+        return train_state.weights(self.state)
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens of a sequence: the domain's length, or fewer learned positions."""
+        learned = self.config.positions == "learned"
+        return min(self.domain.length, self.config.max_len) if learned else self.domain.length
+
+    def get_weights(self) -> train_state.TrainState:
+        """A copy of `state`, for `set_weights`: parameters, optimiser, step and random key."""
+        # The step donates its state: what a caller keeps must not share its buffers.
+        return jax.tree.map(jnp.copy, self.state)
+
+    def set_weights(self, state: train_state.TrainState) -> None:
+        """Replaces `state` by a copy of what `get_weights` returned, of this or an equal model.
+
+        Raises:
+          TypeError: If it is no state.
+          ValueError: If its arrays are those of another model.
+        """
+        if not isinstance(state, train_state.TrainState):
+            raise TypeError(
+                f"expected the result of get_weights, but got a {type(state).__name__}; parameters "
+                "alone are replaced by set_parameters"
+            )
+        check_state(state, self.abstract_state)
+        self.state = jax.tree.map(
+            lambda array, where: process_arrays.put(jnp.copy(array), where), state, self._shardings
+        )
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of trained scalars."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.abstract_state.parameters))
+
+    def set_parameters(self, parameters: Any, variables: Any) -> None:
+        """Replaces the model's arrays; step, optimiser and randomness start anew."""
+        key = jax.random.key(self.random_seed)
+        state = train_state.make_state(
+            parameters, variables, self._optimizer, key, averaged=self.ema_decay is not None
+        )
+        self.state = jax.tree.map(process_arrays.put, state, self._shardings)
+
+    def with_attention(
+        self,
+        attention_fn: Callable[..., Any] | None,
+        *,
+        learning_rate: float | schedules.Schedule | None = None,
+    ) -> Self:
+        """The same model, with the same parameters, around another attention function.
+
+        Nothing is converted, see `fast_attention.layers.with_attention`. Projections are drawn from
+        `random_seed`, stored parameters of features wait for `calibrate`, training starts anew.
+
+        Args:
+          attention_fn: As for the constructor; None is exact attention.
+          learning_rate: Of its training; None is that of this model, from the first step on.
+        """
+        model = copy.copy(self)
+        model._state = None
+        model._build(attention_fn, self.schedule if learning_rate is None else learning_rate)
+        # A state is donated: no buffer may belong to two.
+        parameters = jax.tree.map(jnp.copy, self.weights)
+        model.set_parameters(*exchange.keep_features(model.state, parameters))
+        return model
+
+    def with_mesh(self, mesh: Mesh) -> Self:
+        """The same model, with the same parameters, on other devices; training starts anew."""
+        model = copy.copy(self)
+        model._state, model.mesh = None, with_auto_axes(mesh)
+        model._build(self.attention_fn, self.schedule)
+        model.set_parameters(*process_arrays.fetch((self.weights, self.state.variables)))
+        return model

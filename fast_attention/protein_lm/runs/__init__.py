@@ -1,0 +1,1 @@
+"""Folders of runs: checkpoints, declarative model files, loading, exporting."""

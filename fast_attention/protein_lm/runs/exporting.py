@@ -1,0 +1,194 @@
+"""A trained model as files that other programs can read.
+
+``model.json`` says what the model is (see `model_file`), with the step, the tokens it was trained
+on and the number of its parameters. ``model.safetensors`` holds the arrays, named by their place in
+the model: ``parameters`` are what was trained, ``variables`` are what was drawn once, such as the
+projections of random features. ``config.gin`` and ``baselines.npz``, if the run has them, are
+copied: the former for people, the latter so that ``protein-lm evaluate`` works.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from fast_attention.protein_lm.errors import RunError
+from fast_attention.protein_lm.files.json_files import open_plain
+from fast_attention.protein_lm.files.output_files import (
+    check_output_folder,
+    open_output,
+    open_output_folder,
+    write_file,
+)
+from fast_attention.protein_lm.flax_model import FlaxModel
+from fast_attention.protein_lm.machine_failures import machine_failure
+from fast_attention.protein_lm.modeling.train_state import TrainState, weights
+from fast_attention.protein_lm.runs import model_description, model_file
+from fast_attention.protein_lm.runs.array_records import describe, named
+from fast_attention.protein_lm.runs.run_folder import RunFolder, check_free, content
+
+# Names of the types in a safetensors file.
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool"}
+_DTYPES |= {
+    f"{kind}{bits}": f"{name}{bits}"
+    for kind, name in (("I", "int"), ("U", "uint"))
+    for bits in (8, 16, 32, 64)
+}
+
+
+def export_model(
+    model: FlaxModel, folder: RunFolder, output: str | Path, *, step: int, tokens: int | None
+) -> RunFolder:
+    """Writes a trained model to a folder that `loading.load_run` reads, too.
+
+    Args:
+      model: With its trained parameters.
+      folder: The run it comes from, or a folder written by this function.
+      output: The new folder; created when absent.
+      step: Of the checkpoint.
+      tokens: That it was trained on, if that is known.
+
+    Raises:
+      OutputError: If the folder cannot be written.
+      RunError: If it holds a run, or is the exported folder itself.
+    """
+    target = RunFolder(Path(output))
+    check_export(folder, target)
+    about = _describe(model, step, tokens) | {"training": model_file.read(folder.model)["training"]}
+    with open_output_folder(target.path, last=target.model.name) as path:
+        new = RunFolder(path)
+        _write_arrays(new.weights, named(_arrays(model.state)))
+        for source, copy in ((folder.baselines, new.baselines), (folder.config, new.config)):
+            if source.is_file():
+                with open_output(copy) as file, open(source, "rb") as content:
+                    shutil.copyfileobj(content, file)
+        write_file(new.model, model_file.to_text(about))
+    return target
+
+
+def save_model(model: FlaxModel, output: str | os.PathLike[str]) -> None:
+    """Writes a model that was trained in Python, as `export_model` writes that of a run.
+
+    Args:
+      model: Its predicting parameters are written, and not the state of its training.
+      output: The folder; created when absent. A model that was saved there before is replaced.
+
+    Raises:
+      OutputError: If the folder cannot be written.
+      RunError: If it holds a run.
+    """
+    target = RunFolder(Path(output))
+    check_export(None, target)
+    if target.config.exists():
+        raise RunError(f"{target.path} holds an exported run: give the model a folder of its own")
+    about = _describe(model, int(model.state.step), None)
+    with open_output_folder(target.path, last=target.model.name) as path:
+        new = RunFolder(path)
+        _write_arrays(new.weights, named(_arrays(model.state)))
+        write_file(new.model, model_file.to_text(about))
+
+
+def _describe(model: FlaxModel, step: int, tokens: int | None) -> dict[str, Any]:
+    parameters = model_description.count_parameters(model)
+    exported = {"step": step, "tokens": tokens, "parameters": parameters}
+    return model_file.describe(model) | {"exported": exported}
+
+
+def check_export(folder: RunFolder | None, target: RunFolder) -> None:
+    """Checks whether a run, or a model of no run, can be written to a folder, before any work.
+
+    Raises:
+      OutputError: If the folder cannot be created or filled.
+      RunError: If it holds a run, or is the exported folder itself.
+    """
+    check_output_folder(target.path)
+    same = (
+        folder is not None
+        and target.path.exists()
+        and folder.path.exists()
+        and target.path.samefile(folder.path)
+    )
+    held = content(target)
+    if same or held not in ("", "an exported model"):
+        raise RunError(f"{target.path} holds {held} already: give the export a folder of its own")
+    files = (target.weights, target.model, target.baselines)
+    check_free(target, [file.name for file in files])
+
+
+def read_arrays(
+    folder: RunFolder, about: dict[str, Any], abstract: TrainState
+) -> tuple[int, Any, Any]:
+    """Reads the arrays of an exported folder.
+
+    Args:
+      folder: Written by `export_model`.
+      about: The content of its ``model.json``.
+      abstract: A state of `jax.ShapeDtypeStruct`: what the model expects.
+
+    Returns:
+      The step, the parameters and the other variables.
+
+    Raises:
+      RunError: If the file is absent, damaged or of another model.
+    """
+    import safetensors
+
+    path = folder.weights
+    open_plain(path).close()
+    expected = describe(_arrays(abstract))
+    try:
+        with safetensors.safe_open(path, framework="flax") as file:
+            names = file.keys()
+            stored = {name: _describe_slice(file.get_slice(name)) for name in names}
+            _check_shapes(folder, stored, expected)
+            found = {name: file.get_tensor(name) for name in expected}
+    except (MemoryError, OSError, ValueError, safetensors.SafetensorError) as error:
+        remedy = machine_failure(error) or "fetch the folder again, or export the run again"
+        raise RunError(f"{path} cannot be read ({error}): {remedy}") from error
+    structure = jax.tree.structure(_arrays(abstract))
+    arrays = jax.tree.unflatten(structure, [found[name] for name in expected])
+    return exported_step(folder, about), arrays["parameters"], arrays["variables"]
+
+
+def _describe_slice(part: Any) -> str:
+    """An array of a file as `array_records.describe` describes it."""
+    dtype = part.get_dtype()
+    return f"{_DTYPES.get(dtype, dtype)}{part.get_shape()}"
+
+
+def _check_shapes(folder: RunFolder, stored: dict[str, str], expected: dict[str, str]) -> None:
+    for name in [*expected, *stored]:
+        there, wanted = (tree.get(name, "absent") for tree in (stored, expected))
+        if there != wanted:
+            raise RunError(
+                f"{folder.weights} does not fit {folder.model.name}: {name} is {there} there, and "
+                f"the model expects {wanted}; export the run again"
+            )
+
+
+def exported_step(folder: RunFolder, about: dict[str, Any]) -> int:
+    """The step that the model of an exported folder was trained for.
+
+    Raises:
+      RunError: If ``model.json`` does not say.
+    """
+    if about["exported"] is None:
+        raise RunError(f"{folder.model}: exported is null, though {folder.weights.name} is there")
+    return about["exported"]["step"]
+
+
+def _write_arrays(path: Path, arrays: dict[str, Any]) -> None:
+    import safetensors.numpy
+
+    host = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    with open_output(path, seekable=True) as file:
+        safetensors.numpy.save_file(host, file.name, metadata={"format": model_file.FORMAT})
+
+
+def _arrays(state: TrainState) -> dict[str, Any]:
+    return {"parameters": weights(state), "variables": state.variables}

@@ -1,0 +1,67 @@
+"""The description of a model as gin bindings, to train it further as a new run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fast_attention.protein_lm.data.domains import make_protein_domain
+from fast_attention.protein_lm.data.vocabulary import ANOMALOUS_RESIDUES
+from fast_attention.protein_lm.errors import RunError
+from fast_attention.protein_lm.runs import attention_recipes, model_file
+
+
+def gin_lines(path: Path, about: dict[str, Any]) -> list[str]:
+    """Bindings that make a model and set its data as the run had it, but for the learning rate.
+
+    Every value was compared with its type when the file was read, and is written as a literal: no
+    line can import, include or call anything but what is named here.
+
+    Args:
+      path: The ``model.json``, for errors.
+      about: From `model_file.read`, of a model that `model_file.build` has made.
+
+    Raises:
+      RunError: If the vocabulary has no gin name, or a part of the model is code of its author's.
+    """
+    model_file.check_describable(path, about)
+    model = {
+        **about["transformer"],
+        **{name: value for name, value in about["optimizer"].items() if name != "learning_rate"},
+    }
+    bindings = {
+        **_domain(path, about),
+        **_named("FlaxModel", model),
+        **_named(about["model"], about["masking"] or {}),
+        **_named("make_mesh", about["mesh"]),
+        **_named("experiment", about["training"] or {}),
+    }
+    return [
+        f"experiment.model_cls = @{about['model']}",
+        "FlaxModel.domain = @make_protein_domain()",
+        "FlaxModel.mesh = @make_mesh()",
+        *attention_recipes.gin_lines(about["attention"], "FlaxModel.attention_fn"),
+        *(f"{name} = {value!r}" for name, value in bindings.items()),
+    ]
+
+
+def _named(configurable: str, values: dict[str, Any]) -> dict[str, Any]:
+    return {f"{configurable}.{name}": value for name, value in values.items()}
+
+
+def _domain(path: Path, about: dict[str, Any]) -> dict[str, Any]:
+    vocabulary, domain = about["vocabulary"], about["domain"]
+    options = {
+        f"include_{name}": vocabulary[name] is not None for name in ("bos", "eos", "pad", "mask")
+    }
+    options["include_anomalous_amino_acids"] = ANOMALOUS_RESIDUES[0] in vocabulary["tokens"]
+    options["length"] = domain["length"]
+    if model_file.describe_domain(make_protein_domain(**options)) != {
+        "vocabulary": vocabulary,
+        "domain": domain,
+    }:
+        raise RunError(
+            f"{path}: the vocabulary is not one of make_protein_domain: give --gin_file and the "
+            "gin file that the model was trained with"
+        )
+    return _named("make_protein_domain", options)

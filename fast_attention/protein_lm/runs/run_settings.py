@@ -1,0 +1,80 @@
+"""Settings of a run and of the command that resumes it: which may differ, and which may not."""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+from pathlib import Path
+
+from fast_attention.protein_lm.errors import RunError
+
+_FILES = ("experiment.train_files", "experiment.valid_files", "experiment.test_files")
+_LENGTHS = ("experiment.max_train_steps", "experiment.epochs")
+
+
+def compare_settings(path: Path, before: str, now: str, asked: str) -> bool:
+    """Checks that a run can be resumed with the settings of now.
+
+    The mesh may be another one, which is a matter of the machine. So may the names of the FASTA
+    files, whose content `data_record` compares. A run may have more steps or epochs than before.
+
+    Args:
+      path: The folder of the run.
+      before: The operative gin configuration of the run.
+      now: The same of the command that resumes it.
+      asked: The part of `now` that was asked for, without defaults. A default of which the run
+        knows nothing came with a later version of this package, and changes nothing.
+
+    Returns:
+      Whether the run becomes longer.
+
+    Raises:
+      RunError: If another setting differs, or the run would become shorter.
+    """
+    old, new, wanted = settings(before), settings(now), settings(asked)
+    changes, longer = [], False
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) == new.get(name) or (name not in old and name not in wanted):
+            continue
+        if name in _FILES or name.startswith("make_mesh.") or name.endswith(".mesh"):
+            continue
+        if name in _LENGTHS and _number(old.get(name)) < _number(new.get(name)):
+            longer = True
+            continue
+        changes += [f"-{old[name]}"] if name in old else []
+        changes += [f"+{new[name]}"] if name in new else []
+    if changes:
+        shorter = any(name in change for change in changes for name in _LENGTHS)
+        raise RunError(
+            f"{path} holds a run with other settings (- there, + asked for now):\n  "
+            + "\n  ".join(changes)
+            + "\ngive another --work_dir, or the settings of that run to resume it"
+            + ("; it can be given more steps, not fewer" if shorter else "")
+        )
+    return longer
+
+
+def settings(config: str) -> dict[str, str]:
+    """The settings of a gin configuration as gin writes it, by name: the text of each."""
+    found: dict[str, str] = {}
+    name = ""
+    for line in config.splitlines():
+        start = re.match(r"([\w./]+) = ", line)
+        if start:
+            name = start[1]
+            found[name] = line
+        elif name and line[:1].isspace():
+            found[name] = f"{found[name].removesuffix(chr(92))}{line.strip()}"
+        else:
+            name = ""
+    return found
+
+
+def _number(setting: str | None) -> float:
+    """A number of steps or epochs; None is no limit."""
+    try:
+        value = ast.literal_eval((setting or "").partition(" = ")[2].strip())
+    except (SyntaxError, ValueError):
+        return math.inf
+    return math.inf if value is None else value

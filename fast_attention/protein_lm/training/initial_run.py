@@ -1,0 +1,115 @@
+"""What a training run takes over from another one, whose attention function may differ."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from fast_attention.mechanisms.favor.fn import FastAttention
+from fast_attention.mechanisms.wrapped import as_attention_fn
+from fast_attention.protein_lm.errors import RunError
+from fast_attention.protein_lm.flax_model import FlaxModel
+from fast_attention.protein_lm.loading import load_run, open_run
+from fast_attention.protein_lm.modeling.train_state import TrainState
+from fast_attention.protein_lm.runs import model_file
+from fast_attention.protein_lm.runs.array_records import describe
+from fast_attention.protein_lm.runs.model_file import OwnPartError
+from fast_attention.softmax_attention import make_softmax_attention
+
+
+class Beginning(NamedTuple):
+    """Arrays to begin with.
+
+    Attributes:
+      parameters: Those of the earlier run.
+      variables: Its other arrays, attention projections among them; None where the attention
+        function is another one, and has to draw its own.
+    """
+
+    parameters: Any
+    variables: Any | None
+
+
+def check_initial_run(path: Path, model: FlaxModel) -> None:
+    """Checks, without reading arrays, that a model can begin with the parameters of a run.
+
+    Args:
+      path: Of a run or an exported folder.
+      model: Which is to begin there.
+
+    Raises:
+      RunError: If the folder is no run's, or its model has another vocabulary or other parameters.
+    """
+    try:
+        before = open_run(path).model
+    except OwnPartError:
+        before = open_run(path, model=model).model
+    _check(path, before, model)
+
+
+def read_initial_run(path: Path, model: FlaxModel) -> Beginning:
+    """Reads what a model begins with: the parameters that predictions of the run are made with.
+
+    Args:
+      path: As for `check_initial_run`.
+      model: As there.
+
+    Raises:
+      RunError: As `check_initial_run`, or if the run has no checkpoint.
+    """
+    try:
+        before = load_run(path).model
+    except OwnPartError:
+        # Where a part is code of its author's, this model has it, or the arrays do not fit.
+        before = load_run(path, model=model).model
+    _check(path, before, model)
+    same = _draw_alike(before.attention_fn, model.attention_fn)
+    now = jax.eval_shape(model.initialize, jax.random.key(0))
+    same = same and _shapes(before.state) == _shapes(now)
+    return Beginning(before.weights, before.state.variables if same else None)
+
+
+def _check(path: Path, before: FlaxModel, model: FlaxModel) -> None:
+    letters, wanted = (model_file.describe_domain(m.domain)["vocabulary"] for m in (before, model))
+    if letters != wanted:
+        raise RunError(
+            f"experiment.initial_run: {path} was trained with other tokens, so that its ids mean "
+            "other residues: use its settings of make_protein_domain"
+        )
+    stored, expected = (
+        describe(jax.eval_shape(m.initialize, jax.random.key(0)).parameters)
+        for m in (before, model)
+    )
+    # Features that are trained belong to the attention function.
+    names = [
+        name
+        for name in stored | expected
+        if stored.get(name) != expected.get(name) and ".projections." not in name
+    ]
+    if names:
+        name = names[0]
+        raise RunError(
+            f"experiment.initial_run: the parameters of {path} do not fit this model: {name} is "
+            f"{stored.get(name, 'absent')} there, and the model expects "
+            f"{expected.get(name, 'none')} ({len(names)} such differences). The attention function "
+            "may be another one; all that gives parameters their shapes (FlaxModel.emb_dim, "
+            "num_layers, num_heads, ...) must be as it was: begin with --gin_file="
+            f"{path}/config.gin"
+        )
+
+
+def _shapes(state: TrainState) -> dict[str, str]:
+    return describe({"parameters": state.parameters, "variables": state.variables})
+
+
+def _draw_alike(before: Any, now: Any) -> bool:
+    """Whether two attention functions draw the same, so that one can take what the other drew."""
+    before, now = (as_attention_fn(f or make_softmax_attention()) for f in (before, now))
+    if isinstance(before, FastAttention) and isinstance(now, FastAttention):
+        features = [(f.feature_map, f.calibration, f.moment_decay) for f in (before, now)]
+        return features[0] == features[1]
+    if type(before) is type(now):
+        return before == now
+    return not (before.takes.projection or now.takes.projection)

@@ -1,0 +1,57 @@
+"""The future cannot reach the past, not even by a rounding."""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fast_attention import make_fast_generalized_attention, make_fast_softmax_attention
+from tests.compiling import compiled
+from tests.linear import cases
+
+# Rounding and memory are those of programs as users have them.
+pytestmark = pytest.mark.usefixtures("optimized")
+
+T = 18
+softmax = functools.partial(
+    make_fast_softmax_attention, cases.D, nb_features=cases.M, unidirectional=True
+)
+generalized = functools.partial(
+    make_fast_generalized_attention, cases.D, nb_features=cases.M, unidirectional=True
+)
+
+
+@pytest.mark.parametrize(
+    ("make", "dtype", "chunk"),
+    [
+        (softmax, jnp.float32, 1),
+        (softmax, jnp.float32, 4),
+        (softmax, jnp.bfloat16, 4),
+        (functools.partial(softmax, renormalize_attention=False), jnp.float32, 16),
+        (functools.partial(softmax, nonnegative_features=False), jnp.float32, 4),
+        (functools.partial(generalized), jnp.float32, 16),
+        (functools.partial(generalized, kernel_fn="exp", features_type="iid"), jnp.bfloat16, 4),
+        # The quadratic form has no chunks.
+        (functools.partial(softmax, implementation="reference"), jnp.float32, None),
+        (functools.partial(softmax, implementation="reference"), jnp.bfloat16, None),
+        (functools.partial(generalized, implementation="reference"), jnp.float32, None),
+    ],
+    ids=lambda x: getattr(x, "__name__", None),
+)
+def test_past_is_bit_equal_under_any_future(make, dtype, chunk):
+    attention = compiled(make(chunk_size=chunk))
+    q, k, v = (np.asarray(x) for x in cases.qkv(length=T, dtype=dtype, scale=1.0))
+    out = np.asarray(attention(q, k, v), np.float32)
+    for t in (1, 6, 8, 13, 16, T - 1):
+        later = (np.arange(T) >= t)[:, None, None]
+        changed = attention(*(np.where(later, x * x.dtype.type(1e4), x) for x in (q, k, v)))
+        changed = np.asarray(changed, np.float32)
+        np.testing.assert_array_equal(changed[:, :t], out[:, :t])
+        assert (changed[:, t:] != out[:, t:]).any()
+
+
+def test_is_causal_makes_any_function_causal():
+    q, k, v = cases.qkv(length=5)
+    bidirectional = softmax(unidirectional=False)
+    np.testing.assert_array_equal(bidirectional(q, k, v, is_causal=True), softmax()(q, k, v))

@@ -1,0 +1,198 @@
+"""A sequence across devices is the sequence on one: eight of them, in a process of their own."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from fast_attention.linear import (
+    linear_attention,
+    linear_attention_of_shard,
+    sharded_linear_attention,
+)
+from tests.linear import cases
+
+needs_devices = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
+# Not a multiple of the devices; three positions on each.
+T = 21
+# Runs within one device, across an edge, across several devices, and one that ends with a device.
+SEGMENTS = np.asarray([[0] * 2 + [1] * 2 + [0] * 11 + [3] * 6, [5] * 18 + [1] * 3])
+# Devices 3 and 4 see nothing at all.
+MASK = np.random.default_rng(5).uniform(size=(cases.B, T)) < 0.7
+MASK[:, 9:15] = False
+
+
+def mesh_of(**axes):
+    automatic = (jax.sharding.AxisType.Auto,) * len(axes)
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=automatic)
+
+
+def differentiated(attend, smooth, name, **fixed):
+    """Returns gradients of everything, the output and the final sums."""
+
+    def loss(smooth):
+        q, k, v, parameters, *others = smooth
+        others = dict(zip(("key_bias", "initial_state"), others, strict=False))
+        out, state = attend(
+            *(q, k, v),
+            feature_map=cases.MAPS[name],
+            parameters=parameters,
+            return_state=True,
+            **others,
+            **fixed,
+        )
+        result = (out, *cases.true_state(state))
+        return cases.weighted_sum(result), result
+
+    grads, result = cases.compiled(jax.grad(loss, has_aux=True))(smooth)
+    if len(smooth) > 5:
+        grads = (*grads[:5], grads[5][:2])
+    return result, grads
+
+
+@functools.cache
+def initial_state(name):
+    q, k, v = cases.qkv(seed=3, length=2)
+    options = {"feature_map": cases.MAPS[name], "parameters": cases.parameters_of(name)}
+    return linear_attention(q, k, v, return_state=True, implementation="reference", **options)[1]
+
+
+@pytest.mark.eight_devices
+@needs_devices
+@pytest.mark.parametrize("causal", [True, False])
+def test_masks_biases_and_segments_across_edges(causal):
+    name = "positive"
+    bias = jnp.asarray(cases.draw(4, cases.B, T), jnp.float32)
+    smooth = (*cases.qkv(length=T), cases.parameters_of(name), bias, initial_state(name))
+    fixed = {"causal": causal, "key_mask": MASK, "segment_ids": SEGMENTS}
+    expected = differentiated(linear_attention, smooth, name, implementation="reference", **fixed)
+    across = functools.partial(sharded_linear_attention, mesh=mesh_of(seq=8), axis="seq")
+    outputs, grads = differentiated(across, smooth, name, **fixed)
+    cases.assert_close(outputs, expected[0], 1e-5)
+    cases.assert_close(grads, expected[1], 1e-4)
+
+
+@pytest.mark.eight_devices
+@needs_devices
+@pytest.mark.parametrize(("causal", "name"), [(True, "elu+1"), (False, "hyperbolic")])
+def test_batch_and_length_across_devices(causal, name):
+    """Inside another ``jax.shard_map``, with rows along one axis and the sequence along the other.
+
+    Every device returns the state; they are all the same.
+    """
+    mesh = mesh_of(data=2, seq=4)
+    smooth = (*cases.qkv(length=8), cases.parameters_of(name))
+
+    def attend(q, k, v, *, parameters, **options):
+        def of_shard(q, k, v, parameters):
+            out, state = linear_attention_of_shard(
+                q, k, v, axis_name="seq", parameters=parameters, **options
+            )
+            return out, jax.tree.map(lambda x: x[None], state)
+
+        rows, every = PartitionSpec("data", "seq"), PartitionSpec("seq", "data")
+        out, states = jax.shard_map(
+            of_shard,
+            mesh=mesh,
+            in_specs=(rows, rows, rows, PartitionSpec()),
+            out_specs=(rows, every),
+        )(q, k, v, parameters)
+        jax.debug.callback(assert_all_equal, states)
+        return out, jax.tree.map(lambda x: x[0], states)
+
+    expected = differentiated(
+        linear_attention, smooth, name, causal=causal, implementation="reference"
+    )
+    outputs, grads = differentiated(attend, smooth, name, causal=causal)
+    cases.assert_close(outputs, expected[0], 1e-5)
+    cases.assert_close(grads, expected[1], 1e-4)
+
+
+def assert_all_equal(states):
+    jax.tree.map(lambda x: np.testing.assert_array_equal(x, np.stack([x[0]] * len(x))), states)
+
+
+@pytest.mark.eight_devices
+@needs_devices
+def test_float64_and_the_future():
+    """In float64 nothing is rounded to float32, and no later key changes a bit."""
+    with jax.enable_x64(True):
+        q, k, v = cases.qkv(length=T, dtype=jnp.float64)
+        options = {
+            "feature_map": cases.MAPS["positive"],
+            "parameters": cases.parameters_of("positive", jnp.float64),
+            "causal": True,
+        }
+        across = cases.compiled(
+            functools.partial(sharded_linear_attention, mesh=mesh_of(seq=8), axis="seq", **options)
+        )
+        out = across(q, k, v)
+        expected = linear_attention(q, k, v, implementation="reference", **options)
+        cases.assert_close(out, expected, 1e-12)
+        for cut in (4, 9):
+            later = (jnp.arange(T) >= cut)[None, :, None, None]
+            changed = across(*(jnp.where(later, 30 * x, x) for x in (q, k, v)))
+            np.testing.assert_array_equal(changed[:, :cut], out[:, :cut])
+
+
+@pytest.mark.eight_devices
+@needs_devices
+def test_what_devices_exchange_does_not_grow_with_the_length():
+    def exchanged(length):
+        def loss(q, k, v, parameters):
+            total = 0.0
+            for causal in (True, False):
+                out = sharded_linear_attention(
+                    *(q, k, v),
+                    mesh=mesh_of(seq=8),
+                    axis="seq",
+                    feature_map=cases.MAPS["positive"],
+                    parameters=parameters,
+                    causal=causal,
+                    key_mask=jnp.ones((cases.B, length), bool),
+                )
+                total = total + cases.weighted_sum(out)
+            return total
+
+        mesh, rows = mesh_of(seq=8), PartitionSpec(None, "seq")
+        arrays = jax.device_put(cases.qkv(length=length), jax.sharding.NamedSharding(mesh, rows))
+        step = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))
+        return collectives(step.lower(*arrays, cases.parameters_of("positive")).compile())
+
+    short, long = exchanged(16), exchanged(32)
+    assert short == long
+    assert {kind for kind, _ in short} == {"collective-permute", "all-reduce"}
+    largest = max(size for _, size in short)
+    assert largest <= cases.B * cases.K * cases.M * (cases.V + 1)
+
+
+def collectives(program):
+    """Kinds of collectives in a compiled program, each with the numbers it gives a device."""
+    kinds = "all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all"
+    found = []
+    for shapes, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", program.as_text()):
+        sizes = [
+            int(np.prod([int(n) for n in shape.split(",") if n], initial=1))
+            for shape in re.findall(r"\w\[([\d,]*)\]", shapes)
+        ]
+        found.append((kind, sum(sizes)))
+    return sorted(found)
+
+
+def test_layouts_that_do_not_fit():
+    q, k, v = cases.qkv(length=4)
+    attend = functools.partial(
+        sharded_linear_attention,
+        *(q, k, v),
+        mesh=mesh_of(seq=1),
+        feature_map=cases.MAPS["positive"],
+        parameters=cases.parameters_of("positive"),
+    )
+    with pytest.raises(ValueError, match="axes of the mesh"):
+        attend(axis="length")
+    with pytest.raises(ValueError, match="spec must lay out"):
+        attend(axis="seq", spec=PartitionSpec("seq"))

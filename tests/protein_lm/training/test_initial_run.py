@@ -1,0 +1,104 @@
+"""Runs that begin with the parameters of another one, and models whose attention is exchanged."""
+
+import jax
+import numpy as np
+import pytest
+
+from fast_attention import make_fast_softmax_attention
+from fast_attention.protein_lm import FlaxLM, cli
+from fast_attention.protein_lm.loading import load_run, open_run
+from fast_attention.protein_lm.training.initial_run import read_initial_run
+
+WDERF = make_fast_softmax_attention(nb_features=16, estimator="wderf_s", unidirectional=True)
+PROTEINS = ["MKTAYIAKQR", "GAVLIMFWPS", "MKKLLPTAAAGLLLLAAQPAMA"]
+
+
+def assert_equal(left, right):
+    jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+def rows(model):
+    return model.state.variables["stack"]["blocks"][0][0]["inner"]["projections"][0]
+
+
+@pytest.fixture(scope="module")
+def trained(lm_run):
+    return FlaxLM.load(lm_run)
+
+
+@pytest.fixture
+def switching(train_arguments, lm_run, tmp_path):
+    """From more settings to the arguments of a run of one step that changes no parameter."""
+
+    def arguments(*bindings):
+        return train_arguments(
+            tmp_path / "new",
+            f"experiment.initial_run = {str(lm_run)!r}",
+            "experiment.max_train_steps = 1",
+            "experiment.num_samples = 0",
+            "FlaxModel.learning_rate = 0.0",
+            *bindings,
+        )
+
+    return arguments
+
+
+def test_a_run_begins_with_parameters_and_calibrates_new_features(switching, trained, tmp_path):
+    stored = (
+        "make_fast_softmax_attention.unidirectional = True",
+        "make_fast_softmax_attention.estimator = 'wderf_s'",
+    )
+    assert cli.main(switching(*stored)) == 0
+    model = load_run(tmp_path / "new").model
+    assert model.attention_fn.calibration == "stored"
+    assert_equal(model.weights, trained.weights)
+    assert np.abs(rows(model)["key_shift"]).max() > 0
+    # Taken over by the next run, which fits them no second time.
+    parameters, variables = read_initial_run(tmp_path / "new", model)
+    assert_equal(parameters, model.weights)
+    assert_equal(variables, model.state.variables)
+
+
+def test_what_a_function_drew_is_taken_by_the_same_function_alone(lm_run, trained):
+    same = open_run(lm_run).model
+    assert_equal(read_initial_run(lm_run, same).variables, trained.state.variables)
+    # Of the same shape, but other features.
+    other = same.with_attention(make_fast_softmax_attention(nb_features=16, projection="iid"))
+    parameters, variables = read_initial_run(lm_run, other)
+    assert variables is None
+    assert_equal(parameters, trained.weights)
+    assert read_initial_run(lm_run, same.with_attention(None)).variables is None
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("FlaxModel.mlp_dim = 48", "do not fit this model"),
+        ("make_protein_domain.include_mask = False", "other tokens"),
+        ("experiment.initial_run = 'nowhere'", "not the folder of a run"),
+        ("experiment.calibration_batches = 2", "no stored parameters"),
+    ],
+)
+def test_what_cannot_begin_there_is_refused(switching, setting, told, tmp_path, capsys):
+    assert cli.main(switching(setting)) == 1
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_loaded_model_becomes_another(trained):
+    switched = trained.with_attention(WDERF, learning_rate=0.01)
+    assert type(switched) is FlaxLM and switched.schedule(5) == 0.01
+    assert_equal(switched.weights, trained.weights)
+    before = rows(switched)
+    switched.calibrate(PROTEINS, batch_size=3)
+    after = rows(switched)
+    assert_equal(after["rows"], before["rows"])
+    assert np.abs(after["key_shift"]).max() > 0
+    kept = jax.tree.map(np.asarray, trained.weights)
+    switched.fit(PROTEINS, batch_size=3)
+    assert int(switched.state.step) == 1
+    assert_equal(trained.weights, kept)
+    with pytest.raises(ValueError, match="there is no batch"):
+        switched.calibrate(PROTEINS, num_batches=0)
+    with pytest.raises(ValueError, match="nothing to calibrate|no attention with stored"):
+        trained.calibrate(PROTEINS)
