@@ -1,5 +1,6 @@
 """What importing the package loads, and that it stands alone."""
 
+import ast
 import importlib
 import inspect
 import json
@@ -65,6 +66,17 @@ def test_a_module_is_what_its_name_imports():
     assert not hidden
 
 
+def test_a_model_is_loaded_for_scores_without_what_trains_and_draws():
+    code = """
+from fast_attention.protein_lm.cli import score
+from fast_attention.protein_lm.inference import score_files
+from fast_attention.protein_lm.loading import load_run
+"""
+    loaded = {name.partition(".")[0] for name in told_after(code, "sorted(sys.modules)")}
+    assert "jax" in loaded
+    assert not {"gin", "grain", "tensorboardX", "matplotlib"} & loaded
+
+
 def test_import_runs_no_computation():
     """A backend started at import would take the accelerator before the user can choose."""
     code = "import fast_attention, jax._src.xla_bridge as bridge"
@@ -77,21 +89,93 @@ def test_pallas_is_loaded_when_a_kernel_is_asked_for():
     assert not [name for name in names if name.startswith("jax.experimental.pallas")]
 
 
-def test_arrows_point_down():
-    """Nothing in the core imports from the layers, models or applications above it."""
-    rooms = ("feature_maps", "linear", "near_field", "mechanisms")
-    for folder in rooms:
-        for path in (PACKAGE / folder).rglob("*.py"):
+def imported_modules(path):
+    """The modules of the package that a file imports anywhere, also inside functions."""
+    found = set()
+    tree = ast.parse(path.read_text())
+    tree.body = [node for node in tree.body if not ast.unparse(node).startswith("if TYPE_CHECKING")]
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            while name and name not in MODULES:
+                name = name.rpartition(".")[0]
+            found |= {name} if name else set()
+    return found
+
+
+MODULES = {
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in PACKAGE.rglob("*.py")
+}
+IMPORTS = {name: imported_modules(path) - {name} for name, path in MODULES.items()}
+
+FLOORS_OF_THE_PACKAGE = [
+    "arrays",
+    "feature_maps",
+    "mesh",
+    "linear",
+    "mechanisms",
+    "diagnostics",
+    "layers",
+    "models",
+    "protein_lm",
+]
+FLOORS_OF_THE_APPLICATION = [
+    "files",
+    "data",
+    "distributed",
+    "modeling",
+    "runs",
+    "inference",
+    "evaluation",
+    "finetune",
+    "training",
+    "cli",
+]
+
+
+@pytest.mark.parametrize(
+    ("folder", "floors"),
+    [
+        ("fast_attention", FLOORS_OF_THE_PACKAGE),
+        ("fast_attention.protein_lm", FLOORS_OF_THE_APPLICATION),
+    ],
+    ids=["package", "application"],
+)
+def test_arrows_point_down(folder, floors):
+    """No floor imports from a floor above it."""
+
+    def floor(name):
+        first = name.removeprefix(f"{folder}.").partition(".")[0]
+        return floors.index(first) if first in floors else None
+
+    for name, imports in IMPORTS.items():
+        for other in imports:
+            if (here := floor(name)) is not None and (there := floor(other)) is not None:
+                assert there <= here, f"{name} imports {other}"
+
+
+def test_no_module_imports_itself_in_a_circle():
+    """Neither at once nor inside functions; a package may be imported by its own modules."""
+    waiting = {name: set(imports) for name, imports in IMPORTS.items()}
+    while ready := [name for name, imports in waiting.items() if not imports & waiting.keys()]:
+        for name in ready:
+            del waiting[name]
+    assert not waiting
+
+
+def test_the_core_knows_nothing_of_flax():
+    for name, path in MODULES.items():
+        if name.split(".")[1:2] and name.split(".")[1] in FLOORS:
             imports = re.findall(r"^ *(?:from|import) (\S+)", path.read_text(), re.MULTILINE)
-            above = ["fast_attention.layers", "fast_attention.models", "fast_attention.protein_lm"]
-            above += [] if folder == "mechanisms" else ["fast_attention.mechanisms.attention_fn"]
-            found = [name for name in imports if name.startswith((*above, "flax"))]
-            assert not found, f"{path.name} imports {found}"
-    for path in (PACKAGE / "feature_maps").glob("*.py"):
-        assert "fast_attention.linear." not in path.read_text()
+            assert not [other for other in imports if other.startswith("flax")], name
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", MODULES.values(), ids=MODULES)
 def test_no_module_reaches_outside_the_package(path):
     source = path.read_text()
     for forbidden in ("/work", "shared/", "/tmp", "/home", "sys.path.insert", "sys.path.append"):

@@ -1,6 +1,4 @@
-"""Calls of modules on meshes whose axes are Explicit, see
-:mod:`fast_attention.arrays.explicit_axes`.
-"""
+"""Calls of modules on meshes whose axes are Explicit."""
 
 from __future__ import annotations
 

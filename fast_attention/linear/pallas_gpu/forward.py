@@ -1,8 +1,9 @@
 """The forward kernels: causal, and bidirectional.
 
 The scheme is that of :mod:`fast_attention.linear.chunked.causal_chunk`: keys are absorbed into a
-state on a running maximum per feature; inside a chunk every row sees the first key, read on the scale of the state with that key,
-and later keys enter pair by pair with a factor of their own. No maximum looks past its row.
+state on a running maximum per feature; inside a chunk every row sees the first key, read on the
+scale of the state with that key, and later keys enter pair by pair with a factor of their own. No
+maximum looks past its row.
 
 Letters are those of :mod:`.program`.
 """

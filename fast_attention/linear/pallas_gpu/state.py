@@ -16,9 +16,7 @@ from fast_attention.linear.pallas_gpu.tiles import spread_columns, spread_rows
 
 
 class State(NamedTuple):
-    """A state of :mod:`fast_attention.linear.state`, features first: ``[B, K or H, M, V]`` and
-    twice ``[.., M]``.
-    """
+    """A linear attention state, features first: ``[B, K or H, M, V]`` and twice ``[.., M]``."""
 
     kv: Any
     k_sum: Any
