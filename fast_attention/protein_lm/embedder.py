@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,9 +19,8 @@ import numpy as np
 from fast_attention.protein_lm.data.domains import DiscreteDomain
 from fast_attention.protein_lm.distributed import process_arrays
 from fast_attention.protein_lm.modeling import train_state
-
-if TYPE_CHECKING:
-    from fast_attention.protein_lm.flax_model import FlaxModel
+from fast_attention.protein_lm.models import FlaxModel
+from fast_attention.protein_lm.runs.stored_models import load_stored
 
 ReduceFn = Callable[[Any, Any], Any]
 EmbedFn = Callable[[Any], np.ndarray]
@@ -127,9 +126,7 @@ def _find_model(
         return model
     if model is not None or checkpoint_dir is None:
         raise ValueError("expected exactly one of model and checkpoint_dir")
-    from fast_attention.protein_lm.loading import load_run
-
-    return load_run(checkpoint_dir).model
+    return load_stored(checkpoint_dir).model
 
 
 def _layer(output_head: str, num_layers: int) -> int | str | None:

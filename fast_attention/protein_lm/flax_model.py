@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, Self
 
 import jax
@@ -23,10 +23,12 @@ from fast_attention.protein_lm.modeling import (
     batches,
     fitting,
     metrics,
-    pairs,
     train_state,
 )
 from fast_attention.protein_lm.modeling.built_model import BuiltModel
+from fast_attention.protein_lm.runs.exporting import save_model
+from fast_attention.protein_lm.runs.saved_training import load_training, save_training
+from fast_attention.protein_lm.runs.stored_models import load_stored
 
 
 class FlaxModel(BuiltModel):
@@ -142,7 +144,7 @@ class FlaxModel(BuiltModel):
 
     def batch_sums(self, found: Iterable[train_state.Batch]) -> list[metrics.Sums]:
         """`metrics.token_sums` of each batch, on the host."""
-        return process_arrays.fetch([self._apply(self.eval_step, batch) for batch in found])
+        return process_arrays.fetch([self.apply_step(self.eval_step, batch) for batch in found])
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the model to a folder that `load` and ``protein-lm --run_dir`` read.
@@ -157,9 +159,6 @@ class FlaxModel(BuiltModel):
           OutputError: If the folder cannot be written.
           RunError: If it holds a run.
         """
-        # What describes a model names the classes of models, whose modules import this one.
-        from fast_attention.protein_lm.runs.exporting import save_model
-
         save_model(self, path)
 
     @classmethod
@@ -168,21 +167,18 @@ class FlaxModel(BuiltModel):
         path: str | os.PathLike[str],
         *,
         model: FlaxModel | None = None,
-        gin_file: Sequence[str] = (),
     ) -> Self:
         """Reads what `save` wrote, or the model of a run at its best checkpoint.
 
         Args:
           path: A folder written by `save`, `save_checkpoint`, ``protein-lm train`` or ``export``.
-          model: See `loading.open_run`; needed where a part of the model is code of one's own.
-          gin_file: In its place, gin files that make the model.
+          model: One like it; needed where a part of the model is code of one's own, see
+            `loading.open_run`.
 
         Raises:
           RunError: If the folder holds no model, or one of another class.
         """
-        from fast_attention.protein_lm.loading import load_run
-
-        found = load_run(path, model=model, gin_file=gin_file).model
+        found = load_stored(path, model=model).model
         if not isinstance(found, cls):
             own, other = cls.__name__, type(found).__name__
             raise RunError(f"{path} is a run of {other}, not of {own}: read it with {other}.load")
@@ -190,14 +186,10 @@ class FlaxModel(BuiltModel):
 
     def save_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Writes the state of the training to a folder: `saved_training.save_training`."""
-        from fast_attention.protein_lm.runs.saved_training import save_training
-
         save_training(self, path)
 
     def load_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Takes up the state of a training: `saved_training.load_training`."""
-        from fast_attention.protein_lm.runs.saved_training import load_training
-
         load_training(self, path)
 
     def score(
@@ -220,29 +212,6 @@ class FlaxModel(BuiltModel):
         if not found:
             raise ValueError("no sequence was given")
         return found if options.get("pool", embedding.POOL) is None else np.stack(found)
-
-    def logits(self, xs: Any) -> jax.Array:
-        """Logits, float32 [B, T, V].
-
-        Args:
-          xs: One batch, pairs, or sequences as for `fit`: then T is the length of the longest, its
-            end token included, and nothing is masked. Those of a causal model at t come from
-            the residues before t.
-        """
-        if pairs.is_pairs(xs):
-            xs = pairs.pair_batch(pairs.as_pairs(xs, self.tokens), self.tokens)
-        elif not batches.is_batch(xs):
-            corpus = batches.as_corpus(xs, self.domain)
-            xs = batches.in_order(corpus, self.domain, self.objective)
-        return self._apply(self.logits_step, xs)
-
-    def _apply(self, step: Callable[..., Any], batch: train_state.Batch) -> Any:
-        return step(
-            self.weights,
-            self.state.variables,
-            train_state.shard_batch(batch, self.mesh),
-            packed=train_state.is_packed(batch),
-        )
 
     def _training_batches(
         self, xs: Any, batch_size: int | None, **options: Any

@@ -6,48 +6,18 @@ code is run that it names. The gin file of a run is parsed only where a person g
 
 from __future__ import annotations
 
-import copy
 import os
-import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
 
-import jax
-
-from fast_attention.mesh.meshes import MeshError
-from fast_attention.protein_lm.errors import RunError
-from fast_attention.protein_lm.flax_model import FlaxModel
-from fast_attention.protein_lm.runs import checkpoints, exporting, model_file
-from fast_attention.protein_lm.runs.run_folder import RunFolder, content
-
-
-class LoadedRun(NamedTuple):
-    """A trained model and where it comes from.
-
-    Attributes:
-      model: With the parameters of that checkpoint; the averaged ones, where an average was kept.
-      step: Of the checkpoint.
-      folder: The run's.
-    """
-
-    model: FlaxModel
-    step: int
-    folder: RunFolder
-
-
-class OpenedRun(NamedTuple):
-    """What a folder says of its model, before any arrays are read.
-
-    Attributes:
-      model: Without the trained parameters.
-      about: The content of ``model.json``, see `model_file`.
-      folder: Where it was read.
-    """
-
-    model: FlaxModel
-    about: dict[str, Any]
-    folder: RunFolder
+from fast_attention.protein_lm.models import FlaxModel
+from fast_attention.protein_lm.runs.run_folder import RunFolder
+from fast_attention.protein_lm.runs.stored_models import (
+    LoadedRun,
+    OpenedRun,
+    load_stored,
+    open_folder,
+    open_stored,
+)
 
 
 def open_run(
@@ -70,29 +40,14 @@ def open_run(
       RunError: If the folder is neither, was changed, or has another vocabulary than the model
         given.
     """
-    folder = RunFolder(Path(run_dir))
-    _check_folder(folder)
-    return open_model(folder, gin_file=gin_file, model=model)
+    return open_stored(run_dir, model=_made_by(gin_file, model))
 
 
 def open_model(
     folder: RunFolder, *, gin_file: Sequence[str] = (), model: FlaxModel | None = None
 ) -> OpenedRun:
     """Makes the model that ``model.json`` of any folder describes, see `open_run`."""
-    about = model_file.read(folder.model)
-    if model is None and not gin_file:
-        return OpenedRun(_build(folder.model, about), about, folder)
-    if model is None:
-        # gin is imported for files that a person gives, and for nothing else.
-        from fast_attention.protein_lm.gin_registry import make_model
-
-        model = make_model(gin_file)
-    if model_file.describe_domain(model.domain)["vocabulary"] != about["vocabulary"]:
-        raise RunError(
-            f"the model given has another vocabulary than {folder.model}: its ids mean other "
-            "residues"
-        )
-    return OpenedRun(model, about, folder)
+    return open_folder(folder, model=_made_by(gin_file, model))
 
 
 def load_run(
@@ -116,49 +71,13 @@ def load_run(
       RunError: As `open_run`, or if the run has no such checkpoint.
       ValueError: If `checkpoint` is none of these.
     """
-    opened = open_run(run_dir, gin_file=gin_file, model=model)
-    folder, abstract = opened.folder, opened.model.abstract_state
-    if opened.about["exported"] is not None and not folder.is_export():
-        raise RunError(
-            f"{folder.weights} is missing: fetch the folder again, or export the run again"
-        )
-    if folder.is_export():
-        step, parameters, variables = exporting.read_arrays(folder, opened.about, abstract)
-    else:
-        step, parameters, variables = checkpoints.restore_model(
-            folder.checkpoints, abstract, checkpoint=checkpoint
-        )
-    loaded = copy.copy(opened.model)
-    loaded.set_parameters(parameters, variables)
-    return LoadedRun(loaded, step, folder)
+    return load_stored(run_dir, checkpoint=checkpoint, model=_made_by(gin_file, model))
 
 
-def _check_folder(folder: RunFolder) -> None:
-    path = folder.path
-    if not path.is_dir():
-        if path.exists():
-            raise RunError(f"{path} is a file: give the folder of a run or of an exported model")
-        raise RunError(f"{path}: no such folder; check the path")
-    if content(folder) == "a predictor":
-        raise RunError(
-            f"{path} is a predictor, the --output of 'protein-lm fine-tune --table': use it with "
-            f"'protein-lm predict --model={path}', and give a run or an exported model here"
-        )
-    if not folder.model.is_file():
-        raise RunError(
-            f"{path} is not the folder of a run: it has no {folder.model.name}; give the "
-            "--work_dir of a 'protein-lm train' or the --output of a 'protein-lm export'"
-        )
+def _made_by(gin_file: Sequence[str], model: FlaxModel | None) -> FlaxModel | None:
+    if model is not None or not gin_file:
+        return model
+    # gin is imported for files that a person gives, and for nothing else.
+    from fast_attention.protein_lm.gin_registry import make_model
 
-
-def _build(path: Path, about: dict[str, Any]) -> FlaxModel:
-    try:
-        return model_file.build(path, about)
-    except MeshError:
-        # What was trained on many devices is to be used on few; arrays are the same on any.
-        print(
-            f"note: the run's mesh does not fit the {jax.device_count()} devices here, among "
-            "which rows are divided instead",
-            file=sys.stderr,
-        )
-        return model_file.build(path, about | {"mesh": dict.fromkeys(about["mesh"], 1)})
+    return make_model(gin_file)

@@ -9,41 +9,19 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from fast_attention.models.generation import generate
 from fast_attention.models.samplers import forbid_tokens, sample_token
 from fast_attention.protein_lm import ranges
 from fast_attention.protein_lm.data.masking import MaskingConfig
 from fast_attention.protein_lm.flax_model import FlaxModel as FlaxModel
+from fast_attention.protein_lm.inference.continuation import continue_prompts
 from fast_attention.protein_lm.modeling import batches
+from fast_attention.protein_lm.modeling.model_classes import register_model
+from fast_attention.protein_lm.modeling.sampling_config import SamplingConfig as SamplingConfig
 
 
-@dataclasses.dataclass(frozen=True)
-class SamplingConfig:
-    """How `FlaxLM` draws.
-
-    Attributes:
-      max_length: L, residues of the prompt included; None takes the most that the model can write.
-      min_length: Residues, those of the prompt included, before which no sequence ends.
-      temperature: Divides the logits; 0 takes the most probable token.
-      top_k: Draw among so many most probable tokens.
-      top_p: Draw among the fewest tokens that together have this probability.
-      repetition_penalty: Above 1 makes tokens drawn lately less probable.
-      repetition_window: How many tokens back that looks; None looks at all.
-    """
-
-    max_length: int | None = None
-    min_length: int = 0
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    repetition_penalty: float = 1.0
-    repetition_window: int | None = None
-
-
+@register_model
 class FlaxLM(FlaxModel):
     """Predicts each residue from those before it.
 
@@ -109,45 +87,10 @@ class FlaxLM(FlaxModel):
           ValueError: If a prompt does not begin with the begin token or leaves no room, or
             `min_length` is more than `max_length`.
         """
-        config = SamplingConfig(**(self.sampling_kwargs | options))
-        prompt = np.asarray(prompt)
-        bos, vocab = self.bos_token, self.domain.vocab
-        if prompt.ndim != 2 or prompt.shape[1] < 1 or (prompt[:, 0] != bos).any():
-            raise ValueError(
-                f"expected prompts [B, P] that begin with the begin token, {bos}; got {prompt}"
-            )
-        if not vocab.are_ordinary(prompt[:, 1:]).all():
-            raise ValueError(f"a prompt must be residues after the begin token; got {prompt}")
-        prompt = prompt.astype(np.int32)
-        length = self.max_length if config.max_length is None else config.max_length
-        new = length + 1 - prompt.shape[1]
-        if new < 1 or length > self.max_length:
-            raise ValueError(
-                f"max_length is {length}, but must be more than the residues of the prompt "
-                f"({prompt.shape[1] - 1}) and at most {self.max_length}, the model's limit"
-            )
-        if not 0 <= config.min_length <= length:
-            raise ValueError(
-                f"min_length must be from 0 to max_length={length}; got {config.min_length}"
-            )
-        drawn = generate(
-            nnx.merge(self.graphdef, self.weights, self.state.variables),
-            jnp.asarray(prompt),
-            key=jax.random.key(self.random_seed) if rng is None else rng,
-            max_new_tokens=new,
-            min_new_tokens=config.min_length + 1 - prompt.shape[1],
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            repetition_penalty=config.repetition_penalty,
-            repetition_window=config.repetition_window,
-            eos_token=self.eos_token,
-            pad_token=self.eos_token if self.pad_token is None else self.pad_token,
-            forbidden_tokens=self.tokens.never_drawn,
-        )
-        return np.concatenate([prompt[:, 1:], np.asarray(drawn)], axis=1)
+        return continue_prompts(self, prompt, rng, **options)
 
 
+@register_model
 class FlaxBERT(FlaxModel):
     """Predicts hidden residues from those on both sides (arXiv:1810.04805).
 

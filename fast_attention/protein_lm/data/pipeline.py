@@ -23,8 +23,8 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
-import grain
 import numpy as np
 
 from fast_attention.protein_lm.data.corpus import Corpus, FastaPaths, load_corpus
@@ -44,6 +44,9 @@ from fast_attention.protein_lm.data.packing import (
     fill_rows,
 )
 from fast_attention.protein_lm.data.skipped_records import SkippedRecords
+
+if TYPE_CHECKING:
+    import grain
 
 Batch = dict[str, np.ndarray]
 Source = Corpus | Mixture
@@ -141,6 +144,9 @@ def make_dataset(
             return _causal_batch(packed, domain)
         draws = row_draws([seed, _TRAIN_MASKS, index], (batch_size, width), begin, end)
         return _masked_batch(packed, domain, draws, masking)
+
+    # Scoring and embedding do without, and are not to wait for this import.
+    import grain
 
     return (
         grain.MapDataset.range(-(-num_rows // batch_size))

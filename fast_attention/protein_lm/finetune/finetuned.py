@@ -187,11 +187,8 @@ class FineTuned:
             raise RunError(
                 f"{folder} holds the whole model, and --run_dir is not read: leave it out"
             )
-        if model is None and about["whole"]:
-            model = open_model(RunFolder(folder), gin_file=gin_file).model
-        elif model is None:
-            found = _find_run(folder, about["run_dir"]) if run_dir is None else Path(run_dir)
-            model = load_run(found, gin_file=gin_file).model
+        if model is None:
+            model = _stored_trunk(folder, about, run_dir, gin_file)
         adapters = None
         if about["whole"]:
             model = _read_whole(inside(folder, _MODEL), model)
@@ -227,6 +224,19 @@ def read_about(folder: Path) -> dict[str, Any]:
             f"{folder} has no {_ABOUT}: give the --output of a finished 'protein-lm fine-tune'"
         )
     return check_fields(folder / _ABOUT, "", read_json(inside(folder, _ABOUT)), _HINTS)
+
+
+def _stored_trunk(
+    folder: Path,
+    about: dict[str, Any],
+    run_dir: str | os.PathLike[str] | None,
+    gin_file: Sequence[str],
+) -> FlaxModel:
+    """Reads the model that was fine-tuned, or its structure where the folder has its arrays."""
+    if about["whole"]:
+        return open_model(RunFolder(folder), gin_file=gin_file).model
+    found = _find_run(folder, about["run_dir"]) if run_dir is None else Path(run_dir)
+    return load_run(found, gin_file=gin_file).model
 
 
 def _find_run(folder: Path, noted: str | None) -> Path:

@@ -11,27 +11,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from fast_attention.protein_lm.modeling import token_batches, train_state
 from fast_attention.protein_lm.modeling.encoding import (
     Encoded,
     encode_sequences,
-    number_rows,
     row_lengths,
     with_begin,
     with_end,
 )
+from fast_attention.protein_lm.modeling.inference_steps import Layer
 
 if TYPE_CHECKING:
-    from fast_attention.protein_lm.flax_model import FlaxModel
+    from fast_attention.protein_lm.modeling.built_model import BuiltModel
 
-Layer = int | Literal["last"]
 
 POOL = "mean"
 POOLS = ("mean", "max", "sum", "bos", "eos")
@@ -93,7 +90,7 @@ class EmbeddingConfig:
 
 
 def embed_sequences(
-    model: FlaxModel,
+    model: BuiltModel,
     sequences: Iterable[str],
     *,
     shapes: set[token_batches.Shape] | None = None,
@@ -124,7 +121,7 @@ def embed_sequences(
     return _embed_stream(model, encoded, config, set() if shapes is None else shapes, progress)
 
 
-def check_config(model: FlaxModel, config: EmbeddingConfig) -> None:
+def check_config(model: BuiltModel, config: EmbeddingConfig) -> None:
     """Raises ValueError if a model does not have what is asked for."""
     blocks = model.config.num_layers
     for layer in config.chosen:
@@ -141,7 +138,7 @@ def check_config(model: FlaxModel, config: EmbeddingConfig) -> None:
         )
 
 
-def layer_names(model: FlaxModel, config: EmbeddingConfig) -> tuple[str, ...]:
+def layer_names(model: BuiltModel, config: EmbeddingConfig) -> tuple[str, ...]:
     """The layers that are meant, counted from the first: ``last``, ``0``, ``1``, ..."""
     blocks = model.config.num_layers
     return tuple(
@@ -155,7 +152,7 @@ def num_tokens(item: Encoded) -> int:
     return len(item.residues) + 1
 
 
-def window_batches(model: FlaxModel, config: EmbeddingConfig) -> int:
+def window_batches(model: BuiltModel, config: EmbeddingConfig) -> int:
     """How many batches fit into a window, for `token_batches.windows`."""
     if config.pool is not None:
         return token_batches.WINDOW
@@ -164,13 +161,13 @@ def window_batches(model: FlaxModel, config: EmbeddingConfig) -> int:
     return max(1, min(fitting, token_batches.WINDOW))
 
 
-def window_proteins(model: FlaxModel, config: EmbeddingConfig) -> int:
+def window_proteins(model: BuiltModel, config: EmbeddingConfig) -> int:
     """How many proteins a window has at most, for `token_batches.windows`."""
     return max(1, _WINDOW_BYTES // (4 * model.config.emb_dim * len(config.chosen)))
 
 
 def embed_window(
-    model: FlaxModel,
+    model: BuiltModel,
     window: list[Encoded],
     config: EmbeddingConfig,
     shapes: set[token_batches.Shape],
@@ -245,7 +242,7 @@ def embed_window(
 
 
 def pass_window(
-    model: FlaxModel,
+    model: BuiltModel,
     window: list[Encoded],
     config: EmbeddingConfig,
     shapes: set[token_batches.Shape],
@@ -259,58 +256,8 @@ def pass_window(
     )
 
 
-def make_embedding_step(graphdef: Any, objective: str) -> Callable[..., jax.Array]:
-    """Makes the jitted function from a batch to representations.
-
-    Args:
-      graphdef: Structure of the model.
-      objective: ``"causal"`` (residues stand behind a begin token) or ``"masked"``.
-
-    Returns:
-      ``(parameters, variables, *, inputs [B, T], lengths [B] of all tokens, residues [B], layers,
-      pool, dtype)`` to ``[L, B, M]``, or ``[L, B, T, M]`` without a pool.
-    """
-    first = 1 if objective == "causal" else 0
-
-    def embed(
-        parameters: Any,
-        variables: Any,
-        *,
-        inputs: Any,
-        lengths: Any,
-        residues: Any,
-        layers: tuple[Layer, ...],
-        pool: str | None,
-        dtype: str,
-    ) -> jax.Array:
-        model = nnx.merge(graphdef, parameters, variables)
-        positions, visible = number_rows(inputs, lengths)
-        found = model.hidden_states(inputs, layers, positions=positions, key_mask=visible)
-        place = jnp.arange(inputs.shape[1])[None]
-        own = (place >= first) & (place < (first + residues)[:, None])
-        states = [_pool(state.astype(jnp.float32), own, residues, pool) for state in found]
-        return jnp.stack(states).astype(dtype)
-
-    return jax.jit(embed, static_argnames=("layers", "pool", "dtype"))
-
-
-def _pool(state: jax.Array, own: jax.Array, residues: jax.Array, pool: str | None) -> jax.Array:
-    """Pools ``[B, T, M]`` over the positions where `own` ``[B, T]`` is true."""
-    if pool is None:
-        return state
-    if pool == "bos":
-        return state[:, 0]
-    if pool == "eos":
-        # The end token of a masked model, or the last residue behind a begin token.
-        return jnp.take_along_axis(state, residues[:, None, None], axis=1)[:, 0]
-    if pool == "max":
-        return jnp.max(jnp.where(own[..., None], state, -jnp.inf), axis=1)
-    total = jnp.sum(jnp.where(own[..., None], state, 0), axis=1)
-    return total if pool == "sum" else total / jnp.maximum(residues, 1)[:, None]
-
-
 def _embed_stream(
-    model: FlaxModel,
+    model: BuiltModel,
     encoded: Iterable[Encoded],
     config: EmbeddingConfig,
     shapes: set[token_batches.Shape],

@@ -35,13 +35,13 @@ from fast_attention.protein_lm.modeling import token_batches
 from fast_attention.protein_lm.modeling.encoding import Encoded, encode_sequences
 
 if TYPE_CHECKING:
-    from fast_attention.protein_lm.flax_model import FlaxModel
+    from fast_attention.protein_lm.modeling.built_model import BuiltModel
 
 _IDS = ("ids_utf8", "ids_ends")
 
 
 def embed_to_file(
-    model: FlaxModel,
+    model: BuiltModel,
     records: Iterable[FastaRecord],
     output: str | os.PathLike[str],
     config: EmbeddingConfig | None = None,
@@ -79,7 +79,7 @@ def embed_to_file(
 
 
 def _embed(
-    model: FlaxModel,
+    model: BuiltModel,
     records: Iterable[FastaRecord],
     output: Path,
     config: EmbeddingConfig,
@@ -141,7 +141,7 @@ def _cost(pair: tuple[str, Encoded]) -> int:
 
 
 def _encode(
-    model: FlaxModel, records: Iterable[FastaRecord], config: EmbeddingConfig, output: Path
+    model: BuiltModel, records: Iterable[FastaRecord], config: EmbeddingConfig, output: Path
 ) -> Iterator[tuple[str, Encoded]]:
     seen: set[int] = set()
     for record in records:
@@ -158,7 +158,7 @@ def _encode(
 
 
 def _settings(
-    model: FlaxModel, config: EmbeddingConfig, origin: Mapping[str, Any]
+    model: BuiltModel, config: EmbeddingConfig, origin: Mapping[str, Any]
 ) -> dict[str, Any]:
     layers = embedding.layer_names(model, config)
     return {

@@ -17,12 +17,11 @@ from fast_attention.arrays.types import Array, Bool, Float, Int
 from fast_attention.models import samplers
 from fast_attention.protein_lm.data.fasta import FastaRecord
 from fast_attention.protein_lm.errors import RunError
-from fast_attention.protein_lm.flax_model import FlaxModel
 from fast_attention.protein_lm.inference.sampling import row_keys
 from fast_attention.protein_lm.modeling import batches
+from fast_attention.protein_lm.modeling.built_model import BuiltModel
 from fast_attention.protein_lm.modeling.encoding import longest_input, longest_protein
 from fast_attention.protein_lm.modeling.token_batches import TOKENS_PER_BATCH
-from fast_attention.protein_lm.models import FlaxBERT
 
 HIDDEN = "*"
 _ROWS_AT_ONCE = 16
@@ -45,7 +44,7 @@ class _Draw(NamedTuple):
 
 
 def infill_proteins(
-    model: FlaxModel,
+    model: BuiltModel,
     proteins: Iterable[FastaRecord],
     *,
     num_samples: int = 1,
@@ -85,7 +84,7 @@ def infill_proteins(
       ValueError: If a protein hides nothing, has a letter that the vocabulary lacks or more
         residues than the model takes, or an argument is out of its range.
     """
-    if not isinstance(model, FlaxBERT):
+    if model.objective != "masked":
         raise RunError(
             f"{type(model).__name__} sees only what stands before a residue and cannot fill in "
             "hidden ones: use a run of FlaxBERT, or give the beginning of a protein as a prompt"
@@ -114,7 +113,7 @@ class _Options(NamedTuple):
 
 
 def _fill(
-    model: FlaxBERT,
+    model: BuiltModel,
     proteins: list[tuple[FastaRecord, np.ndarray]],
     num_samples: int,
     rounds: int | None,
@@ -138,7 +137,7 @@ def _fill(
                 )
 
 
-def _encode(model: FlaxBERT, protein: FastaRecord) -> np.ndarray:
+def _encode(model: BuiltModel, protein: FastaRecord) -> np.ndarray:
     """The ids of a protein, its end token, and padding to one of few widths."""
     vocab, room = model.domain.vocab, longest_protein(model)
     letters = protein.sequence.upper()
@@ -170,7 +169,7 @@ def _encode(model: FlaxBERT, protein: FastaRecord) -> np.ndarray:
 
 
 def _fill_rows(
-    model: FlaxBERT, rows: np.ndarray, rounds: int, keys: jax.Array, options: _Options
+    model: BuiltModel, rows: np.ndarray, rounds: int, keys: jax.Array, options: _Options
 ) -> tuple[np.ndarray, np.ndarray]:
     mask = model.domain.vocab.mask
     hidden = rows == mask

@@ -16,7 +16,7 @@ from fast_attention.protein_lm.modeling.encoding import longest_protein
 from fast_attention.protein_lm.wording import counted
 
 if TYPE_CHECKING:
-    from fast_attention.protein_lm.flax_model import FlaxModel
+    from fast_attention.protein_lm.modeling.built_model import BuiltModel
 
 CROP = (
     "use the first N residues with --max_length=N (max_length in Python), or leave long proteins "
@@ -45,7 +45,7 @@ class Done(NamedTuple):
 
 
 def read_for_model(
-    model: FlaxModel,
+    model: BuiltModel,
     paths: FastaPaths,
     *,
     max_length: int | None = None,

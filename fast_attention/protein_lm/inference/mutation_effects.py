@@ -13,11 +13,11 @@ from typing import NamedTuple
 import numpy as np
 
 from fast_attention.protein_lm.errors import RunError
-from fast_attention.protein_lm.flax_model import FlaxModel
 from fast_attention.protein_lm.inference import prefix_scoring
 from fast_attention.protein_lm.inference.mutations import Variant
 from fast_attention.protein_lm.inference.scoring import residue_log_likelihoods
 from fast_attention.protein_lm.modeling import token_batches
+from fast_attention.protein_lm.modeling.built_model import BuiltModel
 from fast_attention.protein_lm.modeling.encoding import (
     Encoded,
     encode_sequences,
@@ -39,7 +39,7 @@ _COLUMNS = {
 }
 
 
-def choose_method(model: FlaxModel, method: str | None = None) -> str:
+def choose_method(model: BuiltModel, method: str | None = None) -> str:
     """The method that is meant, or the default one of the model.
 
     Raises:
@@ -69,7 +69,7 @@ def score_columns(method: str) -> tuple[str, ...]:
 
 
 def score_variants(
-    model: FlaxModel,
+    model: BuiltModel,
     wild_type: str,
     variants: Sequence[Variant],
     *,
@@ -124,7 +124,7 @@ def score_variants(
     return dict(zip(_COLUMNS[method], scores.T, strict=True))
 
 
-def _check(model: FlaxModel, wild_type: str, variants: Sequence[Variant]) -> None:
+def _check(model: BuiltModel, wild_type: str, variants: Sequence[Variant]) -> None:
     vocab, longest = model.domain.vocab, longest_protein(model)
     letters = "".join(vocab.tokens[token] for token in vocab.ordinary_ids)
     proteins = [("the wild type", wild_type, len(wild_type))]
@@ -148,7 +148,7 @@ def _check(model: FlaxModel, wild_type: str, variants: Sequence[Variant]) -> Non
 
 
 def _likelihood_ratios(
-    model: FlaxModel,
+    model: BuiltModel,
     wild_type: str,
     variants: Sequence[Variant],
     tokens_per_batch: int,
@@ -163,7 +163,7 @@ def _likelihood_ratios(
 
 
 def _differences(
-    model: FlaxModel,
+    model: BuiltModel,
     wild_type: str,
     variants: Sequence[Variant],
     tokens_per_batch: int,
@@ -187,7 +187,7 @@ class _Hidden(NamedTuple):
 
 
 def _marginals(
-    model: FlaxModel,
+    model: BuiltModel,
     wild_type: str,
     variants: Sequence[Variant],
     hide: bool,
@@ -227,7 +227,7 @@ def _marginals(
 
 
 def _log_probabilities(
-    model: FlaxModel,
+    model: BuiltModel,
     wild: Encoded,
     views: Sequence[_Hidden],
     tokens_per_batch: int,

@@ -26,8 +26,8 @@ from fast_attention.protein_lm.errors import RunError
 from fast_attention.protein_lm.files.npz_files import check_npz, read_arrays
 from fast_attention.protein_lm.files.output_files import open_output, write_json
 from fast_attention.protein_lm.files.output_targets import is_special
-from fast_attention.protein_lm.flax_model import FlaxModel
 from fast_attention.protein_lm.machine_failures import machine_failure
+from fast_attention.protein_lm.modeling.built_model import BuiltModel
 from fast_attention.protein_lm.modeling.encoding import Encoded
 
 _MANIFEST = "manifest.json"
@@ -207,7 +207,7 @@ def unpack_ids(arrays: Mapping[str, np.ndarray]) -> list[str]:
     return [text[start:end].decode() for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
-def fingerprint(model: FlaxModel) -> str:
+def fingerprint(model: BuiltModel) -> str:
     """The SHA-256 of all arrays of a model, and of its shape."""
     digest = hashlib.sha256(f"{model.objective} {model.config}".encode())
     for leaf in jax.tree.leaves((model.weights, model.state.variables)):

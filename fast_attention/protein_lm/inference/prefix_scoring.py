@@ -20,9 +20,9 @@ import numpy as np
 from flax import nnx
 
 from fast_attention.arrays.types import Array, Bool, Float, Int
-from fast_attention.protein_lm.flax_model import FlaxModel
 from fast_attention.protein_lm.inference.mutations import Variant
 from fast_attention.protein_lm.modeling import token_batches, train_state
+from fast_attention.protein_lm.modeling.built_model import BuiltModel
 from fast_attention.protein_lm.modeling.encoding import (
     Encoded,
     encode_sequences,
@@ -69,14 +69,14 @@ class _Row(NamedTuple):
     num_tokens: int
 
 
-def can_share_prefixes(model: FlaxModel) -> bool:
+def can_share_prefixes(model: BuiltModel) -> bool:
     """Whether the model can go on reading from a state."""
     transformer = nnx.merge(model.graphdef, model.weights, model.state.variables)
     return bool(getattr(transformer, "can_decode", False))
 
 
 def likelihood_ratios(
-    model: FlaxModel,
+    model: BuiltModel,
     wild_type: str,
     variants: Sequence[Variant],
     *,
@@ -145,12 +145,12 @@ class _Limits(NamedTuple):
     budget: int
 
 
-def _row(model: FlaxModel, index: int, variant: Variant, first: int, num_residues: int) -> _Row:
+def _row(model: BuiltModel, index: int, variant: Variant, first: int, num_residues: int) -> _Row:
     end = len(with_end(model, Encoded(np.zeros(num_residues, np.int32), True))) - num_residues
     return _Row(index, variant, first, num_residues, num_residues + end)
 
 
-def _tokens(model: FlaxModel, sequence: str) -> tuple[np.ndarray, np.ndarray]:
+def _tokens(model: BuiltModel, sequence: str) -> tuple[np.ndarray, np.ndarray]:
     """What the model reads, and what it is asked for."""
     (item,) = encode_sequences(model, [sequence])
     targets = with_end(model, item)
@@ -177,7 +177,7 @@ def _batches(group: list[_Row], start: int, limits: _Limits) -> Iterator[tuple[l
 
 
 def _batch(
-    model: FlaxModel, wild_type: str, rows: list[_Row], start: int, width: int
+    model: BuiltModel, wild_type: str, rows: list[_Row], start: int, width: int
 ) -> dict[str, Any]:
     number = 1 << (len(rows) - 1).bit_length()
     pairs = [_tokens(model, row.variant.apply(wild_type)) for row in rows]

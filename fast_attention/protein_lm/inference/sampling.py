@@ -11,26 +11,26 @@ import numpy as np
 
 from fast_attention.protein_lm.data.fasta import FastaRecord
 from fast_attention.protein_lm.errors import RunError
-from fast_attention.protein_lm.flax_model import FlaxModel
+from fast_attention.protein_lm.inference.continuation import continue_prompts
 from fast_attention.protein_lm.inference.scoring import (
     PseudoScore,
     SequenceScore,
     score_sequences,
 )
+from fast_attention.protein_lm.modeling.built_model import BuiltModel
 from fast_attention.protein_lm.modeling.token_batches import Shape
-from fast_attention.protein_lm.models import FlaxLM
 from fast_attention.protein_lm.wording import counted
 
 _ROWS_AT_ONCE = 64
 
 
-def sample_proteins(model: FlaxModel, num_samples: int, **options: Any) -> list[FastaRecord]:
+def sample_proteins(model: BuiltModel, num_samples: int, **options: Any) -> list[FastaRecord]:
     """Draws proteins, see `draw_proteins`, and returns them together."""
     return list(draw_proteins(model, num_samples, **options))
 
 
 def draw_proteins(
-    model: FlaxModel,
+    model: BuiltModel,
     num_samples: int,
     *,
     prompt: str = "",
@@ -69,7 +69,7 @@ def draw_proteins(
       ValueError: If the prompt has a letter that the vocabulary lacks, or an argument is out of
         its range.
     """
-    if not isinstance(model, FlaxLM):
+    if model.objective != "causal":
         raise RunError(
             f"{type(model).__name__} fills in hidden residues and cannot write a protein from "
             "left to right: sample from a run of FlaxLM, or give a protein with hidden residues "
@@ -89,7 +89,7 @@ def draw_proteins(
     shapes: set[Shape] = set()
 
     def batch(first: int) -> list[FastaRecord]:
-        drawn = model.sample_with_prompt(rows, row_keys(seed, first, len(rows)), **settings)
+        drawn = continue_prompts(model, rows, row_keys(seed, first, len(rows)), **settings)
         sequences = [vocab.decode(ids, stop_at_eos=vocab.eos is not None) for ids in drawn]
         scores = score_sequences(model, sequences, shapes=shapes)
         return [
@@ -112,7 +112,7 @@ def draw_proteins(
     return records()
 
 
-def encode_prompt(model: FlaxModel, prompt: str, max_length: int | None = None) -> list[int]:
+def encode_prompt(model: BuiltModel, prompt: str, max_length: int | None = None) -> list[int]:
     """The ids of a prompt, behind the begin token.
 
     Args:
@@ -137,6 +137,7 @@ def encode_prompt(model: FlaxModel, prompt: str, max_length: int | None = None) 
             f"the prompt has {counted(len(prompt), 'residue')}, but a protein has at most "
             f"{longest:,}, the prompt included (max_length): shorten the prompt"
         )
+    assert model.bos_token is not None  # A causal model has one.
     return [model.bos_token, *(known[letter] for letter in prompt)]
 
 

@@ -21,7 +21,7 @@ from fast_attention.protein_lm.modeling.encoding import Encoded, encode_sequence
 from fast_attention.protein_lm.modeling.token_batches import TOKENS_PER_BATCH
 
 if TYPE_CHECKING:
-    from fast_attention.protein_lm.flax_model import FlaxModel
+    from fast_attention.protein_lm.modeling.built_model import BuiltModel
 
 _EXACT = ("log_likelihood", "log_likelihood_with_end", "mean_log_likelihood", "perplexity")
 _PSEUDO = ("pseudo_log_likelihood", "mean_pseudo_log_likelihood", "pseudo_perplexity")
@@ -36,7 +36,7 @@ class _Protein(NamedTuple):
 
 
 def score_to_file(
-    model: FlaxModel,
+    model: BuiltModel,
     records: Iterable[FastaRecord],
     output: str | os.PathLike[str],
     *,
@@ -88,7 +88,7 @@ def score_to_file(
 
 
 def _score_proteins(
-    model: FlaxModel,
+    model: BuiltModel,
     proteins: Iterable[_Protein],
     names: tuple[str, ...],
     write: Write,
@@ -130,7 +130,7 @@ def _score_proteins(
 
 
 def _encode(
-    model: FlaxModel, records: Iterable[FastaRecord], max_length: int | None
+    model: BuiltModel, records: Iterable[FastaRecord], max_length: int | None
 ) -> Iterator[_Protein]:
     for record in records:
         (encoded,) = encode_sequences(model, [record.sequence], max_length=max_length)
@@ -138,7 +138,7 @@ def _encode(
 
 
 def _score(
-    model: FlaxModel,
+    model: BuiltModel,
     proteins: list[Encoded],
     names: tuple[str, ...],
     tokens_per_batch: int,

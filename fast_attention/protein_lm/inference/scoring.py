@@ -18,15 +18,12 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from fast_attention.protein_lm.modeling import token_batches, train_state
 from fast_attention.protein_lm.modeling.encoding import (
     Encoded,
     encode_sequences,
-    number_rows,
     row_lengths,
     with_begin,
     with_end,
@@ -34,7 +31,7 @@ from fast_attention.protein_lm.modeling.encoding import (
 from fast_attention.protein_lm.modeling.metrics import perplexity
 
 if TYPE_CHECKING:
-    from fast_attention.protein_lm.flax_model import FlaxModel
+    from fast_attention.protein_lm.modeling.built_model import BuiltModel
 
 
 class SequenceScore(NamedTuple):
@@ -85,7 +82,7 @@ class PseudoScore(NamedTuple):
 
 
 def score_sequences(
-    model: FlaxModel, sequences: Iterable[str], **options: Any
+    model: BuiltModel, sequences: Iterable[str], **options: Any
 ) -> Iterator[SequenceScore | PseudoScore]:
     """Scores proteins, in their order.
 
@@ -104,7 +101,7 @@ def score_sequences(
 
 
 def residue_log_likelihoods(
-    model: FlaxModel,
+    model: BuiltModel,
     sequences: Iterable[str],
     *,
     tokens_per_batch: int = token_batches.TOKENS_PER_BATCH,
@@ -140,7 +137,7 @@ def residue_log_likelihoods(
 
 
 def score_encoded(
-    model: FlaxModel,
+    model: BuiltModel,
     proteins: Iterable[Encoded],
     tokens_per_batch: int,
     shapes: set[token_batches.Shape],
@@ -152,7 +149,7 @@ def score_encoded(
 
 
 def plan_encoded(
-    model: FlaxModel,
+    model: BuiltModel,
     proteins: Iterable[Encoded],
     tokens_per_batch: int,
     shapes: set[token_batches.Shape],
@@ -171,14 +168,14 @@ def plan_encoded(
     token_batches.plan_stream(lengths, tokens_per_batch, shapes, devices=model.mesh.size)
 
 
-def computed_tokens(model: FlaxModel, protein: Encoded) -> int:
+def computed_tokens(model: BuiltModel, protein: Encoded) -> int:
     """Tokens that are computed to score a protein, about."""
     tokens = len(protein.residues) + 1
     return tokens if model.objective == "causal" else tokens * len(protein.residues)
 
 
 def _score_read(
-    model: FlaxModel,
+    model: BuiltModel,
     encoded: Iterable[Encoded],
     tokens_per_batch: int,
     shapes: set[token_batches.Shape],
@@ -231,7 +228,7 @@ class _Hidden(NamedTuple):
 
 
 def _score_hidden(
-    model: FlaxModel,
+    model: BuiltModel,
     encoded: Iterable[Encoded],
     tokens_per_batch: int,
     shapes: set[token_batches.Shape],
@@ -286,38 +283,8 @@ def _score_hidden(
         yield np.array([value for _, value in found], np.float32), math.nan
 
 
-def make_residue_step(graphdef: Any, objective: str) -> Callable[..., jax.Array]:
-    """Makes the jitted function from a batch to log-probabilities, float32.
-
-    Args:
-      graphdef: Structure of the model.
-      objective: ``"causal"``: ``(parameters, variables, inputs [B, T], targets [B, T],
-        lengths [B]) -> [B, T]``; ``"masked"``, with ``places [B]`` of the hidden residues and
-        ``targets [B]`` that stood there: ``-> [B]``.
-    """
-
-    def log_probabilities(parameters: Any, variables: Any, inputs: Any, lengths: Any) -> jax.Array:
-        model = nnx.merge(graphdef, parameters, variables)
-        positions, visible = number_rows(inputs, lengths)
-        logits = model(inputs, positions=positions, key_mask=visible, deterministic=True)
-        return jax.nn.log_softmax(logits.astype(jnp.float32))
-
-    def read(parameters: Any, variables: Any, inputs: Any, targets: Any, lengths: Any) -> jax.Array:
-        found = log_probabilities(parameters, variables, inputs, lengths)
-        return jnp.take_along_axis(found, targets[..., None], axis=-1)[..., 0]
-
-    def hidden(
-        parameters: Any, variables: Any, inputs: Any, targets: Any, places: Any, lengths: Any
-    ) -> jax.Array:
-        found = log_probabilities(parameters, variables, inputs, lengths)
-        found = jnp.take_along_axis(found, places[:, None, None], axis=1)[:, 0]
-        return jnp.take_along_axis(found, targets[:, None], axis=-1)[:, 0]
-
-    return jax.jit(read if objective == "causal" else hidden)
-
-
 def sum_up(
-    model: FlaxModel,
+    model: BuiltModel,
 ) -> Callable[[tuple[np.ndarray, float]], SequenceScore | PseudoScore]:
     """Gives the function from what `residue_log_likelihoods` yields to the score of a protein."""
 

@@ -18,12 +18,14 @@ from fast_attention.models.transformer import Transformer
 from fast_attention.protein_lm.data.domains import DiscreteDomain
 from fast_attention.protein_lm.data.masking import MaskingConfig
 from fast_attention.protein_lm.distributed import process_arrays
-from fast_attention.protein_lm.inference import embedding, scoring
 from fast_attention.protein_lm.modeling import (
     attention_exchange as exchange,
 )
 from fast_attention.protein_lm.modeling import (
+    batches,
+    inference_steps,
     optimizer,
+    pairs,
     schedules,
     train_state,
 )
@@ -54,8 +56,8 @@ class BuiltModel:
       train_step: ``(state, batch) -> (state, sums)``; donates the state.
       eval_step: ``(parameters, variables, batch, packed) -> sums``.
       logits_step: ``(parameters, variables, batch, packed) -> logits``.
-      residue_step: Log-probabilities of residues, see `scoring.make_residue_step`.
-      embedding_step: Representations, see `embedding.make_embedding_step`.
+      residue_step: Log-probabilities of residues, see `inference_steps.make_residue_step`.
+      embedding_step: Representations, see `inference_steps.make_embedding_step`.
     """
 
     objective: ClassVar[str]
@@ -162,8 +164,8 @@ class BuiltModel:
         self._make_train_step()
         self.eval_step = train_state.make_eval_step(self.graphdef)
         self.logits_step = train_state.make_logits(self.graphdef)
-        self.residue_step = scoring.make_residue_step(self.graphdef, self.objective)
-        self.embedding_step = embedding.make_embedding_step(self.graphdef, self.objective)
+        self.residue_step = inference_steps.make_residue_step(self.graphdef, self.objective)
+        self.embedding_step = inference_steps.make_embedding_step(self.graphdef, self.objective)
         self._state: train_state.TrainState | None = None
 
     def _make_train_step(self) -> None:
@@ -295,3 +297,27 @@ class BuiltModel:
         model._build(self.attention_fn, self.schedule)
         model.set_parameters(*process_arrays.fetch((self.weights, self.state.variables)))
         return model
+
+    def logits(self, xs: Any) -> jax.Array:
+        """Logits, float32 [B, T, V].
+
+        Args:
+          xs: One batch, pairs, or sequences as for `fit`: then T is the length of the longest, its
+            end token included, and nothing is masked. Those of a causal model at t come from
+            the residues before t.
+        """
+        if pairs.is_pairs(xs):
+            xs = pairs.pair_batch(pairs.as_pairs(xs, self.tokens), self.tokens)
+        elif not batches.is_batch(xs):
+            corpus = batches.as_corpus(xs, self.domain)
+            xs = batches.in_order(corpus, self.domain, self.objective)
+        return self.apply_step(self.logits_step, xs)
+
+    def apply_step(self, step: Callable[..., Any], batch: train_state.Batch) -> Any:
+        """Calls `eval_step` or `logits_step` on a batch, with the parameters that predict."""
+        return step(
+            self.weights,
+            self.state.variables,
+            train_state.shard_batch(batch, self.mesh),
+            packed=train_state.is_packed(batch),
+        )

@@ -18,7 +18,7 @@ from fast_attention.protein_lm import ranges
 from fast_attention.protein_lm.data.domains import domain_to_bos
 
 if TYPE_CHECKING:
-    from fast_attention.protein_lm.flax_model import FlaxModel
+    from fast_attention.protein_lm.modeling.built_model import BuiltModel
 
 
 class Encoded(NamedTuple):
@@ -33,7 +33,7 @@ class Encoded(NamedTuple):
     whole: bool
 
 
-def longest_protein(model: FlaxModel) -> int | None:
+def longest_protein(model: BuiltModel) -> int | None:
     """Most residues of a protein that a model can read; None where its positions have no limit.
 
     Only learned positions end somewhere, after ``max_len`` residues. Others go on beyond the length
@@ -42,14 +42,14 @@ def longest_protein(model: FlaxModel) -> int | None:
     return model.config.max_len if model.config.positions == "learned" else None
 
 
-def longest_input(model: FlaxModel) -> int | None:
+def longest_input(model: BuiltModel) -> int | None:
     """Most tokens that a model can read, the begin or the end token included, or None."""
     longest = longest_protein(model)
     return None if longest is None else longest + 1
 
 
 def encode_sequences(
-    model: FlaxModel,
+    model: BuiltModel,
     sequences: Iterable[str],
     *,
     max_length: int | None = None,
@@ -77,7 +77,7 @@ def encode_sequences(
 
 
 def _encode(
-    model: FlaxModel, sequences: Iterable[str], max_length: int | None
+    model: BuiltModel, sequences: Iterable[str], max_length: int | None
 ) -> Iterator[Encoded]:
     vocab, room = model.domain.vocab, longest_protein(model)
     letters = {vocab.tokens[i]: i for i in vocab.ordinary_ids}
@@ -106,12 +106,12 @@ def _encode(
         yield Encoded(ids, len(part) == len(sequence))
 
 
-def with_begin(model: FlaxModel, tokens: np.ndarray) -> np.ndarray:
+def with_begin(model: BuiltModel, tokens: np.ndarray) -> np.ndarray:
     """Returns the begin token and what follows it."""
     return np.append(domain_to_bos(model.domain), tokens)
 
 
-def with_end(model: FlaxModel, item: Encoded) -> np.ndarray:
+def with_end(model: BuiltModel, item: Encoded) -> np.ndarray:
     """Returns residues and the end token, if the vocabulary has one.
 
     A cropped sequence does not end where it was cropped.

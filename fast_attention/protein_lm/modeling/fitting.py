@@ -11,10 +11,10 @@ import jax
 from fast_attention.protein_lm.modeling import metrics, train_state
 
 if TYPE_CHECKING:
-    from fast_attention.protein_lm.flax_model import FlaxModel
+    from fast_attention.protein_lm.modeling.built_model import BuiltModel
 
 
-def take_steps(model: FlaxModel, found: Iterable[train_state.Batch]) -> dict[str, Any]:
+def take_steps(model: BuiltModel, found: Iterable[train_state.Batch]) -> dict[str, Any]:
     """Takes a training step with each batch.
 
     Args:
@@ -40,7 +40,7 @@ def take_steps(model: FlaxModel, found: Iterable[train_state.Batch]) -> dict[str
     }
 
 
-def take_each(model: FlaxModel, found: Iterable[train_state.Batch]) -> list[metrics.Sums]:
+def take_each(model: BuiltModel, found: Iterable[train_state.Batch]) -> list[metrics.Sums]:
     """Takes a training step with each batch, and returns `metrics.token_sums` of each.
 
     Raises:

@@ -25,8 +25,8 @@ from fast_attention.protein_lm.files.output_files import (
     open_output_folder,
     write_file,
 )
-from fast_attention.protein_lm.flax_model import FlaxModel
 from fast_attention.protein_lm.machine_failures import machine_failure
+from fast_attention.protein_lm.modeling.built_model import BuiltModel
 from fast_attention.protein_lm.modeling.train_state import TrainState, weights
 from fast_attention.protein_lm.runs import model_description, model_file
 from fast_attention.protein_lm.runs.array_records import describe, named
@@ -42,7 +42,7 @@ _DTYPES |= {
 
 
 def export_model(
-    model: FlaxModel, folder: RunFolder, output: str | Path, *, step: int, tokens: int | None
+    model: BuiltModel, folder: RunFolder, output: str | Path, *, step: int, tokens: int | None
 ) -> RunFolder:
     """Writes a trained model to a folder that `loading.load_run` reads, too.
 
@@ -71,7 +71,7 @@ def export_model(
     return target
 
 
-def save_model(model: FlaxModel, output: str | os.PathLike[str]) -> None:
+def save_model(model: BuiltModel, output: str | os.PathLike[str]) -> None:
     """Writes a model that was trained in Python, as `export_model` writes that of a run.
 
     Args:
@@ -93,7 +93,7 @@ def save_model(model: FlaxModel, output: str | os.PathLike[str]) -> None:
         write_file(new.model, model_file.to_text(about))
 
 
-def _describe(model: FlaxModel, step: int, tokens: int | None) -> dict[str, Any]:
+def _describe(model: BuiltModel, step: int, tokens: int | None) -> dict[str, Any]:
     parameters = model_description.count_parameters(model)
     exported = {"step": step, "tokens": tokens, "parameters": parameters}
     return model_file.describe(model) | {"exported": exported}

@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from fast_attention.protein_lm.flax_model import FlaxModel
+from fast_attention.protein_lm.modeling.built_model import BuiltModel
 
 
-def describe_model(model: FlaxModel) -> dict[str, Any]:
+def describe_model(model: BuiltModel) -> dict[str, Any]:
     """``model`` (its class), ``transformer``, ``attention``, ``masking`` and ``parameters``."""
     attention = "exact" if model.attention_fn is None else plain(model.attention_fn)
     if model.objective == "causal":
@@ -54,7 +54,7 @@ def plain(value: Any) -> Any:
     return getattr(value, "__name__", None) or type(value).__name__
 
 
-def count_parameters(model: FlaxModel) -> dict[str, int]:
+def count_parameters(model: BuiltModel) -> dict[str, int]:
     """Trained scalars by part of the model, ``total``, and ``drawn`` ones, which are not trained.
 
     The parts of a Transformer are ``embed``, ``positions``, ``attention``, ``feed_forward``,

@@ -41,9 +41,10 @@ from fast_attention.protein_lm.files.json_files import (
     read_json,
     shown,
 )
-from fast_attention.protein_lm.flax_model import FlaxModel
 from fast_attention.protein_lm.modeling import schedules
-from fast_attention.protein_lm.models import FlaxBERT, FlaxLM, SamplingConfig
+from fast_attention.protein_lm.modeling.built_model import BuiltModel
+from fast_attention.protein_lm.modeling.model_classes import is_registered, registered_models
+from fast_attention.protein_lm.modeling.sampling_config import SamplingConfig
 from fast_attention.protein_lm.runs import attention_recipes
 from fast_attention.protein_lm.runs.attention_recipes import OWN, name_of
 from fast_attention.recipes import recipe
@@ -51,7 +52,6 @@ from fast_attention.recipes import recipe
 FORMAT = "fast_attention.protein_lm"
 VERSION = 2
 
-_MODELS: dict[str, type[FlaxModel]] = {"FlaxLM": FlaxLM, "FlaxBERT": FlaxBERT}
 _DOMAINS = ("VariableLengthDiscreteDomain", "FixedLengthDiscreteDomain")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _MESH = (FSDP, MODEL, SEQUENCE)
@@ -135,9 +135,9 @@ def describe_domain(domain: DiscreteDomain) -> dict[str, Any]:
     }
 
 
-def describe(model: FlaxModel) -> dict[str, Any]:
+def describe(model: BuiltModel) -> dict[str, Any]:
     """The content of ``model.json`` but for ``training`` and ``exported``, which are None."""
-    ours = type(model) in _MODELS.values() and model.model_cls is Transformer
+    ours = is_registered(type(model)) and model.model_cls is Transformer
     transformer = dataclasses.asdict(model.config)
     for name in ("vocab_size", "causal"):
         del transformer[name]
@@ -252,7 +252,7 @@ def check_describable(path: Path, about: dict[str, Any]) -> None:
             )
 
 
-def build(path: Path, about: dict[str, Any]) -> FlaxModel:
+def build(path: Path, about: dict[str, Any]) -> BuiltModel:
     """Makes a model of its description, untrained.
 
     Args:
@@ -265,11 +265,13 @@ def build(path: Path, about: dict[str, Any]) -> FlaxModel:
       RunError: If the values make no model.
     """
     check_describable(path, about)
-    if about["model"] not in _MODELS:
-        raise RunError(f"{path}: model is {shown(about['model'])}; expected {' or '.join(_MODELS)}")
-    model_cls = _MODELS[about["model"]]
-    if (about["masking"] is None) == (model_cls is FlaxBERT):
-        expected = "an object" if model_cls is FlaxBERT else "null"
+    classes = registered_models()
+    if about["model"] not in classes:
+        raise RunError(f"{path}: model is {shown(about['model'])}; expected {' or '.join(classes)}")
+    model_cls = classes[about["model"]]
+    masked = model_cls.objective == "masked"
+    if (about["masking"] is None) == masked:
+        expected = "an object" if masked else "null"
         raise RunError(
             f"{path}: masking is {shown(about['masking'])}; {about['model']} needs {expected}"
         )
@@ -361,7 +363,7 @@ def _own(*parts: Any) -> dict[str, str]:
 
 
 def _is_ours(part: Any) -> bool:
-    return part is Transformer or part in _MODELS.values()
+    return part is Transformer or is_registered(part)
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

@@ -12,10 +12,10 @@ from fast_attention.protein_lm.runs import checkpoints, model_file
 from fast_attention.protein_lm.runs.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from fast_attention.protein_lm.flax_model import FlaxModel
+    from fast_attention.protein_lm.modeling.built_model import BuiltModel
 
 
-def save_training(model: FlaxModel, output: str | os.PathLike[str]) -> None:
+def save_training(model: BuiltModel, output: str | os.PathLike[str]) -> None:
     """Writes the state of a model, its optimiser and its step among it.
 
     The folder has ``model.json`` and ``checkpoints``, so that `loading.load_run` reads it. Only the
@@ -54,7 +54,7 @@ def save_training(model: FlaxModel, output: str | os.PathLike[str]) -> None:
     write_file(folder.model, text)
 
 
-def load_training(model: FlaxModel, path: str | os.PathLike[str]) -> None:
+def load_training(model: BuiltModel, path: str | os.PathLike[str]) -> None:
     """Gives a model the state of the newest checkpoint of a folder.
 
     Args:

@@ -11,11 +11,11 @@ from fast_attention.mechanisms.favor.fn import FastAttention
 from fast_attention.mechanisms.wrapped import as_attention_fn
 from fast_attention.protein_lm.errors import RunError
 from fast_attention.protein_lm.flax_model import FlaxModel
-from fast_attention.protein_lm.loading import load_run, open_run
 from fast_attention.protein_lm.modeling.train_state import TrainState
 from fast_attention.protein_lm.runs import model_file
 from fast_attention.protein_lm.runs.array_records import describe
 from fast_attention.protein_lm.runs.model_file import OwnPartError
+from fast_attention.protein_lm.runs.stored_models import load_stored, open_stored
 from fast_attention.softmax_attention import make_softmax_attention
 
 
@@ -43,9 +43,9 @@ def check_initial_run(path: Path, model: FlaxModel) -> None:
       RunError: If the folder is no run's, or its model has another vocabulary or other parameters.
     """
     try:
-        before = open_run(path).model
+        before = open_stored(path).model
     except OwnPartError:
-        before = open_run(path, model=model).model
+        before = open_stored(path, model=model).model
     _check(path, before, model)
 
 
@@ -60,10 +60,10 @@ def read_initial_run(path: Path, model: FlaxModel) -> Beginning:
       RunError: As `check_initial_run`, or if the run has no checkpoint.
     """
     try:
-        before = load_run(path).model
+        before = load_stored(path).model
     except OwnPartError:
         # Where a part is code of its author's, this model has it, or the arrays do not fit.
-        before = load_run(path, model=model).model
+        before = load_stored(path, model=model).model
     _check(path, before, model)
     same = _draw_alike(before.attention_fn, model.attention_fn)
     now = jax.eval_shape(model.initialize, jax.random.key(0))

@@ -1,0 +1,97 @@
+"""The compiled functions from a batch to log-probabilities and to representations.
+
+Letters: B batch, T length, L layers, M width of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fast_attention.protein_lm.modeling.encoding import number_rows
+
+Layer = int | Literal["last"]
+
+
+def make_residue_step(graphdef: Any, objective: str) -> Callable[..., jax.Array]:
+    """Makes the jitted function from a batch to log-probabilities, float32.
+
+    Args:
+      graphdef: Structure of the model.
+      objective: ``"causal"``: ``(parameters, variables, inputs [B, T], targets [B, T],
+        lengths [B]) -> [B, T]``; ``"masked"``, with ``places [B]`` of the hidden residues and
+        ``targets [B]`` that stood there: ``-> [B]``.
+    """
+
+    def log_probabilities(parameters: Any, variables: Any, inputs: Any, lengths: Any) -> jax.Array:
+        model = nnx.merge(graphdef, parameters, variables)
+        positions, visible = number_rows(inputs, lengths)
+        logits = model(inputs, positions=positions, key_mask=visible, deterministic=True)
+        return jax.nn.log_softmax(logits.astype(jnp.float32))
+
+    def read(parameters: Any, variables: Any, inputs: Any, targets: Any, lengths: Any) -> jax.Array:
+        found = log_probabilities(parameters, variables, inputs, lengths)
+        return jnp.take_along_axis(found, targets[..., None], axis=-1)[..., 0]
+
+    def hidden(
+        parameters: Any, variables: Any, inputs: Any, targets: Any, places: Any, lengths: Any
+    ) -> jax.Array:
+        found = log_probabilities(parameters, variables, inputs, lengths)
+        found = jnp.take_along_axis(found, places[:, None, None], axis=1)[:, 0]
+        return jnp.take_along_axis(found, targets[:, None], axis=-1)[:, 0]
+
+    return jax.jit(read if objective == "causal" else hidden)
+
+
+def make_embedding_step(graphdef: Any, objective: str) -> Callable[..., jax.Array]:
+    """Makes the jitted function from a batch to representations.
+
+    Args:
+      graphdef: Structure of the model.
+      objective: ``"causal"`` (residues stand behind a begin token) or ``"masked"``.
+
+    Returns:
+      ``(parameters, variables, *, inputs [B, T], lengths [B] of all tokens, residues [B], layers,
+      pool, dtype)`` to ``[L, B, M]``, or ``[L, B, T, M]`` without a pool.
+    """
+    first = 1 if objective == "causal" else 0
+
+    def embed(
+        parameters: Any,
+        variables: Any,
+        *,
+        inputs: Any,
+        lengths: Any,
+        residues: Any,
+        layers: tuple[Layer, ...],
+        pool: str | None,
+        dtype: str,
+    ) -> jax.Array:
+        model = nnx.merge(graphdef, parameters, variables)
+        positions, visible = number_rows(inputs, lengths)
+        found = model.hidden_states(inputs, layers, positions=positions, key_mask=visible)
+        place = jnp.arange(inputs.shape[1])[None]
+        own = (place >= first) & (place < (first + residues)[:, None])
+        states = [_pool(state.astype(jnp.float32), own, residues, pool) for state in found]
+        return jnp.stack(states).astype(dtype)
+
+    return jax.jit(embed, static_argnames=("layers", "pool", "dtype"))
+
+
+def _pool(state: jax.Array, own: jax.Array, residues: jax.Array, pool: str | None) -> jax.Array:
+    """Pools ``[B, T, M]`` over the positions where `own` ``[B, T]`` is true."""
+    if pool is None:
+        return state
+    if pool == "bos":
+        return state[:, 0]
+    if pool == "eos":
+        # The end token of a masked model, or the last residue behind a begin token.
+        return jnp.take_along_axis(state, residues[:, None, None], axis=1)[:, 0]
+    if pool == "max":
+        return jnp.max(jnp.where(own[..., None], state, -jnp.inf), axis=1)
+    total = jnp.sum(jnp.where(own[..., None], state, 0), axis=1)
+    return total if pool == "sum" else total / jnp.maximum(residues, 1)[:, None]
