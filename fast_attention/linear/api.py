@@ -268,8 +268,9 @@ def implementation_names(implementation: str | Sequence[str] | None) -> tuple[st
     """Returns the names to try in order, for what the caller asks for."""
     if implementation is None:
         return DEFAULT_ORDER
-    several = isinstance(implementation, Sequence) and not isinstance(implementation, str)
-    names = tuple(implementation) if several else (implementation,)
+    if isinstance(implementation, str) or not isinstance(implementation, Sequence):
+        implementation = (implementation,)
+    names = tuple(implementation)
     unknown = [name for name in names if name not in IMPLEMENTATIONS]
     if unknown or not names:
         raise ValueError(

@@ -49,7 +49,7 @@ class Schedule(NamedTuple):
     Attributes:
       learning_rate: After a warm-up over a tenth of the steps; it falls as a cosine to 0.
       weight_decay: AdamW's.
-      grad_clip: Largest global norm of a gradient.
+      grad_clip: Largest global norm of a gradient; None does not clip.
       batch_size: Proteins of a batch.
       max_epochs: Passes through the proteins.
       patience: Epochs without improvement on the validation proteins after which to stop.
@@ -58,7 +58,7 @@ class Schedule(NamedTuple):
 
     learning_rate: float
     weight_decay: float
-    grad_clip: float
+    grad_clip: float | None
     batch_size: int
     max_epochs: int
     patience: int
@@ -69,7 +69,7 @@ class AdamW(NamedTuple):
     """What of the optimiser is compiled in."""
 
     weight_decay: float
-    grad_clip: float
+    grad_clip: float | None
 
     def make(self) -> optax.GradientTransformation:
         """The optimiser of rate 1: every update, decay included, is to be multiplied by a rate."""
