@@ -63,9 +63,23 @@ _LAZY = {
     "sum_reducer": "inference.reducers",
 }
 
+# The modules of which programs use several functions, under their own names.
+_MODULES = {
+    "baselines": "evaluation",
+    "batches": "modeling",
+    "domains": "data",
+    "ngrams": "evaluation",
+    "sampling": "inference",
+    "scoring": "inference",
+    "train": "training",
+    "vocabulary": "data",
+}
+
 
 def __getattr__(name: str) -> Any:
     """Loads what needs JAX when it is first used."""
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{_MODULES[name]}.{name}")
     if name in _LAZY:
         return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
