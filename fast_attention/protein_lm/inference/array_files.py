@@ -184,7 +184,8 @@ def _add_array(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
 def _write_hdf5(output: BinaryIO, layout: Layout, parts: Iterable[Part]) -> None:
     import h5py
 
-    with h5py.File(output.name, "w") as file:
+    # The temporary file is locked already, see `temporaries`, and HDF5 would lock it once more.
+    with h5py.File(output.name, "w", locking=False) as file:
         file.attrs["layers"] = layout.layers
         ids = file.create_dataset("ids", (layout.proteins,), h5py.string_dtype())
         if layout.pooled:

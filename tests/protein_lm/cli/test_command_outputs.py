@@ -187,7 +187,7 @@ def test_the_table_of_a_fine_tuning_is_not_overwritten(lm_run, predictor, tmp_pa
     (tmp_path / "predictions.tsv").write_text("id\tsequence\tlabel\na\tMK\t1\n")
     arguments = ["fine-tune", f"--run_dir={lm_run}", f"--output={tmp_path}", "--task=regression"]
     assert cli.main([*arguments, f"--table={tmp_path / 'predictions.tsv'}"]) == 1
-    assert "is the same file as the input" in capfd.readouterr().err
+    assert "predictions.tsv would be overwritten" in capfd.readouterr().err
     assert len(list(tmp_path.iterdir())) == 1
 
 
