@@ -72,6 +72,7 @@ class BuiltModel:
         random_seed: int = 0,
         batch_size: int = 32,
         learning_rate: float | schedules.Schedule = 1e-3,
+        optimizer: str = "adamw",
         weight_decay: float = 0.1,
         grad_clip: float | None = None,
         beta1: float = 0.9,
@@ -91,6 +92,7 @@ class BuiltModel:
           random_seed: Of parameters, dropout, masks and, by default, samples.
           batch_size: Rows per batch in `fit` and `evaluate`, unless they are told.
           learning_rate: A number, or a function from a step to a number.
+          optimizer: "adamw" or "muon", see `create_optimizer`.
           weight_decay: AdamW's, on matrices other than embeddings.
           grad_clip: Largest global norm of a gradient; None does not clip.
           beta1: AdamW's.
@@ -123,6 +125,7 @@ class BuiltModel:
         self.batch_size = batch_size
         self.config = make_config(self.objective == "causal", domain, self.tokens, model_kwargs)
         self.optimizer_options = {
+            "optimizer": optimizer,
             "weight_decay": weight_decay,
             "grad_clip": grad_clip,
             "beta1": beta1,

@@ -1,14 +1,20 @@
-"""AdamW with a decay mask and global-norm clipping."""
+"""AdamW and Muon, with a decay mask and global-norm clipping."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from fast_attention.protein_lm.modeling.schedules import Schedule
+
+Name = Literal["adamw", "muon"]
+
+# Root mean square of Muon's updates, about that of AdamW's, so that both take the same learning
+# rates (arXiv:2502.16982).
+_MUON_RMS = 0.2
 
 
 def decay_mask(parameters: Any) -> Any:
@@ -38,16 +44,21 @@ def decay_mask(parameters: Any) -> Any:
 def create_optimizer(
     learning_rate: float | Schedule,
     *,
+    optimizer: Name = "adamw",
     weight_decay: float = 0.1,
     grad_clip: float | None = None,
     beta1: float = 0.9,
     beta2: float = 0.98,
     epsilon: float = 1e-9,
 ) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter, arXiv:1711.05101), its decay limited by `decay_mask`.
+    """AdamW (Loshchilov and Hutter, arXiv:1711.05101) or Muon, with decay limited by `decay_mask`.
+
+    Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) orthogonalizes the updates
+    of the matrices that decay; everything else is updated by AdamW with Nesterov momentum.
 
     Args:
       learning_rate: A number, or a function from a step to a number.
+      optimizer: "adamw" or "muon".
       weight_decay: Decoupled decay, multiplied by the learning rate.
       grad_clip: Largest global norm of the gradient; None does not clip.
       beta1: Decay of the first moment.
@@ -55,18 +66,42 @@ def create_optimizer(
       epsilon: Added to the root of the second moment.
 
     Raises:
-      ValueError: If `grad_clip` is not positive.
+      ValueError: If `grad_clip` is not positive, or there is no such optimizer.
     """
+    if optimizer not in get_args(Name):
+        raise ValueError(f"optimizer must be one of {', '.join(get_args(Name))}; got {optimizer!r}")
     if grad_clip is not None and grad_clip <= 0:
         raise ValueError(f"grad_clip must be positive, or None for no clipping; got {grad_clip}")
-    adamw = optax.adamw(
-        learning_rate,
-        b1=beta1,
-        b2=beta2,
-        eps=epsilon,
-        weight_decay=weight_decay,
-        mask=decay_mask,
-    )
+    if optimizer == "adamw":
+        update = optax.adamw(
+            learning_rate,
+            b1=beta1,
+            b2=beta2,
+            eps=epsilon,
+            weight_decay=weight_decay,
+            mask=decay_mask,
+        )
+    else:
+        update = optax.contrib.muon(
+            learning_rate,
+            weight_decay=weight_decay,
+            adam_b1=beta1,
+            adam_b2=beta2,
+            eps=epsilon,
+            muon_weight_dimension_numbers=_orthogonalized,
+            consistent_rms=_MUON_RMS,
+        )
     if grad_clip is None:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(grad_clip), adamw)
+        return update
+    return optax.chain(optax.clip_by_global_norm(grad_clip), update)
+
+
+def _orthogonalized(parameters: Any) -> Any:
+    """For matrices that decay, which axes Muon takes for rows and columns; None for the others."""
+    return jax.tree.map(
+        lambda parameter, decays: (
+            optax.contrib.MuonDimensionNumbers() if decays and jnp.ndim(parameter) == 2 else None
+        ),
+        parameters,
+        decay_mask(parameters),
+    )

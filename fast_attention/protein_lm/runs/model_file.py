@@ -50,7 +50,7 @@ from fast_attention.protein_lm.runs.attention_recipes import OWN, name_of
 from fast_attention.recipes import recipe
 
 FORMAT = "fast_attention.protein_lm"
-VERSION = 2
+VERSION = 3
 
 _DOMAINS = ("VariableLengthDiscreteDomain", "FixedLengthDiscreteDomain")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -83,6 +83,7 @@ _DOMAIN = {"type": Literal[_DOMAINS], "length": int, "min_length": int | None}
 _ADDED = {"with_bos": bool | None, "with_mask": bool}
 _OPTIMIZER = {
     "learning_rate": dict | None,
+    "optimizer": Literal["adamw", "muon"],
     "weight_decay": float,
     "grad_clip": float | None,
     "beta1": float,

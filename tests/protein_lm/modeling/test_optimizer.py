@@ -60,3 +60,28 @@ def test_clipping_shrinks_the_whole_gradient_to_the_norm():
     assert len(found) == len(expected)
     for left, right in zip(found, expected, strict=True):
         np.testing.assert_allclose(left, right, rtol=1e-6)
+
+
+def test_muon_moves_matrices_along_orthogonal_directions(parameters):
+    muon = create_optimizer(0.5, optimizer="muon", weight_decay=0.0)
+    adamw = optax.nadamw(0.5, b1=0.9, b2=0.98, eps=1e-9)
+    keys = iter(jax.random.split(jax.random.key(0), 100))
+    gradient = jax.tree.map(lambda x: jax.random.normal(next(keys), x.shape), parameters)
+    updates, _ = jax.jit(muon.update)(gradient, muon.init(parameters), parameters)
+    expected, _ = jax.jit(adamw.update)(gradient, adamw.init(parameters), parameters)
+    decays = decay_mask(parameters)
+    leaves = zip(*map(jax.tree.leaves, (updates, expected, decays)), strict=True)
+    for update, of_adamw, orthogonal in leaves:
+        if orthogonal:
+            sizes = np.linalg.svd(update, compute_uv=False)
+            # Small singular values grow the slowest.
+            assert sizes.max() < 2 * np.median(sizes)
+            # The size of a step is about that of AdamW.
+            assert 0.1 < np.sqrt(np.mean(update**2)) / 0.5 < 0.3
+        else:
+            np.testing.assert_allclose(update, of_adamw, rtol=1e-3)
+
+
+def test_another_optimizer_is_refused():
+    with pytest.raises(ValueError, match="optimizer must be one of adamw, muon; got 'sgd'"):
+        create_optimizer(0.1, optimizer="sgd")

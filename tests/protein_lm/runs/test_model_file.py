@@ -102,7 +102,7 @@ CHANGES = {
     "array": (("attention", "arguments", "projection_matrix"), [[1]], "expected null"),
     "estimator": (("attention", "arguments", "estimator"), "best", "Unknown estimator 'best'"),
     "token": (("vocabulary", "tokens"), ["A", "C"], "vocabulary.bos is 25; there are 2 tokens"),
-    "version": (("format_version",), 99, "format_version 99, and this version .* reads 2"),
+    "version": (("format_version",), 99, "format_version 99, and this version .* reads 3"),
     "format": (("format",), "other", "describes no model"),
     "own": (("attention",), {"own": "m.f"}, 'attention is "m.f", code that .* --gin_file .*model='),
 }
