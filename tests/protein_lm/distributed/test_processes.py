@@ -28,7 +28,7 @@ def test_two_processes_train_as_one_does(tmp_path):
     ((status, _, err),) = finish([other])
     assert status == 1
     assert "another process of this run was lost" in err
-    assert "The checkpoint of step 10 is whole" in err or "of step 20 is whole" in err
+    assert "The checkpoint of step 10 is complete" in err or "of step 20 is complete" in err
     for status, _, err in finish([*alone, *start_all(arguments["two"], 1, **TWO_DEVICES)]):
         assert status == 0, err
     exact, near = rows_of(tmp_path / "two")

@@ -75,7 +75,7 @@ def test_what_a_function_drew_is_taken_by_the_same_function_alone(lm_run, traine
     [
         ("FlaxModel.mlp_dim = 48", "do not fit this model"),
         ("make_protein_domain.include_mask = False", "other tokens"),
-        ("experiment.initial_run = 'nowhere'", "not the folder of a run"),
+        ("experiment.initial_run = 'nowhere'", "no such folder"),
         ("experiment.calibration_batches = 2", "no stored parameters"),
     ],
 )
