@@ -4,9 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gin
 import pytest
 
-from fast_attention.protein_lm import cli, read_fasta, write_fasta
+from fast_attention.protein_lm import cli, gin_registry, read_fasta, write_fasta
 from fast_attention.protein_lm.cli.train import read_weights
 
 
@@ -187,3 +188,21 @@ def test_files_are_told_from_weights(tmp_path):
     assert read_weights(["a=2", "b", f"{odd}=0.5"]) == {"a": 2.0, "b": 1.0, str(odd): 0.5}
     with pytest.raises(ValueError, match="once"):
         read_weights(["a=2", "a"])
+
+
+def test_without_a_gin_file_the_settings_are_those_of_the_demo(
+    tiny_fasta, tmp_path, monkeypatch, capsys
+):
+    settings = []
+    monkeypatch.setattr(
+        gin, "get_configurable", lambda name: lambda *_, **__: settings.append(gin.config_str())
+    )
+    given = [f"--fasta={tiny_fasta}", f"--work_dir={tmp_path / 'run'}"]
+    assert cli.main(["train", *given]) == 0
+    assert (
+        f"no --gin_file: the settings are those of {gin_registry.DEMO}" in capsys.readouterr().err
+    )
+    assert cli.main(["train", *given, f"--gin_file={gin_registry.DEMO}"]) == 0
+    assert "no --gin_file" not in capsys.readouterr().err
+    assert settings[0] == settings[1] and "FlaxModel.num_layers" in settings[0]
+    gin.clear_config()
