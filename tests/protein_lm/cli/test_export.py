@@ -77,8 +77,8 @@ def test_what_cannot_be_read_or_written_is_told(lm_run, tmp_path, capsys):
     (folder / "model.safetensors").write_bytes(b"nothing")
     assert "cannot be read" in fails(again, capsys)
     about = json.loads((folder / "model.json").read_text())
-    (folder / "model.json").write_text(json.dumps(about | {"format_version": 3}))
-    assert "format_version 3" in fails(again, capsys)
+    (folder / "model.json").write_text(json.dumps(about | {"format_version": 99}))
+    assert "format_version 99" in fails(again, capsys)
     (folder / "model.json").write_text("{}")
     assert "model.json describes no model" in fails(again, capsys)
 
