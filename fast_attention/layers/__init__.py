@@ -16,6 +16,7 @@ from fast_attention.layers.attention.fidelity import (
 from fast_attention.layers.attention.linformer import (
     LinformerAttention as LinformerAttention,
 )
+from fast_attention.layers.attention.linformer import LinformerConfig as LinformerConfig
 from fast_attention.layers.attention.multi_axis import (
     MultiAxisAttention as MultiAxisAttention,
 )
@@ -56,7 +57,6 @@ from fast_attention.layers.stack.reversible import (
 from fast_attention.layers.stack.stack import Stack as Stack
 from fast_attention.layers.stack.stack import StackConfig as StackConfig
 from fast_attention.layers.stack.sublayer import FeedForwardConfig as FeedForwardConfig
-from fast_attention.layers.stack.sublayer import LinformerConfig as LinformerConfig
 from fast_attention.layers.stack.sublayer import MemoryConfig as MemoryConfig
 from fast_attention.layers.stack.sublayer import NormConfig as NormConfig
 from fast_attention.layers.stack.sublayer import Sublayer as Sublayer

@@ -14,6 +14,7 @@ from flax import nnx
 from fast_attention.arrays.types import Array, Float
 from fast_attention.layers.explicit_axes import modules_run_on_auto_axes
 from fast_attention.layers.linear import Linear
+from fast_attention.layers.sublayer_part import SublayerPart
 
 
 def _squared_relu(x: Array) -> Array:
@@ -62,7 +63,7 @@ def activation_of(activation: Activation) -> Callable[[Array], Array]:
     return ACTIVATIONS[activation]
 
 
-class FeedForward(nnx.Module):
+class FeedForward(nnx.Module, SublayerPart):
     """``activation(x W_1 + b_1) W_2 + b_2`` with dropout after each of the two.
 
     With `glu` the first dense layer has two halves, ``(activation(x W_1 + b_1) * (x V + c)) W_2``.

@@ -17,8 +17,10 @@ from flax import nnx
 from fast_attention.arrays.dtypes import at_least_float32
 from fast_attention.arrays.types import Array, Bool, Float, Int
 from fast_attention.layers.explicit_axes import modules_run_on_auto_axes
+from fast_attention.layers.inputs import Inputs
 from fast_attention.layers.linear import Linear
 from fast_attention.layers.masked_batch_norm import MaskedBatchNorm
+from fast_attention.layers.sublayer_part import SublayerPart
 
 
 def is_memory_value(path: Sequence[Any]) -> bool:
@@ -38,7 +40,7 @@ def is_memory_value(path: Sequence[Any]) -> bool:
     return "memory_values" in names
 
 
-class ProductKeyMemory(nnx.Module):
+class ProductKeyMemory(nnx.Module, SublayerPart):
     """``sum_k softmax(scores)_k value_k`` over the K best of N^2 values, summed over heads.
 
     A query has two halves, each compared with N keys of its own; the score of value ``N i + j`` is
@@ -184,6 +186,12 @@ class ProductKeyMemory(nnx.Module):
         total = jnp.zeros((*chosen.shape[:-2], values.shape[-1]), dtype)
         heads = jnp.moveaxis(chosen, -2, 0), jnp.moveaxis(weights, -2, 0)
         return jax.lax.scan(add_head, total, heads)[0]
+
+    def add(
+        self, x: Float[Array, "B T M"], inputs: Inputs, *, choices: Any = None, **options: Any
+    ) -> tuple[Float[Array, "B T M"], Int[Array, "B T H K"]]:
+        """Reads the memory; the choices are the slots read, see `SublayerPart.add`."""
+        return self(x, key_mask=inputs.key_mask, chosen=choices, return_chosen=True, **options)
 
 
 def _draw(key: Array, shape: tuple[int, ...]) -> Array:

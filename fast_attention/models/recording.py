@@ -44,7 +44,7 @@ def record(model: nnx.Module, *args: Any, **kwargs: Any) -> list[Recording]:
     """Calls a model and keeps the weights of every attention layer. Memory is quadratic in length.
 
     The model itself is left as it is. A layer that is called twice (tied layers) is recorded
-    twice. Linformer layers, whose weights are of mixtures of positions, are not recorded.
+    twice. Other layers that mix positions are not recorded.
 
     Args:
       model: Any module with `MultiHeadAttention` layers inside.

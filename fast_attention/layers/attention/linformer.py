@@ -6,6 +6,8 @@ features, H heads, D head width.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,71 +15,88 @@ from flax import nnx
 
 from fast_attention.arrays.types import Array, Float
 from fast_attention.layers.explicit_axes import modules_run_on_auto_axes
+from fast_attention.layers.inputs import Inputs
 from fast_attention.layers.linear import Linear
+from fast_attention.layers.sublayer_part import SublayerPart, check_rate
 from fast_attention.mechanisms.linformer.op import linformer_attention, refuse_masks
 
 
-class LinformerAttention(nnx.Module):
+@dataclasses.dataclass(frozen=True)
+class LinformerConfig:
+    """Shape of a `LinformerAttention`.
+
+    Attributes:
+      num_heads: H.
+      length: L, the longest input or, with `cross`, context.
+      projected: R, mixtures of positions.
+      head_dim: D, by default M / H.
+      cross: Keys and values are those of a context.
+      context_features: N, by default M.
+      one_kv_head: All heads share one head of keys and values.
+      share_kv: Values are the keys, by the same two projections.
+      use_bias: Of query, key and value.
+      use_out_bias: Of the output.
+      dropout_rate: Of attention weights.
+    """
+
+    num_heads: int
+    length: int
+    projected: int = 256
+    head_dim: int | None = None
+    cross: bool = False
+    context_features: int | None = None
+    one_kv_head: bool = False
+    share_kv: bool = False
+    use_bias: bool = False
+    use_out_bias: bool = True
+    dropout_rate: float = 0.0
+
+    def __post_init__(self):
+        """Checks sizes and the rate.
+
+        Raises:
+          ValueError: If a size is below 1 or the rate out of range.
+        """
+        for name in ("num_heads", "length", "projected"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        check_rate(self.dropout_rate)
+
+
+class LinformerAttention(nnx.Module, SublayerPart):
     """Attention to learned mixtures of L positions, of the input itself or of a context.
 
     Attributes:
+      config: Its shape.
       query, key, value, out: Dense layers; `value` is None where it is shared with `key`.
       key_projection: Parameter ``[L, R]``.
       value_projection: Parameter ``[L, R]``, None where it is shared.
     """
 
     def __init__(
-        self,
-        features: int,
-        num_heads: int,
-        length: int,
-        projected: int = 256,
-        *,
-        head_dim: int | None = None,
-        context_features: int | None = None,
-        one_kv_head: bool = False,
-        share_kv: bool = False,
-        use_bias: bool = False,
-        use_out_bias: bool = True,
-        dropout_rate: float = 0.0,
-        dtype: Any = None,
-        rngs: nnx.Rngs,
+        self, features: int, config: LinformerConfig, *, dtype: Any = None, rngs: nnx.Rngs
     ):
         """Draws Xavier-uniform kernels and uniform projections.
 
         Args:
           features: M, of inputs and outputs.
-          num_heads: H.
-          length: L, the longest input or, where one is given, context.
-          projected: R, mixtures of positions.
-          head_dim: D, by default M / H.
-          context_features: N, by default M.
-          one_kv_head: All heads share one head of keys and values.
-          share_kv: Values are the keys, by the same two projections.
-          use_bias: Of query, key and value.
-          use_out_bias: Of the output.
-          dropout_rate: Of attention weights.
+          config: Shape of the layer.
           dtype: To compute in; None is that of inputs and parameters.
           rngs: Source of the parameters.
 
         Raises:
-          ValueError: If a size is below 1, or `num_heads` does not divide `features` where
-            `head_dim` is not given.
+          ValueError: If `num_heads` does not divide `features` where `head_dim` is not given.
         """
-        sizes = {"num_heads": num_heads, "length": length, "projected": projected}
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}.")
-        if head_dim is None and features % num_heads:
+        if config.head_dim is None and features % config.num_heads:
             raise ValueError(
-                f"features={features} must be a multiple of num_heads={num_heads}, or give "
+                f"features={features} must be a multiple of num_heads={config.num_heads}, or give "
                 "head_dim."
             )
-        self.num_heads = num_heads
-        self.dropout_rate = dropout_rate
-        self.head_dim = features // num_heads if head_dim is None else head_dim
-        context_features = features if context_features is None else context_features
-        inner, outer = num_heads * self.head_dim, self.head_dim * (1 if one_kv_head else num_heads)
+        self.config = config
+        self.head_dim = config.head_dim or features // config.num_heads
+        context_features = config.context_features or features
+        inner = config.num_heads * self.head_dim
+        outer = self.head_dim if config.one_kv_head else inner
 
         def linear(inputs: int, outputs: int, use_bias: bool) -> Linear:
             return Linear(
@@ -90,16 +109,20 @@ class LinformerAttention(nnx.Module):
             )
 
         def projection() -> nnx.Param:
-            limit = projected**-0.5
-            shape = (length, projected)
+            limit = config.projected**-0.5
+            shape = (config.length, config.projected)
             return nnx.Param(jax.random.uniform(rngs.params(), shape, minval=-limit, maxval=limit))
 
+        def unless_shared(make: Callable[[], Any]) -> Any:
+            return nnx.data(None if config.share_kv else make())
+
+        use_bias = config.use_bias
         self.query = linear(features, inner, use_bias)
         self.key = linear(context_features, outer, use_bias)
-        self.value = nnx.data(None if share_kv else linear(context_features, outer, use_bias))
-        self.out = linear(inner, features, use_out_bias)
+        self.value = unless_shared(lambda: linear(context_features, outer, use_bias))
+        self.out = linear(inner, features, config.use_out_bias)
         self.key_projection = projection()
-        self.value_projection = nnx.data(None if share_kv else projection())
+        self.value_projection = unless_shared(projection)
 
     @modules_run_on_auto_axes
     def __call__(
@@ -116,7 +139,7 @@ class LinformerAttention(nnx.Module):
 
         Args:
           x: ``[B, T, M]``; T <= L unless there is a context.
-          context: ``[B, S, N]``, S <= L.
+          context: ``[B, S, N]``, S <= L; for a layer with `cross`, and only there.
           key_mask: Must be None: a mixture of positions cannot leave one out.
           segment_ids: Must be None.
           deterministic: No dropout.
@@ -126,14 +149,17 @@ class LinformerAttention(nnx.Module):
           ``[B, T, M]``.
 
         Raises:
-          ValueError: For more keys than L, a mask, or dropout without `rngs`.
+          ValueError: For more keys than L, a mask, a context that is missing or not expected, or
+            dropout without `rngs`.
         """
         refuse_masks(key_mask if segment_ids is None else segment_ids, causal=False)
-        drop = self.dropout_rate > 0 and not deterministic
-        if drop and rngs is None:
+        if self.config.cross != (context is not None):
+            expected = "needs a context" if self.config.cross else "takes no context"
+            raise ValueError(f"Linformer with cross={self.config.cross} {expected}.")
+        rate = 0.0 if deterministic else self.config.dropout_rate
+        if rate > 0 and rngs is None:
             raise ValueError(
-                f"dropout_rate={self.dropout_rate} needs rngs=nnx.Rngs(...), or pass "
-                "deterministic=True."
+                f"dropout_rate={rate} needs rngs=nnx.Rngs(...), or pass deterministic=True."
             )
         source = x if context is None else context
 
@@ -150,8 +176,35 @@ class LinformerAttention(nnx.Module):
             value,
             mix[...],
             value_mix[...],
-            dropout_rng=rngs.dropout() if drop and rngs is not None else None,
-            dropout_rate=self.dropout_rate if drop else 0.0,
+            dropout_rng=rngs.dropout() if rate > 0 and rngs is not None else None,
+            dropout_rate=rate,
             broadcast_dropout=False,
         )
         return self.out(jax.lax.collapse(out, -2))
+
+    @property
+    def causal(self) -> bool:
+        """Whether no position sees a later one of its own sequence."""
+        return self.config.cross
+
+    @property
+    def can_decode(self) -> bool:
+        """False: there is no state."""
+        return False
+
+    @property
+    def reads_context(self) -> bool:
+        """Whether keys and values are those of the context."""
+        return self.config.cross
+
+    def add(
+        self, x: Float[Array, "B T M"], inputs: Inputs, *, choices: Any = None, **options: Any
+    ) -> tuple[Float[Array, "B T M"], None]:
+        """Attends; masks raise, see `SublayerPart.add`."""
+        if self.config.cross:
+            known: Any = {"context": inputs.context, "key_mask": inputs.context_mask}
+            return self(x, **known, **options), None
+        if inputs.mask is not None:
+            raise ValueError("Linformer mixes all positions: it takes no mask, got one.")
+        known = {"key_mask": inputs.key_mask, "segment_ids": inputs.segment_ids}
+        return self(x, **known, **options), None

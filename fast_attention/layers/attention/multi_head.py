@@ -37,6 +37,7 @@ from fast_attention.layers.attention.stored_projections import (
 from fast_attention.layers.explicit_axes import modules_run_on_auto_axes
 from fast_attention.layers.inputs import Inputs
 from fast_attention.layers.linear import Linear
+from fast_attention.layers.sublayer_part import SublayerPart
 
 NO_INPUTS = Inputs()
 
@@ -53,7 +54,7 @@ class AttentionState(NamedTuple):
     context: tuple[Array, Array, Array | None] | None = None
 
 
-class MultiHeadAttention(nnx.Module):
+class MultiHeadAttention(nnx.Module, SublayerPart):
     """Self- or cross-attention by groups of heads, see `AttentionConfig`.
 
     Attributes:
@@ -131,26 +132,26 @@ class MultiHeadAttention(nnx.Module):
           ValueError: If dropout is asked for without `rngs`, or a context is missing or unknown.
         """
         inputs = Inputs(positions, segment_ids, key_mask, context, context_mask, mask)
-        return self.attend(x, inputs, deterministic=deterministic, rngs=rngs)[0]
+        return self.add(x, inputs, deterministic=deterministic, rngs=rngs)[0]
 
     @modules_run_on_auto_axes
-    def attend(
+    def add(
         self,
         x: Float[Array, "B T M"],
         inputs: Inputs,
         *,
+        choices: Sequence[Any] | None = None,
         deterministic: bool = True,
         rngs: nnx.Rngs | None = None,
-        choices: Sequence[Any] | None = None,
     ) -> tuple[Float[Array, "B T M"], tuple[Any, ...]]:
-        """A call that also tells, or repeats, what the groups chose (hash buckets).
+        """A call that also returns, or repeats, what the groups chose (hash buckets).
 
         Args:
           x: ``[B, T, M]``.
           inputs: The other arguments of a call.
+          choices: What an earlier call returned, to be chosen again.
           deterministic: No dropout.
           rngs: Source of dropout.
-          choices: What an earlier call returned, to be chosen again.
 
         Returns:
           ``[B, T, M]``, and the choice of each group, None where there is none.
@@ -207,6 +208,11 @@ class MultiHeadAttention(nnx.Module):
         if config.context == "cross" or config.causal:
             return True
         return all(group.attention_fn.unidirectional for group in config.groups)
+
+    @property
+    def reads_context(self) -> bool:
+        """Whether the layer reads a second sequence."""
+        return self.config.context is not None
 
     @property
     def can_decode(self) -> bool:

@@ -26,6 +26,7 @@ from fast_attention.layers.stack.sublayer import (
     SublayerConfig,
     build_inner,
 )
+from fast_attention.layers.sublayer_part import SublayerPart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +107,7 @@ class Stack(nnx.Module):
           rngs: Source of parameters and projections.
         """
         self.config = config
-        shared: dict[SublayerConfig, nnx.Module] = {}
+        shared: dict[SublayerConfig, SublayerPart] = {}
 
         def build(block: Sequence[SublayerConfig], rngs: nnx.Rngs) -> nnx.List[Any]:
             if config.tie_blocks:

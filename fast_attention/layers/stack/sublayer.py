@@ -6,6 +6,7 @@ Shape letters: B batch, T length, M features.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -13,13 +14,14 @@ from flax import nnx
 
 from fast_attention.arrays.types import Array, Float
 from fast_attention.layers.attention.config import AttentionConfig
-from fast_attention.layers.attention.linformer import LinformerAttention
+from fast_attention.layers.attention.linformer import LinformerAttention, LinformerConfig
 from fast_attention.layers.attention.multi_head import NO_INPUTS, MultiHeadAttention
 from fast_attention.layers.explicit_axes import modules_run_on_auto_axes
 from fast_attention.layers.feed_forward import Activation, FeedForward
 from fast_attention.layers.inputs import Inputs
 from fast_attention.layers.norms import ReZero, make_norm
 from fast_attention.layers.product_key_memory import ProductKeyMemory
+from fast_attention.layers.sublayer_part import SublayerPart, check_rate
 from fast_attention.layers.token_shift import last_visible, shift_tokens, starts_of_runs
 
 
@@ -39,7 +41,7 @@ class FeedForwardConfig:
         Raises:
           ValueError: At a rate out of range.
         """
-        _check_rate(self.dropout_rate)
+        check_rate(self.dropout_rate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,47 +56,30 @@ class MemoryConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class LinformerConfig:
-    """Shape of a `LinformerAttention`; the attributes are its arguments.
-
-    With `cross` its keys and values are those of the context.
-    """
-
-    num_heads: int
-    length: int
-    projected: int
-    head_dim: int | None = None
-    cross: bool = False
-    dropout_rate: float = 0.0
-
-    def __post_init__(self):
-        """Checks the rate; the layer checks the rest.
-
-        Raises:
-          ValueError: At a rate out of range.
-        """
-        _check_rate(self.dropout_rate)
-
-
-@dataclasses.dataclass(frozen=True)
 class SublayerConfig:
     """What a sublayer adds to the residual stream.
 
     Attributes:
-      inner: The configuration of what is added.
+      inner: The configuration of what is added, of a class in `BUILDERS`.
       shifts: Positions by which groups of channels are moved before, see `shift_tokens`; None
         moves nothing.
     """
 
-    inner: AttentionConfig | FeedForwardConfig | MemoryConfig | LinformerConfig
+    inner: Any
     shifts: tuple[int, ...] | None = None
 
     def __post_init__(self):
-        """Checks the shifts.
+        """Checks the class of `inner`, and the shifts.
 
         Raises:
-          ValueError: If they look ahead in a causal layer.
+          TypeError: If nothing is built from such a configuration.
+          ValueError: If the shifts look ahead in a causal layer.
         """
+        if type(self.inner) not in BUILDERS:
+            raise TypeError(
+                f"inner must be one of {', '.join(sorted(kind.__name__ for kind in BUILDERS))}, "
+                f"got {self.inner!r}."
+            )
         causal = isinstance(self.inner, AttentionConfig) and self.inner.causal
         if causal and self.shifts is not None and min(self.shifts) < 0:
             raise ValueError(f"A causal layer cannot look ahead, got shifts={self.shifts}.")
@@ -144,7 +129,7 @@ class Sublayer(nnx.Module):
         config: SublayerConfig,
         norm: NormConfig,
         *,
-        inner: nnx.Module | None = None,
+        inner: SublayerPart | None = None,
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
@@ -194,55 +179,35 @@ class Sublayer(nnx.Module):
         if self.config.shifts is not None:
             starts = starts_of_runs(inputs.segment_ids, inputs.key_mask)
             x = shift_tokens(x, self.config.shifts, starts=starts, key_mask=inputs.key_mask)
-        options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
-        if isinstance(self.inner, MultiHeadAttention):
-            out, choices = self.inner.attend(
-                x, _known(self.config, inputs), choices=choices, **options
-            )
-            return self._scaled(out), choices
-        if isinstance(self.inner, ProductKeyMemory):
-            out, choices = self.inner(
-                x, key_mask=inputs.key_mask, chosen=choices, return_chosen=True, **options
-            )
-            return self._scaled(out), choices
-        if isinstance(self.inner, LinformerAttention):
-            if inputs.mask is not None and not self._cross():
-                raise ValueError("Linformer mixes all positions: it takes no mask, got one.")
-            if self._cross():
-                known: Any = {"context": inputs.context, "key_mask": inputs.context_mask}
-            else:
-                known = {"key_mask": inputs.key_mask, "segment_ids": inputs.segment_ids}
-            return self._scaled(self.inner(x, **known, **options)), None
-        return self._scaled(self.inner(x, **options)), None
+        added, choices = self.inner.add(
+            x, self._known(inputs), choices=choices, deterministic=deterministic, rngs=rngs
+        )
+        return self._scaled(added), choices
 
     @property
     def causal(self) -> bool:
         """Whether no position sees a later one."""
         if self.config.shifts is not None and min(self.config.shifts) < 0:
             return False
-        if isinstance(self.inner, LinformerAttention):
-            return self._cross()
-        return not isinstance(self.inner, MultiHeadAttention) or self.inner.causal
+        return self.inner.causal
 
     @property
     def can_decode(self) -> bool:
         """Whether the sublayer reads on from a state; False where it looks ahead."""
         if self.config.shifts is not None and not set(self.config.shifts) <= {0, 1}:
             return False
-        if isinstance(self.inner, LinformerAttention):
-            return False
-        return not isinstance(self.inner, MultiHeadAttention) or self.inner.can_decode
+        return self.inner.can_decode
 
     @modules_run_on_auto_axes
     def init_state(
         self, batch_size: int, max_length: int, inputs: Inputs = NO_INPUTS
     ) -> SublayerState:
         """Makes the state before the first token, see `MultiHeadAttention.init_state`."""
-        before, inner = None, None
-        if isinstance(self.inner, MultiHeadAttention):
-            inner = self.inner.init_state(batch_size, max_length, _known(self.config, inputs))
-        if not self.can_decode:
+        before, shifts = None, self.config.shifts
+        looks_ahead = shifts is not None and not set(shifts) <= {0, 1}
+        if looks_ahead:
             raise TypeError(f"{self.config} looks ahead and cannot decode token by token.")
+        inner = self.inner.init_state(batch_size, max_length, self._known(inputs))
         if self.config.shifts is not None:
             before = jnp.zeros((batch_size, self.features), self.dtype or jnp.float32)
         return SublayerState(inner, before)
@@ -260,10 +225,7 @@ class Sublayer(nnx.Module):
                 x, self.config.shifts, starts=starts, before=first, key_mask=inputs.key_mask
             )
             before = last.astype(before.dtype)
-        if isinstance(self.inner, MultiHeadAttention):
-            x, inner = self.inner.prefill(inner, x, inputs)
-        else:
-            x = self.inner(x)
+        x, inner = self.inner.prefill(inner, x, inputs)
         return self._scaled(x), SublayerState(inner, before)
 
     @modules_run_on_auto_axes
@@ -276,42 +238,40 @@ class Sublayer(nnx.Module):
             last, first = x, before.astype(x.dtype)
             x = shift_tokens(x[:, None], self.config.shifts, before=first)[:, 0]
             before = last.astype(before.dtype)
-        if isinstance(self.inner, MultiHeadAttention):
-            x, inner = self.inner.step(inner, x, inputs)
-        else:
-            x = self.inner(x[:, None])[:, 0]
+        x, inner = self.inner.step(inner, x, inputs)
         return self._scaled(x), SublayerState(inner, before)
 
-    def _cross(self) -> bool:
-        return isinstance(self.config.inner, LinformerConfig) and self.config.inner.cross
+    def _known(self, inputs: Inputs) -> Inputs:
+        """Inputs without the context, for layers that have none."""
+        if self.inner.reads_context:
+            return inputs
+        return inputs._replace(context=None, context_mask=None)
 
     def _scaled(self, x: Array) -> Array:
         return x if self.gain is None else self.gain(x)
 
 
+def _from_fields(layer: Callable[..., SublayerPart]) -> Callable[..., SublayerPart]:
+    """A builder of a layer whose arguments are the fields of its configuration."""
+
+    def build(features: int, config: Any, *, dtype: Any, rngs: nnx.Rngs) -> SublayerPart:
+        fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+        return layer(features, **fields, dtype=dtype, rngs=rngs)
+
+    return build
+
+
+BUILDERS: dict[type, Callable[..., SublayerPart]] = {
+    AttentionConfig: MultiHeadAttention,
+    FeedForwardConfig: _from_fields(FeedForward),
+    LinformerConfig: LinformerAttention,
+    MemoryConfig: _from_fields(ProductKeyMemory),
+}
+"""Builds a layer from its configuration: ``BUILDERS[type(config)](features, config, ...)``."""
+
+
 def build_inner(
     features: int, config: SublayerConfig, *, dtype: Any = None, rngs: nnx.Rngs
-) -> nnx.Module:
+) -> SublayerPart:
     """Builds what a sublayer adds, with parameters of its own."""
-    inner = config.inner
-    if isinstance(inner, AttentionConfig):
-        return MultiHeadAttention(features, inner, dtype=dtype, rngs=rngs)
-    options = {field.name: getattr(inner, field.name) for field in dataclasses.fields(inner)}
-    if isinstance(inner, LinformerConfig):
-        options.pop("cross")
-        return LinformerAttention(features, **options, dtype=dtype, rngs=rngs)
-    kind = FeedForward if isinstance(inner, FeedForwardConfig) else ProductKeyMemory
-    return kind(features, **options, dtype=dtype, rngs=rngs)
-
-
-def _known(config: SublayerConfig, inputs: Inputs) -> Inputs:
-    """Inputs without the context, for layers that have none."""
-    inner = config.inner
-    if isinstance(inner, AttentionConfig) and inner.context is None:
-        return inputs._replace(context=None, context_mask=None)
-    return inputs
-
-
-def _check_rate(rate: float) -> None:
-    if not 0 <= rate < 1:
-        raise ValueError(f"dropout_rate must be in [0, 1), got {rate}.")
+    return BUILDERS[type(config.inner)](features, config.inner, dtype=dtype, rngs=rngs)

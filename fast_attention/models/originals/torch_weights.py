@@ -16,9 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.core import Tracer
 
-from fast_attention.layers.attention.linformer import LinformerAttention
 from fast_attention.layers.attention.multi_head import MultiHeadAttention
-from fast_attention.layers.feed_forward import FeedForward
 from fast_attention.layers.masked_batch_norm import MaskedBatchNorm
 from fast_attention.layers.norms import ScaleNorm
 from fast_attention.layers.product_key_memory import ProductKeyMemory
@@ -35,6 +33,16 @@ _COMPUTED = re.compile(
     r"(.*\.)?(inv_freq|calls_since_last_redraw|(layer_)?pos_emb\.emb|num_batches_tracked|"
     r"proj_updater\.instance\..*)"
 )
+_DENSE = {
+    "to_q": "query",
+    "to_k": "key",
+    "to_v": "value",
+    "to_out": "out",
+    "w1": "up",
+    "w2": "down",
+}
+"""Dense layers of sublayers by the originals' names."""
+_PARAMETERS = {"proj_k": "key_projection", "proj_v": "value_projection"}
 
 
 def load_torch_state_dict(model: nnx.Module, state_dict: Mapping[str, Any]) -> None:
@@ -172,19 +180,14 @@ def _place_in_sublayer(sublayer: Sublayer, given: str) -> Place | None:
     name = re.sub(r"^((net|fn)\.)+", "", name)
     if isinstance(inner, MultiHeadAttention):
         return _place_in_attention(inner, name)
-    if isinstance(inner, LinformerAttention):
-        if name in ("proj_k", "proj_v"):
-            own = inner.key_projection if name == "proj_k" else inner.value_projection
-            return None if own is None else (own, _same)
-        layers = {"to_q": inner.query, "to_k": inner.key, "to_v": inner.value, "to_out": inner.out}
-    elif isinstance(inner, ProductKeyMemory):
+    if isinstance(inner, ProductKeyMemory):
         return _place_in_memory(inner, name)
-    elif isinstance(inner, FeedForward):
-        layers = {"w1": inner.up, "w2": inner.down}
-    else:
-        return None
+    if name in _PARAMETERS:
+        own = getattr(inner, _PARAMETERS[name], None)
+        return None if own is None else (own, _same)
     module, _, leaf = name.rpartition(".")
-    return _leaf(layers[module], leaf) if layers.get(module) is not None else None
+    layer = getattr(inner, _DENSE.get(module, ""), None)
+    return None if layer is None else _leaf(layer, leaf)
 
 
 def _place_in_attention(attention: MultiHeadAttention, name: str) -> Place | None:

@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from fast_attention import linformer_attention
-from fast_attention.layers import LinformerAttention
+from fast_attention.layers import LinformerAttention, LinformerConfig
 from tests.layers import definitions
 from tests.layers.definitions import compiled, draw, filled
 
@@ -14,14 +14,15 @@ B, T, L, M, N = 2, 5, 7, 6, 4
 
 
 def build(**options):
-    return filled(lambda: LinformerAttention(M, 2, L, 3, rngs=nnx.Rngs(0), **options))
+    config = LinformerConfig(2, L, 3, **options)
+    return filled(lambda: LinformerAttention(M, config, rngs=nnx.Rngs(0)))
 
 
 @pytest.mark.parametrize(
     "options",
     [
         {},
-        {"context_features": N, "head_dim": 5, "use_bias": True},
+        {"cross": True, "context_features": N, "head_dim": 5, "use_bias": True},
         {"one_kv_head": True, "share_kv": True, "use_out_bias": False},
     ],
 )
@@ -61,13 +62,17 @@ def test_limits_are_errors():
     layer = build()
     with pytest.raises(ValueError, match="at most 7 keys"):
         layer(draw(B, L + 1, M))
+    with pytest.raises(ValueError, match="cross=False takes no context"):
+        layer(draw(B, L, M), context=draw(B, L, M))
     with pytest.raises(ValueError, match="at most 7 keys"):
-        layer(draw(B, L, M), context=draw(B, L + 1, M))
+        build(cross=True)(draw(B, L, M), context=draw(B, L + 1, M))
+    with pytest.raises(ValueError, match="cross=True needs a context"):
+        build(cross=True)(draw(B, L, M))
     with pytest.raises(ValueError, match="no key can be masked"):
         layer(draw(B, L, M), key_mask=np.ones((B, L), bool))
     with pytest.raises(ValueError, match="no key can be masked"):
         layer(draw(B, L, M), segment_ids=np.ones((B, L), int))
     with pytest.raises(ValueError, match="multiple of num_heads=4"):
-        LinformerAttention(M, 4, L, rngs=nnx.Rngs(0))
+        LinformerAttention(M, LinformerConfig(4, L), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="projected must be at least 1"):
-        LinformerAttention(M, 2, L, 0, rngs=nnx.Rngs(0))
+        LinformerConfig(2, L, 0)
