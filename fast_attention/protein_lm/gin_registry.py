@@ -18,7 +18,7 @@ from fast_attention.protein_lm import embedder, models, ranges
 from fast_attention.protein_lm.data import domains, vocabulary
 from fast_attention.protein_lm.inference import reducers
 from fast_attention.protein_lm.modeling import schedules
-from fast_attention.protein_lm.training import dataset, train
+from fast_attention.protein_lm.training import dataset, experiment
 
 # What holds unless a configuration says otherwise.
 _DEFAULTS = """
@@ -67,7 +67,7 @@ def register() -> None:
     schedule = schedules.create_learning_rate_scheduler
     for target in (domains.make_protein_domain, schedule, make_mesh):
         gin.configurable(target, module="protein_lm")
-    gin.external_configurable(train.run_experiment, "experiment", module="protein_lm")
+    gin.external_configurable(experiment.Experiment, "experiment", module="protein_lm")
 
 
 def configure(files: Sequence[str | Path] = (), bindings: Sequence[str] = ()) -> None:

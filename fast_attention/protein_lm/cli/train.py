@@ -159,6 +159,7 @@ def _train(options: argparse.Namespace) -> None:
     from fast_attention.protein_lm.distributed import processes
     from fast_attention.protein_lm.files.output_files import check_output_folder
     from fast_attention.protein_lm.runs.run_folder import RunFolder
+    from fast_attention.protein_lm.training import train
 
     if not RunFolder(Path(options.work_dir)).result.exists():
         check_output_folder(options.work_dir)
@@ -180,7 +181,8 @@ def _train(options: argparse.Namespace) -> None:
         settings = [gin_registry.DEMO]
         processes.note(f"no --gin_file: the settings are those of {gin_registry.DEMO}")
     gin_registry.configure(settings, options.gin_bindings + bindings)
-    gin.get_configurable("experiment")(options.work_dir, new_data=options.new_data)
+    experiment = gin.get_configurable("experiment")(new_data=options.new_data)
+    train.run_experiment(options.work_dir, experiment)
 
 
 def read_weights(given: list[str]) -> list[str] | dict[str, float]:

@@ -167,8 +167,8 @@ def describe(model: BuiltModel) -> dict[str, Any]:
     }
 
 
-def training_settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """``training``: what is known of the data, among the arguments of `train.run_experiment`."""
+def training_settings(experiment: Any) -> dict[str, Any]:
+    """``training``: the settings of an `experiment.Experiment` that concern its data."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -177,7 +177,7 @@ def training_settings(given: Mapping[str, Any]) -> dict[str, Any]:
             return [str(item) for item in value]
         return str(value) if isinstance(value, os.PathLike) else value
 
-    return {name: plain(given[name]) for name in _TRAINING}
+    return {name: plain(getattr(experiment, name)) for name in _TRAINING}
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from fast_attention.protein_lm.errors import RunError
 from fast_attention.protein_lm.files.output_files import check_output_folder
 from fast_attention.protein_lm.loading import load_run
 from fast_attention.protein_lm.runs import model_file, model_gin
+from fast_attention.protein_lm.training import train
 
 
 def continue_training(
@@ -131,6 +132,6 @@ def continue_training(
             f"{own if bound else 'FlaxModel'}.learning_rate = @create_learning_rate_scheduler()"
         )
         gin_registry.configure(gin_file, lines)
-        return gin.get_configurable("experiment")(str(work_dir))
+        return train.run_experiment(str(work_dir), gin.get_configurable("experiment")())
     finally:
         gin.clear_config()

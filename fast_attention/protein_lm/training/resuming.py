@@ -23,11 +23,8 @@ from fast_attention.protein_lm.runs import data_record, run_folder
 from fast_attention.protein_lm.runs.data_record import SPLITS, Entry
 from fast_attention.protein_lm.runs.run_folder import RunFolder
 from fast_attention.protein_lm.runs.run_settings import compare_settings, settings
-from fast_attention.protein_lm.training.training_data import (
-    DataFiles,
-    TrainingData,
-    held_out_fasta,
-)
+from fast_attention.protein_lm.training.experiment import DataSettings
+from fast_attention.protein_lm.training.training_data import TrainingData, held_out_fasta
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,20 +83,19 @@ def unused_settings(run: Opened) -> list[str]:
     return sorted(settings(run.asked).keys() - settings(run.used).keys())
 
 
-def check_data(run: Opened, files: DataFiles, *, new_data: bool) -> Entry:
+def check_data(run: Opened, files: DataSettings) -> Entry:
     """Checks that a run is resumed with the data that it began with.
 
     Args:
       run: From `open_folder`.
       files: The data of now.
-      new_data: Whether other data is welcome.
 
     Returns:
       The digests of now.
 
     Raises:
       FastaError: If a file cannot be read.
-      RunError: If the data is another one.
+      RunError: If the data is another one, and the settings do not allow new data.
     """
     now = {split: data_record.describe_files(files.by_split[split]) for split in SPLITS}
     if run.resumed and run.record is None:
@@ -108,12 +104,12 @@ def check_data(run: Opened, files: DataFiles, *, new_data: bool) -> Entry:
             "data",
             "warning",
         )
-    if run.record is not None and not new_data:
+    if run.record is not None and not files.new_data:
         _refuse(run.folder, run.record, now, _OTHER_DATA)
     return now
 
 
-def check_unchanged(run: Opened, files: DataFiles, before: Entry, splits: Sequence[str]) -> None:
+def check_unchanged(run: Opened, files: DataSettings, before: Entry, splits: Sequence[str]) -> None:
     """Checks that files have the content of before, when they have been or are to be read again.
 
     Args:
@@ -134,13 +130,12 @@ def check_unchanged(run: Opened, files: DataFiles, before: Entry, splits: Sequen
         )
 
 
-def check_finished(run: Opened, files: DataFiles, *, new_data: bool) -> list[str]:
+def check_finished(run: Opened, files: DataSettings) -> list[str]:
     """Compares the data of a finished run with that of now, without reading what has its name.
 
     Args:
       run: From `open_folder`.
       files: The data of now.
-      new_data: Whether the command asks to train on other data.
 
     Returns:
       Sentences that a user should read.
@@ -160,7 +155,7 @@ def check_finished(run: Opened, files: DataFiles, *, new_data: bool) -> list[str
                 run.record,
                 {split: data_record.describe_files(files.by_split[split]) for split in SPLITS},
                 "the run is finished: give a larger --steps or --epochs to train it on these"
-                if new_data
+                if files.new_data
                 else _OTHER_DATA,
             )
             return []
@@ -183,7 +178,7 @@ def check_finished(run: Opened, files: DataFiles, *, new_data: bool) -> list[str
 
 
 def begin(
-    run: Opened, domain: DiscreteDomain, files: DataFiles, found: TrainingData, now: Entry
+    run: Opened, domain: DiscreteDomain, files: DataSettings, found: TrainingData, now: Entry
 ) -> None:
     """Writes the first files of a new run, or checks those that process 0 wrote.
 
@@ -211,7 +206,7 @@ def begin(
 def update(
     run: Opened,
     domain: DiscreteDomain,
-    files: DataFiles,
+    files: DataSettings,
     found: TrainingData,
     now: Entry,
     step: int,
@@ -287,7 +282,7 @@ def _refuse(folder: RunFolder, before: Entry, now: Entry, remedy: str) -> None:
 def _write_data(
     run: Opened,
     domain: DiscreteDomain,
-    files: DataFiles,
+    files: DataSettings,
     found: TrainingData,
     now: Entry,
     step: int,
@@ -306,8 +301,8 @@ def _write_data(
 
 
 def _write_held_out(
-    run: Opened, domain: DiscreteDomain, files: DataFiles, found: TrainingData
+    run: Opened, domain: DiscreteDomain, files: DataSettings, found: TrainingData
 ) -> None:
     assert found.held_out is not None
-    text = held_out_fasta(files, domain, found.held_out, on_error=found.on_error)
+    text = held_out_fasta(files, domain, found.held_out)
     write_file(run.folder.held_out, text)

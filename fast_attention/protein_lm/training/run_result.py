@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
@@ -23,45 +23,29 @@ from fast_attention.protein_lm.models import FlaxLM
 from fast_attention.protein_lm.runs import checkpoints, metrics_log
 from fast_attention.protein_lm.runs.run_folder import RunFolder
 from fast_attention.protein_lm.training import plots, resuming
-from fast_attention.protein_lm.training.training_data import DataFiles
-
-
-class Reached(NamedTuple):
-    """Where training ended.
-
-    Attributes:
-      steps: Steps taken.
-      tokens: Tokens trained on.
-      seconds: Time spent training, over all resumptions.
-    """
-
-    steps: int
-    tokens: int
-    seconds: float
+from fast_attention.protein_lm.training.experiment import DataSettings, Experiment
 
 
 def finish(
     folder: RunFolder,
     model: FlaxModel,
-    reached: Reached,
+    steps: int,
+    progress: checkpoints.Progress,
+    experiment: Experiment,
     *,
     evaluated: FastaPaths | None,
     ngrams: Sequence[NGram],
-    on_error: str,
-    num_samples: int,
-    max_sample_length: int | None,
 ) -> dict[str, Any]:
     """Evaluates the best checkpoint of a run, samples from it, and writes ``result.json``.
 
     Args:
       folder: Of the run.
       model: Takes the parameters of that checkpoint.
-      reached: Where training ended.
+      steps: Steps taken.
+      progress: Where training ended.
+      experiment: How records are read, and what is sampled.
       evaluated: FASTA files to evaluate on; None does not evaluate.
       ngrams: Baselines.
-      on_error: What to do with a record that cannot be read, see `load_corpus`.
-      num_samples: Proteins to sample, by a causal model.
-      max_sample_length: Most residues of those, where the model has room for more.
 
     Returns:
       The content of ``result.json``.
@@ -78,13 +62,15 @@ def finish(
     result = {
         "model": type(model).__name__,
         "parameters": model.num_parameters,
-        "steps": reached.steps,
+        "steps": steps,
         "evaluated_step": step,
-        "tokens": reached.tokens,
-        "seconds": reached.seconds,
+        "tokens": progress.tokens,
+        "seconds": progress.seconds,
         "evaluation": evaluated
-        and evaluation.evaluate_on(model, evaluated, ngrams, on_error=on_error, skipped=skipped),
-        "samples": _sample(model, num_samples, max_sample_length),
+        and evaluation.evaluate_on(
+            model, evaluated, ngrams, on_error=experiment.on_error, skipped=skipped
+        ),
+        "samples": _sample(model, experiment.num_samples, experiment.max_sample_length),
     }
     tell_skipped(folder, "test", skipped)
     if processes.is_primary():
@@ -93,13 +79,12 @@ def finish(
     return result
 
 
-def tell_finished(run: resuming.Opened, files: DataFiles, *, new_data: bool) -> dict[str, Any]:
+def tell_finished(run: resuming.Opened, files: DataSettings) -> dict[str, Any]:
     """Reports the result of a finished run.
 
     Args:
       run: The run.
       files: The data that the command names now, see `resuming.check_finished`.
-      new_data: As there.
 
     Returns:
       The content of ``result.json``.
@@ -108,7 +93,7 @@ def tell_finished(run: resuming.Opened, files: DataFiles, *, new_data: bool) -> 
       RunError: If that file is damaged, or files of other names have another content.
     """
     folder = run.folder
-    for text in resuming.check_finished(run, files, new_data=new_data):
+    for text in resuming.check_finished(run, files):
         processes.note(text)
     try:
         result = read_json(folder.result)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 
-from fast_attention.protein_lm import ranges
 from fast_attention.protein_lm.data import held_out, pipeline
 from fast_attention.protein_lm.data.corpus import Corpus, load_corpus
 from fast_attention.protein_lm.data.domains import DiscreteDomain
@@ -18,44 +16,8 @@ from fast_attention.protein_lm.data.skipped_records import SkippedRecords
 from fast_attention.protein_lm.evaluation.report import shared_note
 from fast_attention.protein_lm.modeling.batches import select
 from fast_attention.protein_lm.runs.data_record import SPLITS
+from fast_attention.protein_lm.training.experiment import DataSettings
 from fast_attention.protein_lm.wording import counted
-
-
-@dataclasses.dataclass(frozen=True)
-class DataFiles:
-    """Where the proteins of a run are.
-
-    Attributes:
-      train: FASTA files, or a dict from those to weights.
-      valid: FASTA files of validations during training, or None.
-      test: FASTA files of the evaluation at the end, or None.
-      valid_fraction: Share of the sequences of `train` to hold out, where `valid` and `test` are
-        None; 0 holds out none.
-    """
-
-    train: str | Sequence[str] | Mapping[str, float]
-    valid: str | Sequence[str] | None = None
-    test: str | Sequence[str] | None = None
-    valid_fraction: float = 0.0
-
-    def __post_init__(self):
-        """Raises ValueError if `valid_fraction` is out of its range."""
-        ranges.check("experiment.valid_fraction", self.valid_fraction, ranges.BELOW_ONE)
-
-    @property
-    def holds_out(self) -> bool:
-        """Whether a part of `train` is held out for validation."""
-        return self.valid is None and self.test is None and self.valid_fraction > 0
-
-    @property
-    def by_split(self) -> dict[str, Any]:
-        """The files of ``train``, ``valid`` and ``test``."""
-        return {"train": self.train, "valid": self.valid, "test": self.test}
-
-    @property
-    def train_paths(self) -> list[str]:
-        """The files to train on, without weights."""
-        return [self.train] if isinstance(self.train, str) else list(self.train)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,7 +32,6 @@ class TrainingData:
       shared: By split, how many of its proteins are identical to one that is trained on.
       held_out: Numbers of the records of the training files that `valid` was made of, or None
         where these have files of their own.
-      on_error: What was done with records that cannot be read.
       notes: Sentences that a user should read.
     """
 
@@ -80,30 +41,30 @@ class TrainingData:
     residues: dict[str, int]
     shared: dict[str, int]
     held_out: np.ndarray | None
-    on_error: str
     notes: list[str]
 
 
 def load_training_data(
-    files: DataFiles,
+    files: DataSettings,
     domain: DiscreteDomain,
-    *,
-    on_error: str = "raise",
     skipped: Mapping[str, SkippedRecords],
 ) -> TrainingData:
     """Reads the proteins of a run, those of the evaluation at the end included.
 
     Args:
-      files: Where they are.
+      files: Where they are, see `experiment.choose_files`.
       domain: Gives the vocabulary.
-      on_error: What to do with a record that cannot be read, see `load_corpus`.
       skipped: Takes the records that were left out, for ``train`` and ``valid``.
 
     Raises:
       FastaError: If a file cannot be read.
       ValueError: If holding out leaves nothing of a file.
     """
-    train = pipeline.load_source(files.train, domain, on_error=on_error, skipped=skipped["train"])
+    on_error = files.on_error
+    assert files.train_files is not None, "choose_files gives files to train on"
+    train = pipeline.load_source(
+        files.train_files, domain, on_error=on_error, skipped=skipped["train"]
+    )
     hashes = held_out.sequence_hashes(_corpus(train))
     corpora: dict[str, Corpus] = {}
     shared: dict[str, int] = {}
@@ -130,10 +91,11 @@ def load_training_data(
                 "nothing can be held out for validation, since --fasta has one protein, or copies "
                 f"of one ({counted(len(hashes), 'record')}): {_NO_FIGURES}"
             )
-    elif files.valid is None and files.test is None:
+    elif files.valid_files is None and files.test_files is None:
         notes.append(f"there are no proteins to validate on: {_NO_FIGURES}")
+    same_test = files.test_files == files.valid_files
     for split in ("valid", "test"):
-        if files.by_split[split] is None or (split == "test" and files.test == files.valid):
+        if files.by_split[split] is None or (split == "test" and same_test):
             continue
         left_out = skipped["valid"] if split == "valid" else SkippedRecords()
         found = load_corpus(files.by_split[split], domain, on_error=on_error, skipped=left_out)
@@ -145,7 +107,7 @@ def load_training_data(
     corpora["train"] = _corpus(train)
     if valid is not None:
         corpora["valid"] = valid
-    if files.test is not None and files.test == files.valid:
+    if files.test_files is not None and same_test:
         corpora["test"] = corpora["valid"]
     splits = [split for split in SPLITS if split in corpora]
     return TrainingData(
@@ -155,7 +117,6 @@ def load_training_data(
         residues={split: _residues(corpora[split]) for split in splits},
         shared=shared,
         held_out=rows,
-        on_error=on_error,
         notes=notes,
     )
 
@@ -164,25 +125,20 @@ _NAMES = {"valid": "validation", "test": "test"}
 _NO_FIGURES = "give --valid_fasta to see how good the model is"
 
 
-def held_out_fasta(
-    files: DataFiles, domain: DiscreteDomain, rows: np.ndarray, *, on_error: str
-) -> str:
+def held_out_fasta(files: DataSettings, domain: DiscreteDomain, rows: np.ndarray) -> str:
     """The held-out proteins as the text of a FASTA file.
 
     Args:
       files: Where the proteins are.
       domain: Gives the letters of a record.
       rows: ``TrainingData.held_out``.
-      on_error: As in `load_training_data`.
     """
     wanted = set(rows.tolist())
-    sources = list(files.train) if isinstance(files.train, Mapping) else [files.train]
-    records = (
-        record
-        for source in sources
-        for record in read_proteins(
-            source, alphabet=domain.vocab.symbols, on_error=on_error, skipped=SkippedRecords()
-        )
+    records = read_proteins(
+        files.train_paths,
+        alphabet=domain.vocab.symbols,
+        on_error=files.on_error,
+        skipped=SkippedRecords(),
     )
     return "".join(
         f"{f'>{record.id} {record.description}'.rstrip()}\n{record.sequence}\n"
@@ -199,7 +155,7 @@ def _corpus(source: pipeline.Source) -> Corpus:
     return source.corpus if isinstance(source, Mixture) else source
 
 
-def _without(source: pipeline.Source, left_out: np.ndarray, files: DataFiles) -> pipeline.Source:
+def _without(source: pipeline.Source, left_out: np.ndarray, files: DataSettings) -> pipeline.Source:
     if not isinstance(source, Mixture):
         return select(source, np.flatnonzero(~left_out))
     bounds = np.cumsum([0, *map(len, source.parts)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +12,6 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from fast_attention.protein_lm import ranges
 from fast_attention.protein_lm.distributed import processes
 from fast_attention.protein_lm.distributed.process_arrays import Rows, Votes
 from fast_attention.protein_lm.distributed.stopping import StopRequest, stopped
@@ -23,54 +21,11 @@ from fast_attention.protein_lm.modeling.divergence import Guard
 from fast_attention.protein_lm.modeling.train_state import TrainState
 from fast_attention.protein_lm.runs.checkpoints import Progress
 from fast_attention.protein_lm.runs.metrics_log import MetricsLog, SilentLog
+from fast_attention.protein_lm.training.experiment import TimeSettings
 
 # The host runs this many steps ahead of the device: enough to hide its own work, and not so many
 # that batches pile up or the progress bar shows the future.
 _STEPS_AHEAD = 2
-
-
-_SETTINGS = {
-    "total": "max_train_steps",
-    "summary": "train_summary_frequency",
-    "evaluation": "eval_frequency",
-    "checkpoint": "checkpoint_frequency",
-    "patience": "early_stopping",
-}
-"""The parameters of ``experiment`` that the attributes of `Times` come from."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Times:
-    """When something happens during training, in steps.
-
-    What happens is a function of the step alone, so that a resumed run writes the same record as
-    one that was never stopped.
-
-    Attributes:
-      total: Steps of the run.
-      summary: Steps between rows of training metrics.
-      evaluation: Steps between validations.
-      checkpoint: Steps between checkpoints; a validation better than all before is a time for
-        one, too.
-      patience: Successive validations that are not better than the best before, after which
-        training ends; None is no such end.
-
-    Raises:
-      ValueError: If a number is out of its range.
-    """
-
-    total: int
-    summary: int
-    evaluation: int
-    checkpoint: int
-    patience: int | None = None
-
-    def __post_init__(self):
-        """Checks the numbers."""
-        for name, setting in _SETTINGS.items():
-            value = getattr(self, name)
-            if value is not None or name != "patience":
-                ranges.check(f"experiment.{setting}", value, ranges.COUNT)
 
 
 class _Interval:
@@ -138,14 +93,14 @@ def train_loop(
     state: TrainState,
     progress: Progress,
     iterator: grain.DatasetIterator,
-    times: Times,
+    times: TimeSettings,
     log: MetricsLog | SilentLog,
     save: Callable[[TrainState, Progress], None],
     validate: Callable[[TrainState], dict[str, float]] | None,
     stop: StopRequest,
     rows: Rows | None = None,
 ) -> tuple[TrainState, Progress]:
-    """Trains until `times.total` steps are taken or validations no longer improve.
+    """Trains until `times.max_train_steps` are taken or validations no longer improve.
 
     Args:
       model: Gives the training step.
@@ -171,7 +126,7 @@ def train_loop(
     step = saved = int(state.step)
     postfix: dict[str, str] = {}
     interval = _Interval(progress.pending, compiling=True)
-    more = step < times.total and not is_tired(progress, step, times)
+    more = step < times.max_train_steps and not times.is_tired(step, progress.best_step)
     batch = interval.fetch(iterator) if more else None
     with _progress_bar(step, times) as bar:
         while batch is not None:
@@ -181,12 +136,12 @@ def train_loop(
                 bar.unpause()
             bar.update()
             position = iterator.get_state()
-            batch = interval.fetch(iterator) if step < times.total else None
+            batch = interval.fetch(iterator) if step < times.max_train_steps else None
             # A request that comes later than here is for the next step.
             stopping = votes.cast(stop.signal)
-            evaluate = batch is None or step % times.evaluation == 0
-            checkpoint = batch is None or step % times.checkpoint == 0
-            tell = evaluate or checkpoint or step % times.summary == 0
+            evaluate = batch is None or times.validates_at(step)
+            checkpoint = batch is None or times.saves_at(step)
+            tell = evaluate or checkpoint or step % times.train_summary_frequency == 0
             if tell or stopping:
                 figures = interval.fetch_sums()
                 guard.check_updates(figures, step, saved)
@@ -213,7 +168,7 @@ def train_loop(
                     if progress.best_loss is None or found["loss"] < progress.best_loss:
                         progress = progress._replace(best_step=step, best_loss=found["loss"])
                         checkpoint = True
-            if is_tired(progress, step, times):
+            if times.is_tired(step, progress.best_step):
                 batch, checkpoint = None, True
             if checkpoint or stopping:
                 save(state, progress)
@@ -226,21 +181,14 @@ def train_loop(
     return state, progress
 
 
-def is_tired(progress: Progress, step: int, times: Times) -> bool:
-    """Whether early stopping ends a run after `step` steps."""
-    if times.patience is None or progress.best_step is None:
-        return False
-    return step - progress.best_step >= times.patience * times.evaluation
-
-
 def _summarise(rows: list[dict[str, float]]) -> dict[str, float]:
     norm = float(np.mean([row["gradient_norm"] for row in rows]))
     return metrics.combine_metrics(rows) | {"gradient_norm": norm}
 
 
-def _progress_bar(step: int, times: Times) -> tqdm:
+def _progress_bar(step: int, times: TimeSettings) -> tqdm:
     return tqdm(
-        total=times.total,
+        total=times.max_train_steps,
         initial=step,
         unit="step",
         desc="training",

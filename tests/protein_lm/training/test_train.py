@@ -6,13 +6,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import pytest
 
 from fast_attention.protein_lm import cli
 from fast_attention.protein_lm.loading import load_run
 from fast_attention.protein_lm.runs.metrics_log import MetricsLog, read_metrics
 from fast_attention.protein_lm.training import train
-from fast_attention.protein_lm.training.training_loop import Times
 from tests.protein_lm import killing
 
 EXPECTED_FILES = {
@@ -230,19 +228,3 @@ def test_settings_that_nothing_uses_are_told(lm_run, train_arguments, tmp_path, 
     cli.main(train_arguments(lm_run, "make_fast_generalized_attention.nb_features = 8"))
     told = capsys.readouterr().err
     assert "warning" in told and "make_fast_generalized_attention.nb_features" in told
-
-
-@pytest.mark.parametrize(
-    ("name", "setting"),
-    [
-        ("total", "max_train_steps"),
-        ("summary", "train_summary_frequency"),
-        ("evaluation", "eval_frequency"),
-        ("checkpoint", "checkpoint_frequency"),
-        ("patience", "early_stopping"),
-    ],
-)
-def test_times_must_be_positive(name, setting):
-    numbers = {"total": 1, "summary": 1, "evaluation": 1, "checkpoint": 1} | {name: 0}
-    with pytest.raises(ValueError, match=f"experiment.{setting} must be"):
-        Times(**numbers)

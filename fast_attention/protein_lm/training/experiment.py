@@ -1,0 +1,244 @@
+"""The settings of a training run, under the names that gin files of Google's protein_lm use."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from fast_attention.protein_lm import ranges
+from fast_attention.protein_lm.data.corpus import bundled_corpus
+from fast_attention.protein_lm.flax_model import FlaxModel
+from fast_attention.protein_lm.models import FlaxLM
+from fast_attention.protein_lm.training.dataset import get_train_valid_files
+
+Files = str | Sequence[str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Where the proteins of a run are.
+
+    Attributes:
+      train_files: FASTA files to train on; a dict from files to weights mixes them, see
+        `data.make_dataset`. None takes the bundled corpus.
+      valid_files: FASTA files of the validations during training. None takes the bundled ones
+        where training uses the bundled corpus, and otherwise those that `valid_fraction` holds out.
+      test_files: FASTA files of the evaluation at the end; None takes the bundled ones where
+        training uses the bundled corpus, and otherwise those of the validations.
+      valid_fraction: Share of the sequences of `train_files` that are held out for validation and
+        for the evaluation at the end, where neither `valid_files` nor `test_files` are given; see
+        `held_out.choose_held_out`. 0 holds out none.
+      data_dir: A folder of FASTA files in place of `train_files`; `split_files` divides them.
+      split_files: Returns the files of a folder for training and those for validation, see
+        `dataset.get_train_valid_files`.
+      on_error: What to do with a record that cannot be read: ``"raise"``, ``"skip"`` (the run's
+        folder lists those) or ``"replace"``, see `fasta_files.read_proteins`.
+      new_data: Whether a run may be resumed with other data than it began with.
+    """
+
+    train_files: Files | Mapping[str, float] | None = None
+    valid_files: Files | None = None
+    test_files: Files | None = None
+    valid_fraction: float = 0.05
+    data_dir: str | None = None
+    split_files: Callable[[str], tuple[list[str], list[str]]] = get_train_valid_files
+    on_error: str = "raise"
+    new_data: bool = False
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether a part of `train_files` is held out for validation."""
+        return self.valid_files is None and self.test_files is None and self.valid_fraction > 0
+
+    @property
+    def by_split(self) -> dict[str, Any]:
+        """The files of ``train``, ``valid`` and ``test``."""
+        return {"train": self.train_files, "valid": self.valid_files, "test": self.test_files}
+
+    @property
+    def train_paths(self) -> list[str]:
+        """The files to train on, without weights."""
+        files = self.train_files
+        return [files] if isinstance(files, str) else list(files or ())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchSettings:
+    """What a training batch holds.
+
+    Attributes:
+      batch_size_per_device: Rows of a batch for each of the devices among which rows are divided
+        (``data`` times ``fsdp`` of `meshes.make_mesh`), unless `batch_size` is given.
+      batch_size: Rows of a batch over all devices; None is what `batch_size_per_device` makes. A
+        resumed run has the batches that it began with, whatever the devices.
+      max_train_length: Most tokens of a protein, and of a row unless `pack_length` is given.
+      pack_sequences: Whether several proteins share a row.
+      pack_length: Tokens of a row that several proteins share; None is `max_train_length`.
+      crop: Whether proteins longer than a row are cropped at ``"random"`` places, which differ
+        from epoch to epoch, or at their ``"start"``.
+      data_seed: Seed of order, crops and masks.
+    """
+
+    batch_size_per_device: int = 128
+    batch_size: int | None = None
+    max_train_length: int = 512
+    pack_sequences: bool = True
+    pack_length: int | None = None
+    crop: str = "random"
+    data_seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TimeSettings:
+    """When a run ends, and when it validates, logs and saves; all are counted in steps.
+
+    Each is a function of the step alone, so that a resumed run writes the same record as one that
+    was never stopped.
+
+    Attributes:
+      max_train_steps: Steps after which training ends. A run can be given more later.
+      epochs: Passes through the training data after which training ends; None sets no such end.
+      train_summary_frequency: Steps between rows of training metrics.
+      eval_frequency: Steps between validations; None validates at the last step only.
+      early_stopping: Successive validations without improvement after which training ends; None
+        sets no such end.
+      checkpoint_frequency: Steps between checkpoints; None takes none between. There is also one
+        at each validation that is better than all before, and one at the end.
+      checkpoints_to_keep: Number of the newest checkpoints that are kept, beside that of the best
+        validation.
+      save_checkpoints: False is the same as None for `checkpoint_frequency`.
+      restore_checkpoint: False refuses to resume: the folder must hold no checkpoint.
+    """
+
+    max_train_steps: int = 10**6
+    epochs: int | None = None
+    train_summary_frequency: int = 100
+    eval_frequency: int | None = 500
+    early_stopping: int | None = None
+    checkpoint_frequency: int | None = 10000
+    checkpoints_to_keep: int = 3
+    save_checkpoints: bool = True
+    restore_checkpoint: bool = True
+
+    def validates_at(self, step: int) -> bool:
+        """Whether there is a validation after `step` steps."""
+        return _is_multiple(step, self.eval_frequency)
+
+    def saves_at(self, step: int) -> bool:
+        """Whether there is a checkpoint after `step` steps."""
+        return self.save_checkpoints and _is_multiple(step, self.checkpoint_frequency)
+
+    def is_tired(self, step: int, best_step: int | None) -> bool:
+        """Whether early stopping ends a run at `step`, after the best validation at `best_step`."""
+        if self.early_stopping is None or self.eval_frequency is None or best_step is None:
+            return False
+        return step - best_step >= self.early_stopping * self.eval_frequency
+
+    def check_early_stopping(self, validates: bool) -> None:
+        """Raises ValueError if early stopping has no validation to go by."""
+        if self.early_stopping is not None and not validates:
+            raise ValueError(
+                f"experiment.early_stopping is {self.early_stopping}, but the run has no proteins "
+                "to validate on: give --valid_fasta, or leave early_stopping out"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """What is measured during training and at its end.
+
+    Attributes:
+      max_eval_length: Tokens of a protein that a validation looks at; None is all that the model
+        has room for.
+      num_eval_steps: Batches of a validation, of proteins spread evenly over the files; None
+        takes all proteins.
+      num_samples: Proteins to sample at the end, by a causal model.
+      max_sample_length: Most residues of those, where the model has room for more.
+    """
+
+    max_eval_length: int | None = None
+    num_eval_steps: int | None = None
+    num_samples: int = 3
+    max_sample_length: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment(DataSettings, BatchSettings, TimeSettings, EvaluationSettings):
+    """All settings of a training run, see `train.run_experiment`; its base classes are the parts.
+
+    gin knows it as ``experiment``.
+
+    Attributes:
+      model_cls: Makes the model.
+      initial_run: Folder of a run whose parameters this one begins with; None draws them. The
+        attention function may be another one than there: it has no parameters, and what it draws
+        is drawn anew.
+      calibration_batches: Batches of training data to which random features with stored parameters
+        are fitted before the first step, see `FlaxModel.calibrate`. None takes 4 where such
+        features begin in a trained model (`initial_run`), and otherwise none: queries and keys of
+        an untrained model say little.
+      xid: Name of the run's folder in the given one, ``{xid}_l{max_train_length}``; None takes the
+        given folder itself.
+
+    Raises:
+      ValueError: If a number is out of its range, or two settings contradict each other.
+    """
+
+    model_cls: Callable[[], FlaxModel] = FlaxLM
+    initial_run: str | None = None
+    calibration_batches: int | None = None
+    xid: int | str | None = None
+
+    def __post_init__(self):
+        """Checks each setting, and those that go together."""
+        optional = {field.name for field in dataclasses.fields(self) if "None" in str(field.type)}
+        for name, allowed in ranges.SETTINGS["experiment"].items():
+            value = getattr(self, name)
+            if value is not None or name not in optional:
+                ranges.check(f"experiment.{name}", value, allowed)
+        if self.data_dir is not None and self.train_files is not None:
+            raise ValueError(
+                "experiment.data_dir and experiment.train_files (--fasta) both say what to train "
+                "on: give one of them"
+            )
+        if self.pack_length is not None and not self.pack_sequences:
+            raise ValueError(
+                f"experiment.pack_length (batch_ds.pack_length) is {self.pack_length}, but "
+                "experiment.pack_sequences = False gives each protein a row of its own: leave one "
+                "out"
+            )
+
+
+Data = TypeVar("Data", bound=DataSettings)
+
+
+def find_files(settings: Data) -> Data:
+    """The settings with the files of `data_dir` by name.
+
+    Raises:
+      FastaError: If the folder cannot be read.
+      ValueError: As `split_files`.
+    """
+    if settings.data_dir is None:
+        return settings
+    train, valid = settings.split_files(settings.data_dir)
+    valid = settings.valid_files or valid or None
+    return dataclasses.replace(settings, data_dir=None, train_files=train, valid_files=valid)
+
+
+def choose_files(settings: Data) -> Data:
+    """The settings with the bundled files, where no others are given, and with test files."""
+    train, valid, test = settings.train_files, settings.valid_files, settings.test_files
+    if train is None:
+        train, valid, test = (
+            given or str(bundled_corpus(split))
+            for given, split in ((None, "train"), (valid, "valid"), (test, "test"))
+        )
+    return dataclasses.replace(
+        settings, train_files=train, valid_files=valid, test_files=test or valid
+    )
+
+
+def _is_multiple(step: int, frequency: int | None) -> bool:
+    return frequency is not None and step % frequency == 0
