@@ -1,0 +1,1 @@
+"""Five changes that the package must make easy, each as a program."""
