@@ -14,7 +14,7 @@ from benchmarks.programs import FORWARD, MEASURES, Program, compile_jax
 from benchmarks.results import CaseInfo
 from benchmarks.settings import Inputs
 from fast_attention.feature_maps import IdentityFeatures, PositiveFeatures, elementwise_map
-from fast_attention.linear import IMPLEMENTATIONS, linear_attention
+from fast_attention.linear import IMPLEMENTATIONS, Plan, linear_attention
 from fast_attention.mechanisms.local.fn import make_local_attention
 
 Attention = Literal["causal", "bidirectional"]
@@ -191,10 +191,12 @@ def _compile_favor(inputs: Inputs, measure: str, kind: Attention, name: str) -> 
             q,
             k,
             v,
-            feature_map=PositiveFeatures(inputs.setting.features),
+            Plan(
+                PositiveFeatures(inputs.setting.features),
+                causal=kind == "causal",
+                implementation=name,
+            ),
             parameters=inputs.projection,
-            causal=kind == "causal",
-            implementation=name,
         )
 
     return compile_jax(function, inputs.qkv, inputs, measure)
@@ -208,9 +210,8 @@ def _compile_relu(inputs: Inputs, measure: str, kind: Attention) -> Program:
             q,
             k,
             v,
-            feature_map=feature_map,
+            Plan(feature_map, causal=kind == "causal"),
             parameters=inputs.projection,
-            causal=kind == "causal",
         )
 
     return compile_jax(function, inputs.qkv, inputs, measure)
@@ -227,9 +228,8 @@ def _compile_given(inputs: Inputs, measure: str, kind: Attention) -> Program:
             q,
             k,
             v,
-            feature_map=IdentityFeatures(),
+            Plan(IdentityFeatures(), causal=kind == "causal"),
             parameters=None,
-            causal=kind == "causal",
         )
 
     return compile_jax(function, _given_features(inputs), inputs, measure)

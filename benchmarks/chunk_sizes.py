@@ -92,7 +92,7 @@ def measure(
     from benchmarks.settings import make_inputs
     from benchmarks.timing import Clock, Effort, interleave, median
     from fast_attention.feature_maps import PositiveFeatures
-    from fast_attention.linear import linear_attention
+    from fast_attention.linear import Plan, linear_attention
 
     inputs = make_inputs(shape)
     feature_map = PositiveFeatures(shape.features)
@@ -103,12 +103,14 @@ def measure(
                 q,
                 k,
                 v,
-                feature_map=feature_map,
+                Plan(
+                    feature_map,
+                    causal=causal,
+                    chunk_size=chunk,
+                    unroll=unroll,
+                    implementation="chunked",
+                ),
                 parameters=inputs.projection,
-                causal=causal,
-                chunk_size=chunk,
-                unroll=unroll,
-                implementation="chunked",
             )
 
         return compile_jax(function, inputs.qkv, inputs, BACKWARD)

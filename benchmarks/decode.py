@@ -19,7 +19,7 @@ from benchmarks.settings import Setting
 from benchmarks.suite import Limits
 from benchmarks.timing import interleave
 from fast_attention.feature_maps import PositiveFeatures
-from fast_attention.linear import LinearAttentionState, empty_state, prefill, step
+from fast_attention.linear import LinearAttentionState, Plan, empty_state, prefill, step
 
 SCAN = CaseInfo("decode/scan", "state, within a scan", ours=True)
 CALL = CaseInfo("decode/call", "state, one jitted call", ours=True)
@@ -95,7 +95,7 @@ class _Decoder:
         self.setting = setting
         feature_map = PositiveFeatures(setting.features)
         projection = feature_map.init(jax.random.key(4), setting.head_dim)
-        self.options = {"feature_map": feature_map, "parameters": projection}
+        self.plan, self.parameters = Plan(feature_map), projection
 
     def tokens(self, count: int, seed: int) -> tuple[jax.Array, ...]:
         """Returns ``count`` random queries, keys and values ``[B, count, H, D]``."""
@@ -107,8 +107,8 @@ class _Decoder:
         """Returns a state that has seen ``past`` tokens."""
         s = self.setting
         state = empty_state(
-            self.options["feature_map"],
-            self.options["parameters"],
+            self.plan.feature_map,
+            self.parameters,
             (s.batch,),
             s.heads,
             s.head_dim,
@@ -117,7 +117,7 @@ class _Decoder:
         seen = 0
         while seen < past:
             block = self.tokens(min(BLOCK, past - seen), seed=seen)
-            state = prefill(state, *block, **self.options)[1]
+            state = prefill(state, *block, plan=self.plan, parameters=self.parameters)[1]
             seen += block[0].shape[1]
         return state
 
@@ -125,7 +125,7 @@ class _Decoder:
         """Returns a program of :data:`SCANNED` steps."""
 
         def body(state, token):
-            out, state = step(state, *token, **self.options)
+            out, state = step(state, *token, plan=self.plan, parameters=self.parameters)
             return state, out
 
         def function(state, *tokens):
@@ -138,7 +138,7 @@ class _Decoder:
         token = tuple(x[:, 0] for x in self.tokens(1, seed=1))
 
         def function(state, *token):
-            return step(state, *token, **self.options)
+            return step(state, *token, plan=self.plan, parameters=self.parameters)
 
         # The state is given away, as in a server: it is updated in place.
         compiled = jax.jit(function, donate_argnums=0).lower(state, *token).compile()

@@ -1,6 +1,7 @@
 """Efficient attention for JAX and Flax: linear-time attention that drops into Flax's layers."""
 
 from fast_attention.linear import LinearAttentionState as LinearAttentionState
+from fast_attention.linear import Plan as Plan
 from fast_attention.linear import linear_attention as linear_attention
 from fast_attention.mechanisms.efficient.fn import EfficientAttention as EfficientAttention
 from fast_attention.mechanisms.efficient.fn import (

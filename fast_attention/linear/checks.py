@@ -19,12 +19,6 @@ def promote_floating(query: Array, key: Array, value: Array) -> tuple[Array, Arr
     return query.astype(dtype), key.astype(dtype), value.astype(dtype)
 
 
-def check_saved_states(saved_states: object) -> None:
-    """Raises ValueError unless ``saved_states`` is "all", "few" or None."""
-    if saved_states not in ("all", "few", None):
-        raise ValueError(f"saved_states must be 'all', 'few' or None, got {saved_states!r}.")
-
-
 # Biases this low stand for "masked" (-1e9, the most negative float16 and float32 are common), and
 # weights exp(bias) of larger sizes could not be told apart in float32.
 LARGEST_BIAS = 1e4

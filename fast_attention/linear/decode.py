@@ -5,21 +5,21 @@ Shape letters: B batch, T length, H heads, K key/value heads, D head width, V va
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from fast_attention.arrays.dtypes import widest
 from fast_attention.arrays.types import Array, Bool, Float
-from fast_attention.feature_maps.base import FeatureMap, Parameters
+from fast_attention.feature_maps.base import Parameters
 from fast_attention.linear.api import linear_attention
 from fast_attention.linear.chunked.chunk_state import absorb_keys, next_state, read_state
 from fast_attention.linear.chunked.reductions import row_sum
 from fast_attention.linear.state import LinearAttentionState, key_features
-from fast_attention.linear.types import Parts, SavedStates, finish
+from fast_attention.linear.types import Parts, Plan, finish
 from fast_attention.linear.wrapped_maps import match_scales
 
 
@@ -28,17 +28,10 @@ def prefill(
     query: Float[Array, "*B T H D"],
     key: Float[Array, "*B T K D"],
     value: Float[Array, "*B T K V"],
+    plan: Plan,
     *,
-    feature_map: FeatureMap,
     parameters: Parameters,
     key_mask: Bool[Array, "*B T"] | None = None,
-    normalize: bool = True,
-    epsilon: float = 0.0,
-    chunk_size: int | None = None,
-    unroll: int | None = None,
-    saved_states: SavedStates | None = None,
-    implementation: str | Sequence[str] | None = None,
-    precision: jax.lax.PrecisionLike = None,
 ) -> tuple[Float[Array, "*B T H V"], LinearAttentionState]:
     """Reads T tokens causally after those already in ``state``.
 
@@ -47,16 +40,9 @@ def prefill(
       query: ``[*B, T, H, D]``.
       key: ``[*B, T, K, D]``.
       value: ``[*B, T, K, V]``.
-      feature_map: the map.
-      parameters: its parameters.
+      plan: the feature map, and how the call is computed.
+      parameters: of the feature map.
       key_mask: ``[*B, T]``; False is padding on either side of a shorter prompt.
-      normalize: as in :func:`linear_attention`.
-      epsilon: as there.
-      chunk_size: as there.
-      unroll: as there.
-      saved_states: as there.
-      implementation: as there.
-      precision: as there.
 
     Returns:
       Outputs ``[*B, T, H, V]`` (unspecified at padding) and the state after the prompt.
@@ -65,19 +51,11 @@ def prefill(
         query,
         key,
         value,
-        feature_map=feature_map,
+        dataclasses.replace(plan, causal=True),
         parameters=parameters,
-        causal=True,
         key_mask=key_mask,
         initial_state=state,
         return_state=True,
-        normalize=normalize,
-        epsilon=epsilon,
-        chunk_size=chunk_size,
-        unroll=unroll,
-        saved_states=saved_states,
-        implementation=implementation,
-        precision=precision,
     )
 
 
@@ -86,12 +64,9 @@ def step(
     query: Float[Array, "*B H D"],
     key: Float[Array, "*B K D"],
     value: Float[Array, "*B K V"],
+    plan: Plan,
     *,
-    feature_map: FeatureMap,
     parameters: Parameters,
-    normalize: bool = True,
-    epsilon: float = 0.0,
-    precision: jax.lax.PrecisionLike = None,
 ) -> tuple[Float[Array, "*B H V"], LinearAttentionState]:
     """Adds one token to the state and reads it: time and memory independent of the past.
 
@@ -100,26 +75,14 @@ def step(
       query: ``[*B, H, D]``.
       key: ``[*B, K, D]``.
       value: ``[*B, K, V]``.
-      feature_map: the map.
-      parameters: its parameters.
-      normalize: divide by the sum of weights.
-      epsilon: guard of the denominator.
-      precision: of products of features and values.
+      plan: its feature map, output, epsilon and precision are read.
+      parameters: of the feature map.
 
     Returns:
       Output ``[*B, H, V]`` in the promoted type of the inputs, and the new state.
     """
-    parts, new = step_parts(
-        state,
-        query,
-        key,
-        value,
-        feature_map=feature_map,
-        parameters=parameters,
-        exact_scale=True,
-        precision=precision,
-    )
-    out = finish(parts, "mean" if normalize else "sum", epsilon)
+    parts, new = step_parts(state, query, key, value, plan, parameters=parameters)
+    out = finish(parts, plan.output, plan.epsilon)
     return out.astype(jnp.result_type(query, key, value)), new
 
 
@@ -128,12 +91,10 @@ def step_parts(
     query: Float[Array, "*B H D"],
     key: Float[Array, "*B K D"],
     value: Float[Array, "*B K V"],
+    plan: Plan,
     *,
-    feature_map: FeatureMap,
     parameters: Parameters,
     visible: Bool[Array, "*B"] | None = None,
-    exact_scale: bool = False,
-    precision: jax.lax.PrecisionLike = None,
 ) -> tuple[Parts, LinearAttentionState]:
     """A step before its division, to be merged with attention to other keys.
 
@@ -142,11 +103,9 @@ def step_parts(
       query: ``[*B, H, D]``.
       key: ``[*B, K, D]``.
       value: ``[*B, K, V]``.
-      feature_map: the map.
-      parameters: its parameters.
+      plan: its feature map and precision are read.
+      parameters: of the feature map.
       visible: ``[*B]``; a key where it is False does not enter the state.
-      exact_scale: compute factors that would cancel under normalisation.
-      precision: of products of features and values.
 
     Returns:
       :class:`~.types.Parts` of ``[*B, H]``, and the new state.
@@ -154,7 +113,7 @@ def step_parts(
     batch_shape, (heads, width), kv_heads = query.shape[:-2], query.shape[-2:], key.shape[-2]
     batch = math.prod(batch_shape)
     dtype = widest(jnp.float32, state.kv.dtype, query.dtype, key.dtype, value.dtype)
-    feature_map, matched = match_scales(feature_map, state)
+    feature_map, matched = match_scales(plan.feature_map, state)
     old = jax.tree.map(
         lambda x: x.astype(dtype).reshape(batch, *x.shape[len(batch_shape) :]), matched
     )
@@ -163,17 +122,17 @@ def step_parts(
         parameters,
         key.astype(dtype).reshape(batch, kv_heads, 1, width),
         key_mask=None if visible is None else visible.reshape(batch, 1, 1),
-        exact_scale=exact_scale,
+        exact_scale=True,
     )
     # Rows of one key head are its group of query heads.
     queries = feature_map.apply(
         query.astype(dtype).reshape(batch, kv_heads, heads // kv_heads, width),
         parameters,
         is_query=True,
-        exact_scale=exact_scale,
+        exact_scale=True,
     )
     values = value.astype(dtype).reshape(batch, kv_heads, 1, value.shape[-1])
-    einsum = functools.partial(jnp.einsum, precision=precision)
+    einsum = functools.partial(jnp.einsum, precision=plan.precision)
     new = next_state(old, absorb_keys(old, keys), values, einsum)
     read = read_state(new.log_scale, queries)
     numerator = einsum("bkrm,bkvm->bkrv", read.features, new.kv)

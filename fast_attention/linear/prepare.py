@@ -17,7 +17,6 @@ from fast_attention.arrays.types import Array
 from fast_attention.feature_maps.base import Parameters
 from fast_attention.linear.checks import (
     broadcast_segments,
-    check_saved_states,
     check_shapes,
     check_state,
     per_key,
@@ -47,10 +46,6 @@ def prepare(
       The plan with the map that the bias and the state need, and the arrays with one batch axis.
     """
     check_shapes(query, key, value, plan.causal, segment_ids)
-    for name, number in (("chunk_size", plan.chunk_size), ("unroll", plan.unroll)):
-        if number is not None and number < 1:
-            raise ValueError(f"{name} must be at least 1, got {number}.")
-    check_saved_states(plan.saved_states)
     feature_map = plan.feature_map
     if key_bias is not None:
         feature_map = with_position_scale(feature_map)

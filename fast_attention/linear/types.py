@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from fast_attention.arrays.types import Array
 from fast_attention.feature_maps.base import FeatureMap, Parameters
 from fast_attention.linear.state import LinearAttentionState
+from fast_attention.mesh.layout import AxisName
 
 Output = Literal["mean", "sum", "parts"]
 
@@ -19,37 +21,67 @@ SavedStates = Literal["all", "few"]
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The static choices of one call.
+    """The static choices of a call: what is computed, and how. Hashable; arrays are passed apart.
 
     Attributes:
-      feature_map: the map applied to queries and keys.
+      feature_map: phi, applied to queries and keys, see :mod:`fast_attention.feature_maps`.
       causal: position t sees keys 0..t.
       output: "mean" divides by the sum of weights; "sum" returns the numerator at its true scale;
-        "parts" returns numerator, denominator and their common log-scale, to be merged.
-      epsilon: denominators not above it in size are inverted as ``den / epsilon^2``.
-      chunk_size: positions handled at once, None for the implementation's own choice.
-      unroll: chunks unrolled in the compiled loop, None for the same.
-      saved_states: "all" states between chunks are kept for the backward pass, or a "few"; None
-        for the implementation's own choice.
-      precision: of the products of features with values (exponents are always exact).
-      complete: factors that cancel under normalisation are computed all the same, because a state
-        or the parts are read elsewhere.
+        "parts" returns numerator, denominator and their common log-scale (:class:`Parts`), to be
+        merged.
+      epsilon: denominators up to this size are inverted as ``den / epsilon^2``. Not needed for
+        positive maps; for signed ones it bounds outputs where a denominator vanishes.
+      chunk_size: positions handled at once (1: token by token); None for what was measured to be
+        the fastest, see :mod:`fast_attention.linear.chunked.chunk_table`.
+      unroll: chunks unrolled in the compiled loop; None for the same.
+      saved_states: what the backward pass of causal attention finds when it starts: "all" states
+        between chunks (``T K V M / C`` numbers), or a "few", about the square root of that many
+        chunks, from which it computes the others again, group by group; None for "all" of short
+        sequences and a "few" of long ones.
+      implementation: a name of :data:`fast_attention.linear.IMPLEMENTATIONS`, several to try in
+        order, or None for the best of the platform.
+      precision: of products of features and values. By default those of bfloat16 inputs round
+        their operands to bfloat16 and add in float32; "highest" computes them in float32, as
+        exponents always are.
+      axis_name: the mesh axis, or a tuple of axes, along which the sequence lies, where the call is
+        made inside ``jax.shard_map``; None for sequences that lie on one device.
+      complete: compute factors that cancel under normalisation too, because a state or the parts
+        are read elsewhere. :func:`~fast_attention.linear.linear_attention` sets it for states.
     """
 
     feature_map: FeatureMap
-    causal: bool
+    causal: bool = False
     output: Output = "mean"
     epsilon: float = 0.0
     chunk_size: int | None = None
     unroll: int | None = None
     saved_states: SavedStates | None = None
+    implementation: str | Sequence[str] | None = None
     precision: jax.lax.PrecisionLike = None
+    axis_name: AxisName | None = None
     complete: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a choice that does not exist."""
+        if self.output not in get_args(Output):
+            raise ValueError(f"output must be one of {get_args(Output)}, got {self.output!r}.")
+        for name, number in (("chunk_size", self.chunk_size), ("unroll", self.unroll)):
+            if number is not None and number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}.")
+        check_saved_states(self.saved_states)
+        if isinstance(self.implementation, list):
+            object.__setattr__(self, "implementation", tuple(self.implementation))
 
     @property
     def exact_scale(self) -> bool:
         """Whether factors that cancel under normalisation must be computed."""
         return self.output == "sum" or self.complete
+
+
+def check_saved_states(saved_states: object) -> None:
+    """Raises ValueError unless ``saved_states`` is "all", "few" or None."""
+    if saved_states not in (*get_args(SavedStates), None):
+        raise ValueError(f"saved_states must be 'all', 'few' or None, got {saved_states!r}.")
 
 
 class Inputs(NamedTuple):

@@ -15,8 +15,8 @@ from benchmarks.cases import attention_cases
 from benchmarks.programs import BACKWARD, FORWARD, compile_jax
 from benchmarks.settings import Setting, make_inputs
 from fast_attention.feature_maps import PositiveFeatures
-from fast_attention.linear import linear_attention
 from fast_attention.mechanisms.lsh.shared_qk import shared_qk_attention
+from tests.linear import cases
 
 SETTING = Setting(length=12, batch=2, heads=2, head_dim=8, features=16)
 CASES = {case.info.name: case for case in attention_cases("cpu")}
@@ -33,7 +33,7 @@ def softmax_reference(inputs, causal):
 
 
 def favor_reference(inputs, causal):
-    return lambda q, k, v: linear_attention(
+    return lambda q, k, v: cases.attend(
         q,
         k,
         v,

@@ -12,7 +12,7 @@ from fast_attention.feature_maps import (
     TrigonometricFeatures,
     elementwise_map,
 )
-from fast_attention.linear import linear_attention
+from fast_attention.linear import Plan, linear_attention
 from tests import compiling
 
 B, T, H, K, D, V, M = 2, 13, 4, 2, 8, 6, 16
@@ -30,6 +30,26 @@ MAPS = {
     "elu+1": elementwise_map("elu+1", epsilon=0.0),
     "exp": elementwise_map("exp", num_rows=M),
 }
+
+
+ARGUMENTS = (
+    *("query", "key", "value", "parameters", "key_mask", "key_bias", "segment_ids"),
+    *("initial_state", "return_state", "exact_window"),
+)
+
+
+def with_plan(function):
+    """Returns the function with the fields of its plan as keywords."""
+
+    @functools.wraps(function)
+    def call(*arrays, **options):
+        given = {name: options.pop(name) for name in ARGUMENTS if name in options}
+        return function(*arrays, plan=Plan(**options), **given)
+
+    return call
+
+
+attend = with_plan(linear_attention)
 
 
 def compiled(function):
@@ -91,9 +111,7 @@ def gradients(smooth, fixed, **options):
         if state is not None:
             state = type(state)(arguments.pop("kv"), arguments.pop("k_sum"), state.log_scale)
         q, k, v = (arguments.pop(name) for name in ("query", "key", "value"))
-        out, final = linear_attention(
-            q, k, v, **arguments, initial_state=state, return_state=True, **options
-        )
+        out, final = attend(q, k, v, **arguments, initial_state=state, return_state=True, **options)
         result = (out, *true_state(final))
         return weighted_sum(result), result
 

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import pytest
 
 from fast_attention.feature_maps import PositiveFeatures
-from fast_attention.linear import api, empty_state, linear_attention
+from fast_attention.linear import IMPLEMENTATIONS, empty_state
 from tests.linear import cases
 
 
 def call(q=(2, 5, 4, 8), k=(2, 5, 2, 8), v=(2, 5, 2, 6), **options):
     return jax.eval_shape(
-        lambda q, k, v: linear_attention(
+        lambda q, k, v: cases.attend(
             q,
             k,
             v,
@@ -73,7 +73,7 @@ def test_falls_back_when_an_implementation_cannot_serve(monkeypatch):
     def cannot(plan, inputs):
         raise NotImplementedError("no such machine")
 
-    monkeypatch.setitem(api.IMPLEMENTATIONS, "cannot", cannot)
+    monkeypatch.setitem(IMPLEMENTATIONS, "cannot", cannot)
     assert call(implementation=("cannot", "reference")).shape == (2, 5, 4, 6)
     with pytest.raises(NotImplementedError, match="no such machine"):
         call(implementation="cannot")

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from fast_attention.feature_maps import PositiveFeatures, TrigonometricFeatures
-from fast_attention.linear import linear_attention
 from fast_attention.linear.chunked import api as chunked
 from fast_attention.linear.state import empty_state
 from fast_attention.linear.types import Inputs, Plan
@@ -56,7 +55,7 @@ def projection_of(feature_map):
 def attend(implementation, causal, chunk=None):
     return cases.compiled(
         functools.partial(
-            linear_attention,
+            cases.attend,
             feature_map=MAP,
             causal=causal,
             chunk_size=chunk,
@@ -129,7 +128,7 @@ def test_inputs_times_100_stay_finite(implementation, dtype, causal):
     q, k, v = (jnp.asarray(100 * x, dtype) for x in scenario("normal"))
 
     def loss(q, k, v, projection):
-        out = linear_attention(
+        out = cases.attend(
             q,
             k,
             v,

@@ -117,7 +117,7 @@ def attend(options, feature_map=MAP):
     near = "exact_window" in options
     function = near_field.near_field_attention if near else linear_attention
     return functools.partial(
-        function,
+        cases.with_plan(function),
         feature_map=feature_map,
         parameters=projection_of(feature_map),
         chunk_size=CHUNK,
@@ -173,8 +173,8 @@ def test_prefill_and_steps_are_the_whole(functions, window):
         shape, exact = (window, (B,)), (BACK >= 0) & (window > BACK)
     projection, start = projection_of(MAP), 9
     given = {"feature_map": MAP, "parameters": projection}
-    read = cases.compiled(functools.partial(read, chunk_size=CHUNK, **given))
-    advance = cases.compiled(functools.partial(advance, **given))
+    read = cases.compiled(functools.partial(cases.with_plan(read), chunk_size=CHUNK, **given))
+    advance = cases.compiled(functools.partial(cases.with_plan(advance), **given))
     for norm in NORMS[2:]:
         q, k, v, g = arrays(2, norm)
         expected, *_ = definition(MAP, (q, k, v, g), BACK >= 0, exact)

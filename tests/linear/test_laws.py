@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fast_attention.linear import linear_attention
 from tests.linear import cases
 
 T = 12  # Whole chunks: one loop body to compile.
@@ -31,7 +30,7 @@ def attend_and_differentiate(name, dtype, implementation, causal):
 
     def function(q, k, v, parameters, mask, cotangent):
         def attend(q, k, v, parameters):
-            return linear_attention(
+            return cases.attend(
                 q,
                 k,
                 v,
@@ -157,7 +156,7 @@ def test_batch_rows_do_not_know_of_each_other(kind, causal, implementation):
 def alone_of(causal):
     return cases.compiled(
         functools.partial(
-            linear_attention,
+            cases.attend,
             feature_map=cases.MAPS["positive"],
             causal=causal,
             implementation="reference",
@@ -171,7 +170,7 @@ def test_segments_are_separate_calls(causal, implementation):
     q, k, v, parameters = arguments(("positive", jnp.float32))
     packed = cases.compiled(
         functools.partial(
-            linear_attention,
+            cases.attend,
             feature_map=cases.MAPS["positive"],
             parameters=parameters,
             causal=causal,
@@ -206,7 +205,7 @@ def test_under_every_transformation(implementation):
     parameters = cases.parameters_of("positive")
 
     def attend(q, k, v):
-        return linear_attention(
+        return cases.attend(
             q,
             k,
             v,
@@ -230,7 +229,7 @@ def test_under_every_transformation(implementation):
             )
         )(q, k, v)
     reference = functools.partial(
-        linear_attention,
+        cases.attend,
         feature_map=cases.MAPS["positive"],
         parameters=parameters,
         causal=True,
@@ -247,7 +246,7 @@ def test_under_every_transformation(implementation):
 def test_sharded_batch_is_one_device():
     q, k, v = cases.qkv(length=4, batch=4)
     attend = functools.partial(
-        linear_attention,
+        cases.attend,
         feature_map=cases.MAPS["positive"],
         parameters=cases.parameters_of("positive"),
         causal=True,

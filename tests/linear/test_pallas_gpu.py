@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from fast_attention.feature_maps import HyperbolicFeatures, PositiveFeatures, elementwise_map
-from fast_attention.linear import linear_attention
 from fast_attention.linear.pallas_gpu.api import attend_on
 from fast_attention.linear.state import empty_state
 from fast_attention.linear.types import Inputs, Plan
@@ -36,7 +35,7 @@ def arguments(length, keys=None, *, dtype=jnp.float32, scale=1.0, batch=1):
 def with_state_and_padding(smooth, feature_map=MAP):
     """Adds an initial state and a mask."""
     k, v = draw(3, 1, 3, K, D), draw(4, 1, 3, K, V)
-    _, state = linear_attention(
+    _, state = cases.attend(
         k,
         k,
         v,
@@ -72,7 +71,7 @@ def check(smooth, fixed, tolerance, *, feature_map=MAP, precision="highest", **o
 def attend(causal, **options):
     return jax.jit(
         functools.partial(
-            linear_attention, feature_map=MAP, causal=causal, implementation=KERNELS, **options
+            cases.attend, feature_map=MAP, causal=causal, implementation=KERNELS, **options
         )
     )
 
@@ -91,9 +90,7 @@ def test_bidirectional_gradients_agree():
 )
 def test_outputs_agree_at_any_length(length, keys, causal):
     inputs = arguments(length, keys)
-    expected = linear_attention(
-        **inputs, feature_map=MAP, causal=causal, implementation="reference"
-    )
+    expected = cases.attend(**inputs, feature_map=MAP, causal=causal, implementation="reference")
     cases.assert_close(attend(causal, precision="highest")(**inputs), expected, 5e-6)
 
 
@@ -103,7 +100,7 @@ def test_true_numerators_of_hyperbolic_features_with_a_bias():
     smooth = arguments(9, scale=0.7)
     smooth["parameters"] = feature_map.init(jax.random.key(1), D)[None]
     smooth["key_bias"] = draw(4, 1, 9, K)
-    check(smooth, {}, 5e-6, feature_map=feature_map, normalize=False, causal=True)
+    check(smooth, {}, 5e-6, feature_map=feature_map, output="sum", causal=True)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +147,7 @@ def test_opposed_and_aligned_keys_of_large_norm(sign):
     key = inputs["key"]
     inputs["key"] = key * (200 * D**0.5) ** 0.5 / jnp.linalg.norm(key, axis=-1, keepdims=True)
     inputs["query"] = sign * jnp.repeat(inputs["key"], H // K, axis=2)
-    expected = linear_attention(**inputs, feature_map=MAP, causal=True, implementation="reference")
+    expected = cases.attend(**inputs, feature_map=MAP, causal=True, implementation="reference")
     cases.assert_close(attend(True)(**inputs), expected, 2e-4)
 
 
@@ -196,7 +193,7 @@ def test_refused(options, message):
         smooth["parameters"] = MAP.init(jax.random.key(0), 256)
     call = {**smooth, "feature_map": MAP, **options}
     with pytest.raises(NotImplementedError, match=message):
-        linear_attention(**call, implementation=KERNELS)
+        cases.attend(**call, implementation=KERNELS)
 
 
 def test_float64_is_refused():
@@ -208,8 +205,8 @@ def test_float64_is_refused():
 def test_another_platform_is_refused_and_the_next_implementation_asked():
     inputs = arguments(5)
     with pytest.raises(NotImplementedError, match="Hopper.*got cpu"):
-        linear_attention(**inputs, feature_map=MAP, implementation="pallas_gpu")
-    run = functools.partial(linear_attention, **inputs, feature_map=MAP)
+        cases.attend(**inputs, feature_map=MAP, implementation="pallas_gpu")
+    run = functools.partial(cases.attend, **inputs, feature_map=MAP)
     np.testing.assert_array_equal(run(implementation=("pallas_gpu", "chunked")), run())
 
 

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fast_attention.linear import linear_attention
 from tests.linear import cases
 
 OTHERS = [name for name in cases.IMPLEMENTATIONS if name != "reference"]
@@ -23,7 +22,7 @@ def everything(name, dtype, *, causal, length=cases.T, keys=None):
     # Its bias gives the state of a map without exponents a scale too.
     _, state = jax.jit(
         functools.partial(
-            linear_attention,
+            cases.attend,
             feature_map=cases.MAPS[name],
             return_state=True,
             implementation="reference",
@@ -88,8 +87,8 @@ def test_with_everything_at_once(name, causal, implementation):
     [
         ("hyperbolic", {"causal": True, "chunk_size": 1, "unroll": 2}),
         ("elu+1", {"causal": True, "chunk_size": 16}),
-        ("exp", {"causal": True, "normalize": False}),
-        ("trigonometric", {"causal": False, "normalize": False}),
+        ("exp", {"causal": True, "output": "sum"}),
+        ("trigonometric", {"causal": False, "output": "sum"}),
         ("relu", {"causal": False, "epsilon": 0.5, "unroll": 2}),
     ],
 )
@@ -129,7 +128,7 @@ def causal_outputs():
         "parameters": cases.parameters_of("positive", jnp.float64),
         "causal": True,
     }
-    attend = functools.partial(linear_attention, implementation="reference", **options)
+    attend = functools.partial(cases.attend, implementation="reference", **options)
     return arrays, options, cases.compiled(attend)(*arrays)
 
 
@@ -141,7 +140,7 @@ def test_any_length_and_chunk_size(chunk, length, implementation):
     with jax.enable_x64(True):
         arrays, options, expected = causal_outputs()
         attend = functools.partial(
-            linear_attention, chunk_size=chunk, implementation=implementation, **options
+            cases.attend, chunk_size=chunk, implementation=implementation, **options
         )
         actual = cases.compiled(attend)(*(np.asarray(x)[:, :length] for x in arrays))
         cases.assert_close(actual, np.asarray(expected)[:, :length], 1e-10)

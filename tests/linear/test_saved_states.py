@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fast_attention.feature_maps import PositiveFeatures
-from fast_attention.linear import LinearAttentionState, linear_attention
+from fast_attention.linear import LinearAttentionState
 from tests.linear import cases
 from tests.linear.test_memory import temporary_bytes
 
@@ -54,7 +54,7 @@ def test_a_map_without_log_features():
 def test_an_unknown_choice_is_an_error():
     q, k, v = cases.qkv()
     with pytest.raises(ValueError, match="'all', 'few' or None, got 'none'"):
-        linear_attention(
+        cases.attend(
             q,
             k,
             v,
@@ -66,7 +66,7 @@ def test_an_unknown_choice_is_an_error():
 
 
 def attend(q, k, v, projection):
-    return linear_attention(
+    return cases.attend(
         q, k, v, feature_map=PositiveFeatures(256), parameters=projection, causal=True
     )
 

@@ -9,11 +9,6 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from fast_attention.linear import (
-    linear_attention,
-    linear_attention_of_shard,
-    sharded_linear_attention,
-)
 from tests.linear import cases
 
 needs_devices = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
@@ -29,6 +24,46 @@ MASK[:, 9:15] = False
 def mesh_of(**axes):
     automatic = (jax.sharding.AxisType.Auto,) * len(axes)
     return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=automatic)
+
+
+def across(q, k, v, *, mesh, parameters, initial_state=None, return_state=False, **options):
+    """Whole arrays in and out; each device attends with its stretch of the sequence.
+
+    The length is filled up: what is filled in is hidden, and belongs to the last segment.
+    """
+    length, shards = q.shape[1], mesh.shape["seq"]
+    names = [name for name in ("key_mask", "key_bias", "segment_ids") if name in options]
+    arrays = {name: jnp.asarray(options.pop(name)) for name in names}
+    arrays.setdefault("key_mask", jnp.ones(k.shape[:2], bool))
+    arrays |= {"query": q, "key": k, "value": v}
+    padding = -length % shards
+
+    def fill(name, x):
+        mode = "edge" if name == "segment_ids" else "constant"
+        return jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2), mode=mode)
+
+    arrays = {name: fill(name, x) for name, x in arrays.items()}
+
+    def of_shard(arrays, parameters, initial_state):
+        return cases.attend(
+            **arrays,
+            parameters=parameters,
+            initial_state=initial_state,
+            return_state=return_state,
+            axis_name="seq",
+            **options,
+        )
+
+    rows, whole = PartitionSpec(None, "seq"), PartitionSpec()
+    mapped = jax.shard_map(
+        of_shard,
+        mesh=mesh,
+        in_specs=(rows, whole, whole),
+        out_specs=(rows, whole) if return_state else rows,
+    )
+    found = mapped(arrays, parameters, initial_state)
+    out, *state = found if return_state else (found,)
+    return (out[:, :length], *state) if return_state else out[:, :length]
 
 
 def differentiated(attend, smooth, name, **fixed):
@@ -58,7 +93,7 @@ def differentiated(attend, smooth, name, **fixed):
 def initial_state(name):
     q, k, v = cases.qkv(seed=3, length=2)
     options = {"feature_map": cases.MAPS[name], "parameters": cases.parameters_of(name)}
-    return linear_attention(q, k, v, return_state=True, implementation="reference", **options)[1]
+    return cases.attend(q, k, v, return_state=True, implementation="reference", **options)[1]
 
 
 @pytest.mark.eight_devices
@@ -69,9 +104,9 @@ def test_masks_biases_and_segments_across_edges(causal):
     bias = jnp.asarray(cases.draw(4, cases.B, T), jnp.float32)
     smooth = (*cases.qkv(length=T), cases.parameters_of(name), bias, initial_state(name))
     fixed = {"causal": causal, "key_mask": MASK, "segment_ids": SEGMENTS}
-    expected = differentiated(linear_attention, smooth, name, implementation="reference", **fixed)
-    across = functools.partial(sharded_linear_attention, mesh=mesh_of(seq=8), axis="seq")
-    outputs, grads = differentiated(across, smooth, name, **fixed)
+    expected = differentiated(cases.attend, smooth, name, implementation="reference", **fixed)
+    of_devices = functools.partial(across, mesh=mesh_of(seq=8))
+    outputs, grads = differentiated(of_devices, smooth, name, **fixed)
     cases.assert_close(outputs, expected[0], 1e-5)
     cases.assert_close(grads, expected[1], 1e-4)
 
@@ -89,9 +124,7 @@ def test_batch_and_length_across_devices(causal, name):
 
     def attend(q, k, v, *, parameters, **options):
         def of_shard(q, k, v, parameters):
-            out, state = linear_attention_of_shard(
-                q, k, v, axis_name="seq", parameters=parameters, **options
-            )
+            out, state = cases.attend(q, k, v, axis_name="seq", parameters=parameters, **options)
             return out, jax.tree.map(lambda x: x[None], state)
 
         rows, every = PartitionSpec("data", "seq"), PartitionSpec("seq", "data")
@@ -104,9 +137,7 @@ def test_batch_and_length_across_devices(causal, name):
         jax.debug.callback(assert_all_equal, states)
         return out, jax.tree.map(lambda x: x[0], states)
 
-    expected = differentiated(
-        linear_attention, smooth, name, causal=causal, implementation="reference"
-    )
+    expected = differentiated(cases.attend, smooth, name, causal=causal, implementation="reference")
     outputs, grads = differentiated(attend, smooth, name, causal=causal)
     cases.assert_close(outputs, expected[0], 1e-5)
     cases.assert_close(grads, expected[1], 1e-4)
@@ -127,15 +158,13 @@ def test_float64_and_the_future():
             "parameters": cases.parameters_of("positive", jnp.float64),
             "causal": True,
         }
-        across = cases.compiled(
-            functools.partial(sharded_linear_attention, mesh=mesh_of(seq=8), axis="seq", **options)
-        )
-        out = across(q, k, v)
-        expected = linear_attention(q, k, v, implementation="reference", **options)
+        of_devices = cases.compiled(functools.partial(across, mesh=mesh_of(seq=8), **options))
+        out = of_devices(q, k, v)
+        expected = cases.attend(q, k, v, implementation="reference", **options)
         cases.assert_close(out, expected, 1e-12)
         for cut in (4, 9):
             later = (jnp.arange(T) >= cut)[None, :, None, None]
-            changed = across(*(jnp.where(later, 30 * x, x) for x in (q, k, v)))
+            changed = of_devices(*(jnp.where(later, 30 * x, x) for x in (q, k, v)))
             np.testing.assert_array_equal(changed[:, :cut], out[:, :cut])
 
 
@@ -146,10 +175,9 @@ def test_what_devices_exchange_does_not_grow_with_the_length():
         def loss(q, k, v, parameters):
             total = 0.0
             for causal in (True, False):
-                out = sharded_linear_attention(
+                out = across(
                     *(q, k, v),
                     mesh=mesh_of(seq=8),
-                    axis="seq",
                     feature_map=cases.MAPS["positive"],
                     parameters=parameters,
                     causal=causal,
@@ -181,18 +209,3 @@ def collectives(program):
         ]
         found.append((kind, sum(sizes)))
     return sorted(found)
-
-
-def test_layouts_that_do_not_fit():
-    q, k, v = cases.qkv(length=4)
-    attend = functools.partial(
-        sharded_linear_attention,
-        *(q, k, v),
-        mesh=mesh_of(seq=1),
-        feature_map=cases.MAPS["positive"],
-        parameters=cases.parameters_of("positive"),
-    )
-    with pytest.raises(ValueError, match="axes of the mesh"):
-        attend(axis="length")
-    with pytest.raises(ValueError, match="spec must lay out"):
-        attend(axis="seq", spec=PartitionSpec("seq"))

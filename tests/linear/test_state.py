@@ -13,7 +13,6 @@ from fast_attention import make_fast_generalized_attention, make_fast_softmax_at
 from fast_attention.linear import (
     LinearAttentionState,
     empty_state,
-    linear_attention,
     merge,
     prefill,
     step,
@@ -59,7 +58,7 @@ def test_merge_adds_the_keys_of_both_sides():
     def states(k, v):
         parts = slice(None), slice(CUT), slice(CUT, None)
         whole, left, right = (
-            linear_attention(query, k[:, part], v[:, part], **options)[1] for part in parts
+            cases.attend(query, k[:, part], v[:, part], **options)[1] for part in parts
         )
         empty = empty_state(
             options["feature_map"],
@@ -78,7 +77,7 @@ def test_merge_adds_the_keys_of_both_sides():
 
 
 def attend_causally(name, q, k, v, parameters, **options):
-    return linear_attention(
+    return cases.attend(
         q,
         k,
         v,
@@ -171,13 +170,15 @@ def test_prefill_and_steps_are_the_whole(attention):
 def test_functions_of_the_core_take_any_batch_axes():
     feature_map = cases.MAPS["positive"]
     options = {"feature_map": feature_map, "parameters": cases.parameters_of("positive")}
-    attend = functools.partial(linear_attention, implementation="reference", **options)
+    attend = functools.partial(cases.attend, implementation="reference", **options)
 
     @cases.compiled
     def without_batch(q, k, v):
         state = empty_state(feature_map, options["parameters"], (), cases.K, cases.D, cases.V)
-        read, state = prefill(state, q[:3], k[:3], v[:3], implementation="reference", **options)
-        last, state = step(state, q[3], k[3], v[3], **options)
+        read, state = cases.with_plan(prefill)(
+            state, q[:3], k[:3], v[:3], implementation="reference", **options
+        )
+        last, state = cases.with_plan(step)(state, q[3], k[3], v[3], **options)
         return jnp.concatenate([read, last[None]]), attend(q, k, v, causal=True)
 
     cases.assert_close(*without_batch(*(x[0] for x in cases.qkv(length=4))), 1e-5)
@@ -191,16 +192,14 @@ def test_functions_of_the_core_take_any_batch_axes():
 def test_a_bias_before_the_cut_stays_in_the_state(implementation):
     """Maps without exponents get a scale from a bias; it must not be lost without one."""
     options = {"feature_map": cases.MAPS["elu+1"], "parameters": None}
-    attend = functools.partial(
-        linear_attention, causal=True, implementation=implementation, **options
-    )
+    attend = functools.partial(cases.attend, causal=True, implementation=implementation, **options)
     bias = jnp.asarray([[3.0, -2.0, 1.0, 0.0]] * cases.B)
 
     @cases.compiled
     def outputs(q, k, v):
         whole = attend(q, k, v, key_bias=bias)
         _, state = attend(q[:, :3], k[:, :3], v[:, :3], key_bias=bias[:, :3], return_state=True)
-        stepped, _ = step(state, q[:, 3], k[:, 3], v[:, 3], **options)
+        stepped, _ = cases.with_plan(step)(state, q[:, 3], k[:, 3], v[:, 3], **options)
         resumed = attend(q[:, 3:], k[:, 3:], v[:, 3:], initial_state=state)[:, 0]
         return (stepped, resumed), whole[:, 3]
 

@@ -11,7 +11,6 @@ import pytest
 from fast_attention import (
     LSHOutput,
     efficient_attention,
-    linear_attention,
     linformer_attention,
     local_attention,
     lsh_attention,
@@ -23,6 +22,7 @@ from fast_attention import (
 from fast_attention.feature_maps import PositiveFeatures
 from fast_attention.linear import empty_state, prefill
 from fast_attention.mechanisms.favor.near_field import near_field_attention
+from tests.linear import cases
 
 H, K, D, V = 2, 1, 4, 3
 MAP = PositiveFeatures(6)
@@ -37,9 +37,11 @@ def shared(function, **options):
 
 
 SELF = {
-    "linear": functools.partial(linear_attention, **FEATURES, causal=True),
-    "reference": functools.partial(linear_attention, **FEATURES, implementation="reference"),
-    "near field": functools.partial(near_field_attention, **FEATURES, exact_window=2, causal=True),
+    "linear": functools.partial(cases.attend, **FEATURES, causal=True),
+    "reference": functools.partial(cases.attend, **FEATURES, implementation="reference"),
+    "near field": functools.partial(
+        cases.with_plan(near_field_attention), **FEATURES, exact_window=2, causal=True
+    ),
     "efficient": functools.partial(efficient_attention, causal=True),
     "blindspot": functools.partial(efficient_attention, causal=True, blindspot_size=2),
     "local": functools.partial(local_attention, window_size=2),
@@ -48,7 +50,7 @@ SELF = {
     "strided": functools.partial(strided_attention, make_softmax_attention(), stride=2),
 }
 CROSS = {
-    "linear": functools.partial(linear_attention, **FEATURES),
+    "linear": functools.partial(cases.attend, **FEATURES),
     "efficient": efficient_attention,
     "exact": make_softmax_attention(),
     "linformer": functools.partial(
@@ -95,7 +97,7 @@ def test_masks_biases_and_segments_are_empty_too(rows, length):
         "parameters": jnp.ones((rows * K, 6, D)) if rows == 0 else FEATURES["parameters"],
     }
     for causal in (True, False):
-        function = functools.partial(linear_attention, **FEATURES | options, causal=causal)
+        function = functools.partial(cases.attend, **FEATURES | options, causal=causal)
         check(function, rows, length, length)
 
 
@@ -105,13 +107,13 @@ def test_no_token_leaves_a_state_as_it_is():
         jnp.asarray(rng.normal(size=(2, 3, n, w)), jnp.float32) for n, w in ((H, D), (K, D), (K, V))
     )
     state = empty_state(MAP, FEATURES["parameters"], (2,), K, D, V)
-    out, state = prefill(state, query, key, value, **FEATURES)
+    out, state = cases.with_plan(prefill)(state, query, key, value, **FEATURES)
     empty = [x[:, :0] for x in (query, key, value)]
-    _, after = prefill(state, *empty, **FEATURES)
+    _, after = cases.with_plan(prefill)(state, *empty, **FEATURES)
     for one, other in zip(after, state, strict=True):
         np.testing.assert_array_equal(one, other)
     # A query that has no key of its own reads the state.
-    last = linear_attention(query[:, -1:], *empty[1:], **FEATURES, initial_state=state)
+    last = cases.attend(query[:, -1:], *empty[1:], **FEATURES, initial_state=state)
     np.testing.assert_allclose(last, out[:, -1:], atol=1e-5)
 
 

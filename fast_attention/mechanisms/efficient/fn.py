@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from fast_attention.arrays.types import Array, Float
 from fast_attention.feature_maps import LogFeatures
-from fast_attention.linear import LinearAttentionState, empty_state, prefill, step
+from fast_attention.linear import LinearAttentionState, Plan, empty_state, prefill, step
 from fast_attention.mechanisms.attention_fn import AttentionFn
 from fast_attention.mechanisms.call import Call, Takes
 from fast_attention.mechanisms.checks import check_count
@@ -80,14 +80,8 @@ class EfficientAttention(AttentionFn):
         key_mask = None if call.key_mask is None else call.key_mask[..., 0]
         operands = call.query, call.key, call.value
         if isinstance(state, LinearAttentionState):
-            return prefill(
-                state,
-                *operands,
-                feature_map=LogFeatures(),
-                parameters=None,
-                key_mask=key_mask,
-                precision=call.precision,
-            )
+            plan = Plan(LogFeatures(), precision=call.precision)
+            return prefill(state, *operands, plan=plan, parameters=None, key_mask=key_mask)
         query, key, value = (x.astype(state.complete.kv.dtype) for x in operands)
         out, state = prefill_buckets(
             state,
@@ -104,13 +98,8 @@ class EfficientAttention(AttentionFn):
         """Reads one token: constant time and memory, however many came before."""
         operands = [jnp.squeeze(x, -3) for x in (call.query, call.key, call.value)]
         if isinstance(state, LinearAttentionState):
-            out, state = step(
-                state,
-                *operands,
-                feature_map=LogFeatures(),
-                parameters=None,
-                precision=call.precision,
-            )
+            plan = Plan(LogFeatures(), precision=call.precision)
+            out, state = step(state, *operands, plan=plan, parameters=None)
         else:
             query, key, value = (x.astype(state.complete.kv.dtype) for x in operands)
             out, state = step_buckets(

@@ -18,7 +18,7 @@ from fast_attention.arrays.dtypes import at_least_float32
 from fast_attention.arrays.explicit_axes import runs_on_auto_axes
 from fast_attention.arrays.types import Array, Bool, Float, Int
 from fast_attention.feature_maps import IdentityFeatures, LogFeatures
-from fast_attention.linear import linear_attention
+from fast_attention.linear import Plan, linear_attention
 from fast_attention.linear.checks import (
     broadcast_segments,
     check_shapes,
@@ -102,13 +102,11 @@ def efficient_attention(
             query,
             key,
             value,
-            feature_map=LogFeatures(),
+            Plan(LogFeatures(), causal=not step, precision=precision),
             parameters=None,
-            causal=not step,
             key_mask=key_mask,
             key_bias=key_bias,
             segment_ids=segment_ids,
-            precision=precision,
         )
     if is_empty(query, key):
         return empty_output(query, value)
@@ -134,12 +132,10 @@ def efficient_attention(
         query,
         position_softmax(key, key_mask, runs),
         value,
-        feature_map=IdentityFeatures(),
+        Plan(IdentityFeatures(), output="sum", precision=precision),
         parameters=None,
         key_mask=key_mask,
         segment_ids=runs,
-        normalize=False,
-        precision=precision,
     )
     return out.astype(dtype)
 

@@ -29,9 +29,8 @@ from fast_attention.feature_maps import (
 )
 from fast_attention.feature_maps.elementwise import Kernel, is_known, relu, resolve_kernel
 from fast_attention.feature_maps.projections import ANTITHETIC
-from fast_attention.linear.api import implementation_names
-from fast_attention.linear.checks import check_saved_states
-from fast_attention.linear.types import SavedStates
+from fast_attention.linear.implementations import implementation_names
+from fast_attention.linear.types import Plan, SavedStates, check_saved_states
 from fast_attention.mechanisms.checks import (
     check_count,
     check_flag,
@@ -124,7 +123,7 @@ def make_fast_softmax_attention(
       check_masks: check masks given under jit when the program runs (debugging).
       exact_window: W, the softmax weights of keys this near are exact, those of the others
         estimated: causal the last W, a position's own among them, else all with ``|t - s| <= W``.
-        Positive estimators only; see
+        Positive estimators and implementation "chunked" only; see
         :func:`fast_attention.mechanisms.favor.near_field.near_field_attention`.
 
     Raises:
@@ -151,7 +150,7 @@ def make_fast_softmax_attention(
     feature_map = _softmax_map(estimator, name, nb_features, calibration == "trained")
     if exact_window is not None:
         exact_window = check_count("exact_window", exact_window)
-        check_near_field(exact_window, feature_map)
+        check_near_field(exact_window, Plan(feature_map, implementation=implementation))
     return FastAttention(
         feature_map=feature_map,
         qkv_dim=counts["qkv_dim"],

@@ -28,9 +28,9 @@ from fast_attention.feature_maps import (
 from fast_attention.feature_maps.base import Parameters
 from fast_attention.linear import (
     LinearAttentionState,
+    Plan,
     empty_state,
     linear_attention,
-    linear_attention_of_shard,
     prefill,
     step,
 )
@@ -109,7 +109,7 @@ class FastAttention(AttentionFn):
     sequence_axis: AxisName | None = None
 
     mechanism = "Linear attention"
-    forward_mode = "implementation='reference' has it, token by token"
+    forward_mode = "implementation='reference' has it, without exact_window"
 
     @property
     def takes(self) -> Takes:
@@ -142,9 +142,8 @@ class FastAttention(AttentionFn):
             assert isinstance(self.feature_map, TunedFeatures)
             parameters = parameters_of_call(self.feature_map, parameters, call)
         attend = linear_attention
-        if self.sequence_axis is not None:
-            attend = functools.partial(linear_attention_of_shard, axis_name=self.sequence_axis)
-        options: dict[str, Any] = {"causal": call.causal, "segment_ids": call.segment_ids}
+        plan = dataclasses.replace(self.plan(call), axis_name=self.sequence_axis)
+        options: dict[str, Any] = {"segment_ids": call.segment_ids}
         if self.exact_window is not None:
             attend = functools.partial(near_field_attention, exact_window=self.exact_window)
             if call.over_cache:
@@ -155,11 +154,25 @@ class FastAttention(AttentionFn):
             call.query,
             call.key,
             call.drop_keys(),
+            plan,
             parameters=self._read(parameters),
             key_mask=call.key_mask,
             key_bias=call.key_bias,
             **options,
-            **self._options(call),
+        )
+
+    def plan(self, call: Call) -> Plan:
+        """The static choices of a call of linear attention."""
+        return Plan(
+            feature_map=self.feature_map,
+            causal=call.causal,
+            output="mean" if self.renormalize else "sum",
+            epsilon=self.epsilon,
+            chunk_size=self.chunk_size,
+            unroll=self.unroll,
+            saved_states=self.saved_states,
+            implementation=self.implementation,
+            precision=call.precision,
         )
 
     def start(self, sizes: StateSizes) -> LinearAttentionState | NearFieldState:
@@ -178,9 +191,9 @@ class FastAttention(AttentionFn):
             call.query,
             call.key,
             call.value,
+            self.plan(call),
             parameters=self._causal_parameters(call),
             key_mask=None if call.key_mask is None else call.key_mask[..., 0],
-            **self._options(call),
         )
 
     def read_one(self, state: Any, call: Call) -> tuple[Float[Array, "*B 1 H V"], Any]:
@@ -189,11 +202,8 @@ class FastAttention(AttentionFn):
         out, state = read(
             state,
             *(jnp.squeeze(x, -3) for x in (call.query, call.key, call.value)),
-            feature_map=self.feature_map,
+            plan=self.plan(call),
             parameters=self._causal_parameters(call),
-            normalize=self.renormalize,
-            epsilon=self.epsilon,
-            precision=call.precision,
         )
         return jnp.expand_dims(out, -3), state
 
@@ -300,19 +310,6 @@ class FastAttention(AttentionFn):
     def divides(self) -> bool:
         """Rows and heads are independent, unless parameters come from the whole call."""
         return self.exact_window is None and self.calibration != "call"
-
-    def _options(self, call: Call) -> dict[str, Any]:
-        """What calls and prompts have in common."""
-        return {
-            "feature_map": self.feature_map,
-            "normalize": self.renormalize,
-            "epsilon": self.epsilon,
-            "chunk_size": self.chunk_size,
-            "unroll": self.unroll,
-            "implementation": self.implementation,
-            "saved_states": self.saved_states,
-            "precision": call.precision,
-        }
 
     def _causal_parameters(self, call: Call) -> Any:
         self._from_call(call.projection, causal=True)

@@ -9,9 +9,9 @@ import pytest
 
 from fast_attention import make_fast_softmax_attention
 from fast_attention.feature_maps import TUNED_ESTIMATORS, TunedParameters
-from fast_attention.linear import linear_attention
 from fast_attention.mechanisms.favor.calibration import calibrate
 from fast_attention.mechanisms.favor.factories import ESTIMATORS
+from tests.linear import cases
 
 B, T, H, K, D, M = 2, 12, 4, 2, 8, 16
 make = functools.partial(make_fast_softmax_attention, D, nb_features=M)
@@ -392,7 +392,7 @@ def test_calls_that_cannot_be_honoured():
         calibrate(make(), q, k)
     stored = tuned(calibration="stored")
     with pytest.raises(NotImplementedError, match="TunedFeatures"):
-        linear_attention(
+        cases.attend(
             q,
             k,
             v,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fast_attention import make_fast_generalized_attention, make_fast_softmax_attention
-from fast_attention.linear import linear_attention
+from tests.linear import cases
 
 B, T, H, D, V, M = 2, 6, 4, 8, 5, 16
 softmax = functools.partial(
@@ -31,7 +31,7 @@ QKV = (draw(0, B, T, H, D), draw(1, B, T, H, D), draw(2, B, T, H, V))
 def bound(attention):
     """The computation a function stands for, at the level below."""
     return functools.partial(
-        linear_attention,
+        cases.attend,
         feature_map=attention.feature_map,
         parameters=attention.draw_projection(jax.random.key(attention.seed), D),
         epsilon=attention.epsilon,

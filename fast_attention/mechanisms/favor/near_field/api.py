@@ -7,7 +7,6 @@ features, W window.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,18 +14,14 @@ import jax.numpy as jnp
 
 from fast_attention.arrays.manual_axes import vary_alike
 from fast_attention.arrays.types import Array, Bool, Float, Int
-from fast_attention.feature_maps.base import FeatureMap, Parameters
-from fast_attention.linear.api import implementation_names
+from fast_attention.feature_maps.base import Parameters
 from fast_attention.linear.checks import check_shapes, empty_output, is_empty, promote_floating
 from fast_attention.linear.prepare import prepare
-from fast_attention.linear.types import Inputs, Plan, SavedStates, finish, merge_parts
+from fast_attention.linear.types import Inputs, Plan, finish, merge_parts
 from fast_attention.mechanisms.favor.near_field import fused
 from fast_attention.mechanisms.favor.near_field.near_and_far import (
-    Sequences,
     check_options,
     far_plan,
-    near_parts,
-    parts_before,
     settled,
 )
 from fast_attention.mechanisms.favor.near_field.window import Reach
@@ -36,21 +31,13 @@ def near_field_attention(
     query: Float[Array, "*B T H D"],
     key: Float[Array, "*B T K D"],
     value: Float[Array, "*B T K V"],
+    plan: Plan,
     *,
-    feature_map: FeatureMap,
     parameters: Parameters,
     exact_window: int,
-    causal: bool = False,
     key_mask: Bool[Array, "*#B T"] | Bool[Array, "*#B T #K"] | None = None,
     key_bias: Float[Array, "*#B T"] | Float[Array, "*#B T #K"] | None = None,
     segment_ids: Int[Array, "*#B T"] | None = None,
-    normalize: bool = True,
-    epsilon: float = 0.0,
-    chunk_size: int | None = None,
-    unroll: int | None = None,
-    saved_states: SavedStates | None = None,
-    implementation: str | Sequence[str] | None = None,
-    precision: jax.lax.PrecisionLike = None,
 ) -> Float[Array, "*B T H V"]:
     r"""Self-attention, exact within a window and estimated beyond, in ``O(T (W D + M V))``.
 
@@ -69,21 +56,14 @@ def near_field_attention(
       query: ``[*B, T, H, D]``.
       key: ``[*B, T, K, D]``; K divides H.
       value: ``[*B, T, K, V]``.
-      feature_map: positive features with ``phi(q) . phi(k)`` close to ``exp(q . k / sqrt(D))``.
+      plan: its feature map has positive features with ``phi(q) . phi(k)`` close to
+        ``exp(q . k / sqrt(D))``; its implementation is "chunked", or None.
       parameters: of the feature map.
       exact_window: W, at least 1.
-      causal: position t sees positions 0..t.
       key_mask: ``[*B, T]`` or ``[*B, T, K]``; a key where it is False contributes nothing. It keeps
         its place: the window is one of positions.
       key_bias: as ``key_mask``; multiplies the weights of a key, near and far, by ``exp(bias)``.
       segment_ids: ``[*B, T]``; positions see their own run of equal ids.
-      normalize: divide by the sum of weights; if False return the numerator at its true scale.
-      epsilon: as in :func:`fast_attention.linear_attention`, as are the rest.
-      chunk_size: positions the far keys are handled in at once.
-      unroll: chunks unrolled in the compiled loop.
-      saved_states: what the backward pass keeps.
-      implementation: of the far keys.
-      precision: of products.
 
     Returns:
       ``[*B, T, H, V]`` in the promoted type of the inputs; a row that sees no key is 0.
@@ -96,24 +76,14 @@ def near_field_attention(
       arXiv:2108.02347, also has a near and a far field, but adds two attentions that are
       normalised apart.
     """
-    check_options(exact_window, feature_map)
-    check_shapes(query, key, value, causal, segment_ids)
+    check_options(exact_window, plan)
+    check_shapes(query, key, value, plan.causal, segment_ids)
     if query.shape[-3] != key.shape[-3]:
         raise ValueError(
             f"exact_window={exact_window} is a distance between positions of one sequence, but "
             f"there are {query.shape[-3]} queries and {key.shape[-3]} keys. Leave it out for "
             "attention to another sequence; to decode use init_state, prefill and step."
         )
-    plan = Plan(
-        feature_map=feature_map,
-        causal=causal,
-        output="mean" if normalize else "sum",
-        epsilon=epsilon,
-        chunk_size=chunk_size,
-        unroll=unroll,
-        saved_states=saved_states,
-        precision=precision,
-    )
     plan, inputs = prepare(
         plan,
         query,
@@ -126,36 +96,23 @@ def near_field_attention(
     )
     if is_empty(query, key):
         return empty_output(*promote_floating(query, key, value)[::2])
-    out = _attend(plan, exact_window, implementation_names(implementation), vary_alike(inputs))
+    out = _attend(plan, exact_window, vary_alike(inputs))
     return out.reshape(*query.shape[:-3], *out.shape[1:])
 
 
 # Compiled as one, as linear attention is.
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _attend(plan: Plan, window: int, implementation: tuple[str, ...], inputs: Inputs) -> Array:
-    distance = window if plan.causal else window + 1
-    dtype = inputs.query.dtype
-    if implementation[0] == "chunked":
-        if plan.causal:
-            return _fused(far_plan(plan, plan.output), Reach(distance), inputs)
-        # Keys up to a position, its own among them, and those behind it.
-        half = far_plan(plan)
-        parts = _fused(half, Reach(distance), inputs)
-        turned = ("query", "key", "value", "key_mask", "key_bias", "segment_ids")
-        backwards = inputs._replace(**{name: _reversed(getattr(inputs, name)) for name in turned})
-        after = _fused(half, Reach(distance, nearest=1), backwards)
-        parts = merge_parts(settled(parts), settled(_reversed(after)))
-        return finish(parts, plan.output, plan.epsilon).astype(dtype)
-    arrays = Sequences(*(getattr(inputs, name) for name in Sequences._fields))
-    parts = near_parts(arrays, distance - 1, 0 if plan.causal else window, plan.precision)
-    if distance < inputs.query.shape[1]:
-        far, parameters = far_plan(plan), inputs.parameters
-        parts = merge_parts(parts, parts_before(far, arrays, parameters, distance, implementation))
-        if not plan.causal:
-            backwards = jax.tree.map(lambda x: jnp.flip(x, 1), arrays)
-            after = parts_before(far, backwards, parameters, distance, implementation)
-            parts = merge_parts(parts, jax.tree.map(lambda x: jnp.flip(x, 1), after))
-    return finish(parts, plan.output, plan.epsilon).astype(dtype)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _attend(plan: Plan, window: int, inputs: Inputs) -> Array:
+    if plan.causal:
+        return _fused(far_plan(plan, plan.output), Reach(window), inputs)
+    # Keys up to a position, its own among them, and those behind it.
+    half, distance = far_plan(plan), window + 1
+    parts = _fused(half, Reach(distance), inputs)
+    turned = ("query", "key", "value", "key_mask", "key_bias", "segment_ids")
+    backwards = inputs._replace(**{name: _reversed(getattr(inputs, name)) for name in turned})
+    after = _fused(half, Reach(distance, nearest=1), backwards)
+    parts = merge_parts(settled(parts), settled(_reversed(after)))
+    return finish(parts, plan.output, plan.epsilon).astype(inputs.query.dtype)
 
 
 def _fused(plan: Plan, reach: Reach, inputs: Inputs) -> Any:

@@ -5,6 +5,7 @@ Shape letters: B batch, S keys, H heads, K key/value heads, D head width, V valu
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -12,8 +13,8 @@ import jax.numpy as jnp
 
 from fast_attention.arrays.dtypes import at_least_float32
 from fast_attention.arrays.types import Array, Float
-from fast_attention.feature_maps.base import FeatureMap, Parameters
-from fast_attention.linear.api import attend
+from fast_attention.feature_maps.base import Parameters
+from fast_attention.linear.api import linear_attention
 from fast_attention.linear.prepare import prepare
 from fast_attention.linear.types import Plan, finish, merge_parts
 from fast_attention.mechanisms.favor.near_field.near_and_far import (
@@ -26,15 +27,12 @@ def attend_from_one(
     query: Float[Array, "*B 1 H D"],
     key: Float[Array, "*B S K D"],
     value: Float[Array, "*B S K V"],
+    plan: Plan,
     *,
     reach: int,
-    feature_map: FeatureMap,
     parameters: Parameters,
     key_mask: Array | None = None,
     key_bias: Array | None = None,
-    normalize: bool = True,
-    implementation: Any = None,
-    **options: Any,
 ) -> Float[Array, "*B 1 H V"]:
     """Attends from one query, which stands at the last key that is not masked.
 
@@ -45,22 +43,20 @@ def attend_from_one(
       query: ``[*B, 1, H, D]``.
       key: ``[*B, S, K, D]``.
       value: ``[*B, S, K, V]``.
+      plan: of the other keys.
       reach: keys at most so many positions before the last visible one are attended to exactly.
-      feature_map: of the other keys.
       parameters: of the feature map.
       key_mask: ``[*B, S]`` or ``[*B, S, K]``.
       key_bias: likewise; multiplies the weights of a key by ``exp(bias)``.
-      normalize: divide by the sum of weights.
-      implementation: of the other keys, as for :func:`fast_attention.linear_attention`.
-      **options: the rest of a `Plan`.
 
     Returns:
       ``[*B, 1, H, V]`` in the type of the inputs.
     """
-    output = "mean" if normalize else "sum"
-    plan = Plan(feature_map, causal=False, output="parts", complete=True, **options)
-    arrays = {"key_mask": key_mask, "key_bias": key_bias, "parameters": parameters}
-    plan, inputs = prepare(plan, query, key, value, **arrays)
+    output = plan.output
+    plan = dataclasses.replace(plan, causal=False, output="parts", complete=True)
+    plan, inputs = prepare(
+        plan, query, key, value, parameters=parameters, key_mask=key_mask, key_bias=key_bias
+    )
     visible = inputs.key_mask
     if visible is None:
         visible = jnp.ones((*inputs.key.shape[:2], 1), bool)
@@ -73,15 +69,14 @@ def attend_from_one(
     mean = jnp.einsum("bkgs,bskv->bkgv", weights, shown, precision=plan.precision)
     heads = (len(mean), 1, inputs.query.shape[2])
     exact = parts_of_softmax(mean.reshape(*heads, -1), total.reshape(heads))
-    far, _ = attend(
-        plan,
+    far: Any = linear_attention(
         inputs.query,
         inputs.key,
         inputs.value,
+        plan,
         parameters=parameters,
         key_mask=visible & ~near,
         key_bias=inputs.key_bias,
-        implementation=implementation,
     )
     out = finish(merge_parts(exact, settled(far)), output, plan.epsilon)
     return out.astype(inputs.query.dtype).reshape(*query.shape[:-1], value.shape[-1])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,17 +17,14 @@ from fast_attention.arrays.dtypes import at_least_float32, widest
 from fast_attention.arrays.manual_axes import vary_alike
 from fast_attention.arrays.types import Array, Bool, Float, Int
 from fast_attention.feature_maps.base import FeatureMap, Parameters
-from fast_attention.linear.api import attend, implementation_names
 from fast_attention.linear.decode import step_parts
 from fast_attention.linear.state import LinearAttentionState, typed_like
 from fast_attention.linear.state import empty_state as empty_linear_state
-from fast_attention.linear.types import Inputs, Plan, SavedStates, finish, merge_parts
+from fast_attention.linear.types import Inputs, Plan, finish, merge_parts
 from fast_attention.mechanisms.favor.near_field import fused
 from fast_attention.mechanisms.favor.near_field.near_and_far import (
-    Sequences,
     check_options,
     far_plan,
-    near_parts,
     parts_of_softmax,
     settled,
 )
@@ -74,7 +70,7 @@ def empty_state(
       value_dim: V.
       dtype: float32 or float64; None is float64 under ``jax_enable_x64`` and float32 otherwise.
     """
-    check_options(exact_window, feature_map)
+    check_options(exact_window, Plan(feature_map))
     dtype = jnp.zeros(()).dtype if dtype is None else dtype
     slots = (*batch_shape, exact_window, num_heads)
     return NearFieldState(
@@ -92,17 +88,10 @@ def prefill(
     query: Float[Array, "*B T H D"],
     key: Float[Array, "*B T K D"],
     value: Float[Array, "*B T K V"],
+    plan: Plan,
     *,
-    feature_map: FeatureMap,
     parameters: Parameters,
     key_mask: Bool[Array, "*B T"] | None = None,
-    normalize: bool = True,
-    epsilon: float = 0.0,
-    chunk_size: int | None = None,
-    unroll: int | None = None,
-    saved_states: SavedStates | None = None,
-    implementation: str | Sequence[str] | None = None,
-    precision: jax.lax.PrecisionLike = None,
 ) -> tuple[Float[Array, "*B T H V"], NearFieldState]:
     """Reads T tokens causally after those already in ``state``.
 
@@ -111,37 +100,19 @@ def prefill(
       query: ``[*B, T, H, D]``.
       key: ``[*B, T, K, D]``.
       value: ``[*B, T, K, V]``.
-      feature_map: the map.
-      parameters: its parameters.
+      plan: as in :func:`.near_field_attention`.
+      parameters: of its feature map.
       key_mask: ``[*B, T]``; False is padding on either side of a shorter prompt: it takes no place.
-      normalize: as in :func:`.near_field_attention`, as are the rest.
-      epsilon: as there.
-      chunk_size: as there.
-      unroll: as there.
-      saved_states: as there.
-      implementation: as there.
-      precision: as there.
 
     Returns:
       Outputs ``[*B, T, H, V]``, zeros at padding, and the state after the tokens.
     """
-    plan = Plan(
-        feature_map=feature_map,
-        causal=True,
-        output="mean" if normalize else "sum",
-        epsilon=epsilon,
-        chunk_size=chunk_size,
-        unroll=unroll,
-        saved_states=saved_states,
-        precision=precision,
-    )
     batch_shape = query.shape[:-3]
     query, key, value = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
     if key_mask is not None:
         key_mask = key_mask.astype(bool).reshape(-1, query.shape[1])
     out, new = _prefill(
-        plan,
-        implementation_names(implementation),
+        far_plan(plan, plan.output),
         _folded(state, batch_shape),
         query,
         key,
@@ -152,10 +123,9 @@ def prefill(
     return out.reshape(*batch_shape, *out.shape[1:]), _unfolded(new, batch_shape)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=0)
 def _prefill(
     plan: Plan,
-    implementation: tuple[str, ...],
     state: NearFieldState,
     query: Array,
     key: Array,
@@ -186,35 +156,19 @@ def _prefill(
     # Of the far keys those count that a token of this call pushes out of the window.
     leaving = visible[:, :new] & arriving[..., None]
     query, keys_, values_ = (x.astype(dtype) for x in (query, keys, values))
-    if implementation[0] == "chunked":
-        inputs = Inputs(
-            query,
-            keys_,
-            values_,
-            parameters,
-            key_mask=visible,
-            key_bias=None,
-            segment_ids=None,
-            state=jax.tree.map(lambda x: x.astype(at_least_float32(dtype)), state.far),
-        )
-        operands = fused.Operands(vary_alike(inputs), leaving)
-        attended: Any = fused.attend(far_plan(plan, plan.output), Reach(window), operands)
-        out, far_state = attended
-    else:
-        padded = jnp.pad(query, [(0, 0), (window, 0), (0, 0), (0, 0)])
-        near = near_parts(Sequences(padded, keys_, values_, visible), window - 1, 0, plan.precision)
-        far, far_state = attend(
-            far_plan(plan),
-            query,
-            keys_[:, :new],
-            values_[:, :new],
-            parameters=parameters,
-            key_mask=leaving,
-            initial_state=state.far,
-            implementation=implementation,
-        )
-        near = jax.tree.map(lambda x: x[:, window:], near)
-        out = finish(merge_parts(near, settled(far)), plan.output, plan.epsilon).astype(dtype)
+    inputs = Inputs(
+        query,
+        keys_,
+        values_,
+        parameters,
+        key_mask=visible,
+        key_bias=None,
+        segment_ids=None,
+        state=jax.tree.map(lambda x: x.astype(at_least_float32(dtype)), state.far),
+    )
+    operands = fused.Operands(vary_alike(inputs), leaving)
+    attended: Any = fused.attend(plan, Reach(window), operands)
+    out, far_state = attended
     if key_mask is not None:
         assert rank is not None
         out = jnp.where(key_mask[..., None, None], _taken(out, rank), 0)
@@ -231,12 +185,9 @@ def step(
     query: Float[Array, "*B H D"],
     key: Float[Array, "*B K D"],
     value: Float[Array, "*B K V"],
+    plan: Plan,
     *,
-    feature_map: FeatureMap,
     parameters: Parameters,
-    normalize: bool = True,
-    epsilon: float = 0.0,
-    precision: jax.lax.PrecisionLike = None,
 ) -> tuple[Float[Array, "*B H V"], NearFieldState]:
     """Reads one token: the oldest of the window goes over to the far ones.
 
@@ -245,11 +196,8 @@ def step(
       query: ``[*B, H, D]``.
       key: ``[*B, K, D]``.
       value: ``[*B, K, V]``.
-      feature_map: the map.
-      parameters: its parameters.
-      normalize: divide by the sum of weights.
-      epsilon: guard of the denominator.
-      precision: of products.
+      plan: its feature map, output, epsilon and precision are read.
+      parameters: of its feature map.
 
     Returns:
       Output ``[*B, H, V]`` in the promoted type of the inputs, and the new state.
@@ -264,17 +212,15 @@ def step(
         query,
         old.key[rows, slot],
         old.value[rows, slot],
-        feature_map=feature_map,
+        plan,
         parameters=parameters,
         visible=old.length >= window,
-        exact_scale=True,
-        precision=precision,
     )
     keys = old.key.at[rows, slot].set(key.astype(old.key.dtype))
     values = old.value.at[rows, slot].set(value.astype(old.value.dtype))
     # Slots fill in order: until all are in use, those behind the new token are empty.
     last = jnp.minimum(old.length, window - 1)[:, None]
-    choices = Choices(block=1, back=0, ahead=0, causal=True, precision=precision)
+    choices = Choices(block=1, back=0, ahead=0, causal=True, precision=plan.precision)
     tile = Tile(
         query[:, None],
         keys.astype(dtype),
@@ -283,7 +229,7 @@ def step(
     )
     out, logsumexp = jax.vmap(lambda tile: attend_tile(tile, jnp.zeros(1, int), choices))(tile)
     near = parts_of_softmax(out[:, 0], logsumexp[:, 0])
-    out = finish(merge_parts(near, settled(far)), "mean" if normalize else "sum", epsilon)
+    out = finish(merge_parts(near, settled(far)), plan.output, plan.epsilon)
     new = NearFieldState(far_state, keys, values, old.length + 1)
     return out.astype(dtype).reshape(*batch_shape, *out.shape[1:]), _unfolded(new, batch_shape)
 

@@ -9,7 +9,6 @@ import pytest
 
 from fast_attention import make_fast_generalized_attention, make_fast_softmax_attention
 from fast_attention.feature_maps import PositiveFeatures, TrigonometricFeatures
-from fast_attention.linear.api import IMPLEMENTATIONS
 from fast_attention.mechanisms.favor.near_field import near_field_attention
 from fast_attention.softmax_attention import make_softmax_attention
 from tests.linear import cases
@@ -18,6 +17,7 @@ from tests.mechanisms.favor.near_field.definition import near_field
 B, T, H, K, D, V, M = cases.B, cases.T, cases.H, cases.K, cases.D, cases.V, cases.M
 MAP = PositiveFeatures(M)
 CHUNK = 4
+near = cases.with_plan(near_field_attention)
 
 
 @functools.cache
@@ -28,7 +28,7 @@ def projection():
 def attend(window, causal, **options):
     """Returns ``(q, k, v, **masks) -> out``."""
     return functools.partial(
-        near_field_attention,
+        near,
         feature_map=MAP,
         parameters=jnp.asarray(projection()),
         exact_window=window,
@@ -88,7 +88,7 @@ def test_values_and_gradients_with_everything_at_once(causal):
         return cases.compiled(jax.grad(loss, has_aux=True))(smooth)
 
     def ours(q, k, v, projection, bias):
-        return near_field_attention(
+        return near(
             q,
             k,
             v,
@@ -113,20 +113,18 @@ def test_values_and_gradients_with_everything_at_once(causal):
 
 
 @pytest.mark.parametrize(
-    ("length", "window", "causal", "implementation"),
+    ("length", "window", "causal"),
     [
-        (1, 1, True, None),
-        (13, 1, True, None),
-        (13, 12, True, None),
-        (2, 1, False, None),
-        (13, 7, False, None),
-        # Two operations and a merger, where the far field has kernels of its own.
-        (13, 3, False, "reference"),
+        (1, 1, True),
+        (13, 1, True),
+        (13, 12, True),
+        (2, 1, False),
+        (13, 7, False),
     ],
 )
-def test_any_length_and_window(length, window, causal, implementation):
+def test_any_length_and_window(length, window, causal):
     q, k, v = cases.qkv(length=length, scale=1.0)
-    out = run(window, causal, q, k, v, implementation=implementation)
+    out = run(window, causal, q, k, v)
     cases.assert_close(out, defined(window, causal)(q, k, v), 1e-5)
 
 
@@ -140,7 +138,7 @@ def test_a_window_over_everything_is_softmax_attention():
 def test_the_numerator_keeps_its_scale():
     q, k, v = cases.qkv(length=T)
     for causal in (True, False):
-        out = run(2, causal, q, k, v, normalize=False)
+        out = run(2, causal, q, k, v, output="sum")
         cases.assert_close(out, defined(2, causal, False)(q, k, v), 1e-5)
 
 
@@ -248,7 +246,11 @@ def test_under_every_transformation():
         loss = lambda *x: cases.weighted_sum(function(*x))  # noqa: E731
         return cases.compiled(jax.grad(loss, argnums=(0, 1, 2)))
 
-    function = functools.partial(attend(2, True), implementation="reference")
+    parameters = jnp.asarray(projection())
+
+    def function(q, k, v):
+        return near_field(q, k, v, parameters, None, 2, True, None, None)
+
     grads = gradient(jax.checkpoint(jax.vmap(attend(2, True))))(q, k, v)
     cases.assert_close(grads, gradient(function)(q, k, v), 1e-5)
 
@@ -293,7 +295,9 @@ def test_what_does_not_combine():
     q, k, v = cases.qkv(length=4)
     for feature_map in (TrigonometricFeatures(M), cases.MAPS["relu"]):
         with pytest.raises(ValueError, match="positive features"):
-            near_field_attention(q, k, v, feature_map=feature_map, parameters=None, exact_window=2)
+            near(q, k, v, feature_map=feature_map, parameters=None, exact_window=2)
+    with pytest.raises(ValueError, match="computed by implementation='chunked'"):
+        make_fast_softmax_attention(exact_window=2, implementation="reference")
     with pytest.raises(TypeError, match="exact_window"):
         make_fast_generalized_attention(exact_window=2)
 
@@ -304,7 +308,7 @@ def test_memory_is_linear():
     x = jax.ShapeDtypeStruct((1, length, heads, width), jnp.float32)
 
     def loss(*arrays):
-        out = near_field_attention(
+        out = near(
             *arrays,
             feature_map=MAP,
             parameters=jnp.zeros((features, width)),
@@ -319,20 +323,3 @@ def test_memory_is_linear():
     # Gradients, the output, states between groups of chunks; features of all queries and keys
     # alone would take 32.
     assert size < 8 * length * heads * width * 4
-
-
-@pytest.mark.parametrize("causal", [False, True])
-def test_far_keys_go_to_the_kernels_that_are_asked_for(causal, monkeypatch):
-    calls = []
-    kernels = "pallas_gpu_interpret"
-
-    def counted(plan, inputs):
-        calls.append(plan)
-        return IMPLEMENTATIONS["reference"](plan, inputs)
-
-    monkeypatch.setitem(IMPLEMENTATIONS, kernels, counted)
-    options = {"nb_features": M, "exact_window": 2, "unidirectional": causal}
-    q, k, v = (jax.random.normal(x, (1, 9, 2, 8)) for x in jax.random.split(jax.random.key(0), 3))
-    found = make_fast_softmax_attention(8, implementation=kernels, **options)(q, k, v)
-    assert calls
-    np.testing.assert_allclose(found, make_fast_softmax_attention(8, **options)(q, k, v), atol=2e-5)

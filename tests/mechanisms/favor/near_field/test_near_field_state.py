@@ -24,7 +24,7 @@ def attention(window, **options):
     ("window", "options"),
     [
         (1, {}),
-        (4, {"renormalize_attention": False, "implementation": "reference"}),
+        (4, {"renormalize_attention": False}),
         (4, {"estimator": "wderf_s"}),
         (20, {"estimator": "hyperbolic"}),
     ],

@@ -1,0 +1,60 @@
+"""Implementations of linear attention by name, and the choice of one for a call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fast_attention.linear import reference
+from fast_attention.linear.chunked import api as chunked
+from fast_attention.linear.pallas_gpu import api as pallas_gpu
+from fast_attention.linear.segments import attend_within_segments
+from fast_attention.linear.state import LinearAttentionState
+from fast_attention.linear.types import Inputs, Plan
+
+Implementation = Callable[[Plan, Inputs], Any]
+
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "chunked": chunked.attend,
+    "pallas_gpu": pallas_gpu.attend,
+    "pallas_gpu_interpret": pallas_gpu.attend_interpreted,
+    "reference": reference.attend,
+}
+"""Implementations by name. One raises NotImplementedError for calls it cannot serve.
+
+``"pallas_gpu_interpret"`` runs the kernels of ``"pallas_gpu"`` on any platform, slowly, to check
+them.
+"""
+
+DEFAULT_ORDER = ("chunked",)
+
+
+def run(plan: Plan, inputs: Inputs) -> tuple[Any, LinearAttentionState]:
+    """Runs the first implementation of the plan that can serve a prepared call."""
+    if inputs.segment_ids is not None and not plan.causal:
+        return attend_within_segments(run, plan, inputs)
+    names = implementation_names(plan.implementation)
+    errors: list[NotImplementedError] = []
+    for name in names:
+        try:
+            return IMPLEMENTATIONS[name](plan, inputs)
+        except NotImplementedError as error:
+            if len(names) == 1:
+                raise
+            errors.append(error)
+    raise ExceptionGroup(f"No implementation of {names} can serve this call.", errors)
+
+
+def implementation_names(implementation: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Returns the names to try in order, for what the caller asks for."""
+    if implementation is None:
+        return DEFAULT_ORDER
+    if isinstance(implementation, str) or not isinstance(implementation, Sequence):
+        implementation = (implementation,)
+    names = tuple(implementation)
+    unknown = [name for name in names if name not in IMPLEMENTATIONS]
+    if unknown or not names:
+        raise ValueError(
+            f"Unknown implementation {unknown}; choose from {sorted(IMPLEMENTATIONS)}."
+        )
+    return names
