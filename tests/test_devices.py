@@ -9,6 +9,8 @@ import pytest
 
 from fast_attention.protein_lm.distributed import host_threads
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(("marker", "count"), [("devices", 4), ("eight_devices", 8)])
 def test_on_several_devices(marker, count):

@@ -13,6 +13,8 @@ from fast_attention import FastAttention
 from fast_attention.protein_lm import cli, gin_registry
 from fast_attention.protein_lm.data.fasta import FastaRecord, read_fasta, write_fasta
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.S | re.M)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

@@ -116,7 +116,7 @@ TUNING = {
     "max_length": LENGTH,
     "seed": SEED,
 }
-"""Ranges of the fields of `finetuning.TuningConfig`."""
+"""Ranges of the fields of `tuning_config.TuningConfig`."""
 
 _MODEL = {
     "random_seed": SEED,

@@ -81,7 +81,7 @@ def run(options: argparse.Namespace) -> None:
     arguments.check_files(options, "output", "per_protein", "skipped_list", evaluation=own)
     model, step, folder = load_run(options.run_dir, gin_file=options.gin_file)
     with arguments.skipped_records(options) as skipped:
-        found = evaluation.evaluate_in_groups(
+        found = evaluation.evaluate_on(
             model,
             options.fasta,
             evaluation.load_baselines(folder.baselines),

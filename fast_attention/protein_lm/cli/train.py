@@ -137,11 +137,10 @@ def _processes(options: argparse.Namespace) -> AbstractContextManager[None]:
             "--num_processes and --process_id"
         )
     from fast_attention.protein_lm.distributed import processes
-    from fast_attention.protein_lm.runs import checkpoints
     from fast_attention.protein_lm.runs.run_folder import RunFolder
 
     def remedy() -> str:
-        step = checkpoints.newest_step(RunFolder(Path(options.work_dir)).checkpoints)
+        step = RunFolder(Path(options.work_dir)).newest_step()
         if step is None:
             return "There was no checkpoint yet: the same command starts from the beginning"
         return (

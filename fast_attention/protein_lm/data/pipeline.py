@@ -70,8 +70,6 @@ def make_dataset(
     objective: str = "causal",
     crop: str = "random",
     masking: MaskingConfig | None = None,
-    on_error: str = "raise",
-    skipped: SkippedRecords | None = None,
     rows: tuple[int, int] | None = None,
 ) -> grain.IterDataset[Batch]:
     """Returns the batches of a training run.
@@ -93,7 +91,7 @@ def make_dataset(
 
     Args:
       fasta: one FASTA file or several, a dict from files to weights, or what ``load_source`` made
-        of those.
+        of those (which also leaves out records that cannot be read).
       domain: gives the vocabulary. Rows are padded with its padding token; failing that with its
         end token; failing both with 0.
       length: the most tokens of a protein; longer ones are cropped.
@@ -106,8 +104,6 @@ def make_dataset(
       objective: ``"causal"`` or ``"masked"``.
       crop: whether long proteins are cropped at ``"random"`` places or at their ``"start"``.
       masking: shares of the masked objective; None takes the defaults of ``MaskingConfig``.
-      on_error: what to do with a record that cannot be read, see ``load_corpus``.
-      skipped: takes the records that were left out.
       rows: the first of the rows to build of each batch and the one after the last; None builds
         all. Row r is the same in any case.
 
@@ -124,7 +120,7 @@ def make_dataset(
     _check_masking(objective, domain, masking)
     if num_epochs is not None and num_epochs < 1:
         raise ValueError(f"num_epochs must be at least 1, or None, but got {num_epochs}.")
-    source = load_source(fasta, domain, on_error=on_error, skipped=skipped)
+    source = load_source(fasta, domain)
     corpus = source.corpus if isinstance(source, Mixture) else source
     planner = _plan(source, length, width, seed, pack, shuffle, crop)
     num_rows = sys.maxsize if num_epochs is None else num_epochs * planner.num_rows

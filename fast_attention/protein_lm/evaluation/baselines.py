@@ -48,7 +48,7 @@ _TUNED_BACK_OFF = {
 # So many residues decide the weights to three digits of the perplexity.
 _TUNING_RESIDUES = 50_000
 _CELLS_AT_ONCE = 1 << 20
-_TOKENS_AT_ONCE = 1 << 22
+_TOKENS_AT_ONCE = 1 << 20
 
 
 class BaselineScore(NamedTuple):
@@ -280,11 +280,12 @@ def _count(corpus: Corpus, order: int) -> NGramCounts:
             f"{order}-grams of {outcomes.number} outcomes do not fit into 64 bits: take an order "
             f"of at most {outcomes.max_order}."
         )
-    found = NGramCounts.of(np.zeros(0, np.int64), order, outcomes)
+    found = None
     for part in _parts(corpus):
         contexts, tokens, _ = _contexts_and_tokens(part, order)
-        found = found.merge(NGramCounts.of(contexts * outcomes.base + tokens, order, outcomes))
-    return found
+        counts = NGramCounts.of(contexts * outcomes.base + tokens, order, outcomes)
+        found = counts if found is None else found.merge(counts)
+    return found or NGramCounts.of(np.zeros(0, np.int64), order, outcomes)
 
 
 def _parts(corpus: Corpus) -> Iterator[Corpus]:

@@ -86,9 +86,11 @@ def evaluate_on(
     batch_size: int | None = None,
     seed: int = 0,
     num_seeds: int = 1,
+    split_file: str | os.PathLike[str] | None = None,
+    families: str | os.PathLike[str] | None = None,
     on_error: str = "raise",
     skipped: SkippedRecords | None = None,
-) -> dict[str, Any]:
+) -> Evaluation:
     """Scores a model and baselines on the same residues, see `protein_scores.score_proteins`.
 
     Args:
@@ -98,60 +100,20 @@ def evaluate_on(
       batch_size: Proteins per batch; None takes the model's. It does not change the result.
       seed: Of the masks; a causal model has none.
       num_seeds: A masked model is asked so many times, with the seeds ``seed, seed + 1, ...``.
-      on_error: What to do with a record that cannot be read, see `read_proteins`.
-      skipped: Collects what ``on_error="skip"`` leaves out, which needs it.
-
-    Returns:
-      ``objective``, ``fasta``, ``digest`` (SHA-256 of the sequences in their order), ``proteins``,
-      ``left_out`` (how many were, if any), ``residues`` (how many were scored), ``max_residues``
-      (per protein), ``seed``, ``num_seeds`` and ``masking`` where they matter, ``errors`` (``over``
-      what, and how many ``groups``), ``scores``: a list of rows with ``name``, ``perplexity`` and
-      ``accuracy``, each with its ``.._error``, the model's first; and ``by_length``: such lists for
-      proteins of like length.
-
-    Raises:
-      FastaError: If a file cannot be read.
-    """
-    return evaluate_in_groups(
-        model,
-        fasta,
-        ngrams,
-        batch_size=batch_size,
-        seed=seed,
-        num_seeds=num_seeds,
-        on_error=on_error,
-        skipped=skipped,
-    ).result
-
-
-def evaluate_in_groups(
-    model: FlaxModel,
-    fasta: FastaPaths,
-    ngrams: Sequence[NGram],
-    *,
-    batch_size: int | None = None,
-    seed: int = 0,
-    num_seeds: int = 1,
-    split_file: str | os.PathLike[str] | None = None,
-    families: str | os.PathLike[str] | None = None,
-    on_error: str = "raise",
-    skipped: SkippedRecords | None = None,
-) -> Evaluation:
-    """Evaluates as `evaluate_on`, with tables of families and of single proteins.
-
-    Args:
-      model: The model.
-      fasta: As in `evaluate_on`.
-      ngrams: Baselines.
-      batch_size: As in `evaluate_on`.
-      seed: As in `evaluate_on`.
-      num_seeds: As in `evaluate_on`.
       split_file: A table with columns ``accession`` and ``component``; errors are over components
         then. Otherwise they are over proteins.
       families: A table whose first column has ids and whose second has families. Failing that
         components are the families.
-      on_error: As in `evaluate_on`.
-      skipped: As in `evaluate_on`.
+      on_error: What to do with a record that cannot be read, see `read_proteins`.
+      skipped: Collects what ``on_error="skip"`` leaves out, which needs it.
+
+    Returns:
+      Its ``result`` has ``objective``, ``fasta``, ``digest`` (SHA-256 of the sequences in their
+      order), ``proteins``, ``left_out`` (number of skipped records, if any), ``residues`` (number
+      of those scored), ``max_residues`` (per protein), ``seed``, ``num_seeds`` and ``masking``
+      where they matter, ``errors`` (``over`` what, and how many ``groups``), ``scores``: a list of
+      rows with ``name``, ``perplexity`` and ``accuracy``, each with its ``.._error``, the model's
+      first; ``by_length``: such lists for proteins of like length; and with families ``by_family``.
 
     Raises:
       FastaError: If a file cannot be read.

@@ -42,7 +42,7 @@ def write_evaluation(folder: RunFolder, result: dict[str, Any]) -> Path | None:
 
     Args:
       folder: Of the run.
-      result: From `evaluation.evaluate_in_groups`, with ``step`` and ``date``.
+      result: From `evaluation.evaluate_on`, with ``step`` and ``date``.
 
     Returns:
       Where the earlier evaluation is now, or None.

@@ -22,7 +22,7 @@ from fast_attention.protein_lm.errors import RunError
 from fast_attention.protein_lm.files.npz_files import read_npz
 from fast_attention.protein_lm.files.output_files import write_file
 
-_DENSE = 1 << 25
+_DENSE = 1 << 20
 """Up to so many possible n-grams are counted in one array; more are sorted."""
 
 
@@ -107,9 +107,13 @@ class NGramCounts(NamedTuple):
             dense = np.bincount(keys, counts, size)
             found = np.flatnonzero(dense)
             totals = dense[found]
+        elif counts is None:
+            found, totals = np.unique(keys, return_counts=True)
         else:
-            found, places = np.unique(keys, return_inverse=True)
-            totals = np.bincount(places, counts, len(found))
+            places = np.argsort(keys, kind="stable")
+            keys = keys[places]
+            first = np.flatnonzero(np.diff(keys, prepend=-1))
+            found, totals = keys[first], np.add.reduceat(counts[places], first)
         return cls(order, found, totals.astype(np.int64), outcomes)
 
     def merge(self, other: NGramCounts) -> NGramCounts:

@@ -47,7 +47,7 @@ def describe_run(
     """
     model, about, folder = open_run(run_dir, gin_file=gin_file)
     exported = folder.is_export()
-    steps = checkpoints.steps_kept(folder.checkpoints)
+    steps = folder.steps_kept()
     newest = steps[-1] if steps else None
     step = exporting.exported_step(folder, about) if exported else newest
     rows = metrics_log.read_metrics(folder.metrics)

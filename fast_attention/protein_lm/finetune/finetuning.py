@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from fast_attention.protein_lm import ranges
 from fast_attention.protein_lm.errors import RunError
 from fast_attention.protein_lm.finetune import tuning_loop
 from fast_attention.protein_lm.finetune.finetuned import FineTuned as FineTuned
@@ -45,60 +44,10 @@ from fast_attention.protein_lm.finetune.property_metrics import (
     regression_metrics,
     spearman,
 )
+from fast_attention.protein_lm.finetune.tuning_config import TuningConfig
 from fast_attention.protein_lm.flax_model import FlaxModel
 from fast_attention.protein_lm.modeling.encoding import encode_sequences
 from fast_attention.protein_lm.modeling.token_batches import Shape
-
-METHODS = ("frozen", "lora", "full")
-_LEARNING_RATES = {"frozen": 0.0, "lora": 1e-3, "full": 1e-4}
-
-
-@dataclasses.dataclass(frozen=True)
-class TuningConfig:
-    """How a property is learned.
-
-    Attributes:
-      method: Of `METHODS`.
-      rank: r of the adapters.
-      alpha: Adapters are scaled by alpha / r.
-      learning_rate: None takes 1e-3 for adapters and 1e-4 for all parameters.
-      weight_decay: AdamW's, of gradient steps.
-      grad_clip: Largest global norm of a gradient; None does not clip.
-      batch_size: Proteins of a gradient step.
-      max_epochs: Most passes through the proteins.
-      patience: Epochs without improvement on the validation part after which to stop.
-      balanced: Whether the classes count equally, however many proteins they have.
-      test_share: Held out for the report, where the proteins have no parts.
-      valid_share: Of the rest, to choose penalties and to stop early.
-      max_length: Crops proteins to so many residues; None takes them whole.
-      seed: Of every draw.
-    """
-
-    method: str = "frozen"
-    rank: int = 8
-    alpha: float = 16.0
-    learning_rate: float | None = None
-    weight_decay: float = 0.01
-    grad_clip: float | None = 1.0
-    batch_size: int = 16
-    max_epochs: int = 20
-    patience: int = 3
-    balanced: bool = False
-    test_share: float = 0.2
-    valid_share: float = 0.1
-    max_length: int | None = None
-    seed: int = 0
-
-    def __post_init__(self):
-        """Raises ValueError at a value out of its range."""
-        if self.method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}; got {self.method!r}")
-        for name, allowed in ranges.TUNING.items():
-            value = getattr(self, name)
-            if value is not None or name not in ("learning_rate", "grad_clip", "max_length"):
-                ranges.check(name, value, allowed)
-        if not isinstance(self.balanced, bool):
-            raise ValueError(f"balanced must be True or False, but got {self.balanced!r}")
 
 
 def fine_tune(
@@ -254,16 +203,6 @@ def _tune_trunk(
     shapes: set[Shape],
     record: Callable[[dict[str, Any]], None],
 ) -> tuple[FlaxModel, LinearHead, Any]:
-    rate = config.learning_rate
-    schedule = tuning_loop.Schedule(
-        learning_rate=_LEARNING_RATES[config.method] if rate is None else rate,
-        weight_decay=config.weight_decay,
-        grad_clip=config.grad_clip,
-        batch_size=config.batch_size,
-        max_epochs=config.max_epochs,
-        patience=config.patience,
-        seed=config.seed,
-    )
     held = [sequences[row] for row in rows["valid"]]
 
     def validate(parameters: Any, head: LinearHead) -> dict[str, float]:
@@ -284,20 +223,17 @@ def _tune_trunk(
     wanted = targets[rows["train"]]
     classify = len(class_weights) > 1
     weights = class_weights[wanted] if classify else np.ones(len(wanted))
-    scale = config.alpha / config.rank
-    rank = config.rank if config.method == "lora" else None
     trainable, head = tuning_loop.tune(
         model,
         proteins,
         wanted.astype(np.int32 if classify else np.float32),
         weights,
         head,
-        tuning_loop.make_trunk(model, rank, config.seed),
-        scale,
-        schedule,
+        tuning_loop.make_trunk(model, config),
+        config,
         validate,
         record,
     )
-    parameters = tuning_loop.trunk_parameters(model, trainable, scale)
+    parameters = tuning_loop.trunk_parameters(model, trainable, config.scale)
     tuned = with_parameters(model, parameters, model.state.variables)
-    return tuned, head, (trainable["adapters"], scale) if rank else None
+    return tuned, head, (trainable["adapters"], config.scale) if config.adapter_rank else None

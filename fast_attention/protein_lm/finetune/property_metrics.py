@@ -8,18 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from scipy.stats import rankdata
+from scipy.stats import spearmanr
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Rank correlation of two arrays ``[N]``: Pearson's, of ranks, ties sharing their mean rank.
-
-    It is 0 where one of the two is constant, for then it says nothing of the other.
-    """
-    first, second = rankdata(x), rankdata(y)
-    first, second = first - first.mean(), second - second.mean()
-    scale = np.sqrt((first**2).sum() * (second**2).sum())
-    return float((first * second).sum() / scale) if scale else 0.0
+    """Spearman's rank correlation of two arrays ``[N]``; 0 where one of them is constant."""
+    if (x == x[0]).all() or (y == y[0]).all():
+        return 0.0
+    return float(np.asarray(spearmanr(x, y))[0])
 
 
 def regression_metrics(truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from flax import nnx
 
 from fast_attention.protein_lm.finetune import lora
 from fast_attention.protein_lm.finetune.linear_head import LinearHead
+from fast_attention.protein_lm.finetune.tuning_config import TuningConfig
 from fast_attention.protein_lm.flax_model import FlaxModel
 from fast_attention.protein_lm.modeling import (
     metrics,
@@ -43,47 +44,17 @@ _EPOCHS = 5
 Trainable = dict[str, Any]
 
 
-class Schedule(NamedTuple):
-    """How long and how fast is trained.
-
-    Attributes:
-      learning_rate: After a warm-up over a tenth of the steps; it falls as a cosine to 0.
-      weight_decay: AdamW's.
-      grad_clip: Largest global norm of a gradient; None does not clip.
-      batch_size: Proteins of a batch.
-      max_epochs: Passes through the proteins.
-      patience: Epochs without improvement on the validation proteins after which to stop.
-      seed: Of order, dropout and adapters.
-    """
-
-    learning_rate: float
-    weight_decay: float
-    grad_clip: float | None
-    batch_size: int
-    max_epochs: int
-    patience: int
-    seed: int
+def _make_optimizer(options: optimizer.OptimizerOptions) -> optax.GradientTransformation:
+    """The optimiser of rate 1: every update, decay included, is to be multiplied by a rate."""
+    return optimizer.create_optimizer(1.0, options)
 
 
-class AdamW(NamedTuple):
-    """What of the optimiser is compiled in."""
-
-    weight_decay: float
-    grad_clip: float | None
-
-    def make(self) -> optax.GradientTransformation:
-        """The optimiser of rate 1: every update, decay included, is to be multiplied by a rate."""
-        return optimizer.create_optimizer(
-            1.0, weight_decay=self.weight_decay, grad_clip=self.grad_clip
-        )
-
-
-def make_trunk(model: FlaxModel, rank: int | None, seed: int) -> Trainable:
-    """What is trained beside the head: adapters of a rank, or with None all parameters."""
-    if rank is None:
+def make_trunk(model: FlaxModel, config: TuningConfig) -> Trainable:
+    """What is trained beside the head: adapters, or all parameters."""
+    if config.adapter_rank is None:
         return {"parameters": model.weights}
-    key = jax.random.fold_in(jax.random.key(seed), 1)
-    return {"adapters": lora.init_adapters(model.weights, rank, key)}
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    return {"adapters": lora.init_adapters(model.weights, config.adapter_rank, key)}
 
 
 def trunk_parameters(model: FlaxModel, trainable: Trainable, scale: float) -> Any:
@@ -100,8 +71,7 @@ def tune(
     weights: np.ndarray,
     head: LinearHead,
     trainable: Trainable,
-    scale: float,
-    schedule: Schedule,
+    config: TuningConfig,
     validate: Callable[[Any, LinearHead], dict[str, float]],
     log: Callable[[dict[str, Any]], None],
 ) -> tuple[Trainable, LinearHead]:
@@ -114,8 +84,7 @@ def tune(
       weights: float ``[N]``, how much each counts.
       head: Where the head begins; its ``mean`` and ``scale`` stay.
       trainable: From `make_trunk`.
-      scale: Of the adapters, alpha / r.
-      schedule: How long and how fast.
+      config: How long and how fast; the rate falls as a cosine to 0.
       validate: From parameters and head to metrics; the least ``loss`` is kept.
       log: Takes a row for each epoch.
 
@@ -129,37 +98,39 @@ def tune(
         with_begin(model, item.residues) if model.objective == "causal" else with_end(model, item)
         for item in proteins
     ]
-    per_epoch = -(-len(rows) // schedule.batch_size)
-    total = per_epoch * schedule.max_epochs
+    per_epoch = -(-len(rows) // config.batch_size)
+    total = per_epoch * config.max_epochs
     rate = schedules.create_learning_rate_scheduler(
         "constant * linear_warmup * cosine_decay",
-        schedule.learning_rate,
+        config.rate,
         warmup_steps=total // 10,
         steps_per_cycle=total + 1,
     )
-    adamw = AdamW(schedule.weight_decay, schedule.grad_clip)
+    options = optimizer.OptimizerOptions(
+        weight_decay=config.weight_decay, grad_clip=config.grad_clip
+    )
     now = trainable | {"kernel": jnp.asarray(head.kernel), "bias": jnp.asarray(head.bias)}
-    opt_state = jax.jit(adamw.make().init)(now)
+    opt_state = jax.jit(_make_optimizer(options).init)(now)
     fixed = {
         "parameters": model.weights,
         "variables": model.state.variables,
         "head": {"mean": head.mean, "scale": head.scale},
-        "scale": np.float32(scale),
+        "scale": np.float32(config.scale),
     }
     number = 0
 
     def current() -> LinearHead:
         return head._replace(kernel=np.asarray(now["kernel"]), bias=np.asarray(now["bias"]))
 
-    values = validate(trunk_parameters(model, now, scale), current())
+    values = validate(trunk_parameters(model, now, config.scale), current())
     log({"epoch": 0, "step": 0, "split": "valid", **values})
     best = (values["loss"], now, current())
     waited = 0
-    for epoch in range(1, schedule.max_epochs + 1):
+    for epoch in range(1, config.max_epochs + 1):
         sums = []
-        order = np.random.default_rng([schedule.seed, _EPOCHS, epoch])
-        for batch in _batches(rows, proteins, targets, weights, schedule.batch_size, order):
-            key = jax.random.fold_in(jax.random.key(schedule.seed), 2 + number)
+        order = np.random.default_rng([config.seed, _EPOCHS, epoch])
+        for batch in _batches(rows, proteins, targets, weights, config.batch_size, order):
+            key = jax.random.fold_in(jax.random.key(config.seed), 2 + number)
             now, opt_state, found = _step(
                 now,
                 opt_state,
@@ -170,7 +141,7 @@ def tune(
                 graphdef=model.graphdef,
                 first=1 if model.objective == "causal" else 0,
                 classify=head.kernel.shape[1] > 1,
-                adamw=adamw,
+                options=options,
             )
             sums.append(found)
             number += 1
@@ -178,17 +149,17 @@ def tune(
         metrics.check_finite(sums)
         loss = sum(float(row["loss"]) for row in sums) / sum(float(row["weight"]) for row in sums)
         log({"epoch": epoch, "step": number, "split": "train", "loss": loss})
-        values = validate(trunk_parameters(model, now, scale), current())
+        values = validate(trunk_parameters(model, now, config.scale), current())
         log({"epoch": epoch, "step": number, "split": "valid", **values})
         waited += 1
         if values["loss"] < best[0]:
             best, waited = (values["loss"], now, current()), 0
-        if waited >= schedule.patience:
+        if waited >= config.patience:
             break
     return {name: best[1][name] for name in trainable}, best[2]
 
 
-@partial(jax.jit, static_argnames=("graphdef", "first", "classify", "adamw"))
+@partial(jax.jit, static_argnames=("graphdef", "first", "classify", "options"))
 def _step(
     trainable: Trainable,
     opt_state: Any,
@@ -199,7 +170,7 @@ def _step(
     graphdef: Any,
     first: int,
     classify: bool,
-    adamw: AdamW,
+    options: optimizer.OptimizerOptions,
 ) -> tuple[Trainable, Any, Any]:
     """One step. What differs between runs on one model is traced, so that they share a program."""
 
@@ -233,7 +204,7 @@ def _step(
         return total / jnp.maximum(weight, 1e-9), {"loss": total, "weight": weight}
 
     gradient, sums = jax.grad(loss, has_aux=True)(trainable)
-    updates, opt_state = adamw.make().update(gradient, opt_state, trainable)
+    updates, opt_state = _make_optimizer(options).update(gradient, opt_state, trainable)
     trainable = jax.tree.map(lambda leaf, update: leaf + rate * update, trainable, updates)
     return trainable, opt_state, sums | {"gradient_norm": optax.tree.norm(gradient)}
 

@@ -25,12 +25,13 @@ from fast_attention.protein_lm.files.output_files import (
 )
 from fast_attention.protein_lm.files.tables import open_table
 from fast_attention.protein_lm.finetune.finetuned import fingerprint
-from fast_attention.protein_lm.finetune.finetuning import TuningConfig, fine_tune
+from fast_attention.protein_lm.finetune.finetuning import fine_tune
 from fast_attention.protein_lm.finetune.labelled import read_labelled
 from fast_attention.protein_lm.finetune.prediction_files import (
     prediction_columns,
     prediction_rows,
 )
+from fast_attention.protein_lm.finetune.tuning_config import TuningConfig
 from fast_attention.protein_lm.inference.model_inputs import longest_record
 from fast_attention.protein_lm.loading import load_run
 from fast_attention.protein_lm.runs.run_folder import (
@@ -78,7 +79,7 @@ def run_tuning(
       columns: Keywords of `labelled.read_labelled`.
       whole_model: Whether to store the whole model.
       gin_file: As for `loading.open_run`.
-      options: Fields of `finetuning.TuningConfig`.
+      options: Fields of `tuning_config.TuningConfig`.
 
     Returns:
       The content of ``result.json``.

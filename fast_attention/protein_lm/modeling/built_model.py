@@ -30,7 +30,7 @@ from fast_attention.protein_lm.modeling import (
     train_state,
 )
 from fast_attention.protein_lm.modeling.model_config import make_config, make_tokens
-from fast_attention.protein_lm.modeling.model_options import check_state, split_options
+from fast_attention.protein_lm.modeling.model_options import ModelOptions, check_state, take_options
 
 
 class BuiltModel:
@@ -46,7 +46,7 @@ class BuiltModel:
       masking: How residues are corrupted; None for a causal model.
       random_seed: As given.
       schedule: Learning rate of each step.
-      optimizer_options: Keywords of `optimizer.create_optimizer`.
+      optimizer_options: See `optimizer.OptimizerOptions`.
       model_cls: As given.
       ema_decay: As given.
       mesh: The devices; batches are divided over them, and so may be parameters.
@@ -72,12 +72,6 @@ class BuiltModel:
         random_seed: int = 0,
         batch_size: int = 32,
         learning_rate: float | schedules.Schedule = 1e-3,
-        optimizer: str = "adamw",
-        weight_decay: float = 0.1,
-        grad_clip: float | None = None,
-        beta1: float = 0.9,
-        beta2: float = 0.98,
-        epsilon: float = 1e-9,
         ema_decay: float | None = None,
         mesh: Mesh | None = None,
         **kwargs: Any,
@@ -92,20 +86,14 @@ class BuiltModel:
           random_seed: Of parameters, dropout, masks and, by default, samples.
           batch_size: Rows per batch in `fit` and `evaluate`, unless they are told.
           learning_rate: A number, or a function from a step to a number.
-          optimizer: "adamw" or "muon", see `create_optimizer`.
-          weight_decay: AdamW's, on matrices other than embeddings.
-          grad_clip: Largest global norm of a gradient; None does not clip.
-          beta1: AdamW's.
-          beta2: AdamW's.
-          epsilon: AdamW's.
           ema_decay: Of a moving average of the parameters, in [0, 1), such as 0.999; validation,
             evaluation and samples are then those of the average (see
             `train_state.make_train_step`). None keeps no average.
           mesh: From `make_mesh`; None divides batches over all devices, which hold the same
             parameters.
-          **kwargs: Fields of `ModelOptions` and of `TransformerConfig`. ``max_len``, by default
-            the domain's length, is the most residues of a protein with learned positions; there is
-            one more position for the begin or the end token.
+          **kwargs: Fields of `OptimizerOptions`, `ModelOptions` and `TransformerConfig`.
+            ``max_len``, by default the domain's length, is the most residues of a protein with
+            learned positions; there is one more position for the begin or the end token.
 
         Raises:
           TypeError: At a keyword that `TransformerConfig` does not have.
@@ -113,7 +101,8 @@ class BuiltModel:
         """
         if not hasattr(self, "objective"):
             raise TypeError("FlaxModel is what FlaxLM and FlaxBERT share: make one of them")
-        self.options, model_kwargs = split_options(kwargs)
+        self.options = take_options(ModelOptions, kwargs)
+        self.optimizer_options = take_options(optimizer.OptimizerOptions, kwargs)
         with_bos = self.options.with_bos
         if with_bos is None:
             with_bos = self.objective == "causal"
@@ -123,15 +112,7 @@ class BuiltModel:
         self.masking: MaskingConfig | None = None
         self.random_seed = random_seed
         self.batch_size = batch_size
-        self.config = make_config(self.objective == "causal", domain, self.tokens, model_kwargs)
-        self.optimizer_options = {
-            "optimizer": optimizer,
-            "weight_decay": weight_decay,
-            "grad_clip": grad_clip,
-            "beta1": beta1,
-            "beta2": beta2,
-            "epsilon": epsilon,
-        }
+        self.config = make_config(self.objective == "causal", domain, self.tokens, kwargs)
         self.model_cls = model_cls
         self.ema_decay = ema_decay
         self.mesh = self.options.mesh(mesh)
@@ -145,7 +126,7 @@ class BuiltModel:
         if not callable(learning_rate):
             learning_rate = schedules.create_learning_rate_scheduler("constant", learning_rate)
         self.schedule: schedules.Schedule = learning_rate
-        self._optimizer = optimizer.create_optimizer(self.schedule, **self.optimizer_options)
+        self._optimizer = optimizer.create_optimizer(self.schedule, self.optimizer_options)
 
         # A protein of max_len residues is read with a begin or an end token.
         config = dataclasses.replace(self.config, max_len=self.config.max_len + 1)
@@ -180,7 +161,7 @@ class BuiltModel:
         """Says how long training takes: see `schedules.FactorSchedule.over`."""
         if isinstance(self.schedule, schedules.FactorSchedule):
             self.schedule = self.schedule.over(number)
-            self._optimizer = optimizer.create_optimizer(self.schedule, **self.optimizer_options)
+            self._optimizer = optimizer.create_optimizer(self.schedule, self.optimizer_options)
             self._make_train_step()
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax.sharding import Mesh
@@ -85,11 +85,13 @@ class ModelOptions:
         return found
 
 
-def split_options(kwargs: Mapping[str, Any]) -> tuple[ModelOptions, dict[str, Any]]:
-    """Divides the keywords of a model into `ModelOptions` and those of the Transformer."""
-    names = {field.name for field in dataclasses.fields(ModelOptions)}
-    options = {name: value for name, value in kwargs.items() if name in names}
-    return ModelOptions(**options), {name: kwargs[name] for name in kwargs if name not in names}
+Options = TypeVar("Options")
+
+
+def take_options(kind: type[Options], kwargs: dict[str, Any]) -> Options:
+    """Makes a dataclass of the keywords that are its fields, and removes those from `kwargs`."""
+    names = {field.name for field in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
+    return kind(**{name: kwargs.pop(name) for name in names & kwargs.keys()})
 
 
 def check_state(state: TrainState, abstract: TrainState) -> None:

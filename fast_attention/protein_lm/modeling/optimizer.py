@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal, get_args
 
 import jax
@@ -41,23 +42,11 @@ def decay_mask(parameters: Any) -> Any:
     return jax.tree_util.tree_map_with_path(decays, parameters)
 
 
-def create_optimizer(
-    learning_rate: float | Schedule,
-    *,
-    optimizer: Name = "adamw",
-    weight_decay: float = 0.1,
-    grad_clip: float | None = None,
-    beta1: float = 0.9,
-    beta2: float = 0.98,
-    epsilon: float = 1e-9,
-) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter, arXiv:1711.05101) or Muon, with decay limited by `decay_mask`.
+@dataclasses.dataclass(frozen=True)
+class OptimizerOptions:
+    """Options of `create_optimizer`.
 
-    Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) orthogonalizes the updates
-    of the matrices that decay; everything else is updated by AdamW with Nesterov momentum.
-
-    Args:
-      learning_rate: A number, or a function from a step to a number.
+    Attributes:
       optimizer: "adamw" or "muon".
       weight_decay: Decoupled decay, multiplied by the learning rate.
       grad_clip: Largest global norm of the gradient; None does not clip.
@@ -68,32 +57,61 @@ def create_optimizer(
     Raises:
       ValueError: If `grad_clip` is not positive, or there is no such optimizer.
     """
-    if optimizer not in get_args(Name):
-        raise ValueError(f"optimizer must be one of {', '.join(get_args(Name))}; got {optimizer!r}")
-    if grad_clip is not None and grad_clip <= 0:
-        raise ValueError(f"grad_clip must be positive, or None for no clipping; got {grad_clip}")
-    if optimizer == "adamw":
+
+    optimizer: Name = "adamw"
+    weight_decay: float = 0.1
+    grad_clip: float | None = None
+    beta1: float = 0.9
+    beta2: float = 0.98
+    epsilon: float = 1e-9
+
+    def __post_init__(self):
+        """Checks the options."""
+        if self.optimizer not in get_args(Name):
+            raise ValueError(
+                f"optimizer must be one of {', '.join(get_args(Name))}; got {self.optimizer!r}"
+            )
+        if self.grad_clip is not None and self.grad_clip <= 0:
+            raise ValueError(
+                f"grad_clip must be positive, or None for no clipping; got {self.grad_clip}"
+            )
+
+
+def create_optimizer(
+    learning_rate: float | Schedule, options: OptimizerOptions | None = None
+) -> optax.GradientTransformation:
+    """AdamW (Loshchilov and Hutter, arXiv:1711.05101) or Muon, with decay limited by `decay_mask`.
+
+    Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) orthogonalizes the updates
+    of the matrices that decay; everything else is updated by AdamW with Nesterov momentum.
+
+    Args:
+      learning_rate: A number, or a function from a step to a number.
+      options: None takes the defaults.
+    """
+    options = options or OptimizerOptions()
+    if options.optimizer == "adamw":
         update = optax.adamw(
             learning_rate,
-            b1=beta1,
-            b2=beta2,
-            eps=epsilon,
-            weight_decay=weight_decay,
+            b1=options.beta1,
+            b2=options.beta2,
+            eps=options.epsilon,
+            weight_decay=options.weight_decay,
             mask=decay_mask,
         )
     else:
         update = optax.contrib.muon(
             learning_rate,
-            weight_decay=weight_decay,
-            adam_b1=beta1,
-            adam_b2=beta2,
-            eps=epsilon,
+            weight_decay=options.weight_decay,
+            adam_b1=options.beta1,
+            adam_b2=options.beta2,
+            eps=options.epsilon,
             muon_weight_dimension_numbers=_orthogonalized,
             consistent_rms=_MUON_RMS,
         )
-    if grad_clip is None:
+    if options.grad_clip is None:
         return update
-    return optax.chain(optax.clip_by_global_norm(grad_clip), update)
+    return optax.chain(optax.clip_by_global_norm(options.grad_clip), update)
 
 
 def _orthogonalized(parameters: Any) -> Any:

@@ -12,7 +12,6 @@ lay, so that any number of processes and devices can read it.
 
 from __future__ import annotations
 
-import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -211,17 +210,6 @@ def restore(
     process_arrays.any_process(False)
     manager.reload()
     return found
-
-
-def newest_step(directory: Path) -> int | None:
-    """Step of the newest checkpoint of a folder, found without reading it; None without one."""
-    return max(steps_kept(directory), default=None)
-
-
-def steps_kept(directory: Path) -> list[int]:
-    """Steps of the checkpoints of a folder, in ascending order, found without reading them."""
-    found = (path for path in directory.glob("*") if re.fullmatch(r"0|[1-9][0-9]*", path.name))
-    return sorted(int(path.name) for path in found if path.is_dir())
 
 
 def tokens_seen(directory: Path, step: int) -> int | None:

@@ -44,6 +44,7 @@ from fast_attention.protein_lm.files.json_files import (
 from fast_attention.protein_lm.modeling import schedules
 from fast_attention.protein_lm.modeling.built_model import BuiltModel
 from fast_attention.protein_lm.modeling.model_classes import is_registered, registered_models
+from fast_attention.protein_lm.modeling.optimizer import OptimizerOptions
 from fast_attention.protein_lm.modeling.sampling_config import SamplingConfig
 from fast_attention.protein_lm.runs import attention_recipes
 from fast_attention.protein_lm.runs.attention_recipes import OWN, name_of
@@ -83,12 +84,7 @@ _DOMAIN = {"type": Literal[_DOMAINS], "length": int, "min_length": int | None}
 _ADDED = {"with_bos": bool | None, "with_mask": bool}
 _OPTIMIZER = {
     "learning_rate": dict | None,
-    "optimizer": Literal["adamw", "muon"],
-    "weight_decay": float,
-    "grad_clip": float | None,
-    "beta1": float,
-    "beta2": float,
-    "epsilon": float,
+    **get_type_hints(OptimizerOptions),
     "ema_decay": float | None,
     "batch_size": int,
     "random_seed": int,
@@ -157,7 +153,7 @@ def describe(model: BuiltModel) -> dict[str, Any]:
         "mesh": {name: model.mesh.shape[name] for name in _MESH},
         "optimizer": {
             "learning_rate": None if schedule is None else _plain(schedule.arguments),
-            **_plain(model.optimizer_options),
+            **_plain(dataclasses.asdict(model.optimizer_options)),
             "ema_decay": model.ema_decay,
             "batch_size": model.batch_size,
             "random_seed": model.random_seed,

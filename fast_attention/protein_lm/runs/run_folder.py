@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from fast_attention.protein_lm.errors import RunError
 from fast_attention.protein_lm.files.output_files import write_file
@@ -57,6 +59,16 @@ def _check_link(root: Path, path: Path) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Inside:
+    """The path of a file or folder in a `RunFolder`, by its name there."""
+
+    name: str
+
+    def __get__(self, folder: RunFolder, _: Any = None) -> Path:
+        return inside(folder.path, self.name)
+
+
+@dataclasses.dataclass(frozen=True)
 class RunFolder:
     """Names of the files of a run.
 
@@ -69,87 +81,70 @@ class RunFolder:
 
     path: Path
 
-    @property
-    def config(self) -> Path:
-        """The gin configuration, every parameter that was used with its value.
+    config = _Inside("config.gin")
+    """The gin configuration, every parameter that was used with its value.
 
-        For people to read, and to give as ``--gin_file``: no command parses it of its own accord.
-        """
-        return inside(self.path, "config.gin")
+    For people to read, and to give as ``--gin_file``: no command parses it of its own accord.
+    """
 
-    @property
-    def model(self) -> Path:
-        """What the model is, see `model_file`."""
-        return inside(self.path, "model.json")
+    model = _Inside("model.json")
+    """What the model is, see `model_file`."""
 
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of checkpoints, one per step that was kept."""
-        return inside(self.path, "checkpoints")
+    checkpoints = _Inside("checkpoints")
+    """The folder of checkpoints, one per step that was kept."""
 
-    @property
-    def lock(self) -> Path:
-        """Names the process that trains here, see `run_lock`."""
-        return inside(self.path, "train.lock")
+    lock = _Inside("train.lock")
+    """Names the process that trains here, see `run_lock`."""
 
-    @property
-    def data(self) -> Path:
-        """What the run is trained on, see `data_record`."""
-        return inside(self.path, "data.json")
+    data = _Inside("data.json")
+    """What the run is trained on, see `data_record`."""
 
-    @property
-    def held_out(self) -> Path:
-        """Training proteins that were held out for validation, where no other ones were given."""
-        return inside(self.path, "held_out.fasta")
+    held_out = _Inside("held_out.fasta")
+    """Training proteins that were held out for validation, where no other ones were given."""
 
-    @property
-    def metrics(self) -> Path:
-        """One JSON object per line: training and validation figures."""
-        return inside(self.path, "metrics.jsonl")
+    metrics = _Inside("metrics.jsonl")
+    """One JSON object per line: training and validation figures."""
 
-    @property
-    def tensorboard(self) -> Path:
-        """The same figures for TensorBoard."""
-        return inside(self.path, "tensorboard")
+    tensorboard = _Inside("tensorboard")
+    """The same figures for TensorBoard."""
 
-    @property
-    def baselines(self) -> Path:
-        """n-grams of the training proteins."""
-        return inside(self.path, "baselines.npz")
+    baselines = _Inside("baselines.npz")
+    """n-grams of the training proteins."""
 
-    @property
-    def curve(self) -> Path:
-        """The picture of the learning curve."""
-        return inside(self.path, "curve.png")
+    curve = _Inside("curve.png")
+    """The picture of the learning curve."""
 
-    @property
-    def result(self) -> Path:
-        """What a finished run reached; its presence says that the run is finished."""
-        return inside(self.path, "result.json")
+    result = _Inside("result.json")
+    """What a finished run reached; its presence says that the run is finished."""
 
-    @property
-    def evaluation(self) -> Path:
-        """What ``protein-lm evaluate`` found."""
-        return inside(self.path, "evaluation.json")
+    evaluation = _Inside("evaluation.json")
+    """What ``protein-lm evaluate`` found."""
+
+    weights = _Inside("model.safetensors")
+    """In an exported folder: the arrays."""
 
     def skipped(self, split: str) -> Path:
         """The table of records of a split's files that training left out."""
         return inside(self.path, f"skipped_{split}.tsv")
 
-    @property
-    def weights(self) -> Path:
-        """In an exported folder: the arrays."""
-        return inside(self.path, "model.safetensors")
-
     def is_export(self) -> bool:
         """Whether the folder holds an exported model, which training cannot go on from."""
         return self.weights.exists()
+
+    def steps_kept(self) -> list[int]:
+        """Steps of the checkpoints, in ascending order, found without reading them."""
+        names = (path.name for path in self.checkpoints.glob("*") if path.is_dir())
+        return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9][0-9]*", name))
+
+    def newest_step(self) -> int | None:
+        """Step of the newest checkpoint, found without reading it; None without one."""
+        return max(self.steps_kept(), default=None)
 
 
 def files_read(path: Path) -> Iterator[Path]:
     """Yields the files in the folder of a run, an export or a predictor that commands read."""
     folder = RunFolder(path)
-    names = [name for name, value in vars(RunFolder).items() if isinstance(value, property)]
+    names = [name for name, value in vars(RunFolder).items() if isinstance(value, _Inside)]
     places = [getattr(folder, name) for name in names if name != "evaluation"]
     for place in [*places, *(path / name for name in PREDICTOR_FILES)]:
         if place.is_dir():

@@ -38,7 +38,7 @@ def save_training(model: BuiltModel, output: str | os.PathLike[str]) -> None:
     text = model_file.to_text(model_file.describe(model))
     if folder.model.exists() and folder.model.read_text(encoding="utf-8") != text:
         raise RunError(f"{folder.path} holds another model: give the checkpoint another folder")
-    newest = checkpoints.newest_step(folder.checkpoints)
+    newest = folder.newest_step()
     if newest is not None and newest > step:
         raise RunError(
             f"{folder.path} holds a checkpoint of step {newest}, which is later than step {step}: "
@@ -66,7 +66,7 @@ def load_training(model: BuiltModel, path: str | os.PathLike[str]) -> None:
       ValueError: If there is no checkpoint.
     """
     folder = RunFolder(Path(path))
-    if checkpoints.newest_step(folder.checkpoints) is None:
+    if folder.newest_step() is None:
         hint = f"read it with {type(model).__name__}.load" if folder.is_export() else "check it"
         raise ValueError(f"{folder.path} holds no checkpoint: {hint}")
     with checkpoints.open_checkpoints(folder.checkpoints) as manager:

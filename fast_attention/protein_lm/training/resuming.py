@@ -14,7 +14,6 @@ from typing import Any
 import gin
 import grain
 
-from fast_attention.protein_lm.data.domains import DiscreteDomain
 from fast_attention.protein_lm.distributed import processes
 from fast_attention.protein_lm.errors import RunError
 from fast_attention.protein_lm.files.output_files import write_file
@@ -177,15 +176,11 @@ def check_finished(run: Opened, files: DataSettings) -> list[str]:
     ]
 
 
-def begin(
-    run: Opened, domain: DiscreteDomain, files: DataSettings, found: TrainingData, now: Entry
-) -> None:
+def begin(run: Opened, found: TrainingData, now: Entry) -> None:
     """Writes the first files of a new run, or checks those that process 0 wrote.
 
     Args:
       run: From `open_folder`.
-      domain: Of the model.
-      files: Where the data is.
       found: The data.
       now: From `check_data`.
 
@@ -195,7 +190,7 @@ def begin(
         0.
     """
     if processes.is_primary():
-        _write_data(run, domain, files, found, now, step=0)
+        _write_data(run, found, now, step=0)
         run_folder.claim(run.folder, run.used, run.model)
         return
     before = run.folder.config.read_text(encoding="utf-8")
@@ -205,8 +200,6 @@ def begin(
 
 def update(
     run: Opened,
-    domain: DiscreteDomain,
-    files: DataSettings,
     found: TrainingData,
     now: Entry,
     step: int,
@@ -215,8 +208,6 @@ def update(
 
     Args:
       run: From `open_folder`.
-      domain: Of the model.
-      files: Where the data is.
       found: The data.
       now: From `check_data`.
       step: Steps that were taken.
@@ -232,15 +223,15 @@ def update(
         run.folder.result.unlink(missing_ok=True)
         write_file(run.folder.config, run.used)
     if run.record is None:
-        _write_data(run, domain, files, found, now, step=0)
+        _write_data(run, found, now, step=0)
         return False
     if not data_record.differences(run.record, now):
         if found.held_out is not None and not run.folder.held_out.exists():
-            _write_held_out(run, domain, files, found)
+            _write_held_out(run, found)
         return False
     run.folder.baselines.unlink(missing_ok=True)
     write_file(run.folder.config, run.used)
-    _write_data(run, domain, files, found, now, step=step)
+    _write_data(run, found, now, step=step)
     own = found.held_out is not None
     return own or bool(data_record.differences(run.record, now | {"train": run.record["train"]}))
 
@@ -281,16 +272,14 @@ def _refuse(folder: RunFolder, before: Entry, now: Entry, remedy: str) -> None:
 
 def _write_data(
     run: Opened,
-    domain: DiscreteDomain,
-    files: DataSettings,
     found: TrainingData,
     now: Entry,
     step: int,
 ) -> None:
     held_out = None
     if found.held_out is not None:
-        held_out = {"fraction": files.valid_fraction, "proteins": len(found.held_out)}
-        _write_held_out(run, domain, files, found)
+        held_out = {"fraction": found.files.valid_fraction, "proteins": len(found.held_out)}
+        _write_held_out(run, found)
     counts = {
         "proteins": found.proteins,
         "residues": found.residues,
@@ -300,9 +289,5 @@ def _write_data(
     data_record.write_record(run.folder, record, step=step, before=run.record)
 
 
-def _write_held_out(
-    run: Opened, domain: DiscreteDomain, files: DataSettings, found: TrainingData
-) -> None:
-    assert found.held_out is not None
-    text = held_out_fasta(files, domain, found.held_out)
-    write_file(run.folder.held_out, text)
+def _write_held_out(run: Opened, found: TrainingData) -> None:
+    write_file(run.folder.held_out, held_out_fasta(found))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from fast_attention.mechanisms.wrapped import as_attention_fn
 from fast_attention.protein_lm.errors import RunError
 from fast_attention.protein_lm.flax_model import FlaxModel
-from fast_attention.protein_lm.runs import checkpoints
 from fast_attention.protein_lm.runs.run_folder import RunFolder
 from fast_attention.protein_lm.training.experiment import Experiment
 from fast_attention.softmax_attention import make_softmax_attention
@@ -13,7 +12,7 @@ from fast_attention.softmax_attention import make_softmax_attention
 
 def check_empty(folder: RunFolder) -> None:
     """Raises RunError if a run could be resumed in a folder."""
-    if checkpoints.newest_step(folder.checkpoints) is not None:
+    if folder.newest_step() is not None:
         raise RunError(
             f"{folder.path} holds checkpoints, and experiment.restore_checkpoint = False asks not "
             "to resume: give another --work_dir, or leave restore_checkpoint out"

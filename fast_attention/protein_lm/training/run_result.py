@@ -69,7 +69,7 @@ def finish(
         "evaluation": evaluated
         and evaluation.evaluate_on(
             model, evaluated, ngrams, on_error=experiment.on_error, skipped=skipped
-        ),
+        ).result,
         "samples": _sample(model, experiment.num_samples, experiment.max_sample_length),
     }
     tell_skipped(folder, "test", skipped)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from fast_attention.mesh.meshes import row_shards
 from fast_attention.protein_lm.data import pipeline
 from fast_attention.protein_lm.data.corpus import Corpus
-from fast_attention.protein_lm.data.domains import DiscreteDomain
 from fast_attention.protein_lm.data.skipped_records import SkippedRecords
 from fast_attention.protein_lm.distributed import process_arrays, processes, stopping
 from fast_attention.protein_lm.errors import RunError
@@ -40,7 +39,6 @@ from fast_attention.protein_lm.training import (
     training_loop,
 )
 from fast_attention.protein_lm.training.experiment import (
-    DataSettings,
     EvaluationSettings,
     Experiment,
     TimeSettings,
@@ -126,7 +124,7 @@ def run_experiment(work_dir: str, experiment: Experiment | None = None) -> dict[
         if found.valid is not None:
             validate = _make_validation(model, found.valid, experiment)
         if not run.resumed:
-            processes.in_turn(lambda: resuming.begin(run, model.domain, experiment, found, digests))
+            processes.in_turn(lambda: resuming.begin(run, found, digests))
         for note in found.notes:
             processes.note(note)
         for name in ("train", "valid"):
@@ -154,12 +152,12 @@ def run_experiment(work_dir: str, experiment: Experiment | None = None) -> dict[
             _set_length(model, run, times, progress, int(state.step))
             if run.resumed:
                 other = processes.is_primary() and resuming.update(
-                    run, model.domain, experiment, found, digests, int(state.step)
+                    run, found, digests, int(state.step)
                 )
                 if process_arrays.any_process(other):
                     # A loss on other proteins is not to be compared with.
                     progress = progress._replace(best_step=None, best_loss=None)
-            ngrams = _baselines(folder, experiment, found, model.domain)
+            ngrams = _baselines(folder, found)
             save = functools.partial(checkpoints.save, manager, keep=experiment.checkpoints_to_keep)
             with (
                 metrics_log.open_metrics_log(folder, int(state.step)) as log,
@@ -289,18 +287,16 @@ def _begin_from(model: FlaxModel, path: Path) -> bool:
     return drawn
 
 
-def _baselines(
-    folder: RunFolder, files: DataSettings, found: TrainingData, domain: DiscreteDomain
-) -> Sequence[baselines.NGram]:
+def _baselines(folder: RunFolder, found: TrainingData) -> Sequence[baselines.NGram]:
     """Those of the run; a resumed run need not count again."""
     # What is there is there for all processes; what is not, each counts rather than waits.
     if not process_arrays.any_process(folder.baselines.exists()):
         held_out = None if found.held_out is None else str(folder.held_out)
         ngrams = evaluation.fit_baselines(
-            files.train_paths,
-            domain,
-            valid=held_out or files.valid_files,
-            on_error=files.on_error,
+            found.files.train_paths,
+            found.domain,
+            valid=held_out or found.files.valid_files,
+            on_error=found.files.on_error,
             held_out=held_out,
         )
         if processes.is_primary():

@@ -25,6 +25,8 @@ class TrainingData:
     """Proteins of a run, in memory.
 
     Attributes:
+      files: Where they are.
+      domain: Gives the vocabulary.
       train: To train on.
       valid: To validate on, or None.
       proteins: Number of proteins of each split.
@@ -35,6 +37,8 @@ class TrainingData:
       notes: Sentences that a user should read.
     """
 
+    files: DataSettings
+    domain: DiscreteDomain
     train: pipeline.Source
     valid: Corpus | None
     proteins: dict[str, int]
@@ -111,6 +115,8 @@ def load_training_data(
         corpora["test"] = corpora["valid"]
     splits = [split for split in SPLITS if split in corpora]
     return TrainingData(
+        files,
+        domain,
         train,
         valid,
         proteins={split: len(corpora[split]) for split in splits},
@@ -125,19 +131,14 @@ _NAMES = {"valid": "validation", "test": "test"}
 _NO_FIGURES = "give --valid_fasta to see how good the model is"
 
 
-def held_out_fasta(files: DataSettings, domain: DiscreteDomain, rows: np.ndarray) -> str:
-    """The held-out proteins as the text of a FASTA file.
-
-    Args:
-      files: Where the proteins are.
-      domain: Gives the letters of a record.
-      rows: ``TrainingData.held_out``.
-    """
-    wanted = set(rows.tolist())
+def held_out_fasta(found: TrainingData) -> str:
+    """The held-out proteins as the text of a FASTA file."""
+    assert found.held_out is not None
+    wanted = set(found.held_out.tolist())
     records = read_proteins(
-        files.train_paths,
-        alphabet=domain.vocab.symbols,
-        on_error=files.on_error,
+        found.files.train_paths,
+        alphabet=found.domain.vocab.symbols,
+        on_error=found.files.on_error,
         skipped=SkippedRecords(),
     )
     return "".join(

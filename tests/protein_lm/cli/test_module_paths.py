@@ -29,6 +29,7 @@ def test_a_restart_keeps_the_arguments_and_leaves_out_the_current_folder(monkeyp
     assert len(started) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "names"),
     [

@@ -8,6 +8,8 @@ import pytest
 
 from fast_attention.protein_lm.distributed import host_threads
 
+pytestmark = pytest.mark.slow
+
 # Parts of what a device computes wait for a thread, of which the devices themselves hold some.
 PROGRAM = """
 from fast_attention.protein_lm.distributed.host_threads import provide_threads

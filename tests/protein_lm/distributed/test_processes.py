@@ -7,6 +7,8 @@ from fast_attention.protein_lm.distributed import processes
 from fast_attention.protein_lm.runs import array_records
 from tests.protein_lm.killing import end, figures, finish, start_all, train_arguments, wait_for
 
+pytestmark = pytest.mark.slow
+
 TWO_DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
 
 

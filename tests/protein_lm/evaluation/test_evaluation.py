@@ -44,7 +44,7 @@ def few(tmp_path_factory, tiny_fasta):
 
 
 def test_every_residue_and_nothing_else_is_scored(lm, ngrams, few):
-    result = evaluation.evaluate_on(lm.model, str(few), ngrams)
+    result = evaluation.evaluate_on(lm.model, str(few), ngrams).result
     sequences = [record.sequence[:64] for record in read_fasta(few)]
     assert min(map(len, sequences)) < 64
     assert result["residues"] == sum(map(len, sequences))
@@ -64,7 +64,7 @@ def test_every_residue_and_nothing_else_is_scored(lm, ngrams, few):
 
 
 def test_baselines_score_the_same_residues(lm, ngrams, few, tiny_fasta, tmp_path):
-    result = evaluation.evaluate_on(lm.model, few, ngrams)
+    result = evaluation.evaluate_on(lm.model, few, ngrams).result
     cropped = tmp_path / "cropped.fasta"
     write_fasta(
         cropped,
@@ -85,8 +85,8 @@ def test_baselines_score_the_same_residues(lm, ngrams, few, tiny_fasta, tmp_path
 @pytest.mark.parametrize("batch_size", [7, 64])
 def test_the_batch_size_does_not_matter(lm, bert, ngrams, few, batch_size):
     for model in (lm.model, bert.model):
-        expected = evaluation.evaluate_on(model, few, ngrams)
-        found = evaluation.evaluate_on(model, few, ngrams, batch_size=batch_size)
+        expected = evaluation.evaluate_on(model, few, ngrams).result
+        found = evaluation.evaluate_on(model, few, ngrams, batch_size=batch_size).result
         for one, other in zip(expected["scores"], found["scores"], strict=True):
             assert one["perplexity"] == pytest.approx(other["perplexity"], rel=1e-4)
 
@@ -96,8 +96,8 @@ def test_several_files_are_one(lm, ngrams, few, tmp_path):
     paths = [tmp_path / "one.fasta", tmp_path / "two.fasta.gz"]
     write_fasta(paths[0], records[:7])
     write_fasta(paths[1], records[7:])
-    whole = evaluation.evaluate_on(lm.model, few, ngrams)
-    parts = evaluation.evaluate_on(lm.model, paths, ngrams)
+    whole = evaluation.evaluate_on(lm.model, few, ngrams).result
+    parts = evaluation.evaluate_on(lm.model, paths, ngrams).result
     for name in ("perplexity", "accuracy"):
         assert parts["scores"][0][name] == pytest.approx(whole["scores"][0][name], rel=1e-4)
     assert parts["fasta"] == [str(path) for path in paths]
@@ -105,7 +105,7 @@ def test_several_files_are_one(lm, ngrams, few, tmp_path):
 
 def test_masks_come_from_the_seed(bert, ngrams, few):
     one, same, other = (
-        evaluation.evaluate_on(bert.model, few, ngrams, seed=seed) for seed in (5, 5, 6)
+        evaluation.evaluate_on(bert.model, few, ngrams, seed=seed).result for seed in (5, 5, 6)
     )
     assert one == same
     assert one["scores"][0] != other["scores"][0]
@@ -116,9 +116,9 @@ def test_masks_come_from_the_seed(bert, ngrams, few):
 
 def test_the_unigram_of_masked_residues_is_that_of_the_training_proteins(bert, few, tiny_fasta):
     flat = fit_ngram(tiny_fasta, 1, alpha=1e12)
-    rows = evaluation.evaluate_on(bert.model, few, [flat])["scores"]
+    rows = evaluation.evaluate_on(bert.model, few, [flat]).result["scores"]
     assert rows[2]["perplexity"] == pytest.approx(25, rel=1e-3)
-    trained = evaluation.evaluate_on(bert.model, few, [fit_ngram(tiny_fasta, 1)])["scores"]
+    trained = evaluation.evaluate_on(bert.model, few, [fit_ngram(tiny_fasta, 1)]).result["scores"]
     assert 16 < trained[2]["perplexity"] < 20
 
 
@@ -138,8 +138,8 @@ def test_errors_are_over_proteins_or_over_components(lm, ngrams, few, tmp_path):
     lines = ["accession\tsplit\tcomponent"]
     lines += [f"{i.split('|')[1]}\ttest\t{c}" for i, c in zip(ids, components, strict=True)]
     table.write_bytes(gzip.compress("\n".join(lines).encode()))
-    plain = evaluation.evaluate_in_groups(lm.model, few, ngrams)
-    grouped = evaluation.evaluate_in_groups(lm.model, few, ngrams, split_file=table)
+    plain = evaluation.evaluate_on(lm.model, few, ngrams)
+    grouped = evaluation.evaluate_on(lm.model, few, ngrams, split_file=table)
     assert plain.result["errors"] == {"over": "protein", "groups": 20}
     assert grouped.result["errors"] == {"over": "component", "groups": 7}
     for found, clusters in ((plain, ids), (grouped, components)):
@@ -167,7 +167,7 @@ def test_tables_of_lengths_and_families_add_up(lm, ngrams, few, tmp_path):
     ids = [record.id for record in read_fasta(few)]
     table = tmp_path / "families.csv"
     table.write_text("id,family\n" + "".join(f'{i},"a, {n % 2}"\n' for n, i in enumerate(ids)))
-    result = evaluation.evaluate_in_groups(lm.model, few, ngrams, families=table).result
+    result = evaluation.evaluate_on(lm.model, few, ngrams, families=table).result
     assert [row["length"] for row in result["by_length"]] == ["1-100", "201-400"]
     assert sorted(row["family"] for row in result["by_family"]) == ["a, 0", "a, 1"]
     for rows in (result["by_length"], result["by_family"]):
@@ -183,13 +183,13 @@ def test_proteins_without_a_group_are_told(lm, ngrams, few, tmp_path):
     table = tmp_path / "splits.tsv"
     table.write_text("accession\tcomponent\nP1\t1\n")
     with pytest.raises(RunError, match="20 of 20 proteins not found in") as error:
-        evaluation.evaluate_in_groups(lm.model, few, ngrams, split_file=table)
+        evaluation.evaluate_on(lm.model, few, ngrams, split_file=table)
     assert next(read_fasta(few)).id in str(error.value)
 
 
 def test_several_seeds_ask_for_more_residues(bert, ngrams, few):
-    parts = [evaluation.evaluate_on(bert.model, few, ngrams, seed=seed) for seed in (3, 4)]
-    both = evaluation.evaluate_on(bert.model, few, ngrams, seed=3, num_seeds=2)
+    parts = [evaluation.evaluate_on(bert.model, few, ngrams, seed=seed).result for seed in (3, 4)]
+    both = evaluation.evaluate_on(bert.model, few, ngrams, seed=3, num_seeds=2).result
     assert both["residues"] == sum(part["residues"] for part in parts)
     for place, row in enumerate(both["scores"]):
         loss = sum(part["residues"] * np.log(part["scores"][place]["perplexity"]) for part in parts)
@@ -201,7 +201,7 @@ def test_several_seeds_ask_for_more_residues(bert, ngrams, few):
 
 
 def test_the_result_is_json_and_a_table(lm, ngrams, few):
-    result = evaluation.evaluate_on(lm.model, few, ngrams)
+    result = evaluation.evaluate_on(lm.model, few, ngrams).result
     assert json.loads(json.dumps(result)) == result
     text = format_evaluation(result)
     assert f"{result['residues']:,} residues of 20 proteins" in text

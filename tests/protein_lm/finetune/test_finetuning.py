@@ -12,6 +12,7 @@ from fast_attention.protein_lm.finetune import lora, tuning_loop
 from fast_attention.protein_lm.finetune.finetuned import with_parameters
 from fast_attention.protein_lm.finetune.finetuning import FineTuned, fine_tune
 from fast_attention.protein_lm.finetune.linear_head import LinearHead
+from fast_attention.protein_lm.finetune.tuning_config import TuningConfig
 from fast_attention.protein_lm.modeling.encoding import encode_sequences
 from fast_attention.protein_lm.models import FlaxBERT, FlaxLM
 
@@ -138,14 +139,21 @@ def test_gradient_steps_train_what_they_should(lm, proteins, shares, rank):
     head = LinearHead(mean, scale, np.zeros((16, 1), np.float32), np.zeros(1, np.float32))
     targets = (np.array(shares[:32], np.float32) - 0.5) / 0.3
     rows: list[dict[str, Any]] = []
-    schedule = tuning_loop.Schedule(0.01, 0.01, 1.0, 16, 4, 1, 0)
+    config = TuningConfig(
+        method="lora" if rank else "full",
+        rank=rank or 1,
+        alpha=4.0 * (rank or 1),
+        learning_rate=0.01,
+        max_epochs=4,
+        patience=1,
+    )
 
     def validate(parameters: Any, head: LinearHead) -> dict[str, float]:
         return {"loss": -float(len(rows))}  # The last epoch is the best.
 
-    before = tuning_loop.make_trunk(lm, rank, 0)
+    before = tuning_loop.make_trunk(lm, config)
     trained, found = tuning_loop.tune(
-        lm, residues, targets, np.ones(32), head, before, 4.0, schedule, validate, rows.append
+        lm, residues, targets, np.ones(32), head, before, config, validate, rows.append
     )
     losses = [row["loss"] for row in rows if row["split"] == "train"]
     assert len(losses) == 4 and losses[-1] < 0.9 * losses[0]

@@ -5,13 +5,17 @@ import optax
 import pytest
 
 from fast_attention.protein_lm import make_protein_domain
-from fast_attention.protein_lm.modeling.optimizer import create_optimizer, decay_mask
+from fast_attention.protein_lm.modeling.optimizer import (
+    OptimizerOptions,
+    create_optimizer,
+    decay_mask,
+)
 from fast_attention.protein_lm.models import FlaxLM
 
 
 def test_a_bad_clip_is_refused():
     with pytest.raises(ValueError, match="grad_clip"):
-        create_optimizer(0.1, grad_clip=0.0)
+        create_optimizer(0.1, OptimizerOptions(grad_clip=0.0))
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +42,7 @@ def test_decay_spares_norms_biases_and_embeddings(parameters):
 
 
 def test_without_gradient_only_decay_changes_parameters(parameters):
-    optimizer = create_optimizer(0.5, weight_decay=0.1)
+    optimizer = create_optimizer(0.5, OptimizerOptions(weight_decay=0.1))
     zeros = jax.tree.map(jnp.zeros_like, parameters)
     updates, _ = optimizer.update(zeros, optimizer.init(parameters), parameters)
     updated = optax.apply_updates(parameters, updates)
@@ -52,7 +56,7 @@ def test_clipping_shrinks_the_whole_gradient_to_the_norm():
     parameters = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
     gradient = {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.array([4.0, 0.0])}
     norm = float(jnp.sqrt(4 * 9.0 + 16.0))
-    clipped, plain = create_optimizer(0.1, grad_clip=0.5), create_optimizer(0.1)
+    clipped, plain = create_optimizer(0.1, OptimizerOptions(grad_clip=0.5)), create_optimizer(0.1)
     _, after_clipped = clipped.update(gradient, clipped.init(parameters), parameters)
     scaled = jax.tree.map(lambda leaf: leaf * 0.5 / norm, gradient)
     _, after_scaled = plain.update(scaled, plain.init(parameters), parameters)
@@ -63,7 +67,7 @@ def test_clipping_shrinks_the_whole_gradient_to_the_norm():
 
 
 def test_muon_moves_matrices_along_orthogonal_directions(parameters):
-    muon = create_optimizer(0.5, optimizer="muon", weight_decay=0.0)
+    muon = create_optimizer(0.5, OptimizerOptions(optimizer="muon", weight_decay=0.0))
     adamw = optax.nadamw(0.5, b1=0.9, b2=0.98, eps=1e-9)
     keys = iter(jax.random.split(jax.random.key(0), 100))
     gradient = jax.tree.map(lambda x: jax.random.normal(next(keys), x.shape), parameters)
@@ -84,4 +88,4 @@ def test_muon_moves_matrices_along_orthogonal_directions(parameters):
 
 def test_another_optimizer_is_refused():
     with pytest.raises(ValueError, match="optimizer must be one of adamw, muon; got 'sgd'"):
-        create_optimizer(0.1, optimizer="sgd")
+        create_optimizer(0.1, OptimizerOptions(optimizer="sgd"))

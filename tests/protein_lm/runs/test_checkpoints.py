@@ -22,6 +22,7 @@ from fast_attention.protein_lm.models import FlaxLM
 from fast_attention.protein_lm.runs import checkpoints
 from fast_attention.protein_lm.runs.array_records import seal
 from fast_attention.protein_lm.runs.checkpoints import Progress
+from fast_attention.protein_lm.runs.run_folder import RunFolder
 
 SIZES = {"emb_dim": 8, "num_heads": 1, "num_layers": 1, "qkv_dim": 8, "mlp_dim": 8}
 
@@ -74,7 +75,7 @@ def three_checkpoints(model, tmp_path_factory):
 
 @pytest.fixture
 def stored(three_checkpoints, tmp_path):
-    return Path(shutil.copytree(three_checkpoints, tmp_path / "stored"))
+    return Path(shutil.copytree(three_checkpoints, tmp_path / "checkpoints"))
 
 
 def read(folder, model, checkpoint: str | int = "best") -> int:
@@ -233,8 +234,9 @@ def test_only_folders_with_a_number_are_checkpoints(stored, model):
     (stored / "12").write_text("")
     for name in ("007", "15.tmp", "\N{ARABIC-INDIC DIGIT NINE}"):
         (stored / name).mkdir()
-    assert checkpoints.steps_kept(stored) == [3, 6, 9]
-    assert checkpoints.newest_step(stored) == read(stored, model, "last") == 9
+    folder = RunFolder(stored.parent)
+    assert folder.steps_kept() == [3, 6, 9]
+    assert folder.newest_step() == read(stored, model, "last") == 9
 
 
 @pytest.mark.parametrize("damage", [cut, change, Path.unlink])

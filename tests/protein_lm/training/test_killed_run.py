@@ -1,6 +1,10 @@
+import pytest
+
 from fast_attention.protein_lm import cli
 from fast_attention.protein_lm.runs.metrics_log import read_metrics
 from tests.protein_lm.killing import end, figures, start, train_arguments, wait_for
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_killed_run_resumes_as_if_nothing_had_happened(tmp_path):

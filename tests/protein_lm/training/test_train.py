@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
 from fast_attention.protein_lm import cli
 from fast_attention.protein_lm.loading import load_run
@@ -148,6 +149,7 @@ def test_training_ends_when_validations_get_no_better(train_arguments, tmp_path)
     assert load_run(tmp_path, checkpoint="last").step == 3
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_other_devices(lm_run, train_arguments, tmp_path):
     """With the batches that it began with, and the losses; and is then read on one device."""
     run = tmp_path / "run"
