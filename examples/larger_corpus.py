@@ -30,7 +30,6 @@ from pathlib import Path
 
 from fast_attention.protein_lm.data.corpus import bundled_corpus
 from fast_attention.protein_lm.data.fasta import (
-    PROTEIN_LETTERS,
     FastaRecord,
     read_fasta,
     write_fasta,
@@ -134,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         def rest() -> Iterator[FastaRecord]:
             nonlocal kept, residues
-            for record in read_fasta(everything, alphabet=PROTEIN_LETTERS):
+            for record in read_fasta(everything):
                 wanted = record.id not in found and record.sequence not in equal
                 if wanted and _share(record.sequence) < options.share:
                     kept, residues = kept + 1, residues + len(record.sequence)

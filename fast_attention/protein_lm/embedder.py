@@ -171,8 +171,7 @@ def _encode_strings(
     if width < 1:
         raise ValueError("every sequence is empty")
     end = [] if vocab.eos is None else [vocab.eos]
-    pad = next((token for token in (vocab.pad, vocab.eos) if token is not None), 0)
-    ids = np.full((len(sequences), width), pad, np.int32)
+    ids = np.full((len(sequences), width), vocab.filler, np.int32)
     for row, sequence in zip(ids, sequences, strict=True):
         tokens = [*vocab.encode(sequence), *end][:width]
         row[: len(tokens)] = tokens

@@ -311,7 +311,7 @@ def test_vocabularies_and_domains_are_settings():
         ]
     )
     model = FlaxLM()
-    assert model.domain.vocab.tokens[-3:] == [".", "-", ">"]
+    assert model.domain.vocab.tokens[-3:] == (".", "-", ">")
     assert (model.bos_token, model.length) == (23, 6)
     gin.clear_config()
     gin_registry.configure(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fast_attention.protein_lm import ranges
-from fast_attention.protein_lm.data.fasta_parser import LONGEST_PROTEIN
+from fast_attention.protein_lm.data.alphabets import PROTEIN
 from fast_attention.protein_lm.data.skipped_records import SkippedRecords, list_skipped
 from fast_attention.protein_lm.ranges import Range
 
@@ -80,7 +80,7 @@ def add_on_error_choice(parser: argparse.ArgumentParser, default: str | None) ->
         default=default,
         help="what to do with a protein that cannot be read, for instance because of a gap or a "
         "digit: raise stops (the default), skip leaves it out and tells so at the end, replace "
-        "takes unknown letters for X and stops at anything else",
+        "takes unknown letters for X (nucleotides: N) and stops at anything else",
     )
 
 
@@ -162,7 +162,7 @@ def add_token_budget(parser: argparse.ArgumentParser) -> None:
         type=number(ranges.LENGTH),
         metavar="N",
         help="use the first N residues of a longer protein (default: proteins are read whole, and "
-        f"one of more than {LONGEST_PROTEIN:,} residues is refused)",
+        f"one of more than {PROTEIN.longest:,} residues is refused)",
     )
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from fast_attention.protein_lm.cli import arguments
 
 if TYPE_CHECKING:
+    from fast_attention.protein_lm.data.alphabet import Alphabet
     from fast_attention.protein_lm.data.fasta import FastaRecord
-    from fast_attention.protein_lm.data.vocabulary import Vocabulary
     from fast_attention.protein_lm.inference.mutations import Variant
 
 SUMMARY = "predict the effects of mutations"
@@ -151,9 +151,9 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _work(
-    options: argparse.Namespace, vocab: Vocabulary
+    options: argparse.Namespace, vocab: Alphabet
 ) -> Iterator[tuple[FastaRecord, Iterable[Variant]]]:
-    """Yields the wild types, and the variants of each, in the letters of a vocabulary."""
+    """Yields the wild types, and the variants of each, in the letters of an alphabet."""
     from fast_attention.protein_lm.data.fasta_files import read_proteins
     from fast_attention.protein_lm.inference.model_inputs import CUT, longest_record
     from fast_attention.protein_lm.inference.mutation_files import variants_of_list
@@ -162,8 +162,8 @@ def _work(
         variant_of,
     )
 
-    limit, too_long = longest_record(None, CUT)
-    rules = {"alphabet": vocab.symbols, "max_residues": limit, "too_long": too_long}
+    limit, too_long = longest_record(vocab, crop=CUT)
+    rules = {"alphabet": vocab, "max_residues": limit, "too_long": too_long}
     wild_types = _wild_types(options, rules)
     if options.all:
         for wild in wild_types:

@@ -161,8 +161,8 @@ def _write(model: FlaxModel, options: argparse.Namespace) -> tuple[int, Iterator
 
     number = 10 if options.num_samples is None else options.num_samples
     if options.prompt_fasta:
-        symbols = model.domain.vocab.symbols
-        prompts = list(read_proteins(options.prompt_fasta, alphabet=symbols, unique_ids=True))
+        alphabet = model.domain.vocab
+        prompts = list(read_proteins(options.prompt_fasta, alphabet=alphabet, unique_ids=True))
     else:
         prompts = [FastaRecord("sample", "", (options.prompt or "").upper())]
     # All of them before the first protein is drawn.
@@ -200,13 +200,15 @@ def _fill(model: FlaxModel, options: argparse.Namespace) -> tuple[int, Iterator[
     from fast_attention.protein_lm.inference.model_inputs import CUT, longest_record
 
     number = 1 if options.num_samples is None else options.num_samples
-    symbols = model.domain.vocab.symbols + HIDDEN
+    alphabet = model.domain.vocab
+    symbols = alphabet.symbols + HIDDEN
     if os.path.exists(options.infill):
-        limit, too_long = longest_record(None, CUT)
+        limit, too_long = longest_record(alphabet, crop=CUT)
         proteins = list(
             read_proteins(
                 options.infill,
-                alphabet=symbols,
+                alphabet=alphabet,
+                marks=HIDDEN,
                 unique_ids=True,
                 max_residues=limit,
                 too_long=too_long,

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
+from fast_attention.protein_lm.data.alphabet import Alphabet
 from fast_attention.protein_lm.data.domains import DiscreteDomain
 from fast_attention.protein_lm.data.fasta_files import FastaPaths as FastaPaths
 from fast_attention.protein_lm.data.fasta_files import fasta_paths, read_proteins
 from fast_attention.protein_lm.data.skipped_records import SkippedRecords
-from fast_attention.protein_lm.data.vocabulary import Vocabulary
 from fast_attention.protein_lm.files.text_source import FastaError
 
 BUNDLED_SPLITS = ("train", "valid", "test", "ood_test", "valid_iid", "test_iid", "tiny")
@@ -29,14 +29,14 @@ class Corpus:
     """Encoded proteins, each followed by one end token if the vocabulary has that.
 
     Attributes:
-      tokens: ``[S]`` of `Vocabulary.id_dtype`, all proteins one after the other.
+      tokens: ``[S]`` of `Alphabet.id_dtype`, all proteins one after the other.
       offsets: int64 ``[N + 1]``; protein i is ``tokens[offsets[i] : offsets[i + 1]]``.
       vocab: what the ids mean.
     """
 
     tokens: np.ndarray
     offsets: np.ndarray
-    vocab: Vocabulary
+    vocab: Alphabet
 
     def __len__(self) -> int:
         """Returns the number of proteins."""
@@ -48,7 +48,7 @@ class Corpus:
         return np.diff(self.offsets)
 
 
-def join_rows(rows: Sequence[np.ndarray], vocab: Vocabulary) -> Corpus:
+def join_rows(rows: Sequence[np.ndarray], vocab: Alphabet) -> Corpus:
     """The corpus of some proteins, each an array of ids.
 
     Args:
@@ -127,7 +127,7 @@ def load_corpus(
     table[np.frombuffer(symbols.encode("ascii"), np.uint8)] = vocab.encode(symbols)
     end = b"" if vocab.eos is None else np.array([vocab.eos], vocab.id_dtype).tobytes()
     tokens, offsets = bytearray(), array("q", [0])
-    for record in read_proteins(paths, alphabet=symbols, on_error=on_error, skipped=skipped):
+    for record in read_proteins(paths, alphabet=vocab, on_error=on_error, skipped=skipped):
         tokens += table[np.frombuffer(record.sequence.encode("ascii"), np.uint8)].tobytes() + end
         offsets.append(len(tokens) // vocab.id_dtype.itemsize)
         if ids is not None:

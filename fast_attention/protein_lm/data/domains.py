@@ -12,21 +12,23 @@ import numpy as np
 
 from fast_attention.protein_lm import ranges
 from fast_attention.protein_lm.data import padding
-from fast_attention.protein_lm.data.vocabulary import ProteinVocab, Vocabulary
+from fast_attention.protein_lm.data.alphabet import Alphabet
+from fast_attention.protein_lm.data.alphabets import get_alphabet
+from fast_attention.protein_lm.data.vocabulary import Vocabulary
 
 
 class DiscreteDomain:
     """Sequences of at most ``length`` tokens of ``vocab``."""
 
-    def __init__(self, vocab: Vocabulary, length: int):
+    def __init__(self, vocab: Alphabet, length: int):
         """Raises ValueError if ``length`` is no positive whole number."""
         ranges.check("length", length, ranges.LENGTH)
         self._vocab = vocab
         self._length = length
 
     @property
-    def vocab(self) -> Vocabulary:
-        """The vocabulary."""
+    def vocab(self) -> Alphabet:
+        """The alphabet."""
         return self._vocab
 
     @property
@@ -69,7 +71,7 @@ class FixedLengthDiscreteDomain(DiscreteDomain):
         self,
         vocab_size: int | None = None,
         length: int | None = None,
-        vocab: Vocabulary | None = None,
+        vocab: Alphabet | None = None,
     ):
         """Takes a vocabulary, or makes one of ``vocab_size`` numbered tokens.
 
@@ -157,7 +159,7 @@ class FixedLengthDiscreteDomain(DiscreteDomain):
 class VariableLengthDiscreteDomain(DiscreteDomain):
     """All sequences of ``min_length`` to ``length`` tokens, followed by end tokens only."""
 
-    def __init__(self, vocab: Vocabulary, length: int, min_length: int = 0):
+    def __init__(self, vocab: Alphabet, length: int, min_length: int = 0):
         """Raises ValueError if ``vocab`` has no end token, or the lengths leave nothing."""
         if vocab.eos is None:
             raise ValueError(
@@ -249,18 +251,29 @@ def make_protein_domain(
     include_pad: bool = True,
     include_mask: bool = True,
     length: int = 1024,
+    alphabet: str = "protein",
 ) -> VariableLengthDiscreteDomain:
-    """Returns the domain of proteins of up to ``length`` residues.
+    """Returns the domain of the sequences of an alphabet.
+
+    Args:
+      include_anomalous_amino_acids: whether to keep the rare letters of the alphabet.
+      include_bos: whether to keep its begin token, and so on.
+      include_eos: whether to keep its end token.
+      include_pad: whether to keep its padding token.
+      include_mask: whether to keep its mask token.
+      length: the most residues of a sequence.
+      alphabet: the name of the alphabet, see `alphabets.ALPHABETS`.
 
     Raises:
-      ValueError: without ``include_eos``, for nothing could tell then where a protein stops.
+      ValueError: if there is no such alphabet, or without ``include_eos``, for nothing could tell
+        then where a sequence stops.
     """
-    vocab = ProteinVocab(
-        include_anomalous_amino_acids=include_anomalous_amino_acids,
-        include_bos=include_bos,
-        include_eos=include_eos,
-        include_pad=include_pad,
-        include_mask=include_mask,
+    vocab = get_alphabet(alphabet).select(
+        rare=include_anomalous_amino_acids,
+        bos=include_bos,
+        eos=include_eos,
+        pad=include_pad,
+        mask=include_mask,
     )
     return VariableLengthDiscreteDomain(vocab, length)
 

@@ -8,28 +8,23 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from fast_attention.protein_lm.data.alphabet import FASTA_SYMBOLS, Alphabet
+from fast_attention.protein_lm.data.alphabets import PROTEIN
 from fast_attention.protein_lm.data.fasta_parser import (
-    MAX_RESIDUES,
     BadRecord,
     FastaRecord,
+    RecordRules,
     scan_fasta,
     split_header,
 )
-from fast_attention.protein_lm.data.vocabulary import (
-    ANOMALOUS_RESIDUES,
-    FASTA_SYMBOLS,
-    STANDARD_RESIDUES,
-)
 from fast_attention.protein_lm.files.output_files import open_output
 from fast_attention.protein_lm.files.text_source import FastaError
-
-PROTEIN_LETTERS = STANDARD_RESIDUES + ANOMALOUS_RESIDUES
 
 
 def read_fasta(
     path: str | os.PathLike[str],
     *,
-    alphabet: str = PROTEIN_LETTERS,
+    alphabet: Alphabet = PROTEIN,
     on_error: str = "raise",
 ) -> Iterator[FastaRecord]:
     """Reads proteins one by one; the file is opened at the first of them.
@@ -43,10 +38,9 @@ def read_fasta(
 
     Args:
       path: the file.
-      alphabet: the residues that may occur, in upper case; digits and signs of `FASTA_SYMBOLS`
-        are possible, such as the gaps of an alignment.
+      alphabet: its `Alphabet.symbols` may occur.
       on_error: what to do at a letter outside ``alphabet``: ``"raise"``, or ``"replace"`` it by
-        ``X``, the unknown residue. Other symbols outside ``alphabet`` (gaps, digits, inner stops)
+        that of the unknown residue. Other symbols outside ``alphabet`` (gaps, digits, inner stops)
         always raise.
 
     Yields:
@@ -60,9 +54,8 @@ def read_fasta(
     return _read(Path(path), alphabet, on_error == "replace")
 
 
-def _read(path: Path, alphabet: str, replace: bool) -> Iterator[FastaRecord]:
-    found = scan_fasta(path, alphabet=alphabet, replace=replace, max_residues=MAX_RESIDUES)
-    for _, record in found:
+def _read(path: Path, alphabet: Alphabet, replace: bool) -> Iterator[FastaRecord]:
+    for _, record in scan_fasta(path, RecordRules(alphabet, replace=replace)):
         if isinstance(record, BadRecord):
             raise record_error(path, record)
         yield record
@@ -75,14 +68,17 @@ def record_error(path: Path, record: BadRecord) -> FastaError:
     )
 
 
-def check_options(alphabet: str, on_error: str, choices: tuple[str, ...]) -> None:
+def check_options(alphabet: Alphabet, on_error: str, choices: tuple[str, ...]) -> None:
     """Raises ValueError if ``on_error`` is none of the choices, or not possible."""
     if on_error not in choices:
         raise ValueError(
             f"on_error must be {' or '.join(map(repr, choices))}, but got {on_error!r}."
         )
-    if on_error == "replace" and "X" not in alphabet:
-        raise ValueError(f"on_error='replace' needs X in the alphabet, but got {alphabet!r}.")
+    if on_error == "replace" and alphabet.unknown is None:
+        raise ValueError(
+            "on_error='replace' needs a letter for the unknown residue (Alphabet.unknown), but the "
+            f"alphabet has only {alphabet.symbols}."
+        )
 
 
 def write_fasta(

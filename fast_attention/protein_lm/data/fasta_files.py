@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from fast_attention.protein_lm.data.fasta import (
-    PROTEIN_LETTERS,
-    check_options,
-    record_error,
-)
+from fast_attention.protein_lm.data.alphabet import Alphabet
+from fast_attention.protein_lm.data.alphabets import PROTEIN
+from fast_attention.protein_lm.data.fasta import check_options, record_error
 from fast_attention.protein_lm.data.fasta_parser import (
     MAX_RESIDUES,
     BadRecord,
     FastaRecord,
+    RecordRules,
     scan_fasta,
 )
 from fast_attention.protein_lm.data.skipped_records import SkippedRecord, SkippedRecords
@@ -74,7 +72,8 @@ def _files(path: Path) -> list[Path]:
 def read_proteins(
     paths: FastaPaths,
     *,
-    alphabet: str = PROTEIN_LETTERS,
+    alphabet: Alphabet = PROTEIN,
+    marks: str = "",
     on_error: str = "raise",
     skipped: SkippedRecords | None = None,
     unique_ids: bool = False,
@@ -91,10 +90,11 @@ def read_proteins(
 
     Args:
       paths: one file or folder, or several, see `fasta_paths`.
-      alphabet: the residues that may occur, in upper case.
+      alphabet: its `Alphabet.symbols` may occur.
+      marks: other symbols that may occur.
       on_error: what to do with a record that cannot be read: ``"raise"``; ``"skip"``, which
         leaves it out and adds it to ``skipped``; or ``"replace"``, which takes letters
-        outside ``alphabet`` for ``X``, and raises at anything else.
+        outside ``alphabet`` for the unknown residue, and raises at anything else.
       skipped: collects what ``on_error="skip"`` leaves out, which needs it.
       unique_ids: whether a second record of the same id, in any of the files, or one without an id
         is an error, too. By default both are kept. Costs about 150 bytes of memory per record.
@@ -114,18 +114,19 @@ def read_proteins(
         skipped = None
     elif skipped is None:
         raise ValueError("on_error='skip' needs skipped=SkippedRecords(), to tell what it skips.")
-    rules = {
-        "alphabet": alphabet,
-        "replace": on_error == "replace",
-        "max_residues": max_residues,
-        "too_long": too_long,
-    }
+    rules = RecordRules(
+        alphabet,
+        marks=marks,
+        replace=on_error == "replace",
+        max_residues=max_residues,
+        too_long=too_long,
+    )
     return _read(fasta_paths(paths), rules, skipped, unique_ids)
 
 
 def _read(
     files: list[Path],
-    rules: Mapping[str, Any],
+    rules: RecordRules,
     skipped: SkippedRecords | None,
     unique_ids: bool,
 ) -> Iterator[FastaRecord]:
@@ -134,7 +135,7 @@ def _read(
     places: dict[int, int] = {}
     for index, path in enumerate(files):
         scan = scan_table if is_table(path) else scan_fasta
-        for line, record in scan(path, **rules):
+        for line, record in scan(path, rules):
             if unique_ids and isinstance(record, FastaRecord):
                 place = line * len(files) + index
                 first = places.setdefault(hash(record.id), place)

@@ -12,14 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from fast_attention.protein_lm.data.alphabet import Alphabet
+from fast_attention.protein_lm.data.alphabets import alphabets_with
 from fast_attention.protein_lm.files.formats import name_format
 from fast_attention.protein_lm.files.text_source import FastaError, read_pieces
 
 MAX_RESIDUES = 10_000_000
 """A longer record is an error wherever records are read."""
-
-LONGEST_PROTEIN = 50_000
-"""Residues of the longest record that models read whole: no known protein is longer."""
 
 MAX_HEADER = 1_000_000
 """Bytes of the longest header that is read; those of NCBI's nr reach several hundred thousand."""
@@ -68,22 +67,12 @@ def split_header(header: str) -> tuple[str, str]:
     return name, description
 
 
-def scan_fasta(
-    path: Path,
-    *,
-    alphabet: str,
-    replace: bool,
-    max_residues: int,
-    too_long: str | None = None,
-) -> Iterator[tuple[int, FastaRecord | BadRecord]]:
+def scan_fasta(path: Path, rules: RecordRules) -> Iterator[tuple[int, FastaRecord | BadRecord]]:
     """Yields every record of a file, those that cannot be read as soon as that is known.
 
     Args:
       path: the file.
-      alphabet: the residues that may occur, some of `FASTA_SYMBOLS`.
-      replace: whether letters outside ``alphabet`` are taken for ``X``.
-      max_residues: a longer record is bad; what of it is held in memory is not more.
-      too_long: the remedy for a longer record; None takes a general one.
+      rules: what a record may hold.
 
     Yields:
       The line of the record's header, and the record.
@@ -92,7 +81,6 @@ def scan_fasta(
       FastaError: if the file as a whole cannot be read: missing, empty, cut off, no FASTA file, or
         with NUL bytes.
     """
-    rules = RecordRules(alphabet, replace, max_residues, too_long)
     draft = None
     line, begins_line = 1, True
     for piece in read_pieces(path):
@@ -123,16 +111,32 @@ class RecordRules:
     """What a record may hold."""
 
     def __init__(
-        self, alphabet: str, replace: bool, max_residues: int, too_long: str | None = None
+        self,
+        alphabet: Alphabet,
+        *,
+        marks: str = "",
+        replace: bool = False,
+        max_residues: int = MAX_RESIDUES,
+        too_long: str | None = None,
     ):
-        """Takes the arguments of `scan_fasta`."""
-        self.alphabet = "".join(sorted(alphabet))
-        allowed = (alphabet + alphabet.lower()).encode()
+        """Says what may occur.
+
+        Args:
+          alphabet: its `Alphabet.symbols` may occur.
+          marks: other symbols that may occur.
+          replace: whether other letters are taken for the unknown residue.
+          max_residues: a longer record is bad; what of it is held in memory is not more.
+          too_long: the remedy for a longer record; None takes a general one.
+        """
+        self.symbols = "".join(sorted(alphabet.symbols + marks))
+        self.unknown = alphabet.unknown
+        allowed = (self.symbols + self.symbols.lower()).encode()
         self.passing = allowed + _LETTERS if replace else allowed
         self.max_residues = max_residues
         self.too_long = too_long or "Check that each protein has a header of its own."
         unknown = bytes(letter for letter in _LETTERS if letter not in allowed)
-        self.replacements = bytes.maketrans(unknown, b"X" * len(unknown)) if replace else None
+        letter = (self.unknown or "").encode()
+        self.replacements = bytes.maketrans(unknown, letter * len(unknown)) if replace else None
 
 
 def make_record(
@@ -207,8 +211,8 @@ class _Draft:
         return FastaRecord(name, description, sequence.decode("ascii").upper())
 
     def _bad_symbol(self, line: int, symbol: str) -> BadRecord:
-        reason = f"has the symbol {symbol!r}, which is none of the residues {self._rules.alphabet}"
-        return self._bad(line, reason, _remedy(symbol, self._rules.alphabet))
+        reason = f"has the symbol {symbol!r}, which is none of the residues {self._rules.symbols}"
+        return self._bad(line, reason, _remedy(symbol, self._rules.unknown))
 
     def _bad(self, line: int, reason: str, remedy: str) -> BadRecord:
         name, _ = split_header(self._header[:200].decode(errors="replace"))
@@ -216,20 +220,20 @@ class _Draft:
         return BadRecord(line, name, reason, remedy)
 
 
-def _remedy(symbol: str, alphabet: str) -> str:
-    if symbol in "-.":
-        return (
-            "Remove the gaps of the alignment first, or take a model whose vocabulary has them "
-            "(ProteinVocab.include_align_tokens)."
-        )
+def _remedy(symbol: str, unknown: str | None) -> str:
     if symbol == "*":
         return "A stop may only end a sequence: cut the sequence there."
     if symbol == ">":
         return "Remove it, or begin a line before it if it begins a header."
     if symbol == "\ufeff":
         return "Remove it: a byte order mark may only begin a file."
-    if symbol in string.ascii_letters and "X" in alphabet:
-        return "Replace it, or read the file with on_error='replace', which takes it for X."
+    if symbol in string.ascii_letters and unknown is not None:
+        return f"Replace it, or read with on_error='replace', which takes it for {unknown}."
+    if others := alphabets_with(symbol):
+        return (
+            f"Remove it, or train a model whose alphabet has it: {' or '.join(others)} "
+            "(make_protein_domain.alphabet)."
+        )
     return "Remove it, and check that the file is FASTA of the model's alphabet."
 
 

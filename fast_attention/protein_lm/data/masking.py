@@ -9,7 +9,7 @@ import dataclasses
 
 import numpy as np
 
-from fast_attention.protein_lm.data.vocabulary import Vocabulary
+from fast_attention.protein_lm.data.alphabet import Alphabet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class MaskingConfig:
 def mask_tokens(
     tokens: np.ndarray,
     segment_ids: np.ndarray,
-    vocab: Vocabulary,
+    vocab: Alphabet,
     draws: np.ndarray,
     config: MaskingConfig | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -74,7 +74,7 @@ def mask_tokens(
         )
     config = config or MaskingConfig()
     choice, fate = draws
-    maskable = (segment_ids > 0) & np.isin(tokens, vocab.ordinary_ids)
+    maskable = (segment_ids > 0) & vocab.are_ordinary(tokens)
 
     protein = segment_ids + (segment_ids.max() + 1) * np.arange(len(tokens))[:, None]
     lowest = np.full(protein.max() + 1, np.inf)

@@ -124,7 +124,6 @@ def make_dataset(
     corpus = source.corpus if isinstance(source, Mixture) else source
     planner = _plan(source, length, width, seed, pack, shuffle, crop)
     num_rows = sys.maxsize if num_epochs is None else num_epochs * planner.num_rows
-    pad = _pad_token(domain)
     begin, end = rows or (0, batch_size)
     if not 0 <= begin < end <= batch_size:
         raise ValueError(
@@ -135,7 +134,7 @@ def make_dataset(
     def batch_at(index: int) -> Batch:
         first = index * batch_size + begin
         pieces = planner.pieces(first, max(min(end - begin, num_rows - first), 0))
-        packed = fill_rows(corpus, pieces, (end - begin, width), pad)
+        packed = fill_rows(corpus, pieces, (end - begin, width), domain.vocab.filler)
         if objective == "causal":
             return _causal_batch(packed, domain)
         draws = row_draws([seed, _TRAIN_MASKS, index], (batch_size, width), begin, end)
@@ -274,7 +273,7 @@ def _eval_batches(
             proteins, np.zeros_like(proteins), lengths[proteins], np.arange(len(proteins))
         )
         width = next(bucket for bucket in buckets if bucket >= pieces.lengths[0])
-        rows = fill_rows(corpus, pieces, (batch_size, width), _pad_token(domain))
+        rows = fill_rows(corpus, pieces, (batch_size, width), domain.vocab.filler)
         if objective == "causal":
             batch = _causal_batch(rows, domain)
         else:
@@ -324,11 +323,6 @@ def _load(
     if isinstance(fasta, Corpus):
         return fasta
     return load_corpus(fasta, domain, on_error=on_error, skipped=skipped)
-
-
-def _pad_token(domain: DiscreteDomain) -> int:
-    vocab = domain.vocab
-    return next((token for token in (vocab.pad, vocab.eos) if token is not None), 0)
 
 
 def _check(**choices: tuple[str, tuple[str, ...]]) -> None:

@@ -28,14 +28,7 @@ def is_table(path: Path) -> bool:
     return path.name.lower().removesuffix(".gz").endswith(EXTENSIONS)
 
 
-def scan_table(
-    path: Path,
-    *,
-    alphabet: str,
-    replace: bool,
-    max_residues: int,
-    too_long: str | None = None,
-) -> Iterator[tuple[int, FastaRecord | BadRecord]]:
+def scan_table(path: Path, rules: RecordRules) -> Iterator[tuple[int, FastaRecord | BadRecord]]:
     """Yields every record of a table; the arguments are those of `fasta_parser.scan_fasta`.
 
     Yields:
@@ -45,7 +38,6 @@ def scan_table(
       FastaError: If the file as a whole cannot be read: missing, empty, cut off, no table, or
         without a column of sequences.
     """
-    rules = RecordRules(alphabet, replace, max_residues, too_long)
     width, id_place, sequence_place, num_rows = 0, 0, 1, 0
     for line, cells in read_rows(path):
         if not width:

@@ -257,10 +257,10 @@ def baseline_scores(
     """
     test = _load(test)
     _, tokens, _ = _scored(test, 1)
-    num_standard = len(test.vocab.standard_ids)
+    standard = test.vocab.ranks[test.vocab.standard_ids]
     scored = {
         Outcomes.of(test.vocab).number: len(tokens),
-        num_standard: int((tokens < num_standard).sum()),
+        len(standard): int(np.isin(tokens, standard).sum()),
     }
     scores = [
         BaselineScore(f"uniform over {outcomes}", float(outcomes), 1 / outcomes, number)

@@ -41,8 +41,7 @@ class EmpiricalBaseline:
         self._vocab = domain.vocab
         counts = np.zeros(len(domain.vocab.ordinary_ids))
         for batch in train_ds:
-            ids = self._ids(batch)
-            counts += np.bincount(ids[ids < len(counts)], minlength=len(counts))
+            counts += np.bincount(self._residues(batch), minlength=len(counts))
         counts += alpha
         if not counts.sum():
             raise ValueError("there is no residue to count, and alpha is 0")
@@ -54,8 +53,7 @@ class EmpiricalBaseline:
         Returns:
           Sums as `FlaxModel.evaluate_batch`, of the residues.
         """
-        ids = self._ids(batch)
-        residues = ids[ids < len(self.distribution)]
+        residues = self._residues(batch)
         with np.errstate(divide="ignore"):
             loss = -np.log(self.distribution[residues]).sum()
         correct = (residues == self.distribution.argmax()).sum()
@@ -74,8 +72,10 @@ class EmpiricalBaseline:
         found = itertools.islice(ds, steps)
         return metrics.combine_metrics([self.evaluate_batch(batch) for batch in found])
 
-    def _ids(self, batch: Any) -> np.ndarray:
+    def _residues(self, batch: Any) -> np.ndarray:
+        """The ordinary tokens of a batch as numbers among these."""
         ids = np.asarray(self._vocab.encode(batch) if isinstance(batch, str) else batch)
         if not self._vocab.are_valid(ids).all():
             raise ValueError(f"expected ids from 0 to {len(self._vocab) - 1}; got {batch}")
-        return ids.astype(np.int64).reshape(-1)
+        ranks = self._vocab.ranks[ids.astype(np.int64).reshape(-1)]
+        return ranks[ranks >= 0]

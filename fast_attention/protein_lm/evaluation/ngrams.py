@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fast_attention.protein_lm.data.vocabulary import Vocabulary
+from fast_attention.protein_lm.data.alphabet import Alphabet
 from fast_attention.protein_lm.errors import RunError
 from fast_attention.protein_lm.files.npz_files import read_npz
 from fast_attention.protein_lm.files.output_files import write_file
@@ -41,7 +41,7 @@ class Outcomes(NamedTuple):
     has_end: bool
 
     @classmethod
-    def of(cls, vocab: Vocabulary) -> Outcomes:
+    def of(cls, vocab: Alphabet) -> Outcomes:
         """Those of a vocabulary."""
         return cls(len(vocab.ordinary_ids), vocab.eos is not None)
 
@@ -68,14 +68,14 @@ class Outcomes(NamedTuple):
             order += 1
         return order
 
-    def digits(self, ids: np.ndarray, vocab: Vocabulary) -> np.ndarray:
+    def digits(self, ids: np.ndarray, vocab: Alphabet) -> np.ndarray:
         """The digits of some ids, int64.
 
         Args:
           ids: Ordinary and end tokens of `vocab`.
           vocab: That these outcomes are of.
         """
-        return np.where(ids == vocab.eos, self.base - 1, ids.astype(np.int64))
+        return np.where(ids == vocab.eos, self.base - 1, vocab.ranks[ids])
 
 
 _MAX_ORDER = 12

@@ -86,7 +86,7 @@ def score_proteins(
             found.append((proteins, _row_sums(model, batch)))
             if model.objective == "masked":
                 rows, columns = np.nonzero(batch["weights"][: len(proteins)])
-                parts.append((proteins[rows], batch["targets"][rows, columns]))
+                parts.append((proteins[rows], corpus.vocab.ranks[batch["targets"][rows, columns]]))
     sums = {MODEL: _gather(found, len(corpus))}
     if model.objective == "causal":
         sums |= _causal_baselines(corpus, sums[MODEL].residues, length, ngrams)

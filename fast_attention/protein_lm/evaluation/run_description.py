@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fast_attention.protein_lm.data.alphabet import SPECIAL
 from fast_attention.protein_lm.data.corpus import bundled_corpus
 from fast_attention.protein_lm.evaluation.evaluation_files import (
     format_evaluation_summary,
@@ -36,7 +37,7 @@ def describe_run(
 
     Returns:
       ``folder``, ``kind`` (``"run"`` or ``"export"``), those of `descriptions.describe_model`,
-      ``vocabulary``, ``max_length``, ``checkpoints`` (steps), ``step`` and ``tokens`` (seen in
+      ``alphabet``, ``max_length``, ``checkpoints`` (steps), ``step`` and ``tokens`` (seen in
       training) of the newest or None, ``finished``, ``corpus`` (by split: ``files``, and
       ``proteins`` and ``residues`` where they are on record), ``metrics`` (the last row by
       split), ``evaluations`` (those on record, the newest first, each with its ``file``, ``date``
@@ -55,7 +56,7 @@ def describe_run(
         "folder": str(folder.path),
         "kind": "export" if exported else "run",
         **model_description.describe_model(model),
-        "vocabulary": about["vocabulary"],
+        "alphabet": about["alphabet"],
         "max_length": model.max_length,
         "checkpoints": steps,
         "step": step,
@@ -89,7 +90,7 @@ def format_information(about: dict[str, Any]) -> str:
     if about["masking"] is not None:
         lines.append(("masking", _options(about["masking"], skip=("type",))))
     lines += [
-        ("vocabulary", _vocabulary(about["vocabulary"])),
+        ("alphabet", _alphabet(about["alphabet"])),
         ("longest", counted(about["max_length"], "token")),
         ("parameters", f"{total:,} trained, and {drawn:,} drawn once"),
     ]
@@ -153,12 +154,12 @@ def _attention(attention: str | dict[str, Any]) -> str:
     return f"{attention['type']}({_options(options, skip=('type',))})"
 
 
-def _vocabulary(vocabulary: dict[str, Any]) -> str:
-    tokens = vocabulary["tokens"]
+def _alphabet(alphabet: dict[str, Any]) -> str:
+    tokens = alphabet["tokens"]
     special = [
-        f"{name} {tokens[vocabulary[name]]}"
-        for name in ("bos", "eos", "pad", "mask")
-        if vocabulary[name] is not None
+        f"{name} {alphabet[f'{name}_token']}"
+        for name in SPECIAL
+        if alphabet[f"{name}_token"] is not None
     ]
     return f"{len(tokens)} tokens, {' '.join(tokens)} ({', '.join(special)})"
 

@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fast_attention.protein_lm.data.alphabet import Alphabet
+from fast_attention.protein_lm.data.alphabets import PROTEIN
 from fast_attention.protein_lm.data.columns import check_name, read_columns
-from fast_attention.protein_lm.data.fasta import PROTEIN_LETTERS
 from fast_attention.protein_lm.data.fasta_parser import MAX_RESIDUES
 from fast_attention.protein_lm.errors import RunError
 from fast_attention.protein_lm.files.output_files import printable
@@ -60,7 +61,7 @@ def read_labelled(
     group_column: str | None = None,
     sequences: Mapping[str, str] | None = None,
     on_error: str = "raise",
-    alphabet: str = PROTEIN_LETTERS,
+    alphabet: Alphabet = PROTEIN,
     longest: int = MAX_RESIDUES,
     numeric: bool = False,
 ) -> Labelled:
@@ -75,8 +76,9 @@ def read_labelled(
       group_column: Its column of families or the like.
       sequences: Residues by id, to be used instead of the column.
       on_error: What to do at a letter outside `alphabet`: ``"raise"``, ``"skip"`` the row, or
-        ``"replace"`` the letter by X. Rows without sequence or label are errors, too.
-      alphabet: The residues that may occur.
+        ``"replace"`` the letter by that of the unknown residue. Rows without sequence or label
+        are errors, too.
+      alphabet: Its symbols may occur.
       longest: Most residues of a protein.
       numeric: Whether labels must be numbers; a row whose label is none is an error, too.
 
@@ -259,15 +261,16 @@ def _lookup(sequences: Mapping[str, str], name: str) -> str:
     return sequences[name]
 
 
-def _clean(residues: str, on_error: str, alphabet: str) -> str:
+def _clean(residues: str, on_error: str, alphabet: Alphabet) -> str:
     residues = "".join(residues.split()).upper().removesuffix("*")
     if not residues:
         raise ValueError("the sequence is empty")
-    unknown = sorted(set(residues) - set(alphabet))
-    if unknown and on_error == "replace" and all(letter.isalpha() for letter in unknown):
-        return "".join(letter if letter in alphabet else "X" for letter in residues)
+    unknown = sorted(set(residues) - set(alphabet.symbols))
+    letter = alphabet.unknown
+    if unknown and on_error == "replace" and letter and all(map(str.isalpha, unknown)):
+        return residues.translate({ord(strange): letter for strange in unknown})
     if unknown:
-        raise ValueError(f"the sequence has {unknown[0]!r}, which is none of {alphabet}")
+        raise ValueError(f"the sequence has {unknown[0]!r}, which is none of {alphabet.symbols}")
     return residues
 
 

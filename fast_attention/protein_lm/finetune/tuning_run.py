@@ -12,7 +12,7 @@ from typing import Any
 
 from fast_attention.protein_lm.data.corpus import FastaPaths
 from fast_attention.protein_lm.data.fasta_files import read_proteins
-from fast_attention.protein_lm.data.fasta_parser import LONGEST_PROTEIN, MAX_RESIDUES
+from fast_attention.protein_lm.data.fasta_parser import MAX_RESIDUES
 from fast_attention.protein_lm.data.skipped_records import SkippedRecords
 from fast_attention.protein_lm.errors import RunError
 from fast_attention.protein_lm.evaluation.report import format_table, shared_note
@@ -98,26 +98,26 @@ def run_tuning(
     names = (*PREDICTOR_FILES, _METRICS, _PREDICTIONS, RunFolder(folder).model.name)
     check_free(RunFolder(folder), names)
     loaded = load_run(run_dir, gin_file=gin_file)
-    letters = loaded.model.domain.vocab.symbols
+    alphabet = loaded.model.domain.vocab
     sequences = None
     on_error = columns.get("on_error", "raise")
-    limit = MAX_RESIDUES if options.get("max_length") else LONGEST_PROTEIN
+    limit = MAX_RESIDUES if options.get("max_length") else alphabet.longest
     if fasta is not None:
         records = read_proteins(
             fasta,
-            alphabet=letters,
+            alphabet=alphabet,
             on_error=on_error,
             skipped=SkippedRecords() if on_error == "skip" else None,
             unique_ids=True,
             max_residues=limit,
-            too_long=longest_record(None)[1],
+            too_long=longest_record(alphabet)[1],
         )
         sequences = {record.id: record.sequence for record in records}
     found = read_labelled(
         table,
         **columns,
         sequences=sequences,
-        alphabet=letters,
+        alphabet=alphabet,
         longest=limit,
         numeric=task == "regression",
     )

@@ -11,8 +11,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from fast_attention.protein_lm.data.alphabets import PROTEIN
 from fast_attention.protein_lm.data.fasta import FastaRecord
-from fast_attention.protein_lm.data.vocabulary import STANDARD_RESIDUES
 from fast_attention.protein_lm.files.output_files import write_file
 from fast_attention.protein_lm.inference.mutations import Variant
 
@@ -42,7 +42,7 @@ def effect_matrix(
     wild_type: str,
     variants: Sequence[Variant],
     values: np.ndarray,
-    residues: str = STANDARD_RESIDUES,
+    residues: str = PROTEIN.standard_symbols,
 ) -> np.ndarray:
     """Returns float64 [residues, positions]: the value of each single substitution, NaN elsewhere.
 
@@ -73,7 +73,7 @@ def plot_heatmap(
     matrix: np.ndarray,
     name: str,
     *,
-    residues: str = STANDARD_RESIDUES,
+    residues: str = PROTEIN.standard_symbols,
     span: tuple[int, int] | None = None,
 ) -> None:
     """Draws `effect_matrix`, with a dot at each residue of the wild type; grey is not known.

@@ -153,7 +153,7 @@ def _encode(model: BuiltModel, protein: FastaRecord) -> np.ndarray:
         )
     try:
         vocab.encode(known)
-        if not set(known) <= {vocab.tokens[token] for token in vocab.ordinary_ids}:
+        if not set(known) <= vocab.letters.keys():
             raise KeyError("it has a symbol that is no residue.")
     except KeyError as error:
         raise ValueError(f"protein {protein.id!r}: {error.args[0]}") from None

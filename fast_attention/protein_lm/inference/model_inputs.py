@@ -6,9 +6,10 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from fast_attention.protein_lm.data.alphabet import Alphabet
 from fast_attention.protein_lm.data.fasta import FastaRecord
 from fast_attention.protein_lm.data.fasta_files import FastaPaths, read_proteins
-from fast_attention.protein_lm.data.fasta_parser import LONGEST_PROTEIN, MAX_RESIDUES
+from fast_attention.protein_lm.data.fasta_parser import MAX_RESIDUES
 from fast_attention.protein_lm.data.skipped_records import SkippedRecords
 from fast_attention.protein_lm.errors import RunError
 from fast_attention.protein_lm.machine_failures import OUT_OF_MEMORY, machine_failure
@@ -60,7 +61,7 @@ def read_for_model(
       model: Whose letters may occur.
       paths: As for `read_proteins`.
       max_length: To how many residues proteins will be cropped. None crops none, and a record of
-        more than `LONGEST_PROTEIN` residues is an error.
+        more than `Alphabet.longest` residues is an error.
       on_error: As for `read_proteins`. Of a protein that is too long, "raise" and "replace" raise.
       skipped: As for `read_proteins`.
       unique_ids: As for `read_proteins`.
@@ -78,10 +79,10 @@ def read_for_model(
         )
     limit, remedy = MAX_RESIDUES, None
     if max_length is None:
-        limit, remedy = longest_record(room, crop)
+        limit, remedy = longest_record(model.domain.vocab, room, crop)
     return read_proteins(
         paths,
-        alphabet=model.domain.vocab.symbols,
+        alphabet=model.domain.vocab,
         on_error=on_error,
         skipped=skipped,
         unique_ids=unique_ids,
@@ -90,22 +91,25 @@ def read_for_model(
     )
 
 
-def longest_record(room: int | None, crop: str = CROP) -> tuple[int, str]:
+def longest_record(
+    alphabet: Alphabet, room: int | None = None, crop: str = CROP
+) -> tuple[int, str]:
     """The most residues of a record that is read whole, and what to do with a longer one.
 
     Args:
+      alphabet: Of the model.
       room: Most residues that the model can read; None is any number.
       crop: How the caller crops proteins.
     """
-    if room is not None and room < LONGEST_PROTEIN:
+    if room is not None and room < alphabet.longest:
         return room, (
             f"The model's learned positions have room for {room}: "
             f"{crop.replace('the first N', f'the first {room}').replace('=N', f'={room}')}, or "
             "train a model with FlaxModel.positions = 'rotary'."
         )
-    return LONGEST_PROTEIN, (
-        "No known protein is as long: check that this is no genome and that each protein has a "
-        f"header of its own, or {crop}."
+    return alphabet.longest, (
+        f"At most {alphabet.longest:,} are expected: check that this is no genome and that each "
+        f"protein has a header of its own, or {crop}."
     )
 
 

@@ -126,7 +126,7 @@ def score_variants(
 
 def _check(model: BuiltModel, wild_type: str, variants: Sequence[Variant]) -> None:
     vocab, longest = model.domain.vocab, longest_protein(model)
-    letters = "".join(vocab.tokens[token] for token in vocab.ordinary_ids)
+    letters = "".join(vocab.letters)
     proteins = [("the wild type", wild_type, len(wild_type))]
     proteins += [
         (v.name, "".join(edit.residues for edit in v.edits), len(wild_type) + v.growth)
@@ -213,7 +213,7 @@ def _marginals(
         view.asked: dict(zip(view.asked, rows, strict=True))
         for view, rows in zip(views, tables, strict=True)
     }
-    tokens = {model.domain.vocab.tokens[i]: i for i in model.domain.vocab.ordinary_ids}
+    tokens = model.domain.vocab.letters
     scores = []
     for variant, places in zip(variants, asked, strict=True):
         table = found[places if hide else views[0].asked]

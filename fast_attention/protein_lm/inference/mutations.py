@@ -21,7 +21,8 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from fast_attention.protein_lm.data.vocabulary import FASTA_SYMBOLS, STANDARD_RESIDUES
+from fast_attention.protein_lm.data.alphabet import FASTA_SYMBOLS
+from fast_attention.protein_lm.data.alphabets import PROTEIN
 
 # Digits are positions, and the others separate.
 _RESIDUE = f"[{re.escape(''.join(set(FASTA_SYMBOLS) - set('0123456789:,_')))}]"
@@ -126,20 +127,20 @@ def variant_of(name: str, sequence: str, wild_type: str) -> Variant:
 
 
 def all_substitutions(
-    wild_type: str, places: Iterable[int] | None = None, residues: str = STANDARD_RESIDUES
+    wild_type: str, places: Iterable[int] | None = None, residues: str = PROTEIN.standard_symbols
 ) -> list[Variant]:
     """Every substitution by another residue.
 
     Args:
       wild_type: The protein.
       places: Where, from 0 on; None is everywhere.
-      residues: By which, such as `Vocabulary.standard_symbols` of a model with another alphabet.
+      residues: By which, such as `Alphabet.standard_symbols` of a model with another alphabet.
     """
     return list(iterate_substitutions(wild_type, places, residues))
 
 
 def iterate_substitutions(
-    wild_type: str, places: Iterable[int] | None = None, residues: str = STANDARD_RESIDUES
+    wild_type: str, places: Iterable[int] | None = None, residues: str = PROTEIN.standard_symbols
 ) -> Iterator[Variant]:
     """Yields what `all_substitutions` returns, one by one."""
     for place in range(len(wild_type)) if places is None else places:

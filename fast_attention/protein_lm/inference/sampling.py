@@ -125,7 +125,7 @@ def encode_prompt(model: BuiltModel, prompt: str, max_length: int | None = None)
         for another one.
     """
     vocab = model.domain.vocab
-    known = {vocab.tokens[token]: token for token in vocab.ordinary_ids}
+    known = vocab.letters
     strange = next((letter for letter in prompt if letter not in known), None)
     if strange is not None:
         raise ValueError(

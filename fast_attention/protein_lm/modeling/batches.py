@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fast_attention.protein_lm.data import pipeline
+from fast_attention.protein_lm.data.alphabet import Alphabet
 from fast_attention.protein_lm.data.corpus import Corpus, join_rows
 from fast_attention.protein_lm.data.domains import DiscreteDomain
 from fast_attention.protein_lm.data.masking import MaskingConfig
-from fast_attention.protein_lm.data.vocabulary import Vocabulary
 from fast_attention.protein_lm.modeling import pairs
 
 if TYPE_CHECKING:
@@ -58,9 +58,9 @@ def as_corpus(sequences: Iterable[Any], domain: DiscreteDomain) -> Corpus:
         body = ids[:length]
         if not ended[length:].all() or not vocab.are_ordinary(body).all() or not length:
             raise ValueError(
-                f"sequence {number} must be one or more of the ids {vocab.ordinary_ids[0]} .. "
-                f"{vocab.ordinary_ids[-1]}, then nothing but end or padding tokens; got "
-                f"{ids.tolist()}"
+                f"sequence {number} must be one or more ids of ordinary tokens, such as "
+                f"{vocab.ordinary_ids[0]} .. {vocab.ordinary_ids[-1]}, then nothing but end or "
+                f"padding tokens; got {ids.tolist()}"
             )
         if length > domain.length:
             raise ValueError(
@@ -321,7 +321,7 @@ def in_order(corpus: Corpus, domain: DiscreteDomain, objective: str) -> pipeline
     return batch if objective == "causal" else batch | {"inputs": batch["targets"]}
 
 
-def unpacked(ids: np.ndarray, vocab: Vocabulary) -> pipeline.Batch:
+def unpacked(ids: np.ndarray, vocab: Alphabet) -> pipeline.Batch:
     """The batch of rows that hold one sequence each, for scoring.
 
     Args:

@@ -80,7 +80,7 @@ def _encode(
     model: BuiltModel, sequences: Iterable[str], max_length: int | None
 ) -> Iterator[Encoded]:
     vocab, room = model.domain.vocab, longest_protein(model)
-    letters = {vocab.tokens[i]: i for i in vocab.ordinary_ids}
+    letters = vocab.letters
     for number, sequence in enumerate(sequences):
         if not isinstance(sequence, str):
             raise TypeError(
@@ -99,9 +99,10 @@ def _encode(
         try:
             ids = np.array([letters[letter] for letter in part], np.int32)
         except KeyError as error:
+            unknown = f", and {vocab.unknown!r} for an unknown residue" if vocab.unknown else ""
             raise ValueError(
                 f"sequence {number} has {error.args[0]!r}, which is none of the residues "
-                f"{''.join(letters)}: use upper case, and 'X' for an unknown residue."
+                f"{''.join(letters)}: use upper case{unknown}."
             ) from None
         yield Encoded(ids, len(part) == len(sequence))
 

@@ -1,6 +1,6 @@
 """``model.json``: what a model is, as plain data from which it is made again.
 
-The file names the class of the model, its vocabulary, the shape of the Transformer, the factory of
+The file names the class of the model, its alphabet, the shape of the Transformer, the factory of
 the attention function with its arguments, masking, mesh, optimiser and the settings of the
 training. It is compared with names and types that are listed here, so that a file from somebody
 else can describe a model and do nothing else. What cannot be described, such as an attention
@@ -22,18 +22,13 @@ import jax.numpy as jnp
 from fast_attention.mesh.meshes import FSDP, MODEL, SEQUENCE, MeshError, make_mesh
 from fast_attention.models.config import TransformerConfig
 from fast_attention.models.transformer import Transformer
+from fast_attention.protein_lm.data.alphabet import Alphabet
 from fast_attention.protein_lm.data.domains import (
     DiscreteDomain,
     FixedLengthDiscreteDomain,
     VariableLengthDiscreteDomain,
 )
 from fast_attention.protein_lm.data.masking import MaskingConfig
-from fast_attention.protein_lm.data.vocabulary import (
-    ALIGNMENT_TOKENS,
-    ANOMALOUS_RESIDUES,
-    ProteinVocab,
-    Vocabulary,
-)
 from fast_attention.protein_lm.errors import RunError
 from fast_attention.protein_lm.files.json_files import (
     check_fields,
@@ -51,12 +46,11 @@ from fast_attention.protein_lm.runs.attention_recipes import OWN, name_of
 from fast_attention.recipes import recipe
 
 FORMAT = "fast_attention.protein_lm"
-VERSION = 3
+VERSION = 4
 
 _DOMAINS = ("VariableLengthDiscreteDomain", "FixedLengthDiscreteDomain")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _MESH = (FSDP, MODEL, SEQUENCE)
-_SPECIAL = ("bos", "eos", "pad", "mask")
 
 # Sizes beyond these are no model's: making it would take hours or more memory than there is.
 _LIMITS = {"num_layers": 4096, "length": 2**31 - 1, "batch_size": 2**31 - 1}
@@ -66,7 +60,7 @@ _HINTS: dict[str, Any] = {
     "format": str,
     "format_version": int,
     "model": str | dict,
-    "vocabulary": dict,
+    "alphabet": dict,
     "domain": dict,
     "transformer": dict,
     "attention": dict | None,
@@ -78,8 +72,7 @@ _HINTS: dict[str, Any] = {
     "training": dict | None,
     "exported": dict | None,
 }
-_VOCABULARY = {"type": Literal["Vocabulary", "ProteinVocab"], "tokens": list[str]}
-_VOCABULARY |= dict.fromkeys(_SPECIAL, int | None)
+_ALPHABET = get_type_hints(Alphabet) | {"tokens": list[str], "unused": list[str]}
 _DOMAIN = {"type": Literal[_DOMAINS], "length": int, "min_length": int | None}
 _ADDED = {"with_bos": bool | None, "with_mask": bool}
 _OPTIMIZER = {
@@ -114,15 +107,13 @@ class OwnPartError(RunError):
 
 
 def describe_domain(domain: DiscreteDomain) -> dict[str, Any]:
-    """``vocabulary`` and ``domain`` of a model's file."""
-    vocab = domain.vocab
-    own_vocab = type(vocab) not in (Vocabulary, ProteinVocab)
+    """``alphabet`` and ``domain`` of a model's file."""
+    alphabet = domain.vocab
     own_domain = type(domain) not in (VariableLengthDiscreteDomain, FixedLengthDiscreteDomain)
     return {
-        "vocabulary": {
-            "type": _own(type(vocab)) if own_vocab else type(vocab).__name__,
-            "tokens": vocab.tokens,
-            **{name: getattr(vocab, name) for name in _SPECIAL},
+        "alphabet": {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in dataclasses.asdict(alphabet).items()
         },
         "domain": {
             "type": _own(type(domain)) if own_domain else type(domain).__name__,
@@ -195,7 +186,7 @@ def read(path: Path) -> dict[str, Any]:
         )
     about = check_fields(path, "", about, _HINTS)
     parts = {
-        "vocabulary": _VOCABULARY | {"type": str | dict},
+        "alphabet": _ALPHABET,
         "domain": _DOMAIN | {"type": str | dict},
         "transformer": _transformer_hints(),
         "masking": get_type_hints(MaskingConfig),
@@ -235,7 +226,6 @@ def check_describable(path: Path, about: dict[str, Any]) -> None:
     """
     parts = {
         "model": about["model"],
-        "vocabulary.type": about["vocabulary"]["type"],
         "domain.type": about["domain"]["type"],
         "attention": attention_recipes.own_part(about["attention"]),
     }
@@ -302,35 +292,18 @@ def build(path: Path, about: dict[str, Any]) -> BuiltModel:
 
 
 def _build_domain(path: Path, about: dict[str, Any]) -> DiscreteDomain:
-    given, domain = about["vocabulary"], about["domain"]
-    tokens = given["tokens"]
-    ids = {name: given[name] for name in _SPECIAL if given[name] is not None}
-    for name, number in ids.items():
-        if not 0 <= number < len(tokens):
-            raise RunError(f"{path}: vocabulary.{name} is {number}; there are {len(tokens)} tokens")
-    ordinary = tokens[: len(tokens) - len(ids)]
-    special: dict[str, Any] = {f"include_{name}": name in ids for name in _SPECIAL}
-    special |= {f"{name}_token": tokens[number] for name, number in ids.items()}
-    if given["type"] == "ProteinVocab":
-        vocab = ProteinVocab(
-            include_anomalous_amino_acids=ANOMALOUS_RESIDUES[0] in ordinary,
-            include_align_tokens=ALIGNMENT_TOKENS[0] in ordinary,
-            **special,
-        )
-    else:
-        vocab = Vocabulary(ordinary, **special)
+    domain = about["domain"]
+    vocab = Alphabet(**about["alphabet"])
     if domain["type"] == "FixedLengthDiscreteDomain":
         made: DiscreteDomain = FixedLengthDiscreteDomain(vocab=vocab, length=domain["length"])
     else:
         made = VariableLengthDiscreteDomain(vocab, domain["length"], domain["min_length"] or 0)
-    described = describe_domain(made)
-    for part in ("vocabulary", "domain"):
-        for name, value in described[part].items():
-            if about[part][name] != value:
-                raise RunError(
-                    f"{path}: {part}.{name} is {shown(about[part][name])}, which contradicts the "
-                    f"rest of the {part}; expected {shown(value)}"
-                )
+    for name, value in describe_domain(made)["domain"].items():
+        if domain[name] != value:
+            raise RunError(
+                f"{path}: domain.{name} is {shown(domain[name])}, which contradicts the rest of "
+                f"the domain; expected {shown(value)}"
+            )
     return made
 
 

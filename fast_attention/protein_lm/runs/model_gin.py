@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fast_attention.protein_lm.data.alphabet import SPECIAL
+from fast_attention.protein_lm.data.alphabets import ALPHABETS
 from fast_attention.protein_lm.data.domains import make_protein_domain
-from fast_attention.protein_lm.data.vocabulary import ANOMALOUS_RESIDUES
 from fast_attention.protein_lm.errors import RunError
 from fast_attention.protein_lm.runs import attention_recipes, model_file
 
@@ -50,18 +51,15 @@ def _named(configurable: str, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _domain(path: Path, about: dict[str, Any]) -> dict[str, Any]:
-    vocabulary, domain = about["vocabulary"], about["domain"]
-    options = {
-        f"include_{name}": vocabulary[name] is not None for name in ("bos", "eos", "pad", "mask")
-    }
-    options["include_anomalous_amino_acids"] = ANOMALOUS_RESIDUES[0] in vocabulary["tokens"]
-    options["length"] = domain["length"]
-    if model_file.describe_domain(make_protein_domain(**options)) != {
-        "vocabulary": vocabulary,
-        "domain": domain,
-    }:
-        raise RunError(
-            f"{path}: the vocabulary is not one of make_protein_domain: give --gin_file and the "
-            "gin file that the model was trained with"
-        )
-    return _named("make_protein_domain", options)
+    wanted = {name: about[name] for name in ("alphabet", "domain")}
+    alphabet = about["alphabet"]
+    options = {f"include_{name}": alphabet[f"{name}_token"] is not None for name in SPECIAL}
+    options |= {"include_anomalous_amino_acids": bool(alphabet["rare"])}
+    options |= {"length": about["domain"]["length"]}
+    for name in ALPHABETS if options["include_eos"] else ():
+        if model_file.describe_domain(make_protein_domain(**options, alphabet=name)) == wanted:
+            return _named("make_protein_domain", options | {"alphabet": name})
+    raise RunError(
+        f"{path}: the alphabet is not one of make_protein_domain ({', '.join(ALPHABETS)}): give "
+        "--gin_file and the gin file that the model was trained with"
+    )

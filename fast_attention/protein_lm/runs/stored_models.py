@@ -58,7 +58,7 @@ def open_stored(run_dir: str | os.PathLike[str], *, model: BuiltModel | None = N
 
     Raises:
       OwnPartError: If a part of the model is code of its author's, and no model is given.
-      RunError: If the folder is neither, was changed, or has another vocabulary than the model
+      RunError: If the folder is neither, was changed, or has another alphabet than the model
         given.
     """
     folder = RunFolder(Path(run_dir))
@@ -71,10 +71,9 @@ def open_folder(folder: RunFolder, *, model: BuiltModel | None = None) -> Opened
     about = model_file.read(folder.model)
     if model is None:
         return OpenedRun(_build(folder.model, about), about, folder)
-    if model_file.describe_domain(model.domain)["vocabulary"] != about["vocabulary"]:
+    if model_file.describe_domain(model.domain)["alphabet"] != about["alphabet"]:
         raise RunError(
-            f"the model given has another vocabulary than {folder.model}: its ids mean other "
-            "residues"
+            f"the model given has another alphabet than {folder.model}: its ids mean other residues"
         )
     return OpenedRun(model, about, folder)
 

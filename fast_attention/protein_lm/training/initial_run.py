@@ -40,7 +40,7 @@ def check_initial_run(path: Path, model: FlaxModel) -> None:
       model: Which is to begin there.
 
     Raises:
-      RunError: If the folder is no run's, or its model has another vocabulary or other parameters.
+      RunError: If the folder is no run's, or its model has another alphabet or other parameters.
     """
     try:
         before = open_stored(path).model
@@ -72,7 +72,7 @@ def read_initial_run(path: Path, model: FlaxModel) -> Beginning:
 
 
 def _check(path: Path, before: FlaxModel, model: FlaxModel) -> None:
-    letters, wanted = (model_file.describe_domain(m.domain)["vocabulary"] for m in (before, model))
+    letters, wanted = (model_file.describe_domain(m.domain)["alphabet"] for m in (before, model))
     if letters != wanted:
         raise RunError(
             f"experiment.initial_run: {path} was trained with other tokens, so that its ids mean "

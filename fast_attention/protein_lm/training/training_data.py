@@ -137,7 +137,7 @@ def held_out_fasta(found: TrainingData) -> str:
     wanted = set(found.held_out.tolist())
     records = read_proteins(
         found.files.train_paths,
-        alphabet=found.domain.vocab.symbols,
+        alphabet=found.domain.vocab,
         on_error=found.files.on_error,
         skipped=SkippedRecords(),
     )

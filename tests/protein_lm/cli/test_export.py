@@ -43,7 +43,7 @@ def test_the_files_explain_themselves(exported):
     assert about["transformer"]["emb_dim"] == 32 and about["exported"]["step"] == 12
     assert about["attention"]["factory"] == "make_fast_softmax_attention"
     assert about["attention"]["arguments"]["nb_features"] == 16
-    assert about["vocabulary"]["tokens"][:3] == ["A", "C", "D"]
+    assert about["alphabet"]["tokens"][:3] == ["A", "C", "D"]
     assert (folder / "config.gin").read_text() == (run / "config.gin").read_text()
     assert about["exported"]["tokens"] > 0
     arrays = safetensors.numpy.load_file(folder / "model.safetensors")

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from fast_attention.protein_lm.data.alphabet import Alphabet
+from fast_attention.protein_lm.data.alphabets import ALPHABETS
 from fast_attention.protein_lm.data.corpus import load_corpus
 from fast_attention.protein_lm.data.domains import (
     FixedLengthDiscreteDomain,
@@ -15,6 +17,7 @@ from fast_attention.protein_lm.data.fasta import (
     read_fasta,
     write_fasta,
 )
+from fast_attention.protein_lm.data.masking import MaskingConfig
 from fast_attention.protein_lm.data.pipeline import eval_batches, make_dataset
 from fast_attention.protein_lm.data.vocabulary import ProteinVocab, Vocabulary
 from fast_attention.protein_lm.evaluation.baselines import (
@@ -46,8 +49,11 @@ def aligned(length=20):
 
 
 def nucleotides(length=20):
-    vocab = Vocabulary("ACGT", include_bos=True, include_eos=True, include_pad=True)
-    return VariableLengthDiscreteDomain(vocab, length)
+    return make_protein_domain(alphabet="nucleotide", length=length)
+
+
+def esm(length=20):
+    return make_protein_domain(alphabet="esm", length=length)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -70,7 +76,7 @@ def test_ids_pass_unchanged_through_corpus_rows_and_batches(size):
 
 @pytest.mark.parametrize("bad", [300, 301, -1, 2**32, 2**32 + 5, 1.5])
 def test_what_is_no_id_of_the_vocabulary_is_refused(bad):
-    with pytest.raises(ValueError, match="sequence 0 must be one or more of the ids 0 .. 299"):
+    with pytest.raises(ValueError, match="sequence 0 must be one or more ids .* 0 .. 299"):
         as_corpus([[1, bad, 2]], domain_of(300))
 
 
@@ -91,11 +97,13 @@ def test_gaps_are_residues_of_an_aligned_vocabulary(tmp_path):
     domain = aligned()
     corpus = load_corpus(path, domain)
     assert domain.vocab.decode(corpus.tokens) == "MK-TA.>..MKV->"
-    assert list(read_fasta(path, alphabet=domain.vocab.symbols)) == records
-    with pytest.raises(FastaError, match=r"symbol '-'.*include_align_tokens"):
+    assert list(read_fasta(path, alphabet=domain.vocab)) == records
+    with pytest.raises(FastaError, match=r"symbol '-'.*aligned_protein"):
         load_corpus(path, make_protein_domain())
     path.write_text(">a\nMJ-T\n")
-    assert [r.sequence for r in read_fasta(path, alphabet="MTX-", on_error="replace")] == ["MX-T"]
+    assert [
+        r.sequence for r in read_fasta(path, alphabet=Vocabulary("MTX-"), on_error="replace")
+    ] == ["MX-T"]
 
 
 def test_a_vocabulary_that_no_fasta_file_can_hold_is_refused(tmp_path):
@@ -104,16 +112,77 @@ def test_a_vocabulary_that_no_fasta_file_can_hold_is_refused(tmp_path):
         load_corpus(tmp_path / "a.fasta", domain_of(1).__class__(vocab=Vocabulary("ab"), length=2))
 
 
+def test_every_registered_alphabet_reads_its_letters_and_keeps_special_tokens_apart(tmp_path):
+    for name, alphabet in ALPHABETS.items():
+        domain = make_protein_domain(alphabet=name, length=50)
+        assert domain.vocab == alphabet
+        write_fasta(tmp_path / "a.fasta", [FastaRecord("a", "", "".join(alphabet.letters))])
+        (batch,) = eval_batches(tmp_path / "a.fasta", domain, length=50, batch_size=1)
+        targets = batch["targets"][0]
+        assert alphabet.decode(targets, stop_at_eos=True) == "".join(alphabet.letters)
+        assert batch["inputs"][0, 0] == alphabet.bos
+        assert alphabet.are_ordinary(targets).sum() == len(alphabet.letters)
+        assert not alphabet.are_ordinary(alphabet.special_ids).any()
+        assert [alphabet.tokens[i] for i in alphabet.ordinary_ids] == list(alphabet.letters)
+
+
+def test_tokens_of_esm_have_the_ids_of_its_models():
+    expected = {"<cls>": 0, "<pad>": 1, "<eos>": 2, "L": 4, "C": 23, "O": 28, "-": 30, "<mask>": 32}
+    ids = ALPHABETS["esm"].ids
+    assert len(ids) == 33 and {token: ids[token] for token in expected} == expected
+    assert set(ALPHABETS["esm"].standard_symbols) == set(ALPHABETS["protein"].standard_symbols)
+
+
+def test_corruption_gives_residues_of_the_alphabet_wherever_their_ids_are():
+    domain = esm(200)
+    corpus = as_corpus(["MKT-X" * 39] * 8, domain)
+    masking = MaskingConfig(0.5, 0.0, 1.0)
+    (batch,) = eval_batches(
+        corpus, domain, length=200, batch_size=8, objective="masked", masking=masking
+    )
+    asked = batch["weights"] > 0
+    assert set(batch["inputs"][asked].tolist()) == set(domain.vocab.standard_ids)
+    np.testing.assert_array_equal(batch["inputs"][~asked], batch["targets"][~asked])
+
+
+def test_an_unknown_letter_is_that_of_the_alphabet(tmp_path):
+    path = tmp_path / "rna.fasta"
+    path.write_text(">a\nACGUu\n")
+    vocab = nucleotides().vocab
+    with pytest.raises(FastaError, match="'U'.*takes it for N"):
+        list(read_fasta(path, alphabet=vocab))
+    (record,) = read_fasta(path, alphabet=vocab, on_error="replace")
+    assert record.sequence == "ACGNN"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rare": "A", "gaps": "A"}, "different tokens"),
+        ({"unknown": "X"}, "different tokens"),
+        ({"eos_token": "G"}, "different tokens"),
+        ({"rare": "ACD"}, "at least one"),
+        ({"longest": 0}, "longest"),
+    ],
+)
+def test_tokens_with_two_meanings_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Alphabet("ACD", **fields)
+    with pytest.raises(ValueError, match="one of protein, .*got 'dna'"):
+        make_protein_domain(alphabet="dna")
+
+
 @pytest.mark.parametrize(
     ("domain", "sequences", "number"),
     [
         (domain_of(2), [[0, 1], [1, 0]], 2),
-        (nucleotides(), ["ACGT", "TGCA"], 5),
+        (nucleotides(), ["ACGT", "TGCN"], 16),
+        (esm(), ["MK-T", "LAGX"], 28),
         (aligned(), ["MK-T", "M.KT"], 23),
         (make_protein_domain(), ["MKTX", "MKV"], 26),
         (make_protein_domain(include_anomalous_amino_acids=False), ["MKT", "MKV"], 21),
     ],
-    ids=["two", "nucleotides", "aligned", "protein", "standard"],
+    ids=["two", "nucleotides", "esm", "aligned", "protein", "standard"],
 )
 def test_ngrams_spread_over_the_outcomes_of_the_vocabulary(domain, sequences, number, tmp_path):
     corpus = as_corpus(sequences, domain)
@@ -152,7 +221,7 @@ def test_many_tokens_are_counted_as_few_are():
 
 def test_ngrams_of_another_vocabulary_are_refused():
     ngram = fit_ngram(as_corpus(["ACGT"], nucleotides()), 2)
-    with pytest.raises(ValueError, match="over 5 outcomes, but .* has 26"):
+    with pytest.raises(ValueError, match="over 16 outcomes, but .* has 26"):
         evaluate_ngram(ngram, as_corpus(["ACDEF"], make_protein_domain()))
 
 

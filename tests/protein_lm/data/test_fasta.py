@@ -10,6 +10,7 @@ from fast_attention.protein_lm.data.fasta import (
     read_fasta,
     write_fasta,
 )
+from fast_attention.protein_lm.data.vocabulary import Vocabulary
 
 RECORDS = [
     FastaRecord("sp|P1|A_HUMAN", "A protein OS=Homo sapiens", "MKTAYIAKQR"),
@@ -79,8 +80,8 @@ def test_strange_bytes_in_a_header_do_not_stop_the_reading(tmp_path):
 @pytest.mark.parametrize(
     ("sequence", "symbol", "line", "remedy"),
     [
-        (b"MK\nM-K\n", "'-'", 3, "gaps"),
-        (b"MK\nM.K\n", "'.'", 3, "gaps"),
+        (b"MK\nM-K\n", "'-'", 3, "aligned_protein"),
+        (b"MK\nM.K\n", "'.'", 3, "aligned_protein"),
         (b"M*K*\n", r"'\*'", 2, "stop"),
         (b"MK**\n", r"'\*'", 2, "stop"),
         (b"MK\n\nMJ\n", "'J'", 4, "on_error='replace'"),
@@ -107,9 +108,9 @@ def test_replace_reads_unknown_letters_as_x_and_nothing_else(tmp_path):
 
 def test_the_alphabet_can_be_narrowed(tmp_path):
     with pytest.raises(FastaError, match="'X'.*none of the residues ACDE"):
-        read(tmp_path, b">a\nAXC\n", alphabet="EDCA")
-    with pytest.raises(ValueError, match="needs X"):
-        read_fasta("a.fasta", alphabet="ACDE", on_error="replace")
+        read(tmp_path, b">a\nAXC\n", alphabet=Vocabulary("EDCA"))
+    with pytest.raises(ValueError, match="only ACDE"):
+        read_fasta("a.fasta", alphabet=Vocabulary("ACDE"), on_error="replace")
     with pytest.raises(ValueError, match="'raise' or 'replace'"):
         read_fasta("a.fasta", on_error="ignore")
 

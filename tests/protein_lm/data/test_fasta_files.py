@@ -16,6 +16,7 @@ from fast_attention.protein_lm.data.fasta_files import (
     read_proteins,
 )
 from fast_attention.protein_lm.data.skipped_records import SkippedRecords, list_skipped
+from fast_attention.protein_lm.data.vocabulary import Vocabulary
 from fast_attention.protein_lm.files.text_source import FastaError
 
 
@@ -109,13 +110,13 @@ def test_options_that_make_no_sense_are_refused(write):
         read_proteins(path, on_error="ignore")
     with pytest.raises(ValueError, match="needs skipped="):
         read_proteins(path, on_error="skip")
-    with pytest.raises(ValueError, match="needs X"):
-        read_proteins(path, on_error="replace", alphabet="ACDE")
+    with pytest.raises(ValueError, match="only ACDE"):
+        read_proteins(path, on_error="replace", alphabet=Vocabulary("ACDE"))
 
 
 def test_letters_can_be_replaced_in_several_files(write):
     paths = [write("a.fasta", b">a\nMJK\n"), write("b.fasta", b">b\nmo\n")]
-    records = read_proteins(paths, on_error="replace", alphabet="MKX")
+    records = read_proteins(paths, on_error="replace", alphabet=Vocabulary("MKX"))
     assert [record.sequence for record in records] == ["MXK", "MX"]
 
 

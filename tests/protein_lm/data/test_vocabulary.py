@@ -23,7 +23,7 @@ def vocabulary_of(case):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(case["include"]) or "plain")
 def test_tokens_and_ids_are_those_of_the_original(case):
     vocab = vocabulary_of(case)
-    assert vocab.tokens == case["tokens_in_order"]
+    assert list(vocab.tokens) == case["tokens_in_order"]
     assert dict(zip(vocab.tokens, vocab.token_ids, strict=True)) == case["token_to_id"]
     assert len(vocab) == case["vocab_size"]
     for name in ("bos", "eos", "pad", "mask"):
@@ -103,11 +103,4 @@ def test_tokens_that_clash_are_refused(tokens, options, message):
 
 
 def test_names_of_absent_special_tokens_do_not_clash():
-    assert Vocabulary("<>").tokens == ["<", ">"]
-
-
-def test_changing_a_returned_list_changes_nothing():
-    vocab = ProteinVocab()
-    vocab.tokens.clear()
-    vocab.token_ids.clear()
-    assert len(vocab.tokens) == len(vocab.token_ids) == 20
+    assert Vocabulary("<>").tokens == ("<", ">")

@@ -64,8 +64,7 @@ def test_a_masked_model_with_all_its_options_is_made_again(tmp_path):
     model = FlaxBERT(domain, random_seed=3, weight_decay=0.5, **options, **SMALL)
     about, again = rebuilt(tmp_path / "model.json", model)
     assert model_file.describe(again) == model_file.describe(model) == about
-    assert again.masking == model.masking and again.domain.vocab.tokens == vocab.tokens
-    assert again.domain.vocab.standard_ids == vocab.standard_ids
+    assert again.masking == model.masking and again.domain.vocab == vocab
     assert again.config.dtype == jnp.bfloat16 and again.schedule(5) == model.schedule(5)
 
 
@@ -73,8 +72,7 @@ def test_a_vocabulary_of_any_tokens_is_made_again(tmp_path):
     vocab = Vocabulary(["AAA", "CCC"], include_bos=True, include_eos=True, bos_token="begin")
     model = FlaxLM(VariableLengthDiscreteDomain(vocab, 8), **SMALL)
     _, again = rebuilt(tmp_path / "model.json", model)
-    assert again.domain.vocab.tokens == vocab.tokens
-    assert (again.domain.vocab.bos, again.domain.vocab.eos) == (vocab.bos, vocab.eos)
+    assert again.domain.vocab == vocab
 
 
 @pytest.mark.parametrize("name", ["softmax", "strided", "generalized"])
@@ -85,7 +83,7 @@ def test_gin_bindings_make_the_same_model(name, tmp_path):
     gin_registry.configure(bindings=model_gin.gin_lines(path, about))
     again = gin.get_bindings("experiment")["model_cls"]()
     described = model_file.describe(again)
-    for part in ("vocabulary", "domain", "transformer", "attention", "mesh"):
+    for part in ("alphabet", "domain", "transformer", "attention", "mesh"):
         assert described[part] == about[part]
 
 
@@ -101,8 +99,9 @@ CHANGES = {
     "argument": (("attention", "arguments", "nb_features"), "9", 'nb_features is "9"; expected an'),
     "array": (("attention", "arguments", "projection_matrix"), [[1]], "expected null"),
     "estimator": (("attention", "arguments", "estimator"), "best", "Unknown estimator 'best'"),
-    "token": (("vocabulary", "tokens"), ["A", "C"], "vocabulary.bos is 25; there are 2 tokens"),
-    "version": (("format_version",), 99, "format_version 99, and this version .* reads 3"),
+    "token": (("alphabet", "tokens"), ["A", "C"], "these values make no model: .*different tokens"),
+    "meaning": (("alphabet", "gaps"), "B", "these values make no model: .*different tokens"),
+    "version": (("format_version",), 99, "format_version 99, and this version .* reads 4"),
     "format": (("format",), "other", "describes no model"),
     "own": (("attention",), {"own": "m.f"}, 'attention is "m.f", code that .* --gin_file .*model='),
 }
@@ -144,5 +143,5 @@ def test_a_model_with_code_of_its_authors_is_opened_with_the_gin_file_or_the_obj
         found = load_run(tmp_path, **options).model
         assert found.score(["MKT"]) == expected.score(["MKT"])
     other = FlaxLM(make_protein_domain(length=64, include_mask=False), **SMALL)
-    with pytest.raises(RunError, match="another vocabulary"):
+    with pytest.raises(RunError, match="another alphabet"):
         load_run(tmp_path, model=other)

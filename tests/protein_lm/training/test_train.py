@@ -51,7 +51,7 @@ def test_a_run_leaves_a_whole_folder(lm_run):
     assert (result["model"], result["steps"], len(result["samples"])) == ("FlaxLM", 12, 3)
     assert (lm_run / "curve.png").read_bytes().startswith(b"\x89PNG")
     about = json.loads((lm_run / "model.json").read_text())
-    assert len(about["vocabulary"]["tokens"]) == 29
+    assert len(about["alphabet"]["tokens"]) == 29
     config = (lm_run / "config.gin").read_text()
     assert "FlaxModel.attention_fn = @make_fast_softmax_attention()" in config
     assert "make_fast_softmax_attention.nb_features = 16" in config

@@ -1,0 +1,29 @@
+"""The alphabets that a configuration can name: one file each, and one line here."""
+
+from fast_attention.protein_lm.data.alphabet import Alphabet
+from fast_attention.protein_lm.data.alphabets.esm import ESM
+from fast_attention.protein_lm.data.alphabets.nucleotide import NUCLEOTIDE
+from fast_attention.protein_lm.data.alphabets.protein import ALIGNED_PROTEIN, PROTEIN
+
+ALPHABETS: dict[str, Alphabet] = {
+    "protein": PROTEIN,
+    "aligned_protein": ALIGNED_PROTEIN,
+    "esm": ESM,
+    "nucleotide": NUCLEOTIDE,
+}
+
+
+def get_alphabet(name: str) -> Alphabet:
+    """Returns the alphabet of that name.
+
+    Raises:
+      ValueError: If there is none.
+    """
+    if name not in ALPHABETS:
+        raise ValueError(f"alphabet must be one of {', '.join(ALPHABETS)}; got {name!r}")
+    return ALPHABETS[name]
+
+
+def alphabets_with(symbol: str) -> list[str]:
+    """Names of the alphabets in which a symbol is an ordinary token."""
+    return [name for name, alphabet in ALPHABETS.items() if symbol in alphabet.letters]
