@@ -25,6 +25,8 @@ from fast_attention.models.originals.performer import (
     PerformerEncoderDecoder as PerformerEncoderDecoder,
 )
 from fast_attention.models.originals.performer import PerformerLM as PerformerLM
+from fast_attention.models.originals.pretrained import Pretrained as Pretrained
+from fast_attention.models.originals.pretrained import load_pretrained as load_pretrained
 from fast_attention.models.originals.reformer import LSHSelfAttention as LSHSelfAttention
 from fast_attention.models.originals.reformer import Reformer as Reformer
 from fast_attention.models.originals.reformer import (

@@ -27,6 +27,32 @@ LOGITS = ("dense", "tied", "scaled", "normalized", "none")
 
 
 @dataclasses.dataclass(frozen=True)
+class LogitTransform:
+    """What BERT and ESM-2 have before the logits: a dense layer, an activation and a norm.
+
+    Attributes:
+      activation: As for `fast_attention.layers.FeedForward`.
+      epsilon: Of the layer norm.
+    """
+
+    activation: Activation = "gelu_exact"
+    epsilon: float = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenDropout:
+    """Embeddings of masked tokens are zero, and the others scaled up, as in ESM-2.
+
+    Attributes:
+      mask_token: Id of the mask token.
+      rate: Average share of masked tokens in training.
+    """
+
+    mask_token: int
+    rate: float = 0.15 * 0.8
+
+
+@dataclasses.dataclass(frozen=True)
 class LanguageModelConfig:
     """Shape of a `LanguageModel`.
 
@@ -48,6 +74,9 @@ class LanguageModelConfig:
         "scaled" by 1 / sqrt(width), or "normalized" to vectors of length one; "none": the model
         ends with the norm.
       dtype: To compute in; parameters, logits and decoding states of attention are float32.
+      embed_norm: Norm of the embeddings, positions included; None is none.
+      token_dropout: See `TokenDropout`; None leaves embeddings as they are.
+      transform: See `LogitTransform`; tied logits then have a bias. None has none.
     """
 
     vocab_size: int
@@ -62,6 +91,9 @@ class LanguageModelConfig:
     norm_before_projection: bool = False
     logits: str = "dense"
     dtype: Any = jnp.float32
+    embed_norm: NormConfig | None = None
+    token_dropout: TokenDropout | None = None
+    transform: LogitTransform | None = None
 
     def __post_init__(self):
         """Checks every field.
@@ -86,6 +118,10 @@ class LanguageModelConfig:
             )
         if self.logits not in LOGITS:
             raise ValueError(f"logits must be one of {LOGITS}, got {self.logits!r}.")
+        if self.transform is not None and self.logits not in ("dense", "tied"):
+            raise ValueError(
+                f"transform comes before 'dense' or 'tied' logits, got logits={self.logits!r}."
+            )
         if not 0 <= self.dropout_rate < 1:
             raise ValueError(f"dropout_rate must be in [0, 1), got {self.dropout_rate}.")
 

@@ -16,11 +16,14 @@ from fast_attention.arrays.types import Array, Bool, Float, Int
 from fast_attention.layers.explicit_axes import modules_run_on_auto_axes
 from fast_attention.layers.inputs import Inputs
 from fast_attention.layers.linear import Linear
+from fast_attention.layers.masked_tokens import drop_masked_tokens
 from fast_attention.layers.norms import make_norm
-from fast_attention.layers.positions import AxialPositions, LearnedPositions, sinusoids
+from fast_attention.layers.positions import sinusoids
 from fast_attention.layers.stack.stack import Stack
 from fast_attention.mesh.meshes import lay_activations, lay_whole_rows
 from fast_attention.models.config import LanguageModelConfig
+from fast_attention.models.logit_transform import Transform
+from fast_attention.models.position_tables import make_positions
 
 
 class DecodeState(NamedTuple):
@@ -46,6 +49,8 @@ class LanguageModel(nnx.Module):
       project_in, project_out: Dense layers between embeddings and stack, or None.
       stack: The layers.
       norm: Final norm, or identity.
+      embed_norm: Norm of the embeddings, or None.
+      transform: `Transform` before the logits, or None.
       head: Dense layer to the logits, or None where the embeddings of tokens serve.
       mesh: On which activations lie, see `fast_attention.models.on_mesh`; None is one device, or
         what the compiler makes of it.
@@ -70,7 +75,7 @@ class LanguageModel(nnx.Module):
             dtype=dtype,
             rngs=rngs,
         )
-        self.positions = _positions(config, rngs)
+        self.positions = make_positions(config, rngs)
         self.dropout = nnx.Dropout(config.dropout_rate)
 
         def linear(inputs: int, outputs: int, dtype: Any = dtype) -> Linear:
@@ -85,6 +90,11 @@ class LanguageModel(nnx.Module):
         norm_width = features if config.norm_before_projection else width
         self.norm = make_norm(norm.kind, norm_width, epsilon=norm.epsilon, dtype=dtype, rngs=rngs)
         self.head = linear(width, config.vocab_size, None) if config.logits == "dense" else None
+        entry = config.embed_norm
+        self.embed_norm = nnx.data(
+            entry and make_norm(entry.kind, width, epsilon=entry.epsilon, dtype=dtype, rngs=rngs)
+        )
+        self.transform = nnx.data(config.transform and Transform(config, rngs=rngs))
 
     @modules_run_on_auto_axes
     def __call__(
@@ -162,7 +172,8 @@ class LanguageModel(nnx.Module):
                 "deterministic=True."
             )
         positions = self._number(tokens) if positions is None else positions
-        x = self._embed(tokens, positions)
+        inputs = Inputs(positions, segment_ids, key_mask, context, context_mask, mask)
+        x = self._embed(tokens, inputs)
         x = self._enter(self.dropout(x, deterministic=deterministic, rngs=rngs))
         x = self.stack(
             x,
@@ -218,10 +229,8 @@ class LanguageModel(nnx.Module):
                     f"or 'last'; got {layer!r}."
                 )
         positions = self._number(tokens) if positions is None else positions
-        states = self.stack.hidden_states(
-            self._enter(self._embed(tokens, positions)),
-            Inputs(positions, segment_ids, key_mask, context, context_mask, mask),
-        )
+        inputs = Inputs(positions, segment_ids, key_mask, context, context_mask, mask)
+        states = self.stack.hidden_states(self._enter(self._embed(tokens, inputs)), inputs)
         return [self._leave(states[-1]) if layer == "last" else states[layer] for layer in layers]
 
     @property
@@ -289,8 +298,8 @@ class LanguageModel(nnx.Module):
             count = key_mask.astype(jnp.int32)
         seen = jnp.cumsum(count, axis=1)
         positions = state.positions[:, None] + jnp.maximum(seen - 1, 0)
-        x = self._enter(self._embed(tokens, positions))
         inputs = Inputs(positions=positions, key_mask=key_mask)
+        x = self._enter(self._embed(tokens, inputs))
         x, layers = self.stack.prefill(state.layers, x, inputs)
         state = DecodeState(layers, state.positions + seen[:, -1])
         return self._logits(self._leave(x)), state
@@ -308,19 +317,30 @@ class LanguageModel(nnx.Module):
         Returns:
           float32 logits ``[B, V]`` of the next token, and the next state.
         """
-        x = self._enter(self._embed(tokens, state.positions))
-        x, layers = self.stack.step(state.layers, x, Inputs(positions=state.positions))
+        inputs = Inputs(positions=state.positions)
+        x = self._enter(self._embed(tokens, inputs))
+        x, layers = self.stack.step(state.layers, x, inputs)
         return self._logits(self._leave(x)), DecodeState(layers, state.positions + 1)
 
-    def _embed(self, tokens: Array, positions: Array) -> Array:
-        x = self._look_up(tokens)
+    def _embed(self, tokens: Array, inputs: Inputs) -> Array:
+        x, dropout = self._look_up(tokens), self.shape.token_dropout
+        if dropout is not None:
+            x = drop_masked_tokens(
+                x,
+                tokens == dropout.mask_token,
+                dropout.rate,
+                key_mask=inputs.key_mask,
+                segment_ids=inputs.segment_ids,
+            )
+        positions = inputs.positions
+        assert positions is not None
         if self.positions is not None:
-            return x + self.positions(positions).astype(x.dtype)
-        if self.shape.positions in ("sinusoidal", "concatenated"):
+            x = x + self.positions(positions).astype(x.dtype)
+        elif self.shape.positions in ("sinusoidal", "concatenated"):
             concatenated = self.shape.positions == "concatenated"
             encoded = sinusoids(positions, x.shape[-1], concatenated=concatenated)
-            return x + encoded.astype(x.dtype)
-        return x
+            x = x + encoded.astype(x.dtype)
+        return x if self.embed_norm is None else self.embed_norm(x)
 
     def _look_up(self, tokens: Array) -> Array:
         if self.mesh is None:
@@ -348,12 +368,16 @@ class LanguageModel(nnx.Module):
         if self.project_out is not None and self.shape.norm_before_projection:
             x = self.project_out(x)
         x = x.astype(jnp.float32)
+        if self.transform is not None:
+            x = self.transform(x)
         if self.head is not None:
             return self.head(x)
         table = self.embed.embedding[...].astype(jnp.float32)
         if self.shape.logits == "normalized":
             table = table / jnp.maximum(jnp.linalg.norm(table, axis=-1, keepdims=True), 1e-12)
         logits = jnp.einsum("...m,vm->...v", x, table)
+        if self.transform is not None:
+            logits = self.transform.add_bias(logits)
         return logits * x.shape[-1] ** -0.5 if self.shape.logits == "scaled" else logits
 
     def _check_length(self, length: int) -> None:
@@ -363,20 +387,3 @@ class LanguageModel(nnx.Module):
                 "positions: use shorter inputs, a larger max_len, or positions='rotary', "
                 "'sinusoidal' or 'none'."
             )
-
-
-def _positions(
-    config: LanguageModelConfig, rngs: nnx.Rngs
-) -> LearnedPositions | AxialPositions | None:
-    width = config.embedding_features
-    if config.positions == "learned":
-        return LearnedPositions(config.max_len, width)
-    if config.positions == "random":
-        return LearnedPositions(
-            config.max_len, width, initializer=nnx.initializers.normal(1.0), rngs=rngs
-        )
-    if config.positions == "axial":
-        return AxialPositions(
-            config.axial_shape, width, axis_features=config.axial_features, rngs=rngs
-        )
-    return None

@@ -27,6 +27,7 @@ class HeadGroup:
       query_offset: Added to the positions by which queries are rotated, but not keys.
       dropout_rate: Of attention weights, handed to `attention_fn`.
       extra_keys: See memory and appended context; if False the group sees the sequence alone.
+      rotary_base: Ratio of the longest to the shortest wavelength of the rotation.
     """
 
     num_heads: int
@@ -35,6 +36,7 @@ class HeadGroup:
     query_offset: int = 0
     dropout_rate: float = 0.0
     extra_keys: bool = True
+    rotary_base: float = 10000.0
 
     def __post_init__(self):
         """Checks every field.
@@ -47,6 +49,8 @@ class HeadGroup:
             raise ValueError(f"A group needs at least one head, got num_heads={self.num_heads}.")
         if self.rotary not in (None, "halves", "pairs"):
             raise ValueError(f"rotary must be 'halves', 'pairs' or None, got {self.rotary!r}.")
+        if self.rotary_base <= 1:
+            raise ValueError(f"rotary_base must be above 1, got {self.rotary_base}.")
         if self.query_offset and self.rotary is None:
             raise ValueError(
                 f"query_offset={self.query_offset} is of rotary positions: give rotary, too."

@@ -5,6 +5,7 @@ Shape letters: B batch, T length, S keys, H heads, K key/value heads, D head wid
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -31,13 +32,13 @@ def rotated(
         return query, key
     if positions is None:
         raise ValueError("Rotary positions need positions=, the place of every token.")
-    interleaved = group.rotary == "pairs"
+    turn = functools.partial(rotate, base=group.rotary_base, interleaved=group.rotary == "pairs")
     length = query.shape[-3]
-    turned = rotate(query, positions + group.query_offset, interleaved=interleaved)
+    turned = turn(query, positions + group.query_offset)
     if query.ndim == 4 and key.shape[1] > length:
-        own = rotate(key[:, :length], positions, interleaved=interleaved)
+        own = turn(key[:, :length], positions)
         return turned, jnp.concatenate([own, key[:, length:]], axis=1)
-    return turned, rotate(key, positions, interleaved=interleaved)
+    return turned, turn(key, positions)
 
 
 def dropout_options(group: HeadGroup, deterministic: bool, rngs: nnx.Rngs | None) -> dict[str, Any]:

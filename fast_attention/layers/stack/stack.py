@@ -78,6 +78,8 @@ class StackConfig:
                 "A reversible stack has two sublayers in every block, got "
                 f"{[len(block) for block in self.blocks]}."
             )
+        if self.reversible and self.norm.after:
+            raise ValueError("Norms after the sum cannot be undone: reversible takes after=False.")
         if self.merge not in ("mean", "sum"):
             raise ValueError(f"merge must be 'mean' or 'sum', got {self.merge!r}.")
         if not 0 <= self.layer_dropout_rate < 1:
@@ -270,7 +272,7 @@ class Stack(nnx.Module):
                 yield x1, x2
             else:
                 for part in range(len(sublayers)):
-                    x = x + add(block, part, x)
+                    x = sublayers[part].leave(x + add(block, part, x))
                 yield (x,)
 
     def _merge(self, streams: tuple[Array, ...]) -> Array:
@@ -304,9 +306,9 @@ class Stack(nnx.Module):
             x = self._merge((y1, y2))
         else:
             saved = []
-            for function, own in zip(functions, parameters, strict=True):
+            for function, own, sublayer in zip(functions, parameters, sublayers, strict=True):
                 increment, kept = cast(Any, recomputed(function, own, x, inputs))
-                x = x + increment
+                x = sublayer.leave(x + increment)
                 saved.append(kept)
         if not deterministic:
             for sublayer, (_, statistics) in zip(sublayers, saved, strict=True):

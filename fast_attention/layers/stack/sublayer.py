@@ -87,18 +87,30 @@ class SublayerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class NormConfig:
-    """How the stream is normalised before each sublayer.
+    """How the stream is normalised at each sublayer.
 
     Attributes:
       kind: "layer", "scale", "rms" or "none"; or "rezero": no norm, but a learned gain on what is
         added (arXiv:2003.04887).
       epsilon: Added to variances and mean squares; the smallest length that "scale" divides by.
       gain: The gain of "rezero" at first.
+      after: Normalise the sum of the stream and what is added to it, as BERT does, instead of what
+        the sublayer reads.
     """
 
     kind: str = "layer"
     epsilon: float = 1e-6
     gain: float = 0.0
+    after: bool = False
+
+    def __post_init__(self):
+        """Checks the combination.
+
+        Raises:
+          ValueError: If there is no norm to place after the sum.
+        """
+        if self.after and self.kind in ("rezero", "none"):
+            raise ValueError(f"after=True needs a norm, got kind={self.kind!r}.")
 
 
 class SublayerState(NamedTuple):
@@ -115,6 +127,8 @@ class SublayerState(NamedTuple):
 
 class Sublayer(nnx.Module):
     """Computes ``gain * inner(shift(norm(x)))``, which the stack adds to the stream.
+
+    With `NormConfig.after` it is ``inner(shift(x))``, and the norm follows the sum (`leave`).
 
     Attributes:
       config: What it adds.
@@ -148,6 +162,7 @@ class Sublayer(nnx.Module):
         self.dtype = dtype
         kind = "none" if norm.kind == "rezero" else norm.kind
         self.norm = make_norm(kind, features, epsilon=norm.epsilon, dtype=dtype, rngs=rngs)
+        self.norm_after = norm.after
         self.gain = ReZero(norm.gain) if norm.kind == "rezero" else None
         self.inner = (
             build_inner(features, config, dtype=dtype, rngs=rngs) if inner is None else inner
@@ -175,7 +190,7 @@ class Sublayer(nnx.Module):
         Returns:
           ``[B, T, M]``, and what attention or memory chose, else None.
         """
-        x = self.norm(x)
+        x = self._enter(x)
         if self.config.shifts is not None:
             starts = starts_of_runs(inputs.segment_ids, inputs.key_mask)
             x = shift_tokens(x, self.config.shifts, starts=starts, key_mask=inputs.key_mask)
@@ -217,7 +232,7 @@ class Sublayer(nnx.Module):
         self, state: SublayerState, x: Float[Array, "B T M"], inputs: Inputs = NO_INPUTS
     ) -> tuple[Float[Array, "B T M"], SublayerState]:
         """Computes what is added to T new tokens per row, see `MultiHeadAttention.prefill`."""
-        x, inner, before = self.norm(x), state.inner, state.before
+        x, inner, before = self._enter(x), state.inner, state.before
         if before is not None and self.config.shifts is not None:
             first, starts = before.astype(x.dtype), starts_of_runs(None, inputs.key_mask)
             last = last_visible(x, inputs.key_mask, first)
@@ -233,13 +248,20 @@ class Sublayer(nnx.Module):
         self, state: SublayerState, x: Float[Array, "B M"], inputs: Inputs = NO_INPUTS
     ) -> tuple[Float[Array, "B M"], SublayerState]:
         """Computes what is added to one new token per row, see `MultiHeadAttention.step`."""
-        x, inner, before = self.norm(x), state.inner, state.before
+        x, inner, before = self._enter(x), state.inner, state.before
         if before is not None and self.config.shifts is not None:
             last, first = x, before.astype(x.dtype)
             x = shift_tokens(x[:, None], self.config.shifts, before=first)[:, 0]
             before = last.astype(before.dtype)
         x, inner = self.inner.step(inner, x, inputs)
         return self._scaled(x), SublayerState(inner, before)
+
+    def leave(self, x: Float[Array, "*B M"]) -> Float[Array, "*B M"]:
+        """The stream behind the sum, normalised with `NormConfig.after`."""
+        return self.norm(x) if self.norm_after else x
+
+    def _enter(self, x: Array) -> Array:
+        return x if self.norm_after else self.norm(x)
 
     def _known(self, inputs: Inputs) -> Inputs:
         """Inputs without the context, for layers that have none."""

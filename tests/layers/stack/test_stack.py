@@ -209,3 +209,34 @@ def test_hidden_states_are_those_of_shorter_stacks(options):
     np.testing.assert_array_equal(found[0], X)
     np.testing.assert_allclose(found[1], jax.jit(lambda x: shorter(x))(X), atol=1e-6)
     np.testing.assert_allclose(found[2], jax.jit(lambda x: layer(x))(X), atol=1e-6)
+
+
+AFTER = NormConfig("layer", 1e-5, after=True)
+
+
+def test_norms_after_the_sum():
+    """The stream itself is normalised, and each sublayer reads it as it is."""
+    layer = build(2, causal=True, stack={"norm": AFTER})
+    expected = X
+    for parts in layer.blocks:
+        for part in parts:
+            added = part.inner.add(jnp.asarray(expected), Inputs())[0]
+            expected = part.norm(expected + added)
+    np.testing.assert_allclose(compiled(layer)(X), expected, atol=1e-5)
+    remat = build(2, causal=True, stack={"norm": AFTER, "remat": True})
+    np.testing.assert_allclose(compiled(remat)(X), expected, atol=1e-5)
+    for a, b in zip(
+        jax.tree.leaves(gradient(layer, X)), jax.tree.leaves(gradient(remat, X)), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    state = layer.init_state(B, T)
+    first, state = layer.prefill(state, X[:, :3])
+    second, state = layer.step(state, X[:, 3])
+    np.testing.assert_allclose(jnp.concatenate([first, second[:, None]], 1), expected[:, :4], 1e-4)
+
+
+def test_norms_after_the_sum_need_a_norm_and_one_stream():
+    with pytest.raises(ValueError, match="cannot be undone"):
+        build(2, stack={"norm": AFTER, "reversible": True})
+    with pytest.raises(ValueError, match="needs a norm, got kind='rezero'"):
+        NormConfig("rezero", after=True)

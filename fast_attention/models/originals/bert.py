@@ -1,0 +1,112 @@
+"""BERT (``model_type: bert``): description and names of arrays; ProtBERT and AntiBERTy are such.
+
+Post-norm, biases everywhere, learned positions, a norm over the embeddings, logits from the token
+embeddings behind a dense layer and a norm. Token types are those of a single sequence: the vector
+of type 0 is added to every position.
+
+Reference: Devlin et al. BERT: pre-training of deep bidirectional Transformers for language
+understanding. arXiv:1810.04805.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from fast_attention.layers.attention.config import AttentionConfig, HeadGroup
+from fast_attention.layers.stack.stack import StackConfig
+from fast_attention.layers.stack.sublayer import FeedForwardConfig, NormConfig, SublayerConfig
+from fast_attention.models.config import LanguageModelConfig, LogitTransform
+from fast_attention.models.originals.description import Description
+from fast_attention.models.originals.places import NOT_NEEDED, Place, dense, norm, of_block
+
+OWN = ("bert.embeddings.", "bert.encoder.", "cls.predictions.")
+"""How the names of arrays begin that must have a place."""
+
+_ACTIVATIONS = {
+    "gelu": "gelu_exact",
+    "gelu_new": "gelu",
+    "gelu_pytorch_tanh": "gelu",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+_PARTS = {
+    "attention.self.query": (dense, "0.inner.project.query"),
+    "attention.self.key": (dense, "0.inner.project.key"),
+    "attention.self.value": (dense, "0.inner.project.value"),
+    "attention.output.dense": (dense, "0.inner.out"),
+    "attention.output.LayerNorm": (norm, "0.norm"),
+    "intermediate.dense": (dense, "1.inner.up"),
+    "output.dense": (dense, "1.inner.down"),
+    "output.LayerNorm": (norm, "1.norm"),
+}
+
+
+def config_of(described: Description, dtype: Any) -> LanguageModelConfig:
+    """The shape of a described model.
+
+    Raises:
+      ValueError: At a field that is missing, out of range or not supported.
+    """
+    features, heads = described.size("hidden_size"), described.size("num_attention_heads")
+    if features % heads:
+        raise ValueError(
+            f"{described.path}: hidden_size {features} is no multiple of {heads} heads"
+        )
+    described.one_of("position_embedding_type", ("absolute",), "absolute")
+    for name in ("is_decoder", "add_cross_attention"):
+        described.one_of(name, (False,), False)
+    activation = _ACTIVATIONS[described.one_of("hidden_act", _ACTIVATIONS, "gelu")]
+    epsilon = described.positive("layer_norm_eps", 1e-12)
+    attention = AttentionConfig(
+        (HeadGroup(heads),), features // heads, use_bias=True, out_bias=True
+    )
+    feed_forward = FeedForwardConfig(described.size("intermediate_size"), activation)
+    block = SublayerConfig(attention), SublayerConfig(feed_forward)
+    return LanguageModelConfig(
+        described.size("vocab_size"),
+        StackConfig(
+            features,
+            (block,) * described.size("num_hidden_layers"),
+            norm=NormConfig("layer", epsilon, after=True),
+        ),
+        max_len=described.size("max_position_embeddings", 512),
+        positions="learned",
+        final_norm=NormConfig("none"),
+        logits="tied" if described.flag("tie_word_embeddings", True) else "dense",
+        dtype=dtype,
+        embed_norm=NormConfig("layer", epsilon),
+        transform=LogitTransform(activation, epsilon),
+    )
+
+
+def place(config: LanguageModelConfig, name: str) -> Place | None:
+    """Where an array belongs; None if nowhere."""
+    if name == "bert.embeddings.position_ids":
+        return NOT_NEEDED
+    if name.startswith("bert.encoder.layer."):
+        rest = name.removeprefix("bert.encoder.layer.")
+        return of_block(rest, len(config.stack.blocks), _PARTS)
+    tied = config.logits == "tied"
+    module, _, leaf = name.rpartition(".")
+    layers: dict[str, tuple[Callable[[str, str], Place], str]] = {
+        "bert.embeddings.LayerNorm": (norm, "embed_norm"),
+        "cls.predictions.transform.dense": (dense, "transform.dense"),
+        "cls.predictions.transform.LayerNorm": (norm, "transform.norm"),
+    }
+    if module in layers and leaf in ("weight", "bias", "gamma", "beta"):
+        kind, target = layers[module]
+        return kind(target, leaf)
+    return {
+        "bert.embeddings.word_embeddings.weight": Place("embed.embedding"),
+        "bert.embeddings.position_embeddings.weight": Place("positions.table"),
+        "bert.embeddings.token_type_embeddings.weight": Place(
+            "positions.table", lambda x: np.broadcast_to(x[:1], (config.max_len, *x.shape[1:]))
+        ),
+        "cls.predictions.bias": Place("transform.bias" if tied else "head.bias"),
+        "cls.predictions.decoder.bias": NOT_NEEDED,
+        "cls.predictions.decoder.weight": NOT_NEEDED if tied else dense("head", "weight"),
+    }.get(name)

@@ -1,0 +1,62 @@
+"""The description of a published model (``config.json``), read field by field with types."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+MAX_SIZE = 2**20
+"""The largest integer that a field may have; the largest published models have a tenth of it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """The fields of a description. Every method raises ValueError with the file and the field.
+
+    Attributes:
+      path: The file, for messages.
+      fields: What it says.
+    """
+
+    path: Path
+    fields: Mapping[str, Any]
+
+    def size(self, name: str, default: int | None = None, *, least: int = 1) -> int:
+        """An integer from `least` on."""
+        value = self._get(name, default)
+        if type(value) is not int or not least <= value <= MAX_SIZE:
+            raise self._error(name, value, f"an integer of {least} to {MAX_SIZE}")
+        return value
+
+    def positive(self, name: str, default: float) -> float:
+        """A positive finite number."""
+        value = self._get(name, default)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise self._error(name, value, "a positive number")
+        return float(value)
+
+    def flag(self, name: str, default: bool) -> bool:
+        """True or false; null is the default."""
+        value = self._get(name, default)
+        if type(value) is not bool:
+            raise self._error(name, value, "true or false")
+        return value
+
+    def one_of(self, name: str, values: Collection[Any], default: Any) -> Any:
+        """One of some values."""
+        value = self._get(name, default)
+        if value not in list(values):
+            raise self._error(name, value, f"one of {', '.join(map(repr, values))}")
+        return value
+
+    def _get(self, name: str, default: Any) -> Any:
+        value = self.fields.get(name)
+        return default if value is None else value
+
+    def _error(self, name: str, value: Any, expected: str) -> ValueError:
+        shown = repr(value)
+        shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+        return ValueError(f"{self.path}: {name} is {shown}; expected {expected}")

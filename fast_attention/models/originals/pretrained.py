@@ -1,0 +1,144 @@
+"""Published protein models of the kinds ESM-2 and BERT as language models of this package.
+
+Formats: Hugging Face's ``EsmForMaskedLM`` and ``BertForMaskedLM``, and fair-esm's ``.pt``.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from fast_attention.layers.attention.switch import with_attention
+from fast_attention.models.config import LanguageModelConfig
+from fast_attention.models.language_model import LanguageModel
+from fast_attention.models.originals import bert, esm
+from fast_attention.models.originals.checkpoint_arrays import MAX_HEADER, StoredArray, read_folder
+from fast_attention.models.originals.description import Description
+from fast_attention.models.originals.places import Place
+from fast_attention.models.originals.torch_files import read_torch
+
+KINDS = {"esm": esm, "bert": bert}
+"""What ``model_type`` may be, and the module that knows the kind."""
+
+
+class Pretrained(NamedTuple):
+    """A published model.
+
+    Attributes:
+      model: With its parameters, in float32.
+      kind: "esm" or "bert".
+      description: The content of its ``config.json``.
+      other_heads: Names of arrays that belong to other heads, which were not loaded.
+    """
+
+    model: LanguageModel
+    kind: str
+    description: dict[str, Any]
+    other_heads: list[str]
+
+
+def load_pretrained(
+    path: str | Path,
+    *,
+    attention_fn: Callable[..., Any] | None = None,
+    rngs: nnx.Rngs | None = None,
+    dtype: Any = jnp.float32,
+) -> Pretrained:
+    """Loads a published model. No code in its files is executed, and PyTorch is not needed.
+
+    Args:
+      path: A folder with ``config.json`` and ``model.safetensors`` (or several, with their index)
+        or ``pytorch_model.bin``; or fair-esm's ``.pt`` file of an ESM-2 model.
+      attention_fn: In place of its exact attention, such as `make_fast_softmax_attention` returns;
+        parameters of features that are fitted to data wait for `fast_attention.layers.calibrate`.
+      rngs: Source of what `attention_fn` draws; None is ``nnx.Rngs(0)``.
+      dtype: To compute in; parameters are float32.
+
+    Raises:
+      OSError: If a file cannot be read.
+      ValueError: If the model is of another kind, or a file is damaged; nothing is loaded then.
+    """
+    path = Path(path)
+    kind, fields, arrays = _read_file(path) if path.is_file() else _read_folder(path)
+    module = KINDS[kind]
+    config = module.config_of(Description(path, fields), dtype)
+    model, others = _fill(path, config, arrays, module)
+    if attention_fn is not None:
+        model = with_attention(model, attention_fn, nnx.Rngs(0) if rngs is None else rngs)
+    return Pretrained(model, kind, fields, others)
+
+
+def _read_folder(folder: Path) -> tuple[str, dict[str, Any], dict[str, StoredArray]]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no config.json: expected the folder of a published model")
+    if path.stat().st_size > MAX_HEADER:
+        raise ValueError(f"{path} is too large for a description")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path} is damaged: it is not JSON") from None
+    kind = fields.get("model_type") if isinstance(fields, dict) else None
+    if kind not in KINDS:
+        raise ValueError(
+            f"{path} has model_type {kind!r}; expected one of {', '.join(map(repr, KINDS))}"
+        )
+    return kind, fields, read_folder(folder)
+
+
+def _read_file(path: Path) -> tuple[str, dict[str, Any], dict[str, StoredArray]]:
+    found = read_torch(path)
+    fields, arrays = esm.from_fair_esm(path, found.value, found.arrays)
+    return "esm", fields, arrays
+
+
+def _fill(
+    path: Path, config: LanguageModelConfig, arrays: Mapping[str, StoredArray], kind: ModuleType
+) -> tuple[LanguageModel, list[str]]:
+    """Builds a model around stored arrays; parameters are never drawn, and read one at a time."""
+    model = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
+    parameters = {
+        ".".join(map(str, where)): variable
+        for where, variable in nnx.iter_graph(model)
+        if isinstance(variable, nnx.Param)
+    }
+    sources: dict[str, list[tuple[str, Place]]] = {}
+    wrong, unknown, others = [], [], []
+    for name, stored in arrays.items():
+        place = kind.place(config, name)
+        if place is None:
+            (unknown if name.startswith(kind.OWN) else others).append(name)
+        elif place.target:
+            shape = _shape_after(place, stored.shape)
+            if place.target not in parameters or shape != parameters[place.target].shape:
+                wrong.append(f"{name} {list(stored.shape)}")
+            sources.setdefault(place.target, []).append((name, place))
+    missing = sorted(parameters.keys() - sources.keys())
+    problems = {"left over": unknown, "of another shape": wrong, "missing": missing}
+    if any(problems.values()):
+        listed = "; ".join(
+            f"{what}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
+            for what, names in problems.items()
+            if names
+        )
+        raise ValueError(f"The arrays of {path} do not fit its description ({listed}).")
+    for target, found in sources.items():
+        pieces = (place.transform(arrays[name].read()).astype(np.float32) for name, place in found)
+        value = functools.reduce(np.add, pieces)
+        if not np.isfinite(value).all():
+            raise ValueError(f"{path}: {found[0][0]} has values that are not finite.")
+        parameters[target].set_value(jnp.array(value))
+    return model, sorted(others)
+
+
+def _shape_after(place: Place, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of an array once it is transformed, found without memory for its values."""
+    return place.transform(np.broadcast_to(np.zeros((), np.int8), shape)).shape
