@@ -9,6 +9,7 @@ import pytest
 
 from fast_attention.protein_lm import cli, gin_registry, read_fasta, write_fasta
 from fast_attention.protein_lm.cli.train import read_weights
+from fast_attention.protein_lm.training import train
 
 
 def test_a_run_is_evaluated(lm_run, tiny_fasta, tmp_path, capsys):
@@ -194,9 +195,7 @@ def test_without_a_gin_file_the_settings_are_those_of_the_demo(
     tiny_fasta, tmp_path, monkeypatch, capsys
 ):
     settings = []
-    monkeypatch.setattr(
-        gin, "get_configurable", lambda name: lambda *_, **__: settings.append(gin.config_str())
-    )
+    monkeypatch.setattr(train, "run_experiment", lambda *_, **__: settings.append(gin.config_str()))
     given = [f"--fasta={tiny_fasta}", f"--work_dir={tmp_path / 'run'}"]
     assert cli.main(["train", *given]) == 0
     assert (
