@@ -1,4 +1,4 @@
-"""Arrays of published checkpoints: safetensors, also in several files, and PyTorch's zip files.
+"""Arrays of checkpoint files, and those of safetensors files.
 
 Nothing is executed and PyTorch is not needed. Arrays are read one at a time, when they are asked
 for, so that no more than one of them is in memory beside the model.
@@ -30,7 +30,6 @@ _SAFETENSORS_TYPES: dict[str, Any] = {
     "F32": np.float32,
     "F64": np.float64,
 }
-_INDEX = "model.safetensors.index.json"
 
 
 class StoredArray(NamedTuple):
@@ -59,7 +58,7 @@ def read_safetensors(path: Path) -> dict[str, StoredArray]:
         size = int.from_bytes(file.read(8), "little")
         if not 2 <= size <= min(MAX_HEADER, total - 8):
             raise ValueError(f"{path} is damaged: its header cannot have {size} bytes")
-        described = _json_object(path, file.read(size))
+        described = json_object(path, file.read(size))
     described.pop("__metadata__", None)
     data = 8 + size
     return {name: _stored(path, name, entry, data, total) for name, entry in described.items()}
@@ -76,7 +75,7 @@ def _stored(path: Path, name: str, entry: Any, data: int, total: int) -> StoredA
     except (KeyError, TypeError, ValueError):
         fits = False
     if not fits:
-        raise ValueError(f"{path} is damaged: {name} is described as {_shown(entry)}")
+        raise ValueError(f"{path} is damaged: {name} is described as {shown(entry)}")
     start, count = data + begin, math.prod(shape)
 
     def read() -> np.ndarray:
@@ -101,51 +100,8 @@ def read_values(
     return values
 
 
-def read_folder(folder: Path) -> dict[str, StoredArray]:
-    """The arrays of a folder as published: safetensors, in one or several files, or ``.bin``.
-
-    Raises:
-      ValueError: If there are no arrays, or a file is damaged.
-      OSError: If a file cannot be read.
-    """
-    from fast_attention.models.originals.torch_files import read_torch
-
-    single = folder / "model.safetensors"
-    if single.is_file():
-        return read_safetensors(single)
-    if (folder / _INDEX).is_file():
-        return _read_index(folder)
-    for name in ("pytorch_model.bin", "model.pt"):
-        if (folder / name).is_file():
-            return read_torch(folder / name).arrays
-    raise ValueError(
-        f"{folder} has no arrays: expected model.safetensors, {_INDEX} or pytorch_model.bin"
-    )
-
-
-def _read_index(folder: Path) -> dict[str, StoredArray]:
-    path = folder / _INDEX
-    if path.stat().st_size > MAX_HEADER:
-        raise ValueError(f"{path} is too large for an index")
-    places = _json_object(path, path.read_bytes()).get("weight_map")
-    if not isinstance(places, dict):
-        raise ValueError(f"{path} has no weight_map")
-    files: dict[str, dict[str, StoredArray]] = {}
-    found: dict[str, StoredArray] = {}
-    for name, file in places.items():
-        if not isinstance(file, str) or Path(file).name != file or "\\" in file:
-            raise ValueError(f"{path} names the file {_shown(file)}; expected one beside it")
-        if file not in files:
-            if not (folder / file).is_file():
-                raise ValueError(f"{path} names {file}, which is not there: fetch it, too")
-            files[file] = read_safetensors(folder / file)
-        if name not in files[file]:
-            raise ValueError(f"{path} places {_shown(name)} in {file}, which does not have it")
-        found[name] = files[file][name]
-    return found
-
-
-def _json_object(path: Path, text: bytes) -> dict[str, Any]:
+def json_object(path: Path, text: bytes) -> dict[str, Any]:
+    """A JSON object; anything else is a ValueError that names the file."""
     try:
         value = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError):
@@ -155,6 +111,7 @@ def _json_object(path: Path, text: bytes) -> dict[str, Any]:
     return value
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value for a message, shortened."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -20,7 +20,8 @@ from fast_attention.layers.attention.switch import with_attention
 from fast_attention.models.config import LanguageModelConfig
 from fast_attention.models.language_model import LanguageModel
 from fast_attention.models.originals import bert, esm
-from fast_attention.models.originals.checkpoint_arrays import MAX_HEADER, StoredArray, read_folder
+from fast_attention.models.originals.checkpoint_arrays import MAX_HEADER, StoredArray
+from fast_attention.models.originals.checkpoint_folder import read_folder
 from fast_attention.models.originals.description import Description
 from fast_attention.models.originals.places import Place
 from fast_attention.models.originals.torch_files import read_torch
