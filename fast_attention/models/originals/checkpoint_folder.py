@@ -1,4 +1,4 @@
-"""Arrays of a folder as models are published: safetensors, in one or several files, or PyTorch's."""
+"""Arrays of a published folder: safetensors, in one or several files, or PyTorch's."""
 
 from __future__ import annotations
 
