@@ -160,6 +160,16 @@ class TransformerConfig:
       redraw_interval: Training steps between two redraws of random features; None keeps them.
       recalibrate_interval: Training steps between two fits of tuned features to the running
         averages of queries and keys, for attention functions with ``moment_decay``.
+      attention_bias: The dense layers of attention have biases.
+      norm_after: Each norm follows the sum of the stream and what is added to it, as in BERT; there
+        is no final norm then.
+      norm_epsilon: Of all layer norms.
+      embed_norm: Normalise the embeddings, positions included.
+      rotary_base: Ratio of the longest to the shortest wavelength of rotary positions.
+      token_dropout: Id of the mask token, whose embeddings are zero while others are scaled up, as
+        in ESM-2 (`TokenDropout`); None leaves embeddings as they are.
+      logits_transform: A dense layer, the activation and a norm before the logits, as in BERT and
+        ESM-2; tied logits are not scaled then, and have a bias.
     """
 
     vocab_size: int
@@ -182,6 +192,13 @@ class TransformerConfig:
     remat: bool = False
     redraw_interval: int | None = None
     recalibrate_interval: int | None = None
+    attention_bias: bool = False
+    norm_after: bool = False
+    norm_epsilon: float = 1e-6
+    embed_norm: bool = False
+    rotary_base: float = 10000.0
+    token_dropout: int | None = None
+    logits_transform: bool = False
 
     def __post_init__(self):
         """Checks every field.
@@ -221,7 +238,15 @@ class TransformerConfig:
                 f"num_heads={self.num_heads} = {self.head_dim}."
             )
         activation_of(self.activation)
-        for name in ("qk_norm", "remat"):
+        if not 0 < self.norm_epsilon < math.inf:
+            raise ValueError(f"norm_epsilon must be above 0, got {self.norm_epsilon}.")
+        if self.token_dropout is not None and not 0 <= self.token_dropout < self.vocab_size:
+            raise ValueError(
+                f"token_dropout is the id of the mask token: it must be below vocab_size="
+                f"{self.vocab_size}, got {self.token_dropout}."
+            )
+        flags = ("attention_bias", "norm_after", "embed_norm", "logits_transform")
+        for name in ("qk_norm", "remat", *flags):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         if not jnp.issubdtype(self.dtype, jnp.floating):
@@ -245,6 +270,7 @@ class TransformerConfig:
             self.num_heads,
             make_softmax_attention() if attention_fn is None else as_attention_fn(attention_fn),
             rotary="halves" if self.positions == "rotary" else None,
+            rotary_base=self.rotary_base,
             dropout_rate=self.attention_dropout_rate,
         )
         attention = AttentionConfig(
@@ -252,12 +278,16 @@ class TransformerConfig:
             self.head_dim,
             num_kv_heads=self.kv_heads,
             causal=self.causal,
+            use_bias=self.attention_bias,
+            out_bias=self.attention_bias,
             qk_norm="unit" if self.qk_norm else None,
             dropout_rate=self.dropout_rate,
         )
         feed_forward = FeedForwardConfig(
             self.mlp_dim, activation=self.activation, dropout_rate=self.dropout_rate
         )
+        norm = NormConfig("layer", self.norm_epsilon)
+        mask_token = self.token_dropout
         shifts = (0, 1) if self.shift_tokens else None
         block = (SublayerConfig(attention, shifts), SublayerConfig(feed_forward, shifts))
         return LanguageModelConfig(
@@ -265,6 +295,7 @@ class TransformerConfig:
             StackConfig(
                 self.emb_dim,
                 (block,) * self.num_layers,
+                norm=dataclasses.replace(norm, after=self.norm_after),
                 remat=self.remat,
                 redraw_interval=self.redraw_interval,
                 recalibrate_interval=self.recalibrate_interval,
@@ -272,6 +303,22 @@ class TransformerConfig:
             max_len=self.max_len,
             positions="none" if self.positions == "rotary" else self.positions,
             dropout_rate=self.dropout_rate,
-            logits="scaled" if self.tie_embeddings else "dense",
+            final_norm=NormConfig("none") if self.norm_after else norm,
+            logits=self._logits,
             dtype=self.dtype,
+            embed_norm=norm if self.embed_norm else None,
+            token_dropout=None if mask_token is None else TokenDropout(mask_token),
+            transform=self._transform,
         )
+
+    @property
+    def _logits(self) -> str:
+        if not self.tie_embeddings:
+            return "dense"
+        return "tied" if self.logits_transform else "scaled"
+
+    @property
+    def _transform(self) -> LogitTransform | None:
+        if not self.logits_transform:
+            return None
+        return LogitTransform(self.activation, self.norm_epsilon)

@@ -15,10 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fast_attention.layers.attention.config import AttentionConfig, HeadGroup
-from fast_attention.layers.stack.stack import StackConfig
-from fast_attention.layers.stack.sublayer import FeedForwardConfig, NormConfig, SublayerConfig
-from fast_attention.models.config import LanguageModelConfig, LogitTransform
+from fast_attention.models.config import TransformerConfig
 from fast_attention.models.originals.description import Description
 from fast_attention.models.originals.places import NOT_NEEDED, Place, dense, norm, of_block
 
@@ -45,7 +42,7 @@ _PARTS = {
 }
 
 
-def config_of(described: Description, dtype: Any) -> LanguageModelConfig:
+def config_of(described: Description, dtype: Any) -> TransformerConfig:
     """The shape of a described model.
 
     Raises:
@@ -60,37 +57,37 @@ def config_of(described: Description, dtype: Any) -> LanguageModelConfig:
     for name in ("is_decoder", "add_cross_attention"):
         described.one_of(name, (False,), False)
     activation = _ACTIVATIONS[described.one_of("hidden_act", _ACTIVATIONS, "gelu")]
-    epsilon = described.positive("layer_norm_eps", 1e-12)
-    attention = AttentionConfig(
-        (HeadGroup(heads),), features // heads, use_bias=True, out_bias=True
-    )
-    feed_forward = FeedForwardConfig(described.size("intermediate_size"), activation)
-    block = SublayerConfig(attention), SublayerConfig(feed_forward)
-    return LanguageModelConfig(
+    return TransformerConfig(
         described.size("vocab_size"),
-        StackConfig(
-            features,
-            (block,) * described.size("num_hidden_layers"),
-            norm=NormConfig("layer", epsilon, after=True),
-        ),
+        emb_dim=features,
+        num_heads=heads,
+        num_layers=described.size("num_hidden_layers"),
+        qkv_dim=features,
+        mlp_dim=described.size("intermediate_size"),
         max_len=described.size("max_position_embeddings", 512),
+        causal=False,
+        dropout_rate=described.rate("hidden_dropout_prob"),
+        attention_dropout_rate=described.rate("attention_probs_dropout_prob"),
         positions="learned",
-        final_norm=NormConfig("none"),
-        logits="tied" if described.flag("tie_word_embeddings", True) else "dense",
+        tie_embeddings=described.flag("tie_word_embeddings", True),
+        activation=activation,
         dtype=dtype,
-        embed_norm=NormConfig("layer", epsilon),
-        transform=LogitTransform(activation, epsilon),
+        attention_bias=True,
+        norm_after=True,
+        norm_epsilon=described.positive("layer_norm_eps", 1e-12),
+        embed_norm=True,
+        logits_transform=True,
     )
 
 
-def place(config: LanguageModelConfig, name: str) -> Place | None:
+def place(config: TransformerConfig, name: str) -> Place | None:
     """Where an array belongs; None if nowhere."""
     if name == "bert.embeddings.position_ids":
         return NOT_NEEDED
     if name.startswith("bert.encoder.layer."):
         rest = name.removeprefix("bert.encoder.layer.")
-        return of_block(rest, len(config.stack.blocks), _PARTS)
-    tied = config.logits == "tied"
+        return of_block(rest, config.num_layers, _PARTS)
+    tied = config.tie_embeddings
     module, _, leaf = name.rpartition(".")
     layers: dict[str, tuple[Callable[[str, str], Place], str]] = {
         "bert.embeddings.LayerNorm": (norm, "embed_norm"),

@@ -38,6 +38,13 @@ class Description:
             raise self._error(name, value, "a positive number")
         return float(value)
 
+    def rate(self, name: str) -> float:
+        """A dropout rate, 0 by default."""
+        value = self._get(name, 0.0)
+        if type(value) not in (int, float) or not 0 <= value < 1:
+            raise self._error(name, value, "a number of at least 0 and below 1")
+        return float(value)
+
     def flag(self, name: str, default: bool) -> bool:
         """True or false; null is the default."""
         value = self._get(name, default)

@@ -15,10 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fast_attention.layers.attention.config import AttentionConfig, HeadGroup
-from fast_attention.layers.stack.stack import StackConfig
-from fast_attention.layers.stack.sublayer import FeedForwardConfig, NormConfig, SublayerConfig
-from fast_attention.models.config import LanguageModelConfig, LogitTransform, TokenDropout
+from fast_attention.models.config import TransformerConfig
 from fast_attention.models.originals.checkpoint_arrays import StoredArray
 from fast_attention.models.originals.description import Description
 from fast_attention.models.originals.places import NOT_NEEDED, Place, dense, norm, of_block
@@ -38,7 +35,7 @@ _PARTS = {
 }
 
 
-def config_of(described: Description, dtype: Any) -> LanguageModelConfig:
+def config_of(described: Description, dtype: Any) -> TransformerConfig:
     """The shape of a described model.
 
     Raises:
@@ -52,50 +49,47 @@ def config_of(described: Description, dtype: Any) -> LanguageModelConfig:
     positions = described.one_of("position_embedding_type", ("rotary", "absolute"), "absolute")
     for name in ("is_decoder", "add_cross_attention", "is_folding_model"):
         described.one_of(name, (False,), False)
-    epsilon = described.positive("layer_norm_eps", 1e-12)
-    layer = NormConfig("layer", epsilon)
     rotary = positions == "rotary"
-    group = HeadGroup(
-        heads,
-        rotary="halves" if rotary else None,
-        rotary_base=described.positive("rope_theta", 10000.0),
-    )
-    block = (
-        SublayerConfig(AttentionConfig((group,), features // heads, use_bias=True, out_bias=True)),
-        SublayerConfig(FeedForwardConfig(described.size("intermediate_size"), "gelu_exact")),
-    )
-    dropout = None
-    if described.flag("token_dropout", False):
-        dropout = TokenDropout(described.size("mask_token_id", least=0))
-    longest = described.size("max_position_embeddings", 1026)
+    vocab_size = described.size("vocab_size")
     # The table of ESM-1b begins with rows for padding, up to its id.
     unused = 0 if rotary else described.size("pad_token_id", least=0) + 1
-    return LanguageModelConfig(
-        described.size("vocab_size"),
-        StackConfig(features, (block,) * described.size("num_hidden_layers"), norm=layer),
-        max_len=longest - unused,
-        positions="none" if rotary else "learned",
-        final_norm=layer,
-        logits="tied" if described.flag("tie_word_embeddings", True) else "dense",
+    dropout = described.flag("token_dropout", False)
+    return TransformerConfig(
+        vocab_size,
+        emb_dim=features,
+        num_heads=heads,
+        num_layers=described.size("num_hidden_layers"),
+        qkv_dim=features,
+        mlp_dim=described.size("intermediate_size"),
+        max_len=described.size("max_position_embeddings", 1026) - unused,
+        causal=False,
+        dropout_rate=described.rate("hidden_dropout_prob"),
+        attention_dropout_rate=described.rate("attention_probs_dropout_prob"),
+        positions="rotary" if rotary else "learned",
+        tie_embeddings=described.flag("tie_word_embeddings", True),
+        activation="gelu_exact",
         dtype=dtype,
-        embed_norm=layer if described.flag("emb_layer_norm_before", False) else None,
-        token_dropout=dropout,
-        transform=LogitTransform(epsilon=epsilon),
+        attention_bias=True,
+        norm_epsilon=described.positive("layer_norm_eps", 1e-12),
+        embed_norm=described.flag("emb_layer_norm_before", False),
+        rotary_base=described.positive("rope_theta", 10000.0),
+        token_dropout=described.size("mask_token_id", least=0) if dropout else None,
+        logits_transform=True,
     )
 
 
-def place(config: LanguageModelConfig, name: str) -> Place | None:
+def place(config: TransformerConfig, name: str) -> Place | None:
     """Where an array belongs; None if nowhere."""
     if name.endswith((".inv_freq", ".position_ids")):
         return NOT_NEEDED
     if name.startswith("esm.encoder.layer."):
         rest = name.removeprefix("esm.encoder.layer.")
-        return of_block(rest, len(config.stack.blocks), _PARTS)
-    if name == "esm.embeddings.position_embeddings.weight" and config.positions == "none":
+        return of_block(rest, config.num_layers, _PARTS)
+    if name == "esm.embeddings.position_embeddings.weight" and config.positions == "rotary":
         return NOT_NEEDED
-    if name == "lm_head.decoder.weight" and config.logits == "tied":
+    if name == "lm_head.decoder.weight" and config.tie_embeddings:
         return NOT_NEEDED
-    bias = "transform.bias" if config.logits == "tied" else "head.bias"
+    bias = "transform.bias" if config.tie_embeddings else "head.bias"
     module, _, leaf = name.rpartition(".")
     layers: dict[str, tuple[Callable[[str, str], Place], str]] = {
         "esm.embeddings.layer_norm": (norm, "embed_norm"),

@@ -17,14 +17,14 @@ import numpy as np
 from flax import nnx
 
 from fast_attention.layers.attention.switch import with_attention
-from fast_attention.models.config import LanguageModelConfig
-from fast_attention.models.language_model import LanguageModel
+from fast_attention.models.config import TransformerConfig
 from fast_attention.models.originals import bert, esm
 from fast_attention.models.originals.checkpoint_arrays import MAX_HEADER, StoredArray
 from fast_attention.models.originals.checkpoint_folder import read_folder
 from fast_attention.models.originals.description import Description
 from fast_attention.models.originals.places import Place
 from fast_attention.models.originals.torch_files import read_torch
+from fast_attention.models.transformer import Transformer
 
 KINDS = {"esm": esm, "bert": bert}
 """What ``model_type`` may be, and the module that knows the kind."""
@@ -34,13 +34,13 @@ class Pretrained(NamedTuple):
     """A published model.
 
     Attributes:
-      model: With its parameters, in float32.
+      model: With its parameters, in float32; `model.config` is its `TransformerConfig`.
       kind: "esm" or "bert".
       description: The content of its ``config.json``.
       other_heads: Names of arrays that belong to other heads, which were not loaded.
     """
 
-    model: LanguageModel
+    model: Transformer
     kind: str
     description: dict[str, Any]
     other_heads: list[str]
@@ -102,10 +102,10 @@ def _read_file(path: Path) -> tuple[str, dict[str, Any], dict[str, StoredArray]]
 
 
 def _fill(
-    path: Path, config: LanguageModelConfig, arrays: Mapping[str, StoredArray], kind: ModuleType
-) -> tuple[LanguageModel, list[str]]:
+    path: Path, config: TransformerConfig, arrays: Mapping[str, StoredArray], kind: ModuleType
+) -> tuple[Transformer, list[str]]:
     """Builds a model around stored arrays; parameters are never drawn, and read one at a time."""
-    model = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
     parameters = {
         ".".join(map(str, where)): variable
         for where, variable in nnx.iter_graph(model)
