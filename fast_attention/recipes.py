@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
+from fast_attention.feature_maps.pickling import from_places, to_places
 from fast_attention.mechanisms.checks import check_flag
 
 Parameters = ParamSpec("Parameters")
@@ -32,6 +33,14 @@ class Recipe(NamedTuple):
 
     factory: str
     arguments: dict[str, Any]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles functions by their names, see :mod:`fast_attention.feature_maps.pickling`."""
+        return _recipe_from, (self.factory, to_places(self.arguments))
+
+
+def _recipe_from(factory: str, arguments: dict[str, Any]) -> Recipe:
+    return Recipe(factory, from_places(arguments))
 
 
 def recorded(make: Callable[Parameters, Made]) -> Callable[Parameters, Made]:

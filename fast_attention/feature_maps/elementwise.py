@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from fast_attention.feature_maps.base import (
     Parameters,
     project,
 )
+from fast_attention.feature_maps.pickling import from_places, to_places
 from fast_attention.feature_maps.projections import draw_projection
 
 Kernel = Callable[[Array], Array]
@@ -151,6 +152,11 @@ class ElementwiseFeatures(FeatureMap):
 
     log_kind: ClassVar[LogKind] = "none"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles the kernel by its name, see :mod:`.pickling`."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return _from_fields, (type(self), to_places(fields))
+
     def init(self, key: Array, head_dim: int) -> Float[Array, "M D"] | None:
         """Draws the projection ``[num_rows, head_dim]``; None without one."""
         if self.num_rows is None:
@@ -177,6 +183,10 @@ class ElementwiseFeatures(FeatureMap):
         if self.normalize_data:
             x = x * x.shape[-1] ** -0.25
         return x if parameters is None else project(x, parameters)
+
+
+def _from_fields(kind: type[ElementwiseFeatures], fields: dict[str, Any]) -> ElementwiseFeatures:
+    return kind(**from_places(fields))
 
 
 @dataclasses.dataclass(frozen=True)

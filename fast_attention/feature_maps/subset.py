@@ -56,9 +56,12 @@ def _visible_places(visible: Array, most: int) -> tuple[Array, Array]:
     count = rank[-1] + 1
     # Where each rank lies; hidden positions are written nowhere.
     at = jnp.full(length, 0, jnp.int32)
-    at = at.at[jnp.where(visible, rank, length)].set(jnp.arange(length), mode="drop")
-    taken = jnp.arange(most) < count
-    ranks = jnp.where(count > most, _ranks(count, most), jnp.arange(most))
+    at = at.at[jnp.where(visible, rank, length)].set(
+        jnp.arange(length, dtype=jnp.int32), mode="drop"
+    )
+    first = jnp.arange(most, dtype=jnp.int32)
+    taken = first < count
+    ranks = jnp.where(count > most, _ranks(count, most), first)
     return at[jnp.where(taken, ranks, 0)], taken
 
 

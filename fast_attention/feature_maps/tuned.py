@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fast_attention.arrays.dtypes import widest
 from fast_attention.arrays.types import Array, Float
 from fast_attention.feature_maps.base import FeatureMap, Features, Parameters, project
 from fast_attention.feature_maps.gaussian_family import (
@@ -66,8 +67,9 @@ class TunedParameters(NamedTuple):
 def fold(rows: Float[Array, "*B R D"], tuning: Tuning) -> TunedParameters:
     """Folds rows and tuning; their leading axes broadcast, from the right."""
     rank = max(rows.ndim, tuning.stretch.ndim)
+    dtype = widest(rows.dtype, tuning.stretch.dtype)
     rows_, *matrices = (
-        x.reshape((1,) * (rank - x.ndim) + x.shape)
+        x.reshape((1,) * (rank - x.ndim) + x.shape).astype(dtype)
         for x in (rows, tuning.stretch, tuning.query_norm, tuning.key_norm)
     )
     product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)

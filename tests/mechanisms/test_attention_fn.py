@@ -1,7 +1,9 @@
 """What holds for every attention function, whatever its mechanism: the laws of the base class."""
 
+import copy
 import functools
 import inspect
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ from flax import nnx
 import fast_attention as fa
 from fast_attention.mechanisms.attention_fn import AttentionFn
 from fast_attention.mechanisms.wrapped import WrappedAttention
-from fast_attention.recipes import FACTORIES
+from fast_attention.recipes import FACTORIES, recipe
 
 B, T, H, D = 2, 6, 2, 4
 MASK = np.arange(T)[None] < np.array([[T], [4]])
@@ -56,6 +58,22 @@ def test_equal_options_make_equal_functions_and_one_program(name):
         run(MAKERS[name](), *arrays(name))
     assert len(traces) == 1
     assert MAKERS[name]() != MAKERS[name](unidirectional=True)
+
+
+# Functions that jax.jit or jax.custom_jvp made: pickle alone finds the functions inside.
+COMPILED = [jnp.exp, jnp.square, jax.nn.sigmoid, jax.nn.relu, jax.nn.elu, jnp.log1p]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [make() for make in MAKERS.values()]
+    + [fa.make_fast_generalized_attention(kernel_fn=kernel) for kernel in COMPILED],
+)
+def test_pickled_and_copied_functions_are_equal(function):
+    for same in (pickle.loads(pickle.dumps(function)), copy.copy(function)):
+        assert same == function and hash(same) == hash(function)
+        assert recipe(same) == recipe(function)
+    assert copy.deepcopy(function) == function
 
 
 def test_an_explicit_projection_counts_by_value_and_is_kept_in_training():

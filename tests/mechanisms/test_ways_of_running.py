@@ -21,6 +21,7 @@ from fast_attention import (
     make_softmax_attention,
     make_strided_attention,
 )
+from fast_attention.mechanisms.favor.calibration import calibrate
 
 # Two rows, seven positions, two heads of width four.
 B, T, H, D = 2, 7, 2, 4
@@ -225,6 +226,24 @@ def test_strict_promotion(function, dtype):
         if function in DECODING.values():
             decoded(function, arrays)
     np.testing.assert_array_equal(found, function(*arrays, key_mask=key_mask(), **drop))
+
+
+@every_function
+def test_strict_promotion_under_x64(function):
+    """Counts are int64 there, and what is measured is float64. Tracing shows it."""
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        arrays, mask = draw(jnp.float64), key_mask()
+        options = {"key_mask": mask, "query_mask": mask}
+        if function.calibration != "call" and getattr(function, "blindspot_size", 1) == 1:
+            options["segment_ids"] = jnp.zeros((B, T), jnp.int32)
+        drop = {"dropout_rng": jax.random.key(1), "dropout_rate": 0.2}
+        jax.eval_shape(gradients(function, **options, **drop), *arrays)
+        if function.tuned_map is not None:
+            jax.eval_shape(functools.partial(calibrate, function), *arrays[:2])
+        if function in DECODING.values():
+            state = start(function, dtype=jnp.float32)
+            _, state = jax.eval_shape(function.prefill, state, *arrays, key_mask=mask)
+            jax.eval_shape(function.step, state, *(x[:, 0] for x in arrays))
 
 
 @pytest.mark.parametrize("implementation", ["threefry2x32", "rbg", "unsafe_rbg"])

@@ -152,7 +152,8 @@ def prefill_buckets(
     slots = -(-(bucket_size - 1 + query.shape[-3]) // bucket_size) * bucket_size
     place = places(state.count, visible)
     query, key, value = (to_grid(x, place, visible, slots) for x in (query, key, value))
-    slot = jnp.broadcast_to(jnp.arange(slots), (*visible.shape[:-1], slots))
+    slot = jnp.arange(slots, dtype=jnp.int32)
+    slot = jnp.broadcast_to(slot, (*visible.shape[:-1], slots))
     end = (state.count + visible.sum(-1, dtype=jnp.int32))[..., None]
     filled = (slot >= state.count[..., None]) & (slot < end)
     in_complete = slot < end // bucket_size * bucket_size

@@ -234,7 +234,7 @@ def _attend_row(
 
         blocks = (stop - start) // block
         if blocks > 1:
-            starts = start + block * jnp.arange(blocks)
+            starts = start + block * jnp.arange(blocks, dtype=jnp.int32)
             out = lax.map(functools.partial(attend, queries=block), starts)
             parts.append(jnp.moveaxis(out, 0, 2).reshape(*out.shape[1:3], -1, out.shape[-1]))
             start += blocks * block
@@ -284,13 +284,13 @@ def _attend_block(
     if extras.key_mask is not None:
         conditions.append(extras.key_mask[None, None, None, :keys].astype(bool))
     # Bounds on an iota cost nothing, where comparing segments costs as much as the products.
-    key_position = jnp.arange(keys)[None]
+    key_position = jnp.arange(keys, dtype=jnp.int32)[None]
     if extras.first_key is not None:
         conditions.append((of_queries(extras.first_key)[:, None] <= key_position)[None, None])
     if extras.last_key is not None:
         conditions.append((of_queries(extras.last_key)[:, None] >= key_position)[None, None])
     if choices.causal:
-        own = position + jnp.arange(queries)
+        own = position + jnp.arange(queries, dtype=jnp.int32)
         conditions.append((own[:, None] >= key_position)[None, None])
     if conditions:
         scores = jnp.where(functools.reduce(jnp.logical_and, conditions), scores, -jnp.inf)

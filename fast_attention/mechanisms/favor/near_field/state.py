@@ -144,14 +144,14 @@ def _prefill(
         order = jnp.argsort(~key_mask, axis=1, stable=True)
         query, key, value = (_taken(x, order) for x in (query, key, value))
     # The window in the order of its positions, then the new tokens.
-    place = jnp.arange(window)[None]
+    place = jnp.arange(window, dtype=jnp.int32)[None]
     before = (state.length[:, None] + place) % window
     in_use = place >= window - state.length[:, None]
     wide = widest(state.key.dtype, dtype)
     keys = jnp.concatenate([_taken(state.key, before).astype(wide), key.astype(wide)], axis=1)
     values = [_taken(state.value, before).astype(wide), value.astype(wide)]
     values = jnp.concatenate(values, axis=1)
-    arriving = jnp.arange(new)[None] < count[:, None]
+    arriving = jnp.arange(new, dtype=jnp.int32)[None] < count[:, None]
     visible = jnp.concatenate([in_use, arriving], axis=1)[..., None]
     # Of the far keys those count that a token of this call pushes out of the window.
     leaving = visible[:, :new] & arriving[..., None]
