@@ -56,7 +56,8 @@ def _visible_places(visible: Array, most: int) -> tuple[Array, Array]:
     count = rank[-1] + 1
     # Where each rank lies; hidden positions are written nowhere.
     at = jnp.full(length, 0, jnp.int32)
-    at = at.at[jnp.where(visible, rank, length)].set(
+    number = jnp.arange(length, dtype=jnp.int32)
+    at = at.at[jnp.where(visible, rank, length)].set(number, mode="drop")
         jnp.arange(length, dtype=jnp.int32), mode="drop"
     )
     first = jnp.arange(most, dtype=jnp.int32)
