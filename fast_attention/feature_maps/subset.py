@@ -58,8 +58,6 @@ def _visible_places(visible: Array, most: int) -> tuple[Array, Array]:
     at = jnp.full(length, 0, jnp.int32)
     number = jnp.arange(length, dtype=jnp.int32)
     at = at.at[jnp.where(visible, rank, length)].set(number, mode="drop")
-        jnp.arange(length, dtype=jnp.int32), mode="drop"
-    )
     first = jnp.arange(most, dtype=jnp.int32)
     taken = first < count
     ranks = jnp.where(count > most, _ranks(count, most), first)

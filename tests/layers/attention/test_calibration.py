@@ -21,6 +21,7 @@ from fast_attention.layers import (
     StackConfig,
     SublayerConfig,
     calibrate,
+    fix_projections,
     recalibrate,
     redraw,
     redraw_due,
@@ -231,3 +232,12 @@ def test_running_averages_are_used_at_their_interval():
     assert_state_close(start, held(model), close=False)
     with pytest.raises(ValueError, match="recalibrate_interval must be at least 1.*got 0"):
         stack(recalibrate_interval=0)
+
+
+def test_fixed_projections_follow_no_running_averages():
+    model = stack(recalibrate_interval=3, redraw_interval=3)
+    nnx.jit(lambda m, x: m(x, deterministic=False, rngs=nnx.Rngs(0)))(model, sample())
+    start = held(model)
+    fix_projections(model)
+    assert not redraw_due(model, 3, nnx.Rngs(0))
+    assert_state_close(start, held(model))

@@ -9,6 +9,7 @@ import pytest
 
 from fast_attention import make_fast_generalized_attention, make_fast_softmax_attention
 from tests.linear import cases
+from tests.mechanisms.test_table import all_equations
 
 B, T, H, D, V, M = 2, 6, 4, 8, 5, 16
 softmax = functools.partial(
@@ -355,3 +356,34 @@ def test_check_masks_finds_a_bad_mask_under_jit():
     with pytest.raises(Exception, match="neither constant over queries"):
         jax.block_until_ready(checked(bad))
         jax.effects_barrier()
+
+
+@pytest.mark.parametrize("exact_window", [None, 2])
+def test_prompts_are_read_by_the_loop_that_was_asked_for(exact_window):
+    """Chunks are unrolled, and states saved for the backward pass, as in a call."""
+
+    def shapes_and_unrolls(**more):
+        function = make_fast_softmax_attention(
+            D,
+            nb_features=M,
+            unidirectional=True,
+            chunk_size=2,
+            exact_window=exact_window,
+            **options,
+        )
+        state = function.init_state((B,), H, D, D)
+
+        def total(x):
+            return function.prefill(state, x, x, x)[0].sum()
+
+        program = jax.make_jaxpr(jax.grad(total))(draw(0, B, 34, H, D))
+        equations = list(all_equations(program.jaxpr))
+        shapes = {x.aval.shape for equation in equations for x in equation.outvars}
+        return shapes, {x.params["unroll"] for x in equations if x.primitive.name == "scan"}
+
+    few, once = shapes_and_unrolls(saved_states="few", lax_scan_unroll=1)
+    every, thrice = shapes_and_unrolls(saved_states="all", lax_scan_unroll=3)
+    # The states before all 17 chunks, K V M numbers each.
+    states = {shape for shape in every if 17 in shape and {B, H, D, M} <= set(shape)}
+    assert states and not states & few
+    assert 3 in thrice and 3 not in once
