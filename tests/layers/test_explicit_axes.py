@@ -17,6 +17,7 @@ from fast_attention import (
     make_lsh_attention,
 )
 from fast_attention.layers.explicit_axes import modules_run_on_auto_axes
+from fast_attention.mechanisms.favor.calibration import calibrate
 from tests.layers.definitions import draw, filled
 
 pytestmark = [
@@ -182,3 +183,25 @@ def test_modules_that_share_a_parameter_still_do():
         tied = Tied()
         np.testing.assert_allclose(tied(jax.device_put(jnp.ones((2,)), rows())), 2)
     assert tied.first is tied.second and tied.first[...] == 2
+
+
+def test_calibration():
+    """From samples, by a function and by a layer, and from running averages."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,), devices=devices())
+    function = make_fast_softmax_attention(
+        nb_features=4, estimator="wderf_s", unidirectional=True, moment_decay=0.5
+    )
+    config = layers.AttentionConfig((layers.HeadGroup(2, function),), head_dim=4, causal=True)
+
+    def fitted(x, heads):
+        layer = layers.MultiHeadAttention(M, config, rngs=nnx.Rngs(0))
+        layers.calibrate(layer, x)
+        first = nnx.state(layer)
+        layer(x, deterministic=False, rngs=nnx.Rngs(1))
+        layers.recalibrate(layer)
+        return jax.tree.map(np.asarray, (calibrate(function, heads, heads), first, layer(x)))
+
+    arrays = draw(B, T, M), draw(B, T, 2, 4)
+    with jax.set_mesh(mesh):
+        found = fitted(*(jax.device_put(x, PartitionSpec("data")) for x in arrays))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), found, fitted(*arrays))

@@ -11,6 +11,7 @@ from typing import Any
 
 from flax import nnx
 
+from fast_attention.arrays.explicit_axes import explicit_mesh, sharded_alike
 from fast_attention.feature_maps.moments import Moments, measure_visible, merge_moments
 from fast_attention.layers.attention.multi_axis import MultiAxisAttention
 from fast_attention.layers.attention.multi_head import MultiHeadAttention
@@ -91,7 +92,9 @@ def query_key_moments(
         met[call.name] = functools.reduce(merge_moments, [*known, moments])
 
     observed_copy(model, measure, where or (lambda function: True))(*args, **kwargs)
-    return met
+    mesh = explicit_mesh((args, kwargs))
+    # What was measured inside, where Explicit axes are Auto ones, is whole on every device.
+    return met if mesh is None else sharded_alike(met, mesh, ())
 
 
 def recalibrate(model: nnx.Module) -> int:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 
+from fast_attention.arrays.explicit_axes import runs_on_auto_axes
 from fast_attention.arrays.types import Array, Bool, Float
 from fast_attention.feature_maps.gaussian_family import tune
 from fast_attention.feature_maps.moments import Moments, measure, measure_visible
@@ -44,6 +45,7 @@ MOST_POSITIONS = 512
 them their cost would show, their errors no longer do."""
 
 
+@runs_on_auto_axes
 def calibrate(
     attention_fn: AttentionFn,
     query: Float[Array, "*B T H D"],
@@ -75,6 +77,7 @@ def calibrate(
     return retune(feature_map, parameters, moments)
 
 
+@runs_on_auto_axes
 def retune(
     feature_map: TunedFeatures, parameters: TunedParameters | TrainedParameters, moments: Moments
 ) -> Any:
