@@ -369,7 +369,7 @@ def test_prompts_are_read_by_the_loop_that_was_asked_for(exact_window):
             unidirectional=True,
             chunk_size=2,
             exact_window=exact_window,
-            **options,
+            **more,
         )
         state = function.init_state((B,), H, D, D)
 
