@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -41,7 +41,7 @@ from fast_attention.protein_lm.modeling.token_batches import (
 )
 from fast_attention.protein_lm.models import FlaxLM
 
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "demo": {"emb_dim": 128, "num_heads": 4, "num_layers": 4, "qkv_dim": 128, "mlp_dim": 512},
     "tiny": {"emb_dim": 32, "num_heads": 2, "num_layers": 1, "qkv_dim": 32, "mlp_dim": 64},
 }

@@ -31,9 +31,9 @@ from flax import nnx
 
 from fast_attention import layers, make_fast_softmax_attention
 from fast_attention.protein_lm import cli
-from fast_attention.protein_lm.data import pipeline
 from fast_attention.protein_lm.data.corpus import bundled_corpus
 from fast_attention.protein_lm.files.output_files import write_file
+from fast_attention.protein_lm.modeling import pipeline
 from fast_attention.protein_lm.modeling.schedules import create_learning_rate_scheduler
 from fast_attention.protein_lm.models import FlaxLM
 

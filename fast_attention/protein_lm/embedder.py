@@ -37,7 +37,7 @@ def get_embed_fn(
     """Makes the function from sequences to their vectors.
 
     Args:
-      model: A `FlaxLM` or a `FlaxBERT`.
+      model: The model.
       checkpoint_dir: In its place, the folder of a run or of an exported model.
       domain: Encodes strings; None is that of the model, whose tokens it must have.
       output_head: ``"output_emb"`` (after the final norm, zero at padding), ``"input_emb"``,
@@ -180,7 +180,7 @@ def _encode_strings(
 
 def _inputs(model: FlaxModel, ids: np.ndarray) -> np.ndarray:
     """What the model reads: a causal model the tokens before each."""
-    if model.objective != "causal":
+    if not model.objective.begins:
         return ids
     return np.concatenate([np.full((len(ids), 1), model.bos_token), ids[:, :-1]], axis=1)
 

@@ -1,4 +1,4 @@
-"""FlaxModel: what the causal and the masked language model have in common.
+"""FlaxModel: a language model with any objective.
 
 Shape letters: B batch, T length, V vocabulary.
 """
@@ -26,13 +26,15 @@ from fast_attention.protein_lm.modeling import (
     train_state,
 )
 from fast_attention.protein_lm.modeling.built_model import BuiltModel
+from fast_attention.protein_lm.modeling.model_classes import register_model
 from fast_attention.protein_lm.runs.exporting import save_model
 from fast_attention.protein_lm.runs.saved_training import load_training, save_training
 from fast_attention.protein_lm.runs.stored_models import load_stored
 
 
+@register_model
 class FlaxModel(BuiltModel):
-    """A language model over the sequences of a domain; make a `FlaxLM` or a `FlaxBERT`.
+    """A language model over the sequences of a domain; `FlaxLM` and `FlaxBERT` have an objective.
 
     A thin facade: the arrays are in `state`, and the work is done by the pure, jitted functions
     `initialize`, `train_step`, `eval_step`, `logits_step`, `residue_step` and `embedding_step`.
@@ -104,7 +106,7 @@ class FlaxModel(BuiltModel):
           xs: As for `fit`, or a `Corpus`.
           steps: Batches to look at; None looks at all.
           batch_size: Rows per batch; None takes the model's. It does not change the result.
-          seed: Of the masks of a masked model.
+          seed: Of what is hidden, where the objective hides residues.
 
         Raises:
           ValueError: If nothing is to be predicted.
@@ -137,7 +139,7 @@ class FlaxModel(BuiltModel):
 
         Args:
           batch: As for `fit_batch`.
-          seed: Of the masks of a masked model.
+          seed: Of what is hidden, where the objective hides residues.
         """
         (sums,) = self.batch_sums([batches.one_batch(self, batch, seed)])
         return metrics.per_batch(sums)

@@ -18,6 +18,7 @@ from fast_attention.protein_lm import embedder, models, ranges
 from fast_attention.protein_lm.data import domains, vocabulary
 from fast_attention.protein_lm.inference import reducers
 from fast_attention.protein_lm.modeling import schedules
+from fast_attention.protein_lm.modeling.objectives import OBJECTIVES
 from fast_attention.protein_lm.training import dataset, experiment
 
 # What holds unless a configuration says otherwise.
@@ -46,6 +47,8 @@ def register() -> None:
     for target in (models.FlaxModel, models.FlaxLM, models.FlaxBERT):
         # gin changes the constructors of classes in place, so that the subclasses inherit what
         # is bound to FlaxModel.
+        gin.configurable(target, module="protein_lm")
+    for target in OBJECTIVES.values():
         gin.configurable(target, module="protein_lm")
     for target in (
         vocabulary.Vocabulary,

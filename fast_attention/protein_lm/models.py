@@ -1,11 +1,10 @@
-"""The two protein language models: FlaxLM (causal) and FlaxBERT (masked).
+"""FlaxLM (causal) and FlaxBERT (masked): models whose objective is given by their class.
 
 Shape letters: B batch, T length, V vocabulary, P prompt length, L greatest length.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -13,11 +12,11 @@ import numpy as np
 
 from fast_attention.models.samplers import forbid_tokens, sample_token
 from fast_attention.protein_lm import ranges
-from fast_attention.protein_lm.data.masking import MaskingConfig
 from fast_attention.protein_lm.flax_model import FlaxModel as FlaxModel
 from fast_attention.protein_lm.inference.continuation import continue_prompts
-from fast_attention.protein_lm.modeling import batches
 from fast_attention.protein_lm.modeling.model_classes import register_model
+from fast_attention.protein_lm.modeling.objectives import Causal, Masked
+from fast_attention.protein_lm.modeling.objectives.masked import unpacked
 from fast_attention.protein_lm.modeling.sampling_config import SamplingConfig as SamplingConfig
 
 
@@ -28,21 +27,7 @@ class FlaxLM(FlaxModel):
     Attention is causal whatever ``attention_fn`` is bound. Parameters are those of `FlaxModel`.
     """
 
-    objective = "causal"
-    sampling_options = tuple(field.name for field in dataclasses.fields(SamplingConfig))
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        """Takes the parameters of `FlaxModel`.
-
-        Raises:
-          ValueError: If there is no begin token, and ``with_bos`` is False.
-        """
-        super().__init__(*args, **kwargs)
-        if self.bos_token is None:
-            raise ValueError(
-                "FlaxLM reads a begin token before every sequence: leave out with_bos=False, or "
-                "make the domain with include_bos=True"
-            )
+    own_objective = Causal()
 
     def sample(self, num_samples: int, rng: jax.Array | None = None, **options: Any) -> np.ndarray:
         """Draws sequences.
@@ -97,8 +82,7 @@ class FlaxBERT(FlaxModel):
     The loss counts chosen residues only. Beside those here, it has the parameters of `FlaxModel`.
     """
 
-    objective = "masked"
-    sampling_options = ("temperature",)
+    own_objective = Masked()
 
     def __init__(
         self,
@@ -121,10 +105,8 @@ class FlaxBERT(FlaxModel):
         Raises:
           ValueError: If a share is out of [0, 1] or the vocabulary has no mask token.
         """
+        self.own_objective = Masked(mask_rate, mask_token_proportion, random_token_proportion)
         super().__init__(*args, **kwargs)
-        self.masking = MaskingConfig(mask_rate, mask_token_proportion, random_token_proportion)
-        if self.domain.vocab.mask is None:
-            raise ValueError("FlaxBERT needs a mask token: make the domain with include_mask=True")
 
     def sample(
         self, masked: Any, rng: jax.Array | None = None, *, temperature: float | None = None
@@ -151,7 +133,7 @@ class FlaxBERT(FlaxModel):
         masked = masked.astype(np.int32)
         if temperature is None:
             temperature = float(self.sampling_kwargs.get("temperature", 1.0))
-        logits = self.logits(batches.unpacked(masked, vocab))
+        logits = self.logits(unpacked(masked, vocab))
         logits = forbid_tokens(logits.reshape(-1, logits.shape[-1]), self.tokens.special)
         key = jax.random.key(self.random_seed) if rng is None else rng
         drawn = np.asarray(sample_token(key, logits, temperature)).reshape(masked.shape)

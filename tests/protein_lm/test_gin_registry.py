@@ -3,6 +3,7 @@ import pytest
 
 from fast_attention import FastAttention
 from fast_attention.protein_lm import gin_registry
+from fast_attention.protein_lm.modeling.objectives import Causal, Masked
 from fast_attention.protein_lm.models import FlaxBERT, FlaxLM
 
 SIZES = """
@@ -57,8 +58,8 @@ def test_what_is_bound_to_a_subclass_wins(tmp_path):
     configure(tmp_path, "FlaxModel.mlp_dim = 16\nFlaxLM.mlp_dim = 24\nFlaxBERT.mask_rate = 0.5")
     lm, bert = FlaxLM(), FlaxBERT()
     assert (lm.config.mlp_dim, bert.config.mlp_dim) == (24, 16)
-    assert lm.masking is None
-    assert bert.masking is not None and bert.masking.mask_rate == 0.5
+    assert lm.objective == Causal()
+    assert bert.objective == Masked(mask_rate=0.5)
     assert (lm.config.causal, bert.config.causal) == (True, False)
 
 

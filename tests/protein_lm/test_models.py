@@ -6,7 +6,7 @@ import pytest
 
 from fast_attention import make_fast_generalized_attention, make_fast_softmax_attention
 from fast_attention.protein_lm import make_protein_domain
-from fast_attention.protein_lm.data import pipeline
+from fast_attention.protein_lm.modeling import pipeline
 from fast_attention.protein_lm.modeling.batches import as_corpus
 from fast_attention.protein_lm.models import FlaxBERT, FlaxLM
 
@@ -211,7 +211,6 @@ def test_bert_is_asked_for_residues_only():
         batch_size=2,
         seed=0,
         objective=model.objective,
-        masking=model.masking,
     )
     batch = next(iter(dataset))
     assert batch["weights"].sum() == np.isin(batch["targets"], VOCAB.ordinary_ids).sum() > 0

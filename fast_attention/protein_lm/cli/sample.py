@@ -22,9 +22,10 @@ log-likelihood of the protein.
   protein-lm sample --run_dir=runs/demo --num_samples=10 --output=new_proteins.fasta
 
 A FlaxLM writes from left to right, from nothing or from a given beginning (--prompt). A FlaxBERT
-fills in the residues that are hidden by * in a given protein:
+and a model trained by span corruption fill in spans of a given protein: * stands for one residue,
+[5] for five, [2-8] for two to eight (span corruption only). All other residues stay:
 
-  protein-lm sample --run_dir=runs/bert --infill='MKT**AYIA*' --output=filled.fasta"""
+  protein-lm sample --run_dir=runs/bert --infill='MKT**AYIA[5]GG' --output=filled.fasta"""
 
 # What only one of the two ways has, with the value that stands for "not given".
 _WRITING = {
@@ -63,14 +64,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     starts.add_argument(
         "--infill",
         metavar="PROTEIN",
-        help="a FASTA file, or residues, with * for every residue that a FlaxBERT is to fill in",
+        help="a FASTA file, or residues, with spans to fill in: * for each residue, [5] for five, "
+        "[2-8] for two to eight",
     )
     parser.add_argument(
         "--rounds",
         type=arguments.number(ranges.COUNT),
         metavar="N",
-        help="with --infill: fill in the hidden residues in N rounds, those the model is surest of "
-        "first (default: one residue a round, the most careful and the slowest)",
+        help="with --infill of a FlaxBERT: fill in the hidden residues in N rounds, those the "
+        "model is surest of first (default: one residue a round, the most careful and the slowest)",
     )
     parser.add_argument(
         "--temperature",
@@ -196,34 +198,36 @@ def _write(model: FlaxModel, options: argparse.Namespace) -> tuple[int, Iterator
 def _fill(model: FlaxModel, options: argparse.Namespace) -> tuple[int, Iterator[FastaRecord]]:
     from fast_attention.protein_lm.data.fasta import FastaRecord
     from fast_attention.protein_lm.data.fasta_files import read_proteins
-    from fast_attention.protein_lm.inference.infilling import HIDDEN, infill_proteins
+    from fast_attention.protein_lm.inference.infilling import (
+        MARKS,
+        infill_proteins,
+        without_spans,
+    )
     from fast_attention.protein_lm.inference.model_inputs import CUT, longest_record
 
     number = 1 if options.num_samples is None else options.num_samples
     alphabet = model.domain.vocab
-    symbols = alphabet.symbols + HIDDEN
     if os.path.exists(options.infill):
         limit, too_long = longest_record(alphabet, crop=CUT)
         proteins = list(
             read_proteins(
                 options.infill,
                 alphabet=alphabet,
-                marks=HIDDEN,
+                marks=MARKS,
                 unique_ids=True,
                 max_residues=limit,
                 too_long=too_long,
             )
         )
-    elif set(options.infill.upper()) <= set(symbols):
-        proteins = [FastaRecord("infill", "", options.infill.upper())]
-    else:
+    elif strange := set(without_spans(options.infill.upper())) - set(alphabet.symbols):
         shown = options.infill if len(options.infill) <= 60 else f"{options.infill[:57]}..."
-        strange = next(letter for letter in options.infill if letter.upper() not in symbols)
         raise ValueError(
             f"--infill={shown} is neither a file nor residues: there is no such file, and "
-            f"{strange!r} is none of the residues {symbols}; check the path, or give residues with "
-            f"{HIDDEN} for the hidden ones"
+            f"{min(strange)!r} is none of the residues {alphabet.symbols}; check the path, or give "
+            "residues with * for each hidden one, [5] for five of them"
         )
+    else:
+        proteins = [FastaRecord("infill", "", options.infill.upper())]
     records = infill_proteins(
         model,
         proteins,

@@ -131,6 +131,15 @@ class Alphabet:
         return None if self.mask_token is None else self.ids[self.mask_token]
 
     @property
+    def begin(self) -> int:
+        """Id that begins the input of a causal model.
+
+        Without a begin token it is a new id, ``len(alphabet)``, which is never a target: a model
+        needs one more row of embeddings than the alphabet has tokens.
+        """
+        return len(self) if self.bos is None else self.bos
+
+    @property
     def filler(self) -> int:
         """Id that fills rows: padding; failing that the end token; failing both 0."""
         return next((token for token in (self.pad, self.eos) if token is not None), 0)

@@ -298,9 +298,5 @@ def is_variable_length(domain: Any) -> bool:
 
 
 def domain_to_bos(domain: DiscreteDomain) -> int:
-    """Returns the id that begins every input.
-
-    A vocabulary without a begin token gets a fresh id, ``len(vocab)``, which is never a target:
-    a model over it needs one more row of embeddings than the vocabulary has tokens.
-    """
-    return domain.vocab_size if domain.vocab.bos is None else domain.vocab.bos
+    """Returns the id that begins every input, see `Alphabet.begin`."""
+    return domain.vocab.begin

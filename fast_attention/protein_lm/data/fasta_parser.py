@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fast_attention.protein_lm.data.alphabet import Alphabet
-from fast_attention.protein_lm.data.alphabets import alphabets_with
+from fast_attention.protein_lm.data.alphabets import ALPHABETS
 from fast_attention.protein_lm.files.formats import name_format
 from fast_attention.protein_lm.files.text_source import FastaError, read_pieces
 
@@ -229,10 +229,12 @@ def _remedy(symbol: str, unknown: str | None) -> str:
         return "Remove it: a byte order mark may only begin a file."
     if symbol in string.ascii_letters and unknown is not None:
         return f"Replace it, or read with on_error='replace', which takes it for {unknown}."
-    if others := alphabets_with(symbol):
+    others = [name for name, alphabet in ALPHABETS.items() if symbol in alphabet.letters]
+    if others:
+        gaps = any(symbol in ALPHABETS[name].gaps for name in others)
         return (
-            f"Remove it, or train a model whose alphabet has it: {' or '.join(others)} "
-            "(make_protein_domain.alphabet)."
+            f"Remove {'the gaps of the alignment first' if gaps else 'it'}, or train a model whose "
+            f"alphabet has it: {' or '.join(others)} (make_protein_domain.alphabet)."
         )
     return "Remove it, and check that the file is FASTA of the model's alphabet."
 

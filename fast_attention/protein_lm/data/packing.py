@@ -12,7 +12,8 @@ Letters: N proteins, R rows of an epoch, L row length, P pieces (proteins in som
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -116,6 +117,7 @@ class EpochPlanner:
         length: int,
         *,
         row_length: int | None = None,
+        room: Callable[[Any], Any] = lambda lengths: lengths,
         seed: int,
         pack: bool,
         shuffle: bool,
@@ -128,6 +130,7 @@ class EpochPlanner:
           corpus: the proteins.
           length: the most tokens of a protein.
           row_length: L; None is ``length``.
+          room: from the lengths of proteins to the tokens that they take of a row.
           seed: seed of every choice.
           pack: whether several proteins share a row.
           shuffle: whether rows and proteins change places from epoch to epoch.
@@ -141,7 +144,11 @@ class EpochPlanner:
         self._shuffle = shuffle
         self._random_crop = random_crop
         self._by_length = np.argsort(self._lengths, kind="stable")
-        rows = pack_lengths(self._lengths, row_length or length) if pack else np.arange(len(corpus))
+        rows = (
+            pack_lengths(room(self._lengths), row_length or length)
+            if pack
+            else np.arange(len(corpus))
+        )
         self._places = np.argsort(rows, kind="stable")
         self._row_bounds = np.searchsorted(rows[self._places], np.arange(rows.max() + 2))
         self._plans: dict[int, EpochPlan] = {}

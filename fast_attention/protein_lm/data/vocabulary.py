@@ -46,7 +46,7 @@ def Vocabulary(
     """
     included = (include_bos, include_eos, include_pad, include_mask)
     names = (bos_token, eos_token, pad_token, mask_token)
-    special = {
+    special: dict[str, Any] = {
         f"{name}_token": token
         for name, token, chosen in zip(SPECIAL, names, included, strict=True)
         if chosen

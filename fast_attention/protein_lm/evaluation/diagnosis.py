@@ -44,8 +44,6 @@ from fast_attention.protein_lm.modeling.encoding import (
     encode_sequences,
     number_rows,
     row_lengths,
-    with_begin,
-    with_end,
 )
 
 if TYPE_CHECKING:
@@ -145,7 +143,7 @@ def diagnose(
     """Compares every layer and head of a model with exact softmax attention.
 
     Args:
-      model: A `FlaxLM` or a `FlaxBERT`.
+      model: The model.
       sequences: Residues, in upper case. Where `features` need parameters from data, as those of a
         causal model do, these are from every second protein, and the others are judged.
       features: What to judge in place of the model's own attention, with which it still computes:
@@ -160,7 +158,7 @@ def diagnose(
         `encode_sequences`.
     """
     encoded = list(encode_sequences(model, sequences, max_length=max_length))
-    attention_fn = None if features is None else features.attention_fn(_is_causal(model))
+    attention_fn = None if features is None else features.attention_fn(model.objective.causal)
     if target_error is not None and features is None:
         raise ValueError("target_error asks for a number of features: give features, too.")
     judged, others, parameters = encoded, [], None
@@ -212,7 +210,7 @@ def head_matrices(
       ValueError: If the model has no such layer or head.
     """
     (item,) = encode_sequences(model, [sequence], max_length=max_length)
-    attention_fn = None if features is None else features.attention_fn(_is_causal(model))
+    attention_fn = None if features is None else features.attention_fn(model.objective.causal)
 
     @jax.jit
     def write(weights: Any, variables: Any, batch: Any, own: Any) -> list[Any]:
@@ -287,7 +285,7 @@ def _recommend(
     seed: int,
 ) -> list[Recommendation]:
     some = spread_evenly(items, _RECOMMENDED_ON)
-    causal = _is_causal(model)
+    causal = model.objective.causal
 
     @jax.jit
     def step(weights: Any, variables: Any, batch: Any) -> list[Any]:
@@ -343,11 +341,7 @@ def _batch(
 
 
 def _tokens(model: FlaxModel, item: Encoded) -> np.ndarray:
-    return with_begin(model, item.residues) if _is_causal(model) else with_end(model, item)
-
-
-def _is_causal(model: FlaxModel) -> bool:
-    return model.objective == "causal"
+    return model.objective.read(model.domain.vocab, item)
 
 
 def _are(number: int) -> str:

@@ -98,8 +98,9 @@ def evaluate_on(
       fasta: One FASTA file or several, or folders of them.
       ngrams: Baselines, from `fit_baselines`.
       batch_size: Proteins per batch; None takes the model's. It does not change the result.
-      seed: Of the masks; a causal model has none.
-      num_seeds: A masked model is asked so many times, with the seeds ``seed, seed + 1, ...``.
+      seed: Of what is hidden; a causal model hides nothing.
+      num_seeds: A model that hides residues is asked so many times, with the seeds ``seed``,
+        ``seed + 1``, ...
       split_file: A table with columns ``accession`` and ``component``; errors are over components
         then. Otherwise they are over proteins.
       families: A table whose first column has ids and whose second has families. Failing that
@@ -110,8 +111,9 @@ def evaluate_on(
     Returns:
       Its ``result`` has ``objective``, ``fasta``, ``digest`` (SHA-256 of the sequences in their
       order), ``proteins``, ``left_out`` (number of skipped records, if any), ``residues`` (number
-      of those scored), ``max_residues`` (per protein), ``seed``, ``num_seeds`` and ``masking``
-      where they matter, ``errors`` (``over`` what, and how many ``groups``), ``scores``: a list of
+      of those scored), ``max_residues`` (per protein), ``seed``, ``num_seeds`` and ``corruption``
+      (options of the objective) where they matter, ``errors`` (``over`` what, and how many
+      ``groups``), ``scores``: a list of
       rows with ``name``, ``perplexity`` and ``accuracy``, each with its ``.._error``, the model's
       first; ``by_length``: such lists for proteins of like length; and with families ``by_family``.
 
@@ -141,16 +143,16 @@ def evaluate_on(
         seeds=range(seed, seed + num_seeds),
     )
     result: dict[str, Any] = {
-        "objective": model.objective,
+        "objective": model.objective.name,
         "fasta": [str(path) for path in paths],
         "digest": _digest(corpus),
         "max_residues": scores.max_residues,
     }
     if skipped is not None and skipped.count:
         result["left_out"] = skipped.count
-    if model.masking is not None:
-        masking = dataclasses.asdict(model.masking)
-        result |= {"seed": seed, "num_seeds": num_seeds, "masking": masking}
+    if model.objective.corrupts:
+        corruption = dataclasses.asdict(model.objective)
+        result |= {"seed": seed, "num_seeds": num_seeds, "corruption": corruption}
     result |= _figures(scores.sums, clusters.of, np.arange(len(ids)))
     result["errors"] = {"over": clusters.name, "groups": len(set(clusters.of.tolist()))}
     result["by_length"] = _by_length(scores, clusters)

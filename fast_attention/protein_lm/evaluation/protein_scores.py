@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fast_attention.protein_lm.data import pipeline
 from fast_attention.protein_lm.data.corpus import Corpus
 from fast_attention.protein_lm.data.domains import DiscreteDomain
 from fast_attention.protein_lm.distributed import process_arrays
@@ -25,7 +24,7 @@ from fast_attention.protein_lm.evaluation.baselines import (
 )
 from fast_attention.protein_lm.evaluation.ngrams import NGram, Outcomes
 from fast_attention.protein_lm.flax_model import FlaxModel
-from fast_attention.protein_lm.modeling import batches, train_state
+from fast_attention.protein_lm.modeling import batches, pipeline, train_state
 
 MODEL = "this model"
 
@@ -54,8 +53,8 @@ def score_proteins(
 ) -> ProteinScores:
     """Scores a model and baselines on the same residues.
 
-    A causal model is asked for every residue. A masked model is asked for the residues that each
-    seed chooses, and is shown the others; of the baselines only those that look at no neighbours
+    A causal model is asked for every residue. Other models are asked for the residues that each
+    seed chooses, and are shown the others; of the baselines only those that look at no neighbours
     can be compared then.
 
     Args:
@@ -63,12 +62,12 @@ def score_proteins(
       corpus: Proteins loaded with the model's domain.
       ngrams: Baselines.
       batch_size: Proteins per batch; None takes the model's. It does not change the result.
-      seeds: Of the masks, one pass each, the sums added up; a causal model has none.
+      seeds: Of what is hidden, one pass each, the sums added up; a causal model hides nothing.
     """
     length = min(MAX_RESIDUES, model.max_length)
     order = pipeline.eval_order(corpus, length)
     found, parts = [], []
-    for seed in seeds if model.objective == "masked" else (0,):
+    for seed in seeds if model.objective.corrupts else (0,):
         batched = pipeline.eval_batches(
             corpus,
             model.domain,
@@ -76,7 +75,6 @@ def score_proteins(
             batch_size=model.batch_size if batch_size is None else batch_size,
             objective=model.objective,
             seed=seed,
-            masking=model.masking,
             score_eos=False,
         )
         first = 0
@@ -84,11 +82,11 @@ def score_proteins(
             proteins = order[first : first + len(batch["inputs"])]
             first += len(proteins)
             found.append((proteins, _row_sums(model, batch)))
-            if model.objective == "masked":
+            if not model.objective.exact:
                 rows, columns = np.nonzero(batch["weights"][: len(proteins)])
                 parts.append((proteins[rows], corpus.vocab.ranks[batch["targets"][rows, columns]]))
     sums = {MODEL: _gather(found, len(corpus))}
-    if model.objective == "causal":
+    if model.objective.exact:
         sums |= _causal_baselines(corpus, sums[MODEL].residues, length, ngrams)
     else:
         proteins, targets = (np.concatenate(part) for part in zip(*parts, strict=True))

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+from fast_attention.protein_lm.modeling.objectives import OBJECTIVES
 from fast_attention.protein_lm.runs.run_folder import RunFolder
 from fast_attention.protein_lm.wording import counted, duration
 
@@ -44,7 +45,7 @@ def shared_note(name: str, shared: int, total: int) -> str:
 
 def format_evaluation(result: dict[str, Any]) -> str:
     """The tables of `evaluation.evaluate_on`."""
-    asked = "residue" if result["objective"] == "causal" else "hidden residue"
+    asked = "hidden residue" if "corruption" in result else "residue"
     caption = (
         f"{counted(result['residues'], asked)} of {counted(result['proteins'], 'protein')} "
         f"({', '.join(result['fasta'])}; at most the first {result['max_residues']:,} residues of "
@@ -56,8 +57,8 @@ def format_evaluation(result: dict[str, Any]) -> str:
         parts.append(f"+- is one standard error over {groups:,} {over}s")
     else:
         parts.append(f"there are no error bars: they take at least two {over}s")
-    if "masking" in result:
-        parts.insert(1, _masking(result))
+    if "corruption" in result:
+        parts.insert(1, _corruption(result))
     if len(result["by_length"]) > 1:
         parts.append(_groups("length", result["by_length"]))
     if "by_family" in result:
@@ -104,18 +105,11 @@ def _with_error(value: float, error: float | None, scale: float = 1.0) -> str:
     return f"{value:.2f}" if error is None else f"{value:.2f} +- {scale * error:.2f}"
 
 
-def _masking(result: dict[str, Any]) -> str:
-    share = result["masking"]
-    shown = 1 - share["mask_token_proportion"] - share["random_token_proportion"]
+def _corruption(result: dict[str, Any]) -> str:
     seeds = f"seed {result['seed']}"
     if result["num_seeds"] > 1:
         seeds = f"seeds {result['seed']} to {result['seed'] + result['num_seeds'] - 1}"
-    return (
-        f"{100 * share['mask_rate']:g} % of the residues are asked for, chosen by {seeds}; of "
-        f"these {100 * share['mask_token_proportion']:g} % are hidden, "
-        f"{100 * share['random_token_proportion']:g} % are replaced by a random residue, and "
-        f"{100 * shown:g} % are left as they are"
-    )
+    return OBJECTIVES[result["objective"]](**result["corruption"]).describe(seeds)
 
 
 def format_report(result: dict[str, Any], folder: RunFolder) -> str:

@@ -87,8 +87,8 @@ def format_information(about: dict[str, Any]) -> str:
         ("Transformer", _options(about["transformer"], skip=("type", "vocab_size", "causal"))),
         ("attention", _attention(about["attention"])),
     ]
-    if about["masking"] is not None:
-        lines.append(("masking", _options(about["masking"], skip=("type",))))
+    objective = [about["objective"]["name"], _options(about["objective"], skip=("name",))]
+    lines.append(("objective", ", ".join(filter(None, objective))))
     lines += [
         ("alphabet", _alphabet(about["alphabet"])),
         ("longest", counted(about["max_length"], "token")),

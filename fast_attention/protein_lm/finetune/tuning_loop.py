@@ -33,8 +33,6 @@ from fast_attention.protein_lm.modeling import (
 from fast_attention.protein_lm.modeling.encoding import (
     Encoded,
     number_rows,
-    with_begin,
-    with_end,
 )
 
 # Sequences of so many batches are sorted by length, so that batches hold little padding.
@@ -94,10 +92,7 @@ def tune(
     Raises:
       FloatingPointError: If training diverges.
     """
-    rows = [
-        with_begin(model, item.residues) if model.objective == "causal" else with_end(model, item)
-        for item in proteins
-    ]
+    rows = [model.objective.read(model.domain.vocab, item) for item in proteins]
     per_epoch = -(-len(rows) // config.batch_size)
     total = per_epoch * config.max_epochs
     rate = schedules.create_learning_rate_scheduler(
@@ -139,7 +134,7 @@ def tune(
                 key,
                 rate(number),
                 graphdef=model.graphdef,
-                first=1 if model.objective == "causal" else 0,
+                first=model.objective.first,
                 classify=head.kernel.shape[1] > 1,
                 options=options,
             )

@@ -17,13 +17,7 @@ import jax
 import numpy as np
 
 from fast_attention.protein_lm.modeling import token_batches, train_state
-from fast_attention.protein_lm.modeling.encoding import (
-    Encoded,
-    encode_sequences,
-    row_lengths,
-    with_begin,
-    with_end,
-)
+from fast_attention.protein_lm.modeling.encoding import Encoded, encode_sequences, row_lengths
 from fast_attention.protein_lm.modeling.inference_steps import Layer
 
 if TYPE_CHECKING:
@@ -100,7 +94,7 @@ def embed_sequences(
     """Embeds proteins, in their order.
 
     Args:
-      model: A `FlaxLM` or a `FlaxBERT`.
+      model: The model.
       sequences: Residues, in upper case; read as they are needed.
       shapes: Gathers the shapes of batches, one for each program compiled.
       progress: Called with the number of residues embedded since its last call.
@@ -130,8 +124,8 @@ def check_config(model: BuiltModel, config: EmbeddingConfig) -> None:
                 f"the model has the layers 0 (the embedding of the tokens) .. {blocks}, or "
                 f"{-blocks - 1} .. -1 counted from the end, and 'last'; got {layer}."
             )
-    masked = model.objective != "causal"
-    if masked and (config.pool == "bos" or config.pool == "eos" and model.domain.vocab.eos is None):
+    ends = not model.objective.begins
+    if ends and (config.pool == "bos" or config.pool == "eos" and model.domain.vocab.eos is None):
         raise ValueError(
             f"pool={config.pool!r}: {type(model).__name__} reads no such token; take 'mean', 'max' "
             "or 'sum'."
@@ -186,13 +180,10 @@ def embed_window(
       An array for each protein, as `embed_sequences` gives.
     """
     state = model.state
-    causal = model.objective == "causal"
-    first = 1 if causal else 0
+    objective = model.objective
 
     def compute(items: list[Encoded], shape: token_batches.Shape) -> jax.Array:
-        rows = [
-            with_begin(model, item.residues) if causal else with_end(model, item) for item in items
-        ]
+        rows = [objective.read(model.domain.vocab, item) for item in items]
         residues = row_lengths([item.residues for item in items], shape[0])
         batch = {
             "inputs": token_batches.fill(rows, shape),
@@ -209,14 +200,14 @@ def embed_window(
         )
 
     def take(found: np.ndarray, row: int, item: Encoded) -> np.ndarray:
-        if config.pool == "eos" and not causal and not item.whole:
+        if config.pool == "eos" and not objective.begins and not item.whole:
             raise ValueError(
                 f"pool='eos': a protein cropped to max_length={config.max_length} residues has no "
                 "end token; take 'mean', 'max' or 'sum', or embed it whole."
             )
         vectors = found[:, row]
         if config.pool is None:
-            vectors = vectors[:, first : first + len(item.residues)]
+            vectors = vectors[:, objective.first : objective.first + len(item.residues)]
         if not np.isfinite(vectors).all():
             raise FloatingPointError(
                 "a vector is not finite"

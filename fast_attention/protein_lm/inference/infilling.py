@@ -1,46 +1,75 @@
-"""Filling in hidden residues of proteins with a masked model.
+"""Filling in spans of proteins.
 
-Shape letters: B batch, T length, V vocabulary.
+A span is written ``*`` for each of its residues, ``[5]`` for five residues, or ``[2-8]`` for two to
+eight: ``MKT**AYIA[5]GG``.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+import re
+from collections.abc import Iterable, Iterator, Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from fast_attention.arrays.types import Array, Bool, Float, Int
-from fast_attention.models import samplers
+from fast_attention.protein_lm.data.alphabet import Alphabet
 from fast_attention.protein_lm.data.fasta import FastaRecord
 from fast_attention.protein_lm.errors import RunError
 from fast_attention.protein_lm.inference.sampling import row_keys
-from fast_attention.protein_lm.modeling import batches
 from fast_attention.protein_lm.modeling.built_model import BuiltModel
-from fast_attention.protein_lm.modeling.encoding import longest_input, longest_protein
+from fast_attention.protein_lm.modeling.drawing import Drawing
+from fast_attention.protein_lm.modeling.encoding import longest_protein
+from fast_attention.protein_lm.modeling.objectives import OBJECTIVES
+from fast_attention.protein_lm.modeling.objectives.base import Gapped
 from fast_attention.protein_lm.modeling.token_batches import TOKENS_PER_BATCH
 
 HIDDEN = "*"
+MARKS = HIDDEN + "[]-0123456789"
+"""Symbols that a span is written with."""
+
 _ROWS_AT_ONCE = 16
-# Rows are padded to a multiple of it, so that few programs are compiled.
-_STRIDE = 32
+_SPAN = re.compile(r"\*+|\[(\d{1,6})(?:-(\d{1,6}))?\]")
 
 
-class _Draw(NamedTuple):
-    """Results of one round.
+def without_spans(text: str) -> str:
+    """A sequence without its spans: the residues that are known."""
+    return _SPAN.sub("", text)
 
-    Attributes:
-      tokens: ``[B, T]``, with some of the hidden positions filled in.
-      hidden: ``[B, T]``, those that remain.
-      log_probability: ``[B]``, that of the residues filled in.
+
+def parse_spans(text: str, alphabet: Alphabet) -> Gapped:
+    """Reads a sequence with spans.
+
+    Args:
+      text: Residues and spans, in upper case.
+      alphabet: Of the model. Where it has ``*`` or brackets as letters, these are spans all the
+        same.
+
+    Raises:
+      ValueError: If there is no span, one is written in another way or has no residue, or there is
+        a letter that the alphabet lacks.
     """
-
-    tokens: Array
-    hidden: Array
-    log_probability: Array
+    known, bounds, begin = [], [], 0
+    for found in _SPAN.finditer(text):
+        low = len(found[0]) if found[1] is None else int(found[1])
+        high = low if found[2] is None else int(found[2])
+        if not 1 <= low <= high:
+            raise ValueError(f"the span {found[0]} must have 1 residue or more: write [5] or [2-8]")
+        known.append(text[begin : found.start()])
+        bounds.append((low, high))
+        begin = found.end()
+    known.append(text[begin:])
+    for part in known:
+        for letter in part:
+            if letter not in alphabet.letters:
+                raise ValueError(
+                    f"{letter!r} is none of the residues {''.join(alphabet.letters)}; a span is "
+                    f"written {HIDDEN} for each residue, [5] for 5 residues, or [2-8] for 2 to 8"
+                )
+    if not bounds:
+        raise ValueError(
+            f"it has nothing to fill in: write {HIDDEN} for each hidden residue, [5] for 5 of "
+            "them, or [2-8] for 2 to 8"
+        )
+    return Gapped(tuple(np.array(alphabet.encode(part), np.int32) for part in known), tuple(bounds))
 
 
 def infill_proteins(
@@ -54,19 +83,16 @@ def infill_proteins(
     top_p: float | None = None,
     seed: int = 0,
 ) -> Iterator[FastaRecord]:
-    """Fills in the hidden residues of proteins, drawing each from the model.
+    """Fills in the spans of proteins, drawing each residue from the model; the others stay.
 
-    In every round the model sees all that is known, the positions it is surest of (where its most
-    probable residue is the most probable) are filled in, and the others stay hidden. With one
-    position a round no two residues are drawn without sight of each other. Special tokens are
-    never drawn.
+    How depends on the objective of the model: see `Masked.fill` and `SpanCorruption.fill`.
 
     Args:
-      model: A `FlaxBERT`.
-      proteins: With ``*`` for each hidden residue.
+      model: Of an objective that fills in.
+      proteins: With spans, see this module.
       num_samples: How often each protein is filled in.
-      rounds: Among which the positions of a protein are divided evenly; None takes one round for
-        each position, and so do more rounds than positions.
+      rounds: Of a masked model, in which the positions of a protein are filled in; None is one for
+        each position, and so are more rounds than positions.
       temperature: Divides the logits; 0 takes the most probable residue. None is that of the
         model's ``sampling_kwargs``, or 1.
       top_k: Draw among so many most probable residues.
@@ -76,151 +102,69 @@ def infill_proteins(
     Returns:
       For every protein `num_samples` records, whose ids are its own and a number. The description
       has ``fill_log_probability`` (the sum over the filled positions of the natural logarithm of
-      the model's probability of the residue, in the round it was drawn in, at temperature 1 and
-      with nothing forbidden), ``filled``, ``residues``, ``rounds`` and ``seed``.
+      the model's probability of the residue, when it was drawn, at temperature 1 and with nothing
+      forbidden), ``filled``, ``residues`` and ``seed``.
 
     Raises:
-      RunError: If the model is not a masked one.
-      ValueError: If a protein hides nothing, has a letter that the vocabulary lacks or more
-        residues than the model takes, or an argument is out of its range.
+      RunError: If the model does not fill in.
+      ValueError: If a protein has no span or one that is not possible, a letter that the alphabet
+        lacks or more residues than the model takes, or an argument is out of its range.
     """
-    if model.objective != "masked":
+    if not model.objective.infills:
+        possible = [name for name, objective in OBJECTIVES.items() if objective.infills]
         raise RunError(
-            f"{type(model).__name__} sees only what stands before a residue and cannot fill in "
-            "hidden ones: use a run of FlaxBERT, or give the beginning of a protein as a prompt"
+            f"{type(model).__name__} ({model.objective.name}) sees only what stands before a "
+            "residue and cannot fill in hidden ones: use a run of FlaxBERT or with the objective "
+            f"{' or '.join(possible)}, or give the beginning of a protein as a prompt"
         )
-    for option, value, least in (("num_samples", num_samples, 1), ("rounds", rounds, 1)):
-        if value is not None and value < least:
-            raise ValueError(f"{option} must be at least {least}; got {value}")
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1; got {num_samples}")
     if temperature is None:
         temperature = float(model.sampling_kwargs.get("temperature", 1.0))
-    if not temperature >= 0:
-        raise ValueError(f"temperature must be 0 or more; got {temperature}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p is the probability to keep, in (0, 1]; got {top_p}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, or None for all residues; got {top_k}")
-    options = _Options(temperature, top_k, top_p, model.tokens.special)
-    encoded = [(protein, _encode(model, protein)) for protein in proteins]
-    return _fill(model, encoded, num_samples, rounds, seed, options)
+    drawing = Drawing(temperature, top_k, top_p, rounds)
+    drawing.check()
+    if rounds is not None and not model.objective.rounds:
+        raise ValueError(
+            f"rounds={rounds}: a model of the objective {model.objective.name} writes one residue "
+            "after another; leave rounds out"
+        )
+    parsed = [(protein, _parse(model, protein)) for protein in proteins]
+    return _fill(model, parsed, num_samples, seed, drawing)
 
 
-class _Options(NamedTuple):
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-    never: tuple[int, ...]
+def _parse(model: BuiltModel, protein: FastaRecord) -> Gapped:
+    try:
+        item = parse_spans(protein.sequence.upper(), model.domain.vocab)
+        model.objective.check_spans(item)
+    except ValueError as error:
+        raise ValueError(f"protein {protein.id!r}: {error}") from None
+    residues = sum(map(len, item.known)) + sum(high for _, high in item.bounds)
+    room = longest_protein(model)
+    if room is not None and residues > room:
+        raise ValueError(
+            f"protein {protein.id!r} has {residues} residues, but the model's learned positions "
+            f"have room for {room}: cut it, or train a model with positions='rotary'"
+        )
+    return item
 
 
 def _fill(
     model: BuiltModel,
-    proteins: list[tuple[FastaRecord, np.ndarray]],
+    proteins: Sequence[tuple[FastaRecord, Gapped]],
     num_samples: int,
-    rounds: int | None,
     seed: int,
-    options: _Options,
+    drawing: Drawing,
 ) -> Iterator[FastaRecord]:
-    vocab = model.domain.vocab
-    for protein, ids in proteins:
-        count = int((ids == vocab.mask).sum())
-        steps = min(count, rounds or count)
-        size = max(1, min(num_samples, _ROWS_AT_ONCE, TOKENS_PER_BATCH // len(ids)))
+    for protein, item in proteins:
+        known = sum(map(len, item.known))
+        most = known + sum(high for _, high in item.bounds)
+        size = max(1, min(num_samples, _ROWS_AT_ONCE, TOKENS_PER_BATCH // most))
         for first in range(0, num_samples, size):
-            keys = row_keys(seed, first, size)
-            rows, values = _fill_rows(model, np.tile(ids, (size, 1)), steps, keys, options)
+            rows, values = model.objective.fill(model, item, row_keys(seed, first, size), drawing)
             for row in range(min(size, num_samples - first)):
                 yield FastaRecord(
                     f"{protein.id}_{first + row + 1}",
-                    f"fill_log_probability={values[row]:.4f} filled={count} "
-                    f"residues={len(protein.sequence)} rounds={steps} seed={seed}",
-                    vocab.decode(rows[row, : len(protein.sequence)]),
+                    f"fill_log_probability={values[row]:.4f} filled={len(rows[row]) - known} "
+                    f"residues={len(rows[row])} seed={seed}",
+                    model.domain.vocab.decode(rows[row]),
                 )
-
-
-def _encode(model: BuiltModel, protein: FastaRecord) -> np.ndarray:
-    """The ids of a protein, its end token, and padding to one of few widths."""
-    vocab, room = model.domain.vocab, longest_protein(model)
-    letters = protein.sequence.upper()
-    known = letters.replace(HIDDEN, "")
-    if known == letters:
-        raise ValueError(
-            f"protein {protein.id!r} has no hidden residue: write {HIDDEN} for each one"
-        )
-    if room is not None and len(letters) > room:
-        raise ValueError(
-            f"protein {protein.id!r} has {len(letters)} residues, but the model's learned "
-            f"positions have room for {room}: cut it, or train a model with positions='rotary'"
-        )
-    try:
-        vocab.encode(known)
-        if not set(known) <= vocab.letters.keys():
-            raise KeyError("it has a symbol that is no residue.")
-    except KeyError as error:
-        raise ValueError(f"protein {protein.id!r}: {error.args[0]}") from None
-    mask = vocab.tokens[vocab.mask or 0]
-    ids = vocab.encode([mask if letter == HIDDEN else letter for letter in letters])
-    if vocab.eos is not None:
-        ids.append(vocab.eos)
-    pad = vocab.eos if vocab.pad is None else vocab.pad
-    if pad is not None:
-        width = -(-len(ids) // _STRIDE) * _STRIDE
-        ids += [pad] * (min(width, longest_input(model) or width) - len(ids))
-    return np.array(ids, np.int32)
-
-
-def _fill_rows(
-    model: BuiltModel, rows: np.ndarray, rounds: int, keys: jax.Array, options: _Options
-) -> tuple[np.ndarray, np.ndarray]:
-    mask = model.domain.vocab.mask
-    hidden = rows == mask
-    count = int(hidden[0].sum())
-    tokens, total = rows, np.zeros(len(rows))
-    for step in range(rounds):
-        number = (step + 1) * count // rounds - step * count // rounds
-        batch = batches.unpacked(np.asarray(tokens), model.domain.vocab)
-        found = _fill_in(
-            model.logits(batch),
-            jnp.asarray(tokens),
-            jnp.asarray(hidden),
-            jnp.asarray(number, jnp.int32),
-            jax.vmap(jax.random.fold_in, (0, None))(keys, step),
-            jnp.asarray(options.temperature, jnp.float32),
-            jnp.asarray(1.0 if options.top_p is None else options.top_p, jnp.float32),
-            top_k=options.top_k,
-            never=options.never,
-        )
-        tokens, hidden = np.asarray(found.tokens), np.asarray(found.hidden)
-        total += np.asarray(found.log_probability, np.float64)
-    return np.asarray(tokens), total
-
-
-@functools.partial(jax.jit, static_argnames=("top_k", "never"))
-def _fill_in(
-    logits: Float[Array, "B T V"],
-    tokens: Int[Array, "B T"],
-    hidden: Bool[Array, "B T"],
-    number: Int[Array, ""],
-    keys: Array,
-    temperature: Float[Array, ""],
-    top_p: Float[Array, ""],
-    *,
-    top_k: int | None,
-    never: tuple[int, ...],
-) -> _Draw:
-    """Fills in the `number` hidden positions of each row of which the model is surest."""
-    allowed = samplers.forbid_tokens(logits, never)
-    sureness = jnp.where(hidden, jax.nn.log_softmax(allowed).max(-1), -jnp.inf)
-    rank = jnp.argsort(jnp.argsort(-sureness, axis=1), axis=1)
-    now = hidden & (rank < number)
-    greedy = temperature == 0
-    filtered = allowed / jnp.where(greedy, 1, temperature)
-    if top_k is not None:
-        filtered = samplers.keep_top_k(filtered, top_k)
-    filtered = samplers.keep_top_p(filtered, top_p)
-    drawn = jax.vmap(samplers.sample_token, (0, 0, None))(
-        keys, filtered, jnp.where(greedy, 0.0, 1.0)
-    )
-    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), drawn[..., None], axis=-1)[..., 0]
-    return _Draw(
-        jnp.where(now, drawn, tokens), hidden & ~now, jnp.sum(jnp.where(now, chosen, 0.0), axis=1)
-    )

@@ -25,11 +25,7 @@ from fast_attention.protein_lm.modeling.encoding import (
     row_lengths,
     with_end,
 )
-
-CAUSAL_METHODS = ("log-likelihood-ratio",)
-MASKED_METHODS = ("masked-marginals", "wt-marginals", "pseudo-log-likelihood-ratio")
-METHODS = CAUSAL_METHODS + MASKED_METHODS
-"""For causal and for masked models; the first of each is the default."""
+from fast_attention.protein_lm.modeling.objectives import OBJECTIVES
 
 _COLUMNS = {
     "log-likelihood-ratio": ("log_likelihood_ratio", "log_likelihood_ratio_with_end"),
@@ -37,6 +33,8 @@ _COLUMNS = {
     "wt-marginals": ("wt_marginal",),
     "pseudo-log-likelihood-ratio": ("pseudo_log_likelihood_ratio",),
 }
+METHODS = tuple(_COLUMNS)
+"""All methods; those of a model are the `methods` of its objective, the first the default."""
 
 
 def choose_method(model: BuiltModel, method: str | None = None) -> str:
@@ -48,17 +46,12 @@ def choose_method(model: BuiltModel, method: str | None = None) -> str:
     """
     if method is not None and method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
-    causal = model.objective == "causal"
-    possible = CAUSAL_METHODS if causal else MASKED_METHODS
+    possible = model.objective.methods
     if method is not None and method not in possible:
-        reason = (
-            "reads from left to right and cannot be asked for a residue between others"
-            if causal
-            else "gives no probability of a whole protein"
-        )
+        others = [name for name, objective in OBJECTIVES.items() if method in objective.methods]
         raise RunError(
-            f"{type(model).__name__} {reason}: for {method} use a run of "
-            f"{'FlaxBERT' if causal else 'FlaxLM'}, or take {' or '.join(possible)}"
+            f"{type(model).__name__} ({model.objective.name}) does not give {method}: use a run "
+            f"with the objective {' or '.join(others)}, or take {' or '.join(possible)}"
         )
     return method or possible[0]
 
@@ -93,7 +86,7 @@ def score_variants(
     The score of a variant does not depend on the others, and that of the wild type is 0.
 
     Args:
-      model: A `FlaxLM` or a `FlaxBERT`.
+      model: The model.
       wild_type: Residues, in upper case.
       variants: From `mutations`.
       method: One of `METHODS`; None takes the model's first.
@@ -234,7 +227,7 @@ def _log_probabilities(
     progress: Callable[[int], object],
 ) -> list[np.ndarray]:
     """For each view float64 [asked, V]."""
-    tokens = with_end(model, wild)
+    tokens = with_end(model.domain.vocab, wild)
 
     def compute(items: list[_Hidden], shape: token_batches.Shape):
         rows = [tokens] * len(items)

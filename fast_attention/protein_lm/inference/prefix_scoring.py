@@ -27,7 +27,6 @@ from fast_attention.protein_lm.modeling.encoding import (
     Encoded,
     encode_sequences,
     longest_input,
-    with_begin,
     with_end,
 )
 
@@ -146,15 +145,18 @@ class _Limits(NamedTuple):
 
 
 def _row(model: BuiltModel, index: int, variant: Variant, first: int, num_residues: int) -> _Row:
-    end = len(with_end(model, Encoded(np.zeros(num_residues, np.int32), True))) - num_residues
+    end = (
+        len(with_end(model.domain.vocab, Encoded(np.zeros(num_residues, np.int32), True)))
+        - num_residues
+    )
     return _Row(index, variant, first, num_residues, num_residues + end)
 
 
 def _tokens(model: BuiltModel, sequence: str) -> tuple[np.ndarray, np.ndarray]:
     """What the model reads, and what it is asked for."""
     (item,) = encode_sequences(model, [sequence])
-    targets = with_end(model, item)
-    return with_begin(model, targets[:-1]), targets
+    (question,) = model.objective.questions(model.domain.vocab, item)
+    return question.inputs, question.targets
 
 
 def _batches(group: list[_Row], start: int, limits: _Limits) -> Iterator[tuple[list[_Row], int]]:

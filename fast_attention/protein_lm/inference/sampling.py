@@ -69,11 +69,11 @@ def draw_proteins(
       ValueError: If the prompt has a letter that the vocabulary lacks, or an argument is out of
         its range.
     """
-    if model.objective != "causal":
+    if not model.objective.samples:
         raise RunError(
-            f"{type(model).__name__} fills in hidden residues and cannot write a protein from "
-            "left to right: sample from a run of FlaxLM, or give a protein with hidden residues "
-            "(protein-lm sample --infill, infilling.infill_proteins in Python)"
+            f"{type(model).__name__} ({model.objective.name}) fills in hidden residues and cannot "
+            "write a protein from left to right: sample from a run of FlaxLM, or give a protein "
+            "with hidden residues (protein-lm sample --infill, infilling.infill_proteins in Python)"
         )
     if num_samples < 1:
         raise ValueError(f"the number of samples must be at least 1; got {num_samples}")

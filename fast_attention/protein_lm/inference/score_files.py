@@ -66,7 +66,7 @@ def score_to_file(
       RunError: If a call with another model or other arguments was stopped.
       ValueError: As `score_sequences` and `open_table`.
     """
-    names = _EXACT if model.objective == "causal" else _PSEUDO
+    names = _EXACT if model.objective.exact else _PSEUDO
     columns: dict[str, type] = {"id": str, "residues": int, "residues_scored": int}
     columns |= dict.fromkeys(names, float)
     settings = {

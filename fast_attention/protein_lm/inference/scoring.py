@@ -1,8 +1,9 @@
 """How probable proteins are to a model.
 
-A causal model gives the exact probability of a protein, a product over its residues. A masked model
-gives the pseudo-likelihood: the product of the probabilities of every residue, each hidden in turn
-and seen all others (Salazar et al. 2020, arXiv:1910.14659, section 2).
+A causal model gives the exact probability of a protein, a product over its residues. Other models
+give the pseudo-likelihood: the product of the probabilities of every residue, each hidden in turn
+and seen all others (Salazar et al. 2020, arXiv:1910.14659, section 2). The objective of a model
+says what it is asked (`Objective.questions`).
 
 Logarithms are natural, probabilities are over the whole vocabulary; a sequence's result does not
 depend on what it shares a batch with.
@@ -21,14 +22,9 @@ import jax
 import numpy as np
 
 from fast_attention.protein_lm.modeling import token_batches, train_state
-from fast_attention.protein_lm.modeling.encoding import (
-    Encoded,
-    encode_sequences,
-    row_lengths,
-    with_begin,
-    with_end,
-)
+from fast_attention.protein_lm.modeling.encoding import Encoded, encode_sequences, row_lengths
 from fast_attention.protein_lm.modeling.metrics import perplexity
+from fast_attention.protein_lm.modeling.objectives.base import Question
 
 if TYPE_CHECKING:
     from fast_attention.protein_lm.modeling.built_model import BuiltModel
@@ -60,7 +56,7 @@ class SequenceScore(NamedTuple):
 
 
 class PseudoScore(NamedTuple):
-    """What a masked model says of a protein.
+    """What a model that is not causal says of a protein.
 
     Attributes:
       num_residues: Residues scored, n.
@@ -87,12 +83,12 @@ def score_sequences(
     """Scores proteins, in their order.
 
     Args:
-      model: A `FlaxLM` or a `FlaxBERT`.
+      model: The model.
       sequences: Residues, in upper case; read as they are needed.
       **options: Those of `residue_log_likelihoods`.
 
     Yields:
-      A `SequenceScore` (`FlaxLM`) or a `PseudoScore` (`FlaxBERT`) for each.
+      For each a `SequenceScore` where the objective of the model is exact, or a `PseudoScore`.
 
     Raises:
       ValueError: As `residue_log_likelihoods`.
@@ -111,11 +107,11 @@ def residue_log_likelihoods(
 ) -> Iterator[tuple[np.ndarray, float]]:
     """Scores every residue of proteins, in their order.
 
-    A causal model reads a protein once. A masked model reads one of n residues n times, so that
-    its cost grows with the square of the length.
+    A causal model reads a protein once. Other models read one of n residues n times, so that
+    their cost grows with the square of the length.
 
     Args:
-      model: A `FlaxLM` or a `FlaxBERT`.
+      model: The model.
       sequences: Residues, in upper case; read as they are needed.
       tokens_per_batch: Most tokens of a batch, padding included; less needs less memory. A longer
         protein has a batch of its own.
@@ -136,6 +132,14 @@ def residue_log_likelihoods(
     return score_encoded(model, encoded, tokens_per_batch, shapes, progress)
 
 
+class _Asked(NamedTuple):
+    """A question about a protein, given by its number, and how many residues that has."""
+
+    protein: int
+    residues: int
+    question: Question
+
+
 def score_encoded(
     model: BuiltModel,
     proteins: Iterable[Encoded],
@@ -144,8 +148,47 @@ def score_encoded(
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[np.ndarray, float]]:
     """Scores every residue of encoded proteins; see `residue_log_likelihoods`."""
-    score = _score_read if model.objective == "causal" else _score_hidden
-    return score(model, proteins, tokens_per_batch, shapes, progress)
+    state = model.state
+
+    def compute(items: list[_Asked], shape: token_batches.Shape) -> jax.Array:
+        questions = [item.question for item in items]
+        inputs = [question.inputs for question in questions]
+        places = None
+        if questions[0].place is not None:
+            places = np.zeros(shape[0], np.int32)
+            places[: len(items)] = [question.place or 0 for question in questions]
+        width = shape[1] if places is None else 1
+        batch = {
+            "inputs": token_batches.fill(inputs, shape),
+            "targets": token_batches.fill([q.targets for q in questions], (shape[0], width)),
+            "lengths": row_lengths(inputs, shape[0]),
+        }
+        batch |= {} if places is None else {"places": places}
+        batch = {"places": None} | train_state.shard_batch(batch, model.mesh)
+        return model.residue_step(model.weights, state.variables, **batch)
+
+    def take(found: np.ndarray, row: int, item: _Asked) -> tuple[_Asked, np.ndarray]:
+        # A copy: a view would keep the results of the whole batch in memory.
+        return item, found[row, : len(item.question.targets)].copy()
+
+    def report(items: list[_Asked]) -> None:
+        if progress is not None:
+            progress(sum(min(len(item.question.targets), item.residues) for item in items))
+
+    results = token_batches.compute_stream(
+        _ask(model, proteins),
+        _length,
+        compute,
+        take,
+        tokens_per_batch,
+        shapes,
+        devices=model.mesh.size,
+        progress=report,
+    )
+    for _, found in itertools.groupby(results, key=lambda result: result[0].protein):
+        answers = list(found)
+        values, residues = np.concatenate([value for _, value in answers]), answers[0][0].residues
+        yield values[:residues], float(values[residues]) if len(values) > residues else math.nan
 
 
 def plan_encoded(
@@ -155,132 +198,24 @@ def plan_encoded(
     shapes: set[token_batches.Shape],
 ) -> None:
     """Adds the shapes that `score_encoded` would, so that what follows is computed as after it."""
-    causal = model.objective == "causal"
-    lengths = (
-        length
-        for item in proteins
-        for length in (
-            [len(item.residues) + 1]
-            if causal
-            else itertools.repeat(len(with_end(model, item)), len(item.residues))
-        )
-    )
+    lengths = map(_length, _ask(model, proteins))
     token_batches.plan_stream(lengths, tokens_per_batch, shapes, devices=model.mesh.size)
 
 
 def computed_tokens(model: BuiltModel, protein: Encoded) -> int:
     """Tokens that are computed to score a protein, about."""
     tokens = len(protein.residues) + 1
-    return tokens if model.objective == "causal" else tokens * len(protein.residues)
+    return tokens if model.objective.exact else tokens * len(protein.residues)
 
 
-def _score_read(
-    model: BuiltModel,
-    encoded: Iterable[Encoded],
-    tokens_per_batch: int,
-    shapes: set[token_batches.Shape],
-    progress: Callable[[int], None] | None,
-) -> Iterator[tuple[np.ndarray, float]]:
-    state = model.state
-
-    def compute(items: list[Encoded], shape: token_batches.Shape) -> jax.Array:
-        wanted = [with_end(model, item) for item in items]
-        given = [with_begin(model, tokens[:-1]) for tokens in wanted]
-        batch = {
-            "inputs": token_batches.fill(given, shape),
-            "targets": token_batches.fill(wanted, shape),
-            "lengths": row_lengths(wanted, shape[0]),
-        }
-        batch = train_state.shard_batch(batch, model.mesh)
-        return model.residue_step(model.weights, state.variables, **batch)
-
-    def take(found: np.ndarray, row: int, item: Encoded) -> tuple[np.ndarray, float]:
-        n = len(item.residues)
-        ended = len(with_end(model, item)) > n
-        # A copy: a view would keep the results of the whole batch in memory.
-        return found[row, :n].copy(), float(found[row, n]) if ended else math.nan
-
-    def length(item: Encoded) -> int:
-        return len(item.residues) + 1
-
-    def report(items: list[Encoded]) -> None:
-        if progress is not None:
-            progress(sum(len(item.residues) for item in items))
-
-    return token_batches.compute_stream(
-        encoded,
-        length,
-        compute,
-        take,
-        tokens_per_batch,
-        shapes,
-        devices=model.mesh.size,
-        progress=report,
-    )
+def _ask(model: BuiltModel, proteins: Iterable[Encoded]) -> Iterator[_Asked]:
+    for number, item in enumerate(proteins):
+        for question in model.objective.questions(model.domain.vocab, item):
+            yield _Asked(number, len(item.residues), question)
 
 
-class _Hidden(NamedTuple):
-    """A protein of which one residue is hidden."""
-
-    protein: int
-    tokens: np.ndarray
-    place: int
-
-
-def _score_hidden(
-    model: BuiltModel,
-    encoded: Iterable[Encoded],
-    tokens_per_batch: int,
-    shapes: set[token_batches.Shape],
-    progress: Callable[[int], None] | None,
-) -> Iterator[tuple[np.ndarray, float]]:
-    state, mask = model.state, model.domain.vocab.mask
-    assert mask is not None  # FlaxBERT does not do without.
-
-    def hide_each() -> Iterator[_Hidden]:
-        for protein, item in enumerate(encoded):
-            tokens = with_end(model, item)
-            for place in range(len(item.residues)):
-                yield _Hidden(protein, tokens, place)
-
-    def compute(items: list[_Hidden], shape: token_batches.Shape) -> jax.Array:
-        rows = [item.tokens for item in items]
-        inputs = token_batches.fill(rows, shape)
-        places, targets = np.zeros((2, shape[0]), np.int32)
-        for row, item in enumerate(items):
-            places[row], targets[row] = item.place, item.tokens[item.place]
-            inputs[row, item.place] = mask
-        batch = {
-            "inputs": inputs,
-            "targets": targets,
-            "places": places,
-            "lengths": row_lengths(rows, shape[0]),
-        }
-        batch = train_state.shard_batch(batch, model.mesh)
-        return model.residue_step(model.weights, state.variables, **batch)
-
-    def take(found: np.ndarray, row: int, item: _Hidden) -> tuple[int, float]:
-        return item.protein, found[row]
-
-    def length(item: _Hidden) -> int:
-        return len(item.tokens)
-
-    def report(items: list[_Hidden]) -> None:
-        if progress is not None:
-            progress(len(items))
-
-    results = token_batches.compute_stream(
-        hide_each(),
-        length,
-        compute,
-        take,
-        tokens_per_batch,
-        shapes,
-        devices=model.mesh.size,
-        progress=report,
-    )
-    for _, found in itertools.groupby(results, key=lambda result: result[0]):
-        yield np.array([value for _, value in found], np.float32), math.nan
+def _length(item: _Asked) -> int:
+    return len(item.question.inputs)
 
 
 def sum_up(
@@ -295,4 +230,4 @@ def sum_up(
     def pseudo(result: tuple[np.ndarray, float]) -> PseudoScore:
         return PseudoScore(len(result[0]), float(result[0].sum(dtype=np.float64)))
 
-    return exact if model.objective == "causal" else pseudo
+    return exact if model.objective.exact else pseudo

@@ -12,12 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fast_attention.protein_lm.data import pipeline
-from fast_attention.protein_lm.data.alphabet import Alphabet
 from fast_attention.protein_lm.data.corpus import Corpus, join_rows
 from fast_attention.protein_lm.data.domains import DiscreteDomain
-from fast_attention.protein_lm.data.masking import MaskingConfig
-from fast_attention.protein_lm.modeling import pairs
+from fast_attention.protein_lm.modeling import pairs, pipeline
+from fast_attention.protein_lm.modeling.objectives import Objective
 
 if TYPE_CHECKING:
     from fast_attention.protein_lm.modeling.built_model import BuiltModel
@@ -115,7 +113,6 @@ def training_batches(
         "batch_size": batch_size,
         "seed": seed,
         "objective": model.objective,
-        "masking": model.masking,
     }
     if example_weights is not None:
         return weighted(corpus, model.domain, example_weights, epochs=epochs, **options)
@@ -136,7 +133,7 @@ def evaluation_batches(
       model: To be evaluated.
       xs: As for `training_batches`, or a `Corpus`.
       batch_size: Rows per batch.
-      seed: Of the masks of a masked model.
+      seed: Of what is hidden, where the objective hides residues.
     """
     if pairs.is_pairs(xs):
         rows = pairs.as_pairs(xs, model.tokens)
@@ -152,7 +149,6 @@ def evaluation_batches(
         batch_size=batch_size,
         objective=model.objective,
         seed=seed,
-        masking=model.masking,
     )
 
 
@@ -163,7 +159,7 @@ def one_batch(model: BuiltModel, batch: Any, seed: int) -> Mapping[str, Any]:
       model: That reads it.
       batch: Such a batch, pairs (see `pairs.as_pairs`), or sequences (see `as_corpus`), of which
         ids [B, T] keep their T.
-      seed: Of the masks of a masked model.
+      seed: Of what is hidden, where the objective hides residues.
 
     Raises:
       ValueError: If it is one sequence, or as `pairs.as_pairs` or `as_corpus`.
@@ -189,7 +185,6 @@ def one_batch(model: BuiltModel, batch: Any, seed: int) -> Mapping[str, Any]:
         num_epochs=1,
         objective=model.objective,
         crop="start",
-        masking=model.masking,
     )
     return next(iter(dataset))
 
@@ -255,8 +250,7 @@ def weighted(
     batch_size: int,
     seed: int,
     epochs: int,
-    objective: str,
-    masking: MaskingConfig | None,
+    objective: Objective,
 ) -> Iterator[pipeline.Batch]:
     """Batches in which each protein counts as it should, one a row, shuffled in every epoch.
 
@@ -269,7 +263,6 @@ def weighted(
       seed: Of order and masks.
       epochs: Passes through the proteins.
       objective: Of the model.
-      masking: Of a masked model.
 
     Raises:
       ValueError: If the weights are not one finite number for each protein.
@@ -297,14 +290,13 @@ def weighted(
                 num_epochs=1,
                 objective=objective,
                 crop="start",
-                masking=masking,
             )
             batch = next(iter(dataset))
             missing = (0, batch_size - len(members))
             yield batch | {"weights": batch["weights"] * np.pad(weights[members], missing)[:, None]}
 
 
-def in_order(corpus: Corpus, domain: DiscreteDomain, objective: str) -> pipeline.Batch:
+def in_order(corpus: Corpus, domain: DiscreteDomain, objective: Objective) -> pipeline.Batch:
     """One batch of all proteins, one a row in their order, with nothing masked."""
     dataset = pipeline.make_dataset(
         corpus,
@@ -318,22 +310,4 @@ def in_order(corpus: Corpus, domain: DiscreteDomain, objective: str) -> pipeline
         crop="start",
     )
     batch = next(iter(dataset))
-    return batch if objective == "causal" else batch | {"inputs": batch["targets"]}
-
-
-def unpacked(ids: np.ndarray, vocab: Alphabet) -> pipeline.Batch:
-    """The batch of rows that hold one sequence each, for scoring.
-
-    Args:
-      ids: int [N, T]; a row ends at its first end token, or before its first padding token.
-      vocab: Says which those are.
-    """
-    before = np.cumsum(ids == vocab.eos, axis=1) - (ids == vocab.eos)
-    visible = (before == 0) & (ids != vocab.pad)
-    return {
-        "inputs": ids,
-        "targets": ids,
-        "weights": visible.astype(np.float32),
-        "segment_ids": visible.astype(np.int32),
-        "positions": np.where(visible, np.arange(ids.shape[1])[None], 0).astype(np.int32),
-    }
+    return batch if objective.begins else batch | {"inputs": batch["targets"]}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,6 @@ from fast_attention.mesh.meshes import with_auto_axes
 from fast_attention.models.on_mesh import lay_on_mesh
 from fast_attention.models.transformer import Transformer
 from fast_attention.protein_lm.data.domains import DiscreteDomain
-from fast_attention.protein_lm.data.masking import MaskingConfig
 from fast_attention.protein_lm.distributed import process_arrays
 from fast_attention.protein_lm.modeling import (
     attention_exchange as exchange,
@@ -31,19 +30,20 @@ from fast_attention.protein_lm.modeling import (
 )
 from fast_attention.protein_lm.modeling.model_config import make_config, make_tokens
 from fast_attention.protein_lm.modeling.model_options import ModelOptions, check_state, take_options
+from fast_attention.protein_lm.modeling.objectives import Objective, get_objective
 
 
 class BuiltModel:
     """What a `FlaxModel` is made of: its tokens, its arrays, and the functions compiled for it.
 
     Attributes:
-      domain: Vocabulary and greatest length.
+      domain: Alphabet and greatest length.
+      objective: What it is trained for.
       options: As given, see `ModelOptions`.
       sampling_kwargs: Defaults of the options of `sample`.
       tokens: Ids of special tokens, and the size of the model's vocabulary.
       config: Of the Transformer.
       attention_fn: As given; None is exact attention.
-      masking: How residues are corrupted; None for a causal model.
       random_seed: As given.
       schedule: Learning rate of each step.
       optimizer_options: See `optimizer.OptimizerOptions`.
@@ -60,13 +60,14 @@ class BuiltModel:
       embedding_step: Representations, see `inference_steps.make_embedding_step`.
     """
 
-    objective: ClassVar[str]
-    sampling_options: ClassVar[tuple[str, ...]]
+    own_objective: Objective | None = None
+    """The objective of a class of models; None where it is an argument."""
 
     def __init__(
         self,
         domain: DiscreteDomain,
         *,
+        objective: Objective | str | None = None,
         attention_fn: Callable[..., Any] | None = None,
         model_cls: Callable[..., nnx.Module] = Transformer,
         random_seed: int = 0,
@@ -80,6 +81,8 @@ class BuiltModel:
 
         Args:
           domain: What is modelled.
+          objective: What the model is trained for: an object of `objectives`, or the name of one
+            with its defaults. `FlaxLM` and `FlaxBERT` have one.
           attention_fn: Replaces exact attention in every layer, for instance the result of
             ``make_fast_softmax_attention()``; None is exact attention.
           model_cls: Called as ``model_cls(config, attention_fn, rngs=rngs)``.
@@ -99,20 +102,26 @@ class BuiltModel:
           TypeError: At a keyword that `TransformerConfig` does not have.
           ValueError: If `ema_decay` is out of its range, or at a value that is not possible here.
         """
-        if not hasattr(self, "objective"):
-            raise TypeError("FlaxModel is what FlaxLM and FlaxBERT share: make one of them")
+        self.objective: Objective = _choose(type(self).__name__, self.own_objective, objective)
+        self.objective.check(domain.vocab)
         self.options = take_options(ModelOptions, kwargs)
         self.optimizer_options = take_options(optimizer.OptimizerOptions, kwargs)
         with_bos = self.options.with_bos
         if with_bos is None:
-            with_bos = self.objective == "causal"
+            with_bos = self.objective.begins
         self.domain = domain
-        self.tokens = make_tokens(domain, with_bos, self.options.with_mask)
-        self.sampling_kwargs = self.options.sampling(type(self).sampling_options)
-        self.masking: MaskingConfig | None = None
+        self.tokens = make_tokens(
+            domain.vocab, with_bos, self.options.with_mask, self.objective.num_sentinels
+        )
+        if self.objective.begins and self.tokens.bos is None:
+            raise ValueError(
+                f"{type(self).__name__} reads a begin token before every sequence: leave out "
+                "with_bos=False, or make the domain with include_bos=True"
+            )
+        self.sampling_kwargs = self.options.sampling(self.objective.sampling_options)
         self.random_seed = random_seed
         self.batch_size = batch_size
-        self.config = make_config(self.objective == "causal", domain, self.tokens, kwargs)
+        self.config = make_config(self.objective.causal, domain, self.tokens, kwargs)
         self.model_cls = model_cls
         self.ema_decay = ema_decay
         self.mesh = self.options.mesh(mesh)
@@ -128,8 +137,9 @@ class BuiltModel:
         self.schedule: schedules.Schedule = learning_rate
         self._optimizer = optimizer.create_optimizer(self.schedule, self.optimizer_options)
 
-        # A protein of max_len residues is read with a begin or an end token.
-        config = dataclasses.replace(self.config, max_len=self.config.max_len + 1)
+        # A protein of max_len residues is read with a begin or an end token, and sentinels.
+        positions = int(self.objective.room(self.config.max_len + 1))
+        config = dataclasses.replace(self.config, max_len=positions)
 
         def build(rngs: nnx.Rngs) -> nnx.Module:
             return self.model_cls(config, attention_fn, rngs=rngs)
@@ -148,7 +158,7 @@ class BuiltModel:
         self._make_train_step()
         self.eval_step = train_state.make_eval_step(self.graphdef)
         self.logits_step = train_state.make_logits(self.graphdef)
-        self.residue_step = inference_steps.make_residue_step(self.graphdef, self.objective)
+        self.residue_step = inference_steps.make_residue_step(self.graphdef)
         self.embedding_step = inference_steps.make_embedding_step(self.graphdef, self.objective)
         self._state: train_state.TrainState | None = None
 
@@ -305,3 +315,18 @@ class BuiltModel:
             train_state.shard_batch(batch, self.mesh),
             packed=train_state.is_packed(batch),
         )
+
+
+def _choose(name: str, own: Objective | None, given: Objective | str | None) -> Objective:
+    """The objective of a class of models, or else the one that is given."""
+    if own is not None and given is not None:
+        raise ValueError(
+            f"{name} has the objective {own.name}, but got objective={given!r}: make a FlaxModel "
+            "(experiment.model_cls = @FlaxModel), or leave it out"
+        )
+    if own is None and given is None:
+        raise TypeError(
+            "FlaxModel needs an objective, such as 'span_corruption': give one, or make a FlaxLM "
+            "(causal) or a FlaxBERT (masked)"
+        )
+    return get_objective(own or given or "")

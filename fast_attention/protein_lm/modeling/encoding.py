@@ -1,6 +1,6 @@
 """From strings to the rows of ids that a model reads when it scores or embeds them.
 
-A causal model reads ``BOS x1 .. xn``; a masked model ``x1 .. xn EOS``, as both did in training.
+What stands before and behind the residues is said by the objective of the model (`Objective.read`).
 
 Letters: n residues of a sequence, B rows, T their length.
 """
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fast_attention.protein_lm import ranges
-from fast_attention.protein_lm.data.domains import domain_to_bos
+from fast_attention.protein_lm.data.alphabet import Alphabet
 
 if TYPE_CHECKING:
     from fast_attention.protein_lm.modeling.built_model import BuiltModel
@@ -43,9 +43,9 @@ def longest_protein(model: BuiltModel) -> int | None:
 
 
 def longest_input(model: BuiltModel) -> int | None:
-    """Most tokens that a model can read, the begin or the end token included, or None."""
+    """Most tokens that a model can read, all that its objective adds included, or None."""
     longest = longest_protein(model)
-    return None if longest is None else longest + 1
+    return None if longest is None else int(model.objective.room(longest + 1))
 
 
 def encode_sequences(
@@ -107,17 +107,12 @@ def _encode(
         yield Encoded(ids, len(part) == len(sequence))
 
 
-def with_begin(model: BuiltModel, tokens: np.ndarray) -> np.ndarray:
-    """Returns the begin token and what follows it."""
-    return np.append(domain_to_bos(model.domain), tokens)
-
-
-def with_end(model: BuiltModel, item: Encoded) -> np.ndarray:
-    """Returns residues and the end token, if the vocabulary has one.
+def with_end(alphabet: Alphabet, item: Encoded) -> np.ndarray:
+    """Returns residues and the end token, if the alphabet has one.
 
     A cropped sequence does not end where it was cropped.
     """
-    eos = model.domain.vocab.eos
+    eos = alphabet.eos
     return np.append(item.residues, eos) if item.whole and eos is not None else item.residues
 
 

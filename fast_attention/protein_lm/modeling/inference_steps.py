@@ -13,52 +13,48 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fast_attention.protein_lm.modeling.encoding import number_rows
+from fast_attention.protein_lm.modeling.objectives import Objective
 
 Layer = int | Literal["last"]
 
 
-def make_residue_step(graphdef: Any, objective: str) -> Callable[..., jax.Array]:
-    """Makes the jitted function from a batch to log-probabilities, float32.
+def make_residue_step(graphdef: Any) -> Callable[..., jax.Array]:
+    """Makes the jitted function from a batch of questions to log-probabilities, float32.
 
     Args:
       graphdef: Structure of the model.
-      objective: ``"causal"``: ``(parameters, variables, inputs [B, T], targets [B, T],
-        lengths [B]) -> [B, T]``; ``"masked"``, with ``places [B]`` of the hidden residues and
-        ``targets [B]`` that stood there: ``-> [B]``.
+
+    Returns:
+      ``(parameters, variables, inputs [B, T], targets [B, T], places, lengths [B]) -> [B, T]`` with
+      ``places`` None, or with ``targets [B, 1]`` and ``places [B]``, see `Question`.
     """
 
-    def log_probabilities(parameters: Any, variables: Any, inputs: Any, lengths: Any) -> jax.Array:
+    def log_probabilities(
+        parameters: Any, variables: Any, inputs: Any, targets: Any, places: Any, lengths: Any
+    ) -> jax.Array:
         model = nnx.merge(graphdef, parameters, variables)
         positions, visible = number_rows(inputs, lengths)
         logits = model(inputs, positions=positions, key_mask=visible, deterministic=True)
-        return jax.nn.log_softmax(logits.astype(jnp.float32))
-
-    def read(parameters: Any, variables: Any, inputs: Any, targets: Any, lengths: Any) -> jax.Array:
-        found = log_probabilities(parameters, variables, inputs, lengths)
+        if places is not None:
+            logits = jnp.take_along_axis(logits, places[:, None, None], axis=1)
+        found = jax.nn.log_softmax(logits.astype(jnp.float32))
         return jnp.take_along_axis(found, targets[..., None], axis=-1)[..., 0]
 
-    def hidden(
-        parameters: Any, variables: Any, inputs: Any, targets: Any, places: Any, lengths: Any
-    ) -> jax.Array:
-        found = log_probabilities(parameters, variables, inputs, lengths)
-        found = jnp.take_along_axis(found, places[:, None, None], axis=1)[:, 0]
-        return jnp.take_along_axis(found, targets[:, None], axis=-1)[:, 0]
-
-    return jax.jit(read if objective == "causal" else hidden)
+    return jax.jit(log_probabilities)
 
 
-def make_embedding_step(graphdef: Any, objective: str) -> Callable[..., jax.Array]:
+def make_embedding_step(graphdef: Any, objective: Objective) -> Callable[..., jax.Array]:
     """Makes the jitted function from a batch to representations.
 
     Args:
       graphdef: Structure of the model.
-      objective: ``"causal"`` (residues stand behind a begin token) or ``"masked"``.
+      objective: Says where the first residue stands.
 
     Returns:
       ``(parameters, variables, *, inputs [B, T], lengths [B] of all tokens, residues [B], layers,
       pool, dtype)`` to ``[L, B, M]``, or ``[L, B, T, M]`` without a pool.
     """
-    first = 1 if objective == "causal" else 0
+    first = objective.first
 
     def embed(
         parameters: Any,

@@ -7,7 +7,8 @@ import difflib
 from typing import Any
 
 from fast_attention.models.config import TransformerConfig
-from fast_attention.protein_lm.data.domains import DiscreteDomain, domain_to_bos
+from fast_attention.protein_lm.data.alphabet import Alphabet
+from fast_attention.protein_lm.data.domains import DiscreteDomain
 
 _REPLACED = {
     "causal": "FlaxLM is causal and FlaxBERT is not",
@@ -33,6 +34,7 @@ class ModelTokens:
       eos: Id of the end token.
       pad: Id of the padding token.
       mask: Id of the mask token.
+      never_drawn: Ids of special tokens other than the end token, sentinels among them.
       vocab_size: Rows of the embedding table, and entries of the logits.
     """
 
@@ -40,12 +42,8 @@ class ModelTokens:
     eos: int | None
     pad: int | None
     mask: int | None
+    never_drawn: tuple[int, ...]
     vocab_size: int
-
-    @property
-    def never_drawn(self) -> tuple[int, ...]:
-        """Special tokens other than the end token."""
-        return tuple(token for token in (self.bos, self.pad, self.mask) if token is not None)
 
     @property
     def special(self) -> tuple[int, ...]:
@@ -53,21 +51,25 @@ class ModelTokens:
         return self.never_drawn if self.eos is None else (*self.never_drawn, self.eos)
 
 
-def make_tokens(domain: DiscreteDomain, with_bos: bool, with_mask: bool) -> ModelTokens:
-    """Gives a model the tokens of its domain, and new ids to those that it needs and lacks.
+def make_tokens(
+    alphabet: Alphabet, with_bos: bool, with_mask: bool, num_sentinels: int = 0
+) -> ModelTokens:
+    """Gives a model the tokens of its alphabet, and new ids to those that it needs and lacks.
 
     Args:
-      domain: Gives the vocabulary.
-      with_bos: Whether there must be a begin token, see `domain_to_bos`.
+      alphabet: Of its domain.
+      with_bos: Whether there must be a begin token, see `Alphabet.begin`.
       with_mask: Whether there must be a mask token.
+      num_sentinels: Sentinel tokens, whose ids follow those of the alphabet.
     """
-    vocab, size = domain.vocab, domain.vocab_size
-    bos, mask = vocab.bos, vocab.mask
+    bos, mask, size = alphabet.bos, alphabet.mask, len(alphabet) + num_sentinels
     if with_bos and bos is None:
-        bos, size = domain_to_bos(domain), size + 1
+        bos, size = size, size + 1
     if with_mask and mask is None:
         mask, size = size, size + 1
-    return ModelTokens(bos, vocab.eos, vocab.pad, mask, size)
+    special = [*alphabet.special_ids, *range(len(alphabet), size)]
+    never_drawn = tuple(token for token in special if token != alphabet.eos)
+    return ModelTokens(bos, alphabet.eos, alphabet.pad, mask, never_drawn, size)
 
 
 def make_config(

@@ -13,15 +13,15 @@ from fast_attention.protein_lm.modeling.built_model import BuiltModel
 
 
 def describe_model(model: BuiltModel) -> dict[str, Any]:
-    """``model`` (its class), ``transformer``, ``attention``, ``masking`` and ``parameters``."""
+    """``model`` (its class), ``objective``, ``transformer``, ``attention`` and ``parameters``."""
     attention = "exact" if model.attention_fn is None else plain(model.attention_fn)
-    if model.objective == "causal":
+    if model.objective.causal:
         attention = _as_called(attention)
     return {
         "model": type(model).__name__,
+        "objective": {"name": model.objective.name} | dataclasses.asdict(model.objective),
         "transformer": plain(model.config),
         "attention": attention,
-        "masking": plain(model.masking),
         "parameters": count_parameters(model),
     }
 

@@ -1,7 +1,7 @@
 """``model.json``: what a model is, as plain data from which it is made again.
 
 The file names the class of the model, its alphabet, the shape of the Transformer, the factory of
-the attention function with its arguments, masking, mesh, optimiser and the settings of the
+the attention function with its arguments, objective, mesh, optimiser and the settings of the
 training. It is compared with names and types that are listed here, so that a file from somebody
 else can describe a model and do nothing else. What cannot be described, such as an attention
 function of one's own, is named in the file as such: the model can then be opened with the gin file
@@ -28,7 +28,6 @@ from fast_attention.protein_lm.data.domains import (
     FixedLengthDiscreteDomain,
     VariableLengthDiscreteDomain,
 )
-from fast_attention.protein_lm.data.masking import MaskingConfig
 from fast_attention.protein_lm.errors import RunError
 from fast_attention.protein_lm.files.json_files import (
     check_fields,
@@ -39,6 +38,7 @@ from fast_attention.protein_lm.files.json_files import (
 from fast_attention.protein_lm.modeling import schedules
 from fast_attention.protein_lm.modeling.built_model import BuiltModel
 from fast_attention.protein_lm.modeling.model_classes import is_registered, registered_models
+from fast_attention.protein_lm.modeling.objectives import OBJECTIVES, Objective
 from fast_attention.protein_lm.modeling.optimizer import OptimizerOptions
 from fast_attention.protein_lm.modeling.sampling_config import SamplingConfig
 from fast_attention.protein_lm.runs import attention_recipes
@@ -55,6 +55,7 @@ _MESH = (FSDP, MODEL, SEQUENCE)
 # Sizes beyond these are no model's: making it would take hours or more memory than there is.
 _LIMITS = {"num_layers": 4096, "length": 2**31 - 1, "batch_size": 2**31 - 1}
 _MAX_SIZE = 2**24
+_SIZED = ("transformer", "domain", "mesh", "objective")
 
 _HINTS: dict[str, Any] = {
     "format": str,
@@ -64,7 +65,7 @@ _HINTS: dict[str, Any] = {
     "domain": dict,
     "transformer": dict,
     "attention": dict | None,
-    "masking": dict | None,
+    "objective": dict,
     "special": dict,
     "sampling": dict,
     "mesh": dict,
@@ -138,7 +139,7 @@ def describe(model: BuiltModel) -> dict[str, Any]:
         **describe_domain(model.domain),
         "transformer": _plain(transformer | {"dtype": jnp.dtype(model.config.dtype).name}),
         "attention": None if attention is None else attention_recipes.describe(attention),
-        "masking": None if model.masking is None else dataclasses.asdict(model.masking),
+        "objective": {"name": model.objective.name} | dataclasses.asdict(model.objective),
         "special": {name: getattr(model.options, name) for name in _ADDED},
         "sampling": _plain(model.sampling_kwargs),
         "mesh": {name: model.mesh.shape[name] for name in _MESH},
@@ -189,7 +190,6 @@ def read(path: Path) -> dict[str, Any]:
         "alphabet": _ALPHABET,
         "domain": _DOMAIN | {"type": str | dict},
         "transformer": _transformer_hints(),
-        "masking": get_type_hints(MaskingConfig),
         "special": _ADDED,
         "mesh": dict.fromkeys(_MESH, int),
         "optimizer": _OPTIMIZER,
@@ -200,6 +200,7 @@ def read(path: Path) -> dict[str, Any]:
         if about[name] is not None:
             about[name] = check_fields(path, name, about[name], hints)
             _check_sizes(path, name, about[name])
+    about["objective"] = _check_objective(path, about["objective"])
     about["sampling"] = check_fields(
         path, "sampling", about["sampling"], get_type_hints(SamplingConfig), optional=True
     )
@@ -256,12 +257,6 @@ def build(path: Path, about: dict[str, Any]) -> BuiltModel:
     if about["model"] not in classes:
         raise RunError(f"{path}: model is {shown(about['model'])}; expected {' or '.join(classes)}")
     model_cls = classes[about["model"]]
-    masked = model_cls.objective == "masked"
-    if (about["masking"] is None) == masked:
-        expected = "an object" if masked else "null"
-        raise RunError(
-            f"{path}: masking is {shown(about['masking'])}; {about['model']} needs {expected}"
-        )
     transformer = about["transformer"]
     if transformer["dtype"] not in _DTYPES:
         raise RunError(
@@ -274,6 +269,7 @@ def build(path: Path, about: dict[str, Any]) -> BuiltModel:
     try:
         return model_cls(
             _build_domain(path, about),
+            **_objective_keywords(path, about, model_cls.own_objective),
             attention_fn=attention_fn,
             learning_rate=_unknown_rate
             if rate is None
@@ -282,7 +278,6 @@ def build(path: Path, about: dict[str, Any]) -> BuiltModel:
             sampling_kwargs=about["sampling"],
             **about["special"],
             **options,
-            **(about["masking"] or {}),
             **(transformer | {"dtype": jnp.dtype(transformer["dtype"]).type}),
         )
     except MeshError:
@@ -307,6 +302,30 @@ def _build_domain(path: Path, about: dict[str, Any]) -> DiscreteDomain:
     return made
 
 
+def _check_objective(path: Path, given: dict[str, Any]) -> dict[str, Any]:
+    name = given.get("name")
+    if not isinstance(name, str) or name not in OBJECTIVES:
+        raise RunError(
+            f"{path}: objective.name is {shown(name)}; expected {' or '.join(OBJECTIVES)}"
+        )
+    hints = get_type_hints(OBJECTIVES[name])
+    fields = {field.name: hints[field.name] for field in dataclasses.fields(OBJECTIVES[name])}
+    found = check_fields(path, "objective", given, {"name": str} | fields)
+    _check_sizes(path, "objective", found)
+    return found
+
+
+def _objective_keywords(path: Path, about: dict[str, Any], own: Objective | None) -> dict[str, Any]:
+    """A class that has an objective takes its options, and `FlaxModel` the objective itself."""
+    options = dict(about["objective"])
+    name = options.pop("name")
+    if own is None:
+        return {"objective": OBJECTIVES[name](**options)}
+    if own.name != name:
+        raise RunError(f"{path}: objective.name is {name}, but {about['model']} needs {own.name}")
+    return options
+
+
 def _unknown_rate(step: Any) -> Any:
     raise RunError(
         "the learning rate of this model was a function of its author's, which model.json does not "
@@ -322,7 +341,7 @@ def _transformer_hints() -> dict[str, Any]:
 def _check_sizes(path: Path, place: str, values: dict[str, Any]) -> None:
     for name, value in values.items():
         limit = _LIMITS.get(name, _MAX_SIZE)
-        if place in ("transformer", "domain", "mesh") and type(value) is int and value > limit:
+        if place in _SIZED and type(value) is int and value > limit:
             raise RunError(f"{path}: {place}.{name} is {value}; at most {limit} is expected")
 
 

@@ -9,6 +9,8 @@ from fast_attention.protein_lm.data.alphabet import SPECIAL
 from fast_attention.protein_lm.data.alphabets import ALPHABETS
 from fast_attention.protein_lm.data.domains import make_protein_domain
 from fast_attention.protein_lm.errors import RunError
+from fast_attention.protein_lm.modeling.model_classes import registered_models
+from fast_attention.protein_lm.modeling.objectives import OBJECTIVES
 from fast_attention.protein_lm.runs import attention_recipes, model_file
 
 
@@ -26,6 +28,9 @@ def gin_lines(path: Path, about: dict[str, Any]) -> list[str]:
       RunError: If the vocabulary has no gin name, or a part of the model is code of its author's.
     """
     model_file.check_describable(path, about)
+    own = registered_models()[about["model"]].own_objective
+    options = dict(about["objective"])
+    objective = OBJECTIVES[options.pop("name")].__name__
     model = {
         **about["transformer"],
         **{name: value for name, value in about["optimizer"].items() if name != "learning_rate"},
@@ -33,7 +38,7 @@ def gin_lines(path: Path, about: dict[str, Any]) -> list[str]:
     bindings = {
         **_domain(path, about),
         **_named("FlaxModel", model),
-        **_named(about["model"], about["masking"] or {}),
+        **_named(objective if own is None else about["model"], options),
         **_named("make_mesh", about["mesh"]),
         **_named("experiment", about["training"] or {}),
     }
@@ -41,6 +46,7 @@ def gin_lines(path: Path, about: dict[str, Any]) -> list[str]:
         f"experiment.model_cls = @{about['model']}",
         "FlaxModel.domain = @make_protein_domain()",
         "FlaxModel.mesh = @make_mesh()",
+        *([f"FlaxModel.objective = @{objective}()"] if own is None else []),
         *attention_recipes.gin_lines(about["attention"], "FlaxModel.attention_fn"),
         *(f"{name} = {value!r}" for name, value in bindings.items()),
     ]

@@ -185,7 +185,7 @@ class Experiment(DataSettings, BatchSettings, TimeSettings, EvaluationSettings):
       ValueError: If a number is out of its range, or two settings contradict each other.
     """
 
-    model_cls: Callable[[], FlaxModel] = FlaxLM
+    model_cls: Callable[..., FlaxModel] = FlaxLM
     initial_run: str | None = None
     calibration_batches: int | None = None
     xid: int | str | None = None

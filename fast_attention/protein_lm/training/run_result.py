@@ -19,7 +19,6 @@ from fast_attention.protein_lm.files import output_files
 from fast_attention.protein_lm.files.json_files import read_json
 from fast_attention.protein_lm.flax_model import FlaxModel
 from fast_attention.protein_lm.inference import sampling
-from fast_attention.protein_lm.models import FlaxLM
 from fast_attention.protein_lm.runs import checkpoints, metrics_log
 from fast_attention.protein_lm.runs.run_folder import RunFolder
 from fast_attention.protein_lm.training import plots, resuming
@@ -120,7 +119,7 @@ def tell_skipped(folder: RunFolder, name: str, skipped: SkippedRecords) -> None:
 
 
 def _sample(model: FlaxModel, number: int, max_length: int | None) -> list[str]:
-    if not isinstance(model, FlaxLM) or not number:
+    if not model.objective.samples or not number:
         return []
     if processes.count() > 1:
         # Each process samples on its own devices.

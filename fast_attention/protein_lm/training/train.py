@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fast_attention.mesh.meshes import row_shards
-from fast_attention.protein_lm.data import pipeline
 from fast_attention.protein_lm.data.corpus import Corpus
 from fast_attention.protein_lm.data.skipped_records import SkippedRecords
 from fast_attention.protein_lm.distributed import process_arrays, processes, stopping
@@ -25,6 +24,7 @@ from fast_attention.protein_lm.modeling import (
 from fast_attention.protein_lm.modeling import (
     batches,
     metrics,
+    pipeline,
 )
 from fast_attention.protein_lm.modeling.schedules import FactorSchedule
 from fast_attention.protein_lm.modeling.train_state import TrainState
@@ -148,7 +148,7 @@ def run_experiment(work_dir: str, experiment: Experiment | None = None) -> dict[
                 state, progress = restored
                 resuming.set_position(iterator, progress.iterator, folder)
                 processes.tell(f"resuming the run in {folder.path} after step {int(state.step)}")
-            times = _limit_steps(experiment, found.train, size)
+            times = _limit_steps(experiment, model, found.train, size)
             _set_length(model, run, times, progress, int(state.step))
             if run.resumed:
                 other = processes.is_primary() and resuming.update(
@@ -204,7 +204,6 @@ def _batches(
         num_epochs=experiment.epochs,
         objective=model.objective,
         crop=experiment.crop,
-        masking=model.masking,
         rows=rows,
     )
 
@@ -225,7 +224,9 @@ def _initialize(
         model.calibrate(make_batches(), num_batches=number)
 
 
-def _limit_steps(experiment: Experiment, source: pipeline.Source, batch_size: int) -> TimeSettings:
+def _limit_steps(
+    experiment: Experiment, model: FlaxModel, source: pipeline.Source, batch_size: int
+) -> TimeSettings:
     """The settings with the steps that `epochs` make, where those are fewer."""
     if experiment.epochs is None:
         return experiment
@@ -237,6 +238,7 @@ def _limit_steps(experiment: Experiment, source: pipeline.Source, batch_size: in
         batch_size=batch_size,
         num_epochs=experiment.epochs,
         pack=experiment.pack_sequences,
+        objective=model.objective,
     )
     if most < steps:
         processes.note(
@@ -317,7 +319,6 @@ def _make_validation(
             length=min(length or model.max_length, model.max_length),
             batch_size=model.batch_size,
             objective=model.objective,
-            masking=model.masking,
         )
     )
 

@@ -172,7 +172,7 @@ def test_what_cannot_be_done_is_told(lm_run, bert_run, fasta, tmp_path, capsys):
     common = [f"--sequence={WILD}", f"--mutations={path}"]
     assert "use a run of FlaxLM" in fails(bert_run, tmp_path, capsys, *common)
     told = fails(lm_run, tmp_path, capsys, *common, "--method=masked-marginals")
-    assert "use a run of FlaxBERT" in told
+    assert "use a run with the objective masked" in told
     assert "--all" in fails(lm_run, tmp_path, capsys, *common, "--positions=1-2")
     picture = f"--heatmap={tmp_path / 'x.png'}"
     assert "single substitutions" in fails(lm_run, tmp_path, capsys, *common, picture)

@@ -17,8 +17,6 @@ from fast_attention.protein_lm.data.fasta import (
     read_fasta,
     write_fasta,
 )
-from fast_attention.protein_lm.data.masking import MaskingConfig
-from fast_attention.protein_lm.data.pipeline import eval_batches, make_dataset
 from fast_attention.protein_lm.data.vocabulary import ProteinVocab, Vocabulary
 from fast_attention.protein_lm.evaluation.baselines import (
     baseline_scores,
@@ -33,6 +31,8 @@ from fast_attention.protein_lm.evaluation.ngrams import (
     save_baselines,
 )
 from fast_attention.protein_lm.modeling.batches import as_corpus, crop, select
+from fast_attention.protein_lm.modeling.objectives import Masked
+from fast_attention.protein_lm.modeling.pipeline import eval_batches, make_dataset
 
 SIZES = (2, 255, 256, 257, 300, 65536, 70000)
 
@@ -136,10 +136,8 @@ def test_tokens_of_esm_have_the_ids_of_its_models():
 def test_corruption_gives_residues_of_the_alphabet_wherever_their_ids_are():
     domain = esm(200)
     corpus = as_corpus(["MKT-X" * 39] * 8, domain)
-    masking = MaskingConfig(0.5, 0.0, 1.0)
-    (batch,) = eval_batches(
-        corpus, domain, length=200, batch_size=8, objective="masked", masking=masking
-    )
+    objective = Masked(0.5, 0.0, 1.0)
+    (batch,) = eval_batches(corpus, domain, length=200, batch_size=8, objective=objective)
     asked = batch["weights"] > 0
     assert set(batch["inputs"][asked].tolist()) == set(domain.vocab.standard_ids)
     np.testing.assert_array_equal(batch["inputs"][~asked], batch["targets"][~asked])

@@ -13,7 +13,7 @@ from fast_attention.protein_lm.data.mixture import (
     row_shares,
 )
 from fast_attention.protein_lm.data.packing import EpochPlanner
-from fast_attention.protein_lm.data.pipeline import make_dataset
+from fast_attention.protein_lm.modeling.pipeline import make_dataset
 
 DOMAIN = make_protein_domain()
 OPTIONS: dict[str, Any] = {"length": 40, "batch_size": 8, "seed": 0}

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from fast_attention.protein_lm import cli, make_protein_domain
-from fast_attention.protein_lm.data import pipeline
 from fast_attention.protein_lm.distributed import processes
+from fast_attention.protein_lm.modeling import pipeline
 from fast_attention.protein_lm.runs import array_records
 from tests.protein_lm.killing import end, figures, finish, start_all, train_arguments, wait_for
 

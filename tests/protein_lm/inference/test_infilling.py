@@ -52,7 +52,7 @@ def test_greedy_filling_is_one_residue_after_the_other(model):
         sequence, total = naive_greedy(model, protein.sequence)
         assert record.sequence == sequence
         assert facts(record)["fill_log_probability"] == pytest.approx(total, abs=1e-3)
-        assert facts(record)["filled"] == facts(record)["rounds"] == protein.sequence.count("*")
+        assert facts(record)["filled"] == protein.sequence.count("*")
 
 
 def test_known_residues_stay_and_hidden_ones_become_residues(model):
@@ -80,9 +80,14 @@ def test_filters_hold(model):
 @pytest.mark.parametrize(
     ("sequence", "options", "message"),
     [
-        ("MKT", {}, "no hidden residue"),
+        ("MKT", {}, "nothing to fill in"),
         ("MK*J", {}, "'J'"),
-        ("MK*_", {}, "no residue"),
+        ("MK*_", {}, "'_' is none of the residues"),
+        ("MK[]T", {}, r"'\[' is none of the residues.*\[5\]"),
+        ("MK[0]T", {}, r"the span \[0\] must have 1 residue or more"),
+        ("MK[4-2]T", {}, r"the span \[4-2\]"),
+        ("MK[2-4]T", {}, r"write \[4\], or take a run .* span_corruption"),
+        ("MK5T", {}, "'5' is none"),
         ("*" * 65, {}, "65 residues.* room for 64"),
         ("M*", {"rounds": 0}, "rounds must be at least 1"),
         ("M*", {"num_samples": 0}, "num_samples"),
@@ -94,6 +99,11 @@ def test_filters_hold(model):
 def test_bad_input_is_refused(model, sequence, options, message):
     with pytest.raises(ValueError, match=message):
         infill_proteins(model, [FastaRecord("a", "", sequence)], **options)
+
+
+def test_a_span_is_as_many_stars(model):
+    starred, counted = (FastaRecord("a", "", text) for text in ("MK***AY**", "MK[3]AY[2]"))
+    assert fill(model, [starred], seed=3) == fill(model, [counted], seed=3)
 
 
 def test_a_causal_model_is_refused(lm_run):

@@ -171,9 +171,9 @@ def test_all_substitutions_are_scored(lm):
 def test_a_model_is_not_asked_for_what_it_cannot_say(lm, bert):
     assert choose_method(lm) == "log-likelihood-ratio"
     assert choose_method(bert) == "masked-marginals"
-    with pytest.raises(RunError, match="for wt-marginals use a run of FlaxBERT"):
+    with pytest.raises(RunError, match="use a run with the objective masked, or take log-l"):
         score_variants(lm, WILD, variants(["K2G"]), method="wt-marginals")
-    with pytest.raises(RunError, match="use a run of FlaxLM"):
+    with pytest.raises(RunError, match="use a run with the objective causal"):
         choose_method(bert, "log-likelihood-ratio")
     with pytest.raises(RunError, match="K2del changes the length .* use a run of FlaxLM"):
         score_variants(bert, WILD, variants(["K2G", "K2del"]))

@@ -5,8 +5,8 @@ import pytest
 
 from fast_attention.protein_lm.data.domains import make_protein_domain
 from fast_attention.protein_lm.data.fasta import read_fasta
-from fast_attention.protein_lm.data.masking import MaskingConfig
-from fast_attention.protein_lm.data.pipeline import (
+from fast_attention.protein_lm.modeling.objectives import Masked
+from fast_attention.protein_lm.modeling.pipeline import (
     bundled_corpus,
     eval_batches,
     load_corpus,
@@ -65,7 +65,7 @@ def test_the_end_need_not_be_scored(tiny):
 def masks(corpus, **options: Any):
     """What is given for each protein in evaluation."""
     found = {}
-    for batch in eval_batches(corpus, DOMAIN, objective="masked", length=100, **options):
+    for batch in eval_batches(corpus, DOMAIN, length=100, **({"objective": "masked"} | options)):
         found.update(zip(segments(batch), segments(batch, "inputs"), strict=True))
     return found
 
@@ -79,19 +79,21 @@ def test_evaluation_masks_depend_on_the_seed_and_not_on_the_batch(tiny):
 
 
 def test_masking_shares_reach_the_masks(tiny):
-    shares = MaskingConfig(mask_rate=1.0, mask_token_proportion=1.0, random_token_proportion=0.0)
-    given = masks(tiny, batch_size=8, masking=shares)
+    shares = Masked(mask_rate=1.0, mask_token_proportion=1.0, random_token_proportion=0.0)
+    given = masks(tiny, batch_size=8, objective=shares)
     assert all(set(inputs) <= {"*", ">"} for inputs in given.values())
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"objective": "bert"}, "objective must be one of causal, masked, but got 'bert'"),
+        (
+            {"objective": "bert"},
+            "objective must be one of causal, masked, span_corruption, but got 'bert'",
+        ),
         ({"length": 0}, "length must be at least 1"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"seed": -1}, "seed must be 0 or more"),
-        ({"masking": MaskingConfig()}, "objective='masked'"),
     ],
 )
 def test_arguments_are_checked_at_once(tiny, options, message):

@@ -15,9 +15,12 @@ from fast_attention.protein_lm import (
     gin_registry,
     make_protein_domain,
 )
+from fast_attention.protein_lm.data.alphabets import ALPHABETS
 from fast_attention.protein_lm.data.domains import VariableLengthDiscreteDomain
 from fast_attention.protein_lm.errors import RunError
 from fast_attention.protein_lm.loading import load_run, open_run
+from fast_attention.protein_lm.modeling.objectives import SpanCorruption
+from fast_attention.protein_lm.models import FlaxModel
 from fast_attention.protein_lm.runs import attention_recipes, model_file, model_gin
 from fast_attention.protein_lm.runs.model_file import OwnPartError
 
@@ -64,7 +67,7 @@ def test_a_masked_model_with_all_its_options_is_made_again(tmp_path):
     model = FlaxBERT(domain, random_seed=3, weight_decay=0.5, **options, **SMALL)
     about, again = rebuilt(tmp_path / "model.json", model)
     assert model_file.describe(again) == model_file.describe(model) == about
-    assert again.masking == model.masking and again.domain.vocab == vocab
+    assert again.objective == model.objective and again.domain.vocab == vocab
     assert again.config.dtype == jnp.bfloat16 and again.schedule(5) == model.schedule(5)
 
 
@@ -73,6 +76,22 @@ def test_a_vocabulary_of_any_tokens_is_made_again(tmp_path):
     model = FlaxLM(VariableLengthDiscreteDomain(vocab, 8), **SMALL)
     _, again = rebuilt(tmp_path / "model.json", model)
     assert again.domain.vocab == vocab
+
+
+def test_an_objective_with_its_options_is_made_again(tmp_path):
+    objective = SpanCorruption(0.2, 2.0, num_sentinels=10)
+    domain = make_protein_domain(length=16, alphabet="esm")
+    model = FlaxModel(domain, objective=objective, **SMALL)
+    about, again = rebuilt(tmp_path / "model.json", model)
+    assert type(again) is FlaxModel and again.objective == objective
+    assert again.tokens == model.tokens and again.domain.vocab == ALPHABETS["esm"]
+    lines = model_gin.gin_lines(tmp_path / "model.json", about)
+    gin_registry.configure(bindings=lines)
+    described = model_file.describe(gin.get_bindings("experiment")["model_cls"]())
+    assert (described["objective"], described["alphabet"]) == (
+        about["objective"],
+        about["alphabet"],
+    )
 
 
 @pytest.mark.parametrize("name", ["softmax", "strided", "generalized"])
@@ -94,13 +113,16 @@ CHANGES = {
     "huge": (("transformer", "num_layers"), 10**9, "num_layers is 1000000000; at most 4096"),
     "range": (("transformer", "dropout_rate"), 2.0, "model.json: .*dropout_rate must be in"),
     "dtype": (("transformer", "dtype"), "object", 'transformer.dtype is "object"; expected one'),
-    "class": (("model",), "os.system", 'model is "os.system"; expected FlaxLM or FlaxBERT'),
+    "class": (("model",), "os.system", 'model is "os.system"; expected FlaxModel or FlaxLM or F'),
     "factory": (("attention", "factory"), "os.system", 'attention.factory is "os.system"; expec'),
     "argument": (("attention", "arguments", "nb_features"), "9", 'nb_features is "9"; expected an'),
     "array": (("attention", "arguments", "projection_matrix"), [[1]], "expected null"),
     "estimator": (("attention", "arguments", "estimator"), "best", "Unknown estimator 'best'"),
     "token": (("alphabet", "tokens"), ["A", "C"], "these values make no model: .*different tokens"),
     "meaning": (("alphabet", "gaps"), "B", "these values make no model: .*different tokens"),
+    "objective": (("objective", "name"), "os.system", "objective.name is .*expected causal or "),
+    "option": (("objective", "planted"), 1, "objective.planted is unknown"),
+    "other": (("objective",), {"name": "masked"}, "objective.mask_rate is missing"),
     "version": (("format_version",), 99, "format_version 99, and this version .* reads 4"),
     "format": (("format",), "other", "describes no model"),
     "own": (("attention",), {"own": "m.f"}, 'attention is "m.f", code that .* --gin_file .*model='),

@@ -22,8 +22,3 @@ def get_alphabet(name: str) -> Alphabet:
     if name not in ALPHABETS:
         raise ValueError(f"alphabet must be one of {', '.join(ALPHABETS)}; got {name!r}")
     return ALPHABETS[name]
-
-
-def alphabets_with(symbol: str) -> list[str]:
-    """Names of the alphabets in which a symbol is an ordinary token."""
-    return [name for name, alphabet in ALPHABETS.items() if symbol in alphabet.letters]

@@ -13,13 +13,13 @@ from fast_attention.protein_lm.data.domains import (
     make_protein_domain,
 )
 from fast_attention.protein_lm.data.fasta import FastaRecord, read_fasta, write_fasta
-from fast_attention.protein_lm.data.masking import MaskingConfig
-from fast_attention.protein_lm.data.pipeline import (
+from fast_attention.protein_lm.data.vocabulary import ProteinVocab
+from fast_attention.protein_lm.modeling.objectives import Masked
+from fast_attention.protein_lm.modeling.pipeline import (
     bundled_corpus,
     load_corpus,
     make_dataset,
 )
-from fast_attention.protein_lm.data.vocabulary import ProteinVocab
 
 FIXTURE = Path(__file__).parents[2] / "data" / "fixtures" / "protein_vocabulary.json"
 DOMAIN = make_protein_domain()
@@ -192,7 +192,7 @@ def test_another_process_restores_the_same_batch(tiny):
         next(iterator)
     program = f"""
 import hashlib
-from fast_attention.protein_lm.data.pipeline import bundled_corpus, make_dataset
+from fast_attention.protein_lm.modeling.pipeline import bundled_corpus, make_dataset
 from fast_attention.protein_lm.data.domains import FixedLengthDiscreteDomain, make_protein_domain
 iterator = iter(make_dataset(bundled_corpus("tiny"), make_protein_domain(), length=64,
                              batch_size=4, seed=0, objective="masked"))
@@ -272,19 +272,21 @@ def test_other_vocabularies(tmp_path):
 
 
 def test_masking_shares_reach_the_masks(tiny):
-    shares = MaskingConfig(mask_rate=1.0, mask_token_proportion=1.0, random_token_proportion=0.0)
-    (batch,) = take(tiny, 1, objective="masked", masking=shares)
+    shares = Masked(mask_rate=1.0, mask_token_proportion=1.0, random_token_proportion=0.0)
+    (batch,) = take(tiny, 1, objective=shares)
     assert set("".join(segments(batch, "inputs"))) <= {"*", ">"}
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"objective": "bert"}, "objective must be one of causal, masked, but got 'bert'"),
+        (
+            {"objective": "bert"},
+            "objective must be one of causal, masked, span_corruption, but got 'bert'",
+        ),
         ({"length": 0}, "length must be at least 1"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"seed": -1}, "seed must be 0 or more"),
-        ({"masking": MaskingConfig()}, "objective='masked'"),
         ({"crop": "end"}, "crop must be one of random, start"),
         ({"num_epochs": 0}, "num_epochs must be at least 1"),
     ],

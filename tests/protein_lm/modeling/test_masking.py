@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from fast_attention.protein_lm.data.masking import MaskingConfig, mask_tokens
 from fast_attention.protein_lm.data.vocabulary import ProteinVocab, Vocabulary
+from fast_attention.protein_lm.modeling.objectives.masked import Masked, mask_tokens
 
 VOCAB = ProteinVocab(
     include_anomalous_amino_acids=True,
@@ -28,7 +28,7 @@ def rows(num_rows=200, protein_length=100):
 
 def mask(tokens, segment_ids, seed=0, config=None):
     draws = np.random.default_rng(seed).random((2, *tokens.shape))
-    return mask_tokens(tokens, segment_ids, VOCAB, draws, config)
+    return mask_tokens(tokens, segment_ids, VOCAB, draws, config or Masked())
 
 
 def test_shares_are_those_of_the_configuration():
@@ -49,7 +49,7 @@ def test_shares_are_those_of_the_configuration():
 
 def test_what_is_not_chosen_is_not_touched_and_specials_never_are():
     tokens, segment_ids = rows()
-    for config in (MaskingConfig(), MaskingConfig(mask_rate=1.0)):
+    for config in (Masked(), Masked(mask_rate=1.0)):
         inputs, chosen = mask(tokens, segment_ids, config=config)
         np.testing.assert_array_equal(inputs[~chosen], tokens[~chosen])
         assert not np.isin(tokens[chosen], VOCAB.special_ids).any()
@@ -59,7 +59,7 @@ def test_what_is_not_chosen_is_not_touched_and_specials_never_are():
 
 def test_random_residues_are_standard_and_uniform():
     tokens, segment_ids = rows()
-    config = MaskingConfig(1.0, mask_token_proportion=0.0, random_token_proportion=1.0)
+    config = Masked(1.0, mask_token_proportion=0.0, random_token_proportion=1.0)
     inputs, chosen = mask(tokens, segment_ids, config=config)
     counts = np.bincount(inputs[chosen], minlength=20)
     assert len(counts) == 20
@@ -73,13 +73,13 @@ def test_random_residues_are_standard_and_uniform():
 )
 def test_extreme_proportions(proportions, expected):
     tokens, segment_ids = rows(10)
-    inputs, chosen = mask(tokens, segment_ids, config=MaskingConfig(0.5, *proportions))
+    inputs, chosen = mask(tokens, segment_ids, config=Masked(0.5, *proportions))
     np.testing.assert_array_equal(inputs, np.where(chosen, expected(tokens), tokens))
 
 
 def test_every_protein_has_a_chosen_residue():
     tokens, segment_ids = rows(300, 6)
-    _, chosen = mask(tokens, segment_ids, config=MaskingConfig(mask_rate=0.0))
+    _, chosen = mask(tokens, segment_ids, config=Masked(mask_rate=0.0))
     for segment in (1, 2):
         np.testing.assert_array_equal((chosen & (segment_ids == segment)).sum(1), 1)
     # The one is any of the residues.
@@ -89,7 +89,7 @@ def test_every_protein_has_a_chosen_residue():
 
 def test_proteins_of_special_tokens_alone_are_left_alone():
     tokens = np.array([[VOCAB.eos, VOCAB.pad], [0, VOCAB.eos]])
-    inputs, chosen = mask(tokens, np.array([[1, 0], [1, 1]]), config=MaskingConfig(1.0, 1.0, 0.0))
+    inputs, chosen = mask(tokens, np.array([[1, 0], [1, 1]]), config=Masked(1.0, 1.0, 0.0))
     np.testing.assert_array_equal(inputs, [[VOCAB.eos, VOCAB.pad], [VOCAB.mask, VOCAB.eos]])
     np.testing.assert_array_equal(chosen, [[False, False], [True, False]])
 
@@ -97,10 +97,10 @@ def test_proteins_of_special_tokens_alone_are_left_alone():
 def test_rows_do_not_look_at_each_other():
     tokens, segment_ids = rows(20)
     draws = np.random.default_rng(3).random((2, *tokens.shape))
-    together = mask_tokens(tokens, segment_ids, VOCAB, draws)
+    together = mask_tokens(tokens, segment_ids, VOCAB, draws, Masked())
     for row in range(20):
         part = slice(row, row + 1)
-        alone = mask_tokens(tokens[part], segment_ids[part], VOCAB, draws[:, part])
+        alone = mask_tokens(tokens[part], segment_ids[part], VOCAB, draws[:, part], Masked())
         for one, all_rows in zip(alone, together, strict=True):
             np.testing.assert_array_equal(one, all_rows[part])
 
@@ -117,7 +117,7 @@ def test_equal_draws_give_equal_masks_and_inputs_are_not_changed():
 def test_a_vocabulary_without_mask_token_is_refused():
     tokens = np.zeros((1, 3), int)
     with pytest.raises(ValueError, match="include_mask=True"):
-        mask_tokens(tokens, tokens + 1, Vocabulary("ab"), np.zeros((2, 1, 3)))
+        mask_tokens(tokens, tokens + 1, Vocabulary("ab"), np.zeros((2, 1, 3)), Masked())
 
 
 @pytest.mark.parametrize(
@@ -132,9 +132,9 @@ def test_a_vocabulary_without_mask_token_is_refused():
 )
 def test_shares_must_be_shares(shares, name):
     with pytest.raises(ValueError, match=name):
-        MaskingConfig(*shares)
+        Masked(*shares)
 
 
 def test_shares_may_sum_to_one():
-    MaskingConfig(1.0, 0.7, 0.3)
-    MaskingConfig(0.15, 0.1, 0.9)
+    Masked(1.0, 0.7, 0.3)
+    Masked(0.15, 0.1, 0.9)

@@ -10,10 +10,8 @@ Every batch is a dictionary of arrays ``[B, L]``:
 | ``segment_ids`` | int32 | 1, 2, ... for the proteins of a row, 0 at padding |
 | ``positions`` | int32 | 0, 1, ... within each protein |
 
-Causal objective: a protein ``x1 .. xn`` has targets ``x1 .. xn EOS`` and inputs ``BOS x1 .. xn``.
-Masked objective: targets ``x1 .. xn EOS``, inputs the same with some residues corrupted, and
-weights at those. A cropped protein has no EOS unless the crop reaches its end; the inputs of a
-crop begin with BOS, and its positions with 0, wherever it starts.
+What inputs and targets are is said by the objective, see `objectives`. A cropped protein has no
+end token unless the crop reaches its end; the positions of a crop begin with 0, wherever it starts.
 
 Letters: B batch, L row length.
 """
@@ -29,26 +27,21 @@ import numpy as np
 
 from fast_attention.protein_lm.data.corpus import Corpus, FastaPaths, load_corpus
 from fast_attention.protein_lm.data.corpus import bundled_corpus as bundled_corpus
-from fast_attention.protein_lm.data.domains import DiscreteDomain, domain_to_bos
-from fast_attention.protein_lm.data.masking import MaskingConfig, mask_tokens, row_draws
+from fast_attention.protein_lm.data.domains import DiscreteDomain
 from fast_attention.protein_lm.data.mixture import (
     Mixture,
     MixturePlanner,
     Weights,
     load_mixture,
 )
-from fast_attention.protein_lm.data.packing import (
-    EpochPlanner,
-    PackedRows,
-    Pieces,
-    fill_rows,
-)
+from fast_attention.protein_lm.data.packing import EpochPlanner, Pieces, fill_rows
 from fast_attention.protein_lm.data.skipped_records import SkippedRecords
+from fast_attention.protein_lm.modeling.objectives import Objective, get_objective
+from fast_attention.protein_lm.modeling.objectives.base import Batch as Batch
 
 if TYPE_CHECKING:
     import grain
 
-Batch = dict[str, np.ndarray]
 Source = Corpus | Mixture
 """Proteins in memory that training batches are made of."""
 
@@ -67,9 +60,8 @@ def make_dataset(
     pack: bool = True,
     shuffle: bool = True,
     num_epochs: int | None = None,
-    objective: str = "causal",
+    objective: Objective | str = "causal",
     crop: str = "random",
-    masking: MaskingConfig | None = None,
     rows: tuple[int, int] | None = None,
 ) -> grain.IterDataset[Batch]:
     """Returns the batches of a training run.
@@ -95,15 +87,15 @@ def make_dataset(
       domain: gives the vocabulary. Rows are padded with its padding token; failing that with its
         end token; failing both with 0.
       length: the most tokens of a protein; longer ones are cropped.
-      row_length: L; None is ``length``. Proteins longer than a row are cropped, too.
+      row_length: L; None is the room that a protein of ``length`` tokens takes. Proteins longer
+        than a row are cropped, too.
       batch_size: B.
       seed: a number from 0 on, the seed of every choice.
       pack: whether several proteins share a row.
       shuffle: whether the order changes from epoch to epoch.
       num_epochs: how often every protein is seen (of a mixture: on average); None never stops.
-      objective: ``"causal"`` or ``"masked"``.
+      objective: an objective, or the name of one with its defaults, see `objectives`.
       crop: whether long proteins are cropped at ``"random"`` places or at their ``"start"``.
-      masking: shares of the masked objective; None takes the defaults of ``MaskingConfig``.
       rows: the first of the rows to build of each batch and the one after the last; None builds
         all. Row r is the same in any case.
 
@@ -112,17 +104,19 @@ def make_dataset(
       ValueError: if an argument or a weight is out of its range, or the vocabulary lacks a mask
         token that the objective needs.
     """
-    _check(objective=(objective, ("causal", "masked")), crop=(crop, ("random", "start")))
+    objective = get_objective(objective)
+    if crop not in ("random", "start"):
+        raise ValueError(f"crop must be one of random, start, but got {crop!r}.")
     _check_numbers(length, batch_size, seed)
-    width = length if row_length is None else row_length
+    width = int(objective.room(length)) if row_length is None else row_length
     if width < 1:
         raise ValueError(f"row_length must be at least 1, or None, but got {row_length}.")
-    _check_masking(objective, domain, masking)
+    objective.check(domain.vocab)
     if num_epochs is not None and num_epochs < 1:
         raise ValueError(f"num_epochs must be at least 1, or None, but got {num_epochs}.")
     source = load_source(fasta, domain)
     corpus = source.corpus if isinstance(source, Mixture) else source
-    planner = _plan(source, length, width, seed, pack, shuffle, crop)
+    planner = _plan(source, objective, length, width, seed, pack, shuffle, crop)
     num_rows = sys.maxsize if num_epochs is None else num_epochs * planner.num_rows
     begin, end = rows or (0, batch_size)
     if not 0 <= begin < end <= batch_size:
@@ -135,10 +129,9 @@ def make_dataset(
         first = index * batch_size + begin
         pieces = planner.pieces(first, max(min(end - begin, num_rows - first), 0))
         packed = fill_rows(corpus, pieces, (end - begin, width), domain.vocab.filler)
-        if objective == "causal":
-            return _causal_batch(packed, domain)
-        draws = row_draws([seed, _TRAIN_MASKS, index], (batch_size, width), begin, end)
-        return _masked_batch(packed, domain, draws, masking)
+        numbers = [seed, _TRAIN_MASKS, index] if objective.corrupts else None
+        draws = row_draws(numbers, (batch_size, width), begin, end)
+        return objective.batch(packed, domain.vocab, draws)
 
     # Scoring and embedding do without, and are not to wait for this import.
     import grain
@@ -183,19 +176,36 @@ def num_batches(
     batch_size: int,
     num_epochs: int,
     pack: bool = True,
+    objective: Objective | str = "causal",
 ) -> int:
     """Returns how many batches ``make_dataset`` makes of the same arguments."""
-    planner = _plan(source, length, row_length or length, 0, pack, False, "start")
+    objective = get_objective(objective)
+    width = int(objective.room(length)) if row_length is None else row_length
+    planner = _plan(source, objective, length, width, 0, pack, False, "start")
     return -(-num_epochs * planner.num_rows // batch_size)
 
 
 def _plan(
-    source: Source, length: int, width: int, seed: int, pack: bool, shuffle: bool, crop: str
+    source: Source,
+    objective: Objective,
+    length: int,
+    width: int,
+    seed: int,
+    pack: bool,
+    shuffle: bool,
+    crop: str,
 ) -> EpochPlanner | MixturePlanner:
+    fitting = int(np.searchsorted(objective.room(np.arange(width + 1)), width, "right")) - 1
+    if fitting < 1:
+        raise ValueError(
+            f"a row of {width} tokens is too short for one residue, which takes "
+            f"{objective.room(1)} of them with the objective {objective.name}: raise row_length"
+        )
     plan = functools.partial(
         EpochPlanner,
-        length=min(length, width),
+        length=min(length, fitting),
         row_length=width,
+        room=objective.room,
         seed=seed,
         pack=pack,
         shuffle=shuffle,
@@ -213,16 +223,16 @@ def eval_batches(
     *,
     length: int,
     batch_size: int,
-    objective: str = "causal",
+    objective: Objective | str = "causal",
     seed: int = 0,
-    masking: MaskingConfig | None = None,
     score_eos: bool = True,
 ) -> Iterator[Batch]:
     """Yields every protein once, one a row, cropped to its first ``length`` tokens.
 
-    The longest come first. Rows have one of three lengths, ``length``, a half and a quarter of
-    it, whichever the longest protein of the batch needs, so that a compiled model is compiled at
-    most three times. Rows missing in the last batch are padding, of weight 0.
+    The longest come first. Rows have one of three lengths, the room of a protein of ``length``
+    tokens, a half and a quarter of it, whichever the longest protein of the batch needs, so that a
+    compiled model is compiled at most three times. Rows missing in the last batch are padding, of
+    weight 0.
 
     What is masked in a protein depends on ``seed`` and on the protein's place in the files, and
     not on ``batch_size`` or on the other proteins.
@@ -232,21 +242,20 @@ def eval_batches(
       domain: gives the vocabulary, as in ``make_dataset``.
       length: the most tokens of a protein, its end token included.
       batch_size: B.
-      objective: ``"causal"`` or ``"masked"``.
+      objective: as in ``make_dataset``.
       seed: a number from 0 on, the seed of the masks.
-      masking: shares of the masked objective; None takes the defaults of ``MaskingConfig``.
-      score_eos: whether the end token has weight too; with False only residues count.
+      score_eos: whether special tokens have weight too; with False only residues count.
 
     Raises:
       FastaError: if a file cannot be read.
       ValueError: if an argument is out of its range, or the vocabulary lacks a mask token that
         the objective needs.
     """
-    _check(objective=(objective, ("causal", "masked")))
+    objective = get_objective(objective)
     _check_numbers(length, batch_size, seed)
-    _check_masking(objective, domain, masking)
+    objective.check(domain.vocab)
     corpus = _load(fasta, domain)
-    return _eval_batches(corpus, domain, length, batch_size, objective, seed, masking, score_eos)
+    return _eval_batches(corpus, domain, length, batch_size, objective, seed, score_eos)
 
 
 def eval_order(corpus: Corpus, length: int) -> np.ndarray:
@@ -259,59 +268,51 @@ def _eval_batches(
     domain: DiscreteDomain,
     length: int,
     batch_size: int,
-    objective: str,
+    objective: Objective,
     seed: int,
-    masking: MaskingConfig | None,
     score_eos: bool,
 ) -> Iterator[Batch]:
     lengths = np.minimum(corpus.lengths, length)
     order = eval_order(corpus, length)
-    buckets = [-(-length // 4), -(-length // 2), length]
+    widest = int(objective.room(length))
+    buckets = [-(-widest // 4), -(-widest // 2), widest]
     for first in range(0, len(order), batch_size):
         proteins = order[first : first + batch_size]
         pieces = Pieces(
             proteins, np.zeros_like(proteins), lengths[proteins], np.arange(len(proteins))
         )
-        width = next(bucket for bucket in buckets if bucket >= pieces.lengths[0])
+        width = next(bucket for bucket in buckets if bucket >= objective.room(pieces.lengths[0]))
         rows = fill_rows(corpus, pieces, (batch_size, width), domain.vocab.filler)
-        if objective == "causal":
-            batch = _causal_batch(rows, domain)
-        else:
-            draws = np.zeros((2, batch_size, width))
-            for row, protein in enumerate(proteins.tolist()):
-                size = lengths[protein]
-                generator = np.random.default_rng([seed, _EVAL_MASKS, protein])
-                draws[:, row, :size] = generator.random((2, size))
-            batch = _masked_batch(rows, domain, draws, masking)
+        draws = np.zeros((2 * objective.corrupts, batch_size, width))
+        for row, protein in enumerate(proteins.tolist() if objective.corrupts else ()):
+            size = lengths[protein]
+            generator = np.random.default_rng([seed, _EVAL_MASKS, protein])
+            draws[:, row, :size] = generator.random((2, size))
+        batch = objective.batch(rows, domain.vocab, draws)
         if not score_eos:
-            batch["weights"] *= batch["targets"] != domain.vocab.eos
+            batch["weights"] *= domain.vocab.are_ordinary(batch["targets"])
         yield batch
 
 
-def _causal_batch(rows: PackedRows, domain: DiscreteDomain) -> Batch:
-    inputs = np.roll(rows.tokens, 1, axis=1)
-    inputs[rows.positions == 0] = domain_to_bos(domain)
-    visible = rows.segment_ids > 0
-    return {
-        "inputs": np.where(visible, inputs, rows.tokens),
-        "targets": rows.tokens,
-        "weights": visible.astype(np.float32),
-        "segment_ids": rows.segment_ids,
-        "positions": rows.positions,
-    }
+def row_draws(seed: list[int] | None, shape: tuple[int, int], begin: int, end: int) -> np.ndarray:
+    """Rows of ``default_rng(seed).random((2, *shape))``, without computing the others.
 
+    Args:
+      seed: of the generator; None draws nothing.
+      shape: ``(B, L)`` of the whole batch.
+      begin: first of the rows.
+      end: the row after the last.
 
-def _masked_batch(
-    rows: PackedRows, domain: DiscreteDomain, draws: np.ndarray, masking: MaskingConfig | None
-) -> Batch:
-    inputs, chosen = mask_tokens(rows.tokens, rows.segment_ids, domain.vocab, draws, masking)
-    return {
-        "inputs": inputs,
-        "targets": rows.tokens,
-        "weights": chosen.astype(np.float32),
-        "segment_ids": rows.segment_ids,
-        "positions": rows.positions,
-    }
+    Returns:
+      float64 ``[2, end - begin, L]``, or ``[0, end - begin, L]`` without a seed.
+    """
+    draws = np.zeros((0 if seed is None else 2, end - begin, shape[1]))
+    for plane, rows in enumerate(draws):
+        generator = np.random.PCG64(seed)
+        # One number of the generator is one draw.
+        generator.advance((plane * shape[0] + begin) * shape[1])
+        rows[:] = np.random.Generator(generator).random(rows.shape)
+    return draws
 
 
 def _load(
@@ -325,24 +326,9 @@ def _load(
     return load_corpus(fasta, domain, on_error=on_error, skipped=skipped)
 
 
-def _check(**choices: tuple[str, tuple[str, ...]]) -> None:
-    for name, (value, allowed) in choices.items():
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, but got {value!r}.")
-
-
 def _check_numbers(length: int, batch_size: int, seed: int) -> None:
     for name, value, least in (("length", length, 1), ("batch_size", batch_size, 1)):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, but got {value}.")
     if seed < 0:
         raise ValueError(f"seed must be 0 or more, but got {seed}.")
-
-
-def _check_masking(objective: str, domain: DiscreteDomain, masking: MaskingConfig | None) -> None:
-    if objective == "causal" and masking is not None:
-        raise ValueError("masking is for objective='masked'; leave it out for 'causal'.")
-    if objective == "masked" and domain.vocab.mask is None:
-        raise ValueError(
-            "objective='masked' needs a mask token: build the domain with include_mask=True."
-        )
