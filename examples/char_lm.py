@@ -28,6 +28,7 @@ from fast_attention.models import (
     LanguageModel,
     LinearAttentionTransformerLM,
     ReformerLM,
+    Sampling,
     generate,
     next_token_loss,
 )
@@ -146,8 +147,7 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
         jnp.asarray(prompt[None]),
         key=jax.random.key(flags.seed),
         max_new_tokens=flags.sample,
-        temperature=0.8,
-        top_k=40,
+        sampling=Sampling(temperature=0.8, top_k=40),
     )
     texts = [bytes(x.tolist()).decode(errors="replace") for x in (prompt, np.asarray(written)[0])]
     print(f"prompt:    {texts[0]!r}\ncontinued: {texts[1]!r}")

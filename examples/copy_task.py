@@ -26,7 +26,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from fast_attention.models import EncoderDecoder, PerformerEncoderDecoder, cross_entropy
+from fast_attention.models import EncoderDecoder, PerformerEncoderDecoder, Sampling, cross_entropy
 from fast_attention.models.training import make_train_step
 
 START = 1
@@ -84,7 +84,11 @@ def accuracy(model: EncoderDecoder, symbols: jax.Array) -> float:
     """Share of the symbols that come out right, written one after another, the likeliest each."""
     start = jnp.full((len(symbols), 1), START, jnp.int32)
     written = model.generate(
-        symbols, start, key=jax.random.key(0), max_new_tokens=symbols.shape[1], temperature=0.0
+        symbols,
+        start,
+        key=jax.random.key(0),
+        max_new_tokens=symbols.shape[1],
+        sampling=Sampling(temperature=0.0),
     )
     return float(jnp.mean(written == symbols))
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from examples.running import Example, run
-from fast_attention import lsh_attention
+from fast_attention import Hashing, lsh_attention
 from fast_attention.layers import AxialPositions
 from fast_attention.models import (
     EncoderDecoder,
@@ -27,6 +27,7 @@ from fast_attention.models import (
     Reformer,
     ReformerEncoderDecoder,
     ReformerLM,
+    Sampling,
     generate,
     next_token_loss,
     record,
@@ -110,13 +111,12 @@ def attention(
         out, weights, buckets = lsh_attention(
             qk,
             v,
-            key=jax.random.key(1),
-            bucket_size=bucket_size,
-            n_hashes=16,
+            jax.random.key(1),
+            Hashing(bucket_size=bucket_size, n_hashes=16),
             causal=True,
             return_weights=True,
-            return_buckets=True,
         )
+        assert weights is not None and buckets is not None
         return out[:, :, 0], weights[:, 0], buckets[:, 0]
 
     return Example(None, call)
@@ -368,8 +368,7 @@ def generation(
             start,
             key=jax.random.key(1),
             max_new_tokens=new_tokens,
-            temperature=1.0,
-            top_k=max(1, num_tokens // 10),
+            sampling=Sampling(top_k=max(1, num_tokens // 10)),
             eos_token=1,
         ),
     )

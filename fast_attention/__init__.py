@@ -21,11 +21,13 @@ from fast_attention.mechanisms.linformer.op import (
 from fast_attention.mechanisms.local.fn import LocalAttention as LocalAttention
 from fast_attention.mechanisms.local.fn import make_local_attention as make_local_attention
 from fast_attention.mechanisms.local.op import local_attention as local_attention
+from fast_attention.mechanisms.local.window import LocalWindow as LocalWindow
+from fast_attention.mechanisms.lsh.exact import shared_qk_attention as shared_qk_attention
 from fast_attention.mechanisms.lsh.fn import LSHAttention as LSHAttention
 from fast_attention.mechanisms.lsh.fn import make_lsh_attention as make_lsh_attention
+from fast_attention.mechanisms.lsh.hashed import Hashing as Hashing
 from fast_attention.mechanisms.lsh.hashed import lsh_attention as lsh_attention
-from fast_attention.mechanisms.lsh.shared_qk import shared_qk_attention as shared_qk_attention
-from fast_attention.mechanisms.lsh.shared_query_key import LSHOutput as LSHOutput
+from fast_attention.mechanisms.lsh.operands import LSHOutput as LSHOutput
 from fast_attention.mechanisms.on_mesh.fn import on_mesh as on_mesh
 from fast_attention.mechanisms.strided.fn import StridedAttention as StridedAttention
 from fast_attention.mechanisms.strided.fn import make_strided_attention as make_strided_attention

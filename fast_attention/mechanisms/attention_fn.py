@@ -211,6 +211,10 @@ class AttentionFn(EqualOptions, Decoder, abc.ABC):
     def along_axis(self, axis: AxisName) -> AttentionFn:
         """Returns the function for sequences that lie along a mesh axis, in ``jax.shard_map``.
 
+        It is called with the positions of one device and attends to the whole sequence: the
+        stretches of the devices lie along `axis`, the name of a mesh axis or a tuple of names, in
+        their order. Decoding is as before, on each device by itself.
+
         Raises:
           ValueError: for a function that needs all positions on one device.
         """

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -154,17 +155,34 @@ def check_operands(mechanism: str, query: Array, key: Array, value: Array, share
 
 
 def check_broadcast(name: str, shape: tuple[int, ...], full: tuple[int, ...]) -> None:
-    """Raises ValueError unless a mask or bias broadcasts to ``[*B, H, T, S]``."""
+    """Raises ValueError unless an array of this shape broadcasts to `full`."""
     padded = (1,) * (len(full) - len(shape)) + tuple(shape)
     if len(shape) > len(full) or any(
         given not in (1, wanted) for given, wanted in zip(padded, full, strict=True)
     ):
+        axes = "[*batch, heads, queries, keys] = " if name in ("mask", "bias") else ""
         raise mismatch(
             name,
-            f"broadcastable to [*batch, heads, queries, keys] = {full}",
+            f"broadcastable to {axes}{full}",
             f"shape {tuple(shape)}",
             "a mask of padding [*batch, keys] is key_mask" if name == "mask" else "",
         )
+
+
+def full_rank(name: str, x: Any, full: tuple[int, ...]) -> Array:
+    """Brings an array that broadcasts to `full` to its rank; other axes of length 1 stay."""
+    x = jnp.asarray(x)
+    check_broadcast(name, x.shape, full)
+    return x.reshape((1,) * (len(full) - x.ndim) + x.shape)
+
+
+def fold_batch(name: str, x: Any, batch: Sequence[int], tail: tuple[int, ...]) -> Array:
+    """Makes one batch axis, of length 1 if all rows share `x`; other axes of length 1 stay."""
+    x = full_rank(name, x, (*batch, *tail))
+    own = x.shape[len(batch) :]
+    if math.prod(x.shape) == math.prod(own):
+        return x.reshape(1, *own)
+    return jnp.broadcast_to(x, (*batch, *own)).reshape(-1, *own)
 
 
 def spread_over_positions(

@@ -57,37 +57,6 @@ class Layout:
         return jnp.pad(x, widths, mode="edge" if edge else "constant")
 
 
-def layout_of(mesh: Mesh, axis: AxisName, spec: PartitionSpec | None, ndim: int) -> Layout:
-    """Reads the layout of queries with ``ndim`` axes.
-
-    Args:
-      mesh: the devices.
-      axis: the mesh axis of the length.
-      spec: of ``[*B, T, H, D]``; None has nothing but ``axis``.
-      ndim: number of axes.
-
-    Raises:
-      ValueError: for axes that the mesh does not have, or a spec that does not fit.
-    """
-    names = (axis,) if isinstance(axis, str) else tuple(axis)
-    unknown = [name for name in names if name not in mesh.shape]
-    if unknown or not names:
-        raise ValueError(
-            f"axis must name axes of the mesh, {tuple(mesh.shape)}, along which the sequence lies, "
-            f"got {axis!r}."
-        )
-    whole = [None] * (ndim - 3) + [axis, None, None]
-    if spec is not None:
-        whole = [*spec, *[None] * (ndim - len(spec))]
-    if len(whole) != ndim or whole[-1] is not None or whole[-3] not in (axis, names):
-        raise ValueError(
-            f"spec must lay out [*B, length, heads, width] with {axis!r} for the length and None "
-            f"for the width, such as {PartitionSpec(*[None] * (ndim - 3), axis, None, None)}, got "
-            f"{spec}."
-        )
-    return Layout(mesh, axis, tuple(whole[: ndim - 3]), whole[-2])
-
-
 def own_dropout_key(key: Array | None, axis: AxisName | None) -> Array | None:
     """Makes every device of ``axis`` drop something else, inside ``jax.shard_map``."""
     if key is None or axis is None:

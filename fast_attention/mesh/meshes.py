@@ -46,8 +46,7 @@ def make_mesh(
       model: devices among which heads, the widths of feed-forward layers and the vocabulary are
         divided (tensor parallelism).
       sequence: devices among which the positions of a row are divided; the attention functions
-        must be of those that
-        :func:`fast_attention.mechanisms.on_mesh.sequence_parallel.along_mesh_axis` takes.
+        must be of those that have ``along_axis``: linear and local attention.
       devices: None takes all.
 
     Returns:

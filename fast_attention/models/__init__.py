@@ -3,6 +3,7 @@
 from fast_attention.models.config import LanguageModelConfig as LanguageModelConfig
 from fast_attention.models.config import TransformerConfig as TransformerConfig
 from fast_attention.models.encoder_decoder import EncoderDecoder as EncoderDecoder
+from fast_attention.models.generation import Sampling as Sampling
 from fast_attention.models.generation import generate as generate
 from fast_attention.models.language_model import DecodeState as DecodeState
 from fast_attention.models.language_model import LanguageModel as LanguageModel

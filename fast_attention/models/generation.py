@@ -7,6 +7,7 @@ Shape letters: B batch, P prompt length, N new tokens, V vocabulary, W tokens lo
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
@@ -23,6 +24,32 @@ from fast_attention.arrays.types import Array, Bool, Float, Int
 from fast_attention.models import samplers
 from fast_attention.models.language_model import LanguageModel
 from fast_attention.models.prompt_reading import read_prompt, read_token
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn from logits.
+
+    Logits are divided by the temperature, forbidden tokens removed, the repetition penalty, top-k
+    and top-p applied, in this order; then a token is drawn. The temperature, ``top_p`` and the
+    penalty may change without compiling again; under ``jax.jit`` these three may be traced, and are
+    then not checked.
+
+    Attributes:
+      temperature: From 0 on; 0 takes the most likely token.
+      top_k: Draw among the k most likely tokens.
+      top_p: Draw among the most likely tokens that hold this much probability, in (0, 1].
+      repetition_penalty: Makes tokens that occurred less likely if above 1.
+      repetition_window: Tokens looked back at for that, prompt included; None is all.
+      forbidden_tokens: Never drawn.
+    """
+
+    temperature: float | Array = 1.0
+    top_k: int | None = None
+    top_p: float | Array | None = None
+    repetition_penalty: float | Array = 1.0
+    repetition_window: int | None = None
+    forbidden_tokens: Sequence[int] = ()
 
 
 class _Options(NamedTuple):
@@ -65,24 +92,16 @@ def generate(
     max_new_tokens: int,
     min_new_tokens: int = 0,
     prompt_mask: Bool[Array, "B P"] | None = None,
-    temperature: float | Array = 1.0,
-    top_k: int | None = None,
-    top_p: float | Array | None = None,
-    repetition_penalty: float | Array = 1.0,
-    repetition_window: int | None = None,
+    sampling: Sampling = Sampling(),
     eos_token: int | None = None,
     pad_token: int | None = None,
-    forbidden_tokens: Sequence[int] = (),
     context: Float[Array, "B S M"] | None = None,
     context_mask: Bool[Array, "B S"] | None = None,
 ) -> Int[Array, "B N"]:
     """Continues prompts, one token after another.
 
-    Logits are divided by the temperature, forbidden tokens removed, the repetition penalty, top-k
-    and top-p applied, in this order; then a token is drawn. With the recurrent state of linear
-    attention a token costs the same however long the text. The program is compiled once for
-    each shape of prompt and set of options; the temperature, ``top_p`` and the penalty may change
-    freely. Under ``jax.jit`` these three may be traced, and are then not checked.
+    With the recurrent state of linear attention a token costs the same however long the text. The
+    program is compiled once for each shape of prompt and set of options.
 
     Args:
       model: A causal `LanguageModel`.
@@ -94,14 +113,9 @@ def generate(
       min_new_tokens: Tokens before the end token, which cannot be drawn sooner; none is below 0.
       prompt_mask: ``[B, P]`` bool, False where a shorter prompt is padded, before or behind it.
         Each row needs at least one token.
-      temperature: From 0 on; 0 takes the most likely token.
-      top_k: Draw among the k most likely tokens.
-      top_p: Draw among the most likely tokens that hold this much probability, in (0, 1].
-      repetition_penalty: Makes tokens that occurred less likely if above 1.
-      repetition_window: Tokens looked back at for that, prompt included; None is all.
+      sampling: How a token is drawn.
       eos_token: Ends a row.
       pad_token: Fills ended rows; None is `eos_token`.
-      forbidden_tokens: Never drawn.
       context: ``[B, S, M]``, a second sequence, for models that attend to one.
       context_mask: ``[B, S]``, False is padding of it.
 
@@ -113,10 +127,11 @@ def generate(
         learned positions.
     """
     prompt = jnp.asarray(prompt)
-    _check(model, prompt, prompt_mask, max_new_tokens, eos_token, pad_token, repetition_window)
+    _check(model, prompt, prompt_mask, max_new_tokens, eos_token, pad_token)
     has_minimum = min_new_tokens > 0 and eos_token is not None
-    never = {*forbidden_tokens, eos_token} if has_minimum else set(forbidden_tokens)
-    _check_filters(temperature, top_k, top_p, repetition_penalty, never, model)
+    forbidden = set(sampling.forbidden_tokens)
+    never = forbidden | ({eos_token} if min_new_tokens > 0 and eos_token is not None else set())
+    _check_sampling(sampling, never, model)
     if min_new_tokens > max_new_tokens:
         raise ValueError(
             f"min_new_tokens must be at most max_new_tokens={max_new_tokens}, got {min_new_tokens}."
@@ -125,26 +140,26 @@ def generate(
         raise ValueError(f"key must be one key or {len(prompt)}, one per row, got {key.shape}.")
     length = prompt.shape[1]
     window = length + max_new_tokens
-    if repetition_window is not None:
-        window = min(window, repetition_window)
-    traced = isinstance(repetition_penalty, Tracer)
-    has_penalty = traced or bool(repetition_penalty != 1)
+    if sampling.repetition_window is not None:
+        window = min(window, sampling.repetition_window)
+    penalty, top_p = sampling.repetition_penalty, sampling.top_p
+    has_penalty = isinstance(penalty, Tracer) or bool(penalty != 1)
     pad = pad_token if pad_token is not None else eos_token
     options = _Options(
         max_new_tokens=max_new_tokens,
-        top_k=top_k,
+        top_k=sampling.top_k,
         has_top_p=top_p is not None and (isinstance(top_p, Tracer) or bool(top_p < 1)),
         has_penalty=has_penalty,
         has_minimum=has_minimum,
         window=window if has_penalty else 0,
         eos_token=eos_token,
         pad_token=0 if pad is None else pad,
-        forbidden_tokens=tuple(sorted(set(forbidden_tokens))),
+        forbidden_tokens=tuple(sorted(forbidden)),
     )
     numbers = _Numbers(
-        temperature=jnp.asarray(temperature, jnp.float32),
+        temperature=jnp.asarray(sampling.temperature, jnp.float32),
         top_p=jnp.asarray(1.0 if top_p is None else top_p, jnp.float32),
-        repetition_penalty=jnp.asarray(repetition_penalty, jnp.float32),
+        repetition_penalty=jnp.asarray(penalty, jnp.float32),
         min_new_tokens=jnp.asarray(min_new_tokens, jnp.int32),
     )
     graphdef, variables = nnx.split(model)
@@ -250,7 +265,6 @@ def _check(
     max_new_tokens: int,
     eos_token: int | None,
     pad_token: int | None,
-    repetition_window: int | None,
 ) -> None:
     if not model.causal:
         raise ValueError(
@@ -272,10 +286,6 @@ def _check(
             raise ValueError("prompt_mask hides a whole row: each needs at least one token.")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
-    if repetition_window is not None and repetition_window < 1:
-        raise ValueError(
-            f"repetition_window must be at least 1, or None for all, got {repetition_window}."
-        )
     size = model.config.vocab_size
     if not isinstance(prompt, Tracer) and not isinstance(prompt_mask, Tracer):
         shown = np.asarray(prompt)
@@ -288,15 +298,14 @@ def _check(
             raise ValueError(f"{name} must be a token, 0 to {size - 1}, got {token}.")
 
 
-def _check_filters(
-    temperature: float | Array,
-    top_k: int | None,
-    top_p: float | Array | None,
-    repetition_penalty: float | Array,
-    forbidden_tokens: Collection[int],
-    model: LanguageModel,
+def _check_sampling(
+    sampling: Sampling, forbidden_tokens: Collection[int], model: LanguageModel
 ) -> None:
     """Checks numbers that the program takes as arrays, and that the samplers cannot."""
+    temperature, top_k, top_p = sampling.temperature, sampling.top_k, sampling.top_p
+    repetition_penalty, window = sampling.repetition_penalty, sampling.repetition_window
+    if window is not None and window < 1:
+        raise ValueError(f"repetition_window must be at least 1, or None for all, got {window}.")
     if not isinstance(temperature, Tracer) and not temperature >= 0:
         raise ValueError(f"temperature must be 0 or more, got {temperature}.")
     if top_k is not None and top_k < 1:

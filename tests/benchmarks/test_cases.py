@@ -15,7 +15,7 @@ from benchmarks.cases import attention_cases
 from benchmarks.programs import BACKWARD, FORWARD, compile_jax
 from benchmarks.settings import Setting, make_inputs
 from fast_attention.feature_maps import PositiveFeatures
-from fast_attention.mechanisms.lsh.shared_qk import shared_qk_attention
+from fast_attention.mechanisms.lsh.exact import shared_qk_attention
 from tests.linear import cases
 
 SETTING = Setting(length=12, batch=2, heads=2, head_dim=8, features=16)

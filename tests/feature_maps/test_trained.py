@@ -16,7 +16,6 @@ from fast_attention.feature_maps import (
     untuned,
 )
 from fast_attention.mechanisms.favor.calibration import calibrate
-from fast_attention.mechanisms.on_mesh.sequence_parallel import along_mesh_axis
 
 B, T, H, K, D, M = 2, 7, 4, 2, 4, 8
 make = functools.partial(
@@ -212,4 +211,4 @@ def test_trained_parameters_are_for_functions_that_train():
         with pytest.raises(ValueError, match=r"trained parameters for heads.*draw_projection"):
             other(q, k, v, projection=parameters)
     # Along a mesh axis, they are the same on all devices.
-    assert along_mesh_axis(make(estimator="wderf"), "sequence").calibration == "trained"
+    assert make(estimator="wderf").along_axis("sequence").calibration == "trained"

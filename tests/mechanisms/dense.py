@@ -12,7 +12,7 @@ import numpy as np
 from fast_attention.feature_maps import TunedParameters
 from fast_attention.feature_maps.moments import measure
 from fast_attention.mechanisms.favor.calibration import retune
-from fast_attention.mechanisms.lsh.shared_query_key import SELF_LOGIT
+from fast_attention.mechanisms.shared_qk import SELF_LOGIT
 from tests.mechanisms.lsh.definition import meetings
 
 

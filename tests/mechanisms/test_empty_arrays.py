@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from fast_attention import (
-    LSHOutput,
+    Hashing,
+    LocalWindow,
     efficient_attention,
     linformer_attention,
     local_attention,
@@ -32,6 +33,9 @@ FEATURES = {
 }
 
 
+HASHED = jax.random.key(0), Hashing(bucket_size=2, n_hashes=2)
+
+
 def shared(function, **options):
     return lambda query, key, value: function(query, value, **options)
 
@@ -44,8 +48,8 @@ SELF = {
     ),
     "efficient": functools.partial(efficient_attention, causal=True),
     "blindspot": functools.partial(efficient_attention, causal=True, blindspot_size=2),
-    "local": functools.partial(local_attention, window_size=2),
-    "lsh": shared(lsh_attention, key=jax.random.key(0), bucket_size=2, n_hashes=2),
+    "local": functools.partial(local_attention, window=LocalWindow(2)),
+    "lsh": lambda query, key, value: lsh_attention(query, value, *HASHED).out,
     "exact, shared": shared(shared_qk_attention),
     "strided": functools.partial(strided_attention, make_softmax_attention(), stride=2),
 }
@@ -121,9 +125,7 @@ def test_no_token_leaves_a_state_as_it_is():
 def test_weights_and_buckets_of_hashed_attention(rows, length):
     qk, value = jnp.ones((rows, length, H, D)), jnp.ones((rows, length, K, V))
     options: Any = {"return_weights": True, "return_buckets": True}
-    drawn: Any = {"key": jax.random.key(0), "bucket_size": 2, "n_hashes": 2}
-    found = lsh_attention(qk, value, **drawn, **options)
-    assert isinstance(found, LSHOutput)
+    found = lsh_attention(qk, value, *HASHED, return_weights=True)
     assert found.weights is not None and found.buckets is not None
     assert found.weights.shape == (rows, H, length, length)
     assert found.buckets.shape == (rows, H, 2, length)

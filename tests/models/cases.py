@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -231,3 +232,15 @@ def build(preset: Any, dtype: Any = jnp.float32, **options: Any) -> Any:
 
 def tokens(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, V, shape).astype(np.int32)
+
+
+def generate(model, prompt, **options):
+    """`fast_attention.models.generate` with the fields of `Sampling` as keywords."""
+    return models.generate(model, prompt, **with_sampling(options))
+
+
+def with_sampling(options):
+    names = [field.name for field in dataclasses.fields(models.Sampling)]
+    chosen = {name: options[name] for name in names if name in options}
+    rest = {name: x for name, x in options.items() if name not in chosen}
+    return rest | {"sampling": models.Sampling(**chosen)}

@@ -15,7 +15,7 @@ from fast_attention.models import (
 )
 from fast_attention.models.training import make_train_step
 from tests.layers.definitions import compiled
-from tests.models.cases import LM, M, V, build, tokens
+from tests.models.cases import LM, M, V, build, tokens, with_sampling
 
 B, S, T = 2, 6, 5
 SOURCE = tokens(B, S)
@@ -86,7 +86,7 @@ def test_tied_embeddings_are_one_parameter_with_one_gradient():
 def test_generation_continues_as_the_whole_would(name):
     model = pair(name)
     start = np.ones((B, 1), np.int32)
-    options = {"key": jax.random.key(0), "max_new_tokens": 4, "temperature": 0.0}
+    options = with_sampling({"key": jax.random.key(0), "max_new_tokens": 4, "temperature": 0.0})
     found = np.asarray(model.generate(SOURCE, start, source_mask=MASK, **options))
     read = compiled(lambda target: model(SOURCE, target, source_mask=MASK))
     row = np.concatenate([start, np.zeros((B, 4), np.int32)], axis=1)

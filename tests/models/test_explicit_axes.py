@@ -91,7 +91,10 @@ def test_generation_and_decoding():
             model = build(models.PerformerLM, **PERFORMER)
             prompt = laid(explicit, tokens(4, 5), mesh())
             options = {"top_k": 5, "top_p": 0.9, "repetition_penalty": 1.2}
-            new = models.generate(model, prompt, key=jax.random.key(1), max_new_tokens=4, **options)
+            sampling = models.Sampling(**options)
+            new = models.generate(
+                model, prompt, key=jax.random.key(1), max_new_tokens=4, sampling=sampling
+            )
             read, state = nnx.jit(models.LanguageModel.prefill)(
                 model, model.init_state(4, 9), prompt
             )

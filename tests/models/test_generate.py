@@ -9,8 +9,9 @@ import pytest
 from flax import nnx
 
 from fast_attention import make_fast_softmax_attention
-from fast_attention.models import Transformer, TransformerConfig, generate
+from fast_attention.models import Transformer, TransformerConfig
 from tests.layers.definitions import compiled, filled
+from tests.models.cases import generate
 
 V, NEW, LONGEST = 7, 6, 9
 PROMPTS = ([3, 1, 4, 1], [5, 2], [6, 0, 3])

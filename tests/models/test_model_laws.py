@@ -13,8 +13,8 @@ from flax import nnx
 from fast_attention import make_fast_generalized_attention, make_fast_softmax_attention
 from fast_attention.layers import Projection, redraw
 from fast_attention.models.config import TransformerConfig
-from fast_attention.models.generation import generate
 from fast_attention.models.transformer import Transformer
+from tests.models.cases import generate
 
 VOCAB, LENGTH = 11, 14
 

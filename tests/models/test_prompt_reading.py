@@ -16,11 +16,10 @@ from fast_attention.models import (
     ReformerLM,
     Transformer,
     TransformerConfig,
-    generate,
 )
 from fast_attention.softmax_attention import make_softmax_attention
 from tests.layers.definitions import draw, filled
-from tests.models.cases import LM, M, V, build
+from tests.models.cases import LM, M, V, build, generate
 
 NEW = 5
 PROMPTS = ([3, 1, 4, 1], [5, 2], [6, 0, 3])

@@ -12,16 +12,46 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fast_attention.arrays.types import Array
+from fast_attention.layers.attention.attention_call import Visible
 from fast_attention.layers.attention.config import HeadGroup
 from fast_attention.layers.positions import rotate
+from fast_attention.mechanisms.attention_fn import AttentionFn
 
 
 def read_keys(
-    group: HeadGroup, state: Any, key: Array, value: Array, options: dict[str, Any]
+    function: AttentionFn, heads: int, state: Any, key: Array, value: Array, options: dict[str, Any]
 ) -> Any:
-    """The state after keys that nothing is asked of."""
-    query = jnp.zeros((*key.shape[:2], group.num_heads, key.shape[-1]), key.dtype)
-    return group.attention_fn.prefill(state, query, key, value, **options)[1]
+    """The state after keys that no query reads; H is `heads`."""
+    query = jnp.zeros((*key.shape[:2], heads, key.shape[-1]), key.dtype)
+    return function.prefill(state, query, key, value, **options)[1]
+
+
+def attend_after_memory(
+    function: AttentionFn,
+    query: Array,
+    key: Array,
+    value: Array,
+    key_mask: Array | None,
+    options: dict[str, Any],
+) -> Array:
+    """Attends causally to a sequence, after the keys behind it were read into a state."""
+    length, (_, keys, heads, width) = query.shape[1], key.shape
+    state = function.init_state((len(key),), heads, width, value.shape[-1], max_length=keys)
+    memory = key[:, length:], value[:, length:]
+    state = read_keys(function, query.shape[2], state, *memory, options)
+    mask = None if key_mask is None else key_mask[:, :length]
+    return function.prefill(
+        state, query, key[:, :length], value[:, :length], key_mask=mask, **options
+    )[0]
+
+
+def check_causal_memory(seen: Visible, options: dict[str, Any]) -> None:
+    """Raises ValueError for a call that memory, read as a state, cannot serve."""
+    if seen.segment_ids is not None or seen.mask is not None or "dropout_rng" in options:
+        raise ValueError(
+            "Causal memory is read as a state before the sequence: it allows no segment_ids, "
+            "no mask and no dropout of attention weights."
+        )
 
 
 def rotated(

@@ -42,9 +42,7 @@ class MultiAxisAttention(nnx.Module):
         num_heads: int,
         key_dim: int,
         *,
-        features: int,
-        key_features: int | None = None,
-        value_features: int | None = None,
+        features: int | Sequence[int],
         value_dim: int | None = None,
         output_features: int | Sequence[int] | None = None,
         attention_axes: int | Sequence[int] | None = None,
@@ -59,9 +57,7 @@ class MultiAxisAttention(nnx.Module):
         Args:
           num_heads: H.
           key_dim: D, of one head.
-          features: C of the query.
-          key_features: C of the key, by default `features`.
-          value_features: C of the value, by default `key_features`.
+          features: C, or one for each of query, key and value.
           value_dim: V, by default D.
           output_features: O, by default `features`; several numbers give as many last axes.
           attention_axes: Axes of the input to attend over, the first one is axis 0; by default all
@@ -73,10 +69,14 @@ class MultiAxisAttention(nnx.Module):
           dtype: To compute in; None is that of inputs and parameters.
           rngs: Source of the parameters and of the projection.
         """
-        key_features = features if key_features is None else key_features
-        value_features = key_features if value_features is None else value_features
+        widths = (features,) * 3 if isinstance(features, int) else tuple(features)
+        if len(widths) != 3:
+            raise ValueError(
+                "features must be one number, or one for each of query, key and value, got "
+                f"{features}."
+            )
         value_dim = key_dim if value_dim is None else value_dim
-        output = features if output_features is None else output_features
+        output = widths[0] if output_features is None else output_features
         self.attention_fn = as_attention_fn(attention_fn or make_softmax_attention())
         if self.attention_fn.moment_decay is not None:
             raise ValueError(
@@ -100,9 +100,9 @@ class MultiAxisAttention(nnx.Module):
                 rngs=rngs,
             )
 
-        self.query = linear(features, num_heads * key_dim)
-        self.key = linear(key_features, num_heads * key_dim)
-        self.value = linear(value_features, num_heads * value_dim)
+        self.query = linear(widths[0], num_heads * key_dim)
+        self.key = linear(widths[1], num_heads * key_dim)
+        self.value = linear(widths[2], num_heads * value_dim)
         self.out = linear(num_heads * value_dim, math.prod(self.output_shape))
         self.key_dim = key_dim
         drawn = self.attention_fn.draw_projection(rngs.params(), key_dim)

@@ -22,6 +22,8 @@ from fast_attention.layers.attention.attention_call import (
 )
 from fast_attention.layers.attention.config import AttentionConfig, HeadGroup
 from fast_attention.layers.attention.head_groups import (
+    attend_after_memory,
+    check_causal_memory,
     dropout_options,
     read_keys,
     rotated,
@@ -190,7 +192,8 @@ class MultiHeadAttention(nnx.Module, SublayerPart):
                 observe(group.attention_fn, moments, q, k, seen)
             options = self._own(index) | dropout_options(group, deterministic, rngs)
             if after_memory:
-                attended = self._after_memory(group, q, k, v, seen, options)
+                check_causal_memory(seen, options)
+                attended = attend_after_memory(group.attention_fn, q, k, v, seen.key_mask, options)
             else:
                 before = None if choices is None else choices[index]
                 attended, choice = call_with_choice(
@@ -259,7 +262,8 @@ class MultiHeadAttention(nnx.Module, SublayerPart):
             key, value = self.project.memory_keys_values(batch_size)
             for index, (group, k, v) in enumerate(self._split_keys(key, value)):
                 if group.extra_keys:
-                    states[index] = read_keys(group, states[index], k, v, self._own(index))
+                    read = group.attention_fn, group.num_heads, states[index], k, v
+                    states[index] = read_keys(*read, self._own(index))
         return AttentionState(tuple(states))
 
     @modules_run_on_auto_axes
@@ -337,30 +341,6 @@ class MultiHeadAttention(nnx.Module, SublayerPart):
     def _has_causal_memory(self, group: HeadGroup) -> bool:
         config = self.config
         return bool(config.memory and config.causal and not config.shared_qk and group.extra_keys)
-
-    def _after_memory(
-        self,
-        group: HeadGroup,
-        query: Array,
-        key: Array,
-        value: Array,
-        seen: Visible,
-        options: dict[str, Any],
-    ) -> Array:
-        if seen.segment_ids is not None or seen.mask is not None or "dropout_rng" in options:
-            raise ValueError(
-                "Causal memory is read as a state before the sequence: it allows no segment_ids, "
-                "no mask and no dropout of attention weights."
-            )
-        length, width = query.shape[1], self.config.head_dim
-        sizes = (len(key),), key.shape[-2], width, width
-        state = group.attention_fn.init_state(*sizes, max_length=key.shape[1])
-        state = read_keys(group, state, key[:, length:], value[:, length:], options)
-        mask = None if seen.key_mask is None else seen.key_mask[:, :length]
-        out, _ = group.attention_fn.prefill(
-            state, query, key[:, :length], value[:, :length], key_mask=mask, **options
-        )
-        return out
 
     def _kv_heads(self, group: HeadGroup) -> int:
         return group.num_heads * self.config.kv_heads // self.config.num_heads

@@ -19,6 +19,7 @@ from fast_attention.layers.attention.attention_call import (
     call_attention,
     causal_by_mask,
 )
+from fast_attention.layers.attention.head_groups import attend_after_memory
 from fast_attention.layers.attention.multi_axis import MultiAxisAttention
 from fast_attention.layers.attention.multi_head import MultiHeadAttention
 from fast_attention.layers.stack.stack import Stack
@@ -71,35 +72,15 @@ class AttentionCall(NamedTuple):
         """
         call = self._replace(**replaced)
         if call.memory and call.function.can_decode:
-            return call._after_memory()
+            return attend_after_memory(
+                call.function, call.query, call.key, call.value, call.visible.key_mask, call.options
+            )
         visible = call.visible
         if call.memory:
             visible = causal_by_mask(visible, call.query.shape[1])
         return call_attention(
             call.function, call.query, call.key, call.value, visible, **call.options
         )
-
-    def _after_memory(self) -> Array:
-        function = self.function
-        length = self.query.shape[1]
-        state = function.init_state(
-            (len(self.key),),
-            self.key.shape[-2],
-            self.key.shape[-1],
-            self.value.shape[-1],
-            max_length=self.key.shape[1],
-        )
-        masks: list[Any] = [None, None]
-        if self.visible.key_mask is not None:
-            masks = [self.visible.key_mask[:, length:], self.visible.key_mask[:, :length]]
-        unasked = jnp.zeros((len(self.key), self.memory, *self.query.shape[2:]), self.query.dtype)
-        parts = ((unasked, slice(length, None)), (self.query, slice(length)))
-        out = unasked
-        for (query, part), mask in zip(parts, masks, strict=True):
-            out, state = function.prefill(
-                state, query, self.key[:, part], self.value[:, part], key_mask=mask, **self.options
-            )
-        return out
 
 
 Tell = Callable[[AttentionCall], None]

@@ -139,7 +139,7 @@ def _reversible_backward(program: _Program, residuals: Any, cotangents: Any) -> 
         used = sorted(set(jax.tree.leaves(places[i])))
         own = jax.tree.map(used.index, places[i])
         streams[changed], d_streams[seen], totals, d_shared = in_one_piece(
-            partial(_undo, program.functions[i], program.dtype, own, shared_tree),
+            partial(_undo, _Layer(program.functions[i], program.dtype, own, shared_tree)),
             streams[changed],
             streams[seen],
             d_streams[changed],
@@ -159,11 +159,17 @@ def _reversible_backward(program: _Program, residuals: Any, cotangents: Any) -> 
     )
 
 
+class _Layer(NamedTuple):
+    """What is known of one layer: `own` are the places of its leaves among its parameters."""
+
+    function: Function
+    dtype: Any
+    own: Any
+    shared_tree: Any
+
+
 def _undo(
-    function: Function,
-    dtype: Any,
-    own: Any,
-    shared_tree: Any,
+    layer: _Layer,
     changed: Array,
     seen: Array,
     d_changed: Array,
@@ -177,13 +183,14 @@ def _undo(
     """Takes one layer back: the stream it changed, and what it adds to four gradients."""
 
     def apply(own, seen, shared):
-        return _apply(function, dtype, own, seen, jax.tree.unflatten(shared_tree, shared), saved)
+        shared = jax.tree.unflatten(layer.shared_tree, shared)
+        return _apply(layer.function, layer.dtype, own, seen, shared, saved)
 
-    mine = jax.tree.map(parameters.__getitem__, own)
+    mine = jax.tree.map(parameters.__getitem__, layer.own)
     increment, pullback, _ = jax.vjp(apply, mine, seen, shared, has_aux=True)
     d_own, d_x, d_known = pullback(d_changed)
     totals = list(totals)
-    for place, gradient in zip(jax.tree.leaves(own), jax.tree.leaves(d_own), strict=True):
+    for place, gradient in zip(jax.tree.leaves(layer.own), jax.tree.leaves(d_own), strict=True):
         totals[place] = add_gradients(totals[place], gradient)
     return changed - increment, d_seen + d_x, totals, list(map(add_gradients, d_shared, d_known))
 

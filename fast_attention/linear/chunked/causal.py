@@ -15,7 +15,7 @@ import math
 from typing import Any
 
 from fast_attention.linear.chunked.causal_chunk import Past, add_first_key, read_causal
-from fast_attention.linear.chunked.causal_chunk_backward import pull_back_causal
+from fast_attention.linear.chunked.causal_chunk_backward import RowCotangents, pull_back_causal
 from fast_attention.linear.chunked.chunk_choice import planned_chunk
 from fast_attention.linear.chunked.chunk_state import absorb_keys, next_state
 from fast_attention.linear.chunked.gradient_buffers import (
@@ -124,9 +124,7 @@ def backward(plan: Plan, residuals: Any, cotangents: Any) -> Inputs:
             past,
             read,
             absorb_keys(past.first, keys, sight.enter, sight.keep, past.log_scale),
-            d_weights,
-            d_numerator,
-            d_denominator,
+            RowCotangents(d_weights, d_numerator, d_denominator),
             d_kv,
             d_k_sum,
             sight.enter,

@@ -30,6 +30,20 @@ class ChunkGradients(NamedTuple):
     weights: Array
 
 
+class RowCotangents(NamedTuple):
+    """Cotangents of what the rows of a chunk computed.
+
+    Attributes:
+      weights: ``[B, K, R, C]``, of ``CausalRead.weights``, from numerator and denominator.
+      numerator: ``[B, K, R, V]``.
+      denominator: ``[B, K, R]``.
+    """
+
+    weights: Array
+    numerator: Array
+    denominator: Array
+
+
 def pull_back_causal(
     queries: Features,
     keys: Features,
@@ -37,15 +51,31 @@ def pull_back_causal(
     past: Past,
     read: CausalRead,
     absorbed: Absorbed,
-    d_weights: Array,
-    d_numerator: Array,
-    d_denominator: Array,
+    d_rows: RowCotangents,
     d_kv: Array,
     d_k_sum: Array,
     enter: Array | None,
     einsum: Einsum,
 ) -> ChunkGradients:
     """Pulls cotangents of a chunk's output and of the state after it back to its inputs.
+
+    With ``f_t`` the features of query t, ``g_s`` those of key s, and the state ``(S, z)`` that the
+    rows read, all divided by the exponentials of their scales (constants for differentiation), the
+    forward pass of a chunk is::
+
+        w_ts  = f_t . g_s                                  pairs s <= t inside the chunk
+        num_t = S f_t + sum_s w_ts v_s,   den_t = z . f_t + sum_s w_ts
+        S'    = decay * S + sum_s v_s g_s,   z' = decay * z + sum_s g_s
+
+    Hence, with d for the cotangent of a number and ``dw_ts = dnum_t . v_s + dden_t`` given::
+
+        df_t = S^T dnum_t + dden_t z + sum_s dw_ts g_s
+        dg_s = sum_t dw_ts f_t + dS'^T v_s + dz'
+        dv_s = sum_t w_ts dnum_t + dS' g_s                 (the first term is the caller's)
+        dS   = decay * dS' + sum_t dnum_t f_t,   dz = decay * dz' + sum_t dden_t f_t
+
+    The first key of the chunk is in the state that the rows read (:func:`add_first_key`), so that
+    its ``dg`` and ``dv`` come from ``dS`` and ``dz`` in place of the sums over pairs.
 
     Args:
       queries: features given to :func:`read_causal`.
@@ -54,9 +84,7 @@ def pull_back_causal(
       past: the state read.
       read: what :func:`read_causal` returned.
       absorbed: what :func:`absorb_keys` returned for the keys after the first.
-      d_weights: cotangent of ``read.weights``, from the numerator and the denominator.
-      d_numerator: cotangent of the numerator.
-      d_denominator: cotangent of the denominator.
+      d_rows: cotangents of what the rows computed.
       d_kv: cotangent of ``kv`` after the chunk.
       d_k_sum: cotangent of ``k_sum`` after the chunk.
       enter: which keys entered the state, as in :class:`Sight`.
@@ -66,6 +94,7 @@ def pull_back_causal(
       Cotangents of the inputs and of the state before the chunk; that of values is without what
       comes through the weights inside the chunk, which are returned.
     """
+    d_weights, d_numerator, d_denominator = d_rows
     # Inside the chunk.
     d_products = d_weights * read.factor
     d_read = einsum("bkrc,bkcm->bkrm", d_products, read.key)

@@ -136,16 +136,10 @@ def make_fast_softmax_attention(
             f"nonnegative_features=False means trigonometric features, but estimator="
             f"{estimator!r} was asked for; give only one of the two."
         )
-    counts = _check_options(
-        nb_features,
-        numerical_stabilizer,
-        lax_scan_unroll=lax_scan_unroll,
-        chunk_size=chunk_size,
-        qkv_dim=qkv_dim,
-    )
-    check_seed(seed)
-    implementation_names(implementation)
+    check_count("nb_features", nb_features)
+    check_number("numerical_stabilizer", numerical_stabilizer, least=0)
     check_saved_states(saved_states)
+    implementation_names(implementation)
     name = _coupling(projection, ortho_features, ortho_scaling)
     feature_map = _softmax_map(estimator, name, nb_features, calibration == "trained")
     if exact_window is not None:
@@ -153,15 +147,15 @@ def make_fast_softmax_attention(
         check_near_field(exact_window, Plan(feature_map, implementation=implementation))
     return FastAttention(
         feature_map=feature_map,
-        qkv_dim=counts["qkv_dim"],
+        qkv_dim=_count("qkv_dim", qkv_dim),
         unidirectional=unidirectional,
         renormalize=renormalize_attention,
         epsilon=_guard(feature_map, numerical_stabilizer),
         redraw_features=redraw_features,
-        seed=seed,
+        seed=check_seed(seed),
         projection_matrix=_check_projection(projection_matrix, qkv_dim),
-        chunk_size=counts["chunk_size"],
-        unroll=counts["lax_scan_unroll"],
+        chunk_size=_count("chunk_size", chunk_size),
+        unroll=_count("lax_scan_unroll", lax_scan_unroll),
         implementation=implementation,
         saved_states=saved_states,
         check_masks=check_masks,
@@ -227,16 +221,10 @@ def make_fast_generalized_attention(
     Raises:
       ValueError: for options that do not fit together or are out of range.
     """
-    counts = _check_options(
-        nb_features,
-        numerical_stabilizer,
-        lax_scan_unroll=lax_scan_unroll,
-        chunk_size=chunk_size,
-        qkv_dim=qkv_dim,
-    )
-    check_seed(seed)
-    implementation_names(implementation)
+    check_count("nb_features", nb_features)
+    check_number("numerical_stabilizer", numerical_stabilizer, least=0)
     check_saved_states(saved_states)
+    implementation_names(implementation)
     if features_type not in ("deterministic", "iid", "ortho"):
         raise ValueError(
             f"features_type must be 'deterministic', 'iid' or 'ortho', got {features_type!r}."
@@ -267,15 +255,15 @@ def make_fast_generalized_attention(
     )
     return FastAttention(
         feature_map=feature_map,
-        qkv_dim=counts["qkv_dim"],
+        qkv_dim=_count("qkv_dim", qkv_dim),
         unidirectional=unidirectional,
         renormalize=renormalize_attention,
         epsilon=_guard(feature_map, numerical_stabilizer),
         redraw_features=redraw_features and not deterministic,
-        seed=seed,
+        seed=check_seed(seed),
         projection_matrix=_check_projection(projection_matrix, qkv_dim),
-        chunk_size=counts["chunk_size"],
-        unroll=counts["lax_scan_unroll"],
+        chunk_size=_count("chunk_size", chunk_size),
+        unroll=_count("lax_scan_unroll", lax_scan_unroll),
         implementation=implementation,
         saved_states=saved_states,
         check_masks=check_masks,
@@ -378,16 +366,8 @@ def _projection_name(orthogonal: bool, scaling: float) -> str:
     return "orthogonal_sqrt_d" if scaling == 1 else "orthogonal"
 
 
-def _check_options(
-    nb_features: int, numerical_stabilizer: float, **counts: int | None
-) -> dict[str, int | None]:
-    """Returns the counts, whole numbers or None, or raises ValueError."""
-    check_count("nb_features", nb_features)
-    check_number("numerical_stabilizer", numerical_stabilizer, least=0)
-    return {
-        name: None if number is None else check_count(name, number)
-        for name, number in counts.items()
-    }
+def _count(name: str, number: int | None) -> int | None:
+    return None if number is None else check_count(name, number)
 
 
 def _check_projection(projection: Array | None, qkv_dim: int | None) -> Array | None:

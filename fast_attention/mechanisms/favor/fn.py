@@ -86,8 +86,7 @@ class FastAttention(AttentionFn):
       moment_decay: layers keep running averages of the moments of queries and keys in training,
         with this decay a call; None keeps none.
       sequence_axis: the mesh axis along which sequences lie where it is called inside
-        ``jax.shard_map``, see
-        :func:`fast_attention.mechanisms.on_mesh.sequence_parallel.along_mesh_axis`.
+        ``jax.shard_map``, see :meth:`along_axis`.
     """
 
     feature_map: FeatureMap

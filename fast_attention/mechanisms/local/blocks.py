@@ -25,7 +25,6 @@ from fast_attention.mechanisms.local.tile import (
     Sight,
     Tile,
     attend_tile,
-    most_ahead,
 )
 
 
@@ -52,12 +51,11 @@ def tiled_attention(
     key: Array,
     value: Array,
     sight: Sight,
-    distance_bias: Array | None,
     dropout_key: Array | None,
     choices: Choices,
     tiling: Tiling | None = None,
     around: bool = False,
-) -> tuple[Array, Array]:
+) -> Array:
     """Attends, tile after tile.
 
     Args:
@@ -65,8 +63,6 @@ def tiled_attention(
       key: ``[B, T, K, D]``, the type of `query`.
       value: ``[B, T, K, V]``, the type of `query`.
       sight: what each query sees; nothing out of the reach of `choices`.
-      distance_bias: ``[H or 1, most_ahead + most_back + 1]``; entry ``most_ahead + t - s`` is added
-        to the logit of query t and key s.
       dropout_key: random key, or None.
       choices: see there.
       tiling: None is the platform's.
@@ -74,8 +70,7 @@ def tiled_attention(
         and end ``choices.ahead`` behind them, none if causal; blocks are of one position.
 
     Returns:
-      ``[B, T, H, V]``, and the logsumexp of the logits ``[B, T, H]``; zeros and ``-inf`` for a
-      query that sees nothing.
+      ``[B, T, H, V]``; zeros for a query that sees nothing.
     """
     rows, length, heads, _ = query.shape
     if tiling is None:
@@ -134,15 +129,10 @@ def tiled_attention(
         items["mask"] = of_logits(sight.mask.astype(bool))
     if sight.bias is not None:
         items["bias"] = of_logits(sight.bias)
-    shared_bias = None
-    if distance_bias is not None:
-        distance = np.arange(size)[:, None] + back - np.arange(width)[None]
-        known = np.clip(distance + most_ahead(choices), 0, distance_bias.shape[-1] - 1)
-        shared_bias = distance_bias[:, known]
     own = jnp.arange(back, back + size, dtype=jnp.int32)
 
     @jax.checkpoint
-    def attend(item: dict[str, Array]) -> tuple[Array, Array]:
+    def attend(item: dict[str, Array]) -> Array:
         of_tiles = functools.partial(_windows, size=size, count=tiles)
         key_mask, dropout_keys = item.get("key_mask"), None
         if dropout_key is not None:
@@ -161,15 +151,14 @@ def tiled_attention(
             ),
             dropout_key=dropout_keys,
         )
-        return jax.vmap(lambda tile: attend_tile(tile, own, choices, shared_bias))(batch)
+        return jax.vmap(lambda tile: attend_tile(tile, own, choices)[0])(batch)
 
     at_once = max(1, tiling.scores // (heads * group * width))
     if rows * groups <= at_once:
-        out, logsumexp = jax.vmap(attend)(items)
+        out = jax.vmap(attend)(items)
     else:
-        out, logsumexp = lax.map(attend, items, batch_size=None if at_once == 1 else at_once)
-    out, logsumexp = (x.reshape(rows, padded, *x.shape[3:]) for x in (out, logsumexp))
-    return out[:, :length], logsumexp[:, :length]
+        out = lax.map(attend, items, batch_size=None if at_once == 1 else at_once)
+    return out.reshape(rows, padded, *out.shape[3:])[:, :length]
 
 
 def _windows(x: Array, size: int, count: int) -> Array:

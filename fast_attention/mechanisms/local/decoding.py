@@ -8,52 +8,35 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from fast_attention.arrays.types import Array, Bool, Float, Int
-from fast_attention.mechanisms.local.op import local_attention, normalized
+from fast_attention.arrays.types import Array, Bool, Float
+from fast_attention.mechanisms.call import Dropout
+from fast_attention.mechanisms.checks import fold_batch
+from fast_attention.mechanisms.local.blocks import tiled_attention
 from fast_attention.mechanisms.local.tile import Choices, Sight, Tile, attend_tile
-from fast_attention.mechanisms.local.window import Window, check_shapes, fold_batch
+from fast_attention.mechanisms.local.window import LocalWindow, check_shapes
+from fast_attention.mechanisms.ring import (
+    Ring,
+    extend,
+    fold_state,
+    in_given_order,
+    push,
+    unfold_state,
+)
+from fast_attention.mechanisms.shared_qk import unit_keys
 
 
-class LocalState(NamedTuple):
-    """The last keys and values: the decoding state of local attention.
-
-    Attributes:
-      key: ``[*B, S, K, D]`` float32; the token at position t is in slot ``t % S``.
-      value: ``[*B, S, K, V]`` float32.
-      length: ``[*B]`` int32, tokens so far of each row, padding not counted.
-    """
-
-    key: Float[Array, "*B S K D"]
-    value: Float[Array, "*B S K V"]
-    length: Int[Array, "*B"]
-
-
-def empty_state(
-    window: Window,
-    batch_shape: Sequence[int],
-    num_kv_heads: int,
-    head_dim: int,
-    value_dim: int,
-    dtype: jnp.dtype = jnp.float32,
-) -> LocalState:
-    """Returns the state before the first token."""
-    slots = (*batch_shape, window.size * (window.look_backward + 1), num_kv_heads)
-    return LocalState(
-        key=jnp.zeros((*slots, head_dim), dtype),
-        value=jnp.zeros((*slots, value_dim), dtype),
-        length=jnp.zeros(tuple(batch_shape), jnp.int32),
-    )
+def slots_of(window: LocalWindow) -> int:
+    """Returns S: as many keys as a causal window ever has in sight."""
+    return window.size * (window.look_backward + 1)
 
 
 def prefill(
-    window: Window,
-    state: LocalState,
+    window: LocalWindow,
+    state: Ring,
     query: Float[Array, "*B T H D"],
     key: Float[Array, "*B T K D"],
     value: Float[Array, "*B T K V"],
@@ -61,12 +44,12 @@ def prefill(
     key_mask: Bool[Array, "*B T"] | None,
     shared_qk: bool,
     precision: jax.lax.PrecisionLike = None,
-) -> tuple[Float[Array, "*B T H V"], LocalState]:
+) -> tuple[Float[Array, "*B T H V"], Ring]:
     """Reads T tokens after those in ``state``.
 
     Args:
       window: a causal one.
-      state: what came before.
+      state: the last keys of the tokens before.
       query: ``[*B, T, H, D]``.
       key: ``[*B, T, K, D]``.
       value: ``[*B, T, K, V]``.
@@ -77,95 +60,58 @@ def prefill(
     Returns:
       ``[*B, T, H, V]``, zeros at padding, and the state after the tokens.
     """
-    *batch, new = query.shape[:-2]
-    if key_mask is None:
-        key_mask = jnp.ones((*batch, new), bool)
-    slots = state.key.shape[-3]
-    context = window.size * window.look_backward
-    # A sequence of all that can be in sight, from the block boundary where that of the first new
-    # token begins: the state, then the new tokens, without padding between them.
-    length = slots + new
-
-    def row(
-        state: LocalState, query: Array, key: Array, value: Array, kept: Array
-    ) -> tuple[Array, LocalState]:
-        begin = state.length // window.size * window.size - context
-        place = jnp.arange(length, dtype=jnp.int32)
-        old = state.length - begin
-        count = jnp.sum(kept, dtype=jnp.int32)
-        order = jnp.argsort(~kept, stable=True)
-        token = jnp.take(order, jnp.clip(place - old, 0, new - 1))
-        slot = (begin + place) % slots
-
-        def sequence(before: Array, after: Array) -> Array:
-            is_old = (place < old)[:, None, None]
-            return jnp.where(is_old, before[slot], after[token].astype(before.dtype))
-
-        keys, values = sequence(state.key, key), sequence(state.value, value)
-        out = local_attention(
-            query[token],
-            keys.astype(query.dtype),
-            values.astype(query.dtype),
-            window_size=window.size,
-            causal=True,
-            look_backward=window.look_backward,
-            exact_window=window.exact,
-            shared_qk=shared_qk,
-            precision=precision,
-            key_mask=(begin + place >= 0) & (place < old + count),
-        )
-        rank = jnp.cumsum(kept, dtype=jnp.int32) - 1
-        out = jnp.where(kept[:, None, None], out[jnp.clip(old + rank, 0, length - 1)], 0)
-        # The last position of each slot; what lies before the sequence is out of sight for good.
-        last = old + count - 1
-        held = jnp.arange(slots, dtype=jnp.int32)
-        latest = jnp.clip(last - (begin + last - held) % slots, 0, length - 1)
-        return out, LocalState(keys[latest], values[latest], state.length + count)
-
-    if new == 0:
-        return jnp.zeros((*query.shape[:-1], value.shape[-1]), query.dtype), state
-    for _ in batch:
-        row = jax.vmap(row)
-    return row(state, query, key, value, key_mask.astype(bool))
+    batch_shape, dtype = query.shape[:-3], query.dtype
+    query, key, value = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
+    if key_mask is not None:
+        key_mask = key_mask.astype(bool).reshape(-1, query.shape[1])
+    ring = fold_state(state, batch_shape)
+    tokens = extend(ring, query, key, value, key_mask)
+    keys, values = tokens.key.astype(dtype), tokens.value.astype(dtype)
+    # Positions are counted from the first new token; the keys of the ring lie before it.
+    place = jnp.arange(query.shape[1], dtype=jnp.int32)[None]
+    first, _ = window.bounds(ring.length[:, None] + place)
+    out = tiled_attention(
+        tokens.query,
+        unit_keys(keys) if shared_qk else keys,
+        values,
+        Sight(first - ring.length[:, None], place, tokens.visible),
+        None,
+        Choices(1, slots_of(window), 0, causal=True, shared=shared_qk, precision=precision),
+        around=True,
+    )
+    out = in_given_order(tokens, out, key_mask)
+    return out.reshape(*batch_shape, *out.shape[1:]), unfold_state(tokens.ring, batch_shape)
 
 
 def step(
-    window: Window,
-    state: LocalState,
+    window: LocalWindow,
+    state: Ring,
     query: Float[Array, "*B H D"],
     key: Float[Array, "*B K D"],
     value: Float[Array, "*B K V"],
     *,
     shared_qk: bool,
     precision: jax.lax.PrecisionLike = None,
-) -> tuple[Float[Array, "*B H V"], LocalState]:
+) -> tuple[Float[Array, "*B H V"], Ring]:
     """Reads one token, see :func:`prefill`: time and memory do not depend on those before."""
-    slots = state.key.shape[-3]
+    batch_shape, slots = query.shape[:-2], slots_of(window)
+    query, key, value = (x.reshape(-1, *x.shape[-2:]) for x in (query, key, value))
+    before = fold_state(state, batch_shape)
+    ring = push(before, key, value)
+    own = before.length[:, None]
+    position = own - (own - jnp.arange(slots, dtype=jnp.int32)[None]) % slots
+    first, _ = window.bounds(own)
+    keys = (unit_keys(ring.key) if shared_qk else ring.key).astype(query.dtype)
+    whole = jnp.zeros_like(own)
+    sight = Sight(whole, whole + slots - 1, key_mask=position >= jnp.maximum(first, 0))
+    tile = Tile(query[:, None], keys, ring.value.astype(query.dtype), sight)
     choices = Choices(slots, 0, 0, causal=True, shared=shared_qk, precision=precision)
-
-    def row(state: LocalState, query: Array, key: Array, value: Array) -> tuple[Array, LocalState]:
-        slot = state.length % slots
-        keys = state.key.at[slot].set(key.astype(state.key.dtype))
-        values = state.value.at[slot].set(value.astype(state.value.dtype))
-        position = state.length - (state.length - jnp.arange(slots, dtype=jnp.int32)) % slots
-        first, _ = window.bounds(state.length)
-        seen = position >= jnp.maximum(first, 0)
-        tile = Tile(
-            query[None],
-            (normalized(keys) if shared_qk else keys).astype(query.dtype),
-            values.astype(query.dtype),
-            Sight(jnp.zeros(1, jnp.int32), jnp.full(1, slots - 1), key_mask=seen),
-        )
-        out, _ = attend_tile(tile, slot[None], choices)
-        return out[0], LocalState(keys, values, state.length + 1)
-
-    for _ in query.shape[:-2]:
-        row = jax.vmap(row)
-    return row(state, query, key, value)
+    out, _ = jax.vmap(lambda tile, own: attend_tile(tile, own, choices))(tile, own % slots)
+    return out.reshape(*batch_shape, *out.shape[2:]), unfold_state(ring, batch_shape)
 
 
 def attend_from_one(
-    window: Window,
+    window: LocalWindow,
     query: Array,
     key: Array,
     value: Array,
@@ -174,9 +120,7 @@ def attend_from_one(
     key_mask: Array | None,
     *,
     shared_qk: bool,
-    dropout_key: Array | None,
-    dropout_rate: float,
-    broadcast_dropout: bool,
+    dropout: Dropout | None,
     precision: jax.lax.PrecisionLike,
 ) -> Array:
     """Attends from one query to a cache: it stands at the last key that is not masked.
@@ -190,9 +134,7 @@ def attend_from_one(
       mask: broadcastable to ``[*B, H, 1, S]``.
       key_mask: broadcastable to ``[*B, S]``.
       shared_qk: as in :func:`fast_attention.local_attention`; so are the rest.
-      dropout_key: random key or None.
-      dropout_rate: of the weights.
-      broadcast_dropout: the batch and the heads share the dropped weights.
+      dropout: of the weights.
       precision: of the products.
 
     Returns:
@@ -215,19 +157,19 @@ def attend_from_one(
     if bias is not None:
         bias = fold_batch("bias", bias, batch, (heads, 1, length))
     if shared_qk:
-        key = normalized(key)
+        key = unit_keys(key)
     drop = None
-    if dropout_key is not None:
-        same = jnp.zeros(rows, jnp.int32) if broadcast_dropout else jnp.arange(rows)
-        drop = jax.vmap(functools.partial(jax.random.fold_in, dropout_key))(same)
+    if dropout is not None:
+        same = jnp.zeros(rows, jnp.int32) if dropout.broadcast else jnp.arange(rows)
+        drop = jax.vmap(functools.partial(jax.random.fold_in, dropout.key))(same)
     choices = Choices(
         block=1,
         back=0,
         ahead=0,
         causal=window.causal,
         shared=shared_qk,
-        dropout_rate=dropout_rate,
-        share_dropout=broadcast_dropout,
+        dropout_rate=0.0 if dropout is None else dropout.rate,
+        share_dropout=dropout is None or dropout.broadcast,
         precision=precision,
     )
     sight = jax.tree.map(

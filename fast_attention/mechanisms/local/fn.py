@@ -17,10 +17,10 @@ from fast_attention.mechanisms.call import Call, Takes
 from fast_attention.mechanisms.checks import mismatch
 from fast_attention.mechanisms.decoding import StateSizes
 from fast_attention.mechanisms.local import decoding
-from fast_attention.mechanisms.local.decoding import LocalState
 from fast_attention.mechanisms.local.op import local_attention
 from fast_attention.mechanisms.local.sharded import local_attention_of_shard
-from fast_attention.mechanisms.local.window import Window, make_window
+from fast_attention.mechanisms.local.window import LocalWindow
+from fast_attention.mechanisms.ring import Ring, empty_ring
 from fast_attention.mesh.layout import AxisName
 from fast_attention.recipes import attention_factory
 
@@ -37,8 +37,7 @@ class LocalAttention(AttentionFn):
       exact_window: the reach is counted from each position, not from its block.
       shared_qk: keys are normalised queries, and a position's own key is the last resort.
       sequence_axis: the mesh axis along which sequences lie where it is called inside
-        ``jax.shard_map``, see
-        :func:`fast_attention.mechanisms.on_mesh.sequence_parallel.along_mesh_axis`.
+        ``jax.shard_map``, see :meth:`along_axis`.
     """
 
     window_size: int
@@ -67,12 +66,6 @@ class LocalAttention(AttentionFn):
         call = call.without_hidden()
         mask, key_mask = call.pairs()
         window = self._window(call.causal or call.steps)
-        key, rate, broadcast = call.dropout or (None, 0.0, True)
-        dropout: dict[str, Any] = {
-            "dropout_key": key,
-            "dropout_rate": rate,
-            "broadcast_dropout": broadcast,
-        }
         operands = call.query, call.key, call.value
         if call.over_cache:
             return decoding.attend_from_one(
@@ -82,22 +75,19 @@ class LocalAttention(AttentionFn):
                 mask,
                 key_mask,
                 shared_qk=self.shared_qk,
+                dropout=call.dropout,
                 precision=call.precision,
-                **dropout,
             )
         options: dict[str, Any] = {
-            "window_size": window.size,
-            "causal": window.causal,
-            "look_backward": window.look_backward,
-            "look_forward": window.look_forward,
-            "exact_window": window.exact,
             "shared_qk": self.shared_qk,
             "key_mask": key_mask,
             "segment_ids": call.segment_ids,
             "precision": call.precision,
         }
         if self.sequence_axis is None:
-            return local_attention(*operands, mask=mask, bias=call.bias, **dropout, **options)
+            return local_attention(
+                *operands, window, mask=mask, bias=call.bias, dropout=call.dropout, **options
+            )
         for name, given, instead in (
             ("bias", call.bias, "leave it out"),
             ("mask", mask, "pass key_mask or segment_ids of the positions on the device"),
@@ -105,24 +95,19 @@ class LocalAttention(AttentionFn):
         ):
             if given is not None:
                 raise mismatch(name, "left out along a mesh axis", "one", instead)
-        return local_attention_of_shard(*operands, axis_name=self.sequence_axis, **options)
+        return local_attention_of_shard(*operands, window, axis_name=self.sequence_axis, **options)
 
     def along_axis(self, axis: AxisName) -> AttentionFn:
         """The function for a stretch of the sequence on each device."""
         return dataclasses.replace(self, sequence_axis=axis)
 
-    def start(self, sizes: StateSizes) -> LocalState:
+    def start(self, sizes: StateSizes) -> Ring:
         """The state before the first token; its size does not depend on ``max_length``."""
-        return decoding.empty_state(
-            self._window(causal=True),
-            sizes.batch_shape,
-            sizes.num_kv_heads,
-            sizes.head_dim,
-            sizes.value_dim,
-            sizes.dtype,
-        )
+        slots = decoding.slots_of(self._window(causal=True))
+        widths = sizes.num_kv_heads, sizes.head_dim, sizes.value_dim
+        return empty_ring(sizes.batch_shape, slots, widths, sizes.dtype)
 
-    def read(self, state: LocalState, call: Call) -> tuple[Float[Array, "*B T H V"], LocalState]:
+    def read(self, state: Ring, call: Call) -> tuple[Float[Array, "*B T H V"], Ring]:
         """Reads T tokens; padding takes no place."""
         call = call.without_hidden()
         return decoding.prefill(
@@ -136,9 +121,7 @@ class LocalAttention(AttentionFn):
             precision=call.precision,
         )
 
-    def read_one(
-        self, state: LocalState, call: Call
-    ) -> tuple[Float[Array, "*B 1 H V"], LocalState]:
+    def read_one(self, state: Ring, call: Call) -> tuple[Float[Array, "*B 1 H V"], Ring]:
         """Reads one token: constant time and memory, however many came before."""
         out, state = decoding.step(
             self._window(causal=True),
@@ -149,8 +132,8 @@ class LocalAttention(AttentionFn):
         )
         return jnp.expand_dims(out, -3), state
 
-    def _window(self, causal: bool) -> Window:
-        return make_window(
+    def _window(self, causal: bool) -> LocalWindow:
+        return LocalWindow(
             self.window_size, causal, self.look_backward, self.look_forward, self.exact_window
         )
 
@@ -180,7 +163,7 @@ def make_local_attention(
     Raises:
       ValueError: for numbers out of range, or a causal window that looks forward.
     """
-    window = make_window(window_size, unidirectional, look_backward, look_forward, exact_window)
+    window = LocalWindow(window_size, unidirectional, look_backward, look_forward, exact_window)
     return LocalAttention(
         window.size,
         unidirectional,

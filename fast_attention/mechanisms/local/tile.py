@@ -15,9 +15,7 @@ from jax import lax
 
 from fast_attention.arrays.dtypes import at_least_float32
 from fast_attention.arrays.types import Array
-
-# The logit of a position's own key where queries and keys are the same vectors.
-SELF_LOGIT = -5e4
+from fast_attention.mechanisms.shared_qk import SELF_LOGIT
 
 
 class Choices(NamedTuple):
@@ -83,26 +81,13 @@ class Tile(NamedTuple):
     dropout_key: Array | None = None
 
 
-def most_back(choices: Choices) -> int:
-    """The farthest key before a query that it can see."""
-    return choices.back + choices.block - 1
-
-
-def most_ahead(choices: Choices) -> int:
-    """The farthest key behind a query that it can see."""
-    return 0 if choices.causal else choices.ahead + choices.block - 1
-
-
-def attend_tile(
-    tile: Tile, own: Array, choices: Choices, shared_bias: Array | None = None
-) -> tuple[Array, Array]:
+def attend_tile(tile: Tile, own: Array, choices: Choices) -> tuple[Array, Array]:
     """Attends from a few queries to a few keys.
 
     Args:
       tile: see there.
       own: ``[C]`` int, each query's own place among the keys; used if they are shared.
       choices: see there; the reach is not used.
-      shared_bias: ``[H or 1, C, S]``, added to the logits of every tile.
 
     Returns:
       ``[C, H, V]`` and the logsumexp ``[C, H]``.
@@ -118,9 +103,8 @@ def attend_tile(
     key, value = jnp.swapaxes(key, 0, 1), jnp.swapaxes(value, 0, 1)
     logits = product("kqd,ksd->kqs", folded, key) * width**-0.5
     logits = logits.reshape(heads, queries, keys)
-    for bias in (sight.bias, shared_bias):
-        if bias is not None:
-            logits = logits + bias.astype(compute)
+    if sight.bias is not None:
+        logits = logits + sight.bias.astype(compute)
     position = jnp.arange(keys, dtype=jnp.int32)[None, None]
     if choices.shared:
         logits = jnp.where(position == own[None, :, None], SELF_LOGIT, logits)

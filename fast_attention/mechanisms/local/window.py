@@ -6,35 +6,62 @@ Shape letters: B batch, T length, H heads, K key/value heads, D head width, V va
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Sequence
-
-import jax.numpy as jnp
 
 from fast_attention.arrays.types import Array
 from fast_attention.mechanisms.checks import check_count
 
 
 @dataclasses.dataclass(frozen=True)
-class Window:
+class LocalWindow:
     """Which keys a position sees.
 
     Attributes:
-      size: W.
-      causal: none behind its own position.
-      look_backward: blocks before its own.
-      look_forward: blocks behind its own.
-      exact: no farther than ``W * look_backward`` and ``W * look_forward`` positions either.
+      size: W, positions in a block.
+      causal: position t sees keys 0..t of its window.
+      look_backward: blocks in sight before a position's own.
+      look_forward: blocks in sight behind it; None becomes 0 if causal, else 1.
+      exact: the reach ends ``W * look_backward`` positions before each position and ``W *
+        look_forward`` behind it, where otherwise it ends with a block.
     """
 
     size: int
-    causal: bool
-    look_backward: int
-    look_forward: int
-    exact: bool
+    causal: bool = False
+    look_backward: int = 1
+    look_forward: int | None = None
+    exact: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for numbers out of range, or a causal window that looks forward."""
+        forward = self.look_forward
+        if forward is None:
+            forward = 0 if self.causal else 1
+        for name, number, least in (
+            ("size", check_count("window_size", self.size), 1),
+            ("look_backward", self.look_backward, 0),
+            ("look_forward", forward, 0),
+        ):
+            object.__setattr__(self, name, check_count(name, number, least))
+        if self.causal and forward > 0:
+            raise ValueError(
+                f"Causal attention cannot look forward, but look_forward={forward}: leave it out "
+                "or pass 0."
+            )
+
+    @property
+    def back(self) -> int:
+        """The farthest key before a position that it can see."""
+        return self.size * self.look_backward + (0 if self.exact else self.size - 1)
+
+    @property
+    def ahead(self) -> int:
+        """The farthest key behind a position that it can see."""
+        assert self.look_forward is not None
+        inside = 0 if self.exact else self.size - 1
+        return 0 if self.causal else self.size * self.look_forward + inside
 
     def bounds(self, position: Array) -> tuple[Array, Array]:
         """First and last position in sight of each position; they may lie beyond the ends."""
+        assert self.look_forward is not None
         back, ahead = self.size * self.look_backward, self.size * self.look_forward
         if self.exact:
             first, last = position - back, position + ahead
@@ -42,31 +69,6 @@ class Window:
             block = position // self.size * self.size
             first, last = block - back, block + self.size - 1 + ahead
         return first, position if self.causal else last
-
-
-def make_window(
-    window_size: int, causal: bool, look_backward: int, look_forward: int | None, exact_window: bool
-) -> Window:
-    """Checks the options of :func:`local_attention`, see there.
-
-    Raises:
-      ValueError: for numbers out of range, or a causal window that looks forward.
-    """
-    if look_forward is None:
-        look_forward = 0 if causal else 1
-    for name, number, least in (
-        ("window_size", window_size, 1),
-        ("look_backward", look_backward, 0),
-        ("look_forward", look_forward, 0),
-    ):
-        check_count(name, number, least)
-    if causal and look_forward > 0:
-        raise ValueError(
-            f"Causal attention cannot look forward, but look_forward={look_forward}: leave it out "
-            "or pass 0."
-        )
-    sizes = int(window_size), int(look_backward), int(look_forward)
-    return Window(sizes[0], causal, *sizes[1:], exact_window)
 
 
 def check_shapes(query: Array, key: Array, value: Array, *, cached: bool = False) -> None:
@@ -100,17 +102,3 @@ def check_shapes(query: Array, key: Array, value: Array, *, cached: bool = False
             "The key/value heads must be as many as each other and divide the query heads, got "
             f"{shapes}; the layout is [*B, length, heads, width]."
         )
-
-
-def fold_batch(name: str, x: Array, batch: Sequence[int], tail: tuple[int, ...]) -> Array:
-    """Makes one batch axis, of length 1 if all rows share `x`; other axes of length 1 stay."""
-    x, full = jnp.asarray(x), (*batch, *tail)
-    padded = (1,) * (len(full) - x.ndim) + x.shape
-    if len(padded) != len(full) or any(
-        n not in (1, wanted) for n, wanted in zip(padded, full, strict=True)
-    ):
-        raise ValueError(f"{name} must broadcast to {full}, but its shape is {x.shape}.")
-    own = padded[len(batch) :]
-    if math.prod(padded) == math.prod(own):
-        return x.reshape(1, *own)
-    return jnp.broadcast_to(x.reshape(padded), (*batch, *own)).reshape(-1, *own)

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 
 from fast_attention.arrays.types import Array, Float
 from fast_attention.mechanisms.attention_fn import AttentionFn
-from fast_attention.mechanisms.call import Call, Takes
-from fast_attention.mechanisms.checks import check_count, check_number, check_rate, check_seed
-from fast_attention.mechanisms.lsh.hashed import lsh_attention
-from fast_attention.mechanisms.lsh.shared_qk import shared_qk_attention
-from fast_attention.mechanisms.lsh.shared_query_key import LSHOutput
+from fast_attention.mechanisms.call import Call, Dropout, Takes
+from fast_attention.mechanisms.checks import check_count, check_seed
+from fast_attention.mechanisms.lsh.exact import shared_qk_attention
+from fast_attention.mechanisms.lsh.hashed import Hashing, lsh_attention
+from fast_attention.mechanisms.lsh.operands import LSHOutput
 from fast_attention.mechanisms.masks import same_run
 from fast_attention.recipes import attention_factory
 
@@ -34,43 +34,21 @@ class LSHAttention(AttentionFn):
     attends to depends on how all others fall into chunks, so generation computes the whole again.
 
     Attributes:
-      bucket_size: as for :func:`make_lsh_attention`, like all that follow.
-      n_hashes: rounds.
+      hashing: how positions are hashed.
       unidirectional: causal by construction.
-      allow_duplicate_attention: pairs count as often as they meet.
-      count_across_rounds: count meetings across the border of two rounds.
-      attend_across_buckets: a query sees all of its two chunks.
-      rehash_each_round: a rotation for each round.
-      drop_for_hash_rate: dropout before hashing.
-      random_rotations_per_head: rotations for each row.
-      full_attn_thres: longest input, given keys included, that is attended exactly.
+      full_attn_thres: longest input, given keys included, that is attended exactly; None is the
+        size of a bucket.
       use_full_attn: attend exactly always.
-      attn_chunks: steps over rows.
-      rotary: rotate after hashing.
-      hash_masked: masked positions stand where they hash to.
-      scale: of the logits.
       seed: of the rotations, where a call gives none.
     """
 
-    bucket_size: int = 64
-    n_hashes: int = 8
+    hashing: Hashing = Hashing()
     unidirectional: bool = False
-    allow_duplicate_attention: bool = True
-    count_across_rounds: bool = True
-    attend_across_buckets: bool = True
-    rehash_each_round: bool = True
-    drop_for_hash_rate: float = 0.0
-    random_rotations_per_head: bool = False
     full_attn_thres: int | None = None
     use_full_attn: bool = False
-    attn_chunks: int = 1
-    rotary: bool = False
-    hash_masked: bool = False
-    scale: float | None = None
     seed: int = 0
 
     mechanism = "Hashed attention"
-    forward_mode = "use reverse mode (jax.grad, jax.vjp, jax.jacrev)"
 
     @property
     def takes(self) -> Takes:
@@ -80,7 +58,7 @@ class LSHAttention(AttentionFn):
             bias=None,
             dropout="weights",
             projection=True,
-            positions=self.rotary,
+            positions=self.hashing.rotary,
             buckets=True,
             shared_qk=True,
         )
@@ -99,46 +77,32 @@ class LSHAttention(AttentionFn):
             own = same_run(call.segment_ids)
             own = jnp.pad(own, [(0, 0)] * (own.ndim - 1) + [(0, given)], constant_values=True)
             mask = own if mask is None else own & mask
-        dropout_key, rate, broadcast = call.dropout or (None, 0.0, True)
         options: dict[str, Any] = {
             "causal": call.causal or call.steps,
             "query_length": query.shape[-3],
             "key_mask": key_mask,
             "mask": mask,
-            "rotary": self.rotary,
             "positions": call.positions,
-            "scale": self.scale,
-            "dropout_rate": rate,
-            "dropout_key": dropout_key,
-            "broadcast_dropout": broadcast,
+            "dropout": call.dropout,
             "precision": call.precision,
             "return_weights": call.return_weights,
         }
-        longest = self.bucket_size if self.full_attn_thres is None else self.full_attn_thres
+        hashing, longest = self.hashing, self.full_attn_thres
+        longest = hashing.bucket_size if longest is None else longest
         if self.use_full_attn or key.shape[-3] <= longest:
-            found = shared_qk_attention(key, value, **options)
+            own = {"rotary": hashing.rotary, "scale": hashing.scale}
+            found = shared_qk_attention(key, value, **options, **own)
             if call.return_buckets and not isinstance(found, LSHOutput):
                 found = LSHOutput(found, None, None)
             return found
-        options["dropout_key"] = call.training_key
-        return lsh_attention(
-            key,
-            value,
-            **options,
-            **({} if call.buckets is not None else self._directions(call.projection)),
-            buckets=call.buckets,
-            bucket_size=self.bucket_size,
-            n_hashes=self.n_hashes,
-            allow_duplicate_attention=self.allow_duplicate_attention,
-            count_across_rounds=self.count_across_rounds,
-            attend_across_buckets=self.attend_across_buckets,
-            rehash_each_round=self.rehash_each_round,
-            drop_for_hash_rate=0.0 if call.deterministic else self.drop_for_hash_rate,
-            random_rotations_per_head=self.random_rotations_per_head,
-            hash_masked=self.hash_masked,
-            attn_chunks=self.attn_chunks,
-            return_buckets=call.return_buckets,
-        )
+        if call.deterministic:
+            hashing = dataclasses.replace(hashing, drop_for_hash_rate=0.0)
+        elif call.training_key is not None and call.dropout is None:
+            # Features may be dropped before hashing, without dropout of weights.
+            options["dropout"] = Dropout(call.training_key, 0.0, True)
+        where = self._directions(call.projection) if call.buckets is None else call.buckets
+        found = lsh_attention(key, value, where, hashing, **options)
+        return found if call.return_weights or call.return_buckets else found.out
 
     def exact(self) -> AttentionFn:
         """Attention with shared queries and keys that does not hash."""
@@ -152,12 +116,12 @@ class LSHAttention(AttentionFn):
         del head_dim
         return jax.random.key_data(key) if _is_typed(key) else key
 
-    def _directions(self, projection: Array | None) -> dict[str, Array]:
+    def _directions(self, projection: Array | None) -> Array:
         if projection is None:
-            return {"key": jax.random.key(self.seed)}
+            return jax.random.key(self.seed)
         if jnp.issubdtype(projection.dtype, jnp.floating):
-            return {"rotations": projection}
-        return {"key": jax.random.wrap_key_data(projection)}
+            return projection
+        return jax.random.wrap_key_data(projection)
 
 
 @attention_factory
@@ -210,41 +174,23 @@ def make_lsh_attention(
     Raises:
       ValueError: for options that exclude each other or are out of range.
     """
-    for name, number in (
-        ("bucket_size", bucket_size),
-        ("n_hashes", n_hashes),
-        ("attn_chunks", attn_chunks),
-    ):
-        check_count(name, number)
     if full_attn_thres is not None:
         check_count("full_attn_thres", full_attn_thres, least=0)
-    check_rate("drop_for_hash_rate", drop_for_hash_rate)
-    check_seed(seed)
-    if scale is not None:
-        check_number("scale", scale)
-    if not (allow_duplicate_attention or rehash_each_round):
-        raise ValueError(
-            "allow_duplicate_attention=False needs rehash_each_round=True: with one rotation for "
-            "all rounds, repetitions cannot be counted."
-        )
-    return LSHAttention(
+    hashing = Hashing(
         bucket_size=bucket_size,
         n_hashes=n_hashes,
-        unidirectional=unidirectional,
         allow_duplicate_attention=allow_duplicate_attention,
         count_across_rounds=count_across_rounds,
         attend_across_buckets=attend_across_buckets,
         rehash_each_round=rehash_each_round,
         drop_for_hash_rate=drop_for_hash_rate,
         random_rotations_per_head=random_rotations_per_head,
-        full_attn_thres=full_attn_thres,
-        use_full_attn=use_full_attn,
-        attn_chunks=attn_chunks,
-        rotary=rotary,
         hash_masked=hash_masked,
+        rotary=rotary,
         scale=scale,
-        seed=seed,
+        attn_chunks=attn_chunks,
     )
+    return LSHAttention(hashing, unidirectional, full_attn_thres, use_full_attn, check_seed(seed))
 
 
 def _is_typed(key: Array) -> bool:

@@ -1,8 +1,7 @@
 """Attention functions for whole arrays that lie on a mesh.
 
 Inside, each device attends for its own rows, heads and positions; with positions divided, devices
-exchange what their attention needs and nothing else (see
-:mod:`fast_attention.mechanisms.on_mesh.sequence_parallel`).
+exchange what their attention needs and nothing else.
 
 Shape letters: B batch, T query length, S key length, H heads, K key/value heads, D head width,
 V value width.
@@ -137,8 +136,8 @@ def on_mesh(attention_fn: Callable[..., Any], mesh: Mesh) -> AttentionFn:
     returned as they are: the compiler divides what it can.
 
     Args:
-      attention_fn: any attention function; along ``sequence`` one of those that
-        :func:`~fast_attention.mechanisms.on_mesh.sequence_parallel.along_mesh_axis` takes.
+      attention_fn: any attention function; along ``sequence`` one that has
+        :meth:`~fast_attention.mechanisms.attention_fn.AttentionFn.along_axis`.
       mesh: from :func:`fast_attention.mesh.meshes.make_mesh`, or another one with its axes; arrays
         may lie on one whose axes are Explicit.
 

@@ -20,6 +20,8 @@ from jax import export, lax
 
 from fast_attention.arrays.dtypes import at_least_float32
 from fast_attention.arrays.types import Array
+from fast_attention.mechanisms.checks import full_rank
+from fast_attention.mechanisms.shared_qk import SELF_LOGIT
 
 
 class Tiling(NamedTuple):
@@ -50,12 +52,16 @@ class Choices(NamedTuple):
       dropout_rate: of the weights.
       share_dropout: the batch and the heads share the dropped weights.
       precision: of both products.
+      shared: queries and keys are the same vectors: a position's own logit is ``SELF_LOGIT``.
+      scale: of the logits; None is ``D ** -0.5``.
     """
 
     causal: bool
     dropout_rate: float = 0.0
     share_dropout: bool = True
     precision: jax.lax.PrecisionLike = None
+    shared: bool = False
+    scale: float | None = None
 
 
 class Extras(NamedTuple):
@@ -169,7 +175,7 @@ def _split_extras(
         x, rank = getattr(extras, name), len(shape)
         if x is None:
             continue
-        x = _broadcastable(name, jnp.asarray(x), (*batch_shape, *shape))
+        x = full_rank(name, x, (*batch_shape, *shape))
         trailing = x.shape[x.ndim - rank :]
         if math.prod(x.shape[: x.ndim - rank]) == 1:
             shared = shared._replace(**{name: x.reshape(trailing)})
@@ -183,17 +189,6 @@ def _split_extras(
             keys = jax.random.split(extras.dropout_key, math.prod(batch_shape))
             own = own._replace(dropout_key=keys)
     return shared, own
-
-
-def _broadcastable(name: str, x: Array, shape: tuple[int, ...]) -> Array:
-    """Brings `x` to the rank of `shape`, to which it must broadcast."""
-    padded = (1,) * (len(shape) - x.ndim) + x.shape
-    fits = len(padded) == len(shape) and all(
-        n in (1, full) for n, full in zip(padded, shape, strict=True)
-    )
-    if not fits:
-        raise ValueError(f"{name} must broadcast to {shape}, but its shape is {x.shape}.")
-    return x.reshape(padded)
 
 
 def _attend_row(
@@ -274,24 +269,27 @@ def _attend_block(
         jnp.einsum, precision=choices.precision, preferred_element_type=compute
     )
     folded = of_queries(query, 2).reshape(kv_heads, group * queries, width)
-    scores = product("ktd,ksd->kts", folded, key[:, :keys]) * width**-0.5
+    scores = product("ktd,ksd->kts", folded, key[:, :keys])
+    scores = scores * (width**-0.5 if choices.scale is None else choices.scale)
     scores = scores.reshape(kv_heads, group, queries, keys)
     if extras.bias is not None:
         scores = scores + of_scores(extras.bias.astype(compute))
+    # Bounds on an iota cost nothing, where comparing segments costs as much as the products.
+    own = (position + jnp.arange(queries, dtype=jnp.int32))[:, None]
+    key_position = jnp.arange(keys, dtype=jnp.int32)[None]
+    if choices.shared:
+        scores = jnp.where((own == key_position)[None, None], SELF_LOGIT, scores)
     conditions = []
     if extras.mask is not None:
         conditions.append(of_scores(extras.mask.astype(bool)))
     if extras.key_mask is not None:
         conditions.append(extras.key_mask[None, None, None, :keys].astype(bool))
-    # Bounds on an iota cost nothing, where comparing segments costs as much as the products.
-    key_position = jnp.arange(keys, dtype=jnp.int32)[None]
     if extras.first_key is not None:
         conditions.append((of_queries(extras.first_key)[:, None] <= key_position)[None, None])
     if extras.last_key is not None:
         conditions.append((of_queries(extras.last_key)[:, None] >= key_position)[None, None])
     if choices.causal:
-        own = position + jnp.arange(queries, dtype=jnp.int32)
-        conditions.append((own[:, None] >= key_position)[None, None])
+        conditions.append((own >= key_position)[None, None])
     if conditions:
         scores = jnp.where(functools.reduce(jnp.logical_and, conditions), scores, -jnp.inf)
     largest = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))

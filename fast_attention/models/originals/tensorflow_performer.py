@@ -27,7 +27,8 @@ def MultiHeadAttention(
       dropout: Of attention weights, with either method.
       output_shape: Last axis or axes of the output, by default `features`.
       **options: `num_heads`, `key_dim`, `value_dim`, `use_bias`, `attention_axes` as in Keras; and
-        `rngs` and `features` (also `key_features`, `value_features`), which Keras finds by itself.
+        `rngs` and `features` (one number, or those of query, key and value), which Keras finds by
+        itself.
     """
     if attention_method not in ("linear", "quadratic"):
         raise ValueError(f"attention_method must be 'linear' or 'quadratic': {attention_method!r}.")

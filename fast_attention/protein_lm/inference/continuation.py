@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fast_attention.models.generation import generate
+from fast_attention.models.generation import Sampling, generate
 from fast_attention.protein_lm.modeling.built_model import BuiltModel
 from fast_attention.protein_lm.modeling.sampling_config import SamplingConfig
 
@@ -62,13 +62,15 @@ def continue_prompts(
         key=jax.random.key(model.random_seed) if rng is None else rng,
         max_new_tokens=new,
         min_new_tokens=config.min_length + 1 - prompt.shape[1],
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        repetition_penalty=config.repetition_penalty,
-        repetition_window=config.repetition_window,
+        sampling=Sampling(
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            repetition_penalty=config.repetition_penalty,
+            repetition_window=config.repetition_window,
+            forbidden_tokens=model.tokens.never_drawn,
+        ),
         eos_token=model.eos_token,
         pad_token=model.eos_token if model.pad_token is None else model.pad_token,
-        forbidden_tokens=model.tokens.never_drawn,
     )
     return np.concatenate([prompt[:, 1:], np.asarray(drawn)], axis=1)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fast_attention.models.generation import generate
+from fast_attention.models.generation import Sampling, generate
 from fast_attention.protein_lm.modeling import token_batches
 from fast_attention.protein_lm.modeling.drawing import Drawing
 from fast_attention.protein_lm.modeling.encoding import longest_input, row_lengths
@@ -60,11 +60,13 @@ def continue_rows(
         max_new_tokens=high,
         min_new_tokens=low,
         prompt_mask=jnp.asarray([np.arange(width) >= width - len(row) for row in rows]),
-        temperature=drawing.temperature,
-        top_k=drawing.top_k,
-        top_p=drawing.top_p,
+        sampling=Sampling(
+            temperature=drawing.temperature,
+            top_k=drawing.top_k,
+            top_p=drawing.top_p,
+            forbidden_tokens=[token for token in model.tokens.special if token != end],
+        ),
         eos_token=end,
-        forbidden_tokens=[token for token in model.tokens.special if token != end],
     )
     return [row[: np.argmax(np.append(row, closing) == closing)] for row in np.asarray(drawn)]
 

@@ -52,7 +52,7 @@ def definition(layer, query, key, value, axes, shown=None, kernel=softmax):
     ],
 )
 def test_equals_the_definition(attention_axes, axes, key_shape):
-    layer = build(attention_axes=attention_axes, value_features=3, use_bias=axes == (1,))
+    layer = build(attention_axes=attention_axes, features=(C, C, 3), use_bias=axes == (1,))
     query, key = draw(B, 3, 2, C), draw(*key_shape, seed=1)
     value = draw(*key_shape[:-1], 3, seed=2)
     out = compiled(layer)(query, key, value)

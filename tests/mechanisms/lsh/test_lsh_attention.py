@@ -7,12 +7,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fast_attention import LSHOutput, lsh_attention, shared_qk_attention
+from fast_attention import Hashing, LSHOutput, lsh_attention, shared_qk_attention
+from fast_attention.mechanisms.call import Dropout
 from fast_attention.mechanisms.lsh.hashed import n_buckets
 from tests.mechanisms.lsh.definition import attend, meetings
 
 KEY = jax.random.key(5)
-attention = functools.partial(lsh_attention, bucket_size=4, n_hashes=2)
+CALL = (
+    *("causal", "query_length", "key_mask", "mask", "positions", "dropout", "return_weights"),
+    "precision",
+)
+
+
+def hashed(qk, value, where=KEY, **options):
+    """Hashed attention with the fields of its options as keywords."""
+    call = {name: options.pop(name) for name in CALL if name in options}
+    return lsh_attention(
+        qk, value, where, Hashing(**{"bucket_size": 4, "n_hashes": 2, **options}), **call
+    )
+
+
+def attention(*arrays, **options):
+    return hashed(*arrays, **options).out
 
 
 def inputs(length, heads=2, batch=(1,), width=6, value_heads=None):
@@ -57,9 +73,7 @@ def value_and_gradients(function, *arrays):
 def test_equals_the_definition_with_its_gradients(length, options, given):
     qk, value = inputs(length, value_heads=options.pop("value_heads", None))
     queries, causal = length - given, options.get("causal", False)
-    call = functools.partial(
-        attention, key=KEY, query_length=queries, return_buckets=True, **options
-    )
+    call = functools.partial(hashed, query_length=queries, **options)
     found, *gradients = value_and_gradients(call, qk, value)
     buckets = np.asarray(found.buckets)[0]
     # What fills the length up stands behind all buckets and is seen by nobody.
@@ -95,7 +109,7 @@ def test_more_rounds_come_closer_to_exact_attention():
     """Also where pairs count once: those that meet across the border of two rounds, too."""
     qk, value = inputs(64)
     exact = shared_qk_attention(qk, value)
-    call = functools.partial(attention, qk, value, key=KEY, allow_duplicate_attention=False)
+    call = functools.partial(attention, qk, value, allow_duplicate_attention=False)
     few, more, many = (np.abs(call(n_hashes=n) - exact).mean() for n in (1, 4, 16))
     assert many < more < few
 
@@ -106,20 +120,19 @@ def test_two_chunks_are_exact_attention():
     options = {
         "causal": True,
         "query_length": 11,
-        "rotary": True,
         "mask": jnp.asarray((random.random((2, 1, 11, 16)) < 0.8) | np.eye(11, 16, dtype=bool)),
         "key_mask": jnp.asarray(random.random((2, 16)) < 0.8),
         "return_weights": True,
     }
-    hashed = lsh_attention(qk, value, key=KEY, bucket_size=8, n_hashes=1, **options)
-    exact = shared_qk_attention(qk, value, **options)
-    np.testing.assert_allclose(hashed.out, exact.out, atol=2e-6)
-    np.testing.assert_allclose(hashed.weights, exact.weights, atol=2e-6)
+    found = hashed(qk, value, bucket_size=8, n_hashes=1, **options, rotary=True)
+    exact = shared_qk_attention(qk, value, **options, rotary=True)
+    np.testing.assert_allclose(found.out, exact.out, atol=2e-6)
+    np.testing.assert_allclose(found.weights, exact.weights, atol=2e-6)
 
 
 def test_weights_times_values_is_the_output():
     qk, value = inputs(21)
-    found = attention(qk, value, key=KEY, n_hashes=3, causal=True, return_weights=True)
+    found = hashed(qk, value, n_hashes=3, causal=True, return_weights=True)
     product = jnp.einsum("bhts,bshv->bthv", found.weights, value)
     np.testing.assert_allclose(product, found.out, atol=2e-6)
     np.testing.assert_allclose(found.weights.sum(-1), 1, rtol=1e-5)
@@ -129,7 +142,7 @@ def test_no_gradient_reaches_the_future():
     qk, value = inputs(24)
 
     def loss(qk, value):
-        return attention(qk, value, key=KEY, causal=True)[:, :9].sum()
+        return attention(qk, value, causal=True)[:, :9].sum()
 
     for gradient in jax.jit(jax.grad(loss, (0, 1)))(qk, value):
         assert not gradient[:, 9:].any()
@@ -142,7 +155,7 @@ def test_padding_changes_nothing_and_gets_no_gradient():
     shown = seen[:, :, None, None]
 
     def attend(qk, value):
-        return attention(qk, value, key=KEY, key_mask=seen)
+        return attention(qk, value, key_mask=seen)
 
     plain = value_and_gradients(attend, qk, value)
     garbage = value_and_gradients(
@@ -152,37 +165,34 @@ def test_padding_changes_nothing_and_gets_no_gradient():
         np.testing.assert_array_equal(a, b)
         assert not jnp.where(shown, 0, a).any()
     # Where masked positions keep their places, each sees itself alone.
-    kept = attention(qk, value, key=KEY, key_mask=seen, hash_masked=True)
+    kept = attention(qk, value, key_mask=seen, hash_masked=True)
     own = np.broadcast_to(value, kept.shape)
     np.testing.assert_array_equal(np.where(shown, 0, kept), np.where(shown, 0, own))
 
 
 def test_a_key_or_buckets_decide_all_chance():
     qk, value = inputs(40)
-    call = functools.partial(attention, qk, value, return_buckets=True)
-    first = call(key=KEY)
-    np.testing.assert_array_equal(first.out, call(key=KEY).out)
-    assert jnp.abs(first.out - call(key=jax.random.key(6)).out).max() > 1e-3
-    np.testing.assert_array_equal(first.out, attention(qk, value, buckets=first.buckets))
+    call = functools.partial(hashed, qk, value)
+    first = call(KEY)
+    np.testing.assert_array_equal(first.out, call(KEY).out)
+    assert jnp.abs(first.out - call(jax.random.key(6)).out).max() > 1e-3
+    np.testing.assert_array_equal(first.out, attention(qk, value, first.buckets))
     # Hashing is of directions, dropping features before it changes them.
-    dropped = attention(
-        qk, value, key=KEY, drop_for_hash_rate=0.5, dropout_key=KEY, return_buckets=True
-    )
+    dropped = call(drop_for_hash_rate=0.5, dropout=Dropout(KEY, 0.0, True))
     assert (dropped.buckets != first.buckets).any()
 
 
 def test_pieces_change_no_row():
     qk, value = inputs(24, batch=(2, 2))
-    whole = attention(qk, value, key=KEY)
-    np.testing.assert_allclose(attention(qk, value, key=KEY, attn_chunks=3), whole, atol=1e-6)
+    whole = attention(qk, value)
+    np.testing.assert_allclose(attention(qk, value, attn_chunks=3), whole, atol=1e-6)
 
 
 def test_dropout_scales_what_it_keeps_and_its_gradient_agrees():
     qk, value = inputs(24)
-    call = functools.partial(attention, key=KEY, dropout_rate=0.4)
 
     def attend(qk, value):
-        return call(qk, value, dropout_key=KEY)
+        return attention(qk, value, dropout=Dropout(KEY, 0.4, False))
 
     # The weights of a row sum to one on average.
     sums = attend(qk, jnp.ones_like(value))
@@ -200,36 +210,35 @@ def test_dropout_scales_what_it_keeps_and_its_gradient_agrees():
 def test_half_precision_stays_finite():
     qk, value = (100 * x.astype("bfloat16") for x in inputs(20))
     qk = qk.at[0, 3].set(0)
-    for x in value_and_gradients(functools.partial(attention, key=KEY, causal=True), qk, value):
+    for x in value_and_gradients(functools.partial(attention, causal=True), qk, value):
         assert x.dtype == "bfloat16" and jnp.isfinite(x).all()
 
 
 def test_rows_that_see_nothing_but_themselves_are_exact():
     qk, value = inputs(16)
-    out = attention(qk, value, key=KEY, n_hashes=5, causal=True)
+    out = attention(qk, value, n_hashes=5, causal=True)
     np.testing.assert_allclose(out[:, 0], value[:, 0], rtol=1e-6)
-    out = attention(qk, value, key=KEY, n_hashes=5, causal=True, allow_duplicate_attention=False)
+    out = attention(qk, value, n_hashes=5, causal=True, allow_duplicate_attention=False)
     np.testing.assert_allclose(out[:, 0], value[:, 0], rtol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "exactly one of rotations"),
-        ({"key": KEY, "query_length": 30}, "query_length=30"),
-        ({"key": KEY, "dropout_rate": 0.1}, "needs dropout_key"),
-        ({"key": KEY, "dropout_rate": 1.0, "dropout_key": KEY}, "below 1"),
+        ({"query_length": 30}, "query_length=30"),
+        ({"drop_for_hash_rate": 0.1}, "needs dropout"),
+        ({"drop_for_hash_rate": 1.0}, "below 1"),
         (
-            {"key": KEY, "rehash_each_round": False, "allow_duplicate_attention": False},
+            {"rehash_each_round": False, "allow_duplicate_attention": False},
             "rehash_each_round=True",
         ),
-        ({"key": KEY, "positions": jnp.zeros((1, 12), int)}, "rotary=True"),
-        ({"key": KEY, "key_mask": jnp.ones((1, 11), bool)}, "key_mask must have shape"),
-        ({"key": KEY, "mask": jnp.ones((3, 1, 12, 12), bool)}, "broadcastable"),
-        ({"rotations": jnp.ones((1, 6, 3, 2))}, "rotations must be"),
-        ({"rotations": jnp.ones((1, 6, 2, 3))}, "half of the buckets"),
-        ({"buckets": jnp.ones((1, 2, 3, 12), int)}, "buckets must have shape"),
-        ({"key": KEY, "n_hashes": 0}, "n_hashes must be at least 1"),
+        ({"positions": jnp.zeros((1, 12), int)}, "rotary=True"),
+        ({"key_mask": jnp.ones((1, 11), bool)}, "key_mask must have shape"),
+        ({"mask": jnp.ones((3, 1, 12, 12), bool)}, "broadcastable"),
+        ({"where": jnp.ones((1, 6, 3, 2))}, "rotations must be"),
+        ({"where": jnp.ones((1, 6, 2, 3))}, "half of the buckets"),
+        ({"where": jnp.ones((1, 2, 3, 12), int)}, "buckets must have shape"),
+        ({"n_hashes": 0}, "n_hashes must be a positive whole number"),
     ],
 )
 def test_what_does_not_fit_is_refused(options, message):

@@ -29,7 +29,7 @@ from fast_attention.linear.chunked.causal_chunk import (
     read_causal,
     row_sums,
 )
-from fast_attention.linear.chunked.causal_chunk_backward import pull_back_causal
+from fast_attention.linear.chunked.causal_chunk_backward import RowCotangents, pull_back_causal
 from fast_attention.linear.chunked.chunk_choice import planned_chunk
 from fast_attention.linear.chunked.chunk_state import absorb_keys, next_state
 from fast_attention.linear.chunked.gradient_buffers import (
@@ -209,9 +209,7 @@ def _backward(plan: Plan, reach: Reach, residuals: Any, cotangents: Any) -> tupl
             past,
             read,
             absorb_keys(past.first, keys, sight.enter, sight.keep, past.log_scale),
-            d_weights[..., :size],
-            d_numerator,
-            d_denominator,
+            RowCotangents(d_weights[..., :size], d_numerator, d_denominator),
             d_kv,
             d_k_sum,
             sight.enter,

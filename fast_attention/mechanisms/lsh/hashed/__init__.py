@@ -4,3 +4,4 @@ from fast_attention.mechanisms.lsh.hashed.api import lsh_attention as lsh_attent
 from fast_attention.mechanisms.lsh.hashed.api import n_buckets as n_buckets
 from fast_attention.mechanisms.lsh.hashed.hashing import draw_rotations as draw_rotations
 from fast_attention.mechanisms.lsh.hashed.hashing import hash_vectors as hash_vectors
+from fast_attention.mechanisms.lsh.hashed.options import Hashing as Hashing

@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from fast_attention.arrays.types import Array
-
-
-def rounds_of(n_hashes: int, rehash_each_round: bool, n_buckets: int) -> int:
-    """Rounds there are: with one rotation for all, no more than it has buckets."""
-    return n_hashes if rehash_each_round else min(n_hashes, n_buckets)
+from fast_attention.mechanisms.call import Dropout
+from fast_attention.mechanisms.lsh.hashed.options import Hashing
 
 
 def check_arguments(
     qk: Array,
     value: Array,
+    hashing: Hashing,
     *,
     rotations: Array | None,
-    key: Array | None,
     buckets: Array | None,
-    rounds: int,
     n_buckets: int,
     query_length: int | None,
     positions: Array | None,
     key_mask: Array | None,
-    bucket_size: int,
-    n_hashes: int,
-    attn_chunks: int,
-    rates: Mapping[str, float],
-    dropout_key: Array | None,
-    rotary: bool,
-    discount_repeated: bool,
+    dropout: Dropout | None,
 ) -> None:
     """Checks what `lsh_attention` was given.
 
@@ -50,37 +38,20 @@ def check_arguments(
         raise ValueError(
             f"query_length={query_length} must be between 1 and the {length} positions of qk."
         )
-    for name, number in (
-        ("bucket_size", bucket_size),
-        ("n_hashes", n_hashes),
-        ("attn_chunks", attn_chunks),
-    ):
-        if number < 1:
-            raise ValueError(f"{name} must be at least 1, got {number}.")
-    if sum(x is not None for x in (rotations, key, buckets)) != 1:
+    if hashing.drop_for_hash_rate > 0 and dropout is None:
         raise ValueError(
-            "Pass exactly one of rotations=, key= (a random key they are drawn from) and buckets= "
-            "(from an earlier call)."
+            f"drop_for_hash_rate={hashing.drop_for_hash_rate} needs dropout, with a random key."
         )
-    if discount_repeated:
-        raise ValueError(
-            "allow_duplicate_attention=False needs rehash_each_round=True: with one rotation for "
-            "all rounds, repetitions cannot be counted."
-        )
-    for name, rate in rates.items():
-        if not 0 <= rate < 1:
-            raise ValueError(f"{name} must be at least 0 and below 1, got {rate}.")
-        if rate > 0 and dropout_key is None:
-            raise ValueError(f"{name}={rate} needs dropout_key, a JAX random key.")
-    if positions is not None and not rotary:
+    if positions is not None and not hashing.rotary:
         raise ValueError("positions are those of rotary=True: pass both, or neither.")
     half = n_buckets // 2
     if rotations is not None and rotations.shape[-1] != half:
         raise ValueError(
-            f"{length} positions in chunks of {bucket_size} have {n_buckets} buckets, so the last "
-            f"axis of rotations must be half of the buckets, {half}, got {rotations.shape}."
+            f"{length} positions in chunks of {hashing.bucket_size} have {n_buckets} buckets, so "
+            f"the last axis of rotations must be half of the buckets, {half}, got "
+            f"{rotations.shape}."
         )
-    expected = (*qk.shape[:-3], heads, rounds, length)
+    expected = (*qk.shape[:-3], heads, hashing.rounds(n_buckets), length)
     if buckets is not None and buckets.shape != expected:
         raise ValueError(
             f"buckets must have shape {expected}, [*batch, heads, rounds, length], got "

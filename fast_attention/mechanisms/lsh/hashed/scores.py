@@ -15,7 +15,7 @@ from fast_attention.arrays.dtypes import at_least_float32
 from fast_attention.arrays.types import Array, Float, Int
 from fast_attention.mechanisms.lsh.hashed.sorting import Order
 from fast_attention.mechanisms.lsh.hashed.windows import rows_at
-from fast_attention.mechanisms.lsh.shared_query_key import SELF_LOGIT
+from fast_attention.mechanisms.shared_qk import SELF_LOGIT
 
 
 class Choices(NamedTuple):

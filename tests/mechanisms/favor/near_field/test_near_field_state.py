@@ -62,7 +62,7 @@ def test_prefill_and_steps_are_the_whole(window, options):
             assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
             state = after
             cases.assert_close(out, whole[rows, now], 1e-5)
-        np.testing.assert_array_equal(state.length, now + 1)
+        np.testing.assert_array_equal(state.near.length, now + 1)
 
 
 def test_steps_alone_without_a_batch_and_in_half_precision():
@@ -91,9 +91,9 @@ def test_the_state_holds_the_far_keys_and_the_window():
     state = function.init_state((B,), K, D, V, max_length=10**6)
     _, state = cases.compiled(function.prefill)(state, q, k, v)
     assert isinstance(state.far, LinearAttentionState)
-    assert state.key.shape == (B, window, K, D) and state.value.shape == (B, window, K, V)
+    assert state.near.key.shape == (B, window, K, D) and state.near.value.shape == (B, window, K, V)
     for position in range(T - window, T):
-        np.testing.assert_array_equal(state.key[:, position % window], k[:, position])
+        np.testing.assert_array_equal(state.near.key[:, position % window], k[:, position])
     # Its keys weigh as much as those of a state that saw only what has left the window.
     plain = make_fast_softmax_attention(nb_features=cases.M, unidirectional=True)
     empty = plain.init_state((B,), K, D, V)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from fast_attention import shared_qk_attention
-from fast_attention.mechanisms.lsh import shared_query_key
+from fast_attention.mechanisms import shared_qk
+from fast_attention.mechanisms.lsh import operands
 from tests.mechanisms.lsh.definition import attend
 
 
@@ -62,19 +63,19 @@ def test_equals_the_definition_and_padding_gets_no_gradient():
 
 def test_rotation_is_a_product_with_unit_numbers():
     x, positions = inputs()[0], jnp.arange(11)[None]
-    turned = shared_query_key.rotate_pairs(x, jnp.broadcast_to(positions, (2, 11)))
+    turned = operands.rotate_pairs(x, jnp.broadcast_to(positions, (2, 11)))
     pairs = np.asarray(x[..., 0::2] + 1j * x[..., 1::2])
     angles = np.arange(11)[:, None, None] * 10000.0 ** (-np.arange(0, 6, 2) / 6)
     expected = pairs * np.exp(1j * angles)
     np.testing.assert_allclose(turned[..., 0::2] + 1j * turned[..., 1::2], expected, atol=1e-5)
     with pytest.raises(ValueError, match="even"):
-        shared_query_key.rotate_pairs(x[..., :5], jnp.zeros((2, 11), int))
+        operands.rotate_pairs(x[..., :5], jnp.zeros((2, 11), int))
 
 
 def test_unit_keys_have_no_gradient_at_zero():
     x = jnp.array([[3.0, 4.0], [0.0, 0.0], [1e-20, 0.0]])
-    np.testing.assert_allclose(shared_query_key.unit_keys(x), [[0.6, 0.8], [0, 0], [0, 0]])
-    gradient = jax.grad(lambda x: shared_query_key.unit_keys(x)[:, 0].sum())(x)
+    np.testing.assert_allclose(shared_qk.unit_keys(x), [[0.6, 0.8], [0, 0], [0, 0]])
+    gradient = jax.grad(lambda x: shared_qk.unit_keys(x)[:, 0].sum())(x)
     np.testing.assert_allclose(gradient, [[0.128, -0.096], [0, 0], [0, 0]], atol=1e-6)
 
 
@@ -82,7 +83,6 @@ def test_unit_keys_have_no_gradient_at_zero():
     ("options", "message"),
     [
         ({"query_length": 12}, "query_length=12"),
-        ({"dropout_rate": 0.1}, "dropout_key"),
         ({"positions": jnp.zeros((2, 11), int)}, "rotary=True"),
         ({"mask": jnp.ones((3, 1, 11, 11), bool)}, "broadcastable"),
     ],

@@ -12,7 +12,7 @@ from fast_attention import (
     make_local_attention,
     make_lsh_attention,
 )
-from fast_attention.mechanisms.on_mesh.sequence_parallel import along_mesh_axis
+from fast_attention.mechanisms.wrapped import as_attention_fn
 from tests.compiling import compiled
 
 
@@ -30,7 +30,7 @@ def test_functions_attend_across_devices():
     rows = PartitionSpec(None, "seq")
 
     def across(q, k, v, seen):
-        return [along_mesh_axis(f, "seq")(q, k, v, key_mask=seen) for f in functions]
+        return [f.along_axis("seq")(q, k, v, key_mask=seen) for f in functions]
 
     mapped = jax.shard_map(across, mesh=mesh, in_specs=(rows,) * 4, out_specs=rows)
     for out, function in zip(compiled(mapped)(*x, seen), functions, strict=True):
@@ -48,11 +48,11 @@ def test_functions_attend_across_devices():
 )
 def test_what_needs_all_positions_says_so(function, remedy):
     with pytest.raises(ValueError, match=remedy):
-        along_mesh_axis(function, "seq")
+        as_attention_fn(function).along_axis("seq")
 
 
 def test_local_attention_across_devices_has_no_bias():
-    function = along_mesh_axis(make_local_attention(2), "seq")
+    function = make_local_attention(2).along_axis("seq")
     x = jnp.ones((1, 4, 1, 2))
     with pytest.raises(ValueError, match="bias"):
         function(x, x, x, bias=jnp.zeros((1, 1, 4, 4)))

@@ -1,8 +1,4 @@
-"""What dense and hashed attention with one projection for queries and keys have in common.
-
-A position's key is its query at unit length. The logit of a position with itself, which would
-nearly always be the largest, is replaced by a constant so low that a position attends to itself
-only where it sees nothing else (Reformer, arXiv:2001.04451).
+"""Operands and results of attention with shared queries and keys, exact and hashed.
 
 Shape letters: B batch, T queries, S length, H heads, D head width, V value width, R rounds.
 """
@@ -17,9 +13,7 @@ import numpy as np
 
 from fast_attention.arrays.dtypes import at_least_float32
 from fast_attention.arrays.types import Array, Float, Int
-
-SELF_LOGIT = -5e4
-"""Logit of a position with itself; half precision can hold it."""
+from fast_attention.mechanisms.checks import full_rank
 
 
 class LSHOutput(NamedTuple):
@@ -34,23 +28,6 @@ class LSHOutput(NamedTuple):
     out: Float[Array, "*B T H V"]
     weights: Float[Array, "*B H T S"] | None
     buckets: Int[Array, "*B H R S"] | None
-
-
-def unit_keys(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-    """Scales vectors to unit length; those shorter than 1e-12 become zeros, with zero gradient.
-
-    Args:
-      x: ``[*B, D]``.
-
-    Returns:
-      ``[*B, D]`` in the type of `x`, computed in float32 at least.
-    """
-    wide = x.astype(at_least_float32(x.dtype))
-    squares = jnp.sum(wide * wide, axis=-1, keepdims=True)
-    # The inner where keeps the infinite slope of the root at 0 out of the gradient.
-    long = squares > 1e-24
-    inverse = jnp.where(long, jnp.where(long, squares, 1) ** -0.5, 0)
-    return (wide * inverse).astype(x.dtype)
 
 
 def rotate_pairs(x: Float[Array, "*B H D"], positions: Int[Array, "*B"]) -> Float[Array, "*B H D"]:
@@ -95,13 +72,8 @@ def place_queries(positions: Array | None, shape: tuple[int, ...], queries: int)
 
 def spread_mask(mask: Array, shape: tuple[int, ...]) -> Array:
     """Brings a mask that broadcasts to ``[*B, H, T, S]`` to ``[B or 1, H or 1, T, S]`` bool."""
-    full = (1,) * (len(shape) - mask.ndim) + mask.shape
-    if len(full) != len(shape) or any(n not in (1, m) for n, m in zip(full, shape, strict=True)):
-        raise ValueError(
-            f"mask must be broadcastable to [*batch, heads, queries, keys] = {shape}, got shape "
-            f"{mask.shape}."
-        )
-    shared = math.prod(full[:-3]) == 1
-    leading = (1,) * len(full[:-3]) if shared else shape[:-3]
-    mask = jnp.broadcast_to(mask.reshape(full).astype(bool), (*leading, full[-3], *shape[-2:]))
+    mask = full_rank("mask", mask, shape).astype(bool)
+    shared = math.prod(mask.shape[:-3]) == 1
+    leading = (1,) * len(shape[:-3]) if shared else shape[:-3]
+    mask = jnp.broadcast_to(mask, (*leading, mask.shape[-3], *shape[-2:]))
     return mask.reshape(-1, *mask.shape[-3:])
