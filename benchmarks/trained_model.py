@@ -73,7 +73,9 @@ def cases(features: Sequence[int], windows: Sequence[int]) -> list[Case]:
         Case("uniform", None, None, uniform, False),
     ]
     for number in features:
-        relu = functools.partial(make_fast_generalized_attention, nb_features=number)
+        relu = functools.partial(
+            make_fast_generalized_attention, nb_features=number, features_type="ortho"
+        )
         found.append(Case("ReLU", number, None, relu))
         for window in (None, *windows):
             for estimator in ("favor+", "wderf_s"):

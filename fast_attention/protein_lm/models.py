@@ -90,6 +90,7 @@ class FlaxBERT(FlaxModel):
         mask_rate: float = 0.15,
         mask_token_proportion: float = 0.8,
         random_token_proportion: float = 0.1,
+        enclose: bool = False,
         **kwargs: Any,
     ):
         """Builds the model.
@@ -100,12 +101,18 @@ class FlaxBERT(FlaxModel):
           mask_token_proportion: Share of the chosen that the mask token hides.
           random_token_proportion: Share of the chosen replaced by a random residue; the rest
             stays as it is.
+          enclose: Sequences are read between a begin and an end token, as ESM-2 and BERT do.
           **kwargs: See `FlaxModel`.
 
         Raises:
           ValueError: If a share is out of [0, 1] or the vocabulary has no mask token.
         """
-        self.own_objective = Masked(mask_rate, mask_token_proportion, random_token_proportion)
+        self.own_objective = Masked(
+            mask_rate=mask_rate,
+            mask_token_proportion=mask_token_proportion,
+            random_token_proportion=random_token_proportion,
+            enclose=enclose,
+        )
         super().__init__(*args, **kwargs)
 
     def sample(

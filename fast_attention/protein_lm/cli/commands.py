@@ -13,6 +13,7 @@ from fast_attention.protein_lm.cli import (
     evaluate,
     export,
     fine_tune,
+    import_model,
     info,
     mutate,
     predict,
@@ -31,6 +32,7 @@ COMMANDS: dict[str, ModuleType] = {
     "fine-tune": fine_tune,
     "predict": predict,
     "export": export,
+    "import": import_model,
     "info": info,
     "diagnose": diagnose,
 }

@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> None:
         found = evaluation.evaluate_on(
             model,
             options.fasta,
-            evaluation.load_baselines(folder.baselines),
+            evaluation.baselines_of(folder),
             batch_size=options.batch_size,
             seed=options.seed,
             num_seeds=options.num_seeds,

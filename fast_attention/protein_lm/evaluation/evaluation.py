@@ -28,6 +28,8 @@ from fast_attention.protein_lm.evaluation.protein_scores import MODEL, ProteinSc
 from fast_attention.protein_lm.flax_model import FlaxModel
 from fast_attention.protein_lm.modeling import metrics
 from fast_attention.protein_lm.modeling.batches import select
+from fast_attention.protein_lm.runs import model_file
+from fast_attention.protein_lm.runs.run_folder import RunFolder
 
 Row = dict[str, Any]
 
@@ -46,6 +48,17 @@ class Evaluation:
 
     result: dict[str, Any]
     per_protein: dict[str, Sequence[Any]]
+
+
+def baselines_of(folder: RunFolder) -> list[NGram]:
+    """The n-grams of a run; none for a model that was not trained by ``protein-lm train``.
+
+    Raises:
+      RunError: If the file is damaged, or missing though the model is of such a training.
+    """
+    if not folder.baselines.exists() and model_file.read(folder.model)["training"] is None:
+        return []
+    return load_baselines(folder.baselines)
 
 
 def fit_baselines(

@@ -140,8 +140,12 @@ def _masked_baselines(
     ngrams: Sequence[NGram],
 ) -> dict[str, ProteinSums]:
     """Only residues are asked for, so that the end of a sequence is no possible outcome."""
-    unigram = next(ngram for ngram in ngrams if ngram.order == 1).predict(np.zeros(1, int))[0]
-    shares = unigram[: len(domain.vocab.ordinary_ids)]
+    outcomes = len(domain.vocab.ordinary_ids)
+    found = _uniform(outcomes, residues)
+    unigrams = [ngram for ngram in ngrams if ngram.order == 1]
+    if not unigrams:
+        return found
+    shares = unigrams[0].predict(np.zeros(1, int))[0, :outcomes]
     probabilities = shares / shares.sum()
     number = len(residues)
     sums = ProteinSums(
@@ -149,4 +153,4 @@ def _masked_baselines(
         np.bincount(proteins, targets == probabilities.argmax(), number),
         residues,
     )
-    return _uniform(len(probabilities), residues) | {"unigram": sums}
+    return found | {"unigram": sums}

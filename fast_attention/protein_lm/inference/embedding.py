@@ -124,8 +124,10 @@ def check_config(model: BuiltModel, config: EmbeddingConfig) -> None:
                 f"the model has the layers 0 (the embedding of the tokens) .. {blocks}, or "
                 f"{-blocks - 1} .. -1 counted from the end, and 'last'; got {layer}."
             )
-    ends = not model.objective.begins
-    if ends and (config.pool == "bos" or config.pool == "eos" and model.domain.vocab.eos is None):
+    objective = model.objective
+    ends = not objective.begins
+    no_begin = config.pool == "bos" and not objective.enclose
+    if ends and (no_begin or config.pool == "eos" and model.domain.vocab.eos is None):
         raise ValueError(
             f"pool={config.pool!r}: {type(model).__name__} reads no such token; take 'mean', 'max' "
             "or 'sum'."

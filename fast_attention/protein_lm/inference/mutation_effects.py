@@ -23,7 +23,6 @@ from fast_attention.protein_lm.modeling.encoding import (
     encode_sequences,
     longest_protein,
     row_lengths,
-    with_end,
 )
 from fast_attention.protein_lm.modeling.objectives import OBJECTIVES
 
@@ -227,13 +226,13 @@ def _log_probabilities(
     progress: Callable[[int], object],
 ) -> list[np.ndarray]:
     """For each view float64 [asked, V]."""
-    tokens = with_end(model.domain.vocab, wild)
+    tokens, first = model.objective.read(model.domain.vocab, wild), model.objective.first
 
     def compute(items: list[_Hidden], shape: token_batches.Shape):
         rows = [tokens] * len(items)
         inputs = token_batches.fill(rows, shape)
         for row, item in enumerate(items):
-            inputs[row, list(item.hidden)] = model.domain.vocab.mask
+            inputs[row, np.array(item.hidden, int) + first] = model.domain.vocab.mask
         place = np.broadcast_to(np.arange(shape[1]), shape)
         visible = place < row_lengths(rows, shape[0])[:, None]
         return model.logits(
@@ -245,7 +244,7 @@ def _log_probabilities(
         )
 
     def take(logits: np.ndarray, row: int, item: _Hidden) -> np.ndarray:
-        values = logits[row, list(item.asked)].astype(np.float64)
+        values = logits[row, np.array(item.asked, int) + first].astype(np.float64)
         values -= values.max(-1, keepdims=True)
         return values - np.log(np.exp(values).sum(-1, keepdims=True))
 

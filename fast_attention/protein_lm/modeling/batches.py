@@ -298,9 +298,11 @@ def weighted(
 
 def in_order(corpus: Corpus, domain: DiscreteDomain, objective: Objective) -> pipeline.Batch:
     """One batch of all proteins, one a row in their order, with nothing masked."""
+    options: dict[str, Any] = {"objective": objective} if objective.enclose else {}
     dataset = pipeline.make_dataset(
         corpus,
         domain,
+        **options,
         length=int(corpus.lengths.max()),
         batch_size=len(corpus),
         seed=0,

@@ -72,13 +72,16 @@ def make_embedding_step(graphdef: Any, objective: Objective) -> Callable[..., ja
         found = model.hidden_states(inputs, layers, positions=positions, key_mask=visible)
         place = jnp.arange(inputs.shape[1])[None]
         own = (place >= first) & (place < (first + residues)[:, None])
-        states = [_pool(state.astype(jnp.float32), own, residues, pool) for state in found]
+        last = objective.last(residues)
+        states = [_pool(state.astype(jnp.float32), own, residues, last, pool) for state in found]
         return jnp.stack(states).astype(dtype)
 
     return jax.jit(embed, static_argnames=("layers", "pool", "dtype"))
 
 
-def _pool(state: jax.Array, own: jax.Array, residues: jax.Array, pool: str | None) -> jax.Array:
+def _pool(
+    state: jax.Array, own: jax.Array, residues: jax.Array, last: jax.Array, pool: str | None
+) -> jax.Array:
     """Pools ``[B, T, M]`` over the positions where `own` ``[B, T]`` is true."""
     if pool is None:
         return state
@@ -86,7 +89,7 @@ def _pool(state: jax.Array, own: jax.Array, residues: jax.Array, pool: str | Non
         return state[:, 0]
     if pool == "eos":
         # The end token of a masked model, or the last residue behind a begin token.
-        return jnp.take_along_axis(state, residues[:, None, None], axis=1)[:, 0]
+        return jnp.take_along_axis(state, last[:, None, None], axis=1)[:, 0]
     if pool == "max":
         return jnp.max(jnp.where(own[..., None], state, -jnp.inf), axis=1)
     total = jnp.sum(jnp.where(own[..., None], state, 0), axis=1)

@@ -82,15 +82,43 @@ def save_model(model: BuiltModel, output: str | os.PathLike[str]) -> None:
       OutputError: If the folder cannot be written.
       RunError: If it holds a run.
     """
+    _save(model, _arrays(model.state), int(model.state.step), output)
+
+
+def _save(model: BuiltModel, arrays: Any, step: int, output: str | os.PathLike[str]) -> None:
     target = RunFolder(Path(output))
     check_export(None, target)
     if target.config.exists():
         raise RunError(f"{target.path} holds an exported run: give the model a folder of its own")
-    about = _describe(model, int(model.state.step), None)
+    about = _describe(model, step, None)
     with open_output_folder(target.path, last=target.model.name) as path:
         new = RunFolder(path)
-        _write_arrays(new.weights, named(_arrays(model.state)))
+        _write_arrays(new.weights, named(arrays))
         write_file(new.model, model_file.to_text(about))
+
+
+def save_arrays(
+    model: BuiltModel, parameters: Any, variables: Any, output: str | os.PathLike[str]
+) -> None:
+    """Writes a model with given arrays; its own state, an optimiser's included, is never made.
+
+    Args:
+      model: Describes the arrays.
+      parameters: Nested dict, as `train_state.split_model` returns it.
+      variables: Likewise.
+      output: As for `save_model`.
+
+    Raises:
+      OutputError, RunError: As `save_model`.
+      ValueError: If the arrays are those of another model.
+    """
+    arrays = {"parameters": parameters, "variables": variables}
+    found, expected = describe(arrays), describe(_arrays(model.abstract_state))
+    if found != expected:
+        wrong = sorted(name for name in found.keys() ^ expected.keys())
+        wrong += [name for name in found if found[name] != expected.get(name, found[name])]
+        raise ValueError(f"these arrays are not those of the model: {', '.join(wrong[:5])}")
+    _save(model, arrays, 0, output)
 
 
 def _describe(model: BuiltModel, step: int, tokens: int | None) -> dict[str, Any]:

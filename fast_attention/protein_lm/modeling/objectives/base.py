@@ -60,6 +60,7 @@ class Objective:
       causal: Whether the attention of the model is causal.
       begins: Whether the model reads a sequence behind a begin token and without its end token;
         otherwise it reads the end token and no begin token.
+      enclose: Whether the model reads a sequence between a begin and an end token.
       corrupts: Whether batches depend on random numbers, and evaluations therefore on a seed.
       exact: Whether scores are log-likelihoods: every residue is asked for, given those before it.
         Otherwise they are pseudo-log-likelihoods: every residue is asked for, given all others.
@@ -73,6 +74,7 @@ class Objective:
     name: ClassVar[str]
     causal: ClassVar[bool] = False
     begins: ClassVar[bool] = False
+    enclose = False
     corrupts: ClassVar[bool] = True
     exact: ClassVar[bool] = False
     samples: ClassVar[bool] = False
@@ -90,6 +92,10 @@ class Objective:
     def first(self) -> int:
         """Position of the first residue in what `read` returns."""
         return int(self.begins)
+
+    def last(self, residues: Any) -> Any:
+        """Position of the end token behind so many residues; of the last if it is not read."""
+        return residues
 
     def check(self, alphabet: Alphabet) -> None:
         """Raises ValueError if the alphabet lacks a token that the objective needs."""

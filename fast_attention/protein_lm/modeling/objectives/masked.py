@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,11 +40,13 @@ class Masked(Objective):
       mask_token_proportion: share of the chosen that are hidden behind the mask token.
       random_token_proportion: share of the chosen that are replaced by a random standard residue
         (which may be the same one). The rest of the chosen is left as it is.
+      enclose: sequences are read between a begin and an end token, as ESM-2 and BERT do.
     """
 
     mask_rate: float = 0.15
     mask_token_proportion: float = 0.8
     random_token_proportion: float = 0.1
+    enclose: bool = False
 
     name = "masked"
     rounds = True
@@ -53,6 +55,7 @@ class Masked(Objective):
     def __post_init__(self):
         """Raises ValueError if a share, or the sum of the two proportions, is not in [0, 1]."""
         shares = dataclasses.asdict(self)
+        del shares["enclose"]
         shares["mask_token_proportion + random_token_proportion"] = (
             self.mask_token_proportion + self.random_token_proportion
         )
@@ -60,8 +63,31 @@ class Masked(Objective):
             if not 0 <= share <= 1 + 1e-9:
                 raise ValueError(f"{name} must be in [0, 1], but is {share}.")
 
+    @property
+    def first(self) -> int:
+        """The first residue is behind the begin token, if that is read."""
+        return int(self.enclose)
+
+    def last(self, residues: Any) -> Any:
+        """The position of the end token."""
+        return residues + self.first
+
+    def room(self, lengths: Any) -> Any:
+        """The begin token, if it is read, takes one."""
+        return lengths + self.first
+
+    def read(self, alphabet: Alphabet, item: Encoded) -> np.ndarray:
+        """The residues and the end token, behind the begin token with `enclose`."""
+        tokens = with_end(alphabet, item)
+        return np.insert(tokens, 0, alphabet.begin) if self.enclose else tokens
+
     def check(self, alphabet: Alphabet) -> None:
-        """Raises ValueError if there is no mask token."""
+        """Raises ValueError if a token is missing."""
+        if self.enclose and (alphabet.bos is None or alphabet.eos is None):
+            raise ValueError(
+                "enclose=True reads a begin and an end token: make the domain with "
+                "include_bos=True and include_eos=True"
+            )
         if alphabet.mask is None:
             raise ValueError(
                 "a masked model needs a mask token: make the domain with include_mask=True"
@@ -69,6 +95,7 @@ class Masked(Objective):
 
     def batch(self, rows: PackedRows, alphabet: Alphabet, draws: np.ndarray) -> Batch:
         """Corrupts residues, see `mask_tokens`."""
+        rows = _enclosed(rows, alphabet) if self.enclose else rows
         inputs, chosen = mask_tokens(rows.tokens, rows.segment_ids, alphabet, draws, self)
         return {
             "inputs": inputs,
@@ -80,8 +107,8 @@ class Masked(Objective):
 
     def questions(self, alphabet: Alphabet, item: Encoded) -> Iterator[Question]:
         """Each residue, hidden alone."""
-        tokens = with_end(alphabet, item)
-        for place, token in enumerate(item.residues):
+        tokens = self.read(alphabet, item)
+        for place, token in enumerate(item.residues, self.first):
             inputs = tokens.copy()
             inputs[place] = alphabet.mask
             yield Question(inputs, np.array([token]), place)
@@ -120,7 +147,7 @@ class Masked(Objective):
         for (length, _), known in zip(item.bounds, item.known[1:], strict=True):
             pieces += [np.full(length, alphabet.mask), known]
         residues = np.concatenate(pieces).astype(np.int32)
-        tokens = with_end(alphabet, Encoded(residues, whole=True))
+        tokens = self.read(alphabet, Encoded(residues, whole=True))
         width = -(-len(tokens) // _STRIDE) * _STRIDE
         missing = min(width, longest_input(model) or width) - len(tokens)
         pad = alphabet.eos if alphabet.pad is None else alphabet.pad
@@ -145,7 +172,7 @@ class Masked(Objective):
             )
             rows, hidden = np.asarray(found.tokens), np.asarray(found.hidden)
             total += np.asarray(found.log_probability, np.float64)
-        return list(rows[:, : len(residues)]), total
+        return list(rows[:, self.first : self.first + len(residues)]), total
 
 
 def unpacked(ids: np.ndarray, alphabet: Alphabet) -> Batch:
@@ -164,6 +191,23 @@ def unpacked(ids: np.ndarray, alphabet: Alphabet) -> Batch:
         "segment_ids": visible.astype(np.int32),
         "positions": np.where(visible, np.arange(ids.shape[1])[None], 0).astype(np.int32),
     }
+
+
+def _enclosed(rows: PackedRows, alphabet: Alphabet) -> PackedRows:
+    """Begins every sequence with the begin token; the padding of the rows leaves the room."""
+    assert alphabet.bos is not None
+    visible = rows.segment_ids > 0
+    row, column = np.nonzero(visible)
+    segments = rows.segment_ids[visible]
+    moved = column + segments
+    tokens = np.full_like(rows.tokens, alphabet.filler)
+    segment_ids, positions = np.zeros_like(tokens), np.zeros_like(tokens)
+    tokens[row, moved], segment_ids[row, moved] = rows.tokens[visible], segments
+    positions[row, moved] = rows.positions[visible] + 1
+    begins = rows.positions[visible] == 0
+    tokens[row[begins], moved[begins] - 1] = alphabet.bos
+    segment_ids[row[begins], moved[begins] - 1] = segments[begins]
+    return PackedRows(tokens, segment_ids, positions)
 
 
 def mask_tokens(

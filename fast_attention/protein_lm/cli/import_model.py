@@ -1,0 +1,36 @@
+"""``protein-lm import``."""
+
+from __future__ import annotations
+
+import argparse
+
+SUMMARY = "read a published ESM-2 or BERT model into a folder of this package"
+DESCRIPTION = """\
+Read a published protein model of the kind ESM-2 or BERT (ProtBERT, AntiBERTy) into a new folder.
+Wherever --run_dir is asked for, the new folder will do: evaluate, score, mutate, embed, fine-tune,
+sample --infill, export. The source is a folder with config.json, vocab.txt and model.safetensors
+(or several, with their index) or pytorch_model.bin, as Hugging Face publishes them, or fair-esm's
+.pt file of an ESM-2 model. PyTorch is not needed, and nothing in the files is executed.
+
+  protein-lm import --from=esm2_t6_8M_UR50D --work_dir=runs/esm2_8m
+  protein-lm score --run_dir=runs/esm2_8m --fasta=proteins.fasta --output=scores.csv"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    parser.add_argument(
+        "--from", required=True, metavar="PATH", dest="source", help="the published model"
+    )
+    parser.add_argument("--work_dir", required=True, metavar="FOLDER", help="the new folder")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Runs the command."""
+    from fast_attention.protein_lm.runs.importing import import_model
+    from fast_attention.protein_lm.wording import counted
+
+    found = import_model(options.source, options.work_dir)
+    parameters = counted(found.model.num_parameters, "parameter")
+    print(f"model with {parameters} written to {options.work_dir}")
+    if found.other_heads:
+        print(f"other heads are left out: {', '.join(found.other_heads)}")
