@@ -180,7 +180,7 @@ class AttentionFn(EqualOptions, Decoder, abc.ABC):
         )
         call = call.with_ids(segment_ids, positions).with_query_mask(query_mask)
         refuse_untaken(self.mechanism, self.takes, call, bias)
-        check_lengths(call, self.mechanism, self.takes)
+        check_lengths(call, self.mechanism, self.takes, masked=mask is not None)
         call = call.with_key_mask(key_mask).with_mask(self.takes, mask, bias)
         if call.is_empty and not (call.return_weights or call.return_buckets):
             return call.finish(call.empty_output())

@@ -283,8 +283,15 @@ class Call:
         return dataclasses.replace(self, fits=fits if self.fits is None else self.fits & fits)
 
 
-def check_lengths(call: Call, mechanism: str, takes: Takes) -> None:
-    """Raises ValueError for numbers of queries and keys that the call does not allow."""
+def check_lengths(call: Call, mechanism: str, takes: Takes, *, masked: bool = False) -> None:
+    """Raises ValueError for numbers of queries and keys that the call does not allow.
+
+    Args:
+      call: The call.
+      mechanism: Its name.
+      takes: What it honours.
+      masked: Whether a mask of queries and keys is given, as Flax does with a cache.
+    """
     length, keys = call.query.shape[-3], call.key.shape[-3]
     if not takes.symbolic_lengths and any(export.is_symbolic_dim(n) for n in (length, keys)):
         raise mismatch(
@@ -310,6 +317,13 @@ def check_lengths(call: Call, mechanism: str, takes: Takes) -> None:
             )
         return
     if takes.shared_qk:
+        if call.over_cache and masked:
+            raise mismatch(
+                f"Lengths of {mechanism.lower()} under a mask",
+                "equal: its keys are its queries, so that it cannot read a cache",
+                given,
+                "use another attention function to decode, or key_mask for keys of memory",
+            )
         if length > keys:
             raise mismatch(
                 f"Lengths of {mechanism.lower()}", "at least as many keys as queries", given

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from fast_attention import Hashing, lsh_attention, make_lsh_attention, shared_qk_attention
 
@@ -73,3 +74,18 @@ def test_what_it_cannot_do_is_refused(options, message):
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         make_lsh_attention(**options)
+
+
+def test_one_query_over_a_cache_is_refused():
+    """The query would be read as the first of the keys; keys of memory have no mask of pairs."""
+    attend = make_lsh_attention(4, 2)
+    query, cache = jnp.ones((1, 1, 2, 4)), jnp.ones((1, 8, 2, 4))
+    with pytest.raises(ValueError, match="cannot read a cache"):
+        attend(query, cache, cache, mask=jnp.ones((1, 1, 1, 8), bool))
+    module = nnx.MultiHeadAttention(
+        2, 8, attention_fn=attend, decode=True, keep_rngs=False, rngs=nnx.Rngs(0)
+    )
+    module.init_cache((1, 8, 8))
+    with pytest.raises(ValueError, match="cannot read a cache"):
+        module(jnp.ones((1, 1, 8)))
+    assert attend(query, cache, cache).shape == query.shape
