@@ -136,11 +136,11 @@ def hashed(function, query, key, seen, bias, buckets):
     length = rows.shape[-1]
     filled = np.pad(
         rows,
-        [(0, 0), (0, 0), (0, -length % function.bucket_size)],
+        [(0, 0), (0, 0), (0, -length % function.hashing.bucket_size)],
         mode="constant",
         constant_values=rows.max() + 1,
     )
-    met = np.stack([meetings(row, function.bucket_size)[0][:length, :length] for row in filled])
+    met = np.stack([meetings(row, function.hashing.bucket_size)[0][:length, :length] for row in filled])
     met = met.reshape(seen.shape)
     return normalized(logs, (met > 0) & (seen | itself), bias, met)
 
