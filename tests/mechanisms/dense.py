@@ -140,7 +140,9 @@ def hashed(function, query, key, seen, bias, buckets):
         mode="constant",
         constant_values=rows.max() + 1,
     )
-    met = np.stack([meetings(row, function.hashing.bucket_size)[0][:length, :length] for row in filled])
+    met = np.stack(
+        [meetings(row, function.hashing.bucket_size)[0][:length, :length] for row in filled]
+    )
     met = met.reshape(seen.shape)
     return normalized(logs, (met > 0) & (seen | itself), bias, met)
 
