@@ -33,6 +33,19 @@ from fast_attention.protein_lm.modeling.model_options import ModelOptions, check
 from fast_attention.protein_lm.modeling.objectives import Objective, get_objective
 
 
+@dataclasses.dataclass(frozen=True)
+class Build:
+    """Makes the Transformer of a model; equal where class, shape and attention function are."""
+
+    model_cls: Callable[..., nnx.Module]
+    config: Any
+    attention_fn: Callable[..., Any] | None
+
+    def __call__(self, rngs: nnx.Rngs) -> nnx.Module:
+        """Makes it with these random numbers."""
+        return self.model_cls(self.config, self.attention_fn, rngs=rngs)
+
+
 class BuiltModel:
     """What a `FlaxModel` is made of: its tokens, its arrays, and the functions compiled for it.
 
@@ -141,9 +154,7 @@ class BuiltModel:
         positions = int(self.objective.room(self.config.max_len + 1))
         config = dataclasses.replace(self.config, max_len=positions)
 
-        def build(rngs: nnx.Rngs) -> nnx.Module:
-            return self.model_cls(config, attention_fn, rngs=rngs)
-
+        build = Build(self.model_cls, config, attention_fn)
         abstract = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
         lay_on_mesh(abstract, self.mesh)
         self.graphdef, parameters, variables = train_state.split_model(abstract)
@@ -153,7 +164,10 @@ class BuiltModel:
         )
         self._shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
         self.initialize = train_state.make_initializer(
-            build, self._optimizer, averaged=averaged, shardings=self._shardings
+            build,
+            self._optimizer,
+            averaged=averaged,
+            shardings=train_state.Shardings.of(self.abstract_state),
         )
         self._make_train_step()
         self.eval_step = train_state.make_eval_step(self.graphdef)
@@ -164,7 +178,10 @@ class BuiltModel:
 
     def _make_train_step(self) -> None:
         self.train_step = train_state.make_train_step(
-            self.graphdef, self._optimizer, ema_decay=self.ema_decay, shardings=self._shardings
+            self.graphdef,
+            self._optimizer,
+            ema_decay=self.ema_decay,
+            shardings=train_state.Shardings.of(self.abstract_state),
         )
 
     def set_num_steps(self, number: int) -> None:

@@ -13,11 +13,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fast_attention.protein_lm.modeling.encoding import number_rows
+from fast_attention.protein_lm.modeling.made_once import made_once
 from fast_attention.protein_lm.modeling.objectives import Objective
 
 Layer = int | Literal["last"]
 
 
+@made_once
 def make_residue_step(graphdef: Any) -> Callable[..., jax.Array]:
     """Makes the jitted function from a batch of questions to log-probabilities, float32.
 
@@ -43,6 +45,7 @@ def make_residue_step(graphdef: Any) -> Callable[..., jax.Array]:
     return jax.jit(log_probabilities)
 
 
+@made_once
 def make_embedding_step(graphdef: Any, objective: Objective) -> Callable[..., jax.Array]:
     """Makes the jitted function from a batch to representations.
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fast_attention.protein_lm.modeling.made_once import made_once
 from fast_attention.protein_lm.modeling.schedules import Schedule
 
 Name = Literal["adamw", "muon"]
@@ -77,6 +78,7 @@ class OptimizerOptions:
             )
 
 
+@made_once
 def create_optimizer(
     learning_rate: float | Schedule, options: OptimizerOptions | None = None
 ) -> optax.GradientTransformation:

@@ -22,6 +22,7 @@ from fast_attention.models.placement import parameter_shardings
 from fast_attention.protein_lm.distributed import process_arrays
 from fast_attention.protein_lm.modeling import metrics
 from fast_attention.protein_lm.modeling.feature_upkeep import keep_up_features
+from fast_attention.protein_lm.modeling.made_once import made_once
 
 Batch = Mapping[str, Any]
 
@@ -79,12 +80,37 @@ def make_state(
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Shardings:
+    """Where the arrays of a `TrainState` lie, hashable.
+
+    Attributes:
+      leaves: A sharding for each array.
+      structure: Of the state.
+    """
+
+    leaves: tuple[NamedSharding, ...]
+    structure: Any
+
+    @classmethod
+    def of(cls, abstract: TrainState) -> Shardings:
+        """Those of `abstract_state`."""
+        leaves, structure = jax.tree.flatten(abstract)
+        return cls(tuple(leaf.sharding for leaf in leaves), structure)
+
+    @property
+    def state(self) -> TrainState:
+        """A state of shardings."""
+        return jax.tree.unflatten(self.structure, self.leaves)
+
+
+@made_once
 def make_initializer(
     build: Callable[[nnx.Rngs], nnx.Module],
     optimizer: optax.GradientTransformation,
     *,
     averaged: bool = False,
-    shardings: Any = None,
+    shardings: Shardings | None = None,
 ) -> Callable[[jax.Array], TrainState]:
     """Makes the jitted function from a random key to the state of step 0.
 
@@ -92,10 +118,10 @@ def make_initializer(
       build: Makes the model.
       optimizer: Whose state starts empty.
       averaged: Whether the state has a moving average of the parameters.
-      shardings: From `state_shardings`: no device ever holds more than its part.
+      shardings: No device ever holds more than its part.
     """
 
-    @partial(jax.jit, out_shardings=shardings)
+    @partial(jax.jit, out_shardings=None if shardings is None else shardings.state)
     def initialize(key: jax.Array) -> TrainState:
         model_key, train_key = jax.random.split(key)
         _, parameters, variables = split_model(build(nnx.Rngs(model_key)))
@@ -104,12 +130,13 @@ def make_initializer(
     return initialize
 
 
+@made_once
 def make_train_step(
     graphdef: Any,
     optimizer: optax.GradientTransformation,
     *,
     ema_decay: float | None = None,
-    shardings: Any = None,
+    shardings: Shardings | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, metrics.Sums]]:
     """Makes the jitted step ``(state, batch) -> (state, sums)``.
 
@@ -181,8 +208,8 @@ def make_train_step(
 
     if shardings is None:
         return jax.jit(step, donate_argnums=0)
-    replicated = shardings.step
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
+    where = shardings.state
+    return jax.jit(step, donate_argnums=0, out_shardings=(where, where.step))
 
 
 def make_forward(graphdef: Any) -> Callable[..., jax.Array]:
@@ -206,11 +233,13 @@ def make_forward(graphdef: Any) -> Callable[..., jax.Array]:
     return forward
 
 
+@made_once
 def make_logits(graphdef: Any) -> Callable[..., jax.Array]:
     """Makes the jitted `make_forward`."""
     return jax.jit(make_forward(graphdef), static_argnames="packed")
 
 
+@made_once
 def make_eval_step(graphdef: Any) -> Callable[..., metrics.Sums]:
     """Makes the jitted ``(parameters, variables, batch, packed) -> metrics.token_sums``."""
     forward = make_forward(graphdef)
