@@ -61,6 +61,16 @@ def add_fasta(parser: argparse.ArgumentParser, meaning: str) -> None:
     )
 
 
+def add_table(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--output``, a table."""
+    parser.add_argument(
+        "--output",
+        required=True,
+        metavar="FILE",
+        help="the table: .tsv or .csv, .gz behind either compresses it, or .parquet",
+    )
+
+
 def add_on_error(parser: argparse.ArgumentParser) -> None:
     """Adds ``--on_error`` and ``--skipped_list``, which `skipped_records` makes use of."""
     add_on_error_choice(parser, "raise")

@@ -67,12 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "positions are hidden), wt-marginals (nothing is hidden, one pass for all mutations) or "
         "pseudo-log-likelihood-ratio (slow)",
     )
-    parser.add_argument(
-        "--output",
-        required=True,
-        metavar="FILE",
-        help="the table: .tsv or .csv, .gz behind either compresses it, or .parquet",
-    )
+    arguments.add_table(parser)
     parser.add_argument(
         "--heatmap",
         metavar="FILE",

@@ -27,12 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     arguments.add_gin_file(parser)
     arguments.add_fasta(parser, "proteins to predict")
-    parser.add_argument(
-        "--output",
-        required=True,
-        metavar="FILE",
-        help="the table: .tsv or .csv, .gz behind either compresses it, or .parquet",
-    )
+    arguments.add_table(parser)
     arguments.add_on_error(parser)
 
 

@@ -23,12 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_run_dir(parser)
     arguments.add_fasta(parser, "proteins to score")
     arguments.add_on_error(parser)
-    parser.add_argument(
-        "--output",
-        required=True,
-        metavar="FILE",
-        help="the table: .tsv or .csv, .gz behind either compresses it, or .parquet",
-    )
+    arguments.add_table(parser)
     arguments.add_token_budget(parser)
 
 
