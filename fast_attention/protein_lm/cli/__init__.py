@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\nprotein-lm {options.command}: {reason}{remedy}", file=sys.stderr)
         return stopped.exit_status if isinstance(stopped, Interrupted) else 130
     except BrokenPipeError:
-        # The reader of our output has gone; writing there again at exit would fail, too.
+        # The reader of our output has ended; writing again at exit would fail, too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:

@@ -89,7 +89,7 @@ def add_on_error_choice(parser: argparse.ArgumentParser, default: str | None) ->
         choices=("raise", "skip", "replace"),
         default=default,
         help="what to do with a protein that cannot be read, for instance because of a gap or a "
-        "digit: raise stops (the default), skip leaves it out and tells so at the end, replace "
+        "digit: raise stops (the default), skip leaves it out and reports it at the end, replace "
         "takes unknown letters for X (nucleotides: N) and stops at anything else",
     )
 
@@ -98,7 +98,7 @@ def add_on_error_choice(parser: argparse.ArgumentParser, default: str | None) ->
 def skipped_records(options: argparse.Namespace) -> Iterator[SkippedRecords]:
     """Gives the collector for ``read_proteins(..., on_error=options.on_error, skipped=...)``.
 
-    At the end of the ``with`` block, what was left out is told on stderr, and listed in the file
+    At the end of the ``with`` block, what was left out is printed to stderr, and listed in the file
     of ``--skipped_list``.
     """
     with list_skipped(options.skipped_list) as skipped:

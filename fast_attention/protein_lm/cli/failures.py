@@ -1,4 +1,4 @@
-"""What a user is told when a command fails: what went wrong, and what to do."""
+"""The message of a command that fails: what went wrong, and what to do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far a command is that reads many proteins, and what it did in the end."""
+"""The progress bar and the final report of a command that reads many proteins."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def residue_bar(title: str) -> Iterator[Callable[[int], None]]:
-    """Shows a bar on stderr, if that is a terminal, and gives what moves it by some residues."""
+    """Shows a bar on stderr, if that is a terminal, and gives a function that moves it."""
     from tqdm import tqdm
 
-    # How many there are is known when the file has been read, which is once, and as it goes.
+    # The total is unknown until the file, which is read once, has been read.
     with tqdm(desc=title, unit=" residues", unit_scale=True, disable=None) as bar:
 
         def advance(residues: int) -> None:
@@ -25,7 +25,7 @@ def residue_bar(title: str) -> Iterator[Callable[[int], None]]:
         yield advance
 
 
-def tell(model: FlaxModel, done: Done, seconds: float, output: str, *others: str | None) -> None:
+def report(model: FlaxModel, done: Done, seconds: float, output: str, *others: str | None) -> None:
     """Prints what was done; `others` are further outputs of the command."""
     from fast_attention.protein_lm.files.output_targets import status_stream
     from fast_attention.protein_lm.wording import counted, place

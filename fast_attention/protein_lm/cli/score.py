@@ -58,4 +58,4 @@ def run(options: argparse.Namespace) -> None:
             origin={"step": step},
             progress=advance,
         )
-    progress.tell(model, done, time.perf_counter() - began, options.output, options.skipped_list)
+    progress.report(model, done, time.perf_counter() - began, options.output, options.skipped_list)

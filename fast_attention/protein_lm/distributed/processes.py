@@ -1,9 +1,9 @@
 """Several processes that run one program together, by JAX's own distributed runtime.
 
 Every process runs the same commands in the same order, on the devices of all; the first one, the
-*primary*, alone writes files and tells what happens. A process that fails leaves at once, without
-waiting for the others, and the others notice: their next common operation fails, or the runtime
-ends them. Either way they tell what to do, see `joined`.
+*primary*, alone writes files and prints messages. A process that fails ends at once, without
+waiting for the others. The others notice it: their next common operation fails, or the runtime
+ends them. In both cases they print what to do, see `joined`.
 """
 
 from __future__ import annotations
@@ -27,32 +27,32 @@ from fast_attention.protein_lm.distributed.stopping import Stopped
 from fast_attention.protein_lm.errors import RunError
 
 JOIN_TIMEOUT = 300
-"""Seconds in which all processes must have come, unless another number is asked for."""
+"""Default time in seconds in which all processes must have connected."""
 
-# What the errors of collectives (Gloo, NCCL) and of the coordination service have in common when
-# another process has gone.
+# Matches errors of collectives (Gloo, NCCL) and of the coordination service when another process
+# has ended.
 _LOST = re.compile(
     r"gloo.*(failed|closed|reset|timed? ?out)|nccl.*(remote|abort|unhandled)|"
     r"coordination ?service|heartbeat|barrier|socket closed|connection (closed|reset|refused)|"
     r"unhealthy|task has died",
     re.IGNORECASE | re.DOTALL,
 )
-# A process that fails waits so long before it leaves: the others may be about to fail of the same
-# reason, and had better tell that than the loss of this one.
+# A process that fails waits this long before it ends: the others may be about to fail for the same
+# reason, and should report that reason and not the loss of this process.
 _GRACE_SECONDS = 1.0
 
 
 def count() -> int:
-    """How many processes run the program."""
+    """Number of processes that run the program."""
     return jax.process_count()
 
 
 def is_primary() -> bool:
-    """Whether this is the process that writes files and tells what happens."""
+    """Whether this is the process that writes files and prints messages."""
     return jax.process_index() == 0
 
 
-def tell(text: str) -> None:
+def report(text: str) -> None:
     """Prints to stdout, in the primary alone."""
     if is_primary():
         print(text)
@@ -65,7 +65,7 @@ def note(text: str, kind: str = "note") -> None:
 
 
 def in_turn(act: Callable[[], None]) -> None:
-    """Acts first in the primary, and in the others when that has succeeded.
+    """Calls `act` first in the primary, and in the others after that has succeeded.
 
     Raises:
       RunError: In the others, if it failed in the primary.
@@ -96,14 +96,14 @@ def joined(
 
     Without arguments, JAX looks for what started the processes: Slurm, Open MPI, Cloud TPU,
     Kubernetes. What the body raises ends this process at its exit without the others; the loss of
-    another is raised as `RunError`, or told at once where the runtime ends this process itself.
+    another is raised as `RunError`, or printed at once if the runtime ends this process.
 
     Args:
       coordinator: ``host:port`` of process 0, where it will listen.
       num_processes: How many there are.
       process_id: Number of this one, from 0 on.
-      timeout: Seconds in which all must have come.
-      remedy: What to tell when a process was lost, beside that.
+      timeout: Seconds in which all must have connected.
+      remedy: Returns what to do when a process was lost, for the message.
 
     Raises:
       RunError: If not all came in time, or one was lost later.
@@ -117,7 +117,7 @@ def joined(
     _check(given, timeout)
     ending = _Ending(remedy)
     not_joined = _not_joined(coordinator, process_id, timeout)
-    with _hushed() as ending.stderr, ending.at_abort(not_joined):
+    with _silenced() as ending.stderr, ending.at_abort(not_joined):
         _initialize(coordinator, num_processes, process_id, timeout)
     with ending.at_abort(None):
         try:
@@ -128,7 +128,7 @@ def joined(
         except BaseException as error:
             status = 130 if isinstance(error, KeyboardInterrupt) else 1
             ending.leave_alone(getattr(error, "exit_status", status))
-            if isinstance(error, Exception) and tells_a_loss(error):
+            if isinstance(error, Exception) and is_lost_process(error):
                 raise RunError(ending.lost(str(error))) from error
             raise
 
@@ -204,23 +204,23 @@ def _not_joined(coordinator: str | None, process_id: int | None, timeout: int) -
     )
 
 
-def tells_a_loss(error: Exception) -> bool:
-    """Whether an error is what a process gets when another one has gone."""
+def is_lost_process(error: Exception) -> bool:
+    """Whether an error says that another process has ended."""
     if isinstance(error, RunError | OSError) or count() == 1:
         return False
     return bool(_LOST.search(str(error)))
 
 
 class _Ending:
-    """How this process ends when something goes wrong."""
+    """Ends this process after a failure."""
 
     def __init__(self, remedy: Callable[[], str]):
         self.stderr = 2
-        self.told = False
+        self.reported = False
         self._remedy = remedy
 
     def lost(self, reason: str) -> str:
-        """What to tell when another process was lost."""
+        """The message when another process was lost."""
         line = next(iter(reason.splitlines()), "")[:200]
         return (
             f"another process of this run was lost{f' ({line})' if line else ''}: it was killed, "
@@ -228,13 +228,13 @@ class _Ending:
         )
 
     def leave_alone(self, status: int) -> None:
-        """At its exit, this process shall not wait for the others, who may never come."""
-        self.told = True
+        """Ends this process at its exit without waiting for the others, which may have ended."""
+        self.reported = True
 
         def leave() -> None:
             sys.stdout.flush()
             sys.stderr.flush()
-            # All is told; the runtime may still have its say.
+            # The message is printed; what the runtime prints after it is dropped.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             time.sleep(_GRACE_SECONDS)
             os._exit(status)
@@ -244,16 +244,16 @@ class _Ending:
 
     @contextmanager
     def at_abort(self, message: str | None) -> Iterator[None]:
-        """Tells `message`, or that a process was lost, when the runtime ends this process.
+        """Prints `message`, or that a process was lost, when the runtime ends this process.
 
         The runtime calls abort() in a thread of its own as soon as it knows that process 0 has
-        gone, or that another has not been heard of for long. Python's own handlers run in the main
+        ended, or that another has not answered for long. Python's own handlers run in the main
         thread, which may wait for that very process: the C library's handler is needed.
         """
 
-        def tell(number: int) -> None:
+        def report_loss(number: int) -> None:
             with suppress(BaseException):
-                if self.told:
+                if self.reported:
                     # The message of the main thread is under way.
                     time.sleep(2 * _GRACE_SECONDS)
                 else:
@@ -261,7 +261,7 @@ class _Ending:
                     os.write(self.stderr, f"\nprotein-lm: error: {text}\n".encode())
             os._exit(1)
 
-        handler = _HANDLER(tell)
+        handler = _HANDLER(report_loss)
         _handlers.append(handler)
         library = ctypes.CDLL(None)
         library.signal.restype = ctypes.c_void_p
@@ -271,7 +271,7 @@ class _Ending:
             yield
         finally:
             # After a failure the runtime can end this process until it has left by itself.
-            if not self.told:
+            if not self.reported:
                 library.signal(signal.SIGABRT, before)
 
 
@@ -281,7 +281,7 @@ _handlers: list[Any] = []
 
 
 @contextmanager
-def _hushed() -> Iterator[int]:
+def _silenced() -> Iterator[int]:
     """Keeps the runtime's own report of a failed meeting off stderr, whose copy is yielded."""
     sys.stderr.flush()
     stderr = os.dup(2)

@@ -1,4 +1,4 @@
-"""Requests to stop, from the keyboard or a job scheduler, honoured where work can be saved."""
+"""Requests to stop, from the keyboard or a job scheduler, obeyed where work can be saved."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Stopped(Exception):
     """
 
     def __init__(self, number: int, message: str):
-        """Takes the signal's number and what to tell."""
+        """Takes the signal's number and the message."""
         super().__init__(message)
         self.exit_status = 128 + number
 
@@ -151,7 +151,7 @@ def catch_stop_requests() -> Iterator[StopRequest]:
 
 
 def stopped(number: int, step: int) -> Stopped:
-    """The error that tells of a signal, and how to resume.
+    """The error that names a signal, and says how to resume.
 
     Args:
       number: Of the signal.

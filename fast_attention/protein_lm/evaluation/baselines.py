@@ -45,7 +45,7 @@ _TUNED_BACK_OFF = {
     4: (1061.2, 7966.4, 3556.9),
     5: (2376.7, 7966.4, 5323.1, 1588.1),
 }
-# So many residues decide the weights to three digits of the perplexity.
+# This number of residues gives the weights to three digits of the perplexity.
 _TUNING_RESIDUES = 50_000
 _CELLS_AT_ONCE = 1 << 20
 _TOKENS_AT_ONCE = 1 << 20
@@ -174,7 +174,7 @@ def tune_back_off(ngram: NGram, valid: FastaPaths | Corpus) -> NGram:
             for place in range(1, ngram.order):
                 for factor in (step, 1 / step):
                     weights = list(best[1])
-                    # Beyond this a context tells nothing, and no weight is the best one.
+                    # Beyond these limits a context has no information: no weight is best.
                     weights[place] = min(max(weights[place] * factor, 1e-3), 1e7)
                     found = (loss(tuple(weights)), tuple(weights))
                     if found[0] < best[0] - 1e-7:
@@ -216,7 +216,7 @@ def _sums_of_part(model: NGram, corpus: Corpus) -> ProteinSums:
     bounds = np.searchsorted(place[order], np.arange(0, len(distinct) + 1, rows_at_once))
     for number, first in enumerate(range(0, len(distinct), rows_at_once)):
         probabilities = model.predict(distinct[first : first + rows_at_once])
-        # No residue is the end, so that nobody would guess it.
+        # No residue is the end, so that the end is never the guess.
         guesses[first : first + rows_at_once] = probabilities[:, : model.outcomes.begin].argmax(-1)
         end = bounds[number + 1] if number + 1 < len(bounds) else len(order)
         rows = order[bounds[number] : end]
@@ -289,7 +289,7 @@ def _count(corpus: Corpus, order: int) -> NGramCounts:
 
 
 def _parts(corpus: Corpus) -> Iterator[Corpus]:
-    """Successive proteins, so many that what is computed of them takes little memory."""
+    """Yields successive proteins, in parts whose arrays take little memory."""
     first = 0
     while first < len(corpus):
         after = np.searchsorted(corpus.offsets, corpus.offsets[first] + _TOKENS_AT_ONCE)

@@ -150,7 +150,7 @@ def diagnose(
         on the queries and keys of each layer, as the model has them.
       target_error: Also find how many such features bring the matrices of each layer within this
         relative error, on four of the proteins.
-      max_length: Crops proteins to so many residues; None takes them whole.
+      max_length: Crops proteins to this many residues; None takes them whole.
       seed: Of the features drawn.
 
     Raises:

@@ -112,7 +112,7 @@ def evaluate_on(
       ngrams: Baselines, from `fit_baselines`.
       batch_size: Proteins per batch; None takes the model's. It does not change the result.
       seed: Of what is hidden; a causal model hides nothing.
-      num_seeds: A model that hides residues is asked so many times, with the seeds ``seed``,
+      num_seeds: Number of passes of a model that hides residues, with the seeds ``seed``,
         ``seed + 1``, ...
       split_file: A table with columns ``accession`` and ``component``; errors are over components
         then. Otherwise they are over proteins.

@@ -23,7 +23,7 @@ from fast_attention.protein_lm.files.npz_files import read_npz
 from fast_attention.protein_lm.files.output_files import write_file
 
 _DENSE = 1 << 20
-"""Up to so many possible n-grams are counted in one array; more are sorted."""
+"""Up to this many possible n-grams are counted in one array; more are sorted."""
 
 
 class Outcomes(NamedTuple):

@@ -1,4 +1,4 @@
-"""What a user is told: tables, samples and where things lie, as plain text."""
+"""Reports for users: tables, samples and places of files, as plain text."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def _corruption(result: dict[str, Any]) -> str:
 
 
 def format_report(result: dict[str, Any], folder: RunFolder) -> str:
-    """What a finished run reached, as told at its end."""
+    """What a finished run reached, as printed at its end."""
     parts = [
         f"{result['model']} with {counted(result['parameters'], 'parameter')}, trained for "
         f"{counted(result['steps'], 'step')} on {counted(result['tokens'], 'token')} in "

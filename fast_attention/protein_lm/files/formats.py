@@ -7,7 +7,7 @@ import re
 _PROTEINS = "Give a FASTA file, plain or compressed with gzip."
 _PACKED = "This looks like {}: unpack it, and give the FASTA file{} in it."
 
-# By the first bytes. Letters of a plain name are told apart from magic numbers by what follows.
+# By the first bytes. What follows separates plain words from magic numbers.
 _SIGNATURES: tuple[tuple[bytes, str], ...] = (
     (b"PK\x03\x04", _PACKED.format("a zip archive or an Office document", "")),
     (b"BZh", _PACKED.format("bzip2", "")),

@@ -35,7 +35,7 @@ def read_npz(
       expected: Names and shapes that the arrays must have; None takes any.
 
     Raises:
-      RunError: If it is absent or damaged, or has other arrays; or, told apart from these, cannot
+      RunError: If it is absent or damaged, or has other arrays; or, as another error, if it cannot
         be read for lack of memory or a failure of the disk.
     """
     if not path.exists():

@@ -128,7 +128,7 @@ def _open_copied(target: Target, used: list[str]) -> Iterator[BinaryIO]:
 def open_output_folder(path: AnyPath, *, last: str) -> Iterator[Path]:
     """Gives a temporary folder whose files become those of a folder when they are complete.
 
-    It lies beside the target. When the ``with`` block ends without an exception, it is renamed, or
+    It is beside the target. When the ``with`` block ends without an exception, it is renamed, or
     its files replace those in the folder that is there; otherwise it is deleted.
 
     Args:

@@ -33,7 +33,7 @@ class FastaError(ValueError):
 def read_pieces(path: Path) -> Iterator[bytes]:
     r"""Yields the text of a file as UTF-8 whose lines end in ``\n``, cut anywhere.
 
-    Plain and gzip-compressed files (of one or several members) are told apart by their content,
+    Plain and gzip-compressed files (of one or several members) are recognized by their content,
     never by their name. UTF-16 and UTF-32 are understood where a byte order mark announces them;
     anything else is passed on as it is. Nothing is sought, so that pipes can be read, too.
 

@@ -77,7 +77,7 @@ class FineTuned:
       classes: Names of the classes, or None of a regression.
       head: On the mean of the vectors of residues.
       method: ``"frozen"``, ``"lora"`` or ``"full"``.
-      max_length: Longer proteins are cropped to so many residues; None crops none.
+      max_length: Longer proteins are cropped to this many residues; None crops none.
       trunk: Fingerprint of the model that was fine-tuned.
       adapters: Of ``"lora"``, and the scale they are added with.
       fit: How it came about; None when read from a folder.
@@ -271,7 +271,7 @@ def embed(
     Args:
       model: The model.
       sequences: N proteins.
-      max_length: Crops them to so many residues.
+      max_length: Crops them to this many residues.
       shapes: Of programs that exist, see `embedding.embed_sequences`.
     """
     found = list(embedding.embed_sequences(model, sequences, max_length=max_length, shapes=shapes))

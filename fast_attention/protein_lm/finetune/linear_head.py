@@ -163,7 +163,7 @@ def _logistic_loss(
 def _standardise(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     vectors = vectors.astype(np.float64)
     mean, scale = vectors.mean(0), vectors.std(0)
-    # What is constant in training (but for rounding) must not be blown up elsewhere.
+    # What is constant in training (except for rounding) must not become large elsewhere.
     scale = np.where(scale > 1e-6 * (1 + np.abs(mean)), scale, 1.0)
     return mean, scale, (vectors - mean[None]) / scale[None]
 

@@ -20,7 +20,7 @@ Adapters = dict[str, dict[str, Any]]
 def init_adapters(parameters: Any, rank: int, key: jax.Array) -> Adapters:
     """Draws adapters for the dense layers of attention and feed-forward.
 
-    Those are the kernels with two axes, but for that of the logits.
+    Those are the kernels with two axes, except that of the logits.
 
     Args:
       parameters: Nested dict of a model.

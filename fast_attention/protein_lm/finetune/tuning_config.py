@@ -27,7 +27,7 @@ class TuningConfig:
       balanced: Whether the classes count equally, however many proteins they have.
       test_share: Held out for the report, where the proteins have no parts.
       valid_share: Of the rest, to choose penalties and to stop early.
-      max_length: Crops proteins to so many residues; None takes them whole.
+      max_length: Crops proteins to this many residues; None takes them whole.
       seed: Of every draw.
     """
 

@@ -35,7 +35,7 @@ from fast_attention.protein_lm.modeling.encoding import (
     number_rows,
 )
 
-# Sequences of so many batches are sorted by length, so that batches hold little padding.
+# Sequences of this many batches are sorted by length, so that batches hold little padding.
 _POOL = 8
 _EPOCHS = 5
 

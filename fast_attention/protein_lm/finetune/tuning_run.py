@@ -67,7 +67,7 @@ def run_tuning(
 
     The folder holds what `FineTuned.load` reads, ``metrics.jsonl`` (a row for each epoch),
     ``predictions.tsv`` (every protein of the table) and, written last, ``result.json``. Where
-    that is there, and of equal arguments, nothing is done but to tell it. The folder appears when
+    it is there, and of equal arguments, it is only printed. The folder appears when
     it is complete, see `output_files.open_output_folder`.
 
     Args:
@@ -182,7 +182,7 @@ def run_tuning(
 
 
 def format_result(result: dict[str, Any], folder: Path) -> str:
-    """What a finished fine-tuning reached, as told at its end."""
+    """What a finished fine-tuning reached, as printed at its end."""
     parts = [format_metrics(result["classes"], result["metrics"])]
     for part, found in result["metrics"].items():
         if note := shared_note(_PARTS[part], found["shared"], found["proteins"]):

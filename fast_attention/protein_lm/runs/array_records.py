@@ -1,7 +1,7 @@
 """What a checkpoint notes of its arrays, to recognise them when they are read back.
 
 The arrays may be spread over the devices of several processes in any way. Each process looks at
-what it holds, no array is gathered, and what is noted does not tell how the arrays lay.
+what it holds, no array is gathered, and the record does not say how the arrays were divided.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _is_spread(leaves: dict[str, Any]) -> bool:
 
 
 def _own_parts(leaf: Any) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
-    """Where the parts lie that this process is to look at, and the parts; copies are left out."""
+    """The parts of an array that this process reads, with their places; copies are left out."""
     if not isinstance(leaf, jax.Array):
         yield (slice(None),) * np.ndim(leaf), np.asarray(leaf)
         return

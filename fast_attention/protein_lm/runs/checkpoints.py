@@ -6,8 +6,8 @@ every array, so that one that was damaged later is recognised, and the one befor
 
 Of a run of several processes, all call these functions together: each writes and reads the parts of
 the arrays that its devices hold, in one folder that all of them see, and the first process
-gives the checkpoint its name when all parts are there. A checkpoint does not tell how the arrays
-lay, so that any number of processes and devices can read it.
+gives the checkpoint its name when all parts are there. A checkpoint does not say how the arrays
+were divided, so that any number of processes and devices can read it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Progress(NamedTuple):
       batch_size: Rows of a batch, over all devices.
       tokens: Tokens trained on.
       seconds: Time spent training, over all resumptions.
-      pending: `metrics.token_sums` and gradient norms of the steps that no row of metrics tells of
+      pending: `metrics.token_sums` and gradient norms of the steps that are in no row of metrics
         yet; None where there are none.
       lowest_loss: The lowest training loss of a row so far; None before the first.
       best_step: Step of the validation of the lowest loss; None before the first.
@@ -157,7 +157,7 @@ def save(
             ),
         )
     except Exception as error:  # Orbax raises anything, a bare Exception included.
-        if processes.tells_a_loss(error):
+        if processes.is_lost_process(error):
             raise
         raise _unwritten(manager, step, error) from error
     if keep is not None:
@@ -171,7 +171,7 @@ def restore(
 ) -> tuple[TrainState, Progress] | None:
     """Reads the newest checkpoint that is not damaged.
 
-    Damaged ones are told on stderr and put aside: they get the ending ``.damaged``.
+    Damaged ones are reported on stderr and renamed: they get the ending ``.damaged``.
 
     Args:
       manager: From `open_checkpoints`.
@@ -353,7 +353,7 @@ def _restore(manager: ocp.CheckpointManager, step: int, **items: Any) -> Any:
                 checkpoint_files.check_chunks(Path(manager.directory) / str(step) / name)
         return manager.restore(step, args=ocp.args.Composite(**items))
     except Exception as error:  # Orbax raises anything, a bare Exception included.
-        if processes.tells_a_loss(error):
+        if processes.is_lost_process(error):
             raise
         if (reason := machine_failure(error)) is not None:
             # The files may be intact: nothing is put aside, and no older checkpoint is taken.

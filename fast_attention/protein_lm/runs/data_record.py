@@ -97,7 +97,7 @@ def write_record(folder: RunFolder, record: Entry, *, step: int, before: Entry |
 
 
 def differences(before: Entry, now: Entry) -> list[str]:
-    """Says where two records tell of other data, a phrase each; names of files do not matter."""
+    """Differences between the data of two records, a phrase each; names of files are ignored."""
     return [text for split in SPLITS for text in _differences(split, before[split], now[split])]
 
 

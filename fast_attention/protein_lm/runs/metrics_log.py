@@ -67,7 +67,7 @@ def open_metrics_log(folder: RunFolder, step: int) -> Iterator[MetricsLog | Sile
 
     Args:
       folder: The run's.
-      step: Step of the checkpoint that training continues from; 0 starts anew.
+      step: Step of the checkpoint that training continues from; 0 starts from the beginning.
 
     Yields:
       The log; of several processes, only the first writes.

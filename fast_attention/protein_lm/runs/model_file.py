@@ -125,7 +125,7 @@ def describe_domain(domain: DiscreteDomain) -> dict[str, Any]:
 
 
 def describe(model: BuiltModel) -> dict[str, Any]:
-    """The content of ``model.json`` but for ``training`` and ``exported``, which are None."""
+    """The content of ``model.json`` except ``training`` and ``exported``, which are None."""
     ours = is_registered(type(model)) and model.model_cls is Transformer
     transformer = dataclasses.asdict(model.config)
     for name in ("vocab_size", "causal"):

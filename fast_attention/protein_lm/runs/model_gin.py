@@ -15,7 +15,7 @@ from fast_attention.protein_lm.runs import attention_recipes, model_file
 
 
 def gin_lines(path: Path, about: dict[str, Any]) -> list[str]:
-    """Bindings that make a model and set its data as the run had it, but for the learning rate.
+    """Bindings that make a model and set its data as the run had it, except the learning rate.
 
     Every value was compared with its type when the file was read, and is written as a literal: no
     line can import, include or call anything but what is named here.

@@ -1,4 +1,4 @@
-"""The folder of one training run: what lies where, and how files get there whole."""
+"""The folder of a training run: the names of its files, and how they are written whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings of a run and of the command that resumes it: which may differ, and which may not."""
+"""Compares the settings of a run with those of the command that resumes it."""
 
 from __future__ import annotations
 

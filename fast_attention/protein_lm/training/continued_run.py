@@ -38,8 +38,8 @@ def continue_training(
     """Trains the model of a run further, with its own objective, on other proteins.
 
     The result is a run of its own, which every command takes; the first run stays as it is.
-    Optimiser and schedule begin anew: the rate rises over a tenth of the steps and falls as a
-    cosine. Given the same arguments again, a stopped run goes on, and a finished one tells what
+    Optimiser and schedule start again: the rate rises over a tenth of the steps and falls as a
+    cosine. Given the same arguments again, a stopped run resumes, and a finished one reports what
     it reached.
 
     Args:

@@ -129,7 +129,7 @@ class TimeSettings:
         """Whether there is a checkpoint after `step` steps."""
         return self.save_checkpoints and _is_multiple(step, self.checkpoint_frequency)
 
-    def is_tired(self, step: int, best_step: int | None) -> bool:
+    def stops_early(self, step: int, best_step: int | None) -> bool:
         """Whether early stopping ends a run at `step`, after the best validation at `best_step`."""
         if self.early_stopping is None or self.eval_frequency is None or best_step is None:
             return False
@@ -173,7 +173,7 @@ class Experiment(DataSettings, BatchSettings, TimeSettings, EvaluationSettings):
       model_cls: Makes the model.
       initial_run: Folder of a run whose parameters this one begins with; None draws them. The
         attention function may be another one than there: it has no parameters, and what it draws
-        is drawn anew.
+        is drawn again.
       calibration_batches: Batches of training data to which random features with stored parameters
         are fitted before the first step, see `FlaxModel.calibrate`. None takes 4 where such
         features begin in a trained model (`initial_run`), and otherwise none: queries and keys of

@@ -1,4 +1,4 @@
-"""What a training run finds in its folder: nothing, a run to resume, or something that is not its.
+"""The folder of a training run when it starts: empty, a run to resume, or something else.
 
 The order of writes holds for a process that is killed between any two of them: ``config.gin``,
 whose presence says that a run has begun, is the last file of a new run; and what no longer holds
@@ -78,7 +78,7 @@ def open_folder(folder: RunFolder, model: str) -> Opened:
 
 
 def unused_settings(run: Opened) -> list[str]:
-    """Names of settings that were asked for and that nothing has read."""
+    """Names of settings that were given and that nothing has read."""
     return sorted(settings(run.asked).keys() - settings(run.used).keys())
 
 

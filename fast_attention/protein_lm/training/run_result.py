@@ -71,14 +71,14 @@ def finish(
         ).result,
         "samples": _sample(model, experiment.num_samples, experiment.max_sample_length),
     }
-    tell_skipped(folder, "test", skipped)
+    report_skipped(folder, "test", skipped)
     if processes.is_primary():
         _draw(folder, result)
         output_files.write_json(folder.result, result)
     return result
 
 
-def tell_finished(run: resuming.Opened, files: DataSettings) -> dict[str, Any]:
+def report_finished(run: resuming.Opened, files: DataSettings) -> dict[str, Any]:
     """Reports the result of a finished run.
 
     Args:
@@ -101,11 +101,11 @@ def tell_finished(run: resuming.Opened, files: DataSettings) -> dict[str, Any]:
         raise RunError(
             f"{folder.result} is damaged: remove it, and the same command evaluates the run again"
         ) from error
-    processes.tell(f"the run in {folder.path} is finished\n\n{told}")
+    processes.report(f"the run in {folder.path} is finished\n\n{told}")
     return result
 
 
-def tell_skipped(folder: RunFolder, name: str, skipped: SkippedRecords) -> None:
+def report_skipped(folder: RunFolder, name: str, skipped: SkippedRecords) -> None:
     """Reports records that were left out, and lists them in the folder of the run.
 
     Args:

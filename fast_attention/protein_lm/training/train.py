@@ -106,7 +106,7 @@ def run_experiment(work_dir: str, experiment: Experiment | None = None) -> dict[
         for name in resuming.unused_settings(run):
             processes.note(f"nothing uses the setting {name}", "warning")
         if process_arrays.any_process(folder.result.exists() and not run.longer):
-            return run_result.tell_finished(run, experiment)
+            return run_result.report_finished(run, experiment)
         if experiment.initial_run is not None and not run.resumed:
             # Before anything is written: what is refused can then be corrected.
             check_initial_run(Path(experiment.initial_run), model)
@@ -128,7 +128,7 @@ def run_experiment(work_dir: str, experiment: Experiment | None = None) -> dict[
         for note in found.notes:
             processes.note(note)
         for name in ("train", "valid"):
-            run_result.tell_skipped(folder, name, skipped[name])
+            run_result.report_skipped(folder, name, skipped[name])
 
         with checkpoints.open_checkpoints(folder.checkpoints) as manager:
             restored = checkpoints.restore(manager, model.abstract_state)
@@ -147,7 +147,7 @@ def run_experiment(work_dir: str, experiment: Experiment | None = None) -> dict[
             else:
                 state, progress = restored
                 resuming.set_position(iterator, progress.iterator, folder)
-                processes.tell(f"resuming the run in {folder.path} after step {int(state.step)}")
+                processes.report(f"resuming the run in {folder.path} after step {int(state.step)}")
             times = _limit_steps(experiment, model, found.train, size)
             _set_length(model, run, times, progress, int(state.step))
             if run.resumed:
@@ -181,7 +181,7 @@ def run_experiment(work_dir: str, experiment: Experiment | None = None) -> dict[
             evaluated=evaluated,
             ngrams=ngrams,
         )
-    processes.tell(report.format_report(result, folder))
+    processes.report(report.format_report(result, folder))
     return result
 
 
@@ -255,7 +255,7 @@ def _set_length(
     progress: checkpoints.Progress,
     step: int,
 ) -> None:
-    """Sets the length of the schedule, and tells what is not as one might expect."""
+    """Sets the length of the schedule, and reports what a user may not expect."""
     total = times.max_train_steps
     model.set_num_steps(total)
     schedule = model.schedule
@@ -263,7 +263,7 @@ def _set_length(
         processes.note(note)
     if not run.longer or step == 0:
         return
-    if times.is_tired(step, progress.best_step):
+    if times.stops_early(step, progress.best_step):
         raise RunError(
             f"early stopping has ended the run in {run.folder.path} at step {step}, so that more "
             "steps change nothing: begin a new run in another --work_dir with "
@@ -280,7 +280,7 @@ def _set_length(
 
 
 def _begin_from(model: FlaxModel, path: Path) -> bool:
-    """Takes what there is to take of a run; tells whether the attention function drew its own."""
+    """Copies arrays of a run; returns whether the attention function drew new projections."""
     parameters, variables = read_initial_run(path, model)
     drawn = variables is None
     if drawn:

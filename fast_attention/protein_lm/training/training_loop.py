@@ -23,8 +23,8 @@ from fast_attention.protein_lm.runs.checkpoints import Progress
 from fast_attention.protein_lm.runs.metrics_log import MetricsLog, SilentLog
 from fast_attention.protein_lm.training.experiment import TimeSettings
 
-# The host runs this many steps ahead of the device: enough to hide its own work, and not so many
-# that batches pile up or the progress bar shows the future.
+# The host runs this many steps ahead of the device: enough to hide its own work. With more,
+# batches would take memory and the progress bar would run ahead.
 _STEPS_AHEAD = 2
 
 
@@ -126,7 +126,7 @@ def train_loop(
     step = saved = int(state.step)
     postfix: dict[str, str] = {}
     interval = _Interval(progress.pending, compiling=True)
-    more = step < times.max_train_steps and not times.is_tired(step, progress.best_step)
+    more = step < times.max_train_steps and not times.stops_early(step, progress.best_step)
     batch = interval.fetch(iterator) if more else None
     with _progress_bar(step, times) as bar:
         while batch is not None:
@@ -141,8 +141,8 @@ def train_loop(
             stopping = votes.cast(stop.signal)
             evaluate = batch is None or times.validates_at(step)
             checkpoint = batch is None or times.saves_at(step)
-            tell = evaluate or checkpoint or step % times.train_summary_frequency == 0
-            if tell or stopping:
+            logs = evaluate or checkpoint or step % times.train_summary_frequency == 0
+            if logs or stopping:
                 figures = interval.fetch_sums()
                 guard.check_updates(figures, step, saved)
                 progress = progress._replace(
@@ -151,7 +151,7 @@ def train_loop(
                     seconds=progress.seconds + interval.seconds,
                     pending=figures,
                 )
-                if tell:
+                if logs:
                     lowest = guard.check_loss(figures, step, saved, progress.lowest_loss)
                     progress = progress._replace(pending=None, lowest_loss=lowest)
                     values = _summarise(figures) | interval.speed()
@@ -168,14 +168,14 @@ def train_loop(
                     if progress.best_loss is None or found["loss"] < progress.best_loss:
                         progress = progress._replace(best_step=step, best_loss=found["loss"])
                         checkpoint = True
-            if times.is_tired(step, progress.best_step):
+            if times.stops_early(step, progress.best_step):
                 batch, checkpoint = None, True
             if checkpoint or stopping:
                 save(state, progress)
                 saved = step
             if stopping:
                 raise stopped(stopping, step)
-            if tell:
+            if logs:
                 bar.set_postfix(postfix)
                 interval = _Interval()
     return state, progress

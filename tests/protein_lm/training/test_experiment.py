@@ -112,4 +112,4 @@ def test_bundled_files_fill_what_is_not_given():
 )
 def test_early_stopping_counts_validations(step, best, patience, frequency, tired):
     times = Experiment(early_stopping=patience, eval_frequency=frequency)
-    assert times.is_tired(step, best) == tired
+    assert times.stops_early(step, best) == tired
