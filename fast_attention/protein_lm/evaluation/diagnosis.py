@@ -250,30 +250,38 @@ def _matrix(call: AttentionCall) -> jax.Array:
 def _sums(
     model: FlaxModel, items: Sequence[Encoded], attention_fn: Any, parameters: Any
 ) -> list[FidelitySums]:
-    @jax.jit
-    def step(weights: Any, variables: Any, batch: Any, own: Any) -> list[FidelitySums]:
-        inputs, options = _inputs(batch)
-        built = nnx.merge(model.graphdef, weights, variables)
-        return fidelity_sums(built, inputs, attention_fn=attention_fn, parameters=own, **options)
-
+    arrays = (model.weights, model.state.variables)
     found = (
-        jax.device_get(step(model.weights, model.state.variables, batch, parameters))
+        jax.device_get(_sums_of_batch(model.graphdef, attention_fn, *arrays, batch, parameters))
         for batch in _batches(model, items)
     )
     return functools.reduce(add_sums, found)
 
 
-def _moments(model: FlaxModel, items: Sequence[Encoded]) -> dict[str, Moments]:
-    @jax.jit
-    def step(weights: Any, variables: Any, batch: Any) -> dict[str, Moments]:
-        inputs, options = _inputs(batch)
-        return query_key_moments(nnx.merge(model.graphdef, weights, variables), inputs, **options)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _sums_of_batch(
+    graphdef: Any, attention_fn: Any, weights: Any, variables: Any, batch: Any, parameters: Any
+) -> list[FidelitySums]:
+    inputs, options = _inputs(batch)
+    model = nnx.merge(graphdef, weights, variables)
+    return fidelity_sums(model, inputs, attention_fn=attention_fn, parameters=parameters, **options)
 
+
+def _moments(model: FlaxModel, items: Sequence[Encoded]) -> dict[str, Moments]:
     def merge(left: dict[str, Moments], right: dict[str, Moments]) -> dict[str, Moments]:
         return {name: merge_moments(left[name], right[name]) for name in left}
 
-    found = (step(model.weights, model.state.variables, batch) for batch in _batches(model, items))
+    arrays = (model.weights, model.state.variables)
+    found = (_moments_of_batch(model.graphdef, *arrays, batch) for batch in _batches(model, items))
     return functools.reduce(merge, found)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _moments_of_batch(
+    graphdef: Any, weights: Any, variables: Any, batch: Any
+) -> dict[str, Moments]:
+    inputs, options = _inputs(batch)
+    return query_key_moments(nnx.merge(graphdef, weights, variables), inputs, **options)
 
 
 def _recommend(

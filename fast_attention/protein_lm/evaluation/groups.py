@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fast_attention.protein_lm.data.columns import check_name, read_columns
+from fast_attention.protein_lm.data.table_rows import check_name, read_columns
 from fast_attention.protein_lm.errors import RunError
 from fast_attention.protein_lm.wording import counted
 
@@ -53,7 +53,7 @@ def read_groups(
     """Looks up the groups of some proteins in a table.
 
     Args:
-      path: A table, see `columns.read_columns`.
+      path: A table, see `table_rows.read_columns`.
       ids: Of the proteins, as in their FASTA file. The table has either the whole id or, of an
         id such as ``sp|P12345|NAME``, the accession in the middle.
       key: The column with ids; None takes the first.

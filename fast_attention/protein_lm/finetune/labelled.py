@@ -14,8 +14,8 @@ import numpy as np
 
 from fast_attention.protein_lm.data.alphabet import Alphabet
 from fast_attention.protein_lm.data.alphabets import PROTEIN
-from fast_attention.protein_lm.data.columns import check_name, read_columns
 from fast_attention.protein_lm.data.fasta_parser import MAX_RESIDUES
+from fast_attention.protein_lm.data.table_rows import check_name, read_columns
 from fast_attention.protein_lm.errors import RunError
 from fast_attention.protein_lm.files.output_files import printable
 from fast_attention.protein_lm.wording import counted
@@ -65,7 +65,7 @@ def read_labelled(
     longest: int = MAX_RESIDUES,
     numeric: bool = False,
 ) -> Labelled:
-    """Reads a table of proteins, see `columns.read_columns`.
+    """Reads a table of proteins, see `table_rows.read_columns`.
 
     Args:
       path: The table.

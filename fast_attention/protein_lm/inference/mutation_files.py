@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fast_attention.protein_lm.data.columns import MOST_BYTES
 from fast_attention.protein_lm.data.fasta import FastaRecord
-from fast_attention.protein_lm.data.table_rows import cell_count, parse_rows, read_lines
+from fast_attention.protein_lm.data.table_rows import MOST_BYTES, cell_count, parse_rows, read_lines
 from fast_attention.protein_lm.inference.mutations import (
     Variant,
     is_notation,

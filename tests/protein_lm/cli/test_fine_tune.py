@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fast_attention.protein_lm import cli, read_fasta, write_fasta
-from fast_attention.protein_lm.data.columns import read_columns
+from fast_attention.protein_lm.data.table_rows import read_columns
 from fast_attention.protein_lm.finetune import finetuned, prediction_files
 from fast_attention.protein_lm.finetune.finetuning import FineTuned
 from fast_attention.protein_lm.loading import load_run

@@ -61,12 +61,13 @@ def test_a_heat_map_names_protein_and_unit(tmp_path, drawn):
             assert all(tick == int(tick) for tick in axes.get_xticks())
 
 
-def test_a_long_protein_has_a_picture_of_bounded_size(tmp_path, drawn):
-    draw(tmp_path / "a.png", 6000, [0, 5999])
+def test_a_long_protein_has_a_picture_of_bounded_size(tmp_path, drawn, monkeypatch):
+    monkeypatch.setattr(heatmap, "_MOST_ROWS", 4)
+    draw(tmp_path / "a.png", 600, [0, 599])
     (figure,) = drawn
     width, height = figure.get_size_inches()
-    assert len(frames(figure)) == 40 and width * height < 33 * 140
-    assert frames(figure)[-1][1] == 6000.5
+    assert len(frames(figure)) == 4 and width < 33 and height < 4 * 3.5 + 1
+    assert frames(figure)[-1][1] == 600.5
 
 
 def test_a_learning_curve_says_run_scale_and_whole_steps(tmp_path, drawn):

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from fast_attention.protein_lm.data.columns import read_columns
+from fast_attention.protein_lm.data.table_rows import read_columns
 from fast_attention.protein_lm.files.output_targets import is_special
 from fast_attention.protein_lm.files.tables import (
     ROW_GROUP,

@@ -2,8 +2,8 @@ import gzip
 
 import pytest
 
-from fast_attention.protein_lm.data import columns
-from fast_attention.protein_lm.data.columns import read_columns
+from fast_attention.protein_lm.data import table_rows
+from fast_attention.protein_lm.data.table_rows import read_columns
 from fast_attention.protein_lm.errors import RunError
 
 
@@ -67,7 +67,7 @@ def test_a_missing_table_is_told(tmp_path):
 
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "gzip"])
 def test_a_table_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch, packed):
-    monkeypatch.setattr(columns, "MOST_BYTES", 1000)
+    monkeypatch.setattr(table_rows, "MOST_BYTES", 1000)
     path = tmp_path / "table"
     content = b"label\n" + b"1\n" * 1000
     path.write_bytes(gzip.compress(content) if packed else content)
