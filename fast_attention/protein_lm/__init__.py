@@ -20,8 +20,8 @@ from fast_attention.protein_lm.data.domains import (
 from fast_attention.protein_lm.data.fasta import FastaError as FastaError
 from fast_attention.protein_lm.data.fasta import FastaRecord as FastaRecord
 from fast_attention.protein_lm.data.fasta import read_fasta as read_fasta
+from fast_attention.protein_lm.data.fasta import read_proteins as read_proteins
 from fast_attention.protein_lm.data.fasta import write_fasta as write_fasta
-from fast_attention.protein_lm.data.fasta_files import read_proteins as read_proteins
 from fast_attention.protein_lm.data.skipped_records import (
     SkippedRecords as SkippedRecords,
 )

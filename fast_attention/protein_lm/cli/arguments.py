@@ -150,7 +150,7 @@ def check_files(options: argparse.Namespace, *outputs: str, evaluation: Path | N
 
 def input_files(options: argparse.Namespace) -> Iterator[str | Path]:
     """Yields all files that a command reads, those in its folders among them."""
-    from fast_attention.protein_lm.data.fasta_files import fasta_paths
+    from fast_attention.protein_lm.data.fasta import fasta_paths
     from fast_attention.protein_lm.runs.run_folder import files_read
 
     for name in ("run_dir", "model"):

@@ -149,7 +149,7 @@ def _work(
     options: argparse.Namespace, vocab: Alphabet
 ) -> Iterator[tuple[FastaRecord, Iterable[Variant]]]:
     """Yields the wild types, and the variants of each, in the letters of an alphabet."""
-    from fast_attention.protein_lm.data.fasta_files import read_proteins
+    from fast_attention.protein_lm.data.fasta import read_proteins
     from fast_attention.protein_lm.inference.model_inputs import CUT, longest_record
     from fast_attention.protein_lm.inference.mutation_files import variants_of_list
     from fast_attention.protein_lm.inference.mutations import (
@@ -182,8 +182,7 @@ def _work(
 
 
 def _wild_types(options: argparse.Namespace, rules: Mapping[str, Any]) -> Iterator[FastaRecord]:
-    from fast_attention.protein_lm.data.fasta import FastaRecord
-    from fast_attention.protein_lm.data.fasta_files import read_proteins
+    from fast_attention.protein_lm.data.fasta import FastaRecord, read_proteins
 
     if options.sequence is None:
         yield from read_proteins(options.fasta, unique_ids=True, **rules)

@@ -157,8 +157,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _write(model: FlaxModel, options: argparse.Namespace) -> tuple[int, Iterator[FastaRecord]]:
-    from fast_attention.protein_lm.data.fasta import FastaRecord
-    from fast_attention.protein_lm.data.fasta_files import read_proteins
+    from fast_attention.protein_lm.data.fasta import FastaRecord, read_proteins
     from fast_attention.protein_lm.inference.sampling import draw_proteins, encode_prompt
 
     number = 10 if options.num_samples is None else options.num_samples
@@ -196,8 +195,7 @@ def _write(model: FlaxModel, options: argparse.Namespace) -> tuple[int, Iterator
 
 
 def _fill(model: FlaxModel, options: argparse.Namespace) -> tuple[int, Iterator[FastaRecord]]:
-    from fast_attention.protein_lm.data.fasta import FastaRecord
-    from fast_attention.protein_lm.data.fasta_files import read_proteins
+    from fast_attention.protein_lm.data.fasta import FastaRecord, read_proteins
     from fast_attention.protein_lm.inference.infilling import (
         MARKS,
         infill_proteins,

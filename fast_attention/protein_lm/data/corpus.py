@@ -14,8 +14,8 @@ import numpy as np
 
 from fast_attention.protein_lm.data.alphabet import Alphabet
 from fast_attention.protein_lm.data.domains import DiscreteDomain
-from fast_attention.protein_lm.data.fasta_files import FastaPaths as FastaPaths
-from fast_attention.protein_lm.data.fasta_files import fasta_paths, read_proteins
+from fast_attention.protein_lm.data.fasta import FastaPaths as FastaPaths
+from fast_attention.protein_lm.data.fasta import fasta_paths, read_proteins
 from fast_attention.protein_lm.data.skipped_records import SkippedRecords
 from fast_attention.protein_lm.files.text_source import FastaError
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fast_attention.protein_lm.data.corpus import FastaPaths
-from fast_attention.protein_lm.data.fasta_files import read_proteins
+from fast_attention.protein_lm.data.fasta import read_proteins
 from fast_attention.protein_lm.data.fasta_parser import MAX_RESIDUES
 from fast_attention.protein_lm.data.skipped_records import SkippedRecords
 from fast_attention.protein_lm.errors import RunError

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from fast_attention.protein_lm.data.alphabet import Alphabet
-from fast_attention.protein_lm.data.fasta import FastaRecord
-from fast_attention.protein_lm.data.fasta_files import FastaPaths, read_proteins
+from fast_attention.protein_lm.data.fasta import FastaPaths, FastaRecord, read_proteins
 from fast_attention.protein_lm.data.fasta_parser import MAX_RESIDUES
 from fast_attention.protein_lm.data.skipped_records import SkippedRecords
 from fast_attention.protein_lm.errors import RunError

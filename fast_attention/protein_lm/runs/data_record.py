@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fast_attention.protein_lm.data.corpus import data_files
-from fast_attention.protein_lm.data.fasta_files import FastaPaths
+from fast_attention.protein_lm.data.fasta import FastaPaths
 from fast_attention.protein_lm.errors import RunError
 from fast_attention.protein_lm.files.json_files import read_json
 from fast_attention.protein_lm.files.output_files import write_json

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fast_attention.protein_lm.data.corpus import Corpus
 from fast_attention.protein_lm.data.domains import DiscreteDomain, make_protein_domain
-from fast_attention.protein_lm.data.fasta_files import fasta_paths
+from fast_attention.protein_lm.data.fasta import fasta_paths
 from fast_attention.protein_lm.files.text_source import FastaError
 from fast_attention.protein_lm.modeling import pipeline
 from fast_attention.protein_lm.modeling.batches import as_corpus

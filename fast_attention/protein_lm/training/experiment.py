@@ -33,7 +33,7 @@ class DataSettings:
       split_files: Returns the files of a folder for training and those for validation, see
         `dataset.get_train_valid_files`.
       on_error: What to do with a record that cannot be read: ``"raise"``, ``"skip"`` (the run's
-        folder lists those) or ``"replace"``, see `fasta_files.read_proteins`.
+        folder lists those) or ``"replace"``, see `fasta.read_proteins`.
       new_data: Whether a run may be resumed with other data than it began with.
     """
 

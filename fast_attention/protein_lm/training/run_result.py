@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from fast_attention.mesh.meshes import make_mesh
-from fast_attention.protein_lm.data.fasta_files import FastaPaths
+from fast_attention.protein_lm.data.fasta import FastaPaths
 from fast_attention.protein_lm.data.skipped_records import SkippedRecords
 from fast_attention.protein_lm.distributed import processes
 from fast_attention.protein_lm.errors import RunError

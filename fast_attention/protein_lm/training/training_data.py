@@ -10,7 +10,7 @@ import numpy as np
 from fast_attention.protein_lm.data import held_out
 from fast_attention.protein_lm.data.corpus import Corpus, load_corpus
 from fast_attention.protein_lm.data.domains import DiscreteDomain
-from fast_attention.protein_lm.data.fasta_files import read_proteins
+from fast_attention.protein_lm.data.fasta import read_proteins
 from fast_attention.protein_lm.data.mixture import Mixture, join_sources
 from fast_attention.protein_lm.data.skipped_records import SkippedRecords
 from fast_attention.protein_lm.evaluation.report import shared_note

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fast_attention.protein_lm import cli, loading
-from fast_attention.protein_lm.data.fasta_files import read_proteins
+from fast_attention.protein_lm.data.fasta import read_proteins
 from fast_attention.protein_lm.data.skipped_records import SkippedRecords
 from fast_attention.protein_lm.files import text_source
 from fast_attention.protein_lm.files.text_source import FastaError

@@ -10,7 +10,7 @@ import pytest
 from fast_attention.protein_lm import cli
 from fast_attention.protein_lm.data.corpus import load_corpus
 from fast_attention.protein_lm.data.domains import make_protein_domain
-from fast_attention.protein_lm.data.fasta_files import (
+from fast_attention.protein_lm.data.fasta import (
     EXTENSIONS,
     fasta_paths,
     read_proteins,

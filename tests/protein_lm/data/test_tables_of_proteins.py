@@ -5,8 +5,7 @@ import pytest
 
 from fast_attention.protein_lm import make_protein_domain
 from fast_attention.protein_lm.data.corpus import load_corpus
-from fast_attention.protein_lm.data.fasta import FastaError, FastaRecord
-from fast_attention.protein_lm.data.fasta_files import read_proteins
+from fast_attention.protein_lm.data.fasta import FastaError, FastaRecord, read_proteins
 from fast_attention.protein_lm.data.skipped_records import SkippedRecords
 
 PROTEINS = [FastaRecord("p1", "", "MKTAY"), FastaRecord("p2", "kinase, human", "ACD")]
