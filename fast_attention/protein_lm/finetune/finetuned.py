@@ -35,6 +35,7 @@ from fast_attention.protein_lm.inference import embedding
 from fast_attention.protein_lm.loading import load_run, open_model
 from fast_attention.protein_lm.modeling.token_batches import Shape
 from fast_attention.protein_lm.runs import model_file
+from fast_attention.protein_lm.runs.array_records import named
 from fast_attention.protein_lm.runs.run_folder import PREDICTOR_FILES, RunFolder, inside
 
 _ABOUT, _HEAD, _ADAPTERS, _MODEL = PREDICTOR_FILES
@@ -321,13 +322,12 @@ def _read_head(path: Path, model: FlaxModel, classes: list[str] | None) -> Linea
 def _read_whole(path: Path, model: FlaxModel) -> FlaxModel:
     abstract = model.abstract_state
     trees = {"parameters": abstract.parameters, "variables": abstract.variables}
-    leaves, structure = jax.tree_util.tree_flatten_with_path(trees)
-    names = [jax.tree_util.keystr(where, simple=True, separator=".") for where, _ in leaves]
-    shapes = {name: leaf.shape for name, (_, leaf) in zip(names, leaves, strict=True)}
-    limit = _ROOM + 4096 * len(names) + 2 * sum(8 * math.prod(shape) for shape in shapes.values())
+    leaves = named(trees)
+    shapes = {name: leaf.shape for name, leaf in leaves.items()}
+    limit = _ROOM + 4096 * len(shapes) + 2 * sum(8 * math.prod(shape) for shape in shapes.values())
     found = _numbers(path, read_npz(path, _REMEDY, limit=limit, expected=shapes))
-    arrays = [found[name].astype(leaf.dtype) for name, (_, leaf) in zip(names, leaves, strict=True)]
-    stored = jax.tree.unflatten(structure, arrays)
+    arrays = [found[name].astype(leaf.dtype) for name, leaf in leaves.items()]
+    stored = jax.tree.unflatten(jax.tree.structure(trees), arrays)
     return with_parameters(model, stored["parameters"], stored["variables"])
 
 
@@ -355,11 +355,7 @@ def _numbers(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]
 
 
 def _flat(tree: Any) -> dict[str, np.ndarray]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(jax.device_get(tree))
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf)
-        for path, leaf in leaves
-    }
+    return {name: np.asarray(leaf) for name, leaf in named(jax.device_get(tree)).items()}
 
 
 def _write_arrays(path: Path, arrays: dict[str, Any]) -> None:

@@ -6,11 +6,13 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from fast_attention.mechanisms.wrapped import as_attention_fn
 from fast_attention.protein_lm import ranges
 from fast_attention.protein_lm.data.corpus import bundled_corpus
 from fast_attention.protein_lm.flax_model import FlaxModel
 from fast_attention.protein_lm.models import FlaxLM
 from fast_attention.protein_lm.training.dataset import get_train_valid_files
+from fast_attention.softmax_attention import make_softmax_attention
 
 Files = str | Sequence[str]
 
@@ -208,6 +210,29 @@ class Experiment(DataSettings, BatchSettings, TimeSettings, EvaluationSettings):
                 "experiment.pack_sequences = False gives each protein a row of its own: leave one "
                 "out"
             )
+
+    def check_model(self, model: FlaxModel) -> bool:
+        """Checks these settings against a model; returns whether its features are stored.
+
+        Raises:
+          ValueError: If the model is too short, or has nothing to calibrate.
+        """
+        length, calibration = self.max_train_length, self.calibration_batches
+        if length > model.max_length:
+            raise ValueError(
+                f"experiment.max_train_length is {length}, more than the "
+                f"{model.max_length} tokens of the model: lower it, or raise "
+                "make_protein_domain.length (and FlaxModel.max_len, if that is set)"
+            )
+        function = as_attention_fn(model.attention_fn or make_softmax_attention())
+        stored = function.calibration in ("stored", "trained")
+        if calibration and not stored:
+            raise ValueError(
+                f"experiment.calibration_batches is {calibration}, but the attention function has "
+                "no stored parameters to fit: use make_fast_softmax_attention with an estimator "
+                "such as 'wderf_s' and unidirectional = True, or leave calibration_batches out"
+            )
+        return stored
 
 
 Data = TypeVar("Data", bound=DataSettings)

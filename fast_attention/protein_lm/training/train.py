@@ -34,7 +34,6 @@ from fast_attention.protein_lm.runs.run_folder import RunFolder
 from fast_attention.protein_lm.runs.run_lock import hold_run
 from fast_attention.protein_lm.training import (
     resuming,
-    run_checks,
     run_result,
     training_loop,
 )
@@ -94,13 +93,16 @@ def run_experiment(work_dir: str, experiment: Experiment | None = None) -> dict[
     settings = model_file.training_settings(experiment)
     experiment = choose_files(experiment)
     folder = RunFolder(Path(work_dir))
-    if not experiment.restore_checkpoint:
-        run_checks.check_empty(folder)
+    if not experiment.restore_checkpoint and folder.newest_step() is not None:
+        raise RunError(
+            f"{folder.path} holds checkpoints, and experiment.restore_checkpoint = False asks not "
+            "to resume: give another --work_dir, or leave restore_checkpoint out"
+        )
     experiment.check_early_stopping(experiment.valid_files is not None or experiment.holds_out)
 
     with contextlib.ExitStack() as held:
         model = experiment.model_cls()
-        stored = run_checks.check_model(model, experiment)
+        stored = experiment.check_model(model)
         about = model_file.to_text(model_file.describe(model) | {"training": settings})
         run = resuming.open_folder(folder, about)
         for name in resuming.unused_settings(run):
