@@ -8,6 +8,7 @@ import pytest
 from fast_attention.protein_lm import cli, gin_registry
 from fast_attention.protein_lm.cli.commands import COMMANDS
 from fast_attention.protein_lm.cli.failures import describe_failure
+from fast_attention.protein_lm.training import train
 
 
 @pytest.mark.parametrize(
@@ -37,7 +38,7 @@ def test_a_wrong_setting_is_told_in_one_line(tmp_path, tiny_fasta, text, message
     path.write_text(text)
     with pytest.raises(Exception, match=".") as caught:
         gin_registry.configure([path], [f"experiment.train_files = {tiny_fasta!r}"])
-        gin.get_configurable("experiment")(str(tmp_path / "run"))
+        train.run_experiment(str(tmp_path / "run"), gin.get_configurable("experiment")())
     told = describe_failure(caught.value)
     assert "\n" not in told and "0x" not in told
     assert re.search(message, told)
