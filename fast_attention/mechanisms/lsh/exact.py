@@ -20,7 +20,11 @@ from fast_attention.mechanisms.call import Dropout
 from fast_attention.mechanisms.checks import full_rank
 from fast_attention.mechanisms.lsh.operands import LSHOutput, place_queries, rotate_pairs
 from fast_attention.mechanisms.shared_qk import unit_keys
-from fast_attention.mechanisms.softmax.blocks import Choices, Extras, blocked_attention
+from fast_attention.mechanisms.softmax.blocks import Choices, Extras, Tiling, blocked_attention
+
+# One part whatever the length: few programs to compile, and a small block of scores.
+_CPU_TILING = Tiling(rows=2**17, block=2**20, smallest=64, stages=1)
+_DEVICE_TILING = Tiling(rows=2**27, block=2**27, smallest=256, stages=1)
 
 
 @runs_on_auto_axes
@@ -104,15 +108,16 @@ def shared_qk_attention(
         first_query=jnp.asarray(given, jnp.int32) if given else None,
     )
     choices = Choices(causal, precision=precision, shared=True, scale=scale)
+    tiling = _CPU_TILING if jax.default_backend() == "cpu" else _DEVICE_TILING
 
     def attend(query: Array, key: Array, value: Array, dropout: Dropout | None) -> Array:
-        key, value, own_choices, own_extras = given_first(key, -3), value, choices, extras
+        key, own_choices, own_extras = given_first(key, -3), choices, extras
         if dropout is not None:
             own_extras = extras._replace(dropout_key=dropout.key)
             own_choices = choices._replace(
                 dropout_rate=dropout.rate, share_dropout=dropout.broadcast
             )
-        out = blocked_attention(query, key, given_first(value, -3), own_extras, own_choices)
+        out = blocked_attention(query, key, given_first(value, -3), own_extras, own_choices, tiling)
         return out if shown is None else jnp.where(shown[..., :queries, :, :], out, 0)
 
     query, key = qk[..., :queries, :, :], unit_keys(qk)

@@ -31,17 +31,19 @@ class Tiling(NamedTuple):
       rows: scores of the smallest blocks of the rows done together.
       block: scores of the largest blocks.
       smallest: queries in the smallest block.
+      stages: into how many parts a causal sequence is cut at most, each compiled for the keys that
+        it sees.
     """
 
     rows: int
     block: int
     smallest: int
+    stages: int = 16
 
 
 # What stays in the cache of a CPU; what keeps another device busy.
 _CPU_TILING = Tiling(rows=2**17, block=2**22, smallest=64)
 _DEVICE_TILING = Tiling(rows=2**27, block=2**27, smallest=256)
-_MOST_STAGES = 16
 
 
 class Choices(NamedTuple):
@@ -128,7 +130,7 @@ def blocked_attention(
     def attend(row: tuple[Array, Array, Array, Extras]) -> Array:
         query, key, value, own = row
         merged = Extras(*(b if a is None else a for a, b in zip(own, shared, strict=True)))
-        return _attend_row(query, key, value, merged, choices, block, smallest)
+        return _attend_row(query, key, value, merged, choices, block, tiling)
 
     operands = (
         query.reshape(rows, length, kv_heads, heads // kv_heads, -1),
@@ -198,7 +200,7 @@ def _attend_row(
     extras: Extras,
     choices: Choices,
     block: int | None,
-    smallest: int,
+    tiling: Tiling,
 ) -> Array:
     """Attends in one row: query ``[T, K, G, D]``, output ``[T, K, G, V]``.
 
@@ -215,7 +217,7 @@ def _attend_row(
         out = jax.checkpoint(whole)(query, key, value, extras, 0, position)
         return jnp.transpose(out, (2, 0, 1, 3))
     aligned = choices.causal and first_query is None
-    stages = max(1, min(_MOST_STAGES, length // smallest)) if aligned else 1
+    stages = max(1, min(tiling.stages, length // tiling.smallest)) if aligned else 1
     size = max(1, math.ceil(length / stages))
     parts = []
     for start in range(0, length, size):
