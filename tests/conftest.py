@@ -29,9 +29,12 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _compile_once(pytestconfig):
+def _compile_once(pytestconfig, tmp_path_factory):
     """Equal programs are compiled once, by the processes that tests start and by later runs too."""
-    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or pytestconfig.cache.mkdir("compiled")
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if not folder and pytestconfig.pluginmanager.has_plugin("cacheprovider"):
+        folder = pytestconfig.cache.mkdir("compiled")
+    folder = folder or tmp_path_factory.mktemp("compiled")
     options = {
         "jax_compilation_cache_dir": str(folder),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
