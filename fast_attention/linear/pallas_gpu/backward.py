@@ -153,11 +153,13 @@ def pull_back_logs(
     """
     tiles, shared, parts = program.tiles, program.shared, program.sizes.parts
     tiles.store(shared["features"], d_logs)
-    d_x = d_x + tiles.matmul(shared["features"], shared["weights"], order=parts)
+    d_x = tiles.matmul(shared["features"], shared["weights"], order=parts, add=d_x)
     place = d_weights.at[_place(program, tile)]
     before = program.read_matrix(place)
-    added = tiles.matmul(shared["features"], shared[x], transpose_left=True, order=parts)
-    program.write_matrix(place, before + added)
+    added = tiles.matmul(
+        shared["features"], shared[x], transpose_left=True, order=parts, add=before
+    )
+    program.write_matrix(place, added)
     return d_x
 
 

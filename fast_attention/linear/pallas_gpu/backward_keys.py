@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 from fast_attention.arrays.types import Array
 from fast_attention.linear.pallas_gpu.backward import (
@@ -24,6 +25,7 @@ from fast_attention.linear.pallas_gpu.backward import (
 )
 from fast_attention.linear.pallas_gpu.program import (
     Program,
+    Ref,
     Sizes,
     float32,
     launch,
@@ -78,7 +80,7 @@ def key_gradients(sizes: Sizes, given: Given, *, causal: bool) -> KeyGradients:
         copy_state(program, cotangents, out.state, program.head)
         chunk = _causal_chunk if causal else _bidirectional_chunk
         last = sizes.keys // TILE - 1
-        loop(last + 1, lambda i, _: chunk(program, given, out, last - i))
+        loop(tiles, last + 1, lambda i, _: chunk(program, given, out, last - i))
 
     return launch(body, sizes, given, outputs, backward_memory(sizes, len(given.operands.key)))
 
@@ -93,27 +95,31 @@ def _causal_chunk(program: Program, given: Given, out: KeyGradients, chunk: Arra
     tiles.fetch(*row_copies(program, given, chunk), *key_copies(program, given, chunk))
     row_max, key_shift = tiles.rows(shared["row_max"]), tiles.rows(shared["key_shift"])
 
-    def features(tile: Array) -> tuple[Array, Array, Array]:
-        """Returns log-features of keys, and features of keys and queries on a common scale."""
+    def visible_first() -> Array:
+        return spread_columns(visible_scale(tiles.columns(shared["first"])))
+
+    def query_features(tile: Array) -> Array:
+        return jnp.exp(program.query_logs(tile) + visible_first() - spread_rows(row_max))
+
+    def features(tile: Array) -> tuple[Array, Array]:
+        """Returns features of keys and queries on a common scale."""
         program.fetch_weights(tile)
         tiles.fetch((given.maxima.first_scales.at[b, h, chunk, piece(tile)], shared["first"]))
-        shift = spread_columns(visible_scale(tiles.columns(shared["first"])))
-        key_logs = program.key_logs(tile)
-        keys = jnp.exp(key_logs - shift - spread_rows(key_shift))
-        queries = jnp.exp(program.query_logs(tile) + shift - spread_rows(row_max))
-        return key_logs, keys, queries
+        keys = jnp.exp(program.key_logs(tile) - visible_first() - spread_rows(key_shift))
+        return keys, query_features(tile)
 
     def multiply(tile: Array, products: Array) -> Array:
-        _, keys, queries = features(tile)
+        keys, queries = features(tile)
         tiles.store(shared["pairs"], keys)
         tiles.store(shared["features"], queries)
-        return products + tiles.matmul(shared["pairs"], shared["features"], transpose_right=True)
+        return tiles.matmul(shared["pairs"], shared["features"], transpose_right=True, add=products)
 
+    keys_at, queries_at = tiles.positions(chunk)
     products = program.over_tiles(multiply, tiles.full(0.0, TILE))
     factor = pair_factor(
         spread_rows(key_shift),
         spread_columns(tiles.columns(shared["pair_max"])),
-        tiles.indices(0) <= tiles.indices(1),
+        keys_at <= queries_at,
     )
     tiles.store(shared["features"], jnp.where(products > 0.0, products * factor, 0.0))
     d_value = tiles.matmul(shared["features"], shared["numerator"])
@@ -126,31 +132,35 @@ def _causal_chunk(program: Program, given: Given, out: KeyGradients, chunk: Arra
     d_denominator = tiles.rows(shared["denominator"])
 
     def body(tile: Array, gradients: Gradients) -> Gradients:
-        key_logs, keys, queries = features(tile)
+        _fetch_cotangent(program, out, tile)
+        keys, queries = features(tile)
         tiles.store(shared["features"], queries)
         d_logs = through_exp(keys, tiles.matmul(shared["pairs"], shared["features"]))
+        # Registers are scarce.
+        stash = shared["stage"].at[:, pl.ds(0, TILE)]
+        stash[...] = d_logs
         tiles.fetch(
             (given.before.at[b, h, chunk, piece(tile)], shared["scale"]),
             (given.maxima.scales.at[b, h, chunk, piece(tile)], shared["next_scale"]),
         )
-        d_kv, d_k_sum, gradients = _pull_back_absorbed(
-            program, out, tile, key_logs, d_logs, gradients
-        )
+        gradients = _pull_back_absorbed(program, out, tile, stash, gradients)
 
         # Back to the state before the chunk, and what its rows read from it.
-        decay = jnp.exp(tiles.rows(shared["scale"]) - tiles.rows(shared["next_scale"]))
-        read = jnp.exp(tiles.rows(shared["scale"]) - tiles.rows(shared["first"]))
-        queries = queries * spread_rows(gain)
+        queries = query_features(tile) * spread_rows(gain)
         tiles.store(shared["features"], queries)
-        d_read = tiles.matmul(shared["features"], shared["numerator"], transpose_left=True)
-        d_kv = d_kv * spread_rows(decay, sizes.value_dim)
-        d_kv = d_kv + d_read * spread_rows(read, sizes.value_dim)
-        program.write_matrix(out.state.kv.at[b, h, piece(tile)], d_kv)
         scale = tiles.columns(shared["scale"])
+        d_k_sum = tiles.columns(shared["k_sum"])
         d_k_sum = d_k_sum * jnp.exp(scale - tiles.columns(shared["next_scale"]))
         d_read_sum = jnp.sum(queries * spread_rows(d_denominator), axis=0)
         d_k_sum = d_k_sum + d_read_sum * jnp.exp(scale - tiles.columns(shared["first"]))
         shared["k_sum"][...] = d_k_sum
+        d_read = tiles.matmul(shared["features"], shared["numerator"], transpose_left=True)
+        read = jnp.exp(tiles.rows(shared["scale"]) - tiles.rows(shared["first"]))
+        d_read = d_read * spread_rows(read, sizes.value_dim)
+        decay = jnp.exp(tiles.rows(shared["scale"]) - tiles.rows(shared["next_scale"]))
+        d_kv = program.read_matrix(out.state.kv.at[b, h, piece(tile)])
+        d_kv = d_kv * spread_rows(decay, sizes.value_dim) + d_read
+        program.write_matrix(out.state.kv.at[b, h, piece(tile)], d_kv)
         tiles.send((shared["k_sum"], out.state.k_sum.at[b, h, piece(tile)]))
         return gradients
 
@@ -167,10 +177,8 @@ def _bidirectional_chunk(program: Program, given: Given, out: KeyGradients, chun
         program.fetch_weights(tile)
         # The scale of the final state is an upper bound for every key: nothing overflows.
         tiles.fetch((given.state.log_scale.at[b, h, piece(tile)], shared["next_scale"]))
-        nothing = tiles.full(0.0, TILE)
-        return _pull_back_absorbed(program, out, tile, program.key_logs(tile), nothing, gradients)[
-            2
-        ]
+        _fetch_cotangent(program, out, tile)
+        return _pull_back_absorbed(program, out, tile, None, gradients)
 
     start = (
         tiles.full(0.0, sizes.head_dim),
@@ -181,40 +189,39 @@ def _bidirectional_chunk(program: Program, given: Given, out: KeyGradients, chun
 
 
 def _pull_back_absorbed(
-    program: Program,
-    out: KeyGradients,
-    tile: Array,
-    key_logs: Array,
-    d_logs: Array,
-    gradients: Gradients,
-) -> tuple[Array, Array, Gradients]:
+    program: Program, out: KeyGradients, tile: Array, d_logs: Ref | None, gradients: Gradients
+) -> Gradients:
     """Pulls the cotangent of the state after a chunk back to its keys and values.
+
+    Leaves the cotangent of ``k_sum`` in shared memory.
 
     Args:
       program: with the tile's weights and the scale after the chunk in shared memory.
       out: whose state is the cotangent.
       tile: of features.
-      key_logs: ``[64, 64]``.
-      d_logs: their cotangent by other ways.
+      d_logs: cotangent of the log-features of keys by other ways, ``[64, 64]``.
       gradients: so far.
-
-    Returns:
-      The tile of the state's cotangent, ``[64, V]`` and ``[64]``, and the gradients.
     """
     tiles, shared, parts = program.tiles, program.shared, program.sizes.parts
-    b, h, here = program.batch, program.head, piece(tile)
     d_key, d_value, d_key_log = gradients
-    d_kv = program.read_matrix(out.state.kv.at[b, h, here])
-    tiles.fetch((out.state.k_sum.at[b, h, here], shared["k_sum"]))
-    d_k_sum = tiles.columns(shared["k_sum"])
-    tiles.store(shared["state"], d_kv)
-    keys = jnp.exp(key_logs - spread_columns(tiles.columns(shared["next_scale"])))
+    scale = spread_columns(tiles.columns(shared["next_scale"]))
+    keys = jnp.exp(program.key_logs(tile) - scale)
     tiles.store(shared["features"], keys)
-    d_value = d_value + tiles.matmul(shared["features"], shared["state"])
+    d_value = tiles.matmul(shared["features"], shared["state"], add=d_value)
     d_keys = tiles.matmul(shared["value"], shared["state"], transpose_right=True, order=parts)
-    d_logs = d_logs + through_exp(keys, d_keys + spread_columns(d_k_sum))
-    d_key = pull_back_logs(program, d_logs, "key", tile, d_key, out.weights)
-    return d_kv, d_k_sum, (d_key, d_value, d_key_log + jnp.sum(d_logs, axis=1))
+    d_k_sum = spread_columns(tiles.columns(shared["k_sum"]))
+    total = through_exp(keys, d_keys + d_k_sum)
+    if d_logs is not None:
+        total = total + tiles.matrix(d_logs)
+    d_key_log = d_key_log + jnp.sum(total, axis=1)
+    d_key = pull_back_logs(program, total, "key", tile, d_key, out.weights)
+    return d_key, d_value, d_key_log
+
+
+def _fetch_cotangent(program: Program, out: KeyGradients, tile: Array) -> None:
+    b, h, here = program.batch, program.head, piece(tile)
+    program.tiles.fetch((out.state.k_sum.at[b, h, here], program.shared["k_sum"]))
+    program.tiles.store(program.shared["state"], program.read_matrix(out.state.kv.at[b, h, here]))
 
 
 def _write(program: Program, out: KeyGradients, chunk: Array, gradients: Gradients) -> None:

@@ -83,7 +83,7 @@ def query_gradients(sizes: Sizes, given: Given, *, causal: bool) -> QueryGradien
             cotangents = State(given.cotangents.kv, given.cotangents.k_sum, None)
             copy_state(program, cotangents, out.state, program.head)
         chunk = _causal_chunk if causal else _bidirectional_chunk
-        loop(sizes.queries // TILE, lambda i, _: chunk(program, given, out, i))
+        loop(tiles, sizes.queries // TILE, lambda i, _: chunk(program, given, out, i))
 
     return launch(body, sizes, given, outputs, backward_memory(sizes, len(given.operands.query)))
 
@@ -94,10 +94,11 @@ def _causal_chunk(program: Program, given: Given, out: QueryGradients, chunk: Ar
     tiles.fetch(*row_copies(program, given, chunk), *key_copies(program, given, chunk))
     pair_max, d_denominator = tiles.rows(shared["pair_max"]), tiles.rows(shared["denominator"])
     row_max, key_shift = tiles.rows(shared["row_max"]), tiles.rows(shared["key_shift"])
+    queries_at, keys_at = tiles.positions(chunk)
     factor = pair_factor(
         spread_columns(tiles.columns(shared["key_shift"])),
         spread_rows(pair_max),
-        tiles.indices(1) <= tiles.indices(0),
+        keys_at <= queries_at,
     )
     d_pairs = tiles.matmul(
         shared["numerator"], shared["value"], transpose_right=True, order=sizes.parts
@@ -111,17 +112,23 @@ def _causal_chunk(program: Program, given: Given, out: QueryGradients, chunk: Ar
         tiles.fetch((given.maxima.first_scales.at[b, h, chunk, piece(tile)], shared["first"]))
         first = tiles.columns(shared["first"])
         shift = spread_columns(visible_scale(first))
-        key_logs = program.key_logs(tile)
-        tiles.store(shared["features"], jnp.exp(key_logs - shift - spread_rows(key_shift)))
-        queries = jnp.exp(program.query_logs(tile) + shift - spread_rows(row_max))
+        keys = jnp.exp(program.key_logs(tile) - shift - spread_rows(key_shift))
+        tiles.store(shared["features"], keys)
         kv = program.read_matrix(out.state.kv.at[b, h, piece(tile)])
         tiles.store(shared["state"], kv * first_decay(program))
         k_sum = tiles.columns(shared["k_sum"]) * jnp.exp(tiles.columns(shared["scale"]) - first)
-        d_read = tiles.matmul(shared["numerator"], shared["state"], transpose_right=True)
-        d_read = d_read + spread_rows(d_denominator) * spread_columns(k_sum)
-        d_queries = tiles.matmul(shared["pairs"], shared["features"]) + d_read * spread_rows(gain)
-        absorb(program, out.state, tile, key_logs, kv)
+        d_read = tiles.matmul(
+            shared["numerator"],
+            shared["state"],
+            transpose_right=True,
+            add=spread_rows(d_denominator) * spread_columns(k_sum),
+        )
+        d_queries = tiles.matmul(
+            shared["pairs"], shared["features"], add=d_read * spread_rows(gain)
+        )
+        queries = jnp.exp(program.query_logs(tile) + shift - spread_rows(row_max))
         d_logs = through_exp(queries, d_queries)
+        absorb(program, out.state, tile)
         return pull_back_logs(program, d_logs, "query", tile, d_query, out.weights)
 
     d_query = program.over_tiles(body, tiles.full(0.0, sizes.head_dim))

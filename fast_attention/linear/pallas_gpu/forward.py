@@ -122,7 +122,11 @@ def forward_memory(sizes: Sizes, input_parts: int) -> dict[str, tuple[int, int] 
 
 
 def _causal(program: Program, out: Result) -> None:
-    loop(program.sizes.keys // TILE, lambda chunk, _: _causal_chunk(program, out, chunk))
+    loop(
+        program.tiles,
+        program.sizes.keys // TILE,
+        lambda chunk, _: _causal_chunk(program, out, chunk),
+    )
 
 
 def _causal_chunk(program: Program, out: Result, chunk: Array) -> None:
@@ -140,7 +144,8 @@ def _causal_chunk(program: Program, out: Result, chunk: Array) -> None:
         program.fetch_weights(tile)
         fetch_state_vectors(program, out.state, tile)
         key_logs = program.key_logs(tile)
-        first_key = jnp.max(jnp.where(tiles.indices(0) == 0, key_logs, -jnp.inf), axis=0)
+        is_first = tiles.positions(chunk)[0] == chunk * TILE
+        first_key = jnp.max(jnp.where(is_first, key_logs, -jnp.inf), axis=0)
         first = jnp.maximum(tiles.columns(shared["scale"]), first_key)
         shared["first"][...] = first
         tiles.send((shared["first"], maxima.first_scales.at[b, h, chunk, piece(tile)]))
@@ -169,15 +174,15 @@ def _causal_chunk(program: Program, out: Result, chunk: Array) -> None:
         tiles.store(shared["features"], jnp.exp(key_logs - shift - spread_rows(key_shift)))
         queries = jnp.exp(program.query_logs(tile) + shift - spread_rows(row_max))
         tiles.store(shared["pairs"], queries)
-        products = products + tiles.matmul(
-            shared["pairs"], shared["features"], transpose_right=True
-        )
         k_sum = tiles.columns(shared["k_sum"]) * jnp.exp(tiles.columns(shared["scale"]) - first)
         denominator = denominator + jnp.sum(queries * spread_columns(k_sum), axis=1)
+        products = tiles.matmul(
+            shared["pairs"], shared["features"], transpose_right=True, add=products
+        )
         kv = program.read_matrix(out.state.kv.at[b, h, piece(tile)])
         tiles.store(shared["state"], kv * first_decay(program))
-        numerator = numerator + tiles.matmul(shared["pairs"], shared["state"])
-        absorb(program, out.state, tile, key_logs, kv)
+        numerator = tiles.matmul(shared["pairs"], shared["state"], add=numerator)
+        absorb(program, out.state, tile)
         tiles.send((shared["next_scale"], maxima.scales.at[b, h, chunk, piece(tile)]))
         return products, numerator, denominator
 
@@ -185,9 +190,11 @@ def _causal_chunk(program: Program, out: Result, chunk: Array) -> None:
         read, (tiles.full(0.0, TILE), tiles.full(0.0, sizes.value_dim), tiles.full_rows(0.0))
     )
 
-    pairs = tiles.indices(1) <= tiles.indices(0)
+    rows, columns = tiles.positions(chunk)
+    pairs = columns <= rows
     shift = spread_columns(tiles.columns(shared["key_shift"]))
-    logs = jnp.where(pairs & (tiles.indices(1) > 0), jnp.log(products) + shift, -jnp.inf)
+    later = columns > chunk * TILE
+    logs = jnp.where(pairs & later, jnp.log(products) + shift, -jnp.inf)
     # What rows read from the state and the first key is at most about 1, if there is any.
     past = jnp.where(seen > 0.5 * EMPTY_LOG_SCALE, 0.0, EMPTY_LOG_SCALE)
     pair_max = jnp.maximum(past, jnp.max(logs, axis=1))
@@ -196,7 +203,7 @@ def _causal_chunk(program: Program, out: Result, chunk: Array) -> None:
     gain = jnp.exp(past - pair_max)
     tiles.store(shared["pairs"], weights)
     numerator = numerator * spread_rows(gain, sizes.value_dim)
-    numerator = numerator + tiles.matmul(shared["pairs"], shared["value"], order=sizes.parts)
+    numerator = tiles.matmul(shared["pairs"], shared["value"], order=sizes.parts, add=numerator)
     shared["denominator"][...] = denominator * gain + jnp.sum(weights, axis=1)
     shared["pair_max"][...] = pair_max
     here = piece(chunk)
@@ -223,12 +230,12 @@ def _bidirectional(program: Program, out: Result) -> None:
         def absorb_tile(tile: Array, _: Any) -> None:
             program.fetch_weights(tile)
             fetch_state_vectors(program, out.state, tile)
-            kv = program.read_matrix(out.state.kv.at[b, h, piece(tile)])
-            absorb(program, out.state, tile, program.key_logs(tile), kv)
+            program.read_matrix(out.state.kv.at[b, h, piece(tile)])
+            absorb(program, out.state, tile)
 
         program.over_tiles(absorb_tile)
 
-    loop(sizes.keys // TILE, absorb_chunk)
+    loop(tiles, sizes.keys // TILE, absorb_chunk)
 
     def read_chunk(chunk: Array, _: Any) -> None:
         tiles.fetch(*program.queries(operands.query, "query", chunk))
@@ -251,7 +258,7 @@ def _bidirectional(program: Program, out: Result) -> None:
             k_sum = spread_columns(tiles.columns(shared["k_sum"]))
             kv = program.read_matrix(out.state.kv.at[b, h, piece(tile)])
             tiles.store(shared["state"], kv)
-            numerator = numerator + tiles.matmul(shared["pairs"], shared["state"])
+            numerator = tiles.matmul(shared["pairs"], shared["state"], add=numerator)
             return numerator, denominator + jnp.sum(queries * k_sum, axis=1)
 
         numerator, denominator = program.over_tiles(
@@ -266,4 +273,4 @@ def _bidirectional(program: Program, out: Result) -> None:
         )
         program.write_matrix(out.numerator.at[b, here, h], numerator)
 
-    loop(sizes.queries // TILE, read_chunk)
+    loop(tiles, sizes.queries // TILE, read_chunk)

@@ -133,7 +133,7 @@ class Program:
         )
         real = self.sizes.real_features
         if real % TILE:
-            logs = jnp.where(self.tiles.indices(1) + tile * TILE < real, logs, MASKED_LOG)
+            logs = jnp.where(self.tiles.positions(tile)[1] < real, logs, MASKED_LOG)
         return logs
 
     def read_matrix(self, source: Ref) -> Array:
@@ -153,14 +153,22 @@ class Program:
 
     def over_tiles(self, body: Callable[[Array, Any], Any], carry: Any = None) -> Any:
         """Runs ``body(tile, carry)`` over the tiles of features."""
-        return loop(self.sizes.features // TILE, body, carry)
+        return loop(self.tiles, self.sizes.features // TILE, body, carry)
 
 
-def loop(count: int, body: Callable[[Array, Any], Any], carry: Any = None) -> Any:
+def loop(tiles: Tiles, count: int, body: Callable[[Array, Any], Any], carry: Any = None) -> Any:
     """Runs ``body(i, carry)`` for i from 0."""
     if count == 1:
         return body(jnp.int32(0), carry)
-    return jax.lax.fori_loop(0, count, body, carry)
+
+    def step(i: Array, carry: Any) -> Any:
+        tiles.indices.append(i)
+        try:
+            return body(i, carry)
+        finally:
+            tiles.indices.pop()
+
+    return jax.lax.fori_loop(0, count, step, carry)
 
 
 def piece(index: Array) -> Any:

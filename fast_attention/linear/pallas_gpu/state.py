@@ -63,20 +63,28 @@ def fetch_state_vectors(program: Program, state: State, tile: Array) -> None:
     )
 
 
-def absorb(program: Program, state: State, tile: Array, logs: Array, kv: Array) -> None:
-    """Adds the keys of a chunk to a tile of the state; ``kv [64, V]`` is the tile before."""
+def absorb(program: Program, state: State, tile: Array) -> None:
+    """Adds the keys of a chunk to a tile of the state.
+
+    The tile of ``kv`` before, ``[64, V]``, is what was read last. That and the log-features of the
+    keys are made again rather than kept: registers are scarce.
+    """
     tiles, shared = program.tiles, program.shared
     b, h, here = program.batch, program.head, piece(tile)
     scale, k_sum = tiles.columns(shared["scale"]), tiles.columns(shared["k_sum"])
+    logs = program.key_logs(tile)
     next_scale = jnp.maximum(scale, jnp.max(logs, axis=0))
     features = jnp.exp(logs - spread_columns(next_scale))
     tiles.store(shared["features"], features)
     shared["next_scale"][...] = next_scale
     shared["k_sum"][...] = k_sum * jnp.exp(scale - next_scale) + jnp.sum(features, axis=0)
     decay = jnp.exp(tiles.rows(shared["scale"]) - tiles.rows(shared["next_scale"]))
-    kv = kv * spread_rows(decay, program.sizes.value_dim)
-    kv = kv + tiles.matmul(
-        shared["features"], shared["value"], transpose_left=True, order=program.sizes.parts
+    kv = tiles.matmul(
+        shared["features"],
+        shared["value"],
+        transpose_left=True,
+        order=program.sizes.parts,
+        add=tiles.matrix(shared["stage"]) * spread_rows(decay, program.sizes.value_dim),
     )
     program.write_matrix(state.kv.at[b, h, here], kv)
     tiles.send(

@@ -45,10 +45,12 @@ class Tiles:
     Attributes:
       interpret: use plain operations.
       barriers: of the copies, None when interpreted.
+      indices: of the loops around what is being traced, the innermost last.
     """
 
     interpret: bool
     barriers: Ref | None = None
+    indices: list[Array] = dataclasses.field(default_factory=list)
 
     def position(self) -> tuple[Array, Array]:
         """Returns the batch row and the head that this program serves."""
@@ -66,7 +68,7 @@ class Tiles:
         assert self.barriers is not None
         plgpu.commit_smem()  # What the destinations held has been read by every thread.
         for i, (source, destination) in enumerate(copies):
-            plgpu.copy_gmem_to_smem(source, destination, self.barriers.at[i])
+            plgpu.copy_gmem_to_smem(source, _matrix(destination), self.barriers.at[i])
         for i in range(len(copies)):
             plgpu.barrier_wait(self.barriers.at[i])
 
@@ -101,26 +103,35 @@ class Tiles:
         """Returns ``[64]``, one number for each row."""
         return self._cast(jnp.full((TILE,), value, jnp.float32), _ROWS)
 
-    def indices(self, axis: int) -> Array:
-        """Returns the row (0) or column (1) number of every entry of ``[64, 64]``."""
-        indices = jax.lax.broadcasted_iota(jnp.int32, (TILE, TILE), axis)
-        return self._cast(indices, _LAYOUT)
-
     def row_numbers(self) -> Array:
         """Returns 0 to 63, one for each row."""
         return self._cast(jax.lax.broadcasted_iota(jnp.int32, (TILE,), 0), _ROWS)
+
+    def column_numbers(self) -> Array:
+        """Returns 0 to 63, one for each column."""
+        return self._cast(jax.lax.broadcasted_iota(jnp.int32, (TILE,), 0), _COLUMNS)
+
+    def positions(self, chunk: Array) -> tuple[Array, Array]:
+        """Returns the row and the column of every entry of ``[64, 64]``, counted from chunk 0.
+
+        Counted from the chunk's start they would be the same in all chunks: the compiler would make
+        the masks they are used for before the loop and keep them in registers.
+        """
+        start = chunk * TILE
+        rows = spread_rows(self.row_numbers() + start)
+        return rows, spread_columns(self.column_numbers() + start)
 
     def store(self, operand: Operand, x: Array) -> None:
         """Writes a float32 matrix as a sum of bfloat16 parts."""
         for part in operand[:-1]:
             large = _round_to_bfloat16(x)
-            part[...] = large.astype(jnp.bfloat16)
+            _matrix(part)[...] = large.astype(jnp.bfloat16)
             x = x - large
-        operand[-1][...] = x.astype(jnp.bfloat16)
+        _matrix(operand[-1])[...] = x.astype(jnp.bfloat16)
 
     def load(self, operand: Operand) -> Array:
         """Returns the float32 matrix an operand stands for."""
-        parts = [self.matrix(part).astype(jnp.float32) for part in operand]
+        parts = [self.matrix(_matrix(part)).astype(jnp.float32) for part in operand]
         return functools.reduce(jnp.add, parts)
 
     def matmul(
@@ -131,6 +142,7 @@ class Tiles:
         transpose_left: bool = False,
         transpose_right: bool = False,
         order: int | None = None,
+        add: Array | None = None,
     ) -> Array:
         """Returns the product of two operands, float32.
 
@@ -141,27 +153,40 @@ class Tiles:
           transpose_right: whether to transpose it.
           order: products of parts i and j with ``i + j < order`` are added; by default as many as
             the longer operand has parts.
+          add: a matrix to add the product to.
         """
         order = order or max(len(left), len(right))
         pairs = [(i, j) for i in range(len(left)) for j in range(len(right)) if i + j < order]
         if self.interpret:
             a, b = _plain(left, transpose_left), _plain(right, transpose_right)
             products = [jnp.dot(a[i], b[j], precision=jax.lax.Precision.HIGHEST) for i, j in pairs]
-            return functools.reduce(jnp.add, products)
-        rows = left[0].shape[1 if transpose_left else 0]
-        width = right[0].shape[0 if transpose_right else 1]
+            return functools.reduce(jnp.add, products if add is None else [add, *products])
+        rows = left[0].shape[2 if transpose_left else 1]
+        width = right[0].shape[1 if transpose_right else 2]
+        slot = self._only_slot()
 
-        def accumulate(accumulator: Ref) -> Array:
+        def multiply(accumulator: Ref) -> None:
             for i, j in pairs:
                 plgpu.wgmma(
                     accumulator,
-                    _turned(left[i], transpose_left),
-                    _turned(right[j], transpose_right),
+                    _turned(left[i].at[slot], transpose_left),
+                    _turned(right[j].at[slot], transpose_right),
                 )
-            return accumulator[...]
+            plgpu.wgmma_wait(0)
 
         plgpu.commit_smem()  # Registers written to the operands are there for the tensor cores.
-        return pl.run_scoped(accumulate, plgpu.WGMMAAccumulatorRef((rows, width), jnp.float32))
+        if add is None:
+            add = self.full(0.0, width) if rows == TILE else jnp.zeros((rows, width), jnp.float32)
+        return pl.run_state(multiply)(plgpu.WGMMAAccumulatorRef.init(add))
+
+    def _only_slot(self) -> Array:
+        """Returns 0, in a way that the compiler cannot see.
+
+        Operands are in memory of one slot. If its number were known, the addresses of all operands
+        of all products would be made before the loops and kept in registers, more than there are.
+        """
+        index = self.indices[-1] if self.indices else jnp.int32(0)
+        return (index * (index + 1)) & 1
 
     def _cast(self, x: Array, layout: Any) -> Array:
         return x if self.interpret else plgpu.layout_cast(x, layout)
@@ -178,13 +203,19 @@ def spread_columns(x: Array) -> Array:
 
 
 def shared_matrix(interpret: bool, dtype: Any, width: int) -> Any:
-    """Returns what to allocate for ``[64, width]`` in shared memory."""
+    """Returns what to allocate for ``[64, width]`` in shared memory; bfloat16 is for operands."""
     if interpret:
         return plgpu.SMEM((TILE, width), dtype)
     # Rows of 128 bytes, swizzled: what tensor cores want, and no bank conflicts.
     row = 128 // jnp.dtype(dtype).itemsize
     transforms = (plgpu.TilingTransform((8, row)), plgpu.SwizzleTransform(128))
-    return plgpu.SMEM((TILE, width), dtype, transforms=transforms)
+    shape = (1, TILE, width) if dtype == jnp.bfloat16 else (TILE, width)
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def _matrix(ref: Ref) -> Ref:
+    """Returns the matrix of an operand, which has one slot; see :meth:`Tiles._only_slot`."""
+    return ref.at[0] if len(ref.shape) == 3 else ref
 
 
 def split(x: Array, parts: int) -> Operand:
