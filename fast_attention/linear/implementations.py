@@ -8,6 +8,7 @@ from typing import Any
 from fast_attention.linear import reference
 from fast_attention.linear.chunked import api as chunked
 from fast_attention.linear.pallas_gpu import api as pallas_gpu
+from fast_attention.linear.parallel_chunks import api as parallel_chunks
 from fast_attention.linear.segments import attend_within_segments
 from fast_attention.linear.state import LinearAttentionState
 from fast_attention.linear.types import Inputs, Plan
@@ -18,6 +19,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "chunked": chunked.attend,
     "pallas_gpu": pallas_gpu.attend,
     "pallas_gpu_interpret": pallas_gpu.attend_interpreted,
+    "parallel_chunks": parallel_chunks.attend,
     "reference": reference.attend,
 }
 """Implementations by name. One raises NotImplementedError for calls it cannot serve.

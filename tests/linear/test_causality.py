@@ -32,6 +32,9 @@ generalized = functools.partial(
         (functools.partial(softmax, nonnegative_features=False), jnp.float32, 4),
         (functools.partial(generalized), jnp.float32, 16),
         (functools.partial(generalized, kernel_fn="exp", features_type="iid"), jnp.bfloat16, 4),
+        (functools.partial(softmax, implementation="parallel_chunks"), jnp.float32, 1),
+        (functools.partial(softmax, implementation="parallel_chunks"), jnp.bfloat16, 4),
+        (functools.partial(generalized, implementation="parallel_chunks"), jnp.float32, 4),
         # The quadratic form has no chunks.
         (functools.partial(softmax, implementation="reference"), jnp.float32, None),
         (functools.partial(softmax, implementation="reference"), jnp.bfloat16, None),

@@ -70,6 +70,8 @@ def attend(implementation, causal, chunk=None):
         ("chunked", True, CHUNK),
         ("chunked", True, 1),
         ("chunked", False, CHUNK),
+        ("parallel_chunks", True, CHUNK),
+        ("parallel_chunks", True, 1),
         ("reference", True, None),
         ("reference", False, None),
     ],
@@ -120,6 +122,7 @@ def test_denominators_are_at_least_one(causal, feature_map):
         ("chunked", jnp.bfloat16, True),
         ("chunked", jnp.float16, True),
         ("chunked", jnp.float16, False),
+        ("parallel_chunks", jnp.bfloat16, True),
         ("reference", jnp.float16, True),
     ],
 )

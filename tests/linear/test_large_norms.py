@@ -37,6 +37,16 @@ KINDS = {
         (IDS == IDS.T) & VISIBLE,
         None,
     ),
+    "causal, parallel chunks": (
+        {"causal": True, "key_mask": VISIBLE, "implementation": "parallel_chunks"},
+        (BACK >= 0) & VISIBLE,
+        None,
+    ),
+    "causal segments, parallel chunks": (
+        {"causal": True, "segment_ids": IDS, "implementation": "parallel_chunks"},
+        (BACK >= 0) & (IDS == IDS.T),
+        None,
+    ),
     "causal mask": ({"causal": True, "key_mask": VISIBLE}, (BACK >= 0) & VISIBLE, None),
     "near field": (
         {"causal": True, "exact_window": WINDOW},

@@ -19,8 +19,11 @@ def temporary_bytes(function, *arguments):
     return memory.temp_size_in_bytes
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_memory_is_linear(causal):
+@pytest.mark.parametrize(
+    ("implementation", "causal"),
+    [("chunked", True), ("chunked", False), ("parallel_chunks", True)],
+)
+def test_memory_is_linear(implementation, causal):
     x = jax.ShapeDtypeStruct((1, T, H, D), jnp.float32)
     projection = jax.ShapeDtypeStruct((M, D), jnp.float32)
 
@@ -32,7 +35,7 @@ def test_memory_is_linear(causal):
             feature_map=PositiveFeatures(M),
             parameters=projection,
             causal=causal,
-            implementation="chunked",
+            implementation=implementation,
         )
 
     def loss(*arguments):

@@ -148,7 +148,10 @@ def test_any_length_and_chunk_size(chunk, length, implementation):
 
 @pytest.mark.parametrize(
     ("implementation", "dtype"),
-    [("chunked", jnp.float32), ("chunked", jnp.bfloat16), ("reference", jnp.bfloat16)],
+    [
+        *((name, dtype) for name in OTHERS for dtype in (jnp.float32, jnp.bfloat16)),
+        ("reference", jnp.bfloat16),
+    ],
 )
 @pytest.mark.usefixtures("optimized")
 def test_lower_precision_against_float64(implementation, dtype):

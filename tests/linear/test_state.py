@@ -109,7 +109,10 @@ def differentiated_whole(name):
 
 @pytest.mark.parametrize(
     ("name", "implementation"),
-    [("positive", "chunked"), ("relu", "chunked"), ("positive", "reference")],
+    [
+        *((name, kind) for name in ("positive", "relu") for kind in ("chunked", "parallel_chunks")),
+        ("positive", "reference"),
+    ],
 )
 def test_split_and_resumed_is_whole(name, implementation):
     attend = functools.partial(attend_causally, name, implementation=implementation)

@@ -34,8 +34,9 @@ class Sight(NamedTuple):
       pairs: bool, broadcastable to ``[B, K, R, C]``: row may read key. The first key of the chunk
         is excluded, it is read through the state.
       state: bool ``[B, 1, R]``: row may read the state and the first key.
-      carry: bool ``[B]``: the state before the chunk is still read in it (no new segment).
-      keep: bool ``[B]``: the state with the first key outlives the chunk.
+      carry: bool, broadcastable to ``[B, K]``: the state before the chunk is still read in it (no
+        new segment).
+      keep: bool, broadcastable to ``[B, K]``: the state with the first key outlives the chunk.
       enter: bool, broadcastable to ``[B, K, C]``: key is added to the state after the first one.
       occupied: no key is masked, so that the state with the first key is never empty.
     """
@@ -232,7 +233,7 @@ def add_first_key(
     state: LinearAttentionState, keys: Features, value: Array, sight: Sight
 ) -> tuple[LinearAttentionState, Array | None]:
     """Returns the state with the chunk's first key, and the factor on the one before."""
-    carry = None if sight.carry is None else sight.carry[:, None, None]
+    carry = None if sight.carry is None else sight.carry[..., None]
     if keys.log is None:
         old = None if carry is None else carry.astype(state.kv.dtype)
         scale = None

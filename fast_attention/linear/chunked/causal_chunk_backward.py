@@ -94,30 +94,70 @@ def pull_back_causal(
       Cotangents of the inputs and of the state before the chunk; that of values is without what
       comes through the weights inside the chunk, which are returned.
     """
-    d_weights, d_numerator, d_denominator = d_rows
+    d_first_kv, d_first_sum = pull_back_state(read, d_rows, einsum)
+    entered = pull_back_absorbed(absorbed, value, d_kv, d_k_sum, einsum, enter)
+    if absorbed.decay is not None:
+        d_kv, d_k_sum = d_kv * absorbed.decay[..., None, :], d_k_sum * absorbed.decay
+    return pull_back_read(
+        queries,
+        keys,
+        value,
+        past,
+        read,
+        d_rows,
+        (d_kv + d_first_kv, d_k_sum + d_first_sum),
+        entered,
+        einsum,
+    )
+
+
+def pull_back_state(read: CausalRead, d_rows: RowCotangents, einsum: Einsum) -> tuple[Array, Array]:
+    """Returns the cotangents of ``kv`` and ``k_sum`` with the first key, from rows that read it."""
+    d_numerator, d_denominator = _gained(read, d_rows)
+    d_kv = einsum("bkrv,bkrm->bkvm", d_numerator, read.read.features)
+    return d_kv, sums("bkr,bkrm->bkm", d_denominator, read.read.features)
+
+
+def pull_back_read(
+    queries: Features,
+    keys: Features,
+    value: Array,
+    past: Past,
+    read: CausalRead,
+    d_rows: RowCotangents,
+    d_first: tuple[Array, Array],
+    entered: tuple[Features, Array],
+    einsum: Einsum,
+) -> ChunkGradients:
+    """Pulls cotangents back as :func:`pull_back_causal`, those of the states given.
+
+    Args:
+      queries: as there, and so are those without a word here.
+      keys: the same.
+      value: the same.
+      past: the same.
+      read: the same.
+      d_rows: the same.
+      d_first: cotangents of ``kv`` and ``k_sum`` with the first key.
+      entered: cotangents of keys and values through the state after the chunk.
+      einsum: the matrix products.
+    """
+    d_weights = d_rows.weights
     # Inside the chunk.
     d_products = d_weights * read.factor
     d_read = einsum("bkrc,bkcm->bkrm", d_products, read.key)
     d_key = einsum("bkrc,bkrm->bkcm", d_products, read.read.features)
 
     # What rows read from the state and the first key.
-    if read.gain is not None:
-        d_numerator = d_numerator * read.gain[..., None]
-        d_denominator = d_denominator * read.gain
+    d_numerator, d_denominator = _gained(read, d_rows)
     first, old = past.first, past.old
     first_key = first_key_features(first, keys)
     # Numerator and denominator nearly cancel here: rounding one of them would show.
     d_read = d_read + einsum("bkrv,bkvm->bkrm", d_numerator, first.kv, rounded=False)
     d_read = d_read + d_denominator[..., None] * first.k_sum[..., None, :]
 
-    # What entered the state after the first key.
-    d_entered, d_entered_value = pull_back_absorbed(absorbed, value, d_kv, d_k_sum, einsum, enter)
-    if absorbed.decay is not None:
-        d_kv, d_k_sum = d_kv * absorbed.decay[..., None, :], d_k_sum * absorbed.decay
-
     # The state with the first key: read by rows, and kept.
-    d_first_kv = d_kv + einsum("bkrv,bkrm->bkvm", d_numerator, read.read.features)
-    d_first_sum = d_k_sum + sums("bkr,bkrm->bkm", d_denominator, read.read.features)
+    d_first_kv, d_first_sum = d_first
     d_first_key = sums("bkv,bkvm->bkm", value[..., 0, :], d_first_kv) + d_first_sum
     d_first_value = sums("bkvm,bkm->bkv", d_first_kv, first_key)
     if old is not None:
@@ -126,6 +166,7 @@ def pull_back_causal(
             d_first_sum * old,
         )
 
+    d_entered, d_entered_value = entered
     d_queries = queries.pull_back(read.read.shift, read.read.features, d_read)
     first_shift = None if first.log_scale is None else -first.log_scale[..., None, :]
     d_keys = _add_first(
@@ -168,6 +209,13 @@ def pull_back_absorbed(
     if enter is not None:
         d_features = jnp.where(enter[..., None], d_features, 0)
     return absorbed.source.pull_back(absorbed.shift, absorbed.features, d_features), d_value
+
+
+def _gained(read: CausalRead, d_rows: RowCotangents) -> tuple[Array, Array]:
+    """Returns the cotangents of what rows read from the state, on its own scale."""
+    if read.gain is None:
+        return d_rows.numerator, d_rows.denominator
+    return d_rows.numerator * read.gain[..., None], d_rows.denominator * read.gain
 
 
 def _add(left: Features, right: Features) -> Features:

@@ -70,7 +70,7 @@ def absorb_keys(
       keys: their features.
       enter: which keys to add, see :class:`Sight`; None for all. Without ``keep`` those left out
         must be in ``state``.
-      keep: where the state before survives, ``[B]``; None for everywhere.
+      keep: where the state before survives, broadcastable to ``[B, K]``; None for everywhere.
       log_scale: the scale after them, where it is known already.
     """
     if keys.log is None:
@@ -79,12 +79,12 @@ def absorb_keys(
         if enter is not None:
             features = jnp.where(enter[..., None], features, 0)
         if keep is not None:
-            decay = keep[:, None, None].astype(features.dtype)
+            decay = keep[..., None].astype(features.dtype)
         return Absorbed(Features(features, None), features, None, decay, None)
     assert state.log_scale is not None
     before, log = lax.stop_gradient(state.log_scale), keys.log
     if keep is not None:
-        before = jnp.where(keep[:, None, None], before, EMPTY_LOG_SCALE)
+        before = jnp.where(keep[..., None], before, EMPTY_LOG_SCALE)
     if enter is not None:
         log = jnp.where(enter[..., None], log, -jnp.inf)
     if log_scale is None:
@@ -95,7 +95,7 @@ def absorb_keys(
     decay = jnp.exp(before - log_scale)
     if keep is not None:
         # An empty scale on both sides would give exp(0).
-        decay = jnp.where(keep[:, None, None], decay, 0)
+        decay = jnp.where(keep[..., None], decay, 0)
     source = Features(keys.values, log)
     return Absorbed(source, source.shift(shift), shift, decay, log_scale)
 

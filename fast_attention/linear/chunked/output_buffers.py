@@ -41,17 +41,19 @@ def empty_output(plan: Plan, inputs: Inputs) -> Any:
     return vary_alike(Parts(jnp.zeros(shape, dtype), row, scale), inputs.query)
 
 
-def write_output(plan: Plan, out: Any, parts: Parts, start: Array | int) -> Any:
-    """Finishes the rows of a chunk, ``[B, K, G * C, ...]``, and writes them at ``start``."""
+def write_output(plan: Plan, out: Any, parts: Parts, start: Array | int, chunks: int = 1) -> Any:
+    """Finishes the rows of a chunk (or some), ``[B, K, G * C, ...]``; writes them at ``start``."""
     size = parts.denominator.shape[-1]
     if plan.output != "parts":
         chunk = finish(parts, plan.output, plan.epsilon)
         groups = out.shape[2] // chunk.shape[1]
-        return store(out, unload_rows(chunk, size // groups), start)
+        return store(out, unload_rows(chunk, size // groups, chunks), start)
     groups = out.numerator.shape[2] // parts.numerator.shape[1]
-    return jax.tree.map(
-        lambda buffer, rows: store(buffer, unload_rows(rows, size // groups), start), out, parts
-    )
+
+    def write(buffer: Array, rows: Array) -> Array:
+        return store(buffer, unload_rows(rows, size // groups, chunks), start)
+
+    return jax.tree.map(write, out, parts)
 
 
 def parts_gradient(
@@ -63,9 +65,12 @@ def parts_gradient(
     d_out: Any,
     start: Array | int,
     size: int,
+    chunks: int = 1,
 ) -> tuple[Array, Array]:
-    """Returns the cotangents of a chunk's numerator and denominator."""
-    load = functools.partial(load_rows, inputs, start=start, size=size, dtype=compute_dtype(inputs))
+    """Returns the cotangents of numerators and denominators of a chunk (or some)."""
+    load = functools.partial(
+        load_rows, inputs, start=start, size=size, dtype=compute_dtype(inputs), chunks=chunks
+    )
     if plan.output == "parts":
         return load(d_out.numerator), load(d_out.denominator)
     d_rows = load(d_out)

@@ -24,26 +24,30 @@ from fast_attention.linear.types import Inputs, Plan
 
 def load(x: Array, start: Array | int, size: int, dtype: Any = None) -> Array:
     """Returns ``[start, start + size)`` of ``[B, T, K, ...]`` as ``[B, K, size, ...]``."""
-    piece = jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
-    piece = jnp.swapaxes(piece, 1, 2)
+    piece = jnp.swapaxes(_slice(x, start, size), 1, 2)
     return piece if dtype is None else piece.astype(dtype)
 
 
-def load_rows(inputs: Inputs, x: Array, start: Array | int, size: int, dtype: Any) -> Array:
-    """Returns ``[B, T, H, ...]`` as ``[B, K, G * size, ...]``: rows of one key head together."""
+def load_rows(
+    inputs: Inputs, x: Array, start: Array | int, size: int, dtype: Any, chunks: int = 1
+) -> Array:
+    """Returns ``[B, T, H, ...]`` as ``[B, K, G * size, ...]``: rows of one key head together.
+
+    If the piece holds several chunks, the rows of each are together: ``[B, K, N * G * C, ...]``.
+    """
     kv_heads = inputs.key.shape[2]
-    piece = jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
+    piece = _slice(x, start, size)
     batch, _, heads, *rest = piece.shape
-    groups = heads // kv_heads
-    piece = piece.reshape(batch, size, kv_heads, groups, *rest)
-    piece = jnp.moveaxis(piece, 1, 3)
-    return piece.reshape(batch, kv_heads, groups * size, *rest).astype(dtype)
+    piece = piece.reshape(batch, chunks, size // chunks, kv_heads, heads // kv_heads, *rest)
+    piece = jnp.moveaxis(piece, (3, 1, 4, 2), (1, 2, 3, 4))
+    return piece.reshape(batch, kv_heads, -1, *rest).astype(dtype)
 
 
-def unload_rows(rows: Array, size: int) -> Array:
-    """Inverse of :func:`_load_rows`: ``[B, K, G * size, ...]`` to ``[B, size, H, ...]``."""
+def unload_rows(rows: Array, size: int, chunks: int = 1) -> Array:
+    """Inverse of :func:`load_rows`: ``[B, K, G * size, ...]`` to ``[B, size, H, ...]``."""
     batch, kv_heads, _, *rest = rows.shape
-    piece = jnp.moveaxis(rows.reshape(batch, kv_heads, -1, size, *rest), 3, 1)
+    piece = rows.reshape(batch, kv_heads, chunks, -1, size // chunks, *rest)
+    piece = jnp.moveaxis(piece, (1, 2, 3, 4), (3, 1, 4, 2))
     return piece.reshape(batch, size, -1, *rest)
 
 
@@ -52,14 +56,27 @@ def store(buffer: Array, piece: Array, start: Array | int) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(buffer, piece.astype(buffer.dtype), start, axis=1)
 
 
+def _slice(x: Array, start: Array | int, size: int) -> Array:
+    """Returns ``[start, start + size)`` of ``[B, T, ...]``.
+
+    Heads and width are one axis while it is cut: else XLA for GPUs moves heads before time in the
+    whole array, before the loop over chunks, to spare the chunks doing so.
+    """
+    flat = x.reshape(*x.shape[:2], -1)
+    piece = jax.lax.dynamic_slice_in_dim(flat, start, size, axis=1)
+    return piece.reshape(x.shape[0], size, *x.shape[2:])
+
+
 def compute_dtype(inputs: Inputs) -> Any:
     """The type of the state, in which everything is computed."""
     return inputs.state.kv.dtype
 
 
-def query_features(plan: Plan, inputs: Inputs, start: Array | int, size: int):
-    """Returns features of a chunk of queries, and what pulls their cotangent back."""
-    rows = load_rows(inputs, inputs.query, start, size, compute_dtype(inputs))
+def query_features(
+    plan: Plan, inputs: Inputs, start: Array | int, size: int, chunks: int = 1
+) -> Any:
+    """Returns features of queries as :func:`load_rows` does, and what pulls a cotangent back."""
+    rows = load_rows(inputs, inputs.query, start, size, compute_dtype(inputs), chunks)
 
     def apply(rows, parameters):
         return plan.feature_map.apply(rows, parameters, is_query=True, exact_scale=plan.exact_scale)
@@ -68,7 +85,7 @@ def query_features(plan: Plan, inputs: Inputs, start: Array | int, size: int):
 
     def pull_back(cotangent: Features):
         d_rows, d_parameters = pull(cotangent)
-        return unload_rows(d_rows, size), d_parameters
+        return unload_rows(d_rows, size, chunks), d_parameters
 
     return queries, pull_back
 
@@ -149,8 +166,8 @@ def causal_sight(inputs: Inputs, start: Array | int, size: int) -> Sight:
     return Sight(
         pairs=pairs & (rows[:, None, :, None] == ids[:, None, None, :]),
         state=(rows == first[:, None])[:, None],
-        carry=before == first,
-        keep=first == last,
+        carry=(before == first)[:, None],
+        keep=(first == last)[:, None],
         enter=later & (ids == last[:, None])[:, None],
         occupied=occupied,
     )

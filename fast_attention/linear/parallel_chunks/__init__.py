@@ -1,0 +1,1 @@
+"""Linear attention on XLA with the chunks of a block in parallel, for GPUs."""

@@ -1,0 +1,11 @@
+import pytest
+
+from fast_attention.linear.parallel_chunks import block_sizes
+
+
+@pytest.fixture(autouse=True, scope="package")
+def _short_blocks():
+    """Short sequences have several blocks of several chunks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(block_sizes, "MOST_CHUNKS", 2)
+        yield
