@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for length in options.lengths:
         rows = max(1, options.tokens // length)
         models = {
-            name: _model(name, length, options.layers, options.width)
+            name: model(name, length, options.layers, options.width)
             for name in ("Performer", "exact")
         }
         rates = measure(models, rows, length, options.steps, clock)
@@ -88,7 +88,8 @@ def measure(
     return {name: rows * length / statistics.median(times) for name, times in seconds.items()}
 
 
-def _model(name: str, length: int, layers: int, width: int) -> Any:
+def model(name: str, length: int, layers: int, width: int) -> Any:
+    """Returns the demo's language model with linear ("Performer") or exact attention."""
     # This imports jax, which must not happen before the process is prepared.
     from fast_attention import make_fast_softmax_attention
     from fast_attention.protein_lm.data.domains import make_protein_domain
