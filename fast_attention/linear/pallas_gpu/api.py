@@ -143,7 +143,7 @@ def _with_kernels(
 ) -> tuple[tuple[Parts, LinearAttentionState], Array]:
     """Returns parts and state of the kernels, and which rows have wide pairs, ``[B, T, H]``."""
     # Pallas takes long to import and few calls need it.
-    from fast_attention.linear.pallas_gpu import core
+    from fast_attention.linear.pallas_gpu import core, segments
 
     state, scale = inputs.state, inputs.state.log_scale
     assert scale is not None
@@ -160,7 +160,7 @@ def _with_kernels(
         log_scale=jax.lax.stop_gradient(jnp.broadcast_to(scale, state.k_sum.shape)),
     )
     core.check_shared_memory(choices, arguments)
-    attended: Any = core.attend_with_kernels(choices, arguments)
+    attended: Any = segments.attend(choices, arguments)
     kv, k_sum, log_scale = attended.state
     state = LinearAttentionState(kv, k_sum, jax.lax.stop_gradient(log_scale))
     wide = jnp.swapaxes(jax.lax.stop_gradient(attended.wide), 1, 2)

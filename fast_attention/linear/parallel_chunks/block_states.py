@@ -65,29 +65,43 @@ def block_states(
     nothing = LinearAttentionState(state.kv, state.k_sum, log_scale)
     absorbed = absorb_keys(nothing, keys, enter, log_scale=log_scale)
     kv = einsum("bkcv,bkcm->bkvm", value, absorbed.features)
-    k_sum = absorbed.features.sum(axis=-2)
+    chunks = LinearAttentionState(kv, absorbed.features.sum(axis=-2), log_scale)
+    return BlockStates(absorbed, *states_at_points(state, chunks, seen))
 
+
+def states_at_points(
+    state: LinearAttentionState, sources: LinearAttentionState, seen: Array
+) -> tuple[Array, LinearAttentionState, LinearAttentionState]:
+    """Returns the factors, the state before each source, and the one after the last.
+
+    Args:
+      state: the one before the first source, ``[B, ...]``.
+      sources: ``[B, N, ...]``.
+      seen: bool ``[B or 1, N + 1, N + 1]``, which point sees which source.
+    """
     seen, points = seen[..., None], None
-    if log_scale is None:
-        factor = seen.astype(kv.dtype)
+    if sources.log_scale is None:
+        factor = seen.astype(state.kv.dtype)
     else:
         assert state.log_scale is not None
-        sources = jnp.concatenate([state.log_scale[:, None], log_scale], axis=1)[:, None]
-        sources = lax.stop_gradient(jnp.where(seen, sources, -jnp.inf))
-        points = jnp.maximum(EMPTY_LOG_SCALE, sources.max(axis=2))
-        factor = jnp.exp(sources - points[:, :, None])
+        scales = jnp.concatenate([state.log_scale[:, None], sources.log_scale], axis=1)[:, None]
+        scales = lax.stop_gradient(jnp.where(seen, scales, -jnp.inf))
+        points = jnp.maximum(EMPTY_LOG_SCALE, scales.max(axis=2))
+        factor = jnp.exp(scales - points[:, :, None])
 
     def at(point: slice) -> LinearAttentionState:
         first, rest = factor[:, point, :1], factor[:, point, 1:]
+        kv = (rest[:, :, :, None] * sources.kv[:, None]).sum(axis=2)
+        k_sum = (rest * sources.k_sum[:, None]).sum(axis=2)
         return LinearAttentionState(
-            first * state.kv[:, None] + (rest[:, :, :, None] * kv[:, None]).sum(axis=2),
-            first[:, :, 0] * state.k_sum[:, None] + (rest * k_sum[:, None]).sum(axis=2),
+            first * state.kv[:, None] + kv,
+            first[:, :, 0] * state.k_sum[:, None] + k_sum,
             None if points is None else points[:, point],
         )
 
     before, last = at(slice(None, -1)), at(slice(-1, None))
     after = LinearAttentionState(*(None if x is None else x[:, 0] for x in last))
-    return BlockStates(absorbed, factor, before, after)
+    return factor, before, after
 
 
 def pull_back_states(
