@@ -10,14 +10,14 @@ Rows of a causal call whose exponents are too far apart for the kernels
 so are all gradients of the call.
 
 What is known of it: interpreted, the kernels agree with the definition, values and gradients. They
-lower to Mosaic GPU modules, and jax 0.10.2 compiles those for an H100 (sm_90a) ahead of time, at
-255 registers with up to 2.6 kB spilled. They have not been run on a GPU, and no speed is claimed;
-that is why no default order names this implementation. Interpreted, matrix products and copies are
-plain ones (see :mod:`.tiles`), the rest is the same code.
+compile for an H100 (sm_90a) ahead of time; at head width 64 those of bfloat16 inputs spill no
+register (``python -m benchmarks.ahead_of_time.gpu``). They have not been run on a GPU, and no speed
+is claimed; that is why no default order names this implementation. Interpreted, matrix products and
+copies are plain ones (see :mod:`.tiles`), the rest is the same code.
 
-A program serves one batch row and one query head and walks over the length in sequence: a GPU is
-full only with about as many rows times heads as it has multiprocessors. Query heads that share a
-key head each build the state anew.
+A program serves one batch row, one query head and one segment of the sequence, over which it walks;
+:mod:`.segments` cuts sequences so that all multiprocessors have work. Query heads that share a key
+head each build the state of a segment anew.
 
 Shape letters: B batch, T queries, S keys, H heads, K key/value heads, D head width, V value width,
 M features.
