@@ -112,10 +112,10 @@ def compile_case(setting: Setting, name: str, causal: bool, measure: str) -> dic
     )
     function = attend if measure == FORWARD else jax.grad(total, argnums=(0, 1, 2, 3))
     compiled = jax.jit(function).lower(like, like, like, projection).compile()
-    analysis = compiled.memory_analysis()
-    assert analysis is not None
+    analysis, text = compiled.memory_analysis(), compiled.as_text()
+    assert analysis is not None and text is not None
     return {
-        "launches": count_launches(compiled.as_text()).total(),
+        "launches": count_launches(text).total(),
         "arrays": round(analysis.temp_size_in_bytes / setting.tensor_bytes, 2),
     }
 

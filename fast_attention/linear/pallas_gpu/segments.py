@@ -40,7 +40,8 @@ def attend(choices: Choices, arguments: Arguments) -> Attended:
     wanted = -(-MULTIPROCESSORS // (batch * heads))
     count = min(wanted, max(length, arguments.key.shape[1]) // SHORTEST)
     if count < 2:
-        return attend_with_kernels(choices, arguments)
+        whole: Any = attend_with_kernels(choices, arguments)
+        return whole
     pieces = _cut(arguments, count)
     own = _states(choices, pieces)
     own = jax.tree.map(
@@ -62,7 +63,7 @@ def attend(choices: Choices, arguments: Arguments) -> Attended:
         ),
         before,
     )
-    read = attend_with_kernels(choices, pieces._replace(**before._asdict()))
+    read: Any = attend_with_kernels(choices, pieces._replace(**before._asdict()))
 
     def joined(x: Array) -> Array:
         x = jnp.moveaxis(x.reshape(batch, count, *x.shape[1:]), 1, 2)
@@ -73,7 +74,7 @@ def attend(choices: Choices, arguments: Arguments) -> Attended:
         joined(read.denominator),
         joined(read.log_scale),
         joined(read.wide),
-        tuple(x.reshape(batch, kv_heads, *x.shape[1:]) for x in after),
+        jax.tree.map(lambda x: x.reshape(batch, kv_heads, *x.shape[1:]), tuple(after)),
     )
 
 
@@ -103,7 +104,7 @@ def _states(choices: Choices, pieces: Arguments) -> LinearAttentionState:
     rows, _, kv_heads, head_dim = pieces.key.shape
     features = pieces.weights.shape[-2]
     shape = (rows, kv_heads, features)
-    attended = attend_with_kernels(
+    attended: Any = attend_with_kernels(
         Choices(False, choices.parts, choices.interpret),
         pieces._replace(
             query=jnp.zeros((rows, 1, kv_heads, head_dim), pieces.query.dtype),

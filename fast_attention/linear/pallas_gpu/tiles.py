@@ -177,7 +177,8 @@ class Tiles:
         plgpu.commit_smem()  # Registers written to the operands are there for the tensor cores.
         if add is None:
             add = self.full(0.0, width) if rows == TILE else jnp.zeros((rows, width), jnp.float32)
-        return pl.run_state(multiply)(plgpu.WGMMAAccumulatorRef.init(add))
+        total: Any = pl.run_state(multiply)(plgpu.WGMMAAccumulatorRef.init(add))
+        return total
 
     def _only_slot(self) -> Array:
         """Returns 0, in a way that the compiler cannot see.

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -100,7 +101,7 @@ def states_at_points(
         )
 
     before, last = at(slice(None, -1)), at(slice(-1, None))
-    after = LinearAttentionState(*(None if x is None else x[:, 0] for x in last))
+    after = jax.tree.map(lambda x: x[:, 0], last)
     return factor, before, after
 
 

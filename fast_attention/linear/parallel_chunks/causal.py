@@ -201,7 +201,7 @@ def _fold(tree: Any, chunks: int) -> Any:
     return jax.tree.map(lambda x: x.reshape(-1, chunks, x.shape[2] // chunks, *x.shape[3:]), tree)
 
 
-def _unfold(tree: Any, heads: tuple[int, int]) -> Any:
+def _unfold(tree: Any, heads: tuple[int, ...]) -> Any:
     """From ``[B * K, N, rows, ...]`` to ``[B, K, N * rows, ...]``."""
     return jax.tree.map(lambda x: x.reshape(*heads, x.shape[1] * x.shape[2], *x.shape[3:]), tree)
 
@@ -210,5 +210,5 @@ def _flat(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
 
 
-def _unflat(tree: Any, heads: tuple[int, int]) -> Any:
+def _unflat(tree: Any, heads: tuple[int, ...]) -> Any:
     return jax.tree.map(lambda x: x.reshape(*heads, *x.shape[1:]), tree)
