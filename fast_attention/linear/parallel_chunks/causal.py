@@ -24,6 +24,7 @@ from fast_attention.linear.chunked.causal_chunk import (
     read_causal,
 )
 from fast_attention.linear.chunked.causal_chunk_backward import (
+    RowCotangents,
     pull_back_absorbed,
     pull_back_read,
     pull_back_state,
@@ -118,7 +119,8 @@ def backward(plan: Plan, residuals: Any, cotangents: Any) -> Inputs:
                 chunks,
             )
             d_weights = einsum("bkrv,bkcv->bkrc", d_numerator, value) + d_denominator[..., None]
-            d_first = pull_back_state(read, d_numerator, d_denominator, einsum)
+            d_rows = RowCotangents(d_weights, d_numerator, d_denominator)
+            d_first = pull_back_state(read, d_rows, einsum)
             d_before = d_first
             if past.old is not None:
                 d_before = d_first[0] * past.old[..., None, :], d_first[1] * past.old
@@ -129,9 +131,7 @@ def backward(plan: Plan, residuals: Any, cotangents: Any) -> Inputs:
                 value,
                 past,
                 read,
-                d_weights,
-                d_numerator,
-                d_denominator,
+                d_rows,
                 d_first,
                 pull_back_absorbed(states.absorbed, value, *d_chunks, einsum, made.sight.enter),
                 einsum,
