@@ -3,6 +3,7 @@
 from fast_attention.linear import LinearAttentionState as LinearAttentionState
 from fast_attention.linear import Plan as Plan
 from fast_attention.linear import linear_attention as linear_attention
+from fast_attention.linear.explain import explain as explain
 from fast_attention.mechanisms.efficient.fn import EfficientAttention as EfficientAttention
 from fast_attention.mechanisms.efficient.fn import (
     make_efficient_attention as make_efficient_attention,

@@ -147,17 +147,18 @@ class TunedFeatures(FeatureMap):
         log = project(centred, p.query_weight if is_query else p.key_weight)
         common = None
         if exact_scale or not is_query:
-            common = self._common(x, centred, p, is_query, exact_scale)
+            common = self.common(x, p, is_query=is_query, exact_scale=exact_scale)
         rest = _as_row(p.bias, x)
         rest = rest if common is None else rest + common
         if not self.both_signs:
             return Features(None, log + rest)
         return Features(None, jnp.concatenate([rest + log, rest - log], axis=-1))
 
-    def _common(
-        self, x: Array, centred: Array, p: TunedParameters, is_query: bool, exact: bool
-    ) -> Array:
-        """What all log-features of a position have in common, ``[*B, T, 1]``."""
+    def common(
+        self, x: Array, p: TunedParameters, *, is_query: bool, exact_scale: bool
+    ) -> Float[Array, "*B T 1"]:
+        """Returns what all log-features of a position have in common; see :meth:`apply`."""
+        centred = x - _as_row(p.query_shift if is_query else p.key_shift, x)
         # For keys a . (y - b) stands for a . y: the rest is common to all keys.
         tilt = p.key_shift if is_query else p.query_shift
         linear = (x if is_query else centred) * _as_row(tilt, x) * x.shape[-1] ** -0.5
@@ -166,7 +167,7 @@ class TunedFeatures(FeatureMap):
         else:
             square = project(centred, p.query_norm if is_query else p.key_norm) ** 2
         common = jnp.sum(linear - 0.5 * square, axis=-1, keepdims=True)
-        if not exact:
+        if not exact_scale:
             return common
         count = self.num_features(p, x.shape[-1])
         return common + _as_row(0.5 * p.log_stretch[..., None], x) - 0.5 * math.log(count)

@@ -13,6 +13,7 @@ from fast_attention.arrays.manual_axes import vary_alike
 from fast_attention.arrays.types import Array, Bool, Float, Int
 from fast_attention.feature_maps.base import Parameters
 from fast_attention.linear.checks import spread_segments
+from fast_attention.linear.explain import note_call
 from fast_attention.linear.implementations import run
 from fast_attention.linear.prepare import fill_empty, prepare
 from fast_attention.linear.sharded.shard import attend_along_axis
@@ -130,6 +131,7 @@ def linear_attention(
         segment_ids=segment_ids,
         initial_state=initial_state,
     )
+    note_call(plan, inputs)
     batch_shape = query.shape[:-3]
     batch, length = inputs.query.shape[:2]
     if plan.axis_name is not None:

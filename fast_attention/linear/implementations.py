@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fast_attention.linear import reference
+from fast_attention.linear import best, reference
 from fast_attention.linear.chunked import api as chunked
 from fast_attention.linear.pallas_gpu import api as pallas_gpu
+from fast_attention.linear.pallas_tpu import api as pallas_tpu
 from fast_attention.linear.parallel_chunks import api as parallel_chunks
 from fast_attention.linear.segments import attend_within_segments
 from fast_attention.linear.state import LinearAttentionState
@@ -16,16 +17,22 @@ from fast_attention.linear.types import Inputs, Plan
 Implementation = Callable[[Plan, Inputs], Any]
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
+    "by_platform": best.attend,
     "chunked": chunked.attend,
     "pallas_gpu": pallas_gpu.attend,
     "pallas_gpu_interpret": pallas_gpu.attend_interpreted,
     "parallel_chunks": parallel_chunks.attend,
+    "pallas_tpu": pallas_tpu.attend,
+    "pallas_tpu_interpret": pallas_tpu.attend_interpreted,
     "reference": reference.attend,
 }
 """Implementations by name. One raises NotImplementedError for calls it cannot serve.
 
-``"pallas_gpu_interpret"`` runs the kernels of ``"pallas_gpu"`` on any platform, slowly, to check
-them.
+``"by_platform"`` is the kernels of ``"pallas_tpu"`` in programs for one TPU, and ``"chunked"`` in
+all others and for calls that the kernels do not serve.
+
+``"pallas_gpu_interpret"`` and ``"pallas_tpu_interpret"`` run the kernels of ``"pallas_gpu"`` and
+``"pallas_tpu"`` on any platform, slowly, to check them.
 """
 
 DEFAULT_ORDER = ("chunked",)

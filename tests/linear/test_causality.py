@@ -35,6 +35,7 @@ generalized = functools.partial(
         (functools.partial(softmax, implementation="parallel_chunks"), jnp.float32, 1),
         (functools.partial(softmax, implementation="parallel_chunks"), jnp.bfloat16, 4),
         (functools.partial(generalized, implementation="parallel_chunks"), jnp.float32, 4),
+        (functools.partial(softmax, implementation="pallas_tpu_interpret"), jnp.bfloat16, 8),
         # The quadratic form has no chunks.
         (functools.partial(softmax, implementation="reference"), jnp.float32, None),
         (functools.partial(softmax, implementation="reference"), jnp.bfloat16, None),

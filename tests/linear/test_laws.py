@@ -21,6 +21,8 @@ CALLS = [
         for name in MAPS
     ),
     ("chunked", True, ("positive", jnp.bfloat16)),
+    ("pallas_tpu_interpret", True, ("positive", jnp.float32)),
+    ("pallas_tpu_interpret", False, ("relu", jnp.float32)),
 ]
 
 

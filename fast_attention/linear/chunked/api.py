@@ -40,19 +40,24 @@ def attend(plan: Plan, inputs: Inputs) -> tuple[Array | Parts, LinearAttentionSt
     Returns:
       ``[B, T, H, V]`` in the computing type, or :class:`Parts` if asked for, and the state.
     """
-    return _passes(plan).forward(plan, inputs, save=False)[0]
+    return forward(plan, inputs, save=False)[0]
 
 
-def _forward(plan: Plan, inputs: Inputs) -> tuple[tuple[Any, LinearAttentionState], Any]:
-    return _passes(plan).forward(plan, inputs, save=True)
+def forward(plan: Plan, inputs: Inputs, *, save: bool) -> tuple[Any, Any]:
+    """Returns output and state, and what :func:`backward` needs if ``save``."""
+    return _passes(plan).forward(plan, inputs, save=save)
 
 
-def _backward(plan: Plan, residuals: Any, cotangents: Any) -> tuple[Inputs]:
-    return (_passes(plan).backward(plan, residuals, cotangents),)
-
-
-attend.defvjp(_forward, _backward)
+def backward(plan: Plan, residuals: Any, cotangents: Any) -> Inputs:
+    """Returns the gradient of every float array in the inputs."""
+    return _passes(plan).backward(plan, residuals, cotangents)
 
 
 def _passes(plan: Plan) -> Any:
     return chunked_causal if plan.causal else chunked_bidirectional
+
+
+attend.defvjp(
+    lambda plan, inputs: forward(plan, inputs, save=True),
+    lambda plan, residuals, cotangents: (backward(plan, residuals, cotangents),),
+)

@@ -1,0 +1,82 @@
+"""Which implementation, kernel and chunk the calls of a function take, in words."""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from fast_attention.linear.chunked.chunk_choice import planned_chunk
+from fast_attention.linear.chunked.chunk_table import MEASURED
+from fast_attention.linear.pallas_tpu import api as pallas_tpu
+from fast_attention.linear.types import Inputs, Plan
+
+_calls: contextvars.ContextVar[list[tuple[Plan, Inputs]] | None] = contextvars.ContextVar(
+    "calls of linear attention", default=None
+)
+
+
+def note_call(plan: Plan, inputs: Inputs) -> None:
+    """Keeps a call for :func:`explain`, if that is running."""
+    calls = _calls.get()
+    if calls is not None:
+        calls.append((plan, inputs))
+
+
+def explain(function: Callable[..., Any], *args: Any, platform: str | None = None) -> str:
+    """Says how the linear attention in a function is computed; nothing is run.
+
+    Args:
+      function: an attention function, or any function that calls linear attention.
+      *args: its arguments, arrays or ``jax.ShapeDtypeStruct``.
+      platform: "cpu", "gpu" or "tpu", of a program for one device; None for that of
+        ``jax.default_backend()``.
+
+    Returns:
+      A line for each call of linear attention: what is called, what serves it on the platform, and
+      why the kernels do not if they do not.
+
+    Raises:
+      ValueError: for another platform.
+    """
+    platform = platform or jax.default_backend()
+    if platform not in ("cpu", "gpu", "tpu"):
+        raise ValueError(f'platform must be "cpu", "gpu" or "tpu", got {platform!r}.')
+    token = _calls.set([])
+    try:
+        jax.eval_shape(lambda *args: function(*args), *args)
+        calls = _calls.get() or []
+        lines = [f"{_called(*call)}: {_served(*call, platform)}" for call in calls]
+    finally:
+        _calls.reset(token)
+    return "\n".join(lines) or "No call of linear attention."
+
+
+def _called(plan: Plan, inputs: Inputs) -> str:
+    direction = "causal" if plan.causal else "bidirectional"
+    shape = "x".join(str(n) for n in inputs.query.shape)
+    return f"{direction} {type(plan.feature_map).__name__}, query {inputs.query.dtype}[{shape}]"
+
+
+def _served(plan: Plan, inputs: Inputs, platform: str) -> str:
+    if plan.implementation not in (None, "by_platform"):
+        return f"{plan.implementation}, as asked for"
+    chunk = planned_chunk(plan, inputs)
+    origin = MEASURED.get(jax.default_backend(), MEASURED["cpu"])[0]
+    asked = "as asked for" if plan.chunk_size else f"from the table: {origin}"
+    chunks = f"chunks of {chunk.chunk_size} on XLA ({asked})"
+    if plan.axis_name is not None:
+        return f"{chunks}, because the sequence is sharded along {plan.axis_name}"
+    if platform != "tpu":
+        return chunks
+    reason = pallas_tpu.why_not(plan, inputs)
+    if plan.implementation is None and reason is None:
+        return f"{chunks}; implementation='by_platform' takes the TPU kernels"
+    if reason is not None:
+        return f"{chunks}, because: {reason}"
+    return (
+        f"TPU kernels, {pallas_tpu.describe(plan, inputs)}; {chunks} where XLA partitions the "
+        "program over devices"
+    )

@@ -1,0 +1,1 @@
+"""Linear attention in TPU kernels written with Pallas (Mosaic)."""
