@@ -65,6 +65,7 @@ REFERENCES = {
     "favor-chunked": favor_reference,
     "favor-reference": favor_reference,
     "favor-pallas_gpu": favor_reference,
+    "favor-parallel_chunks": favor_reference,
     "relu": relu_reference,
     "per-token": favor_reference,
     "whole-sequence": favor_reference,

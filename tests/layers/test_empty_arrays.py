@@ -21,7 +21,7 @@ LAYERS = {
         layers.MultiHeadAttention,
         (M, attention(make_lsh_attention(2, 2, full_attn_thres=0), shared_qk=True)),
     ),
-    "linformer": (layers.LinformerAttention, (M, 2, 3, 2)),
+    "linformer": (layers.LinformerAttention, (M, layers.LinformerConfig(2, 3, 2))),
     "axes": (layers.MultiAxisAttention, (2, 4), {"features": M}),
     "memory": (layers.ProductKeyMemory, (M,), {"num_keys": 3, "head_dim": 4, "norm": "batch"}),
     "feed-forward": (layers.FeedForward, (M, 4)),
