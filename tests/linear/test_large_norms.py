@@ -156,8 +156,8 @@ def test_values_and_gradients_at_every_norm(kind):
         # Exponents near 1000 have a float32 spacing of 6e-5. A gradient that cancels is left with
         # the rounding of its terms, which are of order 1.
         tolerance = 3e-4 if max(norm, key_norm) > 100 else 1e-4
-        if "implementation" in options:  # Exponents to base 2 are 1.44 times as large.
-            tolerance *= 2
+        if "implementation" in options and max(norm, key_norm) > 100:
+            tolerance = 5e-4  # Exponents to base 2 are 1.44 times as large: 4.95e-4 was seen.
         for x, y in zip(function(*inputs), expected, strict=True):
             np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * max(np.abs(y).max(), 1))
 

@@ -48,35 +48,15 @@ def config_of(described: Description, dtype: Any) -> TransformerConfig:
     Raises:
       ValueError: At a field that is missing, out of range or not supported.
     """
-    features, heads = described.size("hidden_size"), described.size("num_attention_heads")
-    if features % heads:
-        raise ValueError(
-            f"{described.path}: hidden_size {features} is no multiple of {heads} heads"
-        )
     described.one_of("position_embedding_type", ("absolute",), "absolute")
-    for name in ("is_decoder", "add_cross_attention"):
-        described.one_of(name, (False,), False)
-    activation = _ACTIVATIONS[described.one_of("hidden_act", _ACTIVATIONS, "gelu")]
     return TransformerConfig(
-        described.size("vocab_size"),
-        emb_dim=features,
-        num_heads=heads,
-        num_layers=described.size("num_hidden_layers"),
-        qkv_dim=features,
-        mlp_dim=described.size("intermediate_size"),
+        **described.encoder(),
         max_len=described.size("max_position_embeddings", 512),
-        causal=False,
-        dropout_rate=described.rate("hidden_dropout_prob"),
-        attention_dropout_rate=described.rate("attention_probs_dropout_prob"),
         positions="learned",
-        tie_embeddings=described.flag("tie_word_embeddings", True),
-        activation=activation,
+        activation=_ACTIVATIONS[described.one_of("hidden_act", _ACTIVATIONS, "gelu")],
         dtype=dtype,
-        attention_bias=True,
         norm_after=True,
-        norm_epsilon=described.positive("layer_norm_eps", 1e-12),
         embed_norm=True,
-        logits_transform=True,
     )
 
 

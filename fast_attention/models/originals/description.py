@@ -59,6 +59,29 @@ class Description:
             raise self._error(name, value, f"one of {', '.join(map(repr, values))}")
         return value
 
+    def encoder(self) -> dict[str, Any]:
+        """What ESM and BERT describe alike, as fields of `TransformerConfig`."""
+        features, heads = self.size("hidden_size"), self.size("num_attention_heads")
+        if features % heads:
+            raise ValueError(f"{self.path}: hidden_size {features} is no multiple of {heads} heads")
+        for name in ("is_decoder", "add_cross_attention"):
+            self.one_of(name, (False,), False)
+        return {
+            "vocab_size": self.size("vocab_size"),
+            "emb_dim": features,
+            "num_heads": heads,
+            "num_layers": self.size("num_hidden_layers"),
+            "qkv_dim": features,
+            "mlp_dim": self.size("intermediate_size"),
+            "causal": False,
+            "dropout_rate": self.rate("hidden_dropout_prob"),
+            "attention_dropout_rate": self.rate("attention_probs_dropout_prob"),
+            "tie_embeddings": self.flag("tie_word_embeddings", True),
+            "attention_bias": True,
+            "norm_epsilon": self.positive("layer_norm_eps", 1e-12),
+            "logits_transform": True,
+        }
+
     def _get(self, name: str, default: Any) -> Any:
         value = self.fields.get(name)
         return default if value is None else value

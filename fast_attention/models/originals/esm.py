@@ -41,40 +41,21 @@ def config_of(described: Description, dtype: Any) -> TransformerConfig:
     Raises:
       ValueError: At a field that is missing, out of range or not supported.
     """
-    features, heads = described.size("hidden_size"), described.size("num_attention_heads")
-    if features % heads:
-        raise ValueError(
-            f"{described.path}: hidden_size {features} is no multiple of {heads} heads"
-        )
     positions = described.one_of("position_embedding_type", ("rotary", "absolute"), "absolute")
-    for name in ("is_decoder", "add_cross_attention", "is_folding_model"):
-        described.one_of(name, (False,), False)
+    described.one_of("is_folding_model", (False,), False)
     rotary = positions == "rotary"
-    vocab_size = described.size("vocab_size")
     # The table of ESM-1b begins with rows for padding, up to its id.
     unused = 0 if rotary else described.size("pad_token_id", least=0) + 1
     dropout = described.flag("token_dropout", False)
     return TransformerConfig(
-        vocab_size,
-        emb_dim=features,
-        num_heads=heads,
-        num_layers=described.size("num_hidden_layers"),
-        qkv_dim=features,
-        mlp_dim=described.size("intermediate_size"),
+        **described.encoder(),
         max_len=described.size("max_position_embeddings", 1026) - unused,
-        causal=False,
-        dropout_rate=described.rate("hidden_dropout_prob"),
-        attention_dropout_rate=described.rate("attention_probs_dropout_prob"),
         positions="rotary" if rotary else "learned",
-        tie_embeddings=described.flag("tie_word_embeddings", True),
         activation="gelu_exact",
         dtype=dtype,
-        attention_bias=True,
-        norm_epsilon=described.positive("layer_norm_eps", 1e-12),
         embed_norm=described.flag("emb_layer_norm_before", False),
         rotary_base=described.positive("rope_theta", 10000.0),
         token_dropout=described.size("mask_token_id", least=0) if dropout else None,
-        logits_transform=True,
     )
 
 
