@@ -119,7 +119,7 @@ def _describe(path: Path, archive: zipfile.ZipFile) -> Any:
     if order is not None and order.file_size < 16 and archive.read(order).strip() != b"little":
         raise ValueError(f"{path} has numbers in big-endian order, which is not supported")
     text = archive.read(info)
-    return _Unpickler(io.BytesIO(text), path, {f: members[f] for f in members}, folder).load()
+    return _Unpickler(io.BytesIO(text), path, members, folder).load()
 
 
 class _Storage(NamedTuple):
