@@ -61,7 +61,15 @@ def read_safetensors(path: Path) -> dict[str, StoredArray]:
         described = json_object(path, file.read(size))
     described.pop("__metadata__", None)
     data = 8 + size
-    return {name: _stored(path, name, entry, data, total) for name, entry in described.items()}
+    found = {name: _stored(path, name, entry, data, total) for name, entry in described.items()}
+    end = 0
+    for name, entry in sorted(described.items(), key=lambda item: item[1]["data_offsets"]):
+        if entry["data_offsets"][0] != end:
+            raise ValueError(f"{path} is damaged: {name} does not begin where another array ends")
+        end = entry["data_offsets"][1]
+    if data + end != total:
+        raise ValueError(f"{path} is damaged: {total - data - end} bytes belong to no array")
+    return found
 
 
 def _stored(path: Path, name: str, entry: Any, data: int, total: int) -> StoredArray:

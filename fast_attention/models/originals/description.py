@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 MAX_SIZE = 2**20
 """The largest integer that a field may have; the largest published models have a tenth of it."""
+SMALLEST, LARGEST = 1e-20, 1e12
+"""Bounds of positive numbers: float32 computes with their squares."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +33,11 @@ class Description:
         return value
 
     def positive(self, name: str, default: float) -> float:
-        """A positive finite number."""
+        """A positive number, from `SMALLEST` to `LARGEST`."""
         value = self._get(name, default)
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise self._error(name, value, "a positive number")
+        if type(value) not in (int, float) or not SMALLEST <= value <= LARGEST:
+            expected = f"a positive number, {SMALLEST:g} to {LARGEST:g}"
+            raise self._error(name, value, expected)
         return float(value)
 
     def rate(self, name: str) -> float:

@@ -70,7 +70,14 @@ def load_pretrained(
     path = Path(path)
     kind, fields, arrays = _read_file(path) if path.is_file() else _read_folder(path)
     module = KINDS[kind]
-    config = module.config_of(Description(path, fields), dtype)
+    described = Description(path if path.is_file() else path / "config.json", fields)
+    config = module.config_of(described, dtype)
+    # Building so many layers would take long before the missing arrays were noticed.
+    if config.num_layers > len(arrays):
+        raise ValueError(
+            f"{described.path}: num_hidden_layers is {config.num_layers}, but the files of the "
+            f"model have {len(arrays)} arrays"
+        )
     model, others = _fill(path, config, arrays, module)
     if attention_fn is not None:
         model = with_attention(model, attention_fn, nnx.Rngs(0) if rngs is None else rngs)
@@ -88,7 +95,7 @@ def _read_folder(folder: Path) -> tuple[str, dict[str, Any], dict[str, StoredArr
     except (ValueError, RecursionError):
         raise ValueError(f"{path} is damaged: it is not JSON") from None
     kind = fields.get("model_type") if isinstance(fields, dict) else None
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(
             f"{path} has model_type {kind!r}; expected one of {', '.join(map(repr, KINDS))}"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fast_attention.models.config import TransformerConfig
 from fast_attention.models.originals.pretrained import load_pretrained
@@ -13,7 +13,7 @@ from fast_attention.protein_lm.data.alphabet import FASTA_SYMBOLS, Alphabet
 from fast_attention.protein_lm.data.alphabets import ESM
 from fast_attention.protein_lm.data.domains import VariableLengthDiscreteDomain
 from fast_attention.protein_lm.errors import RunError
-from fast_attention.protein_lm.files.json_files import one_line, read_bounded
+from fast_attention.protein_lm.files.json_files import one_line, read_bounded, shown
 from fast_attention.protein_lm.machine_failures import machine_failure
 from fast_attention.protein_lm.modeling.train_state import split_model
 from fast_attention.protein_lm.models import FlaxBERT
@@ -73,6 +73,8 @@ def import_model(path: str | Path, output: str | Path) -> Imported:
         raise RunError(
             f"{path} has {config.vocab_size} embeddings, and its alphabet {len(alphabet)} tokens"
         )
+    if path.is_dir():
+        _check_ids(path, found.description, alphabet)
     model = _describe(config, alphabet)
     _, parameters, variables = split_model(found.model)
     save_arrays(model, parameters, variables, output)
@@ -94,11 +96,21 @@ def _describe(config: TransformerConfig, alphabet: Alphabet) -> FlaxBERT:
     return FlaxBERT(domain, enclose=True, max_len=length, **fields)
 
 
+def _check_ids(folder: Path, described: dict[str, Any], alphabet: Alphabet) -> None:
+    """Compares the ids that both files name: vocab.txt may be that of another model."""
+    for name, own in (("pad_token_id", alphabet.pad), ("mask_token_id", alphabet.mask)):
+        if described.get(name) not in (None, own):
+            raise RunError(
+                f"{folder / 'vocab.txt'} does not fit config.json: {name} is {own} there and "
+                f"{shown(described[name])} here; fetch both files of one model"
+            )
+
+
 def _read_alphabet(folder: Path, size: int) -> Alphabet:
     path = folder / "vocab.txt"
     try:
-        tokens = read_bounded(path, MAX_VOCABULARY).decode("utf-8").split()
-        return alphabet_of(tokens, size)
+        text = read_bounded(path, MAX_VOCABULARY).decode("utf-8-sig")
+        return alphabet_of([line.strip() for line in text.splitlines()], size)
     except ValueError as error:
         raise RunError(f"{path} is not an alphabet of proteins: {one_line(error)}") from error
 
@@ -113,6 +125,11 @@ def alphabet_of(tokens: Sequence[str], size: int) -> Alphabet:
     Raises:
       ValueError: If a special token is missing, or there are more tokens than rows.
     """
+    if "" in tokens:
+        raise ValueError(f"line {tokens.index('') + 1} is empty: each line is a token")
+    repeated = next((token for token in tokens if tokens.count(token) > 1), None)
+    if repeated is not None:
+        raise ValueError(f"{shown(repeated)} stands there more than once; fetch it again")
     if len(tokens) > size:
         raise ValueError(f"it has {len(tokens)} tokens, and the model {size} embeddings")
     special = {}

@@ -180,6 +180,10 @@ def change(folder, **fields):
     [
         ({"model_type": "t5"}, "'t5'; expected one of 'esm', 'bert'"),
         ({"model_type": None}, "None; expected one of"),
+        ({"model_type": {"a": 1}}, "config.json has model_type .* expected one of"),
+        ({"layer_norm_eps": 10**400}, "config.json: layer_norm_eps is 1000.* a positive number"),
+        ({"rope_theta": 1e300}, "rope_theta is 1e.300; expected a positive number"),
+        ({"num_hidden_layers": 2**20}, "num_hidden_layers is 1048576, but the files"),
         ({"hidden_size": 1.5}, "hidden_size is 1.5; expected an integer"),
         ({"hidden_size": 30}, "no multiple of 4 heads"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
@@ -212,6 +216,8 @@ def test_damaged_files_are_named(folder):
         (2**62).to_bytes(8, "little") + whole[8:],
         whole[:8] + b"[" + whole[9:],
         whole[:8] + whole[8 : 8 + header].replace(b"F32", b"F99") + whole[8 + header :],
+        whole + b"0000",
+        overlapping(whole),
     ):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match="model.safetensors is damaged"):
@@ -227,6 +233,17 @@ def test_damaged_files_are_named(folder):
     (folder / "config.json").unlink()
     with pytest.raises(ValueError, match="has no config.json"):
         load_pretrained(folder)
+
+
+def overlapping(whole):
+    """The same file with one array moved onto another one."""
+    size = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + size])
+    entry = header["lm_head.dense.weight"]
+    begin, end = entry["data_offsets"]
+    entry["data_offsets"] = [begin - 4, end - 4]
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + whole[8 + size :]
 
 
 class TestPyTorchFiles:

@@ -148,7 +148,9 @@ def test_what_cannot_be_imported_is_named(tmp_path, capsys):
     for text, message in (
         (vocabulary.replace("<mask>", "<other>"), "expected one of <mask> and"),
         (vocabulary + "J\n", "34 tokens, and the model 33 embeddings"),
-        (vocabulary.replace("L\n", "A\n"), "occur more than once"),
+        (vocabulary.replace("L\n", "A\n"), "stands there more than once"),
+        (vocabulary.replace("L\n", "\n"), "line 5 is empty"),
+        ("\n".join(reversed(vocabulary.split())), "pad_token_id is 31 there and 1 here"),
     ):
         (source / "vocab.txt").write_text(text)
         with pytest.raises(RunError, match=message):
