@@ -10,7 +10,7 @@ import jax
 from benchmarks import torch_peers
 from benchmarks.programs import Program, compile_jax
 from benchmarks.settings import Inputs
-from fast_attention.mechanisms.lsh.hashed import Hashing, lsh_attention
+from fast_attention.mechanisms.lsh.hashed import Hashing, hashed_attention
 
 BUCKET_SIZE = 64
 N_HASHES = 8
@@ -21,7 +21,9 @@ def compile_ours(inputs: Inputs, measure: str, *, causal: bool) -> Program:
     key = jax.random.key(0)
 
     def function(query, _, value):
-        return lsh_attention(query, value, key, Hashing(BUCKET_SIZE, N_HASHES), causal=causal).out
+        return hashed_attention(
+            query, value, key, Hashing(BUCKET_SIZE, N_HASHES), causal=causal
+        ).out
 
     return compile_jax(function, inputs.qkv, inputs, measure)
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from examples.running import Example, run
-from fast_attention import Hashing, lsh_attention
+from fast_attention import lsh_attention
 from fast_attention.layers import AxialPositions
 from fast_attention.models import (
     EncoderDecoder,
@@ -112,7 +112,8 @@ def attention(
             qk,
             v,
             jax.random.key(1),
-            Hashing(bucket_size=bucket_size, n_hashes=16),
+            bucket_size=bucket_size,
+            n_hashes=16,
             causal=True,
             return_weights=True,
         )

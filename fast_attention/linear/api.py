@@ -8,6 +8,7 @@ from typing import Any, Literal, overload
 
 import jax
 
+from fast_attention.arrays.bundles import bundle_of
 from fast_attention.arrays.explicit_axes import runs_on_auto_axes
 from fast_attention.arrays.manual_axes import vary_alike
 from fast_attention.arrays.types import Array, Bool, Float, Int
@@ -27,7 +28,7 @@ def linear_attention(
     query: Array,
     key: Array,
     value: Array,
-    plan: Plan,
+    plan: Plan | None = ...,
     *,
     parameters: Parameters,
     key_mask: Array | None = ...,
@@ -35,6 +36,7 @@ def linear_attention(
     segment_ids: Array | None = ...,
     initial_state: LinearAttentionState | None = ...,
     return_state: Literal[False] = ...,
+    **options: Any,
 ) -> Array: ...
 
 
@@ -43,7 +45,7 @@ def linear_attention(
     query: Array,
     key: Array,
     value: Array,
-    plan: Plan,
+    plan: Plan | None = ...,
     *,
     parameters: Parameters,
     key_mask: Array | None = ...,
@@ -51,6 +53,7 @@ def linear_attention(
     segment_ids: Array | None = ...,
     initial_state: LinearAttentionState | None = ...,
     return_state: Literal[True],
+    **options: Any,
 ) -> tuple[Array, LinearAttentionState]: ...
 
 
@@ -59,7 +62,7 @@ def linear_attention(
     query: Float[Array, "*B T H D"],
     key: Float[Array, "*B S K D"],
     value: Float[Array, "*B S K V"],
-    plan: Plan,
+    plan: Plan | None = None,
     *,
     parameters: Parameters,
     key_mask: Bool[Array, "*#B S"] | Bool[Array, "*#B S #K"] | None = None,
@@ -67,6 +70,7 @@ def linear_attention(
     segment_ids: Int[Array, "*#B T"] | None = None,
     initial_state: LinearAttentionState | None = None,
     return_state: bool = False,
+    **options: Any,
 ) -> Any:
     r"""Attention with weights ``phi(q_t) . phi(k_s)``, in time and memory linear in the length.
 
@@ -91,7 +95,8 @@ def linear_attention(
       query: ``[*B, T, H, D]``.
       key: ``[*B, S, K, D]``; S = T if causal.
       value: ``[*B, S, K, V]``.
-      plan: the feature map, causal or not, and how the call is computed.
+      plan: the feature map, causal or not, and how the call is computed; None takes them from
+        `options`.
       parameters: of the feature map, as from ``feature_map.init``; their leading axes, if any,
         broadcast against ``[K]`` or ``[prod(B), K]``.
       key_mask: ``[*B, S]`` or ``[*B, S, K]``; a key where it is False contributes nothing, neither
@@ -104,6 +109,7 @@ def linear_attention(
         belongs to the first run.
       return_state: also return the state after the last key (of the last run). With
         ``initial_state`` it cuts a sequence in two: both are differentiable.
+      **options: fields of :class:`~fast_attention.Plan`, such as ``feature_map=..., causal=True``.
 
     Returns:
       ``[*B, T, H, V]`` in the promoted type of query, key and value; a row that sees no key is 0,
@@ -118,6 +124,7 @@ def linear_attention(
     References:
       arXiv:2009.14794 (FAVOR+); arXiv:2006.16236 (linear attention and its state).
     """
+    plan = bundle_of(Plan, "plan", plan, options)
     # A state has true units, so that any other call can continue it.
     complete = plan.complete or return_state or initial_state is not None
     plan, inputs = prepare(

@@ -8,10 +8,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from fast_attention.arrays.bundles import bundle_of
 from fast_attention.arrays.dtypes import widest
 from fast_attention.arrays.types import Array, Bool, Float
 from fast_attention.feature_maps.base import Parameters
@@ -28,10 +30,11 @@ def prefill(
     query: Float[Array, "*B T H D"],
     key: Float[Array, "*B T K D"],
     value: Float[Array, "*B T K V"],
-    plan: Plan,
+    plan: Plan | None = None,
     *,
     parameters: Parameters,
     key_mask: Bool[Array, "*B T"] | None = None,
+    **options: Any,
 ) -> tuple[Float[Array, "*B T H V"], LinearAttentionState]:
     """Reads T tokens causally after those already in ``state``.
 
@@ -40,13 +43,16 @@ def prefill(
       query: ``[*B, T, H, D]``.
       key: ``[*B, T, K, D]``.
       value: ``[*B, T, K, V]``.
-      plan: the feature map, and how the call is computed.
+      plan: the feature map, and how the call is computed; None takes its fields from
+        `options`.
       parameters: of the feature map.
       key_mask: ``[*B, T]``; False is padding on either side of a shorter prompt.
+      **options: fields of :class:`~fast_attention.Plan`, such as ``feature_map=...``.
 
     Returns:
       Outputs ``[*B, T, H, V]`` (unspecified at padding) and the state after the prompt.
     """
+    plan = bundle_of(Plan, "plan", plan, options)
     return linear_attention(
         query,
         key,
@@ -64,9 +70,10 @@ def step(
     query: Float[Array, "*B H D"],
     key: Float[Array, "*B K D"],
     value: Float[Array, "*B K V"],
-    plan: Plan,
+    plan: Plan | None = None,
     *,
     parameters: Parameters,
+    **options: Any,
 ) -> tuple[Float[Array, "*B H V"], LinearAttentionState]:
     """Adds one token to the state and reads it: time and memory independent of the past.
 
@@ -75,12 +82,15 @@ def step(
       query: ``[*B, H, D]``.
       key: ``[*B, K, D]``.
       value: ``[*B, K, V]``.
-      plan: its feature map, output, epsilon and precision are read.
+      plan: its feature map, output, epsilon and precision are read; None takes them from
+        `options`.
       parameters: of the feature map.
+      **options: fields of :class:`~fast_attention.Plan`, such as ``feature_map=...``.
 
     Returns:
       Output ``[*B, H, V]`` in the promoted type of the inputs, and the new state.
     """
+    plan = bundle_of(Plan, "plan", plan, options)
     parts, new = step_parts(state, query, key, value, plan, parameters=parameters)
     out = finish(parts, plan.output, plan.epsilon)
     return out.astype(jnp.result_type(query, key, value)), new

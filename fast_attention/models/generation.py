@@ -19,6 +19,7 @@ from flax import nnx
 from jax import lax
 from jax.core import Tracer
 
+from fast_attention.arrays.bundles import bundle_of
 from fast_attention.arrays.explicit_axes import runs_on_auto_axes
 from fast_attention.arrays.types import Array, Bool, Float, Int
 from fast_attention.models import samplers
@@ -92,11 +93,12 @@ def generate(
     max_new_tokens: int,
     min_new_tokens: int = 0,
     prompt_mask: Bool[Array, "B P"] | None = None,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling | None = None,
     eos_token: int | None = None,
     pad_token: int | None = None,
     context: Float[Array, "B S M"] | None = None,
     context_mask: Bool[Array, "B S"] | None = None,
+    **options: Any,
 ) -> Int[Array, "B N"]:
     """Continues prompts, one token after another.
 
@@ -113,11 +115,12 @@ def generate(
       min_new_tokens: Tokens before the end token, which cannot be drawn sooner; none is below 0.
       prompt_mask: ``[B, P]`` bool, False where a shorter prompt is padded, before or behind it.
         Each row needs at least one token.
-      sampling: How a token is drawn.
+      sampling: How a token is drawn; None takes it from `options`.
       eos_token: Ends a row.
       pad_token: Fills ended rows; None is `eos_token`.
       context: ``[B, S, M]``, a second sequence, for models that attend to one.
       context_mask: ``[B, S]``, False is padding of it.
+      **options: Fields of `Sampling`, such as ``temperature=0.8``.
 
     Returns:
       int32 ``[B, N]``: the new tokens, an end-of-sequence token included.
@@ -126,6 +129,7 @@ def generate(
       ValueError: At an argument out of range, a model that is not causal, or more tokens than
         learned positions.
     """
+    sampling = bundle_of(Sampling, "sampling", sampling, options)
     prompt = jnp.asarray(prompt)
     _check(model, prompt, prompt_mask, max_new_tokens, eos_token, pad_token)
     has_minimum = min_new_tokens > 0 and eos_token is not None
@@ -145,7 +149,7 @@ def generate(
     penalty, top_p = sampling.repetition_penalty, sampling.top_p
     has_penalty = isinstance(penalty, Tracer) or bool(penalty != 1)
     pad = pad_token if pad_token is not None else eos_token
-    options = _Options(
+    static = _Options(
         max_new_tokens=max_new_tokens,
         top_k=sampling.top_k,
         has_top_p=top_p is not None and (isinstance(top_p, Tracer) or bool(top_p < 1)),
@@ -166,7 +170,7 @@ def generate(
     mask = None if prompt_mask is None else jnp.asarray(prompt_mask, bool)
     given = {"context": context, "context_mask": context_mask}
     given = {name: jnp.asarray(x) for name, x in given.items() if x is not None}
-    return _generate(graphdef, variables, prompt, mask, key, numbers, given, options)
+    return _generate(graphdef, variables, prompt, mask, key, numbers, given, static)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "options"))

@@ -53,7 +53,7 @@ LAYERS = {
     "reversible stack": (layers.Stack, (REVERSIBLE,)),
     "feed-forward": (layers.FeedForward, (M, 8)),
     "memory": (layers.ProductKeyMemory, (M,), MEMORY),
-    "linformer": (layers.LinformerAttention, (M, 2, T, 3)),
+    "linformer": (layers.LinformerAttention, (M, layers.LinformerConfig(2, T, 3))),
     "axes": (layers.MultiAxisAttention, (2, 4), {"features": M}),
     "image": (layers.ImageLinearAttention, (M,), {"key_dim": 4, "value_dim": 4, "num_heads": 2}),
 }

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fast_attention.feature_maps import PositiveFeatures
+from fast_attention.linear import Plan, empty_state, linear_attention, prefill, step
 from tests.linear import cases
 
 T = 12  # Whole chunks: one loop body to compile.
@@ -266,3 +268,27 @@ def test_sharded_batch_is_one_device():
         attend, mesh=mesh, in_specs=(rows, rows, rows), out_specs=rows, check_vma=False
     )
     cases.assert_close(cases.compiled(mapped)(q, k, v), attend(q, k, v), 1e-5)
+
+
+def test_options_by_name_are_those_of_the_plan():
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 9, 2, 4))
+    feature_map = PositiveFeatures(8)
+    parameters = feature_map.init(jax.random.key(1), 4)
+    plan = Plan(feature_map, causal=True, chunk_size=4)
+    named = {"feature_map": feature_map, "causal": True, "chunk_size": 4}
+    np.testing.assert_array_equal(
+        linear_attention(q, k, v, parameters=parameters, **named),
+        linear_attention(q, k, v, plan, parameters=parameters),
+    )
+    with pytest.raises(TypeError, match="plan= and causal are given"):
+        linear_attention(q, k, v, plan, parameters=parameters, causal=True)
+    state = empty_state(feature_map, parameters, (), 2, 4, 4)
+    _, state = prefill(state, q, k, v, parameters=parameters, **named)
+    _, whole = prefill(
+        empty_state(feature_map, parameters, (), 2, 4, 4), q, k, v, plan, parameters=parameters
+    )
+    token = q[0], k[0], v[0]
+    np.testing.assert_array_equal(
+        step(state, *token, parameters=parameters, feature_map=feature_map)[0],
+        step(whole, *token, plan, parameters=parameters)[0],
+    )

@@ -14,7 +14,6 @@ from fast_attention import (
     efficient_attention,
     linformer_attention,
     local_attention,
-    lsh_attention,
     make_lsh_attention,
     make_softmax_attention,
     shared_qk_attention,
@@ -23,6 +22,7 @@ from fast_attention import (
 from fast_attention.feature_maps import PositiveFeatures
 from fast_attention.linear import empty_state, prefill
 from fast_attention.mechanisms.favor.near_field import near_field_attention
+from fast_attention.mechanisms.lsh.hashed import hashed_attention
 from tests.linear import cases
 
 H, K, D, V = 2, 1, 4, 3
@@ -49,7 +49,7 @@ SELF = {
     "efficient": functools.partial(efficient_attention, causal=True),
     "blindspot": functools.partial(efficient_attention, causal=True, blindspot_size=2),
     "local": functools.partial(local_attention, window=LocalWindow(2)),
-    "lsh": lambda query, key, value: lsh_attention(query, value, *HASHED).out,
+    "lsh": lambda query, key, value: hashed_attention(query, value, *HASHED).out,
     "exact, shared": shared(shared_qk_attention),
     "strided": functools.partial(strided_attention, make_softmax_attention(), stride=2),
 }
@@ -125,7 +125,7 @@ def test_no_token_leaves_a_state_as_it_is():
 def test_weights_and_buckets_of_hashed_attention(rows, length):
     qk, value = jnp.ones((rows, length, H, D)), jnp.ones((rows, length, K, V))
     options: Any = {"return_weights": True, "return_buckets": True}
-    found = lsh_attention(qk, value, *HASHED, return_weights=True)
+    found = hashed_attention(qk, value, *HASHED, return_weights=True)
     assert found.weights is not None and found.buckets is not None
     assert found.weights.shape == (rows, H, length, length)
     assert found.buckets.shape == (rows, H, 2, length)

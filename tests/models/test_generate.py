@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fast_attention import make_fast_softmax_attention
+from fast_attention import make_fast_softmax_attention, models
 from fast_attention.models import Transformer, TransformerConfig
+from fast_attention.models.generation import Sampling
 from tests.layers.definitions import compiled, filled
 from tests.models.cases import generate
 
@@ -233,3 +234,14 @@ def test_a_hundred_thousand_tokens_take_no_more_memory_than_a_hundred(positions)
     tokens = 4 * 100_000
     # The tokens themselves, written once and returned.
     assert memory(100_000) - memory(100) <= 2 * tokens
+
+
+def test_sampling_options_by_name_are_those_of_the_bundle():
+    model, key = build(), jax.random.key(3)
+    prompt = jnp.ones((1, 3), jnp.int32)
+    call = functools.partial(models.generate, model, prompt, key=key, max_new_tokens=4)
+    whole = call(sampling=Sampling(temperature=0.7, top_k=3))
+    np.testing.assert_array_equal(call(temperature=0.7, top_k=3), whole)
+    np.testing.assert_array_equal(jax.jit(lambda t: call(temperature=t, top_k=3))(0.7), whole)
+    with pytest.raises(TypeError, match="sampling= and top_k are given"):
+        call(sampling=Sampling(), top_k=3)

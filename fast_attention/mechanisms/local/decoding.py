@@ -31,7 +31,7 @@ from fast_attention.mechanisms.shared_qk import unit_keys
 
 def slots_of(window: LocalWindow) -> int:
     """Returns S: as many keys as a causal window ever has in sight."""
-    return window.size * (window.look_backward + 1)
+    return window.window_size * (window.look_backward + 1)
 
 
 def prefill(

@@ -165,7 +165,7 @@ def make_local_attention(
     """
     window = LocalWindow(window_size, unidirectional, look_backward, look_forward, exact_window)
     return LocalAttention(
-        window.size,
+        window.window_size,
         unidirectional,
         window.look_backward,
         None if look_forward is None else window.look_forward,

@@ -15,9 +15,12 @@ Shape letters: B batch, T length, H heads, K key/value heads, D head width, V va
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
+from fast_attention.arrays.bundles import bundle_of
 from fast_attention.arrays.explicit_axes import runs_on_auto_axes
 from fast_attention.arrays.types import Array, Bool, Float, Int
 from fast_attention.mechanisms.call import Dropout
@@ -34,7 +37,7 @@ def local_attention(
     query: Float[Array, "*B T H D"],
     key: Float[Array, "*B T K D"],
     value: Float[Array, "*B T K V"],
-    window: LocalWindow,
+    window: LocalWindow | None = None,
     *,
     shared_qk: bool = False,
     key_mask: Bool[Array, "*B T"] | None = None,
@@ -43,6 +46,7 @@ def local_attention(
     bias: Array | None = None,
     dropout: Dropout | None = None,
     precision: jax.lax.PrecisionLike = None,
+    **options: Any,
 ) -> Float[Array, "*B T H V"]:
     """Attends within windows. A query that sees no key gives zeros.
 
@@ -50,7 +54,7 @@ def local_attention(
       query: ``[*B, T, H, D]``, any number of batch axes, any length.
       key: ``[*B, T, K, D]``; K divides H, query head h reads key head ``h // (H / K)``.
       value: ``[*B, T, K, V]``.
-      window: which keys a position sees.
+      window: which keys a position sees; None takes it from `options`.
       shared_qk: queries and keys are the same vectors (Reformer): keys are divided by their length,
         and the logit of a position's own key is -5e4: it is seen where no other key is.
       key_mask: ``[*B, T]`` bool; a key where it is False is not seen.
@@ -60,6 +64,7 @@ def local_attention(
       bias: added to the logits, broadcastable to ``[*B, H, T, T]``, in the same way.
       dropout: of the weights.
       precision: of the two products.
+      **options: fields of :class:`LocalWindow`, such as ``window_size=64, causal=True``.
 
     Returns:
       ``[*B, T, H, V]`` in the promoted type of the inputs; the softmax is in float32 (float64 for
@@ -68,6 +73,7 @@ def local_attention(
     Raises:
       ValueError: for shapes that do not fit.
     """
+    window = bundle_of(LocalWindow, "window", window, options)
     check_shapes(query, key, value)
     dtype = jnp.result_type(query, key, value)
     query, key, value = (x.astype(dtype) for x in (query, key, value))
@@ -75,10 +81,10 @@ def local_attention(
         return jnp.zeros((*query.shape[:-1], value.shape[-1]), dtype)
     assert window.look_forward is not None
     choices = Choices(
-        block=1 if window.exact else window.size,
+        block=1 if window.exact_window else window.window_size,
         # A reach beyond all positions is as good as one to the ends.
-        back=window.size * window.look_backward,
-        ahead=window.size * window.look_forward,
+        back=window.window_size * window.look_backward,
+        ahead=window.window_size * window.look_forward,
         causal=window.causal,
         shared=shared_qk,
         dropout_rate=0.0 if dropout is None else dropout.rate,

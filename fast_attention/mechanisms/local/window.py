@@ -16,19 +16,19 @@ class LocalWindow:
     """Which keys a position sees.
 
     Attributes:
-      size: W, positions in a block.
+      window_size: W, positions in a block.
       causal: position t sees keys 0..t of its window.
       look_backward: blocks in sight before a position's own.
       look_forward: blocks in sight behind it; None becomes 0 if causal, else 1.
-      exact: the reach ends ``W * look_backward`` positions before each position and ``W *
+      exact_window: the reach ends ``W * look_backward`` positions before each position and ``W *
         look_forward`` behind it, where otherwise it ends with a block.
     """
 
-    size: int
+    window_size: int
     causal: bool = False
     look_backward: int = 1
     look_forward: int | None = None
-    exact: bool = False
+    exact_window: bool = False
 
     def __post_init__(self) -> None:
         """Raises ValueError for numbers out of range, or a causal window that looks forward."""
@@ -36,7 +36,7 @@ class LocalWindow:
         if forward is None:
             forward = 0 if self.causal else 1
         for name, number, least in (
-            ("size", check_count("window_size", self.size), 1),
+            ("size", check_count("window_size", self.window_size), 1),
             ("look_backward", self.look_backward, 0),
             ("look_forward", forward, 0),
         ):
@@ -50,24 +50,26 @@ class LocalWindow:
     @property
     def back(self) -> int:
         """The farthest key before a position that it can see."""
-        return self.size * self.look_backward + (0 if self.exact else self.size - 1)
+        return self.window_size * self.look_backward + (
+            0 if self.exact_window else self.window_size - 1
+        )
 
     @property
     def ahead(self) -> int:
         """The farthest key behind a position that it can see."""
         assert self.look_forward is not None
-        inside = 0 if self.exact else self.size - 1
-        return 0 if self.causal else self.size * self.look_forward + inside
+        inside = 0 if self.exact_window else self.window_size - 1
+        return 0 if self.causal else self.window_size * self.look_forward + inside
 
     def bounds(self, position: Array) -> tuple[Array, Array]:
         """First and last position in sight of each position; they may lie beyond the ends."""
         assert self.look_forward is not None
-        back, ahead = self.size * self.look_backward, self.size * self.look_forward
-        if self.exact:
+        back, ahead = self.window_size * self.look_backward, self.window_size * self.look_forward
+        if self.exact_window:
             first, last = position - back, position + ahead
         else:
-            block = position // self.size * self.size
-            first, last = block - back, block + self.size - 1 + ahead
+            block = position // self.window_size * self.window_size
+            first, last = block - back, block + self.window_size - 1 + ahead
         return first, position if self.causal else last
 
 

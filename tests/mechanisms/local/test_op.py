@@ -308,3 +308,11 @@ def test_no_position_is_no_error():
 def test_what_cannot_be_honoured_is_an_error(options, message):
     with pytest.raises(ValueError, match=message):
         local(*inputs(2), **({"window_size": 4} | options))
+
+
+def test_options_by_name_are_those_of_the_window():
+    query, key, value = jax.random.normal(jax.random.key(0), (3, 1, 9, 2, 4))
+    np.testing.assert_array_equal(
+        local_attention(query, key, value, window_size=2, causal=True),
+        local_attention(query, key, value, LocalWindow(2, causal=True)),
+    )

@@ -30,7 +30,7 @@ def arrays(heads=(H, K, K), widths=(D, D, V)):
     [
         # The window goes beyond the neighbouring devices, whose stretches are of 3 positions.
         (LocalWindow(4, causal=True), {"segment_ids": SEGMENTS}),
-        (LocalWindow(1, look_backward=5, exact=True), {"key_mask": MASK}),
+        (LocalWindow(1, look_backward=5, exact_window=True), {"key_mask": MASK}),
         (LocalWindow(50), {"key_mask": MASK}),
     ],
     ids=["causal", "exact", "everything"],

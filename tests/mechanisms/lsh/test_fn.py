@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fast_attention import Hashing, lsh_attention, make_lsh_attention, shared_qk_attention
+from fast_attention import Hashing, make_lsh_attention, shared_qk_attention
+from fast_attention.mechanisms.lsh.hashed import hashed_attention
 
 HASHED = make_lsh_attention(bucket_size=4, n_hashes=2, rotary=True)
 
@@ -26,7 +27,7 @@ def test_hashes_long_inputs_and_takes_its_rotations_from_the_projection():
         qk[:, :20], qk, value, is_causal=True, projection=projection, return_buckets=True
     )
     hashing = Hashing(bucket_size=4, n_hashes=2, rotary=True)
-    expected = lsh_attention(qk, value, key, hashing, causal=True, query_length=20).out
+    expected = hashed_attention(qk, value, key, hashing, causal=True, query_length=20).out
     np.testing.assert_array_equal(found.out, expected)
     again = HASHED(qk[:, :20], qk, value, is_causal=True, buckets=found.buckets)
     np.testing.assert_array_equal(again, expected)

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fast_attention.arrays.bundles import bundle_of
 from fast_attention.arrays.manual_axes import vary_alike
 from fast_attention.arrays.types import Array, Bool, Float, Int
 from fast_attention.feature_maps.base import Parameters
@@ -31,13 +32,14 @@ def near_field_attention(
     query: Float[Array, "*B T H D"],
     key: Float[Array, "*B T K D"],
     value: Float[Array, "*B T K V"],
-    plan: Plan,
+    plan: Plan | None = None,
     *,
     parameters: Parameters,
     exact_window: int,
     key_mask: Bool[Array, "*#B T"] | Bool[Array, "*#B T #K"] | None = None,
     key_bias: Float[Array, "*#B T"] | Float[Array, "*#B T #K"] | None = None,
     segment_ids: Int[Array, "*#B T"] | None = None,
+    **options: Any,
 ) -> Float[Array, "*B T H V"]:
     r"""Self-attention, exact within a window and estimated beyond, in ``O(T (W D + M V))``.
 
@@ -57,13 +59,15 @@ def near_field_attention(
       key: ``[*B, T, K, D]``; K divides H.
       value: ``[*B, T, K, V]``.
       plan: its feature map has positive features with ``phi(q) . phi(k)`` close to
-        ``exp(q . k / sqrt(D))``; its implementation is "chunked", or None.
+        ``exp(q . k / sqrt(D))``; its implementation is "chunked", or None. None takes its
+        fields from `options`.
       parameters: of the feature map.
       exact_window: W, at least 1.
       key_mask: ``[*B, T]`` or ``[*B, T, K]``; a key where it is False contributes nothing. It keeps
         its place: the window is one of positions.
       key_bias: as ``key_mask``; multiplies the weights of a key, near and far, by ``exp(bias)``.
       segment_ids: ``[*B, T]``; positions see their own run of equal ids.
+      **options: fields of :class:`~fast_attention.Plan`.
 
     Returns:
       ``[*B, T, H, V]`` in the promoted type of the inputs; a row that sees no key is 0.
@@ -76,6 +80,7 @@ def near_field_attention(
       arXiv:2108.02347, also has a near and a far field, but adds two attentions that are
       normalised apart.
     """
+    plan = bundle_of(Plan, "plan", plan, options)
     check_options(exact_window, plan)
     check_shapes(query, key, value, plan.causal, segment_ids)
     if query.shape[-3] != key.shape[-3]:

@@ -44,7 +44,7 @@ def n_buckets(length: int, bucket_size: int) -> int:
 
 
 @runs_on_auto_axes
-def lsh_attention(
+def hashed_attention(
     qk: Float[Array, "*B S H D"],
     value: Float[Array, "*B S K V"],
     where: Array,
