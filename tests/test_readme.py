@@ -36,8 +36,7 @@ def test_every_block_is_of_a_kind_that_is_run_here():
 
 def test_the_two_commands_stand_there_as_one_line_each():
     assert (
-        'pip install -e ".[protein]" && protein-lm train '
-        "--gin_file=protein_lm_configs/demo.gin --work_dir=runs/demo\n"
+        'pip install -e ".[protein]" && protein-lm train --gin_file=demo --work_dir=runs/demo\n'
     ) in blocks("sh")
     assert 'pip install -e ".[test]" && pytest\n' in blocks("sh")
 
@@ -105,7 +104,6 @@ SMALL = {
 
 def test_commands_run_one_after_the_other(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "protein_lm_configs").symlink_to(ROOT / "protein_lm_configs")
     proteins = ["MKTAYIAKQRQISFVKSHFSRQ", "MALWMRLLPLLALLALWGPDPAAA", "MGDVEKGKKIFIMKCSQCHTVEK"] * 4
     write_fasta(
         "my_proteins.fasta",

@@ -29,8 +29,11 @@ FlaxModel.domain = @make_protein_domain()
 """
 
 
-DEMO = Path(fast_attention.__file__).parents[1] / "protein_lm_configs" / "demo.gin"
-"""Settings of a small model; ``protein_lm_configs`` is installed beside the package."""
+CONFIGS = Path(fast_attention.__file__).parents[1] / "protein_lm_configs"
+"""The gin files of this project, which are installed beside the package."""
+
+DEMO = CONFIGS / "demo.gin"
+"""Settings of a small model."""
 
 
 # Only this setting of batch_ds reaches an experiment: it gives the others itself.
@@ -77,7 +80,8 @@ def configure(files: Sequence[str | Path] = (), bindings: Sequence[str] = ()) ->
     """Replaces the configuration of this process.
 
     Args:
-      files: gin files. What they include is looked for beside them, and then as gin does.
+      files: gin files, or names of files in `CONFIGS`, see `find_settings`. What they include is
+        looked for beside them, and then as gin does.
       bindings: Lines that come after the files and win over them.
 
     Raises:
@@ -90,9 +94,33 @@ def configure(files: Sequence[str | Path] = (), bindings: Sequence[str] = ()) ->
     gin.clear_config()
     gin.parse_config(_DEFAULTS)
     for file in files:
-        _parse_file(Path(file), ())
+        _parse_file(find_settings(file), ())
     gin.parse_config_files_and_bindings([], [_renamed(line) for line in bindings])
     _check_numbers()
+
+
+def find_settings(name: str | Path) -> Path:
+    """Finds a gin file by its path, or one of `CONFIGS` by its name.
+
+    Args:
+      name: The path of a file; where there is none, the name of a file in `CONFIGS`, with or
+        without ``protein_lm_configs/`` before and ``.gin`` behind it.
+
+    Raises:
+      FileNotFoundError: If there is neither; the message lists the names.
+    """
+    path = Path(name)
+    if path.exists() and not path.is_dir():
+        return path
+    known = {file.stem: file for file in sorted(CONFIGS.glob("*.gin"))}
+    found = known.get(path.name.removesuffix(".gin"))
+    if found is not None and path.parent in (Path(), Path(CONFIGS.name)):
+        return found
+    reason = "is a folder, not a gin file" if path.is_dir() else "no such gin file"
+    raise FileNotFoundError(
+        f"{name}: {reason}. Give the path of a file, or the name of one that comes with the "
+        f"package: {', '.join(known)}."
+    )
 
 
 def _check_numbers() -> None:

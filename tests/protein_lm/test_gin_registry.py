@@ -126,3 +126,27 @@ def test_a_new_configuration_forgets_the_old(tmp_path):
     configure(tmp_path, "FlaxModel.mlp_dim = 64")
     configure(tmp_path, "")
     assert FlaxLM().config.mlp_dim == 8
+
+
+@pytest.mark.parametrize("name", ["demo", "lm_softmax.gin", "protein_lm_configs/small.gin"])
+def test_settings_of_the_package_are_found_by_name_from_anywhere(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    found = gin_registry.find_settings(name)
+    assert found.is_file() and found.stem in name
+    gin_registry.configure([name])
+
+
+def test_a_file_comes_before_settings_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo.gin").write_text("experiment.max_train_steps = 3")
+    gin_registry.configure(["demo.gin"])
+    assert gin.query_parameter("experiment.max_train_steps") == 3
+    assert gin_registry.find_settings("demo") == gin_registry.DEMO
+
+
+@pytest.mark.parametrize("name", ["dmeo", "elsewhere/demo.gin", "."])
+def test_settings_that_are_nowhere_are_told_with_the_names_that_are(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=rf"^{name}: .*lm_softmax"):
+        gin_registry.configure([name])

@@ -9,7 +9,9 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+import fast_attention
 from fast_attention.protein_lm.cli.commands import COMMANDS
+from fast_attention.protein_lm.cli.completion import PrintCompletion
 from fast_attention.protein_lm.cli.failures import (
     describe_failure,
     silence_libraries,
@@ -27,7 +29,7 @@ from fast_attention.protein_lm.terminal import for_terminal
 _DESCRIPTION = """\
 Train protein language models on FASTA files, and use them.
 
-  protein-lm train --gin_file=protein_lm_configs/demo.gin --work_dir=runs/demo
+  protein-lm train --gin_file=demo --work_dir=runs/demo
   protein-lm evaluate --run_dir=runs/demo --fasta=my_proteins.fasta
   protein-lm score --run_dir=runs/demo --fasta=my_proteins.fasta --output=scores.tsv
   protein-lm mutate --run_dir=runs/demo --fasta=wild_type.fasta --all --output=effects.tsv
@@ -94,6 +96,15 @@ def _parser() -> argparse.ArgumentParser:
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"protein-lm {fast_attention.__version__}"
+    )
+    parser.add_argument(
+        "--print-completion",
+        action=PrintCompletion,
+        help="print a script that completes this command in the given shell "
+        "(see docs/commands/shell-completion.md), and exit",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():

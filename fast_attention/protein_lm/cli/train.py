@@ -15,8 +15,8 @@ Train a model and write it to a folder. The same command resumes a run that was
 stopped from its last checkpoint; Ctrl-C and SIGTERM save the current step first. Without
 --fasta, the proteins that come with the package are used.
 
-  protein-lm train --gin_file=protein_lm_configs/demo.gin --work_dir=runs/demo
-  protein-lm train --gin_file=protein_lm_configs/demo.gin --work_dir=runs/mine \\
+  protein-lm train --gin_file=demo --work_dir=runs/demo
+  protein-lm train --gin_file=demo --work_dir=runs/mine \\
       --fasta=family.fasta=3 --fasta=swissprot.fasta.gz --valid_fasta=held_out.fasta --epochs=5
 
 Several machines can train one model: see docs/multi-process.md."""
@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="the settings, a gin file such as protein_lm_configs/demo.gin; may be repeated "
-        "(default: without any, those of demo.gin)",
+        help="the settings: a gin file, or the name of one that comes with the package, such as "
+        "demo or lm_softmax; may be repeated (default: demo)",
     )
     parser.add_argument(
         "--gin_bindings",
