@@ -1,8 +1,8 @@
 """Measures which chunk is best, and writes the table that the package takes it from.
 
 ``python -m benchmarks.chunk_sizes`` measures the output and gradients of causal and bidirectional
-FAVOR+ on the present platform and rewrites the platform's rows in
-``fast_attention/linear/chunked/chunk_table.py``; the rows of other platforms stay.
+FAVOR+ on the present device and rewrites the rows of its kind (``cpu``, ``TPU v5e``, ``NVIDIA H100
+80GB HBM3``) in ``fast_attention/linear/chunked/chunk_table.py``; the rows of others stay.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ UNROLLING = 1.05
 Candidate = tuple[int, int]
 """Chunk and unroll."""
 
-Table = dict[tuple[str, bool, int, int], Candidate]
+Table = dict[tuple[str, bool, int, int], tuple[int, int, str]]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -51,7 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     platform = environment.detect_platform()
     environment.prepare(platform)
+    from fast_attention.linear.devices import device_of_process, usual_name
+
     kind = "cpu" if platform == "cpu" else "gpu"
+    device = usual_name(device_of_process())
     found: Table = {}
     for causal in (True, False):
         for head_dim, features, heads in SHAPES[kind]:
@@ -64,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
             times = measure(shape, causal, CHUNKS[kind], options.repeats, wall=kind != "cpu")
             _show(shape, causal, times)
-            found[platform, causal, head_dim, features] = best(times)
+            found[device, causal, head_dim, features] = (*best(times), "measured")
     machine = environment.describe_machine(platform, "")
     name = machine["cpu"] if platform == "cpu" else machine["device"]
     origin = (
@@ -72,8 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{name}, {machine['cores']} core(s), jax {machine['jax']}",
         str(machine["date"]),
     )
-    rewrite(options.table, platform, found, origin)
-    print(f"Wrote the rows of {platform} into {options.table}.")
+    rewrite(options.table, device, found, origin)
+    print(f"Wrote the rows of {device} into {options.table}.")
 
 
 def measure(
@@ -133,26 +136,29 @@ def best(times: Mapping[Candidate, float]) -> Candidate:
     return min(candidate for candidate, cost in costs.items() if cost <= limit)
 
 
-def rewrite(path: Path, platform: str, found: Table, origin: tuple[str, str, str]) -> None:
-    """Replaces the rows of one platform in the table and keeps the others.
+def rewrite(path: Path, device: str, found: Table, origin: tuple[str, str, str]) -> None:
+    """Replaces the rows of one kind of device in the table and keeps the others.
 
     Args:
       path: the table, a Python file.
-      platform: whose rows are replaced, all of them.
-      found: the new rows.
+      device: whose rows are replaced, all of them.
+      found: the new rows, measured.
       origin: command, machine and date.
     """
     old: dict = {}
     exec(compile(path.read_text(), str(path), "exec"), old)
-    chunks = {row: choice for row, choice in old["CHUNKS"].items() if row[0] != platform}
+    chunks = {row: choice for row, choice in old["CHUNKS"].items() if row[0] != device}
     chunks.update(found)
-    measured = {**old["MEASURED"], platform: origin}
+    origins = {row: told for row, told in old["ORIGINS"].items() if row[0] != device}
+    origins[device, "measured"] = origin
     lines = [f'"""{old["__doc__"]}"""', "", "CHUNKS = {"]
-    for (name, *shape), choice in sorted(chunks.items()):
-        lines.append(f'    ("{name}", {", ".join(map(str, shape))}): {choice},')
-    lines += ["}", "", "MEASURED = {"]
-    for name, told in sorted(measured.items()):
-        lines += [f'    "{name}": (', *(f"        {_quoted(part)}," for part in told), "    ),"]
+    for (name, *shape), (chunk, unroll, how) in sorted(chunks.items()):
+        row = ", ".join([_quoted(name), *map(str, shape)])
+        lines.append(f"    ({row}): ({chunk}, {unroll}, {_quoted(how)}),")
+    lines += ["}", "", "ORIGINS = {"]
+    for key, told in sorted(origins.items()):
+        lines.append(f"    ({', '.join(map(_quoted, key))}): (")
+        lines += [*(f"        {_quoted(part)}," for part in told), "    ),"]
     path.write_text("\n".join([*lines, "}", ""]))
 
 

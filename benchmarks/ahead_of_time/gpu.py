@@ -83,16 +83,15 @@ def compile_case(setting: Setting, name: str, causal: bool, measure: str) -> dic
     """
     from fast_attention.feature_maps import PositiveFeatures
     from fast_attention.linear import Plan
-    from fast_attention.linear.chunked.chunk_choice import chunk_choice
     from fast_attention.linear.implementations import IMPLEMENTATIONS as by_name
     from fast_attention.linear.pallas_gpu.api import attend_on
     from fast_attention.linear.prepare import prepare
 
-    chunk = None
-    if name == "chunked":  # By default its chunks are those of the machine that compiles.
-        chunk = chunk_choice("gpu", causal, setting.head_dim, setting.features).chunk_size
     plan = Plan(
-        PositiveFeatures(setting.features), causal=causal, chunk_size=chunk, implementation=name
+        PositiveFeatures(setting.features),
+        causal=causal,
+        device_kind="NVIDIA H100",
+        implementation=name,
     )
 
     def attend(q: Any, k: Any, v: Any, projection: Any) -> Any:

@@ -43,7 +43,10 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is compiled: attention of ``[batch, length, heads, width]``, M = features."""
+    """What is compiled: attention of ``[batch, length, heads, width]``, M = features.
+
+    ``chunk`` is None for that of the package, else positions handled at once.
+    """
 
     chip: str
     causal: bool
@@ -55,6 +58,7 @@ class Case:
     features: int = 256
     dtype: str = "bfloat16"
     implementation: str | None = "by_platform"
+    chunk: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +150,7 @@ def compile_case(case: Case) -> Any:
         unidirectional=case.causal,
         redraw_features=False,
         implementation=case.implementation,
+        chunk_size=case.chunk,
     )
 
     def both(*arrays):
@@ -230,6 +235,7 @@ def main() -> None:
     parser.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS))
     parser.add_argument("--measures", nargs="+", choices=(FORWARD, BACKWARD), default=None)
     parser.add_argument("--implementation", default="by_platform", help="by default by_platform")
+    parser.add_argument("--chunks", nargs="+", type=int, default=[None], help="chunk sizes to try")
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--features", type=int, default=256)

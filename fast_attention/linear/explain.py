@@ -8,8 +8,7 @@ from typing import Any
 
 import jax
 
-from fast_attention.linear.chunked.chunk_choice import planned_chunk
-from fast_attention.linear.chunked.chunk_table import MEASURED
+from fast_attention.linear.chunked.chunk_choice import origin, planned_chunk, planned_row
 from fast_attention.linear.pallas_tpu import api as pallas_tpu
 from fast_attention.linear.types import Inputs, Plan
 
@@ -61,12 +60,14 @@ def _called(plan: Plan, inputs: Inputs) -> str:
 
 
 def _served(plan: Plan, inputs: Inputs, platform: str) -> str:
-    if plan.implementation not in (None, "by_platform"):
+    if plan.implementation not in (None, "by_platform", "chunked"):
         return f"{plan.implementation}, as asked for"
     chunk = planned_chunk(plan, inputs)
-    origin = MEASURED.get(jax.default_backend(), MEASURED["cpu"])[0]
-    asked = "as asked for" if plan.chunk_size else f"from the table: {origin}"
+    row = planned_row(plan, inputs)
+    asked = "as asked for" if plan.chunk_size else f"from the table: {origin(row)}"
     chunks = f"chunks of {chunk.chunk_size} on XLA ({asked})"
+    if plan.implementation == "chunked":
+        return f"chunked, as asked for: {chunks}"
     if plan.axis_name is not None:
         return f"{chunks}, because the sequence is sharded along {plan.axis_name}"
     if platform != "tpu":

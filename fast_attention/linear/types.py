@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from fast_attention.arrays.types import Array
 from fast_attention.feature_maps.base import FeatureMap, Parameters
+from fast_attention.linear.devices import check_device_kind
 from fast_attention.linear.state import LinearAttentionState
 from fast_attention.mesh.layout import AxisName
 
@@ -31,9 +32,12 @@ class Plan:
         merged.
       epsilon: denominators up to this size are inverted as ``den / epsilon^2``. Not needed for
         positive maps; for signed ones it bounds outputs where a denominator vanishes.
-      chunk_size: positions handled at once (1: token by token); None for what was measured to be
-        the fastest, see :mod:`fast_attention.linear.chunked.chunk_table`.
+      chunk_size: positions handled at once (1: token by token); None for the row of the device in
+        :mod:`fast_attention.linear.chunked.chunk_table`.
       unroll: chunks unrolled in the compiled loop; None for the same.
+      device_kind: the kind of device whose row that is, such as "TPU v5e" or "NVIDIA H100", or a
+        platform such as "tpu"; None for the devices of this process. Name it for programs that are
+        compiled for other devices.
       saved_states: what the backward pass of causal attention finds when it starts: "all" states
         between chunks (``T K V M / C`` numbers), or a "few", about the square root of that many
         chunks, from which it computes the others again, group by group; None for "all" of short
@@ -55,6 +59,7 @@ class Plan:
     epsilon: float = 0.0
     chunk_size: int | None = None
     unroll: int | None = None
+    device_kind: str | None = None
     saved_states: SavedStates | None = None
     implementation: str | Sequence[str] | None = None
     precision: jax.lax.PrecisionLike = None
@@ -68,6 +73,7 @@ class Plan:
         for name, number in (("chunk_size", self.chunk_size), ("unroll", self.unroll)):
             if number is not None and number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}.")
+        check_device_kind(self.device_kind)
         check_saved_states(self.saved_states)
         if isinstance(self.implementation, list):
             object.__setattr__(self, "implementation", tuple(self.implementation))

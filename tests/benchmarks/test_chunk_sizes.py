@@ -20,17 +20,17 @@ def load(path) -> dict:
     return loaded
 
 
-def test_the_writer_keeps_the_rows_of_other_platforms(tmp_path):
+def test_the_writer_keeps_the_rows_of_other_devices(tmp_path):
     path = tmp_path / "chunk_table.py"
     shutil.copy(chunk_sizes.TABLE, path)
     before = load(path)
-    found = {("cpu", True, 4, 8): (16, 2), ("cpu", False, 4, 8): (32, 1)}
+    found = {("cpu", True, 4, 8): (16, 2, "measured"), ("cpu", False, 4, 8): (32, 1, "measured")}
     chunk_sizes.rewrite(path, "cpu", found, ORIGIN)
     after = load(path)
     others = {row: choice for row, choice in before["CHUNKS"].items() if row[0] != "cpu"}
     assert others
     assert after["CHUNKS"] == others | found
-    assert after["MEASURED"] == before["MEASURED"] | {"cpu": ORIGIN}
+    assert after["ORIGINS"] == before["ORIGINS"] | {("cpu", "measured"): ORIGIN}
     assert after["__doc__"] == before["__doc__"]
 
 
@@ -39,7 +39,7 @@ def test_the_table_is_as_the_writer_writes_it(tmp_path):
     shutil.copy(chunk_sizes.TABLE, path)
     table = load(path)
     found = {row: choice for row, choice in table["CHUNKS"].items() if row[0] == "cpu"}
-    chunk_sizes.rewrite(path, "cpu", found, table["MEASURED"]["cpu"])
+    chunk_sizes.rewrite(path, "cpu", found, table["ORIGINS"]["cpu", "measured"])
     assert path.read_text() == chunk_sizes.TABLE.read_text()
     done = subprocess.run([sys.executable, "-m", "ruff", "format", "--check", str(path)])
     assert done.returncode == 0

@@ -143,6 +143,31 @@ for make in (
     run_in_a_copy(tmp_path, change, program)
 
 
+def test_a_row_of_the_chunk_table_is_one_line(tmp_path):
+    """One row for a kind of device changes the chunk of that kind, and of no other."""
+
+    def change(package):
+        path = package / "linear" / "chunked" / "chunk_table.py"
+        row = '    ("NVIDIA H100", True, 64, 256): (96, 1, "guess"),\n'
+        replace(path, "CHUNKS = {\n", f"CHUNKS = {{\n{row}")
+
+    program = """
+import jax.numpy as jnp
+import fast_attention as fa
+
+x = jnp.ones((1, 4, 1, 64))
+for kind in ("NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-40GB", "TPU v5e", "cpu"):
+    attend = fa.make_fast_softmax_attention(
+        64, unidirectional=True, implementation="chunked", device_kind=kind
+    )
+    print(fa.explain(attend, x, x, x))
+"""
+    changed = run_in_a_copy(tmp_path / "1", change, program).splitlines()
+    before = run_in_a_copy(tmp_path / "2", lambda package: None, program).splitlines()
+    assert "chunks of 96 on XLA (from the table: guess for NVIDIA H100)" in changed[0]
+    assert changed[1:] == before[1:] and changed[0] != before[0]
+
+
 def test_linformer_can_be_deleted(tmp_path):
     """Its folder, its layer, its exports, its registry line and its keywords of a preset."""
 

@@ -1,31 +1,29 @@
-"""Chunk sizes by platform; written by ``python -m benchmarks.chunk_sizes``, not by hand.
+"""Chunk sizes by kind of device or platform.
 
-``CHUNKS[platform, causal, D, M]`` is the chunk and how many chunks are unrolled in the loop.
-``MEASURED[platform]`` says how the rows of a platform came about: command, machine, date.
+``CHUNKS[device, causal, D, M]`` is the chunk, how many chunks are unrolled in the loop, and how the
+row came about: "measured" on the device, "estimated" by its compiler, or a "guess". A device is a
+kind ("TPU v5e", "NVIDIA H100") or a platform ("cpu", "gpu", "tpu"). ``ORIGINS[device, how]`` says
+with which command, on which machine or by which compiler, and when, for rows that are no guess.
+``python -m benchmarks.chunk_sizes`` writes the measured rows of the device that it runs on.
 """
 
 CHUNKS = {
-    ("cpu", False, 64, 64): (64, 1),
-    ("cpu", False, 64, 128): (128, 1),
-    ("cpu", False, 64, 256): (128, 1),
-    ("cpu", False, 128, 256): (128, 1),
-    ("cpu", True, 64, 64): (64, 1),
-    ("cpu", True, 64, 128): (64, 1),
-    ("cpu", True, 64, 256): (64, 1),
-    ("cpu", True, 128, 256): (128, 1),
-    ("gpu", False, 64, 256): (512, 1),
-    ("gpu", True, 64, 256): (256, 1),
+    ("cpu", False, 64, 64): (64, 1, "measured"),
+    ("cpu", False, 64, 128): (128, 1, "measured"),
+    ("cpu", False, 64, 256): (128, 1, "measured"),
+    ("cpu", False, 128, 256): (128, 1, "measured"),
+    ("cpu", True, 64, 64): (64, 1, "measured"),
+    ("cpu", True, 64, 128): (64, 1, "measured"),
+    ("cpu", True, 64, 256): (64, 1, "measured"),
+    ("cpu", True, 128, 256): (128, 1, "measured"),
+    ("gpu", False, 64, 256): (512, 1, "guess"),
+    ("gpu", True, 64, 256): (256, 1, "guess"),
 }
 
-MEASURED = {
-    "cpu": (
+ORIGINS = {
+    ("cpu", "measured"): (
         "python -m benchmarks.chunk_sizes --length=4096",
         "AMD EPYC, 1 core(s), jax 0.10.2",
         "2026-11-22 07:42 UTC",
-    ),
-    "gpu": (
-        "not measured: a guess",
-        "none",
-        "never",
     ),
 }

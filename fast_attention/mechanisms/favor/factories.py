@@ -29,6 +29,7 @@ from fast_attention.feature_maps import (
 )
 from fast_attention.feature_maps.elementwise import Kernel, is_known, relu, resolve_kernel
 from fast_attention.feature_maps.projections import ANTITHETIC
+from fast_attention.linear.devices import check_device_kind
 from fast_attention.linear.implementations import implementation_names
 from fast_attention.linear.types import Plan, SavedStates, check_saved_states
 from fast_attention.mechanisms.checks import (
@@ -72,6 +73,7 @@ def make_fast_softmax_attention(
     seed: int = 0,
     projection_matrix: Array | None = None,
     chunk_size: int | None = None,
+    device_kind: str | None = None,
     implementation: str | None = None,
     saved_states: SavedStates | None = None,
     check_masks: bool = False,
@@ -118,6 +120,7 @@ def make_fast_softmax_attention(
       seed: of the fixed projection.
       projection_matrix: an explicit fixed projection ``[M, D]``.
       chunk_size: positions handled at once; None for the implementation's own.
+      device_kind: whose chunks are taken, such as "TPU v5e"; see :class:`fast_attention.Plan`.
       implementation: see :func:`fast_attention.linear_attention`.
       saved_states: "all" or a "few" (less memory in the backward pass), see there.
       check_masks: check masks given under jit when the program runs (debugging).
@@ -156,6 +159,7 @@ def make_fast_softmax_attention(
         projection_matrix=_check_projection(projection_matrix, qkv_dim),
         chunk_size=_count("chunk_size", chunk_size),
         unroll=_count("lax_scan_unroll", lax_scan_unroll),
+        device_kind=check_device_kind(device_kind),
         implementation=implementation,
         saved_states=saved_states,
         check_masks=check_masks,
@@ -184,6 +188,7 @@ def make_fast_generalized_attention(
     seed: int = 0,
     projection_matrix: Array | None = None,
     chunk_size: int | None = None,
+    device_kind: str | None = None,
     implementation: str | None = None,
     saved_states: SavedStates | None = None,
     check_masks: bool = False,
@@ -214,6 +219,7 @@ def make_fast_generalized_attention(
       seed: of the fixed projection.
       projection_matrix: an explicit fixed projection ``[M, D]``, for "iid" and "ortho".
       chunk_size: positions handled at once; None for the implementation's own.
+      device_kind: whose chunks are taken, such as "TPU v5e"; see :class:`fast_attention.Plan`.
       implementation: see :func:`fast_attention.linear_attention`.
       saved_states: "all" or a "few" (less memory in the backward pass), see there.
       check_masks: check masks given under jit when the program runs (debugging).
@@ -264,6 +270,7 @@ def make_fast_generalized_attention(
         projection_matrix=_check_projection(projection_matrix, qkv_dim),
         chunk_size=_count("chunk_size", chunk_size),
         unroll=_count("lax_scan_unroll", lax_scan_unroll),
+        device_kind=check_device_kind(device_kind),
         implementation=implementation,
         saved_states=saved_states,
         check_masks=check_masks,

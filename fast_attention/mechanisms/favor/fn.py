@@ -76,6 +76,7 @@ class FastAttention(AttentionFn):
       projection_matrix: an explicit fixed projection ``[M, D]``.
       chunk_size: positions handled at once, None for the default of the implementation.
       unroll: chunks unrolled in the compiled loop.
+      device_kind: whose chunks are taken where none is given, see :class:`fast_attention.Plan`.
       implementation: of :func:`fast_attention.linear_attention`.
       saved_states: of the same.
       check_masks: check masks given under jit when the program runs.
@@ -99,6 +100,7 @@ class FastAttention(AttentionFn):
     projection_matrix: Array | None = None
     chunk_size: int | None = None
     unroll: int | None = None
+    device_kind: str | None = None
     implementation: str | None = None
     saved_states: SavedStates | None = None
     check_masks: bool = False
@@ -169,6 +171,7 @@ class FastAttention(AttentionFn):
             epsilon=self.epsilon,
             chunk_size=self.chunk_size,
             unroll=self.unroll,
+            device_kind=self.device_kind,
             saved_states=self.saved_states,
             implementation=self.implementation,
             precision=call.precision,
