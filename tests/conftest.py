@@ -1,4 +1,5 @@
 import collections
+import gc
 import os
 
 import hypothesis
@@ -26,6 +27,15 @@ def pytest_collection_modifyitems(items):
     """Files that take long come first: at the end, one worker would wait for the other."""
     sizes = collections.Counter(item.path for item in items)
     items.sort(key=lambda item: (item.path.name != "test_devices.py", -sizes[item.path]))
+
+
+def pytest_collection_finish():
+    """Garbage is looked for in what tests make, not among the million objects of the imports.
+
+    `jax.checking_leaks` looks for it at every trace.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

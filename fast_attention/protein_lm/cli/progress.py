@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fast_attention.protein_lm.flax_model import FlaxModel
-    from fast_attention.protein_lm.inference.model_inputs import Done
+    from fast_attention.protein_lm.inference.partial_work import Done
 
 
 @contextlib.contextmanager

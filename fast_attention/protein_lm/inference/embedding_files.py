@@ -26,13 +26,10 @@ from fast_attention.protein_lm.inference.array_files import (
     write_arrays,
 )
 from fast_attention.protein_lm.inference.embedding import EmbeddingConfig
-from fast_attention.protein_lm.inference.model_inputs import (
-    Done,
-    naming_the_longest,
-    record_cost,
-)
+from fast_attention.protein_lm.inference.model_inputs import record_cost
+from fast_attention.protein_lm.inference.partial_work import Arrays, Done, Protein
 from fast_attention.protein_lm.modeling import token_batches
-from fast_attention.protein_lm.modeling.encoding import Encoded, encode_sequences
+from fast_attention.protein_lm.modeling.encoding import Encoded
 
 if TYPE_CHECKING:
     from fast_attention.protein_lm.modeling.built_model import BuiltModel
@@ -75,7 +72,7 @@ def embed_to_file(
     check_output(output)
     embedding.check_config(model, config)
     with partial_work.open_work(output, _settings(model, config, origin or {})) as work:
-        return _embed(model, records, output, config, work, progress)
+        return _embed(model, _unique(records, config, output), output, config, work, progress)
 
 
 def _embed(
@@ -88,33 +85,30 @@ def _embed(
 ) -> Done:
     """Computes the parts that are missing, and puts the output together."""
     shapes: set[token_batches.Shape] = set()
-    digests: list[str] = []
-    proteins = residues = longer = computed = 0
-    for window in token_batches.windows(
-        _encode(model, records, config, output),
+
+    def compute(window: list[Protein]) -> Arrays:
+        ids, items = [protein.id for protein in window], [protein.encoded for protein in window]
+        return _pack(ids, embedding.embed_window(model, items, config, shapes, progress), config)
+
+    def pass_over(items: list[Encoded]) -> None:
+        embedding.pass_window(model, items, config, shapes)
+
+    windows = token_batches.windows(
+        partial_work.encode_records(model, records, config.max_length),
         _cost,
         config.tokens_per_batch,
         embedding.window_batches(model, config),
         embedding.window_proteins(model, config),
-    ):
-        ids, items = [name for name, _ in window], [item for _, item in window]
-        number = len(digests)
-        digests.append(partial_work.window_digest(work, ids, items))
-        found = sum(len(item.residues) for item in items)
-        if partial_work.has_part(work, number, digests[-1]):
-            embedding.pass_window(model, items, config, shapes)
-        else:
-            with naming_the_longest(ids, [len(item.residues) for item in items]):
-                vectors = embedding.embed_window(model, items, config, shapes, progress)
-            partial_work.save_part(work, number, digests[-1], _pack(ids, vectors, config))
-            computed += found
-        proteins += len(items)
-        residues += found
-        longer += sum(len(item.residues) > model.domain.length for item in items)
+    )
+    digests: list[str] = []
+    done = Done()
+    for part in partial_work.complete_parts(model, work, windows, compute, pass_over):
+        digests.append(part.digest)
+        done = part.done
     if not digests:
         raise RunError("there is no protein to embed")
     layout = Layout(
-        proteins,
+        done.proteins,
         embedding.layer_names(model, config),
         pooled=config.pool is not None,
         stacked=isinstance(config.layers, tuple),
@@ -122,7 +116,7 @@ def _embed(
         dtype=config.dtype,
     )
 
-    def stored(*names: str) -> Iterator[partial_work.Arrays]:
+    def stored(*names: str) -> Iterator[Arrays]:
         for number, digest in enumerate(digests):
             yield partial_work.read_part(work, number, digest, names)
 
@@ -133,16 +127,17 @@ def _embed(
         lambda: map(partial_work.unpack_ids, stored(*_IDS)),
     )
     partial_work.remove_parts(work)
-    return Done(proteins, residues, longer, computed)
+    return done
 
 
-def _cost(pair: tuple[str, Encoded]) -> int:
-    return max(embedding.num_tokens(pair[1]), record_cost(pair[0]))
+def _cost(protein: Protein) -> int:
+    return max(embedding.num_tokens(protein.encoded), record_cost(protein.id))
 
 
-def _encode(
-    model: BuiltModel, records: Iterable[FastaRecord], config: EmbeddingConfig, output: Path
-) -> Iterator[tuple[str, Encoded]]:
+def _unique(
+    records: Iterable[FastaRecord], config: EmbeddingConfig, output: Path
+) -> Iterator[FastaRecord]:
+    """Yields records, whose ids are checked to be fit for the output and to differ."""
     seen: set[int] = set()
     for record in records:
         key = hash(record.id)
@@ -153,30 +148,24 @@ def _encode(
             )
         seen.add(key)
         check_id(output, config.pool is not None, record.id)
-        (encoded,) = encode_sequences(model, [record.sequence], max_length=config.max_length)
-        yield record.id, encoded
+        yield record
 
 
 def _settings(
     model: BuiltModel, config: EmbeddingConfig, origin: Mapping[str, Any]
 ) -> dict[str, Any]:
     layers = embedding.layer_names(model, config)
-    return {
-        "command": "embed",
-        "model": partial_work.fingerprint(model),
+    own = {
         "layers": list(layers) if isinstance(config.layers, tuple) else layers[0],
         "pool": config.pool,
         "dtype": config.dtype,
-        "tokens_per_batch": config.tokens_per_batch,
-        "max_length": config.max_length,
-        "devices": model.mesh.size,
-        **origin,
     }
+    return partial_work.settings(
+        "embed", model, config.tokens_per_batch, config.max_length, own | dict(origin)
+    )
 
 
-def _pack(
-    ids: Sequence[str], arrays: Sequence[np.ndarray], config: EmbeddingConfig
-) -> partial_work.Arrays:
+def _pack(ids: Sequence[str], arrays: Sequence[np.ndarray], config: EmbeddingConfig) -> Arrays:
     pooled = config.pool is not None
     return partial_work.pack_ids(ids) | {
         "sizes": np.array([1 if pooled else array.shape[-2] for array in arrays]),
@@ -184,7 +173,7 @@ def _pack(
     }
 
 
-def _unpack(part: partial_work.Arrays, config: EmbeddingConfig) -> Part:
+def _unpack(part: Arrays, config: EmbeddingConfig) -> Part:
     ids, values = partial_work.unpack_ids(part), part["values"]
     if config.pool is not None:
         return ids, list(values)

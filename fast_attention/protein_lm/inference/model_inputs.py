@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from fast_attention.protein_lm.data.alphabet import Alphabet
 from fast_attention.protein_lm.data.fasta import FastaPaths, FastaRecord, read_proteins
@@ -26,22 +26,6 @@ CUT = "cut out the part that matters"
 """In place of `CROP`, for commands that do not crop."""
 
 _ID_BYTES_PER_TOKEN = 64
-
-
-class Done(NamedTuple):
-    """What was made of the proteins of some files.
-
-    Attributes:
-      proteins: How many there were.
-      residues: How many of their residues were read by the model.
-      longer: How many proteins have more residues than the model's domain.
-      computed: Residues of this call, without those that an earlier one had computed.
-    """
-
-    proteins: int
-    residues: int
-    longer: int
-    computed: int
 
 
 def read_for_model(

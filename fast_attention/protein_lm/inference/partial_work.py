@@ -22,13 +22,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fast_attention.protein_lm.data.fasta import FastaRecord
 from fast_attention.protein_lm.errors import RunError
 from fast_attention.protein_lm.files.npz_files import check_npz, read_arrays
 from fast_attention.protein_lm.files.output_files import open_output, write_json
 from fast_attention.protein_lm.files.output_targets import is_special
+from fast_attention.protein_lm.inference.model_inputs import naming_the_longest
 from fast_attention.protein_lm.machine_failures import machine_failure
 from fast_attention.protein_lm.modeling.built_model import BuiltModel
-from fast_attention.protein_lm.modeling.encoding import Encoded
+from fast_attention.protein_lm.modeling.encoding import Encoded, encode_sequences
 
 _MANIFEST = "manifest.json"
 _PART = re.compile(r"\d{6}\.npz")
@@ -36,6 +38,57 @@ _TEMPORARY = re.compile(r"\.(manifest\.json|\d{6}\.npz)\..*")
 
 Arrays = dict[str, np.ndarray]
 Found = TypeVar("Found")
+
+
+class Protein(NamedTuple):
+    """A record as a model reads it.
+
+    Attributes:
+      id: Of the record.
+      residues: How many the record has.
+      encoded: Those that are read.
+    """
+
+    id: str
+    residues: int
+    encoded: Encoded
+
+    @property
+    def read(self) -> int:
+        """How many residues are read."""
+        return len(self.encoded.residues)
+
+
+class Done(NamedTuple):
+    """What was made of the proteins of some files.
+
+    Attributes:
+      proteins: How many there were.
+      residues: How many of their residues were read by the model.
+      longer: How many proteins have more residues than the model's domain.
+      computed: Residues of this call, without those that an earlier one had computed.
+    """
+
+    proteins: int = 0
+    residues: int = 0
+    longer: int = 0
+    computed: int = 0
+
+
+class Part(NamedTuple):
+    """A window whose results are stored, see `read_part`.
+
+    Attributes:
+      number: From 0.
+      digest: Of the window.
+      proteins: Its proteins.
+      done: What was done up to it, itself included.
+    """
+
+    number: int
+    digest: str
+    proteins: list[Protein]
+    done: Done
 
 
 class Work(NamedTuple):
@@ -48,6 +101,24 @@ class Work(NamedTuple):
 
     folder: Path
     settings: dict[str, Any]
+
+
+def settings(
+    command: str,
+    model: BuiltModel,
+    tokens_per_batch: int,
+    max_length: int | None,
+    others: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What the parts of a command depend on beside the proteins, for `open_work`."""
+    return {
+        "command": command,
+        "model": fingerprint(model),
+        "tokens_per_batch": tokens_per_batch,
+        "max_length": max_length,
+        "devices": model.mesh.size,
+        **others,
+    }
 
 
 @contextlib.contextmanager
@@ -178,6 +249,56 @@ def save_part(work: Work, number: int, digest: str, arrays: Arrays) -> None:
         write_json(work.folder / _MANIFEST, work.settings)
     with open_output(part_path(work, number), seekable=True) as file:
         np.savez(file, allow_pickle=False, digest=np.array(digest), **arrays)
+
+
+def encode_records(
+    model: BuiltModel, records: Iterable[FastaRecord], max_length: int | None
+) -> Iterator[Protein]:
+    """Yields records as a model reads them; see `encode_sequences`."""
+    for record in records:
+        (encoded,) = encode_sequences(model, [record.sequence], max_length=max_length)
+        yield Protein(record.id, len(record.sequence), encoded)
+
+
+def complete_parts(
+    model: BuiltModel,
+    work: Work,
+    windows: Iterable[list[Protein]],
+    compute: Callable[[list[Protein]], Arrays],
+    pass_over: Callable[[list[Encoded]], None],
+) -> Iterator[Part]:
+    """Yields each window when its results are stored.
+
+    Args:
+      model: Reads the proteins.
+      work: From `open_work`.
+      windows: From `token_batches.windows`.
+      compute: From the proteins of a window to its results.
+      pass_over: Called in place of `compute` where the results are there: it notes the shapes that
+        computing would have used, so that what follows is computed as after it.
+
+    Raises:
+      RunError: If a window needs more memory than there is; its longest protein is named.
+    """
+    done = Done()
+    for number, proteins in enumerate(windows):
+        ids, encoded = [item.id for item in proteins], [item.encoded for item in proteins]
+        read = [item.read for item in proteins]
+        digest = window_digest(work, ids, encoded)
+        resumed = has_part(work, number, digest)
+        if resumed:
+            pass_over(encoded)
+        else:
+            with naming_the_longest(ids, read):
+                arrays = compute(proteins)
+            save_part(work, number, digest, arrays)
+        done = Done(
+            done.proteins + len(proteins),
+            done.residues + sum(read),
+            done.longer + sum(residues > model.domain.length for residues in read),
+            done.computed + (0 if resumed else sum(read)),
+        )
+        yield Part(number, digest, proteins, done)
 
 
 def remove_parts(work: Work) -> None:

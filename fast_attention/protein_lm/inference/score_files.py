@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fast_attention.protein_lm.data.fasta import FastaRecord
-from fast_attention.protein_lm.files.tables import Write, open_table
+from fast_attention.protein_lm.files.tables import open_table
 from fast_attention.protein_lm.inference import partial_work, scoring
-from fast_attention.protein_lm.inference.model_inputs import (
-    Done,
-    naming_the_longest,
-    record_cost,
-)
+from fast_attention.protein_lm.inference.model_inputs import record_cost
+from fast_attention.protein_lm.inference.partial_work import Arrays, Done, Protein
 from fast_attention.protein_lm.modeling import token_batches
-from fast_attention.protein_lm.modeling.encoding import Encoded, encode_sequences
+from fast_attention.protein_lm.modeling.encoding import Encoded
 from fast_attention.protein_lm.modeling.token_batches import TOKENS_PER_BATCH
 
 if TYPE_CHECKING:
@@ -27,12 +24,6 @@ _EXACT = ("log_likelihood", "log_likelihood_with_end", "mean_log_likelihood", "p
 _PSEUDO = ("pseudo_log_likelihood", "mean_pseudo_log_likelihood", "pseudo_perplexity")
 _MOST = 2**16
 """Proteins of a window, whose rows are in memory together."""
-
-
-class _Protein(NamedTuple):
-    id: str
-    residues: int
-    encoded: Encoded
 
 
 def score_to_file(
@@ -69,83 +60,33 @@ def score_to_file(
     names = _EXACT if model.objective.exact else _PSEUDO
     columns: dict[str, type] = {"id": str, "residues": int, "residues_scored": int}
     columns |= dict.fromkeys(names, float)
-    settings = {
-        "command": "score",
-        "model": partial_work.fingerprint(model),
-        "tokens_per_batch": tokens_per_batch,
-        "max_length": max_length,
-        "devices": model.mesh.size,
-        **(origin or {}),
-    }
-    proteins = _encode(model, records, max_length)
+    settings = partial_work.settings("score", model, tokens_per_batch, max_length, origin or {})
+    proteins = partial_work.encode_records(model, records, max_length)
+    shapes: set[token_batches.Shape] = set()
+    done = Done()
+
+    def cost(protein: Protein) -> int:
+        return max(scoring.computed_tokens(model, protein.encoded), record_cost(protein.id))
+
+    def compute(window: list[Protein]) -> Arrays:
+        encoded = [protein.encoded for protein in window]
+        found = scoring.score_encoded(model, encoded, tokens_per_batch, shapes, progress)
+        scores = map(scoring.sum_up(model), found)
+        rows = [[getattr(score, name) for name in names] for score in scores]
+        return {"values": np.array(rows, np.float64)}
+
+    def pass_over(encoded: list[Encoded]) -> None:
+        scoring.plan_encoded(model, encoded, tokens_per_batch, shapes)
+
     with (
         partial_work.open_work(output, settings) as work,
         open_table(output, columns) as write,
     ):
-        done = _score_proteins(model, proteins, names, write, work, tokens_per_batch, progress)
+        windows = token_batches.windows(proteins, cost, tokens_per_batch, most=_MOST)
+        for part in partial_work.complete_parts(model, work, windows, compute, pass_over):
+            stored = partial_work.read_part(work, part.number, part.digest, ["values"])["values"]
+            done = part.done
+            for protein, row in zip(part.proteins, stored.tolist(), strict=True):
+                write([protein.id, protein.residues, protein.read, *row])
     partial_work.remove_parts(work)
     return done
-
-
-def _score_proteins(
-    model: BuiltModel,
-    proteins: Iterable[_Protein],
-    names: tuple[str, ...],
-    write: Write,
-    work: partial_work.Work,
-    tokens_per_batch: int,
-    progress: Callable[[int], None] | None,
-) -> Done:
-    """Writes the rows of proteins, window by window."""
-    shapes: set[token_batches.Shape] = set()
-
-    def cost(protein: _Protein) -> int:
-        return max(scoring.computed_tokens(model, protein.encoded), record_cost(protein.id))
-
-    done = Done(0, 0, 0, 0)
-    for number, window in enumerate(
-        token_batches.windows(proteins, cost, tokens_per_batch, most=_MOST)
-    ):
-        encoded = [protein.encoded for protein in window]
-        ids = [protein.id for protein in window]
-        scored = [len(item.residues) for item in encoded]
-        digest = partial_work.window_digest(work, ids, encoded)
-        resumed = partial_work.has_part(work, number, digest)
-        if not resumed:
-            with naming_the_longest(ids, scored):
-                values = _score(model, encoded, names, tokens_per_batch, shapes, progress)
-            partial_work.save_part(work, number, digest, {"values": values})
-        else:
-            values = partial_work.read_part(work, number, digest, ["values"])["values"]
-            scoring.plan_encoded(model, encoded, tokens_per_batch, shapes)
-        for protein, length, row in zip(window, scored, values.tolist(), strict=True):
-            write([protein.id, protein.residues, length, *row])
-        done = Done(
-            done.proteins + len(window),
-            done.residues + sum(scored),
-            done.longer + sum(length > model.domain.length for length in scored),
-            done.computed + (0 if resumed else sum(scored)),
-        )
-    return done
-
-
-def _encode(
-    model: BuiltModel, records: Iterable[FastaRecord], max_length: int | None
-) -> Iterator[_Protein]:
-    for record in records:
-        (encoded,) = encode_sequences(model, [record.sequence], max_length=max_length)
-        yield _Protein(record.id, len(record.sequence), encoded)
-
-
-def _score(
-    model: BuiltModel,
-    proteins: list[Encoded],
-    names: tuple[str, ...],
-    tokens_per_batch: int,
-    shapes: set[token_batches.Shape],
-    progress: Callable[[int], None] | None,
-) -> np.ndarray:
-    """The scores of a window, float64 ``[proteins, names]``."""
-    found = scoring.score_encoded(model, proteins, tokens_per_batch, shapes, progress)
-    scores = map(scoring.sum_up(model), found)
-    return np.array([[getattr(score, name) for name in names] for score in scores], np.float64)
