@@ -3,5 +3,9 @@
 from __future__ import annotations
 
 
+class UsageError(ValueError):
+    """Options of a command contradict each other, or one is missing: exit status 2."""
+
+
 class RunError(RuntimeError):
     """A run cannot be started, resumed or read; the message says why and what to do."""

@@ -20,5 +20,6 @@ def duration(seconds: float) -> str:
 
 
 def place(path: str | os.PathLike[str]) -> str:
-    """An output as a message names it."""
-    return "standard output" if os.fspath(path) == "-" else os.fspath(path)
+    """An output as a message names it, in one line."""
+    name = os.fspath(path)
+    return "standard output" if name == "-" else name.replace("\n", "\\n")

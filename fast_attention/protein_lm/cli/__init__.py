@@ -14,6 +14,7 @@ from fast_attention.protein_lm.cli.commands import COMMANDS
 from fast_attention.protein_lm.cli.completion import PrintCompletion
 from fast_attention.protein_lm.cli.failures import (
     describe_failure,
+    one_line,
     silence_libraries,
     without_places,
 )
@@ -24,6 +25,8 @@ from fast_attention.protein_lm.distributed.stopping import (
     Stopped,
     interrupt_on_signals,
 )
+from fast_attention.protein_lm.errors import UsageError
+from fast_attention.protein_lm.messages import quietly
 from fast_attention.protein_lm.terminal import for_terminal
 
 _DESCRIPTION = """\
@@ -46,9 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
       arguments: What follows the command's name; None takes them from the command line.
 
     Returns:
-      The exit status: 0 for success, 1 for a failure whose reason is on stderr, 2 (by way of
-      SystemExit) for arguments that cannot be understood, 130 when stopped from the keyboard, 143
-      when by SIGTERM and 129 when by SIGHUP.
+      The exit status: 0 for success, 1 for a failure whose reason is on stderr, 2 for options that
+      contradict each other or (by way of SystemExit) cannot be understood, 130 when stopped
+      from the keyboard, 143 when by SIGTERM and 129 when by SIGHUP.
     """
     if arguments is None:
         # Messages quote names of files and headers, which may hold any character.
@@ -65,17 +68,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None and options.command == "train":
         restart_with_huge_pages()
     try:
-        with interrupt_on_signals():
+        with interrupt_on_signals(), quietly(options.quiet):
             COMMANDS[options.command].run(options)
     except Stopped as stopped:
-        told = without_places(str(stopped))
-        print(f"\nprotein-lm {options.command}: {told}", file=sys.stderr)
+        _print_stopped(options.command, without_places(str(stopped)))
         return stopped.exit_status
     except KeyboardInterrupt as stopped:
         resumable = options.command in ("train", "embed", "score")
         remedy = "; the same command resumes" if resumable else ""
         reason = str(stopped) or "stopped by SIGINT"
-        print(f"\nprotein-lm {options.command}: {reason}{remedy}", file=sys.stderr)
+        _print_stopped(options.command, f"{reason}{remedy}")
         return stopped.exit_status if isinstance(stopped, Interrupted) else 130
     except BrokenPipeError:
         # The reader of our output has ended; writing again at exit would fail, too.
@@ -86,8 +88,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         told = describe_failure(error, vars(options))
         print(f"protein-lm {options.command}: error: {told}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, UsageError) else 1
     return 0
+
+
+def _print_stopped(command: str, told: str) -> None:
+    # Below the progress bar, and not behind it.
+    begin = "\n" if sys.stderr.isatty() else ""
+    print(f"{begin}protein-lm {command}: {one_line(told)}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -118,6 +126,11 @@ def _parser() -> argparse.ArgumentParser:
         # The type of options that have none.
         command.register("type", None, _text)
         module.add_arguments(command)
+        command.add_argument(
+            "--quiet",
+            action="store_true",
+            help="print no progress and no notes, only results, warnings and errors",
+        )
         command.add_argument(
             "--traceback", action="store_true", help="on failure, show where in the program it was"
         )

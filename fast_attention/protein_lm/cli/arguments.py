@@ -57,7 +57,7 @@ def add_fasta(parser: argparse.ArgumentParser, meaning: str) -> None:
         required=True,
         metavar="PATH",
         help=f"{meaning}: a FASTA file (or a table, .csv or .tsv), plain or gzip, or "
-        "a folder of FASTA files; may be repeated",
+        "a folder of FASTA files, or - for standard input; may be repeated",
     )
 
 
@@ -67,7 +67,8 @@ def add_table(parser: argparse.ArgumentParser) -> None:
         "--output",
         required=True,
         metavar="FILE",
-        help="the table: .tsv or .csv, .gz behind either compresses it, or .parquet",
+        help="the table: .tsv or .csv, .gz behind either compresses it, or .parquet; - is "
+        "standard output (.tsv)",
     )
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
+from fast_attention.protein_lm import messages
 from fast_attention.protein_lm.cli import arguments
 
 SUMMARY = "write a trained model as safetensors and JSON"
@@ -35,7 +37,8 @@ def run(options: argparse.Namespace) -> None:
     model, step, folder = load_run(options.run_dir, gin_file=options.gin_file)
     tokens = run_description.tokens_seen(folder, step)
     target = export_model(model, folder, options.output, step=step, tokens=tokens)
-    print(
+    messages.note(
         f"{type(model).__name__} with {counted(model.num_parameters, 'parameter')} after "
-        f"{counted(step, 'step')} written to {target.path}"
+        f"{counted(step, 'step')} written to {target.path}",
+        sys.stdout,
     )

@@ -31,6 +31,18 @@ def describe_failure(error: Exception, options: Collection[str] = ()) -> str:
       error: What ended the command.
       options: The names of the command's options, of which those that save memory are named.
     """
+    told = _describe(error, options)
+    # What we say ourselves is one line but for names of files.
+    ours = isinstance(error, (*_EXPLAINED, OSError, ValueError))
+    return one_line(told) if ours else " ".join(told.split())
+
+
+def one_line(text: str) -> str:
+    r"""Writes line ends as ``\n``: names of files may have them, but a message has one line."""
+    return text.replace("\r", "\\r").replace("\n", "\\n")
+
+
+def _describe(error: Exception, options: Collection[str]) -> str:
     kind, text = type(error).__name__, without_places(str(error)) or type(error).__name__
     if isinstance(error, _EXPLAINED):
         return text

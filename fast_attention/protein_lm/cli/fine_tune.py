@@ -8,6 +8,7 @@ from typing import Any
 
 from fast_attention.protein_lm import ranges
 from fast_attention.protein_lm.cli import arguments
+from fast_attention.protein_lm.errors import UsageError
 
 SUMMARY = "fine-tune a trained model on a property of proteins, or on a family"
 DESCRIPTION = """\
@@ -154,9 +155,9 @@ def run(options: argparse.Namespace) -> None:
     training = _given(options, ("batch_size", "learning_rate"))
     if options.table is None:
         if not options.fasta:
-            raise ValueError("give --table (a property to learn) or --fasta (proteins to train on)")
+            raise UsageError("give --table (a property to learn) or --fasta (proteins to train on)")
         if options.task is not None:
-            raise ValueError(f"--task={options.task} needs --table, the proteins with their labels")
+            raise UsageError(f"--task={options.task} needs --table, the proteins with their labels")
         _refuse(options, (*_COLUMNS, *_PROPERTY, "whole_model"), "needs --table")
         continued_run.continue_training(
             options.run_dir,
@@ -171,9 +172,9 @@ def run(options: argparse.Namespace) -> None:
         )
         return
     if options.task is None:
-        raise ValueError("say --task=regression (a number) or --task=classification (a class)")
+        raise UsageError("say --task=regression (a number) or --task=classification (a class)")
     if options.valid_fasta:
-        raise ValueError("--valid_fasta is without --table; name a --split_column instead")
+        raise UsageError("--valid_fasta is without --table; name a --split_column instead")
     if options.method in (None, "frozen"):
         _refuse(options, _STEPS, "needs --method=lora or full")
     if options.method == "full":
@@ -202,4 +203,4 @@ def _given(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
 
 def _refuse(options: argparse.Namespace, names: Sequence[str], why: str) -> None:
     for name in _given(options, names):
-        raise ValueError(f"--{name} {why}: leave it out")
+        raise UsageError(f"--{name} {why}: leave it out")

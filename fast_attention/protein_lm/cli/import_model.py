@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import sys
+
+from fast_attention.protein_lm import messages
 
 SUMMARY = "read a published ESM-2 or BERT model into a folder of this package"
 DESCRIPTION = """\
@@ -31,6 +34,7 @@ def run(options: argparse.Namespace) -> None:
 
     found = import_model(options.source, options.work_dir)
     parameters = counted(found.model.num_parameters, "parameter")
-    print(f"model with {parameters} written to {options.work_dir}")
+    messages.note(f"model with {parameters} written to {options.work_dir}", sys.stdout)
     if found.other_heads:
-        print(f"other heads are left out: {', '.join(found.other_heads)}")
+        left_out = ", ".join(found.other_heads)
+        messages.note(f"other heads are left out: {left_out}", sys.stdout)

@@ -7,7 +7,9 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from fast_attention.protein_lm import messages
 from fast_attention.protein_lm.cli import arguments
+from fast_attention.protein_lm.errors import UsageError
 
 if TYPE_CHECKING:
     from fast_attention.protein_lm.data.alphabet import Alphabet
@@ -50,8 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mutations",
         metavar="FILE",
         help="one mutation per line, or a table (tab or comma) with a column 'mutant', as those of "
-        "ProteinGym; a column 'id' says which of several wild types is meant. Or, where there is "
-        "no such file, the mutations themselves: A12G,L40P:K41R is A12G, and L40P with K41R",
+        "ProteinGym; a column 'id' says which of several wild types is meant; - is standard input. "
+        "Or the mutations themselves: A12G,L40P:K41R is A12G, and L40P with K41R",
     )
     what.add_argument("--all", action="store_true", help="all substitutions at every position")
     what.add_argument(
@@ -79,7 +81,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Runs the command."""
     import numpy as np
-    from tqdm import tqdm
 
     from fast_attention.protein_lm.files.output_targets import status_stream
     from fast_attention.protein_lm.files.tables import EXTENSIONS, find_extension, open_table
@@ -90,7 +91,7 @@ def run(options: argparse.Namespace) -> None:
     find_extension(options.output, EXTENSIONS)
     arguments.check_files(options, "output", "heatmap")
     if options.positions and not options.all:
-        raise ValueError("--positions says where --all substitutes: give both, or neither")
+        raise UsageError("--positions says where --all substitutes: give both, or neither")
     model = load_run(options.run_dir, gin_file=options.gin_file).model
     vocab = model.domain.vocab
     work = _work(options, vocab)
@@ -104,7 +105,7 @@ def run(options: argparse.Namespace) -> None:
     count = proteins = 0
     with (
         open_table(options.output, types) as write,
-        tqdm(desc="mutate", unit=" proteins read", disable=None) as bar,
+        messages.progress("mutate", "proteins read") as bar,
     ):
         for wild_type, mutants in work:
             proteins += 1
@@ -138,10 +139,10 @@ def run(options: argparse.Namespace) -> None:
                     residues=vocab.standard_symbols,
                     span=span,
                 )
-    print(
+    messages.note(
         f"{counted(count, 'mutant')} of {counted(proteins, 'protein')} written to "
         f"{place(options.output)}",
-        file=status_stream(options.output, options.heatmap),
+        status_stream(options.output, options.heatmap),
     )
 
 
@@ -193,7 +194,7 @@ def _wild_types(options: argparse.Namespace, rules: Mapping[str, Any]) -> Iterat
     elif options.sequence:
         yield FastaRecord("protein", "", options.sequence.upper())
     else:
-        raise ValueError("--sequence is empty: give the residues of the wild type")
+        raise UsageError("--sequence is empty: give the residues of the wild type")
 
 
 def _places(options: argparse.Namespace, wild: FastaRecord) -> list[int] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from fast_attention.protein_lm import messages
 from fast_attention.protein_lm.cli import arguments
 
 SUMMARY = "predict a property with a fine-tuned model"
@@ -53,7 +54,7 @@ def run(options: argparse.Namespace) -> None:
             crop=CROP,
         )
         count = predict_to_file(tuned, records, options.output)
-        print(
+        messages.note(
             f"predictions of {counted(count, 'protein')} written to {place(options.output)}",
-            file=status_stream(options.output, options.skipped_list),
+            status_stream(options.output, options.skipped_list),
         )

@@ -1,10 +1,12 @@
-"""The progress bar and the final report of a command that reads many proteins."""
+"""The progress and the final report of a command that reads many proteins."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
+
+from fast_attention.protein_lm import messages
 
 if TYPE_CHECKING:
     from fast_attention.protein_lm.flax_model import FlaxModel
@@ -13,11 +15,9 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def residue_bar(title: str) -> Iterator[Callable[[int], None]]:
-    """Shows a bar on stderr, if that is a terminal, and gives a function that moves it."""
-    from tqdm import tqdm
-
+    """Shows progress on stderr, see `messages.progress`; gives a function that moves it."""
     # The total is unknown until the file, which is read once, has been read.
-    with tqdm(desc=title, unit=" residues", unit_scale=True, disable=None) as bar:
+    with messages.progress(title, "residues") as bar:
 
         def advance(residues: int) -> None:
             bar.update(residues)
@@ -31,17 +31,17 @@ def report(model: FlaxModel, done: Done, seconds: float, output: str, *others: s
     from fast_attention.protein_lm.wording import counted, place
 
     status = status_stream(output, *others)
-    print(
+    messages.note(
         f"{counted(done.proteins, 'protein')}, {counted(done.residues, 'residue')}, "
         f"{done.computed / seconds:,.0f} residues/s, written to {place(output)}",
-        file=status,
+        status,
     )
     if done.computed < done.residues:
         before = counted(done.residues - done.computed, "residue")
-        print(f"{before} of these had been computed before the interruption", file=status)
+        messages.note(f"{before} of these had been computed before the interruption", status)
     if done.longer:
-        print(
+        messages.note(
             f"of {counted(done.longer, 'protein')} more than {model.domain.length:,} residues were "
             "read, the length that the model was made for: it has not been trained on longer ones",
-            file=status,
+            status,
         )

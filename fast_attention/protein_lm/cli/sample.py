@@ -7,8 +7,9 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from fast_attention.protein_lm import ranges
+from fast_attention.protein_lm import messages, ranges
 from fast_attention.protein_lm.cli import arguments
+from fast_attention.protein_lm.errors import UsageError
 
 if TYPE_CHECKING:
     from fast_attention.protein_lm.data.fasta import FastaRecord
@@ -127,8 +128,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Runs the command."""
-    from tqdm import tqdm
-
     from fast_attention.protein_lm.data.fasta import write_fasta
     from fast_attention.protein_lm.files.output_targets import status_stream
     from fast_attention.protein_lm.loading import load_run
@@ -137,7 +136,7 @@ def run(options: argparse.Namespace) -> None:
     arguments.check_files(options, "output")
     shortest, longest = options.min_length, options.max_length
     if shortest is not None and longest is not None and shortest > longest:
-        raise ValueError(
+        raise UsageError(
             f"--min_length={options.min_length} is more than --max_length={options.max_length}: "
             "lower the first, or raise the second"
         )
@@ -145,14 +144,14 @@ def run(options: argparse.Namespace) -> None:
     for name, default in unused.items():
         if getattr(options, name) != default:
             way = "when hidden residues are filled in" if options.infill else "without --infill"
-            raise ValueError(f"--{name} has no meaning {way}: leave it out")
+            raise UsageError(f"--{name} has no meaning {way}: leave it out")
     model = load_run(options.run_dir, gin_file=options.gin_file).model
     total, records = (_fill if options.infill else _write)(model, options)
     # Proteins go to the file as they are drawn; it gets its name when it is whole.
-    write_fasta(options.output, tqdm(records, "sampling", total, unit="protein", disable=None))
-    print(
+    write_fasta(options.output, messages.counting(records, "sampling", "proteins", total))
+    messages.note(
         f"{counted(total, 'protein')} written to {place(options.output)}",
-        file=status_stream(options.output),
+        status_stream(options.output),
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fast_attention.protein_lm import ranges
 from fast_attention.protein_lm.cli import arguments
+from fast_attention.protein_lm.errors import UsageError
 
 SUMMARY = "train a model, or resume its training"
 DESCRIPTION = """\
@@ -132,7 +133,7 @@ def _processes(options: argparse.Namespace) -> AbstractContextManager[None]:
     if given == (None, None, None) and not options.distributed:
         return nullcontext()
     if options.distributed and given != (None, None, None):
-        raise ValueError(
+        raise UsageError(
             "--distributed finds the others by itself: leave it out, or --coordinator, "
             "--num_processes and --process_id"
         )
@@ -206,7 +207,7 @@ def read_weights(given: list[str]) -> list[str] | dict[str, float]:
     for name, weight in weights.items():
         ranges.check(f"the weight of --fasta={name}", weight, ranges.WEIGHT)
     if len(weights) < len(found):
-        raise ValueError(f"with weights, each file can be given once; got --fasta {given}")
+        raise UsageError(f"with weights, each file can be given once; got --fasta {given}")
     return weights
 
 

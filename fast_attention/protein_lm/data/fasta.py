@@ -26,6 +26,9 @@ from fast_attention.protein_lm.machine_failures import machine_failure
 
 FastaPaths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
+STDIN = Path("/dev/stdin")
+"""Standard input, for which ``-`` stands."""
+
 EXTENSIONS = (".fasta", ".fa", ".faa", ".fas", ".pep")
 """What makes a file of a folder a FASTA file, in lower or upper case, with or without ``.gz``."""
 
@@ -72,13 +75,17 @@ def fasta_paths(paths: FastaPaths) -> list[Path]:
     itself may have any name.
 
     Args:
-      paths: one file or folder, or several.
+      paths: one file or folder, or several; the text ``-`` is standard input.
 
     Raises:
       FastaError: if a folder has no FASTA file.
-      ValueError: if there is no path.
+      ValueError: if there is no path, or standard input is named twice.
     """
     listed = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+    # As text alone: Path("-") is also what becomes of "./-", a file.
+    listed = [STDIN if path == "-" else path for path in listed]
+    if listed.count(STDIN) > 1:
+        raise ValueError("- stands for standard input, which can be read once: give it once.")
     if not listed:
         raise ValueError("Expected at least one FASTA file, but got an empty list.")
     return [file for path in listed for file in _files(Path(path))]
@@ -218,8 +225,8 @@ def check_options(alphabet: Alphabet, on_error: str, choices: tuple[str, ...]) -
         )
     if on_error == "replace" and alphabet.unknown is None:
         raise ValueError(
-            "on_error='replace' needs a letter for the unknown residue (Alphabet.unknown), but the "
-            f"alphabet has only {alphabet.symbols}."
+            "--on_error=replace (on_error='replace' in Python) needs a letter for the unknown "
+            f"residue (Alphabet.unknown), but the alphabet has only {alphabet.symbols}."
         )
 
 

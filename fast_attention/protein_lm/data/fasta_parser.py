@@ -228,7 +228,10 @@ def _remedy(symbol: str, unknown: str | None) -> str:
     if symbol == "\ufeff":
         return "Remove it: a byte order mark may only begin a file."
     if symbol in string.ascii_letters and unknown is not None:
-        return f"Replace it, or read with on_error='replace', which takes it for {unknown}."
+        return (
+            f"Replace it, or read it as {unknown} with --on_error=replace (on_error='replace' in "
+            "Python)."
+        )
     others = [name for name, alphabet in ALPHABETS.items() if symbol in alphabet.letters]
     if others:
         gaps = any(symbol in ALPHABETS[name].gaps for name in others)

@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 
+from fast_attention.protein_lm import messages
 from fast_attention.protein_lm.distributed import process_arrays
 from fast_attention.protein_lm.distributed.stopping import Stopped
 from fast_attention.protein_lm.errors import RunError
@@ -59,8 +60,11 @@ def report(text: str) -> None:
 
 
 def note(text: str, kind: str = "note") -> None:
-    """Prints a line to stderr that begins with its kind, in the primary alone."""
-    if is_primary():
+    """Prints a line to stderr that begins with its kind, in the primary alone.
+
+    ``--quiet`` leaves out notes, but no line of another kind.
+    """
+    if is_primary() and not (kind == "note" and messages.is_quiet()):
         print(f"{kind}: {text}", file=sys.stderr)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fast_attention.protein_lm import messages
 from fast_attention.protein_lm.data.corpus import FastaPaths
 from fast_attention.protein_lm.data.fasta import read_proteins
 from fast_attention.protein_lm.data.fasta_parser import MAX_RESIDUES
@@ -145,7 +146,7 @@ def run_tuning(
 
             def log(row: dict[str, Any]) -> None:
                 lines.write(json_text(row) + "\n")
-                if row["split"] != "train":
+                if row["split"] != "train" and not messages.is_quiet():
                     print(_progress(row), flush=True)
 
             tuned = fine_tune(

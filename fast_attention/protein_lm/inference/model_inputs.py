@@ -87,8 +87,8 @@ def longest_record(
     if room is not None and room < alphabet.longest:
         return room, (
             f"The model's learned positions have room for {room}: "
-            f"{crop.replace('the first N', f'the first {room}').replace('=N', f'={room}')}, or "
-            "train a model with FlaxModel.positions = 'rotary'."
+            f"{crop.replace('the first N', f'the first {room}').replace('=N', f'={room}')}. "
+            "Models with rotary positions have no such limit."
         )
     return alphabet.longest, (
         f"At most {alphabet.longest:,} are expected: check that this is no genome and that each "

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fast_attention.protein_lm.data.fasta import FastaRecord
+from fast_attention.protein_lm.data.fasta import STDIN, FastaRecord
 from fast_attention.protein_lm.data.table_rows import MOST_BYTES, cell_count, parse_rows, read_lines
 from fast_attention.protein_lm.inference.mutations import (
     Variant,
@@ -45,13 +45,15 @@ def read_mutations(path: str | Path) -> list[ListedMutation]:
     too.
 
     Args:
-      path: The file, text, plain or gzip, see `table_rows.read_lines`.
+      path: The file, or ``-`` for standard input; text, plain or gzip, see `table_rows.read_lines`.
 
     Raises:
       ValueError: If it cannot be read, has no mutation, two columns of one name, or a row that does
         not have a cell for each column.
     """
-    if not os.path.exists(path):
+    if path == "-":
+        path = STDIN
+    elif not os.path.exists(path):
         return _inline(str(path))
     path = Path(path)
     lines = list(read_lines(path, most_bytes=MOST_BYTES))

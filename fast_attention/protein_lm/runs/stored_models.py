@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import copy
 import os
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
 from fast_attention.mesh.meshes import MeshError
+from fast_attention.protein_lm import messages
 from fast_attention.protein_lm.errors import RunError
 from fast_attention.protein_lm.modeling.built_model import BuiltModel
 from fast_attention.protein_lm.runs import checkpoints, exporting, model_file
@@ -137,9 +137,8 @@ def _build(path: Path, about: dict[str, Any]) -> BuiltModel:
         return model_file.build(path, about)
     except MeshError:
         # What was trained on many devices is to be used on few; arrays are the same on any.
-        print(
+        messages.note(
             f"note: the run's mesh does not fit the {jax.device_count()} devices here, among "
-            "which rows are divided instead",
-            file=sys.stderr,
+            "which rows are divided instead"
         )
         return model_file.build(path, about | {"mesh": dict.fromkeys(about["mesh"], 1)})

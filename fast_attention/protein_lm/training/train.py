@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fast_attention.mesh.meshes import row_shards
+from fast_attention.protein_lm import messages
 from fast_attention.protein_lm.data.corpus import Corpus
 from fast_attention.protein_lm.data.skipped_records import SkippedRecords
 from fast_attention.protein_lm.distributed import process_arrays, processes, stopping
@@ -149,7 +150,9 @@ def run_experiment(work_dir: str, experiment: Experiment | None = None) -> dict[
             else:
                 state, progress = restored
                 resuming.set_position(iterator, progress.iterator, folder)
-                processes.report(f"resuming the run in {folder.path} after step {int(state.step)}")
+                if not messages.is_quiet():
+                    told = f"resuming the run in {folder.path} after step {int(state.step)}"
+                    processes.report(told)
             times = _limit_steps(experiment, model, found.train, size)
             _set_length(model, run, times, progress, int(state.step))
             if run.resumed:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,8 +9,8 @@ from typing import Any
 import grain
 import jax
 import numpy as np
-from tqdm import tqdm
 
+from fast_attention.protein_lm import messages
 from fast_attention.protein_lm.distributed import processes
 from fast_attention.protein_lm.distributed.process_arrays import Rows, Votes
 from fast_attention.protein_lm.distributed.stopping import StopRequest, stopped
@@ -128,7 +127,8 @@ def train_loop(
     interval = _Interval(progress.pending, compiling=True)
     more = step < times.max_train_steps and not times.stops_early(step, progress.best_step)
     batch = interval.fetch(iterator) if more else None
-    with _progress_bar(step, times) as bar:
+    show = processes.is_primary()
+    with messages.progress("training", "steps", times.max_train_steps, step, show=show) as bar:
         while batch is not None:
             state, sums = model.train_step(state, train_state.shard_batch(batch, model.mesh, rows))
             step += 1
@@ -184,16 +184,3 @@ def train_loop(
 def _summarise(rows: list[dict[str, float]]) -> dict[str, float]:
     norm = float(np.mean([row["gradient_norm"] for row in rows]))
     return metrics.combine_metrics(rows) | {"gradient_norm": norm}
-
-
-def _progress_bar(step: int, times: TimeSettings) -> tqdm:
-    return tqdm(
-        total=times.max_train_steps,
-        initial=step,
-        unit="step",
-        desc="training",
-        dynamic_ncols=True,
-        smoothing=0,
-        disable=not processes.is_primary(),
-        mininterval=0.5 if sys.stderr.isatty() else 15.0,
-    )

@@ -125,14 +125,25 @@ def test_classes_by_id_with_adapters_in_a_whole_model(
         (["--label_column=kind"], "--task=classification"),
         (["--split_column=kind"], "table.csv, line 2: the split 'basic'"),
         (["--split_column=kind"], "--split_column"),
+    ],
+)
+def test_what_cannot_be_learned_is_told(arguments, tmp_path, more, expected, capsys):
+    assert cli.main(arguments(tmp_path / "out", *more)) == 1
+    told = capsys.readouterr().err
+    assert expected in told and "Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
         (["--epochs=3"], "--epochs needs --method"),
         (["--method=full", "--rank=3"], "--rank needs --method=lora"),
         (["--balanced"], "--balanced needs --task=classification"),
         (["--valid_fasta=x"], "--split_column"),
     ],
 )
-def test_what_cannot_be_learned_is_told(arguments, tmp_path, more, expected, capsys):
-    assert cli.main(arguments(tmp_path / "out", *more)) == 1
+def test_options_that_do_not_go_together_are_told(arguments, tmp_path, more, expected, capsys):
+    assert cli.main(arguments(tmp_path / "out", *more)) == 2
     told = capsys.readouterr().err
     assert expected in told and "Traceback" not in told
 
@@ -142,9 +153,9 @@ def test_a_folder_that_holds_no_predictor_is_told(lm_run, tiny_fasta, tmp_path, 
     assert cli.main([*command, f"--output={tmp_path / 'x.tsv'}"]) == 1
     assert "protein-lm fine-tune" in capsys.readouterr().err
     command = ["fine-tune", f"--run_dir={lm_run}", f"--output={tmp_path / 'x'}"]
-    assert cli.main(command) == 1
+    assert cli.main(command) == 2
     assert "--table" in capsys.readouterr().err
-    assert cli.main([*command, f"--fasta={tiny_fasta}", "--method=lora"]) == 1
+    assert cli.main([*command, f"--fasta={tiny_fasta}", "--method=lora"]) == 2
     assert "--method needs --table" in capsys.readouterr().err
 
 

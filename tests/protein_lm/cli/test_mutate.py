@@ -27,8 +27,8 @@ def rows(path):
         return list(csv.DictReader(file, delimiter="\t"))
 
 
-def fails(run, tmp_path, capsys, *arguments):
-    assert mutate(run, tmp_path / "x.tsv", *arguments) == 1
+def fails(run, tmp_path, capsys, *arguments, status=1):
+    assert mutate(run, tmp_path / "x.tsv", *arguments) == status
     assert not (tmp_path / "x.tsv").exists()
     return capsys.readouterr().err
 
@@ -173,7 +173,7 @@ def test_what_cannot_be_done_is_told(lm_run, bert_run, fasta, tmp_path, capsys):
     assert "use a run of FlaxLM" in fails(bert_run, tmp_path, capsys, *common)
     told = fails(lm_run, tmp_path, capsys, *common, "--method=masked-marginals")
     assert "use a run with the objective masked" in told
-    assert "--all" in fails(lm_run, tmp_path, capsys, *common, "--positions=1-2")
+    assert "--all" in fails(lm_run, tmp_path, capsys, *common, "--positions=1-2", status=2)
     picture = f"--heatmap={tmp_path / 'x.png'}"
     assert "single substitutions" in fails(lm_run, tmp_path, capsys, *common, picture)
     several = f"--fasta={fasta}"

@@ -125,8 +125,10 @@ def test_settings_that_are_references_or_none_are_left_to_their_use():
 
 def test_numbers_that_do_not_fit_together_are_refused_before_any_work(tmp_path, capsys):
     model, output = f"--run_dir={tmp_path}", f"--output={tmp_path / 'x.fasta'}"
+    contradiction = ["sample", model, output, "--min_length=9", "--max_length=8"]
+    assert cli.main(contradiction) == 2
+    assert "--min_length=9 is more" in capsys.readouterr().err
     for arguments, message in (
-        (["sample", model, output, "--min_length=9", "--max_length=8"], "--min_length=9 is more"),
         (
             ["evaluate", model, output, "--fasta=x", f"--seed={2**32 - 1}", "--num_seeds=2"],
             "--seed plus --num_seeds minus 1 must be",
