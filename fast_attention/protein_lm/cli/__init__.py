@@ -18,6 +18,7 @@ from fast_attention.protein_lm.cli.failures import (
     silence_libraries,
     without_places,
 )
+from fast_attention.protein_lm.compilation_cache import keep_compiled_programs
 from fast_attention.protein_lm.distributed.host_threads import provide_threads
 from fast_attention.protein_lm.distributed.huge_pages import restart_with_huge_pages
 from fast_attention.protein_lm.distributed.stopping import (
@@ -65,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None and not options.traceback:
         silence_libraries()
     provide_threads()
+    if arguments is None:
+        keep_compiled_programs()
     if arguments is None and options.command == "train":
         restart_with_huge_pages()
     try:

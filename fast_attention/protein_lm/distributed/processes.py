@@ -25,7 +25,7 @@ import jax
 from fast_attention.protein_lm import messages
 from fast_attention.protein_lm.distributed import process_arrays
 from fast_attention.protein_lm.distributed.stopping import Stopped
-from fast_attention.protein_lm.errors import RunError
+from fast_attention.protein_lm.errors import RunError, UsageError
 
 JOIN_TIMEOUT = 300
 """Default time in seconds in which all processes must have connected."""
@@ -140,26 +140,26 @@ def joined(
 def _check(given: dict[str, str | int | None], timeout: int) -> None:
     missing = [name for name, value in given.items() if value is None]
     if 0 < len(missing) < len(given):
-        raise ValueError(
+        raise UsageError(
             f"{', '.join(missing)} missing: give --coordinator, --num_processes and --process_id "
             "together, or --distributed alone where Slurm, Open MPI, Kubernetes or Cloud TPU "
             "started the processes"
         )
     if timeout < 1:
-        raise ValueError(f"--join_timeout must be at least 1 second; got {timeout}")
+        raise UsageError(f"--join_timeout must be at least 1 second; got {timeout}")
     if missing:
         return
     coordinator, number, index = given.values()
     port = re.fullmatch(r".+:(\d+)", str(coordinator))
     if not port or not 0 < int(port[1]) < 65536:
-        raise ValueError(
+        raise UsageError(
             f"--coordinator must be HOST:PORT, such as 10.0.0.1:1234, the machine of process 0 "
             f"and a free port there; got {coordinator!r}"
         )
     if int(number or 0) < 1:
-        raise ValueError(f"--num_processes must be at least 1; got {number}")
+        raise UsageError(f"--num_processes must be at least 1; got {number}")
     if not 0 <= int(index or 0) < int(number or 0):
-        raise ValueError(
+        raise UsageError(
             f"--process_id must be from 0 to {int(number or 0) - 1}, one number for each of the "
             f"{number} processes; got {index}"
         )

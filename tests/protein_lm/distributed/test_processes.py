@@ -51,7 +51,7 @@ def test_two_processes_train_as_one_does(tmp_path):
     ],
 )
 def test_what_does_not_name_the_processes_is_told(given, told, tmp_path, capsys):
-    assert cli.main(["train", f"--work_dir={tmp_path / 'run'}", *given]) == 1
+    assert cli.main(["train", f"--work_dir={tmp_path / 'run'}", *given]) == 2
     assert told in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
