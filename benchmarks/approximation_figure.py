@@ -37,8 +37,12 @@ from fast_attention.diagnostics.curves import ErrorCurves, error_curves
 from fast_attention.diagnostics.errors import attention_matrix
 from fast_attention.diagnostics.plots import plot_errors, plot_matrices
 from fast_attention.feature_maps import TUNED_ESTIMATORS
-from fast_attention.mechanisms.favor.factories import ESTIMATORS
+from fast_attention.mechanisms.favor.softmax_maps import ESTIMATORS as ALL_ESTIMATORS
+from fast_attention.mechanisms.favor.softmax_maps import LEARNED_ESTIMATORS
 from fast_attention.softmax_attention import make_softmax_attention
+
+ESTIMATORS = tuple(name for name in ALL_ESTIMATORS if name not in LEARNED_ESTIMATORS)
+"""Those that need no training: on these data nothing is learned."""
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 NUMBERS = "approximation.json"

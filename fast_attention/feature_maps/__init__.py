@@ -2,6 +2,8 @@
 
 from fast_attention.feature_maps.base import FeatureMap as FeatureMap
 from fast_attention.feature_maps.base import Features as Features
+from fast_attention.feature_maps.darkformer import DarkformerFeatures as DarkformerFeatures
+from fast_attention.feature_maps.darkformer import DarkformerParameters as DarkformerParameters
 from fast_attention.feature_maps.elementwise import KERNELS as KERNELS
 from fast_attention.feature_maps.elementwise import ElementwiseFeatures as ElementwiseFeatures
 from fast_attention.feature_maps.elementwise import ExponentialFeatures as ExponentialFeatures
@@ -15,6 +17,9 @@ from fast_attention.feature_maps.gaussian_family import TUNED_ESTIMATORS as TUNE
 from fast_attention.feature_maps.gaussian_family import Tuning as Tuning
 from fast_attention.feature_maps.gaussian_family import tune as tune
 from fast_attention.feature_maps.gaussian_family import untuned as untuned
+from fast_attention.feature_maps.hedgehog import HedgehogFeatures as HedgehogFeatures
+from fast_attention.feature_maps.hedgehog import HedgehogParameters as HedgehogParameters
+from fast_attention.feature_maps.learned import LearnedFeatures as LearnedFeatures
 from fast_attention.feature_maps.moments import Moments as Moments
 from fast_attention.feature_maps.projections import PROJECTIONS as PROJECTIONS
 from fast_attention.feature_maps.projections import draw_projection as draw_projection

@@ -115,3 +115,9 @@ def project(x: Float[Array, "*B T D"], projection: Array) -> Float[Array, "*B T 
     return jnp.matmul(
         x, projection.astype(x.dtype).swapaxes(-1, -2), precision=jax.lax.Precision.HIGHEST
     )
+
+
+def as_row(vector: Float[Array, "*B N"], x: Float[Array, "*B T D"]) -> Float[Array, "*B 1 N"]:
+    """Brings ``[*B, N]`` to ``[*1, *B, 1, N]`` with as many axes as ``x``, in its type."""
+    row = vector[..., None, :].astype(x.dtype)
+    return row.reshape((1,) * (x.ndim - row.ndim) + row.shape)

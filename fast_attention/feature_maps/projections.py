@@ -12,6 +12,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -202,6 +203,14 @@ def draw_projection(name: str, key: Array, num_rows: int, dim: int) -> Float[Arr
     if name not in PROJECTIONS:
         raise ValueError(f"Unknown projection {name!r}; choose one of {sorted(PROJECTIONS)}.")
     return PROJECTIONS[name](key, num_rows, dim)
+
+
+def redraw_rows(name: str, key: Array, rows: Float[Array, "*B M D"]) -> Float[Array, "*B M D"]:
+    """Draws new rows in place of others of the projection called ``name``."""
+    *leading, num_rows, width = rows.shape
+    keys = jax.random.split(key, math.prod(leading))
+    drawn = jax.vmap(lambda k: draw_projection(name, k, num_rows, width))(keys)
+    return drawn.reshape(rows.shape)
 
 
 def _check_sizes(num_rows: int, dim: int) -> None:

@@ -18,14 +18,14 @@ import jax.numpy as jnp
 
 from fast_attention.arrays.dtypes import widest
 from fast_attention.arrays.types import Array, Float
-from fast_attention.feature_maps.base import FeatureMap, Features, Parameters, project
+from fast_attention.feature_maps.base import FeatureMap, Features, Parameters, as_row, project
 from fast_attention.feature_maps.gaussian_family import (
     Tuning,
     check_estimator,
     keeps_lengths,
     untuned,
 )
-from fast_attention.feature_maps.projections import draw_projection
+from fast_attention.feature_maps.projections import draw_projection, redraw_rows
 
 
 class TunedParameters(NamedTuple):
@@ -121,10 +121,7 @@ class TunedFeatures(FeatureMap):
 
     def redraw_rows(self, key: Array, rows: Float[Array, "*B R D"]) -> Float[Array, "*B R D"]:
         """Draws new rows in place of others."""
-        *leading, num_rows, width = rows.shape
-        keys = jax.random.split(key, math.prod(leading))
-        drawn = jax.vmap(lambda k: draw_projection(self.projection, k, num_rows, width))(keys)
-        return drawn.reshape(rows.shape)
+        return redraw_rows(self.projection, key, rows)
 
     def num_features(self, parameters: Parameters, head_dim: int) -> int:
         """Returns M."""
@@ -143,12 +140,12 @@ class TunedFeatures(FeatureMap):
         # Constants of the data, not weights: without this their gradients would be computed.
         p = parameters if self.trained else jax.lax.stop_gradient(parameters)
         own = p.query_shift if is_query else p.key_shift
-        centred = x - _as_row(own, x)
+        centred = x - as_row(own, x)
         log = project(centred, p.query_weight if is_query else p.key_weight)
         common = None
         if exact_scale or not is_query:
             common = self.common(x, p, is_query=is_query, exact_scale=exact_scale)
-        rest = _as_row(p.bias, x)
+        rest = as_row(p.bias, x)
         rest = rest if common is None else rest + common
         if not self.both_signs:
             return Features(None, log + rest)
@@ -158,10 +155,10 @@ class TunedFeatures(FeatureMap):
         self, x: Array, p: TunedParameters, *, is_query: bool, exact_scale: bool
     ) -> Float[Array, "*B T 1"]:
         """Returns what all log-features of a position have in common; see :meth:`apply`."""
-        centred = x - _as_row(p.query_shift if is_query else p.key_shift, x)
+        centred = x - as_row(p.query_shift if is_query else p.key_shift, x)
         # For keys a . (y - b) stands for a . y: the rest is common to all keys.
         tilt = p.key_shift if is_query else p.query_shift
-        linear = (x if is_query else centred) * _as_row(tilt, x) * x.shape[-1] ** -0.5
+        linear = (x if is_query else centred) * as_row(tilt, x) * x.shape[-1] ** -0.5
         if keeps_lengths(self.estimator):
             square = centred * centred * x.shape[-1] ** -0.5
         else:
@@ -170,10 +167,4 @@ class TunedFeatures(FeatureMap):
         if not exact_scale:
             return common
         count = self.num_features(p, x.shape[-1])
-        return common + _as_row(0.5 * p.log_stretch[..., None], x) - 0.5 * math.log(count)
-
-
-def _as_row(vector: Array, x: Array) -> Array:
-    """Brings ``[*B, N]`` to ``[*1, *B, 1, N]`` with as many axes as ``x``, in its type."""
-    row = vector[..., None, :].astype(x.dtype)
-    return row.reshape((1,) * (x.ndim - row.ndim) + row.shape)
+        return common + as_row(0.5 * p.log_stretch[..., None], x) - 0.5 * math.log(count)

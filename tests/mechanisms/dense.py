@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fast_attention.feature_maps import TunedParameters
+from fast_attention.feature_maps import LearnedFeatures, TunedParameters
 from fast_attention.feature_maps.moments import measure
 from fast_attention.mechanisms.favor.calibration import retune
 from fast_attention.mechanisms.shared_qk import SELF_LOGIT
@@ -89,6 +89,9 @@ def parameters_of(function, query, key, seen, projection, query_mask):
         arrays = (jnp.asarray(x, jnp.float32) for x in (query, key))
         moments = measure(*arrays, query_mask=jnp.asarray(queries), key_mask=jnp.asarray(keys))
         parameters = retune(function.feature_map, parameters, moments)
+    if isinstance(function.feature_map, LearnedFeatures) and projection is not None:
+        own = {n: x for n, x in parameters._asdict().items() if x is not None and n != "rows"}
+        return parameters._replace(**{name: np.repeat(x, groups, 0) for name, x in own.items()})
     if not isinstance(parameters, TunedParameters) or parameters.query_shift.ndim == 1:
         return parameters
     axis = parameters.query_shift.ndim - 2

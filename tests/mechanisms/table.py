@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import fast_attention as fa
+from fast_attention.feature_maps import LearnedFeatures
 from fast_attention.mechanisms.favor.calibration import calibrate
 from tests.mechanisms import dense
 
@@ -86,6 +87,8 @@ FUNCTIONS = {
     "stored": Function(
         functools.partial(favor, estimator="wderf_s", calibration="stored"), dense.favor, OF_KEYS
     ),
+    "hedgehog": Function(functools.partial(favor, estimator="hedgehog"), dense.favor, OF_KEYS),
+    "darkformer": Function(functools.partial(favor, estimator="darkformer"), dense.favor, OF_KEYS),
     "near field": Function(
         functools.partial(favor, exact_window=2), dense.favor, OF_KEYS, along_sequence=False
     ),
@@ -186,6 +189,8 @@ class Case:
         if "projection" in self.entry.refuses:
             return np.ones((8, D), np.float32)
         drawn = self.function.draw_projection(jax.random.key(3), D)
+        if isinstance(getattr(self.function, "feature_map", None), LearnedFeatures):
+            return learned(drawn, self.kv_heads)
         if self.function.tuned_map is None:
             return drawn
         return calibrate(self.function, *map(jnp.asarray, self.arrays[:2]), projection=drawn)
@@ -232,6 +237,19 @@ class Option:
     make: Callable[[Case], Any]
     seen: Any = True
     bias: Any = 0.0
+
+
+def learned(start, heads):
+    """Parameters of each key head, away from where they start."""
+    rng = np.random.default_rng(7)
+    moved = {
+        name: x
+        if name == "rows"
+        else np.asarray(x) + 0.3 * rng.normal(size=(heads, *x.shape)).astype(np.float32)
+        for name, x in start._asdict().items()
+        if x is not None
+    }
+    return type(start)(**moved)
 
 
 def per_key_head(case):

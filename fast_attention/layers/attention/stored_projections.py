@@ -14,6 +14,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fast_attention.arrays.types import Array
+from fast_attention.feature_maps.darkformer import DarkformerParameters
+from fast_attention.feature_maps.hedgehog import HedgehogParameters
+from fast_attention.feature_maps.learned import ROWS
 from fast_attention.feature_maps.moments import (
     Moments,
     Spread,
@@ -27,6 +30,9 @@ from fast_attention.layers.attention.attention_call import Visible
 from fast_attention.layers.attention.config import AttentionConfig
 from fast_attention.mechanisms.attention_fn import AttentionFn
 from fast_attention.mechanisms.favor.calibration import retune, tuned_map
+
+_LEARNED = (TrainedParameters, HedgehogParameters, DarkformerParameters)
+"""Types of parameters that are trained, but for the rows; each has a name that no other has."""
 
 
 class Projection(nnx.Variable):
@@ -50,18 +56,19 @@ def as_held(drawn: Any, kv_heads: int) -> Any:
 
     Returns:
       A `Projection`, an ``nnx.Dict`` of them by the names of `TunedParameters`, one of a
-      `Projection` and of `TrainedTuning` by the names of `TrainedParameters`, or None.
+      `Projection` and of `TrainedTuning` by the names of learned parameters, or None.
     """
     if drawn is None:
         return None
-    if isinstance(drawn, TrainedParameters):
-        trained = drawn._replace(rows=None)._asdict()
+    if isinstance(drawn, _LEARNED):
         made: dict[str, Any] = {
-            name: TrainedTuning(jnp.broadcast_to(x, (kv_heads, *x.shape)))
-            for name, x in trained.items()
+            name: Projection(x[None])
+            if name == ROWS
+            else TrainedTuning(jnp.broadcast_to(x, (kv_heads, *x.shape)))
+            for name, x in drawn._asdict().items()
             if x is not None
         }
-        return nnx.Dict(made | {"rows": Projection(drawn.rows[None])})
+        return nnx.Dict(made)
     if not isinstance(drawn, TunedParameters):
         return Projection(drawn)
     heads = jax.tree.map(lambda x: jnp.broadcast_to(x, (kv_heads, *x.shape)), drawn.tuning)
@@ -73,13 +80,14 @@ def held_projection(held: Any) -> Any:
     """Returns what was held, as attention functions take it."""
     if not isinstance(held, nnx.Dict):
         return held[...]
-    if "norm" in held:
-        arrays: dict[str, Any] = {"keep": None} | {name: held[name][...] for name in held}
-        return TrainedParameters(**arrays)
+    for kind in _LEARNED:
+        if set(held) <= set(kind._fields):
+            arrays: dict[str, Any] = dict.fromkeys(kind._fields)
+            return kind(**arrays | {name: held[name][...] for name in held})
     return TunedParameters(**{name: held[name][...] for name in TunedParameters._fields})
 
 
-def hold(held: nnx.Dict, parameters: TunedParameters | TrainedParameters) -> None:
+def hold(held: nnx.Dict, parameters: Any) -> None:
     """Replaces the parameters held."""
     for name, x in parameters._asdict().items():
         if x is not None:

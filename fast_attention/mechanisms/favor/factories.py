@@ -21,10 +21,6 @@ from fast_attention.feature_maps import (
     TRAINABLE_ESTIMATORS,
     TUNED_ESTIMATORS,
     FeatureMap,
-    HyperbolicFeatures,
-    PositiveFeatures,
-    TrigonometricFeatures,
-    TunedFeatures,
     elementwise_map,
 )
 from fast_attention.feature_maps.elementwise import Kernel, is_known, relu, resolve_kernel
@@ -44,10 +40,9 @@ from fast_attention.mechanisms.favor.fn import FastAttention
 from fast_attention.mechanisms.favor.near_field.near_and_far import (
     check_options as check_near_field,
 )
+from fast_attention.mechanisms.favor.softmax_maps import ESTIMATORS as ESTIMATORS
+from fast_attention.mechanisms.favor.softmax_maps import hedgehog_map, softmax_map
 from fast_attention.recipes import attention_factory
-
-ESTIMATORS = ("favor+", "hyperbolic", "trigonometric", *TUNED_ESTIMATORS)
-"""Names of the estimators of the softmax kernel; "trigonometric" alone takes both signs."""
 
 # Denominators of signed kernels can vanish; without a guard of the caller's this one is used.
 SIGNED_GUARD = 1e-6
@@ -88,7 +83,8 @@ def make_fast_softmax_attention(
       numerical_stabilizer: for trigonometric features, denominators up to this size (in units of
         the largest key scale) are inverted as ``den / stabilizer^2``. Positive features need no
         guard and get none, and nothing is added to features.
-      nb_features: rows of the projection, any positive number ("hyperbolic": features, even).
+      nb_features: rows of the projection, any positive number ("hyperbolic", "hedgehog": features,
+        even; the Hedgehog paper has 2 D).
       ortho_features: orthogonal blocks of rows; else independent rows.
       ortho_scaling: row lengths, 0: of Gaussian vectors (unbiased), 1: sqrt(D).
       redraw_features: where a call passes ``dropout_rng`` and is not deterministic (training), draw
@@ -98,11 +94,16 @@ def make_fast_softmax_attention(
         vanish.
       lax_scan_unroll: chunks (not tokens) unrolled in the compiled loop; None for what was measured
         to be the fastest.
-      estimator: a name in :data:`ESTIMATORS`; None is "favor+" or, without
+      estimator: a name in :data:`.softmax_maps.ESTIMATORS`; None is "favor+" or, without
         ``nonnegative_features``, "trigonometric". "hyperbolic" is "favor+" with both signs of each
         row. Those of :data:`fast_attention.feature_maps.TUNED_ESTIMATORS` have parameters from
         data, see :mod:`fast_attention.feature_maps.gaussian_family`: "wderf_s" errs least where
-        trained softmax attention is approximated, "wderf" least of the unbiased ones.
+        trained softmax attention is approximated, "wderf" least of the unbiased ones. "hedgehog"
+        (:mod:`fast_attention.feature_maps.hedgehog`, no random projection) and "darkformer"
+        (:mod:`fast_attention.feature_maps.darkformer`) have a learned matrix per key head, which
+        layers of this package hold as ``nnx.Param`` and the optimiser changes. It begins as the
+        identity, **and stays that where no layer holds it** (Flax's own layers); a call takes
+        others as ``projection=``.
       projection: how rows are coupled: "iid", "orthogonal", "orthogonal_sqrt_d" (rows of one
         length; biased), "simplex", "hadamard", each also with "_antithetic" behind it: half as
         many rows, used with both signs ("orthogonal_antithetic" errs least of the unbiased ones
@@ -144,7 +145,10 @@ def make_fast_softmax_attention(
     check_saved_states(saved_states)
     implementation_names(implementation)
     name = _coupling(projection, ortho_features, ortho_scaling)
-    feature_map = _softmax_map(estimator, name, nb_features, calibration == "trained")
+    if estimator == "hedgehog":
+        feature_map = hedgehog_map(nb_features, name, projection_matrix, exact_window is not None)
+    else:
+        feature_map = softmax_map(estimator, name, nb_features, calibration == "trained")
     if exact_window is not None:
         exact_window = check_count("exact_window", exact_window)
         check_near_field(exact_window, Plan(feature_map, implementation=implementation))
@@ -154,7 +158,7 @@ def make_fast_softmax_attention(
         unidirectional=unidirectional,
         renormalize=renormalize_attention,
         epsilon=_guard(feature_map, numerical_stabilizer),
-        redraw_features=redraw_features,
+        redraw_features=redraw_features and estimator != "hedgehog",
         seed=check_seed(seed),
         projection_matrix=_check_projection(projection_matrix, qkv_dim),
         chunk_size=_count("chunk_size", chunk_size),
@@ -280,30 +284,6 @@ def make_fast_generalized_attention(
 def _guard(feature_map: FeatureMap, numerical_stabilizer: float) -> float:
     """Denominators of nonnegative features are divided by exactly; only signed ones can vanish."""
     return (numerical_stabilizer or SIGNED_GUARD) if feature_map.signed else 0.0
-
-
-def _softmax_map(estimator: str, projection: str, nb_features: int, trained: bool) -> FeatureMap:
-    """Returns the map of an estimator, with half the rows where both signs are used."""
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"Unknown estimator {estimator!r}; choose one of {', '.join(ESTIMATORS)}.")
-    base = projection.removesuffix(ANTITHETIC)
-    if estimator == "trigonometric":
-        if base != projection:
-            raise ValueError(
-                f"projection={projection!r} uses rows with both signs, and the cosine and sine of "
-                f"both are the same features twice: use {base!r} with estimator='trigonometric'."
-            )
-        return TrigonometricFeatures(nb_features, projection)
-    both_signs = base != projection or estimator == "hyperbolic"
-    if both_signs and nb_features % 2:
-        raise ValueError(
-            f"Features of both signs come in pairs (estimator={estimator!r}, projection="
-            f"{projection!r}): nb_features must be even, got {nb_features}."
-        )
-    rows = nb_features // 2 if both_signs else nb_features
-    if estimator in TUNED_ESTIMATORS:
-        return TunedFeatures(estimator, rows, base, both_signs, trained)
-    return (HyperbolicFeatures if both_signs else PositiveFeatures)(rows, base)
 
 
 def _calibration(

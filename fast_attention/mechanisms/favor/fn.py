@@ -17,6 +17,7 @@ import numpy as np
 from fast_attention.arrays.types import Array, Float
 from fast_attention.feature_maps import (
     FeatureMap,
+    LearnedFeatures,
     TrainedParameters,
     TunedFeatures,
     TunedParameters,
@@ -54,8 +55,6 @@ from fast_attention.mechanisms.favor.near_field import prefill as near_field_pre
 from fast_attention.mechanisms.favor.near_field import step as near_field_step
 from fast_attention.mechanisms.favor.near_field.cached import attend_from_one
 from fast_attention.mesh.layout import AxisName, own_dropout_key
-
-AnyProjection = TunedParameters | TrainedParameters | Float[Array, "..."] | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -209,10 +208,10 @@ class FastAttention(AttentionFn):
         )
         return jnp.expand_dims(out, -3), state
 
-    def draw_projection(self, key: Array, head_dim: int) -> AnyProjection:
+    def draw_projection(self, key: Array, head_dim: int) -> Any:
         """Draws a projection ``[M, D]``, float32; None for a map without one.
 
-        With stored or trained parameters these come with it, of FAVOR+ to start with.
+        With stored, trained or learned parameters these come with it: where they start.
         """
         drawn = self.feature_map.init(key, head_dim)
         if self.calibration == "trained":
@@ -220,10 +219,10 @@ class FastAttention(AttentionFn):
             return begin_training(drawn.rows, drawn.tuning, self.feature_map.estimator)
         return drawn.rows if self.calibration == "call" else drawn
 
-    def redraw_projection(
-        self, key: Array, projection: TunedParameters | TrainedParameters
-    ) -> TunedParameters | TrainedParameters:
-        """Draws new rows for stored or trained parameters, which stay as they are."""
+    def redraw_projection(self, key: Array, projection: Any) -> Any:
+        """Draws new rows for stored, trained or learned parameters, which stay as they are."""
+        if isinstance(self.feature_map, LearnedFeatures):
+            return self.feature_map.redraw(key, projection)
         assert isinstance(self.feature_map, TunedFeatures)
         if isinstance(projection, TrainedParameters):
             rows = self.feature_map.redraw_rows(key, projection.rows)
@@ -232,7 +231,7 @@ class FastAttention(AttentionFn):
 
     def resolve_parameters(
         self,
-        projection: AnyProjection,
+        projection: Any,
         head_dim: int,
         rng: Array | None = None,
     ) -> Any:
@@ -245,7 +244,7 @@ class FastAttention(AttentionFn):
 
         Returns:
           Parameters: those given, else those drawn from `rng` if the function redraws, else the
-          fixed ones. Rows given to a tuned estimator get the parameters of FAVOR+.
+          fixed ones. Rows given to a tuned or learned estimator get the parameters of FAVOR+.
         """
         if self.qkv_dim is not None and head_dim != self.qkv_dim:
             raise ValueError(
@@ -273,6 +272,14 @@ class FastAttention(AttentionFn):
         if given is None:
             return jax.tree.map(
                 jnp.asarray, _fixed_projection(self.feature_map, self.seed, head_dim)
+            )
+        if isinstance(self.feature_map, LearnedFeatures):
+            return self.feature_map.resolve(given, head_dim)
+        if isinstance(given, tuple):
+            raise ValueError(
+                f"projection holds {type(given).__name__}, but this function has "
+                f"{type(self.feature_map).__name__}; draw_projection(...) makes parameters for one "
+                "function."
             )
         if given.shape[-1] != head_dim:
             raise ValueError(

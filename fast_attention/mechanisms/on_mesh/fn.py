@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from fast_attention.arrays.types import Array
+from fast_attention.feature_maps.darkformer import DarkformerParameters
+from fast_attention.feature_maps.hedgehog import HedgehogParameters
 from fast_attention.feature_maps.tuned import TunedParameters
 from fast_attention.mechanisms.attention_fn import AttentionFn
 from fast_attention.mechanisms.call import Call
@@ -37,8 +39,11 @@ _OWN_AXES = {
     **{name: 2 for name in ("query_weight", "key_weight")},
     **{name: 1 for name in ("query_shift", "key_shift", "bias")},
     "log_stretch": 0,
+    **{"matrix": 2, "log_scale": 0},
 }
-"""Axes of `TunedParameters` behind those of batch and heads."""
+"""Axes of parameters by name, behind those of batch and heads."""
+
+_BY_NAME = (TunedParameters, HedgehogParameters, DarkformerParameters)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -121,10 +126,10 @@ class MeshAttention(WrappedAttention):
         batch, given = call.query.shape[:-3], call.projection
         rows = (rows_axes(self.mesh, batch[0]), *(None for _ in batch[1:])) if batch else ()
         heads = axis_dividing(self.mesh, MODEL, call.key.shape[-2])
-        known = given is None or isinstance(given, TunedParameters | jax.Array)
+        known = given is None or isinstance(given, (*_BY_NAME, jax.Array))
         # Projections of the function's own that differ by head cannot be divided with the heads.
         own = None if given is not None else self.resolve_parameters(None, call.query.shape[-1])
-        shared = own is None or isinstance(own, TunedParameters) or own.ndim == 2
+        shared = own is None or isinstance(own, _BY_NAME) or own.ndim == 2
         return Layout(self.mesh, SEQUENCE, rows, heads if shared and known else None)
 
 
@@ -165,10 +170,12 @@ def _projection_specs(projection: Any, layout: Layout, key: Array) -> Any:
         places = zip(leading, sizes[len(sizes) - count :], names[len(names) - count :], strict=True)
         return PartitionSpec(*(name if size == whole else None for size, whole, name in places))
 
-    if isinstance(projection, TunedParameters):
+    if isinstance(projection, _BY_NAME):
         named = projection._asdict().items()
-        specs: dict[str, Any] = {name: spec(x, _OWN_AXES[name]) for name, x in named}
-        return TunedParameters(**specs)
+        specs: dict[str, Any] = {
+            name: None if x is None else spec(x, _OWN_AXES[name]) for name, x in named
+        }
+        return type(projection)(**specs)
     if isinstance(projection, jax.Array):
         return spec(projection, 2)
     return PartitionSpec()

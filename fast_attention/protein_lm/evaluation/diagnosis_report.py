@@ -12,11 +12,13 @@ import numpy as np
 from fast_attention.diagnostics.plots import plot_head_errors
 from fast_attention.feature_maps import (
     HyperbolicFeatures,
+    LearnedFeatures,
     PositiveFeatures,
     TrigonometricFeatures,
     TunedFeatures,
 )
 from fast_attention.mechanisms.favor.fn import FastAttention
+from fast_attention.mechanisms.favor.softmax_maps import LEARNED_ESTIMATORS
 from fast_attention.mechanisms.local.fn import LocalAttention
 from fast_attention.mechanisms.lsh.fn import LSHAttention
 from fast_attention.protein_lm.evaluation.diagnosis import Diagnosis
@@ -52,7 +54,13 @@ _NOTES = {
     "hashed": "hashed: judged against the same attention without hashing",
     "other": "other: judged against softmax attention to all residues",
 }
-_SOFTMAX = (PositiveFeatures, HyperbolicFeatures, TrigonometricFeatures, TunedFeatures)
+_SOFTMAX = (
+    PositiveFeatures,
+    HyperbolicFeatures,
+    TrigonometricFeatures,
+    TunedFeatures,
+    LearnedFeatures,
+)
 
 
 def check_name(path: str | os.PathLike[str]) -> None:
@@ -234,6 +242,8 @@ def _heading(found: Diagnosis, about: Mapping[str, Any]) -> str:
         text += counted(own.nb_features, "feature")
         if own.exact_window is not None:
             text += f", exact within {counted(own.exact_window, 'residue')}"
+        if own.estimator in LEARNED_ESTIMATORS:
+            text += ", as they are before training"
     if found.calibrated_on:
         text += f"; calibrated on {counted(found.calibrated_on, 'other protein')}"
     return text

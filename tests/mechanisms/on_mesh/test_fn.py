@@ -105,6 +105,29 @@ def test_a_projection_is_of_its_head_also_without_a_sequence_axis():
 
 @pytest.mark.eight_devices
 @needs_devices
+@pytest.mark.parametrize("estimator", ["hedgehog", "darkformer"])
+def test_learned_parameters_of_each_head_across_devices(estimator):
+    """Values, and gradients in the parameters themselves, with and without divided positions."""
+    function = make_fast_softmax_attention(nb_features=4, estimator=estimator)
+    start = function.draw_projection(jax.random.key(0), 4)
+    rng = np.random.default_rng(1)
+    parameters = jax.tree.map(
+        lambda x: jnp.asarray(x + 0.3 * rng.normal(size=(2, *x.shape)), jnp.float32),
+        jax.tree.map(np.asarray, start),
+    )
+
+    def attend(attention_fn):
+        return lambda q, k, v, parameters: attention_fn(q, k, v, projection=parameters)
+
+    expected = differentiated(attend(function), [*draw(7), parameters])
+    for mesh in (make_mesh(data=2, sequence=2, model=2), make_mesh(data=4, model=2)):
+        found = differentiated(attend(on_mesh(function, mesh)), [*draw(7), parameters])
+        for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(one, other, atol=5e-5)
+
+
+@pytest.mark.eight_devices
+@needs_devices
 def test_what_decodes_still_does():
     function = on_mesh(LINEAR, make_mesh(sequence=8))
     query, key, value = draw(5)

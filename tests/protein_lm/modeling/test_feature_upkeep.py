@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fast_attention import make_fast_softmax_attention
-from fast_attention.feature_maps import TrainedParameters
+from fast_attention.feature_maps import HedgehogParameters, TrainedParameters
 from fast_attention.protein_lm import make_protein_domain
 from fast_attention.protein_lm.modeling.optimizer import decay_mask
 from fast_attention.protein_lm.models import FlaxLM
@@ -66,27 +66,38 @@ def test_recalibration_without_running_averages_is_refused():
         model.fit(TOY, max_steps=1)
 
 
-def test_trained_parameters_are_trained_saved_and_not_decayed(tmp_path):
-    model = make(tuned(calibration="trained"))
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"calibration": "trained"}, set(TrainedParameters._fields) - {"rows"}),
+        ({"estimator": "darkformer"}, {"matrix"}),
+        (
+            {"estimator": "hedgehog", "projection": None, "exact_window": 2},
+            set(HedgehogParameters._fields),
+        ),
+    ],
+    ids=["wderf_s", "darkformer", "hedgehog"],
+)
+def test_trained_parameters_are_trained_saved_and_not_decayed(tmp_path, options, names):
+    model = make(tuned(**options))
     before = jax.tree.map(np.asarray, model.state.parameters)
     model.fit(TOY, max_steps=1)
     after = jax.tree.map(np.asarray, model.state.parameters)
     flat, _ = jax.tree_util.tree_flatten_with_path(decay_mask(after))
     decayed = {jax.tree_util.keystr(path): decays for path, decays in flat}
-    names = [name for name in decayed if "projections" in name]
-    assert len(names) == len(TrainedParameters._fields) - 1 and not any(
-        decayed[name] for name in names
-    )
+    paths = [path for path in decayed if "projections" in path]
+    assert {path.split("'")[-2] for path in paths} == names
+    assert not any(decayed[path] for path in paths)
     old, new = (
         {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_flatten_with_path(t)[0]}
         for t in (before, after)
     )
-    assert all(not np.array_equal(old[name], new[name]) for name in names)
+    assert all(not np.array_equal(old[path], new[path]) for path in paths)
     with checkpoints.open_checkpoints(tmp_path / "checkpoints") as manager:
         checkpoints.save(manager, model.state, checkpoints.Progress({}, 4, 0, 0.0), keep=1)
     _, parameters, variables = checkpoints.restore_model(
         tmp_path / "checkpoints", model.abstract_state
     )
-    other = make(tuned(calibration="trained"))
+    other = make(tuned(**options))
     other.set_parameters(parameters, variables)
     np.testing.assert_array_equal(other.logits(TOY), model.logits(TOY))
