@@ -318,16 +318,10 @@ def _apart(heights: np.ndarray, distance: float) -> np.ndarray:
     Less ``distance`` times their number they have to ascend: neighbours that do not share their
     mean (isotonic regression).
     """
+    from scipy.optimize import isotonic_regression
+
     steps = distance * np.arange(len(heights))
-    groups: list[tuple[float, int]] = []
-    for height in heights - steps:
-        mean, count = float(height), 1
-        while groups and groups[-1][0] > mean:
-            before, others = groups.pop()
-            mean = (mean * count + before * others) / (count + others)
-            count += others
-        groups.append((mean, count))
-    flat = np.concatenate([np.full(count, mean) for mean, count in groups])
+    flat = isotonic_regression(heights - steps).x
     return np.clip(flat, 0, max(1 - steps[-1], 0)) + steps
 
 

@@ -38,8 +38,10 @@ def stateless(function):
     return attend
 
 
-@pytest.mark.parametrize("positions", ["rotary", "learned"])
-@pytest.mark.parametrize("make", [make_softmax_attention, make_efficient_attention])
+@pytest.mark.parametrize(
+    ("make", "positions"),
+    [(make_softmax_attention, "learned"), (make_efficient_attention, "rotary")],
+)
 def test_both_ways_draw_the_same(make, positions):
     config = TransformerConfig(V, 8, 2, None, 1, 8, 12, 8, positions=positions)
     function = make()
@@ -116,8 +118,7 @@ def of_size(size, hashed):
     return filled(lambda: Transformer(config, rngs=nnx.Rngs(0)))
 
 
-@pytest.mark.parametrize("hashed", [False, True])
-@pytest.mark.parametrize("size", [2, 5, 9])
+@pytest.mark.parametrize(("size", "hashed"), [(2, False), (5, True), (9, False)])
 def test_any_vocabulary_ends_row_by_row_with_every_filter(size, hashed):
     options = {"max_new_tokens": 12, "top_k": size - 1, "top_p": 0.9, "repetition_penalty": 1.5}
     if size == 2:

@@ -1,3 +1,7 @@
+import fcntl
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import gin
@@ -63,15 +67,24 @@ def train_arguments(tiny_config, tiny_fasta):
     return arguments
 
 
+def trained_run(tmp_path_factory, name: str, arguments: Callable[..., list[str]], *bindings: str):
+    """The folder of a run: a copy of that which the first of all workers has trained."""
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    trained = shared / f"trained_{name}"
+    with open(shared / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not trained.exists():
+            assert cli.main(arguments(trained, *bindings)) == 0
+    return shutil.copytree(trained, tmp_path_factory.mktemp("runs") / name)
+
+
 @pytest.fixture(scope="session")
 def lm_run(tmp_path_factory, train_arguments) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "lm"
-    assert cli.main(train_arguments(folder)) == 0
-    return folder
+    return trained_run(tmp_path_factory, "lm", train_arguments)
 
 
 @pytest.fixture(scope="session")
 def bert_run(tmp_path_factory, train_arguments) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "bert"
-    assert cli.main(train_arguments(folder, "experiment.model_cls = @FlaxBERT")) == 0
-    return folder
+    binding = "experiment.model_cls = @FlaxBERT"
+    return trained_run(tmp_path_factory, "bert", train_arguments, binding)

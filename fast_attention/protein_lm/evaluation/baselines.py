@@ -33,7 +33,6 @@ from fast_attention.protein_lm.data.domains import make_protein_domain
 from fast_attention.protein_lm.evaluation.ngrams import NGram, NGramCounts, Outcomes
 
 MAX_RESIDUES = 1022
-MAX_ORDER = 5
 ORDERS = (1, 2, 3, 5)
 """Of the n-grams that a model is shown beside."""
 
@@ -51,22 +50,6 @@ _CELLS_AT_ONCE = 1 << 20
 _TOKENS_AT_ONCE = 1 << 20
 
 
-class BaselineScore(NamedTuple):
-    """How well residues are predicted.
-
-    Attributes:
-      name: of the baseline.
-      perplexity: exp of the mean negative log-likelihood of a residue.
-      accuracy: share of the residues that were the most probable one, in [0, 1].
-      num_residues: how many were scored.
-    """
-
-    name: str
-    perplexity: float
-    accuracy: float
-    num_residues: int
-
-
 class ProteinSums(NamedTuple):
     """Sums over the residues of each protein, float64 ``[N]``.
 
@@ -81,38 +64,6 @@ class ProteinSums(NamedTuple):
     residues: np.ndarray
 
 
-def fit_ngram(
-    train: FastaPaths | Corpus,
-    order: int = 2,
-    *,
-    alpha: float | int = 1,
-    back_off: Sequence[float | int] | None = None,
-) -> NGram:
-    """Counts the n-grams of some proteins; order 1 is the unigram baseline.
-
-    Args:
-      train: FASTA files, or proteins already loaded, over any vocabulary.
-      order: n, at most 5.
-      alpha: Laplace smoothing of the unigram.
-      back_off: ``k_2 .. k_n``; None takes weights tuned on the bundled validation split.
-
-    Raises:
-      FastaError: if a file cannot be read.
-      ValueError: if the order, ``alpha`` or the number or sign of the weights does not fit.
-    """
-    if not 1 <= order <= MAX_ORDER:
-        raise ValueError(f"order must be in 1 .. {MAX_ORDER}, but got {order}.")
-    corpus = _load(train)
-    outcomes = Outcomes.of(corpus.vocab)
-    weights = (outcomes.number * alpha, *(_TUNED_BACK_OFF[order] if back_off is None else back_off))
-    if len(weights) != order or min(weights) <= 0:
-        raise ValueError(
-            f"Order {order} needs alpha and {order - 1} back-off weights, all positive, but got "
-            f"alpha={alpha} and back_off={back_off}."
-        )
-    return NGram(_count(corpus, order), weights)
-
-
 def fit_ngrams(
     train: FastaPaths | Corpus,
     orders: Sequence[int] = ORDERS,
@@ -122,7 +73,7 @@ def fit_ngrams(
     """Counts once for n-grams of several orders.
 
     Args:
-      train: proteins to count, as in ``fit_ngram``.
+      train: FASTA files to count, or proteins already loaded, over any vocabulary.
       orders: of the results, at most 5 each. Orders whose n-grams do not fit into 64 bits are left
         out: of 5,000 tokens or more, 5-grams.
       valid: proteins whose likelihood decides the weights of the shorter contexts; None takes
@@ -229,57 +180,12 @@ def _sums_of_part(model: NGram, corpus: Corpus) -> ProteinSums:
     )
 
 
-def evaluate_ngram(model: NGram, fasta: FastaPaths | Corpus) -> BaselineScore:
-    """Scores the residues of some proteins under an n-gram.
-
-    Args:
-      model: the n-gram.
-      fasta: FASTA files, or proteins already loaded, over any vocabulary.
-    """
-    loss, correct, residues = (float(values.sum()) for values in ngram_sums(model, _load(fasta)))
-    name = ngram_name(model.order)
-    return BaselineScore(name, float(np.exp(loss / residues)), correct / residues, int(residues))
-
-
-def baseline_scores(
-    train: FastaPaths | Corpus, test: FastaPaths | Corpus, orders: Sequence[int] = (1, 2)
-) -> list[BaselineScore]:
-    """Returns the scores of both uniform baselines and of n-grams of some orders.
-
-    The first uniform baseline spreads over all outcomes, the second over the standard residues and
-    is scored at those only; their accuracy is that of a random guess. There is one where every
-    outcome is a standard residue.
-
-    Args:
-      train: proteins to count, as in ``fit_ngram``.
-      test: proteins to score, as in ``evaluate_ngram``.
-      orders: which n-grams.
-    """
-    test = _load(test)
-    _, tokens, _ = _scored(test, 1)
-    standard = test.vocab.ranks[test.vocab.standard_ids]
-    scored = {
-        Outcomes.of(test.vocab).number: len(tokens),
-        len(standard): int(np.isin(tokens, standard).sum()),
-    }
-    scores = [
-        BaselineScore(f"uniform over {outcomes}", float(outcomes), 1 / outcomes, number)
-        for outcomes, number in scored.items()
-    ]
-    return scores + [evaluate_ngram(ngram, test) for ngram in fit_ngrams(train, orders)]
-
-
 def _load(fasta: FastaPaths | Corpus) -> Corpus:
     return fasta if isinstance(fasta, Corpus) else load_corpus(fasta, make_protein_domain())
 
 
 def _count(corpus: Corpus, order: int) -> NGramCounts:
     outcomes = Outcomes.of(corpus.vocab)
-    if order > outcomes.max_order:
-        raise ValueError(
-            f"{order}-grams of {outcomes.number} outcomes do not fit into 64 bits: take an order "
-            f"of at most {outcomes.max_order}."
-        )
     found = None
     for part in _parts(corpus):
         contexts, tokens, _ = _contexts_and_tokens(part, order)

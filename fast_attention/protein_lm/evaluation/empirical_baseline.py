@@ -15,7 +15,7 @@ from fast_attention.protein_lm.modeling import metrics
 class EmpiricalBaseline:
     """Predicts every residue with its share among the residues of some training data.
 
-    Special tokens are neither counted nor scored. `baselines.fit_ngram` of order 1 is the same
+    Special tokens are neither counted nor scored. `baselines.fit_ngrams` of order 1 is the same
     with the end of a sequence as one more outcome.
 
     Attributes:
