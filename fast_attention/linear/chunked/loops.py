@@ -144,6 +144,9 @@ def _with_constants_as_arguments(
     """
     closed, shape = jax.make_jaxpr(function, return_shape=True)(example)
     tree, jaxpr = jax.tree.structure(shape), closed.jaxpr
+    if getattr(jaxpr, "consts", None):
+        # From JAX 0.12 on this, too, holds the constants: tracers that would outlive their trace.
+        jaxpr = core.ClosedJaxpr(jaxpr, ())
 
     def call(constants: Any, x: Any) -> Any:
         whole = core.ClosedJaxpr(jaxpr, constants)
