@@ -91,7 +91,7 @@ def add_on_error_choice(parser: argparse.ArgumentParser, default: str | None) ->
         default=default,
         help="what to do with a protein that cannot be read, for instance because of a gap or a "
         "digit: raise stops (the default), skip leaves it out and reports it at the end, replace "
-        "takes unknown letters for X (nucleotides: N) and stops at anything else",
+        "reads unknown letters as X (nucleotides: N) and stops at anything else",
     )
 
 
@@ -173,7 +173,7 @@ def add_token_budget(parser: argparse.ArgumentParser) -> None:
         type=number(ranges.LENGTH),
         metavar="N",
         help="use the first N residues of a longer protein (default: proteins are read whole, and "
-        f"one of more than {PROTEIN.longest:,} residues is refused)",
+        f"one of more than {PROTEIN.longest:,} residues is an error)",
     )
 
 
@@ -184,7 +184,7 @@ def add_tokens_per_batch(parser: argparse.ArgumentParser) -> None:
         type=number(ranges.TOKENS_PER_BATCH),
         default=16384,
         metavar="N",
-        help="residues that are computed at a time; less needs less memory (default: 16384)",
+        help="residues per batch; lower it to save memory (default: 16384)",
     )
 
 

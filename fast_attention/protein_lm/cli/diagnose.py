@@ -32,14 +32,14 @@ with --target_error how many features are needed:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     arguments.add_run_dir(parser)
-    arguments.add_fasta(parser, "proteins to look at the model with")
+    arguments.add_fasta(parser, "proteins to measure on")
     arguments.add_on_error(parser)
     parser.add_argument(
         "--max_proteins",
         type=arguments.number(ranges.COUNT),
         default=32,
         metavar="N",
-        help="look at N proteins, spread evenly over the files (default: 32)",
+        help="use N proteins, spread evenly over the files (default: 32)",
     )
     parser.add_argument(
         "--max_length",
@@ -52,14 +52,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--estimator",
         metavar="NAME",
-        help="judge random features in place of the model's own attention: favor+, hyperbolic, "
-        "wderf_s, ... (docs/choosing-features.md; default, with one of the next: wderf_s)",
+        help="measure these random features in place of the model's own attention: favor+, "
+        "hyperbolic, wderf_s, ... (docs/choosing-features.md; default, with one of the next "
+        "options: wderf_s)",
     )
     parser.add_argument(
         "--nb_features",
         type=arguments.number(ranges.FEATURES),
         metavar="M",
-        help="how many of these features (default, with one of the others: 256)",
+        help="number of features (default, with one of the others: 256)",
     )
     parser.add_argument(
         "--projection",
@@ -97,16 +98,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=arguments.number(ranges.HEAD),
         default=1,
         metavar="N",
-        help="whose matrices --plot draws (default: 1)",
+        help="layer whose matrices --plot draws (default: 1)",
     )
     parser.add_argument(
         "--head",
         type=arguments.number(ranges.HEAD),
         default=1,
         metavar="N",
-        help="of that layer (default: 1)",
+        help="head of that layer (default: 1)",
     )
-    arguments.add_seed(parser, "which features are drawn (default: 0)")
+    arguments.add_seed(parser, "random seed of the features (default: 0)")
 
 
 def run(options: argparse.Namespace) -> None:

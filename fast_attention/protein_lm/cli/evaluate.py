@@ -14,8 +14,8 @@ Measure how well a trained model predicts the residues of some proteins, and com
 baselines. Perplexity is exp(mean loss per residue): lower is better, and 20 means uniform guessing
 among the 20 amino acids. Accuracy is the share of residues whose most probable prediction is right.
 
-All proteins are in memory together, with about one byte per residue and their ids; other commands
-read them as a stream. Divide what does not fit into several files."""
+All proteins are loaded into memory, with about one byte per residue, while other commands stream
+their input. If they do not fit, split them into several files."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,15 +51,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch_size",
         type=arguments.number(ranges.BATCH_SIZE),
         metavar="N",
-        help="proteins at a time; less needs less memory",
+        help="proteins per batch; lower it to save memory",
     )
-    arguments.add_seed(parser, "which residues FlaxBERT is asked for (default: 0)")
+    arguments.add_seed(parser, "random seed: which residues FlaxBERT predicts (default: 0)")
     parser.add_argument(
         "--num_seeds",
         type=arguments.number(ranges.SEEDS),
         default=1,
         metavar="N",
-        help="ask FlaxBERT N times, for other residues each time (default: 1)",
+        help="repeat N times with other residues for FlaxBERT (default: 1)",
     )
 
 

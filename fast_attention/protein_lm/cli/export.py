@@ -11,10 +11,9 @@ from fast_attention.protein_lm.cli import arguments
 
 SUMMARY = "write a trained model as safetensors and JSON"
 DESCRIPTION = """\
-Write a trained protein model to a folder of its own, for other programs and to pass it on:
-model.safetensors holds the numbers, model.json everything needed to rebuild the model. It is much
-smaller than the run, from which training could go on. Wherever --run_dir is asked for, the new
-folder will do.
+Export a trained protein model to a new folder, for other programs or other people:
+model.safetensors has the parameters, model.json the configuration. The folder is much smaller
+than the run, and is accepted as --run_dir by every command; training cannot be resumed from it.
 
   protein-lm export --run_dir=runs/demo --output=demo_model"""
 

@@ -82,10 +82,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--balanced",
         action="store_true",
         default=None,
-        help="let classes count equally, however many proteins they have",
+        help="weight classes equally, whatever their number of proteins",
     )
     table.add_argument(
-        "--rank", type=arguments.number(ranges.RANK), metavar="R", help="of lora (default: 8)"
+        "--rank",
+        type=arguments.number(ranges.RANK),
+        metavar="R",
+        help="rank of the lora adapters (default: 8)",
     )
     table.add_argument(
         "--patience",
@@ -129,13 +132,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch_size",
         type=arguments.number(ranges.BATCH_SIZE),
         metavar="N",
-        help="proteins at a time (default: 16, or the run's)",
+        help="proteins per batch (default: 16, or that of the run)",
     )
     both.add_argument(
         "--learning_rate",
         type=arguments.number(ranges.LEARNING_RATE),
         metavar="X",
-        help="the highest (default: 1e-3 for lora, else 1e-4)",
+        help="peak learning rate (default: 1e-3 for lora, else 1e-4)",
     )
     arguments.add_on_error_choice(parser, "raise")
     arguments.add_seed(parser, "random seed; equal seeds give equal results (default: 0)")

@@ -10,8 +10,8 @@ from fast_attention.protein_lm import messages
 SUMMARY = "read a published ESM-2 or BERT model into a folder of this package"
 DESCRIPTION = """\
 Read a published protein model of the kind ESM-2 or BERT (ProtBERT, AntiBERTy) into a new folder.
-Wherever --run_dir is asked for, the new folder will do: evaluate, score, mutate, embed, fine-tune,
-sample --infill, export. The source is a folder with config.json, vocab.txt and model.safetensors
+The new folder is accepted as --run_dir by evaluate, score, mutate, embed, fine-tune,
+sample --infill and export. The source is a folder with config.json, vocab.txt and model.safetensors
 (or several, with their index) or pytorch_model.bin, as Hugging Face publishes them, or fair-esm's
 .pt file of an ESM-2 model. PyTorch is not needed, and nothing in the files is executed.
 

@@ -11,7 +11,7 @@ SUMMARY = "predict a property with a fine-tuned model"
 DESCRIPTION = """\
 Predict a property with the result of 'protein-lm fine-tune --table=...' for the proteins of FASTA
 files, and write a table with a row per protein. Proteins are cropped as they were for 'fine-tune
---max_length'; without it, one of more than 50,000 residues is refused.
+--max_length'; without it, one of more than 50,000 residues is an error.
 
   protein-lm predict --model=runs/stability --fasta=new.fasta --output=predictions.tsv"""
 

@@ -79,20 +79,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--temperature",
         type=arguments.number(ranges.TEMPERATURE),
         metavar="T",
-        help="below 1 more typical proteins, above 1 more unusual ones, 0 always the most probable "
-        "residue (default: FlaxModel.sampling_kwargs of the training, or 1; so for other options)",
+        help="sampling temperature: below 1 more typical proteins, above 1 more unusual ones, 0 "
+        "always the most probable residue (default of this and the next options: "
+        "FlaxModel.sampling_kwargs of the training, or 1)",
     )
     parser.add_argument(
         "--top_k",
         type=arguments.number(ranges.COUNT),
         metavar="K",
-        help="draw among the K most probable residues only",
+        help="sample only from the K most probable residues",
     )
     parser.add_argument(
         "--top_p",
         type=arguments.number(ranges.PROBABILITY),
         metavar="P",
-        help="draw among the fewest residues that together have probability P",
+        help="sample only from the most probable residues whose total probability is P",
     )
     parser.add_argument(
         "--repetition_penalty",
@@ -105,7 +106,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--repetition_window",
         type=arguments.number(ranges.COUNT),
         metavar="N",
-        help="how many residues back that looks (default: all)",
+        help="number of previous residues that --repetition_penalty counts (default: all)",
     )
     parser.add_argument(
         "--min_length",
@@ -120,7 +121,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="maximum length in residues, including the prompt (default: the model's limit)",
     )
-    arguments.add_seed(parser, "equal seeds give equal proteins")
+    arguments.add_seed(parser, "random seed; equal seeds give equal proteins (default: 0)")
     parser.add_argument(
         "--output", required=True, metavar="FILE", help="the FASTA file; .gz compresses it"
     )

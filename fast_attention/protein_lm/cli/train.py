@@ -99,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--coordinator",
         metavar="HOST:PORT",
-        help="join without such help: the machine of process 0, and a free port there",
+        help="connect without a launcher: the host of process 0 and a free port there",
     )
     group.add_argument(
         "--num_processes",
