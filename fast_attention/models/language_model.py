@@ -175,18 +175,8 @@ class LanguageModel(nnx.Module):
         inputs = Inputs(positions, segment_ids, key_mask, context, context_mask, mask)
         x = self._embed(tokens, inputs)
         x = self._enter(self.dropout(x, deterministic=deterministic, rngs=rngs))
-        x = self.stack(
-            x,
-            positions=positions,
-            segment_ids=segment_ids,
-            key_mask=key_mask,
-            context=context,
-            context_mask=context_mask,
-            mask=mask,
-            deterministic=deterministic,
-            rngs=rngs,
-        )
-        return self._leave(x)
+        given: dict[str, Any] = inputs._asdict()
+        return self._leave(self.stack(x, **given, deterministic=deterministic, rngs=rngs))
 
     @modules_run_on_auto_axes
     def hidden_states(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import time
+import functools
 
 from fast_attention.protein_lm import ranges
 from fast_attention.protein_lm.cli import arguments, progress
@@ -72,11 +72,8 @@ def run(options: argparse.Namespace) -> None:
     from fast_attention.protein_lm.inference import embedding
     from fast_attention.protein_lm.inference.array_files import EXTENSIONS
     from fast_attention.protein_lm.inference.embedding_files import embed_to_file
-    from fast_attention.protein_lm.inference.model_inputs import read_for_model
-    from fast_attention.protein_lm.loading import load_run
 
     find_extension(options.output, EXTENSIONS)
-    arguments.check_files(options, "output", "skipped_list")
     config = embedding.EmbeddingConfig(
         layers=tuple(options.layers) if len(options.layers) > 1 else options.layers[0],
         pool=None if options.pool == "none" else options.pool,
@@ -84,26 +81,6 @@ def run(options: argparse.Namespace) -> None:
         tokens_per_batch=options.tokens_per_batch,
         max_length=options.max_length,
     )
-    model, step, _ = load_run(options.run_dir, gin_file=options.gin_file)
-    began = time.perf_counter()
-    with (
-        arguments.skipped_records(options) as skipped,
-        progress.residue_bar("embed") as advance,
-    ):
-        records = read_for_model(
-            model,
-            options.fasta,
-            max_length=options.max_length,
-            on_error=options.on_error,
-            skipped=skipped,
-            unique_ids=True,
-        )
-        done = embed_to_file(
-            model,
-            records,
-            options.output,
-            config,
-            origin={"step": step},
-            progress=advance,
-        )
-    progress.report(model, done, time.perf_counter() - began, options.output, options.skipped_list)
+
+    compute = functools.partial(embed_to_file, output=options.output, config=config)
+    progress.process_proteins(options, "embed", compute, unique_ids=True)

@@ -2,15 +2,52 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from fast_attention.protein_lm import messages
+from fast_attention.protein_lm.cli import arguments
 
 if TYPE_CHECKING:
     from fast_attention.protein_lm.flax_model import FlaxModel
     from fast_attention.protein_lm.inference.partial_work import Done
+
+
+def process_proteins(
+    options: argparse.Namespace,
+    title: str,
+    compute: Callable[..., Done],
+    *,
+    unique_ids: bool = False,
+) -> None:
+    """Runs a command that makes one file of the proteins of ``--fasta``, and that can be resumed.
+
+    Args:
+      options: Of the command.
+      title: Of the progress.
+      compute: Called with the model, the records, and ``origin`` and ``progress`` by name.
+      unique_ids: Whether each protein needs an id of its own.
+    """
+    from fast_attention.protein_lm.inference.model_inputs import read_for_model
+    from fast_attention.protein_lm.loading import load_run
+
+    arguments.check_files(options, "output", "skipped_list")
+    model, step, _ = load_run(options.run_dir, gin_file=options.gin_file)
+    began = time.perf_counter()
+    with arguments.skipped_records(options) as skipped, residue_bar(title) as advance:
+        records = read_for_model(
+            model,
+            options.fasta,
+            max_length=options.max_length,
+            on_error=options.on_error,
+            skipped=skipped,
+            unique_ids=unique_ids,
+        )
+        done = compute(model, records, origin={"step": step}, progress=advance)
+    report(model, done, time.perf_counter() - began, options.output, options.skipped_list)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import time
+import functools
 
 from fast_attention.protein_lm.cli import arguments, progress
 
@@ -30,32 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Runs the command."""
     from fast_attention.protein_lm.files.tables import EXTENSIONS, find_extension
-    from fast_attention.protein_lm.inference.model_inputs import read_for_model
     from fast_attention.protein_lm.inference.score_files import score_to_file
-    from fast_attention.protein_lm.loading import load_run
 
     find_extension(options.output, EXTENSIONS)
-    arguments.check_files(options, "output", "skipped_list")
-    model, step, _ = load_run(options.run_dir, gin_file=options.gin_file)
-    began = time.perf_counter()
-    with (
-        arguments.skipped_records(options) as skipped,
-        progress.residue_bar("score") as advance,
-    ):
-        records = read_for_model(
-            model,
-            options.fasta,
-            max_length=options.max_length,
-            on_error=options.on_error,
-            skipped=skipped,
-        )
-        done = score_to_file(
-            model,
-            records,
-            options.output,
-            tokens_per_batch=options.tokens_per_batch,
-            max_length=options.max_length,
-            origin={"step": step},
-            progress=advance,
-        )
-    progress.report(model, done, time.perf_counter() - began, options.output, options.skipped_list)
+
+    compute = functools.partial(
+        score_to_file,
+        output=options.output,
+        tokens_per_batch=options.tokens_per_batch,
+        max_length=options.max_length,
+    )
+    progress.process_proteins(options, "score", compute)

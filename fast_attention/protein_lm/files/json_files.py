@@ -25,31 +25,24 @@ _MAX_INTEGER = 2**63 - 1
 _SHOWN = 60
 
 
-def read_json(path: Path, *, allow_nan: bool = False) -> Any:
+def read_json(path: Path) -> Any:
     """Reads a JSON file.
 
     Args:
       path: The file.
-      allow_nan: Whether ``NaN`` and ``Infinity`` are numbers.
 
     Raises:
       RunError: If it is absent, larger than `MAX_BYTES`, no plain file or not JSON.
     """
-    return parse_json(path, read_bounded(path, MAX_BYTES), allow_nan=allow_nan)
-
-
-def parse_json(path: Path, text: bytes, *, allow_nan: bool = False) -> Any:
-    """The value of some JSON text, as `read_json`; `path` is what an error names."""
-
-    def refuse(name: str) -> float:
-        if allow_nan:
-            return float(name)
-        raise ValueError(f"{name} is not a number")
-
+    text = read_bounded(path, MAX_BYTES)
     try:
-        return json.loads(text.decode("utf-8"), parse_constant=refuse)
+        return json.loads(text.decode("utf-8"), parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise RunError(f"{path} is damaged: it is not JSON ({one_line(error)})") from None
+
+
+def _refuse(name: str) -> float:
+    raise ValueError(f"{name} is not a number")
 
 
 def read_bounded(path: Path, limit: int) -> bytes:
