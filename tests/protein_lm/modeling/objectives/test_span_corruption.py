@@ -129,6 +129,21 @@ def test_an_objective_belongs_to_a_model_once():
         FlaxModel(DOMAIN, objective="mlm", **SMALL)
 
 
+def make_model():
+    return FlaxModel(
+        DOMAIN,
+        objective=SpanCorruption(0.25, 4.0, num_sentinels=8),
+        learning_rate=3e-3,
+        positions="rotary",
+        **SMALL | {"num_layers": 2, "emb_dim": 64, "mlp_dim": 128},
+    )
+
+
+@pytest.fixture(scope="module")
+def untrained():
+    return make_model()
+
+
 @pytest.fixture(scope="module")
 def trained():
     """Trained on proteins that all have one motif, at any place."""
@@ -137,23 +152,19 @@ def trained():
     for protein in proteins(384, 3, (6, 10)):
         place = rng.integers(1, len(protein))
         given.append(protein[:place] + MOTIF + protein[place:])
-    model = FlaxModel(
-        DOMAIN,
-        objective=SpanCorruption(0.25, 4.0, num_sentinels=8),
-        learning_rate=3e-3,
-        positions="rotary",
-        **SMALL | {"num_layers": 2, "emb_dim": 64, "mlp_dim": 128},
-    )
+    model = make_model()
     before = model.evaluate(given[:64])
     model.fit(given, batch_size=32, epochs=20)
     return model, before, model.evaluate(given[:64])
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss(trained):
     _, before, after = trained
     assert after["loss"] < before["loss"] - 1
 
 
+@pytest.mark.slow
 def test_a_hidden_part_of_the_motif_is_recovered(trained):
     """Chance is one of 20 residues, or one of 10 in the background."""
     model, _, _ = trained
@@ -190,21 +201,20 @@ def known_parts(text, sequence):
 
 
 @pytest.mark.parametrize("text", ["MK[5]GGA", "[3]WH**A*", "AC[2-8]DE", "A[1-3]", "*[4]"])
-def test_known_residues_stay_and_spans_have_their_lengths(trained, text):
-    model, _, _ = trained
+def test_known_residues_stay_and_spans_have_their_lengths(untrained, text):
     options = {"num_samples": 20, "temperature": 2.0}
-    found = list(infill_proteins(model, [FastaRecord("a", "", text)], seed=1, **options))
+    found = list(infill_proteins(untrained, [FastaRecord("a", "", text)], seed=1, **options))
     assert len({record.sequence for record in found}) > 10
     for record in found:
         assert known_parts(text, record.sequence) and set(record.sequence) <= set(VOCAB.letters)
 
 
-def test_a_sample_does_not_depend_on_how_many_there_are(trained):
+def test_a_sample_does_not_depend_on_how_many_there_are(untrained):
     protein, options = FastaRecord("a", "", "AC[2-8]DE"), {"seed": 1, "temperature": 2.0}
     several, few = (
         [
             record.sequence
-            for record in infill_proteins(trained[0], [protein], num_samples=number, **options)
+            for record in infill_proteins(untrained, [protein], num_samples=number, **options)
         ]
         for number in (20, 3)
     )
@@ -244,9 +254,9 @@ def test_filling_in_is_reading_the_whole_stream_again_for_each_residue(positions
         ("M[2", {}, r"'\['"),
     ],
 )
-def test_bad_input_is_refused(trained, text, options, message):
+def test_bad_input_is_refused(untrained, text, options, message):
     with pytest.raises(ValueError, match=message):
-        infill_proteins(trained[0], [FastaRecord("a", "", text)], **options)
+        infill_proteins(untrained, [FastaRecord("a", "", text)], **options)
 
 
 def test_a_causal_model_does_not_fill_in():
@@ -254,8 +264,8 @@ def test_a_causal_model_does_not_fill_in():
         infill_proteins(FlaxLM(DOMAIN, **SMALL), [FastaRecord("a", "", "M*")])
 
 
-def test_scores_do_not_depend_on_what_they_are_computed_with(trained):
-    model, _, _ = trained
+def test_scores_do_not_depend_on_what_they_are_computed_with(untrained):
+    model = untrained
     given = ["ACDE", "ACDEFWHKCMYG", "A"]
     together = model.score(given)
     for sequence, score in zip(given, together, strict=True):
