@@ -63,7 +63,7 @@ def _ours(kind: Attention, platform: str) -> list[Case]:
             continue  # For tests: its speed says nothing; the same as another one.
         if name == "pallas_tpu" and platform != "tpu":
             continue
-        quadratic = name == "reference"
+        quadratic = name == "quadratic"
         cases.append(
             Case(
                 CaseInfo(f"{kind}/favor-{name}", f"FAVOR+ ({name})", kind, ours=True),

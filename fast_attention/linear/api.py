@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from typing import Any, Literal, overload
@@ -10,6 +11,7 @@ import jax
 
 from fast_attention.arrays.bundles import bundle_of
 from fast_attention.arrays.explicit_axes import runs_on_auto_axes
+from fast_attention.arrays.forward_mode import naming_forward_mode
 from fast_attention.arrays.manual_axes import vary_alike
 from fast_attention.arrays.types import Array, Bool, Float, Int
 from fast_attention.feature_maps.base import Parameters
@@ -120,6 +122,9 @@ def linear_attention(
     Raises:
       ValueError: for shapes or options that do not fit together.
       NotImplementedError: if the one implementation asked for cannot serve the call.
+      TypeError: in forward mode (``jax.jvp``, ``jax.linearize``) of an implementation with a
+        gradient of its own; ``implementation="reference"`` has forward mode. ``jax.hessian`` works
+        with every implementation on XLA.
 
     References:
       arXiv:2009.14794 (FAVOR+); arXiv:2006.16236 (linear attention and its state).
@@ -144,10 +149,12 @@ def linear_attention(
     if plan.axis_name is not None:
         ids = None if segment_ids is None else spread_segments(segment_ids, query)
         ends = None if ids is None else (ids[:, 0], ids[:, -1])
-        attended = attend_along_axis(plan, return_state, inputs, ends)
+        with _naming_forward_mode():
+            attended = attend_along_axis(plan, return_state, inputs, ends)
     else:
         inputs = fill_empty(pad_symbolic(plan, inputs))
-        attended = _attend(plan, vary_alike(inputs))
+        with _naming_forward_mode():
+            attended = _attend(plan, vary_alike(inputs))
         if is_symbolic(length) or length == 0:
             attended = (jax.tree.map(lambda x: x[:, :length], attended[0]), attended[1])
         if batch == 0:
@@ -156,6 +163,10 @@ def linear_attention(
     if initial_state is not None:
         state = jax.tree.map(lambda x: x.astype(initial_state.kv.dtype), state)
     return (out, state) if return_state else out
+
+
+def _naming_forward_mode() -> contextlib.AbstractContextManager[None]:
+    return naming_forward_mode("Linear attention", "implementation='reference' has it")
 
 
 # Compiled as one: called outside jit, the loops inside would be compiled anew in every call.

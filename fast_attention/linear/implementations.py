@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fast_attention.linear import best, reference
+from fast_attention.linear import best, quadratic
 from fast_attention.linear.chunked import api as chunked
 from fast_attention.linear.pallas_gpu import api as pallas_gpu
 from fast_attention.linear.pallas_tpu import api as pallas_tpu
@@ -24,12 +24,17 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "parallel_chunks": parallel_chunks.attend,
     "pallas_tpu": pallas_tpu.attend,
     "pallas_tpu_interpret": pallas_tpu.attend_interpreted,
-    "reference": reference.attend,
+    "quadratic": quadratic.attend,
+    "reference": chunked.attend_plainly,
 }
 """Implementations by name. One raises NotImplementedError for calls it cannot serve.
 
 ``"by_platform"`` is the kernels of ``"pallas_tpu"`` in programs for one TPU, and ``"chunked"`` in
 all others and for calls that the kernels do not serve.
+
+``"reference"`` is the forward pass of ``"chunked"`` without a gradient of its own: JAX
+differentiates it in both modes, ``jax.jvp`` and ``jax.linearize`` included, in memory linear in the
+length. ``"quadratic"`` writes out every weight, to check the others on short sequences.
 
 ``"pallas_gpu_interpret"`` and ``"pallas_tpu_interpret"`` run the kernels of ``"pallas_gpu"`` and
 ``"pallas_tpu"`` on any platform, slowly, to check them.

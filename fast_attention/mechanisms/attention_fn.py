@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import jax
 
 from fast_attention.arrays.explicit_axes import runs_on_auto_axes
+from fast_attention.arrays.forward_mode import naming_forward_mode
 from fast_attention.arrays.types import Array
 from fast_attention.mechanisms.binding import (
     bind,
     dropout_of,
-    naming_forward_mode,
     refuse,
     refuse_untaken,
 )
@@ -146,7 +146,8 @@ class AttentionFn(EqualOptions, Decoder, abc.ABC):
         Raises:
           ValueError: for anything that cannot be honoured; the message says what to do instead.
           TypeError: in forward mode differentiation (``jax.jvp``, ``jax.jacfwd``), where there is
-            none: linear, hashed and causal efficient attention have their own gradients. Where the
+            none: linear, hashed and causal efficient attention have their own gradients, and have
+            forward mode with ``implementation="reference"``, which the message names. Where the
             call is under ``jax.jit`` the message is JAX's own, as jax differentiates the compiled
             program and no code of this function runs then. ``jax.hessian`` works.
         """

@@ -5,8 +5,6 @@ Shape letters: B batch, T queries, S keys, H heads, K key/value heads, D head wi
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -115,17 +113,3 @@ def refuse_untaken(mechanism: str, takes: Takes, call: Call, bias: Any = None) -
         ):
             if asked:
                 raise mismatch(name, f"False for {mechanism.lower()}", asked, "only LSH has them")
-
-
-@contextlib.contextmanager
-def naming_forward_mode(mechanism: str, instead: str) -> Iterator[None]:
-    """Says what to do where JAX only says that there is no forward mode."""
-    try:
-        yield
-    except TypeError as error:
-        if "forward-mode" not in str(error):
-            raise
-        raise TypeError(
-            f"{mechanism} has no forward mode differentiation (jax.jvp, jax.jacfwd) in this "
-            f"implementation: {instead}."
-        ) from error

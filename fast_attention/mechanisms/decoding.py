@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from fast_attention.arrays.explicit_axes import runs_on_auto_axes
+from fast_attention.arrays.forward_mode import naming_forward_mode
 from fast_attention.arrays.types import Array
 from fast_attention.linear.state import typed_like
-from fast_attention.mechanisms.binding import bind, naming_forward_mode, refuse_untaken
+from fast_attention.mechanisms.binding import bind, refuse_untaken
 from fast_attention.mechanisms.call import Call, Takes
 from fast_attention.mechanisms.checks import check_count, mismatch
 

@@ -56,6 +56,11 @@ class WrappedAttention(AttentionFn):
         return self.attention_fn.check_masks
 
     @property
+    def forward_mode(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """What has forward mode, as the inner function says."""
+        return self.attention_fn.forward_mode
+
+    @property
     def takes(self) -> Takes:
         """What the inner function honours."""
         return self.attention_fn.takes

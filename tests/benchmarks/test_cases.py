@@ -40,7 +40,7 @@ def favor_reference(inputs, causal):
         feature_map=PositiveFeatures(SETTING.features),
         parameters=inputs.projection,
         causal=causal,
-        implementation="reference",
+        implementation="quadratic",
     )
 
 

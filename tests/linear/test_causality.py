@@ -37,9 +37,9 @@ generalized = functools.partial(
         (functools.partial(generalized, implementation="parallel_chunks"), jnp.float32, 4),
         (functools.partial(softmax, implementation="pallas_tpu_interpret"), jnp.bfloat16, 8),
         # The quadratic form has no chunks.
-        (functools.partial(softmax, implementation="reference"), jnp.float32, None),
-        (functools.partial(softmax, implementation="reference"), jnp.bfloat16, None),
-        (functools.partial(generalized, implementation="reference"), jnp.float32, None),
+        (functools.partial(softmax, implementation="quadratic"), jnp.float32, None),
+        (functools.partial(softmax, implementation="quadratic"), jnp.bfloat16, None),
+        (functools.partial(generalized, implementation="quadratic"), jnp.float32, None),
     ],
     ids=lambda x: getattr(x, "__name__", None),
 )

@@ -72,8 +72,8 @@ def attend(implementation, causal, chunk=None):
         ("chunked", False, CHUNK),
         ("parallel_chunks", True, CHUNK),
         ("parallel_chunks", True, 1),
-        ("reference", True, None),
-        ("reference", False, None),
+        ("quadratic", True, None),
+        ("quadratic", False, None),
     ],
 )
 def test_within_1e_5_of_float64(implementation, causal, chunk):
@@ -83,7 +83,7 @@ def test_within_1e_5_of_float64(implementation, causal, chunk):
         out = attend(implementation, causal, chunk)(*x, parameters=projection)
         with jax.enable_x64(True):
             exact = [part.astype(np.float64) for part in x]
-            expected = attend("reference", causal)(*exact, parameters=projection)
+            expected = attend("quadratic", causal)(*exact, parameters=projection)
             assert expected.dtype == jnp.float64
         # Exponents near 200 have a float32 spacing of 1.5e-5.
         tolerance = 1e-5 if name in ("normal", "tiny then big") else 1e-4
@@ -123,7 +123,7 @@ def test_denominators_are_at_least_one(causal, feature_map):
         ("chunked", jnp.float16, True),
         ("chunked", jnp.float16, False),
         ("parallel_chunks", jnp.bfloat16, True),
-        ("reference", jnp.float16, True),
+        ("quadratic", jnp.float16, True),
     ],
 )
 def test_inputs_times_100_stay_finite(implementation, dtype, causal):

@@ -86,7 +86,7 @@ def test_masked_is_truncated(kind, causal, implementation):
         visible = visible_from(real.start, real.start, stop=real.stop)
         cotangent = cotangent_of(visible)
         length = T - PADDING
-        expected = attend_and_differentiate(*kind, "reference", causal)(
+        expected = attend_and_differentiate(*kind, "quadratic", causal)(
             q[:, real],
             k[:, real],
             v[:, real],
@@ -163,7 +163,7 @@ def alone_of(causal):
             cases.attend,
             feature_map=cases.MAPS["positive"],
             causal=causal,
-            implementation="reference",
+            implementation="quadratic",
         )
     )
 
@@ -237,7 +237,7 @@ def test_under_every_transformation(implementation):
         feature_map=cases.MAPS["positive"],
         parameters=parameters,
         causal=True,
-        implementation="reference",
+        implementation="quadratic",
     )
     expected = cases.compiled(
         jax.value_and_grad(lambda *x: layers(*x, reference), argnums=(0, 1, 2))

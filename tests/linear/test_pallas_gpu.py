@@ -42,7 +42,7 @@ def with_state_and_padding(smooth, feature_map=MAP):
         feature_map=feature_map,
         parameters=smooth["parameters"],
         return_state=True,
-        implementation="reference",
+        implementation="quadratic",
     )
     size = smooth["key"].shape[1]
     mask = jnp.ones(smooth["key"].shape[:2], bool).at[:, size // 2].set(size == 1)
@@ -63,7 +63,7 @@ def check(smooth, fixed, tolerance, *, feature_map=MAP, precision="highest", **o
             lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x,
             (smooth, fixed),
         )
-        expected = cases.compiled(functools.partial(run, implementation="reference"))(*exact)
+        expected = cases.compiled(functools.partial(run, implementation="quadratic"))(*exact)
     cases.assert_close(actual, expected, tolerance)
 
 
@@ -90,7 +90,7 @@ def test_bidirectional_gradients_agree():
 )
 def test_outputs_agree_at_any_length(length, keys, causal):
     inputs = arguments(length, keys)
-    expected = cases.attend(**inputs, feature_map=MAP, causal=causal, implementation="reference")
+    expected = cases.attend(**inputs, feature_map=MAP, causal=causal, implementation="quadratic")
     cases.assert_close(attend(causal, precision="highest")(**inputs), expected, 5e-6)
 
 
@@ -147,7 +147,7 @@ def test_opposed_and_aligned_keys_of_large_norm(sign):
     key = inputs["key"]
     inputs["key"] = key * (200 * D**0.5) ** 0.5 / jnp.linalg.norm(key, axis=-1, keepdims=True)
     inputs["query"] = sign * jnp.repeat(inputs["key"], H // K, axis=2)
-    expected = cases.attend(**inputs, feature_map=MAP, causal=True, implementation="reference")
+    expected = cases.attend(**inputs, feature_map=MAP, causal=True, implementation="quadratic")
     cases.assert_close(attend(True)(**inputs), expected, 2e-4)
 
 

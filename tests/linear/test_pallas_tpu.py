@@ -55,7 +55,7 @@ def with_everything(feature_map, smooth):
         feature_map=feature_map,
         parameters=smooth["parameters"],
         return_state=True,
-        implementation="reference",
+        implementation="quadratic",
     )
     visible = np.ones((batch, size), bool)
     visible[0, [0, -1]] = visible[1, 5:9] = False
@@ -77,7 +77,7 @@ def check(smooth, fixed, tolerance, *, feature_map, chunk_size=C, **options):
             lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x,
             (smooth, fixed),
         )
-        expected = cases.compiled(functools.partial(run, implementation="reference"))(*exact)
+        expected = cases.compiled(functools.partial(run, implementation="quadratic"))(*exact)
     cases.assert_close(actual, expected, tolerance)
 
 
@@ -121,7 +121,7 @@ def test_outputs_agree_at_any_length(length, keys, causal):
     inputs = arguments(MAP, length, keys, heads=2, kv_heads=2)
     run = functools.partial(cases.attend, feature_map=MAP, causal=causal)
     actual = jax.jit(functools.partial(run, implementation=KERNELS, chunk_size=C))(**inputs)
-    cases.assert_close(actual, run(**inputs, implementation="reference"), 5e-6)
+    cases.assert_close(actual, run(**inputs, implementation="quadratic"), 5e-6)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -185,7 +185,7 @@ def test_no_races():
         Inputs(*values, None, None, None, state),
         interpret=pltpu.InterpretParams(detect_races=True),
     )
-    expected = cases.attend(**inputs, feature_map=MAP, causal=True, implementation="reference")
+    expected = cases.attend(**inputs, feature_map=MAP, causal=True, implementation="quadratic")
     cases.assert_close(out, expected, 5e-6)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.linear import cases
 
-OTHERS = [name for name in cases.IMPLEMENTATIONS if name != "reference"]
+OTHERS = [name for name in cases.IMPLEMENTATIONS if name != "quadratic"]
 
 
 def everything(name, dtype, *, causal, length=cases.T, keys=None):
@@ -25,7 +25,7 @@ def everything(name, dtype, *, causal, length=cases.T, keys=None):
             cases.attend,
             feature_map=cases.MAPS[name],
             return_state=True,
-            implementation="reference",
+            implementation="quadratic",
         )
     )(k0, k0, v0, parameters=parameters, key_bias=bias[:, :3])
     smooth = {
@@ -50,7 +50,7 @@ def everything(name, dtype, *, causal, length=cases.T, keys=None):
 @functools.cache
 def reference(**options):
     """The definition and its gradients, compiled once for all that is compared with it."""
-    return cases.compiled(functools.partial(cases.gradients, implementation="reference", **options))
+    return cases.compiled(functools.partial(cases.gradients, implementation="quadratic", **options))
 
 
 def both(implementation, smooth, fixed, *, unroll=1, chunk_size=cases.CHUNK, **options):
@@ -128,7 +128,7 @@ def causal_outputs():
         "parameters": cases.parameters_of("positive", jnp.float64),
         "causal": True,
     }
-    attend = functools.partial(cases.attend, implementation="reference", **options)
+    attend = functools.partial(cases.attend, implementation="quadratic", **options)
     return arrays, options, cases.compiled(attend)(*arrays)
 
 
@@ -150,7 +150,7 @@ def test_any_length_and_chunk_size(chunk, length, implementation):
     ("implementation", "dtype"),
     [
         *((name, dtype) for name in OTHERS for dtype in (jnp.float32, jnp.bfloat16)),
-        ("reference", jnp.bfloat16),
+        ("quadratic", jnp.bfloat16),
     ],
 )
 @pytest.mark.usefixtures("optimized")

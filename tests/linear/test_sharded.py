@@ -93,7 +93,7 @@ def differentiated(attend, smooth, name, **fixed):
 def initial_state(name):
     q, k, v = cases.qkv(seed=3, length=2)
     options = {"feature_map": cases.MAPS[name], "parameters": cases.parameters_of(name)}
-    return cases.attend(q, k, v, return_state=True, implementation="reference", **options)[1]
+    return cases.attend(q, k, v, return_state=True, implementation="quadratic", **options)[1]
 
 
 @pytest.mark.eight_devices
@@ -104,7 +104,7 @@ def test_masks_biases_and_segments_across_edges(causal):
     bias = jnp.asarray(cases.draw(4, cases.B, T), jnp.float32)
     smooth = (*cases.qkv(length=T), cases.parameters_of(name), bias, initial_state(name))
     fixed = {"causal": causal, "key_mask": MASK, "segment_ids": SEGMENTS}
-    expected = differentiated(cases.attend, smooth, name, implementation="reference", **fixed)
+    expected = differentiated(cases.attend, smooth, name, implementation="quadratic", **fixed)
     of_devices = functools.partial(across, mesh=mesh_of(seq=8))
     outputs, grads = differentiated(of_devices, smooth, name, **fixed)
     cases.assert_close(outputs, expected[0], 1e-5)
@@ -137,7 +137,7 @@ def test_batch_and_length_across_devices(causal, name):
         jax.debug.callback(assert_all_equal, states)
         return out, jax.tree.map(lambda x: x[0], states)
 
-    expected = differentiated(cases.attend, smooth, name, causal=causal, implementation="reference")
+    expected = differentiated(cases.attend, smooth, name, causal=causal, implementation="quadratic")
     outputs, grads = differentiated(attend, smooth, name, causal=causal)
     cases.assert_close(outputs, expected[0], 1e-5)
     cases.assert_close(grads, expected[1], 1e-4)
@@ -160,7 +160,7 @@ def test_float64_and_the_future():
         }
         of_devices = cases.compiled(functools.partial(across, mesh=mesh_of(seq=8), **options))
         out = of_devices(q, k, v)
-        expected = cases.attend(q, k, v, implementation="reference", **options)
+        expected = cases.attend(q, k, v, implementation="quadratic", **options)
         cases.assert_close(out, expected, 1e-12)
         for cut in (4, 9):
             later = (jnp.arange(T) >= cut)[None, :, None, None]

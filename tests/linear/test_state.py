@@ -50,7 +50,7 @@ def test_merge_adds_the_keys_of_both_sides():
         "feature_map": cases.MAPS["positive"],
         "parameters": cases.parameters_of("positive"),
         "return_state": True,
-        "implementation": "reference",
+        "implementation": "quadratic",
     }
     query = cases.qkv(length=1)[0]
 
@@ -103,7 +103,7 @@ def differentiated(function, name):
 @functools.cache
 def differentiated_whole(name):
     return differentiated(
-        lambda smooth: attend_causally(name, *smooth, implementation="reference"), name
+        lambda smooth: attend_causally(name, *smooth, implementation="quadratic"), name
     )
 
 
@@ -111,7 +111,7 @@ def differentiated_whole(name):
     ("name", "implementation"),
     [
         *((name, kind) for name in ("positive", "relu") for kind in ("chunked", "parallel_chunks")),
-        ("positive", "reference"),
+        ("positive", "quadratic"),
     ],
 )
 def test_split_and_resumed_is_whole(name, implementation):
@@ -132,9 +132,9 @@ def test_split_and_resumed_is_whole(name, implementation):
         make_fast_softmax_attention(nb_features=cases.M, unidirectional=True, chunk_size=4),
         make_fast_softmax_attention(cases.D, estimator="hyperbolic", renormalize_attention=False),
         make_fast_softmax_attention(
-            nb_features=64, nonnegative_features=False, implementation="reference"
+            nb_features=64, nonnegative_features=False, implementation="quadratic"
         ),
-        make_fast_generalized_attention(cases.D, kernel_fn="elu+1", implementation="reference"),
+        make_fast_generalized_attention(cases.D, kernel_fn="elu+1", implementation="quadratic"),
     ],
     ids=["positive", "hyperbolic", "trigonometric", "elu+1"],
 )
@@ -173,13 +173,13 @@ def test_prefill_and_steps_are_the_whole(attention):
 def test_functions_of_the_core_take_any_batch_axes():
     feature_map = cases.MAPS["positive"]
     options = {"feature_map": feature_map, "parameters": cases.parameters_of("positive")}
-    attend = functools.partial(cases.attend, implementation="reference", **options)
+    attend = functools.partial(cases.attend, implementation="quadratic", **options)
 
     @cases.compiled
     def without_batch(q, k, v):
         state = empty_state(feature_map, options["parameters"], (), cases.K, cases.D, cases.V)
         read, state = cases.with_plan(prefill)(
-            state, q[:3], k[:3], v[:3], implementation="reference", **options
+            state, q[:3], k[:3], v[:3], implementation="quadratic", **options
         )
         last, state = cases.with_plan(step)(state, q[3], k[3], v[3], **options)
         return jnp.concatenate([read, last[None]]), attend(q, k, v, causal=True)

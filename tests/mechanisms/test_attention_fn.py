@@ -177,18 +177,6 @@ def test_nothing_in_nothing_out(name, shape):
     assert jax.grad(lambda x: function(x, x, x).sum())(x).shape == shape
 
 
-@pytest.mark.parametrize("name", ["linear", "generalized", "tuned"])
-def test_forward_mode_names_what_has_it(name):
-    operands = arrays(name)
-    function = MAKERS[name]()
-    with pytest.raises(TypeError, match="implementation='reference'"):
-        jax.jvp(function, operands, operands)
-    if name == "linear":
-        reference = linear(implementation="reference")
-        _, tangent = jax.jvp(reference, operands, operands)
-        assert np.isfinite(tangent).all()
-
-
 BAD = {
     "dropout_rate": [1.0, -0.1, np.nan, True],
     "deterministic": [None],

@@ -42,7 +42,7 @@ def shared(function, **options):
 
 SELF = {
     "linear": functools.partial(cases.attend, **FEATURES, causal=True),
-    "reference": functools.partial(cases.attend, **FEATURES, implementation="reference"),
+    "quadratic": functools.partial(cases.attend, **FEATURES, implementation="quadratic"),
     "near field": functools.partial(
         cases.with_plan(near_field_attention), **FEATURES, exact_window=2, causal=True
     ),

@@ -43,6 +43,15 @@ def attend(plan: Plan, inputs: Inputs) -> tuple[Array | Parts, LinearAttentionSt
     return forward(plan, inputs, save=False)[0]
 
 
+def attend_plainly(plan: Plan, inputs: Inputs) -> tuple[Array | Parts, LinearAttentionState]:
+    """Computes the same as :func:`attend`, to be differentiated by JAX, in either mode.
+
+    Derivatives of ``attend`` are written by hand, for which JAX has reverse mode only. Here memory
+    is linear in the length too, but reverse mode keeps the features of all positions.
+    """
+    return forward(plan, inputs, save=False)[0]
+
+
 def forward(plan: Plan, inputs: Inputs, *, save: bool) -> tuple[Any, Any]:
     """Returns output and state, and what :func:`backward` needs if ``save``."""
     return _passes(plan).forward(plan, inputs, save=save)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from fast_attention.arrays.types import Array, Float
 from fast_attention.feature_maps import LogFeatures
 from fast_attention.linear import LinearAttentionState, Plan, empty_state, prefill, step
+from fast_attention.linear.implementations import implementation_names
 from fast_attention.mechanisms.attention_fn import AttentionFn
 from fast_attention.mechanisms.call import Call, Takes
 from fast_attention.mechanisms.checks import check_count
@@ -35,14 +36,17 @@ class EfficientAttention(AttentionFn):
       unidirectional: causal, whatever a caller says of causality.
       blindspot_size: positions in a bucket of causal attention that sees earlier buckets only.
       scale_queries: multiply the output by ``D^(-1/2)`` where attention goes both ways.
+      implementation: of :func:`fast_attention.linear_attention`, which computes causal attention
+        without a blind spot and attention within segments; the rest has one implementation.
     """
 
     unidirectional: bool = False
     blindspot_size: int = 1
     scale_queries: bool = False
+    implementation: str | None = None
 
     mechanism = "Efficient attention"
-    forward_mode = "use reverse mode (jax.grad, jax.vjp, jax.jacrev)"
+    forward_mode = "make it with implementation='reference', which has it"
 
     @property
     def takes(self) -> Takes:
@@ -66,6 +70,7 @@ class EfficientAttention(AttentionFn):
             key_bias=call.key_bias,
             segment_ids=call.segment_ids,
             precision=call.precision,
+            implementation=self.implementation,
         )
 
     def start(self, sizes: StateSizes) -> LinearAttentionState | BlindspotState:
@@ -80,7 +85,7 @@ class EfficientAttention(AttentionFn):
         key_mask = None if call.key_mask is None else call.key_mask[..., 0]
         operands = call.query, call.key, call.value
         if isinstance(state, LinearAttentionState):
-            plan = Plan(LogFeatures(), precision=call.precision)
+            plan = Plan(LogFeatures(), precision=call.precision, implementation=self.implementation)
             return prefill(state, *operands, plan=plan, parameters=None, key_mask=key_mask)
         query, key, value = (x.astype(state.complete.kv.dtype) for x in operands)
         out, state = prefill_buckets(
@@ -111,7 +116,11 @@ class EfficientAttention(AttentionFn):
 
 @attention_factory
 def make_efficient_attention(
-    unidirectional: bool = False, blindspot_size: int = 1, scale_queries: bool = False
+    unidirectional: bool = False,
+    blindspot_size: int = 1,
+    scale_queries: bool = False,
+    *,
+    implementation: str | None = None,
 ) -> EfficientAttention:
     """Makes efficient attention (arXiv:1812.01243), linear in time and memory.
 
@@ -121,13 +130,18 @@ def make_efficient_attention(
         positions, and the first bucket gives zeros; 1 for every position up to the query's own.
       scale_queries: multiply the output by ``D^(-1/2)`` where attention goes both ways, as
         linear-attention-transformer does.
+      implementation: of :func:`fast_attention.linear_attention`; "reference" has forward mode.
 
     Returns:
       An ``attention_fn`` that also decodes.
 
     Raises:
-      ValueError: for a ``blindspot_size`` below 1.
+      ValueError: for a ``blindspot_size`` below 1 or an unknown implementation.
     """
+    implementation_names(implementation)
     return EfficientAttention(
-        unidirectional, check_count("blindspot_size", blindspot_size), scale_queries
+        unidirectional,
+        check_count("blindspot_size", blindspot_size),
+        scale_queries,
+        implementation,
     )

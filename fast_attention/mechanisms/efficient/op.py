@@ -44,6 +44,7 @@ def efficient_attention(
     key_bias: Float[Array, "*#B S"] | Float[Array, "*#B S #K"] | None = None,
     segment_ids: Int[Array, "*#B T"] | None = None,
     precision: jax.lax.PrecisionLike = None,
+    implementation: str | None = None,
 ) -> Float[Array, "*B T H V"]:
     r"""Attention through D x V summaries of keys and values, linear in time and memory.
 
@@ -83,6 +84,8 @@ def efficient_attention(
       segment_ids: ``[*B, T]``, self-attention only: positions see their own run of equal ids. Not
         with a blind spot.
       precision: of products of weights and values.
+      implementation: of :func:`fast_attention.linear_attention`, which computes causal attention
+        without a blind spot and attention within segments; the rest has one implementation.
 
     Returns:
       ``[*B, T, H, V]`` in the promoted type of query, key and value; sums are in float32 at least.
@@ -102,7 +105,12 @@ def efficient_attention(
             query,
             key,
             value,
-            Plan(LogFeatures(), causal=not step, precision=precision),
+            Plan(
+                LogFeatures(),
+                causal=not step,
+                precision=precision,
+                implementation=implementation,
+            ),
             parameters=None,
             key_mask=key_mask,
             key_bias=key_bias,
@@ -132,7 +140,7 @@ def efficient_attention(
         query,
         position_softmax(key, key_mask, runs),
         value,
-        Plan(IdentityFeatures(), output="sum", precision=precision),
+        Plan(IdentityFeatures(), output="sum", precision=precision, implementation=implementation),
         parameters=None,
         key_mask=key_mask,
         segment_ids=runs,

@@ -109,7 +109,7 @@ class FastAttention(AttentionFn):
     sequence_axis: AxisName | None = None
 
     mechanism = "Linear attention"
-    forward_mode = "implementation='reference' has it, without exact_window"
+    forward_mode = "make it with implementation='reference', which has it"
 
     @property
     def takes(self) -> Takes:

@@ -49,6 +49,7 @@ class LSHAttention(AttentionFn):
     seed: int = 0
 
     mechanism = "Hashed attention"
+    forward_mode = "make it with implementation='reference', which has it"
 
     @property
     def takes(self) -> Takes:
@@ -143,6 +144,7 @@ def make_lsh_attention(
     hash_masked: bool = False,
     scale: float | None = None,
     count_across_rounds: bool = True,
+    implementation: str | None = None,
 ) -> LSHAttention:
     """Makes Reformer's attention; see :func:`fast_attention.lsh_attention`.
 
@@ -167,6 +169,8 @@ def make_lsh_attention(
       count_across_rounds: without ``allow_duplicate_attention``, count meetings across the border
         of two rounds, too. False gives the numbers of reformer-pytorch, where a pair that meets
         only there weighs 1e9 times as much as it should.
+      implementation: None, or "reference" for forward mode (``jax.jvp``), without the gradient of
+        its own that spares reverse mode the memory of all weights.
 
     Returns:
       An ``attention_fn`` for layers with shared queries and keys.
@@ -189,6 +193,7 @@ def make_lsh_attention(
         rotary=rotary,
         scale=scale,
         attn_chunks=attn_chunks,
+        implementation=implementation,
     )
     return LSHAttention(hashing, unidirectional, full_attn_thres, use_full_attn, check_seed(seed))
 

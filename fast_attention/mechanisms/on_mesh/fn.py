@@ -60,7 +60,6 @@ class MeshAttention(WrappedAttention):
     mesh: Mesh
 
     mechanism = "Attention on a mesh"
-    forward_mode = "it is that of the function for one device"
 
     def attend(self, call: Call) -> Any:
         """Attends, with the result of the function for one device.

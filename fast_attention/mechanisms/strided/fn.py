@@ -50,7 +50,6 @@ class StridedAttention(WrappedAttention):
     stride: int
 
     mechanism = "Strided attention"
-    forward_mode = "it is that of the inner function"
 
     @property
     def takes(self) -> Takes:

@@ -13,9 +13,9 @@ from tests.mechanisms.test_table import all_equations
 
 B, T, H, D, V, M = 2, 6, 4, 8, 5, 16
 softmax = functools.partial(
-    make_fast_softmax_attention, D, nb_features=M, implementation="reference"
+    make_fast_softmax_attention, D, nb_features=M, implementation="quadratic"
 )
-generalized = functools.partial(make_fast_generalized_attention, D, implementation="reference")
+generalized = functools.partial(make_fast_generalized_attention, D, implementation="quadratic")
 PADDING = np.array([[True] * 6, [False, True, True, True, True, False]])
 KEYS = PADDING[:, None, None, :]
 PAIRS = PADDING[:, None, :, None] & KEYS
@@ -36,7 +36,7 @@ def bound(attention):
         feature_map=attention.feature_map,
         parameters=attention.draw_projection(jax.random.key(attention.seed), D),
         epsilon=attention.epsilon,
-        implementation="reference",
+        implementation="quadratic",
     )
 
 
@@ -67,7 +67,7 @@ def test_masks_are_key_masks(mask, causal, dtype):
 
 @pytest.mark.parametrize("low", [-np.inf, -1e9, np.finfo(np.float32).min])
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+@pytest.mark.parametrize("implementation", ["quadratic", "chunked"])
 def test_low_biases_mask(low, causal, implementation):
     """Where some key is visible; large norms make the rounding of a scale of -1e9 show."""
     attention = softmax(unidirectional=causal, implementation=implementation)

@@ -100,6 +100,13 @@ def attend(
     return _forward(plan, reach, operands, save=False)[0]
 
 
+def attend_plainly(
+    plan: Plan, reach: Reach, operands: Operands
+) -> tuple[Array | Parts, LinearAttentionState]:
+    """Computes the same as :func:`attend`, to be differentiated by JAX, in either mode."""
+    return _forward(plan, reach, operands, save=False)[0]
+
+
 def _forward(plan: Plan, reach: Reach, operands: Operands, *, save: bool = True):
     inputs = operands.inputs
     distance = reach.distance

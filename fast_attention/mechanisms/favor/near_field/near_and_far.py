@@ -38,10 +38,10 @@ def check_options(exact_window: object, plan: Plan) -> None:
             f"{type(plan.feature_map).__name__}, which takes positive features of the softmax "
             "kernel: use make_fast_softmax_attention with a positive estimator such as 'favor+'."
         )
-    if "chunked" not in implementation_names(plan.implementation):
+    if not {"chunked", "reference"} & set(implementation_names(plan.implementation)):
         raise ValueError(
-            "exact_window is computed by implementation='chunked', got implementation="
-            f"{plan.implementation!r}; leave out the one or the other."
+            "exact_window is computed by implementation='chunked' or 'reference', got "
+            f"implementation={plan.implementation!r}; leave out the one or the other."
         )
 
 

@@ -19,7 +19,7 @@ from fast_attention.arrays.explicit_axes import runs_on_auto_axes
 from fast_attention.arrays.types import Array, Bool, Float, Int
 from fast_attention.mechanisms.call import Dropout
 from fast_attention.mechanisms.lsh.hashed.checks import check_arguments
-from fast_attention.mechanisms.lsh.hashed.core import Shared, attend_sorted
+from fast_attention.mechanisms.lsh.hashed.core import Shared, attend_plainly, attend_sorted
 from fast_attention.mechanisms.lsh.hashed.hashing import draw_rotations, hash_vectors
 from fast_attention.mechanisms.lsh.hashed.options import Hashing
 from fast_attention.mechanisms.lsh.hashed.scores import Choices, Restrictions
@@ -234,7 +234,8 @@ def _attend(setting: _Setting, arrays: _Arrays) -> LSHOutput:
         weight_key if setting.dropout_rate > 0 else None,
     )
     unit = unit_keys(query)
-    attended = attend_sorted(query, unit, values, shared, choices)
+    attend = attend_plainly if hashing.implementation == "reference" else attend_sorted
+    attended = attend(query, unit, values, shared, choices)
     out, weight, largest = attended  # pyright: ignore[reportGeneralTypeIssues]
     out = out[:, :queries].reshape(*batch, heads, queries, -1)
     out = jnp.moveaxis(out, -3, -2).astype(dtype)

@@ -94,6 +94,13 @@ def attend_sorted(
     return _forward(query, key, value, shared, choices)[0]
 
 
+def attend_plainly(
+    query: Array, key: Array, value: Array, shared: Shared, choices: Choices
+) -> tuple[Array, Array, Array]:
+    """Computes the same as :func:`attend_sorted`, to be differentiated by JAX, in either mode."""
+    return _forward(query, key, value, shared, choices)[0]
+
+
 def _forward(query: Array, key: Array, value: Array, shared: Shared, choices: Choices):
     def attend(query: Array, key: Array, value: Array, n: Array):
         sums = attend_rounds(row_of(query, key, value, shared, n, choices), choices)

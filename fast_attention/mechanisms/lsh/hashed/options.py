@@ -30,6 +30,8 @@ class Hashing:
       scale: of the logits, by default ``D ** -0.5``. Reformer in trax had 1: the keys are of unit
         length already.
       attn_chunks: do the B * H rows in at least so many steps, one after another.
+      implementation: "chunked", or None, has a gradient of its own; "reference" is left to JAX,
+        which then has forward mode, too, and keeps all weights for reverse mode.
     """
 
     bucket_size: int = 64
@@ -44,6 +46,7 @@ class Hashing:
     rotary: bool = False
     scale: float | None = None
     attn_chunks: int = 1
+    implementation: str | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError for options that exclude each other or are out of range."""
@@ -52,6 +55,11 @@ class Hashing:
         check_rate("drop_for_hash_rate", self.drop_for_hash_rate)
         if self.scale is not None:
             check_number("scale", self.scale)
+        if self.implementation not in (None, "chunked", "reference"):
+            raise ValueError(
+                "implementation of hashed attention must be 'chunked', 'reference' or None, got "
+                f"{self.implementation!r}."
+            )
         if not (self.allow_duplicate_attention or self.rehash_each_round):
             raise ValueError(
                 "allow_duplicate_attention=False needs rehash_each_round=True: with one rotation "
