@@ -28,16 +28,16 @@ and a model trained by span corruption fill in spans of a given protein: * stand
 
   protein-lm sample --run_dir=runs/bert --infill='MKT**AYIA[5]GG' --output=filled.fasta"""
 
-# What only one of the two ways has, with the value that stands for "not given".
-_WRITING = {
-    "prompt": None,
-    "prompt_fasta": None,
-    "min_length": None,
-    "max_length": None,
-    "repetition_penalty": None,
-    "repetition_window": None,
-}
-_FILLING = {"rounds": None}
+# What only one of the two ways has.
+_WRITING = (
+    "prompt",
+    "prompt_fasta",
+    "min_length",
+    "max_length",
+    "repetition_penalty",
+    "repetition_window",
+)
+_FILLING = ("rounds",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +53,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     starts = parser.add_mutually_exclusive_group()
     starts.add_argument(
         "--prompt",
-        default=_WRITING["prompt"],
         metavar="RESIDUES",
         help="residues that every protein begins with, such as MKT",
     )
@@ -98,7 +97,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--repetition_penalty",
         type=arguments.number(ranges.PENALTY),
-        default=_WRITING["repetition_penalty"],
         metavar="R",
         help="above 1, such as 1.2, makes residues that occurred lately less probable (default: 1)",
     )
@@ -111,7 +109,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--min_length",
         type=arguments.number(ranges.LENGTH),
-        default=_WRITING["min_length"],
         metavar="N",
         help="minimum length in residues, including the prompt (default: 1)",
     )
@@ -141,9 +138,8 @@ def run(options: argparse.Namespace) -> None:
             f"--min_length={options.min_length} is more than --max_length={options.max_length}: "
             "lower the first, or raise the second"
         )
-    unused = _WRITING if options.infill else _FILLING
-    for name, default in unused.items():
-        if getattr(options, name) != default:
+    for name in _WRITING if options.infill else _FILLING:
+        if getattr(options, name) is not None:
             way = "when hidden residues are filled in" if options.infill else "without --infill"
             raise UsageError(f"--{name} has no meaning {way}: leave it out")
     model = load_run(options.run_dir, gin_file=options.gin_file).model

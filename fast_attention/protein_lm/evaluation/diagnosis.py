@@ -49,7 +49,6 @@ from fast_attention.protein_lm.modeling.encoding import (
 if TYPE_CHECKING:
     from fast_attention.protein_lm.flax_model import FlaxModel
 
-MAX_PROTEINS = 32
 MAX_LENGTH = 512
 
 _TOKENS_PER_BATCH = 8192

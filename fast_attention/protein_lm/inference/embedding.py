@@ -112,7 +112,19 @@ def embed_sequences(
     config = EmbeddingConfig(**options)
     check_config(model, config)
     encoded = encode_sequences(model, sequences, max_length=config.max_length)
-    return _embed_stream(model, encoded, config, set() if shapes is None else shapes, progress)
+    shapes = set() if shapes is None else shapes
+    windows = token_batches.windows(
+        encoded,
+        num_tokens,
+        config.tokens_per_batch,
+        window_batches(model, config),
+        window_proteins(model, config),
+    )
+    return (
+        vectors
+        for window in windows
+        for vectors in embed_window(model, window, config, shapes, progress)
+    )
 
 
 def check_config(model: BuiltModel, config: EmbeddingConfig) -> None:
@@ -247,20 +259,3 @@ def pass_window(
         shapes,
         devices=model.mesh.size,
     )
-
-
-def _embed_stream(
-    model: BuiltModel,
-    encoded: Iterable[Encoded],
-    config: EmbeddingConfig,
-    shapes: set[token_batches.Shape],
-    progress: Callable[[int], None] | None,
-) -> Iterator[np.ndarray]:
-    for window in token_batches.windows(
-        encoded,
-        num_tokens,
-        config.tokens_per_batch,
-        window_batches(model, config),
-        window_proteins(model, config),
-    ):
-        yield from embed_window(model, window, config, shapes, progress)

@@ -255,43 +255,37 @@ def eval_batches(
     _check_numbers(length, batch_size, seed)
     objective.check(domain.vocab)
     corpus = _load(fasta, domain)
-    return _eval_batches(corpus, domain, length, batch_size, objective, seed, score_eos)
+
+    def batches() -> Iterator[Batch]:
+        lengths = np.minimum(corpus.lengths, length)
+        order = eval_order(corpus, length)
+        widest = int(objective.room(length))
+        buckets = [-(-widest // 4), -(-widest // 2), widest]
+        for first in range(0, len(order), batch_size):
+            proteins = order[first : first + batch_size]
+            pieces = Pieces(
+                proteins, np.zeros_like(proteins), lengths[proteins], np.arange(len(proteins))
+            )
+            width = next(
+                bucket for bucket in buckets if bucket >= objective.room(pieces.lengths[0])
+            )
+            rows = fill_rows(corpus, pieces, (batch_size, width), domain.vocab.filler)
+            draws = np.zeros((2 * objective.corrupts, batch_size, width))
+            for row, protein in enumerate(proteins.tolist() if objective.corrupts else ()):
+                size = lengths[protein]
+                generator = np.random.default_rng([seed, _EVAL_MASKS, protein])
+                draws[:, row, :size] = generator.random((2, size))
+            batch = objective.batch(rows, domain.vocab, draws)
+            if not score_eos:
+                batch["weights"] *= domain.vocab.are_ordinary(batch["targets"])
+            yield batch
+
+    return batches()
 
 
 def eval_order(corpus: Corpus, length: int) -> np.ndarray:
     """Which protein each row of `eval_batches` holds, int64 ``[N]``; rows beyond are padding."""
     return np.argsort(-np.minimum(corpus.lengths, length), kind="stable")
-
-
-def _eval_batches(
-    corpus: Corpus,
-    domain: DiscreteDomain,
-    length: int,
-    batch_size: int,
-    objective: Objective,
-    seed: int,
-    score_eos: bool,
-) -> Iterator[Batch]:
-    lengths = np.minimum(corpus.lengths, length)
-    order = eval_order(corpus, length)
-    widest = int(objective.room(length))
-    buckets = [-(-widest // 4), -(-widest // 2), widest]
-    for first in range(0, len(order), batch_size):
-        proteins = order[first : first + batch_size]
-        pieces = Pieces(
-            proteins, np.zeros_like(proteins), lengths[proteins], np.arange(len(proteins))
-        )
-        width = next(bucket for bucket in buckets if bucket >= objective.room(pieces.lengths[0]))
-        rows = fill_rows(corpus, pieces, (batch_size, width), domain.vocab.filler)
-        draws = np.zeros((2 * objective.corrupts, batch_size, width))
-        for row, protein in enumerate(proteins.tolist() if objective.corrupts else ()):
-            size = lengths[protein]
-            generator = np.random.default_rng([seed, _EVAL_MASKS, protein])
-            draws[:, row, :size] = generator.random((2, size))
-        batch = objective.batch(rows, domain.vocab, draws)
-        if not score_eos:
-            batch["weights"] *= domain.vocab.are_ordinary(batch["targets"])
-        yield batch
 
 
 def row_draws(seed: list[int] | None, shape: tuple[int, int], begin: int, end: int) -> np.ndarray:
