@@ -1,35 +1,48 @@
-"""One function for kernels, another for everything else, chosen when a program is made.
+"""One function of arrays, computed in a form of its own on each platform.
 
 JAX knows what a program is for only when it lowers it: a function may be traced on a CPU, and then
-be compiled for the devices of a topology or exported. :func:`either` therefore puts one operation
-into the program. Lowered for a TPU it becomes the kernels, which are not traced before; lowered for
-anything else it becomes the other function, and nothing of the kernels remains.
+be compiled for the devices of a topology or exported. :func:`by_platform` therefore puts one
+operation into the program. It is traced once, in its default form, which is inlined where it is
+lowered. Lowered for a platform that has a form of its own it becomes that form, which is not traced
+before, and nothing of the default remains.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
+from jax.interpreters import partial_eval as pe
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+"""Platforms that may have forms of their own, as JAX names them where it lowers."""
+
+KERNELS = " kernels"
+"""After the name of a platform: its form in programs for one device."""
 
 _either = core.Primitive("linear_attention")
 _either.multiple_results = True
 
 
-def either(default: Callable[..., Any], tpu: Callable[..., Any], *operands: Any) -> Any:
-    """Returns ``tpu(*operands)`` in programs for one TPU, ``default(*operands)`` in all others.
+def by_platform(
+    default: Callable[..., Any], forms: Mapping[str, Callable[..., Any]], *operands: Any
+) -> Any:
+    """Returns ``default(*operands)``, in the form of the platform that the program is made for.
 
-    A program that XLA partitions over several devices takes ``default``: XLA cannot partition a
-    kernel. Derivatives, of any order, are those of ``default``.
+    Derivatives, of any order, are those of ``default``.
 
     Args:
       default: from trees of arrays to a tree of arrays.
-      tpu: the same, with results of the same shapes and types.
+      forms: the same for some of :data:`PLATFORMS`, with results of the same shapes and types.
+        Those under ``"tpu" + KERNELS`` hold kernels, which XLA cannot partition: programs for
+        several devices take the form under ``"tpu"``, or the default.
       *operands: trees of arrays.
     """
+    if not forms:
+        return default(*operands)
     leaves, tree = jax.tree.flatten(operands)
 
     def flat(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -38,47 +51,99 @@ def either(default: Callable[..., Any], tpu: Callable[..., Any], *operands: Any)
     jaxpr, shapes = jax.make_jaxpr(
         lambda *leaves: default(*jax.tree.unflatten(tree, leaves)), return_shape=True
     )(*leaves)
-    results = _either.bind(*leaves, jaxpr=jaxpr, tpu=flat(tpu))
+    flat_forms = tuple((name, flat(form)) for name, form in sorted(forms.items()))
+    results = _either.bind(*leaves, jaxpr=jaxpr, forms=flat_forms)
     return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
 
-def _evaluate(*leaves: Any, jaxpr: Any, tpu: Any) -> Any:
+def _evaluate(*leaves: Any, jaxpr: Any, forms: Any) -> Any:
     """Runs the operation outside jit, where it has to be compiled like any other."""
-    return jax.jit(lambda *leaves: _either.bind(*leaves, jaxpr=jaxpr, tpu=tpu))(*leaves)
+    if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
+        return core.jaxpr_as_fun(jaxpr)(*leaves)
+    return jax.jit(lambda *leaves: _either.bind(*leaves, jaxpr=jaxpr, forms=forms))(*leaves)
 
 
-def _avals(*leaves: Any, jaxpr: Any, tpu: Any) -> Any:
-    del leaves, tpu
+def _avals(*leaves: Any, jaxpr: Any, forms: Any) -> Any:
+    del leaves, forms
     return jaxpr.out_avals
 
 
-def _differentiate(primals: Any, tangents: Any, *, jaxpr: Any, tpu: Any) -> Any:
-    del tpu
+def _differentiate(primals: Any, tangents: Any, *, jaxpr: Any, forms: Any) -> Any:
+    del forms
     tangents = tuple(ad.instantiate_zeros(x) for x in tangents)
     return jax.jvp(core.jaxpr_as_fun(jaxpr), tuple(primals), tangents)
 
 
-def _batch(leaves: Any, axes: Any, *, jaxpr: Any, tpu: Any) -> Any:
-    default, kernels = (jax.vmap(f, in_axes=tuple(axes)) for f in (core.jaxpr_as_fun(jaxpr), tpu))
-    results = either(default, kernels, *leaves)
+def _batch(leaves: Any, axes: Any, *, jaxpr: Any, forms: Any) -> Any:
+    def mapped(function: Callable[..., Any]) -> Callable[..., Any]:
+        return jax.vmap(function, in_axes=tuple(axes))
+
+    default = mapped(core.jaxpr_as_fun(jaxpr))
+    results = by_platform(default, {name: mapped(form) for name, form in forms}, *leaves)
     return results, [0] * len(results)
 
 
-def _lower(context: Any, *leaves: Any, jaxpr: Any, tpu: Any) -> Any:
-    del tpu
-    return mlir.lower_fun(core.jaxpr_as_fun(jaxpr), multiple_results=True)(context, *leaves)
+def _drop_unused(used: Any, *rest: Any) -> Any:
+    """Drops results that nobody reads, as JAX does in all that it traces."""
+    equation = rest[-1]  # Later versions of JAX pass more between the two.
+    if not any(used):
+        return [False] * len(equation.invars), None
+    inputs_used = [True] * len(equation.invars)  # Another form may read what the default does not.
+    if all(used):
+        return inputs_used, equation
+
+    def fewer(form: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *leaves: [x for x, kept in zip(form(*leaves), used, strict=True) if kept]
+
+    closed, forms = equation.params["jaxpr"], equation.params["forms"]
+    jaxpr, _ = pe.dce_jaxpr(closed.jaxpr, used, instantiate=True)
+    params = {
+        "jaxpr": core.ClosedJaxpr(jaxpr, closed.consts),
+        "forms": tuple((name, fewer(form)) for name, form in forms),
+    }
+    outputs = [x for x, kept in zip(equation.outvars, used, strict=True) if kept]
+    return inputs_used, equation.replace(outvars=outputs, params=params)
 
 
-def _lower_for_tpu(context: Any, *leaves: Any, jaxpr: Any, tpu: Any) -> Any:
-    devices = getattr(context.module_context.axis_context, "num_devices", None)
-    if devices != 1:
-        return _lower(context, *leaves, jaxpr=jaxpr, tpu=tpu)
-    return mlir.lower_fun(tpu, multiple_results=True)(context, *leaves)
+def _lower_default(context: Any, *leaves: Any, jaxpr: Any, forms: Any) -> Any:
+    """Inlines the form that is traced already; ``mlir.lower_fun`` would trace it again."""
+    del forms
+    module = context.module_context
+    if context.platforms is not None:  # Of one program for several platforms.
+        module = module.replace(platforms=context.platforms)
+    results, tokens = mlir.jaxpr_subcomp(
+        module,
+        jaxpr.jaxpr,
+        context.name_stack,
+        context.tokens_in,
+        [mlir.ir_constant(x) for x in jaxpr.consts],
+        *leaves,
+        dim_var_values=context.dim_var_values,
+        const_lowering=context.const_lowering,
+        outer_traceback=context.traceback,
+    )
+    context.set_tokens_out(tokens)
+    return results
+
+
+def _lower_for(platform: str) -> Callable[..., Any]:
+    def lower(context: Any, *leaves: Any, jaxpr: Any, forms: Any) -> Any:
+        named = dict(forms)
+        form = named.get(platform)
+        if getattr(context.module_context.axis_context, "num_devices", None) == 1:
+            form = named.get(platform + KERNELS, form)
+        if form is None:
+            return _lower_default(context, *leaves, jaxpr=jaxpr, forms=forms)
+        return mlir.lower_fun(form, multiple_results=True)(context, *leaves)
+
+    return lower
 
 
 _either.def_impl(_evaluate)
 _either.def_abstract_eval(_avals)
 ad.primitive_jvps[_either] = _differentiate
 batching.primitive_batchers[_either] = _batch
-mlir.register_lowering(_either, _lower)
-mlir.register_lowering(_either, _lower_for_tpu, platform="tpu")
+pe.dce_rules[_either] = _drop_unused
+mlir.register_lowering(_either, _lower_default)
+for _platform in PLATFORMS:
+    mlir.register_lowering(_either, _lower_for(_platform), platform=_platform)

@@ -8,8 +8,10 @@ from typing import Any
 
 import jax
 
+from fast_attention.linear import best
 from fast_attention.linear.chunked.chunk_choice import origin, planned_chunk, planned_row
 from fast_attention.linear.pallas_tpu import api as pallas_tpu
+from fast_attention.linear.parallel_chunks.block_sizes import block_sizes
 from fast_attention.linear.types import Inputs, Plan
 
 _calls: contextvars.ContextVar[list[tuple[Plan, Inputs]] | None] = contextvars.ContextVar(
@@ -60,24 +62,34 @@ def _called(plan: Plan, inputs: Inputs) -> str:
 
 
 def _served(plan: Plan, inputs: Inputs, platform: str) -> str:
-    if plan.implementation not in (None, "by_platform", "chunked"):
-        return f"{plan.implementation}, as asked for"
-    chunk = planned_chunk(plan, inputs)
-    row = planned_row(plan, inputs)
-    asked = "as asked for" if plan.chunk_size else f"from the table: {origin(row)}"
-    chunks = f"chunks of {chunk.chunk_size} on XLA ({asked})"
+    if plan.implementation is None:
+        return f"{_chunks(plan, inputs)}; implementation='by_platform' takes the platform's best"
     if plan.implementation == "chunked":
-        return f"chunked, as asked for: {chunks}"
+        return f"chunked, as asked for: {_chunks(plan, inputs)}"
+    if plan.implementation != "by_platform":
+        return f"{plan.implementation}, as asked for"
+    if best.has_symbolic_sizes(inputs):
+        return f"{_chunks(plan, inputs)}, because sizes are known only when the program runs"
+    there = best.plan_on(plan, platform)
+    if platform == "gpu" and best.in_parallel(plan, inputs):
+        sizes = block_sizes(there, inputs)
+        return f"chunks of {sizes.chunk} on XLA, those of {sizes.block} positions in parallel"
+    chunks = _chunks(there, inputs)
     if plan.axis_name is not None:
         return f"{chunks}, because the sequence is sharded along {plan.axis_name}"
     if platform != "tpu":
         return chunks
     reason = pallas_tpu.why_not(plan, inputs)
-    if plan.implementation is None and reason is None:
-        return f"{chunks}; implementation='by_platform' takes the TPU kernels"
     if reason is not None:
         return f"{chunks}, because: {reason}"
     return (
         f"TPU kernels, {pallas_tpu.describe(plan, inputs)}; {chunks} where XLA partitions the "
         "program over devices"
     )
+
+
+def _chunks(plan: Plan, inputs: Inputs) -> str:
+    chunk = planned_chunk(plan, inputs).chunk_size
+    row = planned_row(plan, inputs)
+    asked = "as asked for" if plan.chunk_size else f"from the table: {origin(row)}"
+    return f"chunks of {chunk} on XLA ({asked})"

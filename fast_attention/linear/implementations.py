@@ -29,8 +29,9 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 }
 """Implementations by name. One raises NotImplementedError for calls it cannot serve.
 
-``"by_platform"`` is the kernels of ``"pallas_tpu"`` in programs for one TPU, and ``"chunked"`` in
-all others and for calls that the kernels do not serve.
+``"by_platform"`` is the kernels of ``"pallas_tpu"`` in programs for one TPU and for
+calls that they serve, ``"parallel_chunks"`` in programs for GPUs where attention is causal, and
+``"chunked"`` in all others.
 
 ``"reference"`` is the forward pass of ``"chunked"`` without a gradient of its own: JAX
 differentiates it in both modes, ``jax.jvp`` and ``jax.linearize`` included, in memory linear in the

@@ -36,14 +36,15 @@ class Plan:
         :mod:`fast_attention.linear.chunked.chunk_table`.
       unroll: chunks unrolled in the compiled loop; None for the same.
       device_kind: the kind of device whose row that is, such as "TPU v5e" or "NVIDIA H100", or a
-        platform such as "tpu"; None for the devices of this process. Name it for programs that are
-        compiled for other devices.
+        platform such as "tpu"; None for the devices of this process, or the platform of a program
+        that is compiled for other ones.
       saved_states: what the backward pass of causal attention finds when it starts: "all" states
         between chunks (``T K V M / C`` numbers), or a "few", about the square root of that many
         chunks, from which it computes the others again, group by group; None for "all" of short
         sequences and a "few" of long ones.
       implementation: a name of :data:`fast_attention.linear.IMPLEMENTATIONS`, several to try in
-        order, or None for the best of the platform.
+        order, such as "by_platform", the best on the platform for which the program is compiled;
+        None for "chunked".
       precision: of products of features and values. By default those of bfloat16 inputs round
         their operands to bfloat16 and add in float32; "highest" computes them in float32, as
         exponents always are.

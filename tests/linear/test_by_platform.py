@@ -1,5 +1,6 @@
 """What serves a call is chosen for the platform that a program is made for."""
 
+import collections
 import re
 
 import jax
@@ -8,7 +9,11 @@ import numpy as np
 import pytest
 
 import fast_attention
-from fast_attention.linear.by_platform import either
+from fast_attention.linear import Plan, best
+from fast_attention.linear.by_platform import by_platform
+from fast_attention.linear.chunked.chunk_table import CHUNKS
+from fast_attention.linear.prepare import prepare
+from tests.linear import cases
 
 LIKE = jax.ShapeDtypeStruct((1, 40, 2, 16), jnp.float32)
 
@@ -17,9 +22,8 @@ def attention(**options):
     return fast_attention.make_fast_softmax_attention(
         16,
         nb_features=32,
-        unidirectional=True,
         redraw_features=False,
-        **{"implementation": "by_platform"} | options,
+        **{"unidirectional": True, "implementation": "by_platform"} | options,
     )
 
 
@@ -32,16 +36,92 @@ def lowered(function, platform):
     return jax.jit(both).trace(LIKE, LIKE, LIKE).lower(lowering_platforms=(platform,)).as_text()
 
 
+def operations(text):
+    """Counts of products and loops: helpers such as ``jnp.where`` are shared now and then."""
+    return collections.Counter(re.findall(r"stablehlo\.dot_general|stablehlo\.while", text))
+
+
 def test_a_program_holds_the_path_of_its_platform_alone():
     function = attention()
     tpu, cpu = lowered(function, "tpu"), lowered(function, "cpu")
     assert "tpu_custom_call" in tpu and "stablehlo.while" not in tpu
-    assert "tpu_custom_call" not in cpu and "stablehlo.while" in cpu
+    assert operations(cpu) == operations(lowered(attention(implementation="chunked"), "cpu"))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_gpu_takes_parallel_chunks_for_causal_attention(causal):
+    def forward(name):
+        function = attention(unidirectional=causal, implementation=name, device_kind="NVIDIA H100")
+        traced = jax.jit(function).trace(LIKE, LIKE, LIKE)
+        return operations(traced.lower(lowering_platforms=("cuda",)).as_text())
+
+    assert forward("by_platform") == forward("parallel_chunks" if causal else "chunked")
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_devices_of_the_process_do_not_choose(causal, monkeypatch):
+    """A program for a CPU is the same where it is made on the host of a GPU."""
+    plan = Plan(cases.MAPS["positive"], causal=causal, complete=True)
+    plan, inputs = prepare(plan, *cases.qkv(), parameters=cases.parameters_of("positive"))
+    loss = lambda inputs: cases.weighted_sum(best.attend(plan, inputs))  # noqa: E731
+    expected = cases.compiled(jax.grad(loss))(inputs)
+    monkeypatch.setattr(best, "device_of_process", lambda: "NVIDIA H100 80GB HBM3")
+    differentiated = cases.compiled(jax.grad(lambda inputs: loss(inputs)))
+    assert "while" in differentiated.trace(inputs).lower(lowering_platforms=("cuda",)).as_text()
+    jax.tree.map(np.testing.assert_array_equal, differentiated(inputs), expected)
 
 
 def test_what_the_kernels_do_not_serve_is_computed_in_chunks():
     text = lowered(attention(renormalize_attention=False), "tpu")
     assert "tpu_custom_call" not in text and "stablehlo.while" in text
+
+
+def test_one_program_for_two_platforms_holds_both_paths():
+    exported = jax.export.export(jax.jit(attention()), platforms=("cpu", "tpu"))(LIKE, LIKE, LIKE)
+    text = exported.mlir_module()
+    assert "tpu_custom_call" in text and "stablehlo.while" in text
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("name", ["cuda", "tpu"])
+def test_forms_without_kernels_agree_with_chunks_of_a_cpu(name, causal, monkeypatch):
+    """Values, states and gradients, with masks and biases, and with segments if causal."""
+    for device, chunk in (("cpu", 4), ("gpu", 8), ("TPU v9", 16)):
+        monkeypatch.setitem(CHUNKS, (device, causal, 64, 64), (chunk, 1, "guess"))
+    plan = Plan(cases.MAPS["positive"], causal=causal, complete=True, device_kind="TPU v9")
+    q, k, v = cases.qkv()
+    ids = jnp.array([[0] * 5 + [1] * 8, [0] * 13]) if causal else None
+    plan, inputs = prepare(
+        plan,
+        q,
+        k,
+        v,
+        parameters=cases.parameters_of("positive"),
+        key_mask=jnp.asarray(np.arange(13) != 4)[None],
+        key_bias=jnp.asarray(cases.draw(3, 2, 13), jnp.float32),
+        segment_ids=ids,
+        initial_state=None,
+    )
+
+    def run(inputs):
+        def loss(smooth):
+            inexact = smooth._replace(key_mask=inputs.key_mask, segment_ids=ids)
+            result = best.attend(plan, inexact)
+            return cases.weighted_sum(result), result
+
+        smooth = inputs._replace(key_mask=None, segment_ids=None)
+        return cases.compiled(jax.grad(loss, has_aux=True))(smooth)
+
+    expected = run(inputs)
+    taken = []
+
+    def form(default, forms, *operands):
+        taken.append(name)
+        return forms[name](*operands)
+
+    monkeypatch.setattr(best, "by_platform", form)
+    cases.assert_close(run(inputs), expected, 1e-5)
+    assert taken == [name] * 2
 
 
 @pytest.mark.devices
@@ -55,12 +135,12 @@ def test_a_partitioned_program_is_computed_in_chunks():
     assert "tpu_custom_call" not in traced.lower(lowering_platforms=("tpu",)).as_text()
 
 
-def test_either_is_its_default_under_every_transformation():
+def test_an_operation_is_its_default_under_every_transformation():
     def default(x, y):
         return {"sum": jnp.sin(x) + y, "product": x * y}
 
     def call(x, y):
-        return either(default, lambda x, y: 1 / 0, x, y)
+        return by_platform(default, {"tpu": lambda x, y: 1 / 0}, x, y)
 
     x, y = jnp.arange(3.0), jnp.ones((4, 3))
     for transform in (
@@ -78,8 +158,15 @@ def test_either_is_its_default_under_every_transformation():
         ("tpu", {}, "TPU kernels, chunks of 128 in blocks of 128"),
         ("tpu", {"renormalize_attention": False}, "because: .*output='sum'"),
         ("tpu", {"implementation": "chunked"}, "chunked, as asked for"),
-        ("tpu", {"implementation": None}, "; implementation='by_platform' takes the TPU kernels"),
+        (
+            "tpu",
+            {"implementation": None},
+            "; implementation='by_platform' takes the platform's best",
+        ),
+        ("gpu", {}, "chunks of 40 on XLA, those of 40 positions in parallel"),
+        ("gpu", {"saved_states": "all"}, "chunks of 256 on XLA .from the table: guess for gpu."),
         ("cpu", {"chunk_size": 8}, "chunks of 8 on XLA .as asked for."),
+        ("cpu", {"device_kind": "TPU v5e"}, "chunks of 64 on XLA .* measured for cpu"),
     ],
 )
 def test_explain(platform, options, words):

@@ -27,6 +27,11 @@ from fast_attention.linear.state import LinearAttentionState
 from fast_attention.linear.symbolic import is_symbolic
 from fast_attention.linear.types import Inputs, Parts, Plan
 
+ARRAYS = frozenset(
+    ("query", "key", "value", "parameters", "key_mask", "key_bias", "segment_ids", "state")
+)
+"""Fields of :class:`Inputs` that are served."""
+
 
 def attend(plan: Plan, inputs: Inputs) -> tuple[Array | Parts, LinearAttentionState]:
     """Computes linear attention and the state after the last key.
@@ -39,32 +44,46 @@ def attend(plan: Plan, inputs: Inputs) -> tuple[Array | Parts, LinearAttentionSt
       As :func:`fast_attention.linear.chunked.api.attend`.
 
     Raises:
-      NotImplementedError: for lengths not known when compiling, and for ``saved_states="all"``.
+      NotImplementedError: for a call that :func:`why_not` names a reason for.
     """
-    shape = (*inputs.query.shape, inputs.key.shape[1])
-    if any(map(is_symbolic, shape)):
-        raise NotImplementedError(f"Parallel chunks need known sizes, got {shape}.")
-    if plan.saved_states == "all":
-        raise NotImplementedError(
-            "Parallel chunks keep one state for several chunks, got saved_states='all'."
-        )
+    reason = why_not(plan, inputs)
+    if reason is not None:
+        raise NotImplementedError(reason)
     if not plan.causal:
         chunk = plan.chunk_size or positions_at_once(plan, inputs)
         return chunked.attend(dataclasses.replace(plan, chunk_size=chunk), inputs)
     return _attend(plan, inputs)
 
 
+def why_not(plan: Plan, inputs: Inputs) -> str | None:
+    """Returns why parallel chunks do not serve a call, or None if they do."""
+    shape = (*inputs.query.shape, inputs.key.shape[1])
+    if any(map(is_symbolic, shape)):
+        return f"Parallel chunks need known sizes, got {shape}."
+    if plan.saved_states == "all":
+        return "Parallel chunks keep one state for several chunks, got saved_states='all'."
+    given = {name for name, x in inputs._asdict().items() if x is not None}
+    if given - ARRAYS:
+        return f"Parallel chunks do not serve {', '.join(sorted(given - ARRAYS))}."
+    return None
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(plan: Plan, inputs: Inputs) -> tuple[Array | Parts, LinearAttentionState]:
-    return causal.forward(plan, inputs, save=False)[0]
+    return forward(plan, inputs, save=False)[0]
 
 
-def _forward(plan: Plan, inputs: Inputs) -> tuple[Any, Any]:
-    return causal.forward(plan, inputs, save=True)
+def forward(plan: Plan, inputs: Inputs, *, save: bool) -> tuple[Any, Any]:
+    """Returns output and state of causal attention, and what :func:`backward` needs if ``save``."""
+    return causal.forward(plan, inputs, save=save)
 
 
-def _backward(plan: Plan, residuals: Any, cotangents: Any) -> tuple[Inputs]:
-    return (causal.backward(plan, residuals, cotangents),)
+def backward(plan: Plan, residuals: Any, cotangents: Any) -> Inputs:
+    """Returns the gradient of every float array in the inputs, of causal attention."""
+    return causal.backward(plan, residuals, cotangents)
 
 
-_attend.defvjp(_forward, _backward)
+_attend.defvjp(
+    lambda plan, inputs: forward(plan, inputs, save=True),
+    lambda plan, residuals, cotangents: (backward(plan, residuals, cotangents),),
+)
