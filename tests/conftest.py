@@ -30,10 +30,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """Garbage is looked for in what tests make, not among the million objects of the imports.
-
-    `jax.checking_leaks` looks for it at every trace.
-    """
+    """Garbage is looked for in what tests make, not among the million objects of the imports."""
     gc.collect()
     gc.freeze()
 

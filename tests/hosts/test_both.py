@@ -21,6 +21,7 @@ from tests.hosts.adapters import (
     mechanisms,
     pair,
 )
+from tests.leaks import checking_leaks
 
 pytestmark = pytest.mark.parametrize("host", HOSTS, ids=lambda host: host.name)
 
@@ -220,7 +221,7 @@ def test_no_tracer_leaks(host):
     def loss(parameters, x, key):
         return jnp.sum(apply(parameters, x, mask=mask, dropout_key=key) ** 2)
 
-    with jax.checking_leaks():
+    with checking_leaks():
         gradient = jax.jit(jax.grad(loss))(parameters, inputs(), jax.random.key(0))
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))
     # The function is as good as new after it was traced.

@@ -9,6 +9,7 @@ import pytest
 
 from fast_attention.feature_maps import PositiveFeatures
 from fast_attention.linear import Plan, empty_state, linear_attention, prefill, step
+from tests.leaks import checking_leaks
 from tests.linear import cases
 
 T = 12  # Whole chunks: one loop body to compile.
@@ -226,7 +227,7 @@ def test_under_every_transformation(implementation):
 
         return jnp.sum(jax.lax.scan(layer, q, None, length=2)[0] ** 2)
 
-    with jax.checking_leaks():
+    with checking_leaks():
         value, grads = cases.compiled(
             jax.value_and_grad(
                 lambda *x: layers(*x, jax.checkpoint(jax.vmap(attend))), argnums=(0, 1, 2)

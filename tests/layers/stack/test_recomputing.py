@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fast_attention.layers.stack.recomputing import recomputed
+from tests.leaks import checking_leaks
 
 N, M, WIDE = 64, 8, 128
 
@@ -49,7 +50,7 @@ def inputs():
 
 
 def test_values_and_gradients_are_those_of_what_is_kept():
-    with jax.checking_leaks():
+    with checking_leaks():
         found = jax.jit(loss(recomputed))(*inputs())
     expected = jax.jit(loss(kept))(*inputs())
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), found, expected)

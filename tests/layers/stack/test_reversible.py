@@ -9,6 +9,7 @@ import pytest
 
 from fast_attention.layers import residual, reversible_residual
 from tests.layers.definitions import compiled, draw
+from tests.leaks import checking_leaks
 
 WIDTH, HIDDEN = 4, 6
 SHAPE = (2, 3, WIDTH)
@@ -130,7 +131,7 @@ def test_holds_under_remat_vmap_and_leak_checks():
         d_own, d_x = jax.vmap(single, (None, 0))(parameters, x)
         return d_own[1], d_own[0]["up"], d_x
 
-    with jax.checking_leaks():
+    with checking_leaks():
         found = compiled(lambda: mapped(reversible_residual))()
     assert differences(found, compiled(lambda: mapped(residual))()) < 1e-4
 

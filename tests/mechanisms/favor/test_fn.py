@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from fast_attention import make_fast_generalized_attention, make_fast_softmax_attention
+from tests.leaks import checking_leaks
 from tests.linear import cases
 from tests.mechanisms.test_table import all_equations
 
@@ -214,7 +215,7 @@ def test_a_function_holds_no_state():
     attention = softmax(implementation="chunked")
     with pytest.raises(AttributeError):
         attention.seed = 3
-    with jax.checking_leaks():
+    with checking_leaks():
         traced = jax.jit(attention)(*QKV)
     np.testing.assert_allclose(traced, attention(*QKV), rtol=1e-5, atol=1e-6)
     hash(attention)

@@ -12,6 +12,7 @@ from fast_attention.mechanisms.local.blocks import Tiling, tiled_attention
 from fast_attention.mechanisms.local.op import local_attention
 from fast_attention.mechanisms.local.tile import Choices, Sight
 from fast_attention.mechanisms.local.window import LocalWindow
+from tests.leaks import checking_leaks
 
 LENGTH = 13
 
@@ -285,7 +286,7 @@ class TestDropout:
 def test_leaks_no_tracer_under_jit_grad_vmap_and_remat():
     arrays = inputs(2)
     attend = functools.partial(local, window_size=4, causal=True)
-    with jax.checking_leaks():
+    with checking_leaks():
         batched = jax.jit(jax.vmap(jax.checkpoint(attend)))
         close(batched(*arrays), attend(*arrays))
         jax.jit(functools.partial(values_and_gradients, attend))(*arrays)

@@ -18,6 +18,7 @@ from fast_attention.mechanisms.softmax.blocks import (
     run_bounds,
 )
 from fast_attention.softmax_attention import make_softmax_attention
+from tests.leaks import checking_leaks
 
 # Several rows at a time, several blocks within several causal stages.
 SMALL = Tiling(rows=400, block=300, smallest=4)
@@ -337,7 +338,7 @@ def test_takes_the_place_of_dot_product_attention_in_flax(host):
 def test_leaks_no_tracer_under_jit_grad_vmap_and_remat():
     arrays = inputs(2, length=9)
     attention = make_softmax_attention(True)
-    with jax.checking_leaks():
+    with checking_leaks():
         batched = jax.jit(jax.vmap(jax.checkpoint(attention)))
         close(batched(*arrays), attention(*arrays))
         jax.jit(functools.partial(gradients, attention))(*arrays)

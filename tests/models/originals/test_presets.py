@@ -25,6 +25,7 @@ from fast_attention.models import (
 from fast_attention.models.originals import linear_attention_transformer as lat
 from fast_attention.models.originals import performer, reformer
 from tests.layers.definitions import draw
+from tests.leaks import checking_leaks
 from tests.models.cases import LM, MODELS, SMALL, Case, M, V, build, tokens
 
 # Windows, buckets and strides are counted from the first place of a row: padding before a
@@ -471,6 +472,6 @@ def test_stacks_leak_nothing_under_jit_grad_vmap_scan_and_remat(preset):
     def loss(state, x):
         return jnp.sum(jnp.sin(jax.vmap(run, (None, 0))(state, x)))
 
-    with jax.checking_leaks():
+    with checking_leaks():
         gradient = jax.eval_shape(jax.jit(jax.grad(loss, 1)), state, draw(2, 1, 6, M))
     assert gradient.shape == (2, 1, 6, M)

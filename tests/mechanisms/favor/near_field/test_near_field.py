@@ -11,6 +11,7 @@ from fast_attention import make_fast_generalized_attention, make_fast_softmax_at
 from fast_attention.feature_maps import PositiveFeatures, TrigonometricFeatures
 from fast_attention.mechanisms.favor.near_field import near_field_attention
 from fast_attention.softmax_attention import make_softmax_attention
+from tests.leaks import checking_leaks
 from tests.linear import cases
 from tests.mechanisms.favor.near_field.definition import near_field
 
@@ -239,7 +240,7 @@ def test_squared_norms_of_200(causal):
 
 def test_under_every_transformation():
     q, k, v = cases.qkv(length=4)
-    with jax.checking_leaks():
+    with checking_leaks():
         cases.compiled(jax.vmap(attend(2, True)))(q, k, v)
 
     def gradient(function):
