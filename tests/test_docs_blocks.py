@@ -108,8 +108,10 @@ def test_python_of_a_page_runs(page, copied):
     if page.name == "multi-device.md":
         pytest.skip("needs eight devices")
     namespace = given()
-    for _, block in blocks(page, "python"):
-        exec(compile(block, str(page), "exec"), namespace)
+    # As users have it.
+    with jax.numpy_rank_promotion("allow"):
+        for _, block in blocks(page, "python"):
+            exec(compile(block, str(page), "exec"), namespace)
 
 
 @pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
