@@ -17,7 +17,7 @@ from fast_attention.arrays.types import Array, Bool, Float, Int
 from fast_attention.feature_maps.base import Parameters
 from fast_attention.linear.checks import spread_segments
 from fast_attention.linear.explain import note_call
-from fast_attention.linear.implementations import run
+from fast_attention.linear.implementations import check_decays, run
 from fast_attention.linear.prepare import fill_empty, prepare
 from fast_attention.linear.sharded.shard import attend_along_axis
 from fast_attention.linear.state import LinearAttentionState
@@ -37,6 +37,7 @@ def linear_attention(
     key_bias: Array | None = ...,
     segment_ids: Array | None = ...,
     initial_state: LinearAttentionState | None = ...,
+    log_decay: Array | None = ...,
     return_state: Literal[False] = ...,
     **options: Any,
 ) -> Array: ...
@@ -54,6 +55,7 @@ def linear_attention(
     key_bias: Array | None = ...,
     segment_ids: Array | None = ...,
     initial_state: LinearAttentionState | None = ...,
+    log_decay: Array | None = ...,
     return_state: Literal[True],
     **options: Any,
 ) -> tuple[Array, LinearAttentionState]: ...
@@ -71,6 +73,7 @@ def linear_attention(
     key_bias: Float[Array, "*#B S"] | Float[Array, "*#B S #K"] | None = None,
     segment_ids: Int[Array, "*#B T"] | None = None,
     initial_state: LinearAttentionState | None = None,
+    log_decay: Float[Array, "*B T K"] | Float[Array, K] | None = None,
     return_state: bool = False,
     **options: Any,
 ) -> Any:
@@ -109,6 +112,10 @@ def linear_attention(
         A new run starts from an empty state.
       initial_state: keys seen before the first one, the same on all devices; with segments it
         belongs to the first run.
+      log_decay: ``[*B, T, K]``, or ``[K]`` for all tokens, at most 0, causal attention only: the
+        state before a token, numerator and sum of weights alike, is multiplied by
+        ``exp(log_decay)``, so that key s counts ``exp(log_decay_{s+1} + ... + log_decay_t)`` for
+        query t. A masked token does not decay. -1e4 and less forgets everything before.
       return_state: also return the state after the last key (of the last run). With
         ``initial_state`` it cuts a sequence in two: both are differentiable.
       **options: fields of :class:`~fast_attention.Plan`, such as ``feature_map=..., causal=True``.
@@ -121,7 +128,8 @@ def linear_attention(
 
     Raises:
       ValueError: for shapes or options that do not fit together.
-      NotImplementedError: if the one implementation asked for cannot serve the call.
+      NotImplementedError: if the one implementation asked for cannot serve the call, or with
+        ``log_decay`` where sequences lie along a mesh axis.
       TypeError: in forward mode (``jax.jvp``, ``jax.linearize``) of an implementation with a
         gradient of its own; ``implementation="reference"`` has forward mode. ``jax.hessian`` works
         with every implementation on XLA.
@@ -142,7 +150,10 @@ def linear_attention(
         key_bias=key_bias,
         segment_ids=segment_ids,
         initial_state=initial_state,
+        log_decay=log_decay,
     )
+    if log_decay is not None:
+        check_decays(plan)
     note_call(plan, inputs)
     batch_shape = query.shape[:-3]
     batch, length = inputs.query.shape[:2]

@@ -20,7 +20,8 @@ from fast_attention.feature_maps.base import Parameters
 from fast_attention.linear.api import linear_attention
 from fast_attention.linear.chunked.chunk_state import absorb_keys, next_state, read_state
 from fast_attention.linear.chunked.reductions import row_sum
-from fast_attention.linear.state import LinearAttentionState, key_features
+from fast_attention.linear.decay import spread_decay
+from fast_attention.linear.state import LinearAttentionState, decayed, key_features
 from fast_attention.linear.types import Parts, Plan, finish
 from fast_attention.linear.wrapped_maps import match_scales
 
@@ -34,6 +35,7 @@ def prefill(
     *,
     parameters: Parameters,
     key_mask: Bool[Array, "*B T"] | None = None,
+    log_decay: Float[Array, "*B T K"] | Float[Array, K] | None = None,
     **options: Any,
 ) -> tuple[Float[Array, "*B T H V"], LinearAttentionState]:
     """Reads T tokens causally after those already in ``state``.
@@ -47,6 +49,7 @@ def prefill(
         `options`.
       parameters: of the feature map.
       key_mask: ``[*B, T]``; False is padding on either side of a shorter prompt.
+      log_decay: ``[*B, T, K]`` or ``[K]``, see :func:`~fast_attention.linear_attention`.
       **options: fields of :class:`~fast_attention.Plan`, such as ``feature_map=...``.
 
     Returns:
@@ -61,6 +64,7 @@ def prefill(
         parameters=parameters,
         key_mask=key_mask,
         initial_state=state,
+        log_decay=log_decay,
         return_state=True,
     )
 
@@ -73,6 +77,7 @@ def step(
     plan: Plan | None = None,
     *,
     parameters: Parameters,
+    log_decay: Float[Array, "*B K"] | Float[Array, K] | None = None,
     **options: Any,
 ) -> tuple[Float[Array, "*B H V"], LinearAttentionState]:
     """Adds one token to the state and reads it: time and memory independent of the past.
@@ -85,12 +90,15 @@ def step(
       plan: its feature map, output, epsilon and precision are read; None takes them from
         `options`.
       parameters: of the feature map.
+      log_decay: ``[*B, K]`` or ``[K]``: the state is multiplied by its exponential first.
       **options: fields of :class:`~fast_attention.Plan`, such as ``feature_map=...``.
 
     Returns:
       Output ``[*B, H, V]`` in the promoted type of the inputs, and the new state.
     """
     plan = bundle_of(Plan, "plan", plan, options)
+    if log_decay is not None:
+        state = decayed(state, spread_decay(log_decay, key.shape[:-1], f"key {key.shape}"))
     parts, new = step_parts(state, query, key, value, plan, parameters=parameters)
     out = finish(parts, plan.output, plan.epsilon)
     return out.astype(jnp.result_type(query, key, value)), new

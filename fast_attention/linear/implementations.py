@@ -41,6 +41,9 @@ length. ``"quadratic"`` writes out every weight, to check the others on short se
 ``"pallas_tpu"`` on any platform, slowly, to check them.
 """
 
+DECAYING = ("by_platform", "chunked", "reference")
+"""Those that serve calls with ``log_decay``; ``"by_platform"`` in chunks on XLA."""
+
 DEFAULT_ORDER = ("chunked",)
 
 
@@ -50,6 +53,8 @@ def run(plan: Plan, inputs: Inputs) -> tuple[Any, LinearAttentionState]:
         return attend_within_segments(run, plan, inputs)
     names = implementation_names(plan.implementation)
     errors: list[NotImplementedError] = []
+    if inputs.log_decay is not None:
+        names = tuple(name for name in names if name in DECAYING)
     for name in names:
         try:
             return IMPLEMENTATIONS[name](plan, inputs)
@@ -58,6 +63,21 @@ def run(plan: Plan, inputs: Inputs) -> tuple[Any, LinearAttentionState]:
                 raise
             errors.append(error)
     raise ExceptionGroup(f"No implementation of {names} can serve this call.", errors)
+
+
+def check_decays(plan: Plan) -> None:
+    """Raises NotImplementedError if a plan cannot serve calls with ``log_decay``."""
+    names = implementation_names(plan.implementation)
+    if not set(names) & set(DECAYING):
+        raise NotImplementedError(
+            f"implementation={plan.implementation!r} does not serve log_decay: leave "
+            f"implementation out, or take one of {DECAYING}."
+        )
+    if plan.axis_name is not None:
+        raise NotImplementedError(
+            f"log_decay is not served for sequences along the mesh axis {plan.axis_name!r}: keep "
+            "each sequence on one device, and put the batch or the heads along the mesh."
+        )
 
 
 def implementation_names(implementation: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from fast_attention.linear.checks import (
     promote_floating,
     split_bias,
 )
+from fast_attention.linear.decay import decay_of_tokens
 from fast_attention.linear.state import LinearAttentionState, empty_state
 from fast_attention.linear.types import Inputs, Plan
 from fast_attention.linear.wrapped_maps import match_scales, with_position_scale
@@ -39,6 +40,7 @@ def prepare(
     key_bias: Array | None = None,
     segment_ids: Array | None = None,
     initial_state: LinearAttentionState | None = None,
+    log_decay: Array | None = None,
 ) -> tuple[Plan, Inputs]:
     """Checks what a plan asks for; see :func:`~.api.linear_attention` for the arguments.
 
@@ -83,6 +85,7 @@ def prepare(
         state=jax.tree.map(
             lambda x: x.astype(compute).reshape(batch, *x.shape[len(batch_shape) :]), state
         ),
+        log_decay=decay_of_tokens(log_decay, key, key_mask, causal=plan.causal, dtype=compute),
     )
     return dataclasses.replace(plan, feature_map=feature_map), inputs
 
@@ -109,6 +112,7 @@ def fill_empty(inputs: Inputs) -> Inputs:
         key_mask=filled(mask),
         key_bias=filled(inputs.key_bias),
         segment_ids=filled(inputs.segment_ids),
+        log_decay=filled(inputs.log_decay),
     )
     # Parameters may have an axis of the batch too.
     return (

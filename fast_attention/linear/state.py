@@ -107,11 +107,37 @@ def emptied(state: LinearAttentionState, gone: Array | None = None) -> LinearAtt
     )
 
 
-def merge(left: LinearAttentionState, right: LinearAttentionState) -> LinearAttentionState:
+def decayed(state: LinearAttentionState, log_decay: Float[Array, "*B K"]) -> LinearAttentionState:
+    """Multiplies the sums of a state by ``exp(log_decay)``; a scale alone moves, if it has one."""
+    amount = log_decay[..., None].astype(state.kv.dtype)
+    if state.log_scale is None:
+        factor = jnp.exp(amount)
+        return LinearAttentionState(state.kv * factor[..., None], state.k_sum * factor, None)
+    constant = jax.lax.stop_gradient(amount)
+    # 1, with the derivative of the factor: none flows through scales.
+    factor = jnp.exp(amount - constant)
+    return LinearAttentionState(
+        state.kv * factor[..., None], state.k_sum * factor, state.log_scale + constant
+    )
+
+
+def merge(
+    left: LinearAttentionState,
+    right: LinearAttentionState,
+    log_decay: Float[Array, "*B K"] | None = None,
+) -> LinearAttentionState:
     """Returns the state that has seen the keys of both; associative and commutative.
 
     Both sides are brought to the larger scale and added, as an online softmax does.
+
+    Args:
+      left: the one state.
+      right: the other.
+      log_decay: ``[*B, K]``, the sum of the decays of the tokens that `right` has seen, if `left`
+        comes before it: `left` is multiplied by its exponential. None for no decay.
     """
+    if log_decay is not None:
+        left = decayed(left, log_decay)
     if left.log_scale is None and right.log_scale is None:
         return LinearAttentionState(left.kv + right.kv, left.k_sum + right.k_sum, None)
     left, right = with_scale(left), with_scale(right)

@@ -48,12 +48,14 @@ def pad_symbolic(plan: Plan, inputs: Inputs) -> Inputs:
         # The last position is repeated: segments end where they did.
         return jnp.take(x, jnp.minimum(jnp.arange(length), x.shape[1] - 1), axis=1)
 
-    mask = inputs.key_mask
+    mask, log_decay = inputs.key_mask, padded(inputs.log_decay)
     if is_symbolic(keys):
         mask = jnp.ones((inputs.key.shape[0], keys, 1), bool) if mask is None else mask
         mask = padded(mask)
         inside = jnp.arange(mask.shape[1]) < keys
         mask = mask & inside[None, :, None]
+        if log_decay is not None:
+            log_decay = jnp.where(inside[None, :, None], log_decay, 0)
     return inputs._replace(
         query=padded(inputs.query),
         key=padded(inputs.key),
@@ -61,4 +63,5 @@ def pad_symbolic(plan: Plan, inputs: Inputs) -> Inputs:
         key_mask=mask,
         key_bias=padded(inputs.key_bias),
         segment_ids=padded(inputs.segment_ids),
+        log_decay=log_decay,
     )

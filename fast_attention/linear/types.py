@@ -103,6 +103,7 @@ class Inputs(NamedTuple):
       key_bias: ``[B, S, K or 1]`` or None; a factor ``exp(bias)`` on each key.
       segment_ids: int ``[B, T]`` or None; contiguous runs that do not see each other.
       state: keys seen before, without batch axes beyond B.
+      log_decay: ``[B, T, K]`` or None; the state before a token is multiplied by its exponential.
     """
 
     query: Array
@@ -113,6 +114,7 @@ class Inputs(NamedTuple):
     key_bias: Array | None
     segment_ids: Array | None
     state: LinearAttentionState
+    log_decay: Array | None = None
 
 
 class Parts(NamedTuple):

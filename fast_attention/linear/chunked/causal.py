@@ -17,12 +17,19 @@ from typing import Any
 from fast_attention.linear.chunked.causal_chunk import Past, add_first_key, read_causal
 from fast_attention.linear.chunked.causal_chunk_backward import RowCotangents, pull_back_causal
 from fast_attention.linear.chunked.chunk_choice import planned_chunk
+from fast_attention.linear.chunked.chunk_decay import (
+    chunk_decay,
+    decayed_sums,
+    pull_back_decay,
+)
 from fast_attention.linear.chunked.chunk_state import absorb_keys, next_state
 from fast_attention.linear.chunked.gradient_buffers import (
+    add_decay_gradient,
     add_key_gradient,
     add_query_gradient,
     as_cotangent,
     gradient_buffers,
+    with_first_decay,
 )
 from fast_attention.linear.chunked.loops import scan_chunks, scan_chunks_back
 from fast_attention.linear.chunked.output_buffers import (
@@ -55,7 +62,8 @@ def forward(plan: Plan, inputs: Inputs, *, save: bool):
         queries, _ = query_features(plan, inputs, start, size)
         keys, value, _ = key_features(plan, inputs, start, size)
         sight = causal_sight(inputs, start, size)
-        first, old = add_first_key(state, keys, value, sight)
+        decay = chunk_decay(inputs, start, size)
+        first, old = add_first_key(state, keys, value, sight, decay)
         read = read_causal(
             first,
             queries,
@@ -63,12 +71,13 @@ def forward(plan: Plan, inputs: Inputs, *, save: bool):
             sight,
             einsum,
             exponents_of(plan, inputs, start, start, size),
+            decay=decay,
         )
         numerator = read.past + einsum("bkrc,bkcv->bkrv", read.weights, value)
         out = write_output(
             plan, out, Parts(numerator, read.kept.denominator, read.log_scale), start
         )
-        absorbed = absorb_keys(first, keys, sight.enter, sight.keep)
+        absorbed = absorb_keys(first, keys, sight.enter, sight.keep, fading=decay)
         after = next_state(first, absorbed, value, einsum)
         if not save:
             return (after, out), None
@@ -104,6 +113,7 @@ def backward(plan: Plan, residuals: Any, cotangents: Any) -> Inputs:
         queries, pull_queries = query_features(plan, inputs, start, size)
         keys, value, pull_keys = key_features(plan, inputs, start, size)
         sight = causal_sight(inputs, start, size)
+        decay = chunk_decay(inputs, start, size)
         read = read_causal(
             past.first,
             queries,
@@ -112,19 +122,22 @@ def backward(plan: Plan, residuals: Any, cotangents: Any) -> Inputs:
             einsum,
             exponents_of(plan, inputs, start, start, size),
             kept,
+            decay=decay,
         )
         d_numerator, d_denominator = parts_gradient(
             plan, inputs, kept.denominator, read.log_scale, *outputs_in(grads), start, size
         )
         d_weights = einsum("bkrv,bkcv->bkrc", d_numerator, value) + d_denominator[..., None]
+        d_rows = RowCotangents(d_weights, d_numerator, d_denominator)
+        absorbed = absorb_keys(past.first, keys, sight.enter, sight.keep, past.log_scale, decay)
         pulled = pull_back_causal(
             queries,
             keys,
             value,
             past,
             read,
-            absorb_keys(past.first, keys, sight.enter, sight.keep, past.log_scale),
-            RowCotangents(d_weights, d_numerator, d_denominator),
+            absorbed,
+            d_rows,
             d_kv,
             d_k_sum,
             sight.enter,
@@ -133,6 +146,19 @@ def backward(plan: Plan, residuals: Any, cotangents: Any) -> Inputs:
         d_value = pulled.value + einsum("bkrc,bkrv->bkcv", pulled.weights, d_numerator)
         grads = add_query_gradient(grads, pull_queries(pulled.queries), start)
         grads = add_key_gradient(grads, pull_keys(pulled.keys, d_value), start)
+        if decay is not None:
+            found = decayed_sums(
+                read,
+                past.first,
+                absorbed,
+                value,
+                pulled.weights,
+                d_rows,
+                (d_kv, d_k_sum),
+                sight.enter,
+                einsum,
+            )
+            grads = add_decay_gradient(grads, pull_back_decay(found, size), start)
         return pulled.kv, pulled.k_sum, grads
 
     def group_of_chunks(carry, start, length, saved):
@@ -148,7 +174,8 @@ def backward(plan: Plan, residuals: Any, cotangents: Any) -> Inputs:
     else:
         carry = scan_chunks_back(chunk, carry, saved, length, size, unroll)
     d_kv, d_k_sum, grads = carry
-    return as_cotangent(inputs, grads, LinearAttentionState(d_kv, d_k_sum, None))
+    d_state = LinearAttentionState(d_kv, d_k_sum, None)
+    return as_cotangent(inputs, with_first_decay(inputs, grads, d_state), d_state)
 
 
 def _sizes(plan: Plan, inputs: Inputs) -> tuple[int, int, int, int]:
@@ -165,8 +192,9 @@ def pass_chunk(
     """Adds the keys of a chunk again; returns the next state, and what the chunk read it from."""
     keys, value, _ = key_features(plan, inputs, start, size)
     sight = causal_sight(inputs, start, size)
-    first, old = add_first_key(state, keys, value, sight)
-    absorbed = absorb_keys(first, keys, sight.enter, sight.keep)
+    decay = chunk_decay(inputs, start, size)
+    first, old = add_first_key(state, keys, value, sight, decay)
+    absorbed = absorb_keys(first, keys, sight.enter, sight.keep, fading=decay)
     return next_state(first, absorbed, value, einsum), Past(first, old, absorbed.log_scale)
 
 

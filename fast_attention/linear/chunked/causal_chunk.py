@@ -12,6 +12,7 @@ from jax import lax
 
 from fast_attention.arrays.types import Array
 from fast_attention.feature_maps.base import Features
+from fast_attention.linear.chunked.chunk_decay import ChunkDecay
 from fast_attention.linear.chunked.chunk_state import Read, read_state
 from fast_attention.linear.chunked.wide_pairs import (
     HEADROOM,
@@ -120,6 +121,7 @@ def read_causal(
     exponents: Exponents,
     kept: Kept | None = None,
     at_least: Array | None = None,
+    decay: ChunkDecay | None = None,
 ) -> CausalRead:
     """Reads a chunk causally: the state and the first key together, later keys pair by pair.
 
@@ -139,6 +141,7 @@ def read_causal(
       kept: of an earlier call; maxima are not looked for again.
       at_least: ``[B, K, R]``, the least that ``log_scale`` may be, for rows that also see keys
         which are not here; None for none. Maps with exponents only.
+      decay: of the chunk, or None.
     """
     largest = None if kept is None else kept.row_max
     read = read_state(first.log_scale, queries, largest, sight.occupied)
@@ -153,6 +156,9 @@ def read_causal(
         products = einsum("bkrm,bkcm->bkrc", read.features, key)
         factor = jnp.broadcast_to(sight.pairs, products.shape).astype(products.dtype)
         gain = None if sight.state is None else sight.state.astype(products.dtype)
+        if decay is not None:
+            factor = factor * jnp.exp(decay.pairs)
+            gain = jnp.exp(decay.rows) if gain is None else gain * jnp.exp(decay.rows)
         weights = products * factor
     else:
         headroom = HEADROOM if keys.values is None else 0.0
@@ -164,9 +170,10 @@ def read_causal(
         products = einsum("bkrm,bkcm->bkrc", read.features, key)
         exponent = key_max - headroom
         if keys.values is None and read.row_max is not None:
-            wide = WidePairs(exponents, read.scale, read.row_max, key_max, sight.pairs)
+            pairs = None if decay is None else decay.pairs
+            wide = WidePairs(exponents, read.scale, read.row_max, key_max, sight.pairs, pairs)
         # What rows read from the state is at most about 1, if there is a state to read.
-        past = jnp.zeros_like(key_max[..., :1])
+        past = jnp.zeros_like(key_max[..., :1]) if decay is None else decay.rows
         if not sight.occupied:
             empty = jnp.all(first.log_scale <= 0.5 * EMPTY_LOG_SCALE, axis=-1, keepdims=True)
             past = jnp.where(empty, EMPTY_LOG_SCALE, past)
@@ -179,12 +186,16 @@ def read_causal(
         if kept is None:
             smallest = 0 if wide is None else jnp.finfo(products.dtype).tiny
             logs = jnp.log(jnp.maximum(jnp.abs(products), smallest)) + exponent[..., None, :]
+            if decay is not None:
+                logs = logs + decay.pairs
             pair_max = jnp.maximum(least, jnp.where(sight.pairs, logs, -jnp.inf).max(-1))
         else:
             pair_max = kept.pair_max
         assert pair_max is not None
         pair_max = lax.stop_gradient(pair_max)
         logs = exponent[..., None, :] - pair_max[..., None]
+        if decay is not None:
+            logs = logs + decay.pairs
         if wide is None:
             factor = jnp.exp(jnp.minimum(logs, LARGEST_EXPONENT))
             factor = jnp.where(sight.pairs & (products != 0), factor, 0)
@@ -230,17 +241,26 @@ def first_key_features(first: LinearAttentionState, keys: Features) -> Array:
 
 
 def add_first_key(
-    state: LinearAttentionState, keys: Features, value: Array, sight: Sight
+    state: LinearAttentionState,
+    keys: Features,
+    value: Array,
+    sight: Sight,
+    decay: ChunkDecay | None = None,
 ) -> tuple[LinearAttentionState, Array | None]:
     """Returns the state with the chunk's first key, and the factor on the one before."""
     carry = None if sight.carry is None else sight.carry[..., None]
     if keys.log is None:
         old = None if carry is None else carry.astype(state.kv.dtype)
+        if decay is not None:
+            faded = jnp.exp(decay.first)[..., None]
+            old = faded if old is None else old * faded
         scale = None
     else:
         assert state.log_scale is not None
         # Scales cancel: constants for derivatives of any order, here as wherever they are read.
         before = lax.stop_gradient(state.log_scale)
+        if decay is not None:
+            before = before + decay.first[..., None]
         if carry is not None:
             before = jnp.where(carry, before, EMPTY_LOG_SCALE)
         scale = lax.stop_gradient(jnp.maximum(before, keys.log[..., 0, :]))

@@ -208,6 +208,8 @@ def pull_back_absorbed(
     d_features = d_features + d_k_sum[..., None, :]
     if enter is not None:
         d_features = jnp.where(enter[..., None], d_features, 0)
+    if absorbed.gain is not None:
+        d_features = d_features * absorbed.gain[..., None]
     return absorbed.source.pull_back(absorbed.shift, absorbed.features, d_features), d_value
 
 

@@ -17,6 +17,7 @@ from jax import lax
 
 from fast_attention.arrays.types import Array
 from fast_attention.feature_maps.base import Features
+from fast_attention.linear.chunked.chunk_decay import ChunkDecay
 from fast_attention.linear.chunked.reductions import row_max
 from fast_attention.linear.rounded_products import Einsum
 from fast_attention.linear.state import EMPTY_LOG_SCALE, LinearAttentionState
@@ -31,6 +32,7 @@ class Absorbed(NamedTuple):
       shift: what was added to their logarithms, ``[B, K, 1, N]``, or None.
       decay: factor on the state before the chunk, ``[B, K, N]``, or None for 1.
       log_scale: the new scale.
+      gain: factor on keys of maps without exponents, ``[B, K, C]``, or None for 1.
     """
 
     source: Features
@@ -38,6 +40,7 @@ class Absorbed(NamedTuple):
     shift: Array | None
     decay: Array | None
     log_scale: Array | None
+    gain: Array | None = None
 
 
 class Read(NamedTuple):
@@ -62,6 +65,7 @@ def absorb_keys(
     enter: Array | None = None,
     keep: Array | None = None,
     log_scale: Array | None = None,
+    fading: ChunkDecay | None = None,
 ) -> Absorbed:
     """Brings key features to the scale the state has after these keys.
 
@@ -72,6 +76,7 @@ def absorb_keys(
         must be in ``state``.
       keep: where the state before survives, broadcastable to ``[B, K]``; None for everywhere.
       log_scale: the scale after them, where it is known already.
+      fading: decay of the chunk, or None.
     """
     if keys.log is None:
         assert keys.values is not None
@@ -80,16 +85,25 @@ def absorb_keys(
             features = jnp.where(enter[..., None], features, 0)
         if keep is not None:
             decay = keep[..., None].astype(features.dtype)
-        return Absorbed(Features(features, None), features, None, decay, None)
+        source = Features(features, None)
+        if fading is None:
+            return Absorbed(source, features, None, decay, None)
+        left = jnp.exp(fading.whole)[..., None]
+        gain = jnp.exp(fading.keys)
+        decay = left if decay is None else decay * left
+        return Absorbed(source, features * gain[..., None], None, decay, None, gain)
     assert state.log_scale is not None
     before, log = lax.stop_gradient(state.log_scale), keys.log
+    if fading is not None:
+        before, log = before + fading.whole[..., None], log + fading.keys[..., None]
+    candidates = log
     if keep is not None:
         before = jnp.where(keep[..., None], before, EMPTY_LOG_SCALE)
     if enter is not None:
         log = jnp.where(enter[..., None], log, -jnp.inf)
     if log_scale is None:
         # Without segments only the first key is left out, and the scale before knows it.
-        candidates = keys.log if keep is None else log
+        candidates = candidates if keep is None else log
         log_scale = lax.stop_gradient(jnp.maximum(before, candidates.max(axis=-2)))
     shift = -log_scale[..., None, :]
     decay = jnp.exp(before - log_scale)

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fast_attention.arrays.manual_axes import vary_alike
 from fast_attention.arrays.types import Array
 from fast_attention.linear.chunked.slices import store
 from fast_attention.linear.state import LinearAttentionState
@@ -41,6 +42,11 @@ def gradient_buffers(
         parameters=zeros(inputs.parameters),
         key_bias=zeros(inputs.key_bias),
     )
+    if inputs.log_decay is not None:
+        # What a chunk leaves decays at the first token after it, behind the last one too.
+        batch, length, heads = inputs.log_decay.shape
+        gradient = jnp.zeros((batch, length + 1, heads), inputs.log_decay.dtype)
+        buffers = buffers._replace(log_decay=vary_alike(gradient, inputs.log_decay))
 
     def outputs_in(grads: Inputs) -> tuple[Any, Any]:
         return grads.key if reused_out else out, grads.query if reused_d_out else d_out
@@ -69,6 +75,22 @@ def add_key_gradient(grads: Inputs, gradient: Any, start: Array | int) -> Inputs
         parameters=jax.tree.map(jnp.add, grads.parameters, d_parameters),
         key_bias=d_bias,
     )
+
+
+def add_decay_gradient(grads: Inputs, d_decay: Array, start: Array | int) -> Inputs:
+    """Stores what :func:`.chunk_decay.pull_back_decay` gave for the chunk at ``start``."""
+    assert grads.log_decay is not None
+    piece = jnp.swapaxes(d_decay, 1, 2)
+    return grads._replace(log_decay=store(grads.log_decay, piece, start + 1))
+
+
+def with_first_decay(inputs: Inputs, grads: Inputs, d_state: LinearAttentionState) -> Inputs:
+    """Completes the gradient of decays by that of the first token, which decays the state."""
+    if grads.log_decay is None:
+        return grads
+    state = inputs.state
+    first = (state.kv * d_state.kv).sum(axis=(-1, -2)) + (state.k_sum * d_state.k_sum).sum(axis=-1)
+    return grads._replace(log_decay=store(grads.log_decay, first[:, None], 0)[:, :-1])
 
 
 def as_cotangent(inputs: Inputs, grads: Inputs, d_state: LinearAttentionState) -> Inputs:

@@ -62,6 +62,7 @@ class WidePairs(NamedTuple):
       row_max: largest exponent of each query on that scale, ``[B, K, R]``.
       key_max: that of each key, ``[B, K, C]``.
       seen: bool, broadcastable to ``[B, K, R, C]``.
+      decay: logarithm of a factor on pairs, ``[B, K, R, C]``, or None for none.
     """
 
     logs: Exponents
@@ -69,14 +70,19 @@ class WidePairs(NamedTuple):
     row_max: Array
     key_max: Array
     seen: Array
+    decay: Array | None = None
 
     def among(self, pair_max: Array) -> Array:
         """Returns which pairs are wide beside the largest weights of rows, ``[B, K, R, C]``."""
         over = self.key_max[..., None, :] - pair_max[..., None]
+        if self.decay is not None:
+            over = over + self.decay
         return self.seen & (over > pair_limit(over.dtype))
 
     def any(self, pair_max: Array) -> Array:
         """Returns whether there can be such pairs: False only where there are none."""
+        if self.decay is not None:
+            return self.among(pair_max).any()
         sees = pair_max > 0.5 * EMPTY_LOG_SCALE
         least = jnp.where(sees, pair_max, jnp.inf).min(axis=-1)
         return jnp.any(self.key_max.max(axis=-1) - least > pair_limit(least.dtype))
@@ -99,7 +105,11 @@ class WidePairs(NamedTuple):
         chosen = jnp.argmax(pairs.any(axis=-2), axis=-1)[..., None]
         shape = self.key_max.shape
         place = jax.lax.broadcasted_iota(chosen.dtype, shape, len(shape) - 1) == chosen
-        return pairs & place[..., None, :], rows + (self.logs.of_keys(chosen) - self.scale)
+        terms = rows + (self.logs.of_keys(chosen) - self.scale)
+        if self.decay is not None:
+            of_key = jnp.take_along_axis(self.decay, chosen[..., None, :], axis=-1)
+            terms = terms + of_key
+        return pairs & place[..., None, :], terms
 
 
 def add_wide_pairs(
@@ -123,6 +133,8 @@ def add_wide_pairs(
         # Of 1 where there is no product: the derivative of the logarithm of 0 is none.
         there = wide.seen & (products > 0)
         logs = jnp.log(jnp.where(there, products, 1)) + (wide.key_max - HEADROOM)[..., None, :]
+        if wide.decay is not None:
+            logs = logs + wide.decay
         logs = jnp.where(there, logs, -jnp.inf)
         done = jnp.zeros_like(logs, bool)
         rows = wide.rows()

@@ -149,6 +149,8 @@ def why_not(plan: Plan, inputs: Inputs, *, interpret: Any = False) -> str | None
         return f"The TPU kernels return normalised outputs alone, got output={plan.output!r}."
     if inputs.segment_ids is not None:
         return "The TPU kernels do not serve segment_ids."
+    if inputs.log_decay is not None:
+        return "The TPU kernels do not serve log_decay."
     if inputs.state.kv.dtype != jnp.float32:
         return f"The TPU kernels compute in float32, got {inputs.state.kv.dtype}."
     if groups > MOST_GROUPS:

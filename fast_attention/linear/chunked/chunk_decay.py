@@ -1,0 +1,157 @@
+"""Decay inside a chunk: factors on the state, on pairs and on keys, and their gradient.
+
+Token t multiplies the state before it by ``exp(d_t)``. With ``A_t = d_1 + ... + d_t`` in a chunk of
+C tokens, numbered from 0, and the first key in the state already:
+
+- the state before the chunk decays by ``exp(d_0)``;
+- row t reads the state with the first key times ``exp(A_t)``, and key ``s >= 1`` times
+  ``exp(A_t - A_s)``;
+- after the chunk the state with the first key has decayed by ``exp(A_{C-1})``, and key s by
+  ``exp(A_{C-1} - A_s)``.
+
+Layout and letters are those of :mod:`.chunk_state`.
+
+Reference: Yang et al., "Gated Linear Attention Transformers with Hardware-Efficient Training",
+arXiv:2312.06635, has the chunked form; Dao and Gu, "Transformers are SSMs", arXiv:2405.21060, that
+of one decay a head. The running maxima and the gradient by parts are this package's own.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fast_attention.arrays.types import Array
+from fast_attention.linear.rounded_products import Einsum, sums
+from fast_attention.linear.types import Inputs
+
+# Decays are cut into multiples of this one, whose sums are exact in float32 up to 2^24 times it,
+# and a rest. Differences of sums are then as exact as the decays between the two tokens.
+STEP = 2.0**-8
+
+
+class ChunkDecay(NamedTuple):
+    """Logarithms of the factors.
+
+    Attributes:
+      first: on the state before the chunk, ``[B, K]``.
+      rows: on the state with the first key, as rows read it, ``[B, K, R]``.
+      pairs: on keys, as rows read them, ``[B, K, R, C]``; 0 for keys behind a row.
+      keys: on keys in the state after the chunk, ``[B, K, C]``.
+      whole: on the state with the first key, in the state after the chunk, ``[B, K]``.
+    """
+
+    first: Array
+    rows: Array
+    pairs: Array
+    keys: Array
+    whole: Array
+
+
+def chunk_decay(inputs: Inputs, start: Array | int, size: int) -> ChunkDecay | None:
+    """Returns the decay of a chunk, or None where there is none."""
+    if inputs.log_decay is None:
+        return None
+    groups = inputs.query.shape[2] // inputs.key.shape[2]
+    piece = jax.lax.dynamic_slice_in_dim(inputs.log_decay, start, size, axis=1)
+    steps = jnp.swapaxes(piece, 1, 2)
+    # The first one decays nothing inside the chunk.
+    position = jnp.arange(size)
+    inside = jnp.where((position > 0)[None, None], steps, 0)
+    coarse = jax.lax.stop_gradient(jnp.round(inside / STEP) * STEP)
+    # A product takes XLA on CPU far less time than a cumulative sum.
+    past = (position[:, None] >= position[None]).astype(inside.dtype)
+    coarse, rest = (sums("bks,ts->bkt", x, past) for x in (coarse, inside - coarse))
+    until = coarse + rest
+    coarse, rest = (x[..., :, None] - x[..., None, :] for x in (coarse, rest))
+    behind = (position[:, None] < position[None])[None, None]
+    pairs = jnp.where(behind, 0, coarse + rest)
+    return ChunkDecay(
+        first=steps[..., 0],
+        rows=jnp.tile(until, (1, 1, groups)),
+        pairs=jnp.tile(pairs, (1, 1, groups, 1)),
+        keys=pairs[..., -1, :],
+        whole=until[..., -1],
+    )
+
+
+class DecayedSums(NamedTuple):
+    """Cotangents of the exponents in :class:`ChunkDecay`.
+
+    Attributes:
+      rows: ``[B, K, R]``.
+      pairs: ``[B, K, R, C]``.
+      keys: ``[B, K, C]``.
+      whole: ``[B, K]``.
+    """
+
+    rows: Array
+    pairs: Array
+    keys: Array
+    whole: Array
+
+
+def pull_back_decay(found: DecayedSums, size: int) -> Array:
+    """Returns the gradient of the decays of tokens 1 to C, ``[B, K, C]``.
+
+    Token C is the first one after the chunk: it decays the whole state that the chunk leaves. That
+    of the chunk's own first token comes from the chunk before.
+    """
+    batch, heads, rows, _ = found.pairs.shape
+    position = jnp.arange(size)
+    # A key has not decayed for its own row.
+    others = jnp.tile(position[:, None] != position[None], (rows // size, 1))[None, None]
+    pairs = jnp.where(others, found.pairs, 0)
+
+    def of_positions(x: Array) -> Array:
+        return x.reshape(batch, heads, -1, size).sum(axis=2)
+
+    until = of_positions(pairs.sum(axis=-1) + found.rows) - pairs.sum(axis=-2)
+    # Token t decays what the rows from t on read, and what the keys before t leave.
+    past = (position[:, None] >= position[None]).astype(until.dtype)
+    from_on = sums("bkt,ts->bks", until, past)
+    left = sums("bks,ts->bkt", found.keys, past) + found.whole[..., None]
+    from_on = jnp.pad(from_on[..., 1:], ((0, 0), (0, 0), (0, 1)))
+    return from_on + left
+
+
+def decayed_sums(
+    read: Any,
+    first: Any,
+    absorbed: Any,
+    value: Array,
+    weights: Array,
+    d_rows: Any,
+    after: tuple[Array, Array],
+    enter: Array,
+    einsum: Einsum,
+) -> DecayedSums:
+    """Collects what each factor of a chunk multiplies, times its cotangent.
+
+    Args:
+      read: from :func:`.causal_chunk.read_causal`.
+      first: the state that the rows read.
+      absorbed: from :func:`.chunk_state.absorb_keys`.
+      value: of the keys.
+      weights: of all pairs, ``[B, K, R, C]``.
+      d_rows: cotangents of what the rows computed.
+      after: those of ``kv`` and ``k_sum`` after the chunk.
+      enter: which keys entered the state.
+      einsum: the matrix products.
+    """
+    d_kv, d_k_sum = after
+    gain = read.gain
+    # These products are those of the other gradients, and computed once.
+    d_read = einsum("bkrv,bkvm->bkrm", d_rows.numerator * gain[..., None], first.kv, rounded=False)
+    d_read = d_read + (d_rows.denominator * gain)[..., None] * first.k_sum[..., None, :]
+    d_features = einsum("bkcv,bkvm->bkcm", value, d_kv) + d_k_sum[..., None, :]
+    of_keys = (absorbed.features * d_features).sum(axis=-1)
+    kept = (first.kv * d_kv).sum(axis=-2) + first.k_sum * d_k_sum
+    return DecayedSums(
+        rows=(read.read.features * d_read).sum(axis=-1),
+        pairs=d_rows.weights * weights,
+        keys=jnp.where(enter, of_keys, 0),
+        whole=(kept * absorbed.decay).sum(axis=-1),
+    )
