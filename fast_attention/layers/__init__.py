@@ -7,6 +7,8 @@ from fast_attention.layers.attention.calibration import (
 from fast_attention.layers.attention.calibration import recalibrate as recalibrate
 from fast_attention.layers.attention.config import AttentionConfig as AttentionConfig
 from fast_attention.layers.attention.config import HeadGroup as HeadGroup
+from fast_attention.layers.attention.decay import HeadDecay as HeadDecay
+from fast_attention.layers.attention.decay import decay_slopes as decay_slopes
 from fast_attention.layers.attention.fidelity import LayerFidelity as LayerFidelity
 from fast_attention.layers.attention.fidelity import fidelity_sums as fidelity_sums
 from fast_attention.layers.attention.fidelity import measure_fidelity as measure_fidelity

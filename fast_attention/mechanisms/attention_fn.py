@@ -87,6 +87,7 @@ class AttentionFn(EqualOptions, Decoder, abc.ABC):
         axis: int | tuple[int, ...] | None = None,
         key_mask: Array | None = None,
         segment_ids: Array | None = None,
+        log_decay: Array | None = None,
         query_mask: Array | None = None,
         projection: Any = None,
         positions: Array | None = None,
@@ -129,6 +130,9 @@ class AttentionFn(EqualOptions, Decoder, abc.ABC):
             or 0/1, where batch axes may be 1: a key where it is False is not seen, whatever it is.
           segment_ids: ``[*B, T]`` integers, self-attention only: positions see their own run of
             equal ids.
+          log_decay: ``[*B, T, K]``, or ``[K]`` for all tokens, at most 0, causal linear attention
+            only: what came before a token counts ``exp(log_decay)`` times as much for it and all
+            later ones. Masked tokens do not decay. See :func:`fast_attention.linear_attention`.
           query_mask: ``[*B, T]``, False is padding: its outputs do not matter, what it holds (NaN
             included) reaches no gradient, and it does not count where parameters are fitted to a
             call. None is `key_mask` where parameters are fitted and T = S; else all queries count,
@@ -180,6 +184,7 @@ class AttentionFn(EqualOptions, Decoder, abc.ABC):
             return_buckets=check_flag("return_buckets", return_buckets),
         )
         call = call.with_ids(segment_ids, positions).with_query_mask(query_mask)
+        call = call.with_decay(log_decay)
         refuse_untaken(self.mechanism, self.takes, call, bias)
         check_lengths(call, self.mechanism, self.takes, masked=mask is not None)
         call = call.with_key_mask(key_mask).with_mask(self.takes, mask, bias)

@@ -31,6 +31,8 @@ _ADVICE = {
     "projection": "it has no random features",
     "positions": "apply rotary positions to queries and keys before",
     "buckets": "it does not hash",
+    "log_decay": "linear attention without exact_window has it (make_fast_softmax_attention, "
+    "make_fast_generalized_attention)",
 }
 """What to do in place of an argument that a function does not take."""
 
@@ -101,6 +103,8 @@ def refuse_untaken(mechanism: str, takes: Takes, call: Call, bias: Any = None) -
     """Raises ValueError for what a function does not honour."""
     if takes.bias is None:
         refuse(mechanism, bias=bias)
+    if not takes.decay:
+        refuse(mechanism, log_decay=call.log_decay)
     if not takes.projection:
         refuse(mechanism, projection=call.projection)
     if not takes.positions:

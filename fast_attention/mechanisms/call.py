@@ -45,6 +45,7 @@ class Takes:
       shared_qk: queries and keys are the same vectors, and keys may be given behind the queries.
       symbolic_lengths: whether lengths may be symbols of ``jax.export``, known only when the
         exported program runs.
+      decay: whether it honours ``log_decay``, the decay of what came before a token.
       any_value_width: whether V may differ from D; Flax's own functions need them equal.
     """
 
@@ -58,6 +59,7 @@ class Takes:
     cache: bool = True
     shared_qk: bool = False
     symbolic_lengths: bool = False
+    decay: bool = False
     any_value_width: bool = True
 
 
@@ -92,6 +94,7 @@ class Call:
         functions that take masks of pairs.
       bias: likewise.
       segment_ids: ``[*B, T]`` or None.
+      log_decay: ``[*B, T, K]`` or ``[K]`` or None; only for functions that take one.
       query_mask: bool ``[*B, T]`` or None: False is padding, whose outputs do not matter.
       dropout: None for none.
       training_key: the random key of a training call, from which projections may be redrawn.
@@ -119,6 +122,7 @@ class Call:
     mask: Array | None = None
     bias: Array | None = None
     segment_ids: Array | None = None
+    log_decay: Array | None = None
     query_mask: Array | None = None
     dropout: Dropout | None = None
     training_key: Array | None = None
@@ -191,6 +195,22 @@ class Call:
                 ids = spread_over_positions(name, ids, self.shape[:-2], self._attended)
                 found[name] = fold_axes(ids, self.axes, trailing=0)
         return dataclasses.replace(self, **found)
+
+    def with_decay(self, log_decay: Any) -> Call:
+        """Adds the decay, ``[*B, T, K]`` with its axes before they are folded, or ``[K]``."""
+        if log_decay is None:
+            return self
+        shape = self.key_shape[:-1]
+        if jnp.shape(log_decay) not in (shape, shape[-1:]):
+            raise mismatch(
+                "log_decay",
+                f"of shape {shape}, that of key without its width, or {shape[-1:]}",
+                f"shape {jnp.shape(log_decay)}",
+            )
+        log_decay = jnp.asarray(log_decay)
+        if log_decay.ndim > 1:
+            log_decay = fold_axes(log_decay, self.axes, trailing=1)
+        return dataclasses.replace(self, log_decay=log_decay)
 
     def with_mask(self, takes: Takes, mask: Any, bias: Any) -> Call:
         """Adds a mask and a bias that broadcast to ``[*B, H, T, S]``."""

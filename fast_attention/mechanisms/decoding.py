@@ -105,6 +105,7 @@ class Decoder:
         value: Array,
         *,
         key_mask: Array | None = None,
+        log_decay: Array | None = None,
         projection: Any = None,
         dtype: Any = None,
         precision: jax.lax.PrecisionLike = None,
@@ -118,6 +119,7 @@ class Decoder:
           value: ``[*B, T, K, V]``.
           key_mask: ``[*B, T]``; False is padding on either side of a shorter prompt, and is never
             seen.
+          log_decay: ``[*B, T, K]`` or ``[K]``, as in a call.
           projection: as in a call.
           dtype: as in a call.
           precision: as in a call.
@@ -146,6 +148,7 @@ class Decoder:
         if length != keys:
             raise mismatch("Lengths of a prompt", "equal", f"{length} queries and {keys} keys")
         call = call.with_key_mask(key_mask, per_head=False).with_query_mask(key_mask)
+        call = call.with_decay(log_decay)
         refuse_untaken(self.mechanism, self.takes, call)
         if call.is_empty:
             return call.finish(call.empty_output()), state
@@ -161,6 +164,7 @@ class Decoder:
         key: Array,
         value: Array,
         *,
+        log_decay: Array | None = None,
         projection: Any = None,
         dtype: Any = None,
         precision: jax.lax.PrecisionLike = None,
@@ -183,6 +187,10 @@ class Decoder:
             causal=True,
             projection=projection,
         )
+        if log_decay is not None:
+            # That of one token, [*B, K], gets an axis of length.
+            each = jnp.ndim(log_decay) > 1
+            call = call.with_decay(jnp.expand_dims(log_decay, -2) if each else log_decay)
         refuse_untaken(self.mechanism, self.takes, call)
         if call.is_empty:
             return jnp.squeeze(call.empty_output(), -3), state

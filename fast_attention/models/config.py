@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import jax.numpy as jnp
 
 from fast_attention.arrays.types import Array
-from fast_attention.layers.attention.config import AttentionConfig, HeadGroup
+from fast_attention.layers.attention.config import AttentionConfig, Decay, HeadGroup
 from fast_attention.layers.feed_forward import Activation, activation_of
 from fast_attention.layers.stack.stack import StackConfig
 from fast_attention.layers.stack.sublayer import (
@@ -155,6 +155,8 @@ class TransformerConfig:
       dtype: To compute in; parameters, logits and decoding states of attention are float32.
       qk_norm: Queries and keys of a head have one length, learned as a temperature, see
         `fast_attention.layers.UnitQueryKey`.
+      decay: What came before a token counts less, by factors that are 'fixed', 'learned' or made of
+        the 'token' (`fast_attention.layers.HeadDecay`); causal linear attention only.
       remat: The backward pass keeps the stream before each attention and feed-forward part, and
         computes the rest again: less memory, about a third more time.
       redraw_interval: Training steps between two redraws of random features; None keeps them.
@@ -189,6 +191,7 @@ class TransformerConfig:
     activation: Activation = "gelu"
     dtype: Any = jnp.float32
     qk_norm: bool = False
+    decay: Decay | None = None
     remat: bool = False
     redraw_interval: int | None = None
     recalibrate_interval: int | None = None
@@ -245,6 +248,8 @@ class TransformerConfig:
                 f"token_dropout is the id of the mask token: it must be below vocab_size="
                 f"{self.vocab_size}, got {self.token_dropout}."
             )
+        if self.decay not in (None, *get_args(Decay)):
+            raise ValueError(f"decay must be one of {get_args(Decay)} or None, got {self.decay!r}.")
         flags = ("attention_bias", "norm_after", "embed_norm", "logits_transform")
         for name in ("qk_norm", "remat", *flags):
             if not isinstance(getattr(self, name), bool):
@@ -281,6 +286,7 @@ class TransformerConfig:
             use_bias=self.attention_bias,
             out_bias=self.attention_bias,
             qk_norm="unit" if self.qk_norm else None,
+            decay=self.decay,
             dropout_rate=self.dropout_rate,
         )
         feed_forward = FeedForwardConfig(

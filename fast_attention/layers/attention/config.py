@@ -12,6 +12,7 @@ from fast_attention.softmax_attention import make_softmax_attention
 Rotary = Literal["halves", "pairs"]
 Context = Literal["cross", "append"]
 QueryKeyNorm = Literal["unit", "rms"]
+Decay = Literal["fixed", "learned", "token"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +77,10 @@ class AttentionConfig:
         of attention, which bounds the error of random features (`UnitQueryKey`); "rms" to a root
         mean square of one, times a learned gain a channel (arXiv:2302.05442, with RMSNorm); None
         does not.
+      decay: What came before a token counts less for it and all later ones, by a factor for each
+        key head that is "fixed", "learned", or made of the "token" (`HeadDecay`); None does not.
+        Causal attention only, in the groups whose function takes it (linear attention without
+        ``exact_window``), of which there must be one; others attend as they do.
       shared_qk: Keys are the queries (Reformer, arXiv:2001.04451): one projection for both. The
         attention functions must normalise keys themselves.
       one_value_head: One value head for all.
@@ -93,6 +98,7 @@ class AttentionConfig:
     use_bias: bool = False
     out_bias: bool = False
     qk_norm: QueryKeyNorm | None = None
+    decay: Decay | None = None
     shared_qk: bool = False
     one_value_head: bool = False
     memory: int = 0
@@ -134,6 +140,10 @@ class AttentionConfig:
             raise ValueError(f"context must be 'cross', 'append' or None, got {self.context!r}.")
         if self.qk_norm not in (None, "unit", "rms"):
             raise ValueError(f"qk_norm must be 'unit', 'rms' or None, got {self.qk_norm!r}.")
+        if self.decay not in (None, "fixed", "learned", "token"):
+            raise ValueError(
+                f"decay must be 'fixed', 'learned', 'token' or None, got {self.decay!r}."
+            )
         self._check_combinations()
 
     def _check_combinations(self) -> None:
@@ -148,6 +158,23 @@ class AttentionConfig:
             raise ValueError("shared_qk makes as many key as query heads: leave num_kv_heads out.")
         if self.context == "append" and not self.shared_qk:
             raise ValueError("context='append' is for shared_qk; others have context='cross'.")
+        if self.decay is not None:
+            self._check_decay()
+
+    def _check_decay(self) -> None:
+        decaying = [g.attention_fn for g in self.groups if g.attention_fn.takes.decay]
+        if not decaying:
+            raise ValueError(
+                f"decay={self.decay!r} is of linear attention without exact_window "
+                "(make_fast_softmax_attention, make_fast_generalized_attention), which no group of "
+                "heads has: leave decay out, or give one to a HeadGroup."
+            )
+        if self.context is not None or self.memory:
+            raise ValueError("decay is of one sequence: leave out context and memory.")
+        if not self.causal and not all(function.unidirectional for function in decaying):
+            raise ValueError(
+                f"decay={self.decay!r} needs causal attention: pass causal=True, or decay=None."
+            )
 
     @property
     def num_heads(self) -> int:

@@ -21,6 +21,7 @@ from fast_attention.layers.attention.attention_call import (
     causal_by_mask,
 )
 from fast_attention.layers.attention.config import AttentionConfig, HeadGroup
+from fast_attention.layers.attention.decay import decays_of_groups, head_decay
 from fast_attention.layers.attention.head_groups import (
     attend_after_memory,
     check_causal_memory,
@@ -63,6 +64,7 @@ class MultiHeadAttention(nnx.Module, SublayerPart):
       config: Its shape.
       project: `QueryKeyValue`, the dense layers in front.
       out: The dense layer behind.
+      decay: `HeadDecay`, or None.
       projections: The `Projection` of each group (several by name, if calibrated), or None where a
         function draws none. Checkpointed with the model, no parameters; they change only by
         `redraw`, `calibrate` and `recalibrate`.
@@ -83,6 +85,7 @@ class MultiHeadAttention(nnx.Module, SublayerPart):
         """
         self.config = config
         self.project = QueryKeyValue(features, config, dtype=dtype, rngs=rngs)
+        self.decay = head_decay(features, config)
         self.out = Linear(
             config.num_heads * config.head_dim,
             features,
@@ -176,7 +179,7 @@ class MultiHeadAttention(nnx.Module, SublayerPart):
                 inputs.mask,
                 inputs.key_mask,
             )
-        out, chosen = [], []
+        out, chosen, decays = [], [], decays_of_groups(self.decay, self.config, x)
         for index, (group, q, k, v) in enumerate(self._split(query, key, value)):
             seen, choice = visible, None
             if not group.extra_keys:
@@ -190,7 +193,8 @@ class MultiHeadAttention(nnx.Module, SublayerPart):
             moments = self.moments[index]
             if not deterministic and moments is not None:
                 observe(group.attention_fn, moments, q, k, seen)
-            options = self._own(index) | dropout_options(group, deterministic, rngs)
+            options = self._own(index) | decays[index]
+            options |= dropout_options(group, deterministic, rngs)
             if after_memory:
                 check_causal_memory(seen, options)
                 attended = attend_after_memory(group.attention_fn, q, k, v, seen.key_mask, options)
@@ -318,11 +322,12 @@ class MultiHeadAttention(nnx.Module, SublayerPart):
         if state.context is not None:
             return self._read_context(state.context, x), state
         query, key, value = self.project(x, memory=False)
-        out, states = [], []
+        out, states, decays = [], [], decays_of_groups(self.decay, self.config, x)
         for index, (group, q, k, v) in enumerate(self._split(query, key, value)):
             q, k = rotated(group, q, k, inputs.positions)
             read = group.attention_fn.step if one else group.attention_fn.prefill
-            attended, new = read(state.groups[index], q, k, v, **options, **self._own(index))
+            own = self._own(index) | decays[index]
+            attended, new = read(state.groups[index], q, k, v, **options, **own)
             out.append(attended)
             states.append(new)
         return self._merge(out), AttentionState(tuple(states))

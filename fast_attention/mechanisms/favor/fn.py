@@ -116,6 +116,7 @@ class FastAttention(AttentionFn):
         """Masks and biases of keys, dropout of keys, and random features in place of its own."""
         return Takes(
             projection=True,
+            decay=self.exact_window is None,
             other_keys=self.exact_window is None,
             symbolic_lengths=self.exact_window is None,
         )
@@ -144,6 +145,8 @@ class FastAttention(AttentionFn):
         attend = linear_attention
         plan = dataclasses.replace(self.plan(call), axis_name=self.sequence_axis)
         options: dict[str, Any] = {"segment_ids": call.segment_ids}
+        if call.log_decay is not None:
+            options["log_decay"] = call.log_decay
         if self.exact_window is not None:
             attend = functools.partial(near_field_attention, exact_window=self.exact_window)
             if call.over_cache:
@@ -195,16 +198,22 @@ class FastAttention(AttentionFn):
             self.plan(call),
             parameters=self._causal_parameters(call),
             key_mask=None if call.key_mask is None else call.key_mask[..., 0],
+            **({} if call.log_decay is None else {"log_decay": call.log_decay}),
         )
 
     def read_one(self, state: Any, call: Call) -> tuple[Float[Array, "*B 1 H V"], Any]:
         """Reads one token: constant time and memory, however many came before."""
         read = step if self.exact_window is None else near_field_step
+        decay = {}
+        if call.log_decay is not None:
+            each = call.log_decay.ndim > 1
+            decay["log_decay"] = jnp.squeeze(call.log_decay, -2) if each else call.log_decay
         out, state = read(
             state,
             *(jnp.squeeze(x, -3) for x in (call.query, call.key, call.value)),
             plan=self.plan(call),
             parameters=self._causal_parameters(call),
+            **decay,
         )
         return jnp.expand_dims(out, -3), state
 

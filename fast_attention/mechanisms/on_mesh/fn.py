@@ -89,7 +89,11 @@ class MeshAttention(WrappedAttention):
         length, key_mask = call.query.shape[-3], call.key_mask
         if call.key.shape[-3] % layout.shards and key_mask is None:
             key_mask = jnp.ones((*call.key.shape[:-2], 1), bool)
-        for name, x in (("key_mask", key_mask), ("key_bias", call.key_bias)):
+        decay = call.log_decay
+        if decay is not None:
+            decay = jnp.broadcast_to(decay, call.key.shape[:-1])
+        of_keys = (("key_mask", key_mask), ("key_bias", call.key_bias), ("log_decay", decay))
+        for name, x in of_keys:
             if x is not None:
                 arrays[name] = x
                 specs[name] = layout.spec(heads=x.shape[-1] > 1, width=x.shape[-1] == 1)
@@ -105,7 +109,10 @@ class MeshAttention(WrappedAttention):
             arrays["training_key"], specs["training_key"] = call.training_key, PartitionSpec()
         function = self.attention_fn.along_axis(SEQUENCE) if divided else self.attention_fn
         nothing = dict.fromkeys(
-            ("key_mask", "key_bias", "segment_ids", "query_mask", "projection", "training_key")
+            (
+                *("key_mask", "key_bias", "segment_ids", "query_mask", "log_decay"),
+                *("projection", "training_key"),
+            )
         )
         plain = dataclasses.replace(call, **nothing, fits=None)
 

@@ -55,7 +55,8 @@ class StridedAttention(WrappedAttention):
     def takes(self) -> Takes:
         """Masks of keys that are the same for all heads, and what the inner function takes."""
         inner = self.attention_fn.takes
-        return dataclasses.replace(inner, mask="keys", bias=None, other_keys=False, cache=False)
+        honoured = dataclasses.replace(inner, mask="keys", bias=None, decay=False)
+        return dataclasses.replace(honoured, other_keys=False, cache=False)
 
     def attend(self, call: Call) -> Float[Array, "*B T H V"]:
         """Attends; the classes of a row count as batch."""
