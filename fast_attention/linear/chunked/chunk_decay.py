@@ -147,11 +147,16 @@ def decayed_sums(
     d_read = einsum("bkrv,bkvm->bkrm", d_rows.numerator * gain[..., None], first.kv, rounded=False)
     d_read = d_read + (d_rows.denominator * gain)[..., None] * first.k_sum[..., None, :]
     d_features = einsum("bkcv,bkvm->bkcm", value, d_kv) + d_k_sum[..., None, :]
-    of_keys = (absorbed.features * d_features).sum(axis=-1)
+    of_keys = _row_sums(absorbed.features * d_features)
     kept = (first.kv * d_kv).sum(axis=-2) + first.k_sum * d_k_sum
     return DecayedSums(
-        rows=(read.read.features * d_read).sum(axis=-1),
+        rows=_row_sums(read.read.features * d_read),
         pairs=d_rows.weights * weights,
         keys=jnp.where(enter, of_keys, 0),
         whole=(kept * absorbed.decay).sum(axis=-1),
     )
+
+
+def _row_sums(x: Array) -> Array:
+    """Sums ``[B, K, R, M]`` over features, as a product, as that of weights is."""
+    return sums("bkrm,m->bkr", x, jnp.ones(x.shape[-1:], x.dtype))
