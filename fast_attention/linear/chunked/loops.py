@@ -7,7 +7,7 @@ once a group.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -146,7 +146,7 @@ def _with_constants_as_arguments(
     tree, jaxpr = jax.tree.structure(shape), closed.jaxpr
     if getattr(jaxpr, "consts", None):
         # From JAX 0.12 on this, too, holds the constants: tracers that would outlive their trace.
-        jaxpr = core.ClosedJaxpr(jaxpr, ())
+        jaxpr = cast(core.Jaxpr, core.ClosedJaxpr(jaxpr, ()))
 
     def call(constants: Any, x: Any) -> Any:
         whole = core.ClosedJaxpr(jaxpr, constants)
