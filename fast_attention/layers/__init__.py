@@ -35,6 +35,9 @@ from fast_attention.layers.attention.stored_projections import (
     RunningMoments as RunningMoments,
 )
 from fast_attention.layers.attention.switch import with_attention as with_attention
+from fast_attention.layers.attention.transfer import linearize as linearize
+from fast_attention.layers.attention.transfer import output_errors as output_errors
+from fast_attention.layers.attention.transfer import transfer_loss as transfer_loss
 from fast_attention.layers.feed_forward import ACTIVATIONS as ACTIVATIONS
 from fast_attention.layers.feed_forward import FeedForward as FeedForward
 from fast_attention.layers.image import ImageLinearAttention as ImageLinearAttention

@@ -18,6 +18,7 @@ from fast_attention.layers.stack.sublayer import (
     NormConfig,
     SublayerConfig,
 )
+from fast_attention.mechanisms.attention_fn import AttentionFn
 from fast_attention.mechanisms.wrapped import as_attention_fn
 from fast_attention.softmax_attention import make_softmax_attention
 
@@ -172,6 +173,7 @@ class TransformerConfig:
         in ESM-2 (`TokenDropout`); None leaves embeddings as they are.
       logits_transform: A dense layer, the activation and a norm before the logits, as in BERT and
         ESM-2; tied logits are not scaled then, and have a bias.
+      exact_layers: Layers, from 1, that attend exactly whatever attention function is given.
     """
 
     vocab_size: int
@@ -202,6 +204,7 @@ class TransformerConfig:
     rotary_base: float = 10000.0
     token_dropout: int | None = None
     logits_transform: bool = False
+    exact_layers: tuple[int, ...] = ()
 
     def __post_init__(self):
         """Checks every field.
@@ -209,6 +212,13 @@ class TransformerConfig:
         Raises:
           ValueError: At a value that makes no model, saying what would.
         """
+        # JSON and gin have lists.
+        object.__setattr__(self, "exact_layers", tuple(sorted(set(self.exact_layers))))
+        if not all(number in range(1, self.num_layers + 1) for number in self.exact_layers):
+            raise ValueError(
+                f"exact_layers are numbers of layers, 1 to {self.num_layers}, got "
+                f"{list(self.exact_layers)}."
+            )
         for name in (
             "vocab_size",
             "emb_dim",
@@ -271,36 +281,32 @@ class TransformerConfig:
         self, attention_fn: Callable[..., Array] | None = None
     ) -> LanguageModelConfig:
         """The model of this shape around an attention function; None is exact attention."""
-        group = HeadGroup(
-            self.num_heads,
-            make_softmax_attention() if attention_fn is None else as_attention_fn(attention_fn),
-            rotary="halves" if self.positions == "rotary" else None,
-            rotary_base=self.rotary_base,
-            dropout_rate=self.attention_dropout_rate,
-        )
-        attention = AttentionConfig(
-            (group,),
-            self.head_dim,
-            num_kv_heads=self.kv_heads,
-            causal=self.causal,
-            use_bias=self.attention_bias,
-            out_bias=self.attention_bias,
-            qk_norm="unit" if self.qk_norm else None,
-            decay=self.decay,
-            dropout_rate=self.dropout_rate,
-        )
+        exact = make_softmax_attention()
+        chosen = exact if attention_fn is None else as_attention_fn(attention_fn)
         feed_forward = FeedForwardConfig(
             self.mlp_dim, activation=self.activation, dropout_rate=self.dropout_rate
         )
         norm = NormConfig("layer", self.norm_epsilon)
         mask_token = self.token_dropout
         shifts = (0, 1) if self.shift_tokens else None
-        block = (SublayerConfig(attention, shifts), SublayerConfig(feed_forward, shifts))
+        behind = SublayerConfig(feed_forward, shifts)
+        blocks = tuple(
+            (
+                SublayerConfig(
+                    self._attention(exact, None)
+                    if number in self.exact_layers
+                    else self._attention(chosen, self.decay),
+                    shifts,
+                ),
+                behind,
+            )
+            for number in range(1, self.num_layers + 1)
+        )
         return LanguageModelConfig(
             self.vocab_size,
             StackConfig(
                 self.emb_dim,
-                (block,) * self.num_layers,
+                blocks,
                 norm=dataclasses.replace(norm, after=self.norm_after),
                 remat=self.remat,
                 redraw_interval=self.redraw_interval,
@@ -315,6 +321,27 @@ class TransformerConfig:
             embed_norm=norm if self.embed_norm else None,
             token_dropout=None if mask_token is None else TokenDropout(mask_token),
             transform=self._transform,
+        )
+
+    def _attention(self, attention_fn: AttentionFn, decay: Any) -> AttentionConfig:
+        """A layer around an attention function."""
+        group = HeadGroup(
+            self.num_heads,
+            attention_fn,
+            rotary="halves" if self.positions == "rotary" else None,
+            rotary_base=self.rotary_base,
+            dropout_rate=self.attention_dropout_rate,
+        )
+        return AttentionConfig(
+            (group,),
+            self.head_dim,
+            num_kv_heads=self.kv_heads,
+            causal=self.causal,
+            use_bias=self.attention_bias,
+            out_bias=self.attention_bias,
+            qk_norm="unit" if self.qk_norm else None,
+            decay=decay,
+            dropout_rate=self.dropout_rate,
         )
 
     @property

@@ -15,6 +15,7 @@ from fast_attention.protein_lm.cli import (
     fine_tune,
     import_model,
     info,
+    linearize,
     mutate,
     predict,
     sample,
@@ -35,5 +36,6 @@ COMMANDS: dict[str, ModuleType] = {
     "import": import_model,
     "info": info,
     "diagnose": diagnose,
+    "linearize": linearize,
 }
 """Modules by the name of their command, in the order of ``protein-lm --help``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import jax
@@ -283,6 +283,7 @@ class BuiltModel:
         attention_fn: Callable[..., Any] | None,
         *,
         learning_rate: float | schedules.Schedule | None = None,
+        exact_layers: Sequence[int] = (),
     ) -> Self:
         """The same model, with the same parameters, around another attention function.
 
@@ -292,9 +293,11 @@ class BuiltModel:
         Args:
           attention_fn: As for the constructor; None is exact attention.
           learning_rate: Of its training; None is that of this model, from the first step on.
+          exact_layers: Layers, from 1, that attend exactly all the same.
         """
         model = copy.copy(self)
         model._state = None
+        model.config = dataclasses.replace(self.config, exact_layers=tuple(exact_layers))
         model._build(attention_fn, self.schedule if learning_rate is None else learning_rate)
         # A state is donated: no buffer may belong to two.
         parameters = jax.tree.map(jnp.copy, self.weights)

@@ -128,6 +128,7 @@ def describe(model: BuiltModel) -> dict[str, Any]:
     """The content of ``model.json`` except ``training`` and ``exported``, which are None."""
     ours = is_registered(type(model)) and model.model_cls is Transformer
     transformer = dataclasses.asdict(model.config)
+    transformer["exact_layers"] = list(model.config.exact_layers)
     for name in ("vocab_size", "causal"):
         del transformer[name]
     attention = model.attention_fn
@@ -186,6 +187,8 @@ def read(path: Path) -> dict[str, Any]:
             f"fast_attention reads {VERSION}: use the version that wrote it"
         )
     about = check_fields(path, "", about, _HINTS)
+    # Files of before it was there.
+    about["transformer"].setdefault("exact_layers", [])
     parts = {
         "alphabet": _ALPHABET,
         "domain": _DOMAIN | {"type": str | dict},
@@ -334,7 +337,7 @@ def _unknown_rate(step: Any) -> Any:
 
 
 def _transformer_hints() -> dict[str, Any]:
-    hints = get_type_hints(TransformerConfig) | {"dtype": str}
+    hints = get_type_hints(TransformerConfig) | {"dtype": str, "exact_layers": list[int]}
     return {name: hint for name, hint in hints.items() if name not in ("vocab_size", "causal")}
 
 

@@ -1,0 +1,151 @@
+"""``protein-lm linearize``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+from fast_attention.protein_lm import ranges
+from fast_attention.protein_lm.cli import arguments
+
+SUMMARY = "turn a trained model with exact attention into one with linear attention"
+DESCRIPTION = """\
+Turn a trained model with exact attention, a run or an imported ESM-2 or BERT, into one with linear
+attention, in stages: layers are ranked by their error, and the worst can stay exact; the features
+of the others learn to give the exact model's attention (no labels, nothing else is trained); then
+adapters or all parameters are trained by the model's loss and by what the exact model says. The
+report has the perplexity after each stage, and with a window also without it, and with it alone.
+
+  protein-lm linearize --run_dir=runs/exact --work_dir=runs/linear --fasta=proteins.fasta \\
+      --estimator=hedgehog --exact_window=32
+
+The new folder is an exported model: evaluate, score, embed, mutate, sample, fine-tune --table and
+export take it. Given the same arguments again, an interrupted command goes on."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    arguments.add_run_dir(parser)
+    parser.add_argument("--work_dir", required=True, metavar="FOLDER", help="the new folder")
+    parser.add_argument(
+        "--fasta",
+        action="append",
+        required=True,
+        metavar="PATH",
+        help="proteins to train on, a FASTA file or a folder of them; may be repeated",
+    )
+    parser.add_argument(
+        "--valid_fasta",
+        action="append",
+        metavar="PATH",
+        help="proteins to measure on (default: every tenth of --fasta, which is then not trained "
+        "on); may be repeated",
+    )
+    attention = parser.add_argument_group("attention")
+    attention.add_argument(
+        "--estimator",
+        metavar="NAME",
+        help="hedgehog, darkformer, wderf_s, favor+, ... (docs/choosing-features.md; default: "
+        "hedgehog)",
+    )
+    attention.add_argument(
+        "--nb_features",
+        type=arguments.number(ranges.FEATURES),
+        metavar="N",
+        help="how many features (default: twice the head width for hedgehog, else 256)",
+    )
+    attention.add_argument(
+        "--exact_window",
+        type=arguments.number(ranges.LENGTH),
+        metavar="W",
+        help="compute residues this near exactly (default: none)",
+    )
+    attention.add_argument(
+        "--keep_exact",
+        type=arguments.number(ranges.HEAD),
+        metavar="N",
+        help="leave the N layers of the largest error exact (default: none)",
+    )
+    training = parser.add_argument_group("training")
+    training.add_argument(
+        "--transfer_steps",
+        type=arguments.number(ranges.COUNT),
+        metavar="N",
+        help="of attention transfer (default: 500)",
+    )
+    training.add_argument(
+        "--transfer_rate",
+        type=arguments.number(ranges.LEARNING_RATE),
+        metavar="X",
+        help="its highest learning rate (default: 0.01)",
+    )
+    training.add_argument(
+        "--finetune",
+        choices=("none", "lora", "full"),
+        help="what is trained afterwards: nothing, adapters and features (default), or everything",
+    )
+    training.add_argument(
+        "--finetune_steps",
+        type=arguments.number(ranges.COUNT),
+        metavar="N",
+        help="of that (default: 500)",
+    )
+    training.add_argument(
+        "--finetune_rate",
+        type=arguments.number(ranges.LEARNING_RATE),
+        metavar="X",
+        help="its highest learning rate (default: 1e-3 for lora, 1e-4 for full)",
+    )
+    training.add_argument(
+        "--rank", type=arguments.number(ranges.RANK), metavar="R", help="of adapters (default: 8)"
+    )
+    training.add_argument(
+        "--kl_weight",
+        type=arguments.number(ranges.WEIGHT),
+        metavar="X",
+        help="weight of the divergence from the exact model (default: 1)",
+    )
+    training.add_argument(
+        "--batch_size",
+        type=arguments.number(ranges.BATCH_SIZE),
+        metavar="N",
+        help="proteins at a time (default: 8)",
+    )
+    training.add_argument(
+        "--max_length",
+        type=arguments.number(ranges.LENGTH),
+        metavar="N",
+        help="crop longer proteins to so many tokens (default: 512)",
+    )
+    training.add_argument(
+        "--save_every",
+        type=arguments.number(ranges.COUNT),
+        metavar="N",
+        help="steps between two saved states (default: 50)",
+    )
+    arguments.add_on_error_choice(parser, "raise")
+    arguments.add_seed(parser, "random seed; equal seeds give equal results (default: 0)")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Runs the command."""
+    from fast_attention.protein_lm.errors import UsageError
+    from fast_attention.protein_lm.linearize.config import LinearizeConfig
+    from fast_attention.protein_lm.linearize.run import run_linearize
+
+    names = [field.name for field in dataclasses.fields(LinearizeConfig)]
+    given = {name: getattr(options, name) for name in names}
+    config = LinearizeConfig(**{name: x for name, x in given.items() if x is not None})
+    try:
+        config.attention_fn(causal=True, head_dim=8)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    run_linearize(
+        options.run_dir,
+        options.work_dir,
+        options.fasta,
+        valid_fasta=options.valid_fasta,
+        on_error=options.on_error,
+        gin_file=options.gin_file,
+        config=config,
+    )

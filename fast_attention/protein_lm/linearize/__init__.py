@@ -1,0 +1,1 @@
+"""A trained model with exact attention becomes one with linear attention."""

@@ -1,0 +1,87 @@
+"""What `run_linearize` found, for people: a table and a picture."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+from fast_attention.protein_lm.evaluation.report import format_table
+from fast_attention.protein_lm.files.output_files import write_file
+
+STAGES = {
+    "exact": "exact attention",
+    "before": "linear, not trained",
+    "transfer": "after attention transfer",
+    "finetune": "after fine-tuning",
+    "window_off": "window off",
+    "features_off": "features off",
+}
+"""Names of the parts of a report, in their order."""
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """Two tables: perplexity of each stage, and errors of layers."""
+    found = report["found"]
+    stages = [(name, title) for name, title in STAGES.items() if name in found]
+    exact = found["exact"]["perplexity"]
+    rows = [
+        (title, f"{found[name]['perplexity']:.3f}", f"{found[name]['perplexity'] - exact:+.3f}")
+        for name, title in stages
+    ]
+    parts = [format_table(("", "perplexity", "above exact"), rows)]
+    columns = _with_errors(found)
+    kept = set(report["exact_layers"])
+    lines = [
+        (
+            f"{number}" + (" (exact)" if number in kept else ""),
+            f"{error:.3f}",
+            *(f"{found[name]['errors'][number - 1]:.3f}" for name in columns),
+        )
+        for number, error in enumerate(found["ranking"]["errors"], 1)
+    ]
+    header = ("layer", "if linear", *(STAGES[name] for name in columns))
+    parts.append(format_table(header, lines))
+    parts.append(
+        "the error of a layer is that of its heads' outputs on the exact model's hidden states, "
+        "relative to the exact output"
+    )
+    if "window_off" not in found:
+        parts.append("there is no window: all is done by features")
+    return "\n\n".join(parts)
+
+
+def draw_errors(path: Path, report: dict[str, Any]) -> None:
+    """Draws the error of each layer after each stage, as PNG.
+
+    Raises:
+      ImportError: Without matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "Pictures need matplotlib: pip install 'fast-attention[protein]', or matplotlib alone."
+        ) from error
+    found = report["found"]
+    layers = range(1, len(found["ranking"]["errors"]) + 1)
+    figure = Figure(figsize=(max(4.0, 2.5 + 0.4 * len(layers)), 3.2), layout="constrained")
+    axes = figure.subplots()
+    names = _with_errors(found)
+    for name, colour in zip(names, ("0.6", "tab:blue", "tab:orange"), strict=False):
+        errors = found[name]["errors"]
+        label = f"{STAGES[name]}, perplexity {found[name]['perplexity']:.3f}"
+        axes.plot(layers, errors, marker="o", markersize=4, color=colour, label=label)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("relative error of attention outputs")
+    axes.locator_params(axis="x", integer=True)
+    axes.set_title(f"exact attention: perplexity {found['exact']['perplexity']:.3f}", fontsize=8)
+    axes.legend(fontsize=7)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
+    write_file(path, picture.getvalue())
+
+
+def _with_errors(found: dict[str, Any]) -> list[str]:
+    return [name for name in STAGES if found.get(name, {}).get("errors") is not None]

@@ -1,0 +1,135 @@
+"""A tiny trained model is made linear: stages, what stays exact, resuming, the folder."""
+
+import functools
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from fast_attention import make_fast_softmax_attention
+from fast_attention.models import TransformerConfig
+from fast_attention.protein_lm import FlaxBERT, FlaxLM, cli, make_protein_domain
+from fast_attention.protein_lm.errors import RunError
+from fast_attention.protein_lm.linearize import training
+from fast_attention.protein_lm.linearize.config import LinearizeConfig
+from fast_attention.protein_lm.linearize.run import run_linearize
+from fast_attention.protein_lm.loading import load_run
+
+SIZES = {"emb_dim": 16, "num_heads": 2, "num_layers": 2, "qkv_dim": 16, "mlp_dim": 16}
+RATES = {"dropout_rate": 0.0, "attention_dropout_rate": 0.0}
+
+
+@pytest.fixture(scope="module")
+def fasta(tmp_path_factory):
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("data") / "proteins.fasta"
+    proteins = ["".join(rng.choice(list("ACDEFGHIKL"), 12)) for _ in range(20)]
+    path.write_text("".join(f">p{i}\n{protein}\n" for i, protein in enumerate(proteins)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def make_exact(tmp_path_factory):
+    return functools.cache(functools.partial(save_exact, tmp_path_factory.mktemp("exact")))
+
+
+def save_exact(folder, model_cls):
+    """A model whose queries and keys are large enough for attention to matter."""
+    model = model_cls(make_protein_domain(length=12), batch_size=4, **SIZES, **RATES)
+    weights = jax.tree_util.tree_map_with_path(
+        lambda path, x: 6 * x if "'query'" in jax.tree_util.keystr(path) else x, model.weights
+    )
+    model.set_parameters(weights, model.state.variables)
+    model.save(folder / model_cls.__name__)
+    return folder / model_cls.__name__
+
+
+def arrays(folder):
+    model = load_run(folder).model
+    leaves, _ = jax.tree_util.tree_flatten_with_path(model.weights)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def settings(**options):
+    small = {"transfer_steps": 12, "finetune": "none", "batch_size": 4, "save_every": 4}
+    return LinearizeConfig(**small | {"finetune_rate": 1e-3, "transfer_rate": 3e-2} | options)
+
+
+@pytest.mark.parametrize("model_cls", [FlaxLM, FlaxBERT])
+def test_transfer_lowers_errors_and_changes_features_alone(model_cls, make_exact, fasta, tmp_path):
+    exact = make_exact(model_cls)
+    report = run_linearize(exact, tmp_path / "new", [fasta], config=settings(keep_exact=1))
+    found = report["found"]
+    ranking = found["ranking"]["errors"]
+    (kept,) = report["exact_layers"]
+    assert ranking[kept - 1] == max(ranking)
+    before, after = (found[name]["errors"] for name in ("before", "transfer"))
+    assert before[kept - 1] == after[kept - 1] == 0
+    assert after[2 - kept] < 0.97 * before[2 - kept]
+    assert set(found) == {"exact", "ranking", "before", "transfer"}
+    assert json.loads((tmp_path / "new" / "linearize.json").read_text()) == report
+    assert {file.name for file in (tmp_path / "new").iterdir()} == {
+        *("linearize.json", "linearize.png", "model.json", "model.safetensors")
+    }
+    old, new = arrays(exact), arrays(tmp_path / "new")
+    features = {name for name in new if "'projections'" in name}
+    assert set(new) - features == set(old) and len(features) == 2
+    assert all(np.array_equal(new[name], old[name]) for name in old)
+    model = load_run(tmp_path / "new").model
+    assert model.config.exact_layers == (kept,)
+    assert model.evaluate(["ACDEFGHIKL"])["perplexity"] > 0
+
+
+def test_an_interrupted_run_ends_as_one_that_was_not(
+    make_exact, fasta, tmp_path, monkeypatch, capsys
+):
+    """Killed in the first stage, and in the second; the window and the features are measured."""
+    exact = make_exact(FlaxLM)
+    options = settings(finetune="lora", finetune_steps=8, exact_window=2)
+    whole = run_linearize(exact, tmp_path / "whole", [fasta], config=options)
+    save, count = training.StateFile.save, iter(range(100))
+
+    def save_and_stop(self, *args):
+        save(self, *args)
+        if next(count) in (1, 4):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(training.StateFile, "save", save_and_stop)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run_linearize(exact, tmp_path / "parts", [fasta], config=options)
+    parts = run_linearize(exact, tmp_path / "parts", [fasta], config=options)
+    for name, figures in whole["found"].items():
+        assert (name, parts["found"][name]) == (name, figures)
+    assert parts == whole
+    assert set(whole["found"]) == {
+        *("exact", "ranking", "before", "transfer", "finetune", "window_off", "features_off")
+    }
+    one, other = arrays(tmp_path / "whole"), arrays(tmp_path / "parts")
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+    # A finished folder is reported, and not that of other settings.
+    command = ["linearize", f"--run_dir={exact}", f"--work_dir={tmp_path / 'parts'}"]
+    command += [f"--fasta={fasta}", "--transfer_steps=12", "--finetune_steps=8", "--batch_size=4"]
+    command += ["--exact_window=2", "--save_every=4", "--transfer_rate=3e-2"]
+    assert cli.main([*command, "--finetune_rate=1e-3"]) == 0
+    assert "parts is finished" in capsys.readouterr().out
+    with pytest.raises(RunError, match="the result of another model, data or settings"):
+        run_linearize(exact, tmp_path / "parts", [fasta], config=settings())
+
+
+def test_what_is_not_exact_is_refused(fasta, tmp_path):
+    domain = make_protein_domain(length=12)
+    linear = FlaxLM(domain, attention_fn=make_fast_softmax_attention(), **SIZES, **RATES)
+    linear.save(tmp_path / "linear")
+    with pytest.raises(RunError, match="FastAttention, not exact attention"):
+        run_linearize(tmp_path / "linear", tmp_path / "new", [fasta])
+    FlaxLM(domain, **SIZES, **RATES).save(tmp_path / "exact")
+    with pytest.raises(RunError, match="keep_exact=2 leaves no layer"):
+        run_linearize(tmp_path / "exact", tmp_path / "new", [fasta], config=settings(keep_exact=2))
+    with pytest.raises(RunError, match="holds an exported model"):
+        run_linearize(tmp_path / "exact", tmp_path / "linear", [fasta])
+    with pytest.raises(ValueError, match=r"exact_layers are numbers of layers, 1 to 6, got \[7\]"):
+        TransformerConfig(30, exact_layers=(7,))
+    with pytest.raises(ValueError, match="finetune must be one of none, lora, full"):
+        settings(finetune="some")
