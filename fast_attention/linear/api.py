@@ -73,7 +73,7 @@ def linear_attention(
     key_bias: Float[Array, "*#B S"] | Float[Array, "*#B S #K"] | None = None,
     segment_ids: Int[Array, "*#B T"] | None = None,
     initial_state: LinearAttentionState | None = None,
-    log_decay: Float[Array, "*B T K"] | Float[Array, K] | None = None,
+    log_decay: Float[Array, "*B T K"] | Float[Array, "*#B K"] | None = None,
     return_state: bool = False,
     **options: Any,
 ) -> Any:

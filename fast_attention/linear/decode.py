@@ -35,7 +35,7 @@ def prefill(
     *,
     parameters: Parameters,
     key_mask: Bool[Array, "*B T"] | None = None,
-    log_decay: Float[Array, "*B T K"] | Float[Array, K] | None = None,
+    log_decay: Float[Array, "*B T K"] | Float[Array, "*#B K"] | None = None,
     **options: Any,
 ) -> tuple[Float[Array, "*B T H V"], LinearAttentionState]:
     """Reads T tokens causally after those already in ``state``.
@@ -77,7 +77,7 @@ def step(
     plan: Plan | None = None,
     *,
     parameters: Parameters,
-    log_decay: Float[Array, "*B K"] | Float[Array, K] | None = None,
+    log_decay: Float[Array, "*B K"] | Float[Array, "*#B K"] | None = None,
     **options: Any,
 ) -> tuple[Float[Array, "*B H V"], LinearAttentionState]:
     """Adds one token to the state and reads it: time and memory independent of the past.

@@ -61,7 +61,7 @@ class HeadDecay(nnx.Module):
             self.kernel = nnx.Param(jnp.zeros((features, num_kv_heads)))
 
     @modules_run_on_auto_axes
-    def __call__(self, x: Float[Array, "*B M"]) -> Float[Array, "*B K"] | Float[Array, K]:
+    def __call__(self, x: Float[Array, "*B M"]) -> Float[Array, "*B K"] | Float[Array, "*#B K"]:
         """Returns the logarithms, in float32 at least; ``[K]`` if they are those of all tokens."""
         if self.bias is None:
             return jnp.asarray(-decay_slopes(self.num_kv_heads))
