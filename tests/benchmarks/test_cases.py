@@ -63,6 +63,7 @@ BOTH_MEASURES = ("causal/favor-chunked", "identity")
 REFERENCES = {
     "lsh": lsh_reference,
     "favor-chunked": favor_reference,
+    "favor-quadratic": favor_reference,
     "favor-reference": favor_reference,
     "favor-pallas_gpu": favor_reference,
     "favor-parallel_chunks": favor_reference,

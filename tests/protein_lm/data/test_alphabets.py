@@ -142,7 +142,7 @@ def test_an_unknown_letter_is_that_of_the_alphabet(tmp_path):
     path = tmp_path / "rna.fasta"
     path.write_text(">a\nACGUu\n")
     vocab = nucleotides().vocab
-    with pytest.raises(FastaError, match="'U'.*takes it for N"):
+    with pytest.raises(FastaError, match="'U'.*read it as N"):
         list(read_fasta(path, alphabet=vocab))
     (record,) = read_fasta(path, alphabet=vocab, on_error="replace")
     assert record.sequence == "ACGNN"
