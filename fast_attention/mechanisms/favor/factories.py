@@ -141,7 +141,7 @@ def make_fast_softmax_attention(
             f"{estimator!r} was asked for; give only one of the two."
         )
     check_count("nb_features", nb_features)
-    check_number("numerical_stabilizer", numerical_stabilizer, least=0)
+    check_number("numerical_stabilizer", numerical_stabilizer, least=0.0)
     check_saved_states(saved_states)
     implementation_names(implementation)
     name = _coupling(projection, ortho_features, ortho_scaling)
@@ -232,14 +232,14 @@ def make_fast_generalized_attention(
       ValueError: for options that do not fit together or are out of range.
     """
     check_count("nb_features", nb_features)
-    check_number("numerical_stabilizer", numerical_stabilizer, least=0)
+    check_number("numerical_stabilizer", numerical_stabilizer, least=0.0)
     check_saved_states(saved_states)
     implementation_names(implementation)
     if features_type not in ("deterministic", "iid", "ortho"):
         raise ValueError(
             f"features_type must be 'deterministic', 'iid' or 'ortho', got {features_type!r}."
         )
-    check_number("kernel_epsilon", kernel_epsilon, least=0)
+    check_number("kernel_epsilon", kernel_epsilon, least=0.0)
     if signed_kernel is not None:
         check_flag("signed_kernel", signed_kernel)
     if signed_kernel is None and numerical_stabilizer and not is_known(resolve_kernel(kernel_fn)):
