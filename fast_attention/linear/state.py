@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from fast_attention.arrays.types import Array, Bool, Float
 from fast_attention.feature_maps.base import FeatureMap, Features, Parameters
+from fast_attention.linear.decay import LOWEST_DECAY
 
 EMPTY_LOG_SCALE = -1e30
 """``log_scale`` where no key was seen. Finite, so that no difference of two scales is nan."""
@@ -113,7 +114,8 @@ def decayed(state: LinearAttentionState, log_decay: Float[Array, "*B K"]) -> Lin
     if state.log_scale is None:
         factor = jnp.exp(amount)
         return LinearAttentionState(state.kv * factor[..., None], state.k_sum * factor, None)
-    constant = jax.lax.stop_gradient(amount)
+    # A scale of minus infinity would make nan of what has no keys.
+    constant = jax.lax.stop_gradient(jnp.maximum(amount, LOWEST_DECAY))
     # 1, with the derivative of the factor: none flows through scales.
     factor = jnp.exp(amount - constant)
     return LinearAttentionState(

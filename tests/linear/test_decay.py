@@ -298,6 +298,43 @@ def test_forgetting_everything():
     cases.assert_close(found[:, 5:], after[0], 1e-5)
 
 
+@pytest.mark.parametrize(("low", "chunk"), [(-np.inf, 64), (-1e3, 128), (-100.3, 256)])
+def test_what_was_forgotten_leaves_no_trace(low, chunk):
+    """Many tokens of one chunk forget everything: small decays behind them are as exact as alone."""
+    with jax.enable_x64(True):
+        query, key, value, _ = arrays(256)
+        log_decay = np.full((B, 256, K), -0.01)
+        log_decay[:, :200] = low
+        log_decay = jnp.asarray(log_decay)
+        found = attended(
+            "positive", query, key, value, log_decay, dtype=jnp.float32, chunk_size=chunk
+        )
+        expected = recurrence("positive", query, key, value, log_decay)
+        cases.assert_close(found[0], expected[0], 3e-5)
+
+
+def test_a_merge_forgets_everything():
+    query, key, value = cases.qkv(length=9)
+    operands = (query.astype(jnp.float32), key.astype(jnp.float32), value.astype(jnp.float32))
+
+    def state_of(piece):
+        return linear_attention(
+            *(x[:, piece] for x in operands),
+            plan_of("positive"),
+            parameters=cases.parameters_of("positive", jnp.float32),
+            return_state=True,
+        )[1]
+
+    left, right = state_of(slice(0, 5)), state_of(slice(5, 9))
+    for amount in (-jnp.inf, -1e30, -1e5):
+        merged = merge(left, right, jnp.full((B, K), amount))
+        cases.assert_close(cases.true_state(merged), cases.true_state(right), 1e-6)
+    none = state_of(slice(9, 9))
+    for before in (left, none):
+        merged = cases.true_state(merge(before, none, jnp.full((B, K), -jnp.inf)))
+        assert all(bool(jnp.all(x == 0)) for x in merged)
+
+
 def test_refusals():
     query, key, value = cases.qkv(length=4)
     attend = functools.partial(

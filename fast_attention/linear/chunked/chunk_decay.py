@@ -18,18 +18,25 @@ of one decay a head. The running maxima and the gradient by parts are this packa
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from fast_attention.arrays.types import Array
+from fast_attention.linear.decay import LOWEST_DECAY
 from fast_attention.linear.rounded_products import Einsum, sums
 from fast_attention.linear.types import Inputs
 
-# Decays are cut into multiples of this one, whose sums are exact in float32 up to 2^24 times it,
-# and a rest. Differences of sums are then as exact as the decays between the two tokens.
-STEP = 2.0**-8
+
+def _step(size: int) -> float:
+    """The unit of coarse decays: all sums of a chunk are less than 2^24 of it, thus exact in float32.
+
+    A decay is a multiple of the unit and a rest. Differences of sums are then as exact as the decays
+    between the two tokens, also behind decays that forget everything.
+    """
+    return 2.0 ** (math.ceil(math.log2(size * -LOWEST_DECAY)) - 24)
 
 
 class ChunkDecay(NamedTuple):
@@ -60,7 +67,8 @@ def chunk_decay(inputs: Inputs, start: Array | int, size: int) -> ChunkDecay | N
     # The first one decays nothing inside the chunk.
     position = jnp.arange(size)
     inside = jnp.where((position > 0)[None, None], steps, 0)
-    coarse = jax.lax.stop_gradient(jnp.round(inside / STEP) * STEP)
+    unit = _step(size)
+    coarse = jax.lax.stop_gradient(jnp.round(inside / unit) * unit)
     # A product takes XLA on CPU far less time than a cumulative sum.
     past = (position[:, None] >= position[None]).astype(inside.dtype)
     coarse, rest = (sums("bks,ts->bkt", x, past) for x in (coarse, inside - coarse))
