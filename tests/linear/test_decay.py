@@ -300,7 +300,7 @@ def test_forgetting_everything():
 
 @pytest.mark.parametrize(("low", "chunk"), [(-np.inf, 64), (-1e3, 128), (-100.3, 256)])
 def test_what_was_forgotten_leaves_no_trace(low, chunk):
-    """Many tokens of one chunk forget everything: small decays behind them are as exact as alone."""
+    """Small decays are as exact behind many tokens that forget everything as alone."""
     with jax.enable_x64(True):
         query, key, value, _ = arrays(256)
         log_decay = np.full((B, 256, K), -0.01)

@@ -31,10 +31,10 @@ from fast_attention.linear.types import Inputs
 
 
 def _step(size: int) -> float:
-    """The unit of coarse decays: all sums of a chunk are less than 2^24 of it, thus exact in float32.
+    """The unit of coarse decays: sums of a chunk are below 2^24 of it, and so exact in float32.
 
-    A decay is a multiple of the unit and a rest. Differences of sums are then as exact as the decays
-    between the two tokens, also behind decays that forget everything.
+    A decay is a multiple of the unit and a rest. Differences of sums are then as exact as the
+    decays between the two tokens, also behind decays that forget everything.
     """
     return 2.0 ** (math.ceil(math.log2(size * -LOWEST_DECAY)) - 24)
 
