@@ -1,4 +1,4 @@
-"""Five changes that the package must make easy (docs/architecture.md, "Where to add what")."""
+"""Five changes that the package must make easy (docs/architecture.md, "Where to make changes")."""
 
 import ast
 import os
