@@ -74,6 +74,9 @@ TOKENS_PER_BATCH = Range(1, 2**27)
 LENGTH = Range(1, 10**7)
 """Residues or tokens of a protein."""
 
+ROW = Range(2, 10**7)
+"""Tokens of a row to train on."""
+
 EPOCHS = Range(1, 10**6)
 SEEDS = Range(1, 1000)
 LAYER = Range(-1000, 1000)

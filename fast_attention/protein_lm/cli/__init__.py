@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _print_stopped(options.command, without_places(str(stopped)))
         return stopped.exit_status
     except KeyboardInterrupt as stopped:
-        resumable = options.command in ("train", "embed", "score")
+        resumable = options.command in ("train", "embed", "score", "linearize")
         remedy = "; the same command resumes" if resumable else ""
         reason = str(stopped) or "stopped by SIGINT"
         _print_stopped(options.command, f"{reason}{remedy}")

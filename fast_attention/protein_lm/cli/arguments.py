@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fast_attention.protein_lm import ranges
 from fast_attention.protein_lm.data.alphabets import PROTEIN
-from fast_attention.protein_lm.data.skipped_records import SkippedRecords, list_skipped
+from fast_attention.protein_lm.data.skipped_records import SkippedRecords, list_skipped, tell
 from fast_attention.protein_lm.ranges import Range
 
 
@@ -104,8 +103,7 @@ def skipped_records(options: argparse.Namespace) -> Iterator[SkippedRecords]:
     """
     with list_skipped(options.skipped_list) as skipped:
         yield skipped
-    if skipped.count:
-        print(skipped.summary(), file=sys.stderr)
+    tell(skipped)
 
 
 _INPUTS = (

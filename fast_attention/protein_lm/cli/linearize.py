@@ -113,7 +113,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     training.add_argument(
         "--max_length",
-        type=arguments.number(ranges.LENGTH),
+        type=arguments.number(ranges.ROW),
         metavar="N",
         help="crop longer proteins to so many tokens (default: 512)",
     )

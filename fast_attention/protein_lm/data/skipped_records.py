@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -79,6 +80,12 @@ class SkippedRecords:
         if self.count >= len(lines):
             lines.append(f"  and {self.count - len(lines) + 1} more")
         return "\n".join(lines)
+
+
+def tell(skipped: SkippedRecords) -> None:
+    """Prints to stderr what was left out, if anything was."""
+    if skipped.count:
+        print(skipped.summary(), file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from fast_attention.protein_lm import messages
 from fast_attention.protein_lm.data.corpus import FastaPaths
 from fast_attention.protein_lm.data.fasta import read_proteins
 from fast_attention.protein_lm.data.fasta_parser import MAX_RESIDUES
-from fast_attention.protein_lm.data.skipped_records import SkippedRecords
+from fast_attention.protein_lm.data.skipped_records import SkippedRecords, tell
 from fast_attention.protein_lm.errors import RunError
 from fast_attention.protein_lm.evaluation.report import format_table, shared_note
 from fast_attention.protein_lm.files.json_files import read_json
@@ -104,16 +104,18 @@ def run_tuning(
     on_error = columns.get("on_error", "raise")
     limit = MAX_RESIDUES if options.get("max_length") else alphabet.longest
     if fasta is not None:
+        skipped = SkippedRecords()
         records = read_proteins(
             fasta,
             alphabet=alphabet,
             on_error=on_error,
-            skipped=SkippedRecords() if on_error == "skip" else None,
+            skipped=skipped,
             unique_ids=True,
             max_residues=limit,
             too_long=longest_record(alphabet)[1],
         )
         sequences = {record.id: record.sequence for record in records}
+        tell(skipped)
     found = read_labelled(
         table,
         **columns,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 from typing import Any
 
+from fast_attention.protein_lm.errors import RunError
 from fast_attention.protein_lm.evaluation.report import format_table
+from fast_attention.protein_lm.files.json_files import check_fields, read_json
 from fast_attention.protein_lm.files.output_files import write_file
 
 STAGES = {
@@ -18,6 +21,69 @@ STAGES = {
     "features_off": "features off",
 }
 """Names of the parts of a report, in their order."""
+
+_HINTS = {
+    "asked": dict,
+    "attention": dict,
+    "exact_layers": list[int],
+    "proteins": list[int],
+    "found": dict,
+}
+
+
+def read_report(path: Path, num_layers: int) -> dict[str, Any]:
+    """Reads what `run_linearize` wrote.
+
+    Args:
+      path: Of ``linearize.json``.
+      num_layers: Of the model.
+
+    Raises:
+      RunError: If it is damaged.
+    """
+    report = check_fields(path, "", read_json(path), _HINTS)
+    found = check_figures(path, report["found"], num_layers)
+    for name in ("exact", "ranking"):
+        if name not in found:
+            raise RunError(f"{path}: found.{name} is missing; expected an object")
+    return report | {"found": found}
+
+
+def check_figures(path: Path, found: dict[str, Any], num_layers: int) -> dict[str, Any]:
+    """Compares the figures in a file with what stages can have found.
+
+    Args:
+      path: The file, for errors.
+      found: The figures by stage.
+      num_layers: Of the model.
+
+    Returns:
+      The figures, with NaN for those that were not finite.
+
+    Raises:
+      RunError: At an unknown stage, or figures of another kind or number.
+    """
+    hints: dict[str, Any] = {name: {"perplexity": float | None} for name in STAGES}
+    for name in ("ranking", "before", "transfer", "finetune"):
+        hints[name] = hints.get(name, {}) | {"errors": list[float | None]}
+    check_fields(path, "found", found, dict.fromkeys(hints, dict), optional=True)
+    checked = {}
+    for name, figures in found.items():
+        figures = check_fields(path, f"found.{name}", figures, hints[name])
+        if "errors" in figures and len(figures["errors"]) != num_layers:
+            raise RunError(
+                f"{path}: found.{name}.errors has {len(figures['errors'])} numbers; expected one "
+                f"for each of the {num_layers} layers"
+            )
+        checked[name] = {
+            key: [_number(x) for x in value] if isinstance(value, list) else _number(value)
+            for key, value in figures.items()
+        }
+    return checked
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def format_report(report: dict[str, Any]) -> str:

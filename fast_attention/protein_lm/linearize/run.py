@@ -16,22 +16,26 @@ import numpy as np
 
 from fast_attention.protein_lm import messages
 from fast_attention.protein_lm.data.corpus import Corpus, join_rows, load_corpus
-from fast_attention.protein_lm.data.skipped_records import SkippedRecords
+from fast_attention.protein_lm.data.skipped_records import SkippedRecords, tell
 from fast_attention.protein_lm.errors import RunError
-from fast_attention.protein_lm.files.json_files import read_json
 from fast_attention.protein_lm.files.output_files import check_output_folder, write_json
 from fast_attention.protein_lm.finetune import lora
 from fast_attention.protein_lm.finetune.finetuned import fingerprint
 from fast_attention.protein_lm.flax_model import FlaxModel
 from fast_attention.protein_lm.linearize import measuring, steps
 from fast_attention.protein_lm.linearize.config import LinearizeConfig
-from fast_attention.protein_lm.linearize.report import STAGES, draw_errors, format_report
+from fast_attention.protein_lm.linearize.report import (
+    STAGES,
+    draw_errors,
+    format_report,
+    read_report,
+)
 from fast_attention.protein_lm.linearize.training import StateFile, train
 from fast_attention.protein_lm.loading import load_run
 from fast_attention.protein_lm.modeling import pipeline
 from fast_attention.protein_lm.modeling.train_state import Batch
 from fast_attention.protein_lm.runs.exporting import save_model
-from fast_attention.protein_lm.runs.run_folder import RunFolder, content
+from fast_attention.protein_lm.runs.run_folder import RunFolder, check_free, content, inside
 from fast_attention.protein_lm.runs.run_lock import hold_run
 from fast_attention.softmax_attention import SoftmaxAttention
 
@@ -78,11 +82,12 @@ def run_linearize(
     """
     config = config or LinearizeConfig()
     folder = RunFolder(Path(work_dir))
-    result_file = folder.path / RESULT
+    result_file, picture, state = (inside(folder.path, name) for name in (RESULT, PICTURE, STATE))
     if content(folder) not in ("", "an exported model") or (
-        folder.is_export() and not (result_file.exists() or (folder.path / STATE).exists())
+        folder.is_export() and not (result_file.exists() or state.exists())
     ):
         raise RunError(f"{work_dir} holds {content(folder)}: give the new model another folder")
+    check_free(folder, (RESULT, PICTURE, folder.model.name))
     check_output_folder(folder.path)
     exact, *_ = load_run(run_dir, gin_file=gin_file)
     _check_exact(exact, run_dir, config)
@@ -93,16 +98,18 @@ def run_linearize(
         "settings": dataclasses.asdict(config),
     }
     if result_file.exists():
-        report = read_json(result_file)
-        if report.get("asked") != asked:
+        report = read_report(result_file, exact.config.num_layers)
+        if report["asked"] != asked:
             raise RunError(
                 f"{work_dir} holds the result of another model, data or settings: give another "
                 "folder"
             )
+        # A process that was killed just before its end leaves it.
+        state.unlink(missing_ok=True)
         print(f"{work_dir} is finished\n\n{format_report(report)}")
         return report
     with hold_run(folder):
-        file = StateFile(folder.path / STATE, asked)
+        file = StateFile(state, asked, exact.config.num_layers)
         linear, exact_layers = _linearize(_Data(*corpora, exact, config), file)
         report = {
             "asked": asked,
@@ -111,8 +118,11 @@ def run_linearize(
             "proteins": [len(corpus) for corpus in corpora],
             "found": file.found,
         }
+        if file.stage is None:
+            # Nothing was trained; without a state, the model alone would not be gone on from.
+            file.save(None, 0, ())
         save_model(linear, folder.path)
-        draw_errors(folder.path / PICTURE, report)
+        draw_errors(picture, report)
         write_json(result_file, report)
         file.remove()
     print(f"{format_report(report)}\n\nwritten to {work_dir}")
@@ -258,8 +268,10 @@ def _read(
     """Proteins to train on and to validate on."""
 
     def load(paths: Sequence[str]) -> Corpus:
-        skipped = SkippedRecords() if on_error == "skip" else None
-        return load_corpus(list(paths), exact.domain, on_error=on_error, skipped=skipped)
+        skipped = SkippedRecords()
+        corpus = load_corpus(list(paths), exact.domain, on_error=on_error, skipped=skipped)
+        tell(skipped)
+        return corpus
 
     training = load(fasta)
     if valid_fasta:

@@ -15,26 +15,33 @@ import optax
 
 from fast_attention.protein_lm import messages
 from fast_attention.protein_lm.errors import RunError
+from fast_attention.protein_lm.files.json_files import MAX_BYTES, check_fields
 from fast_attention.protein_lm.files.npz_files import read_npz
-from fast_attention.protein_lm.files.output_files import open_output
+from fast_attention.protein_lm.files.output_files import json_text, open_output
+from fast_attention.protein_lm.linearize.report import check_figures
 from fast_attention.protein_lm.linearize.steps import Step
 from fast_attention.protein_lm.modeling.train_state import Batch
 
 _ABOUT = "about"
-_LIMIT = 2**37
-"""The most bytes of a saved state."""
+_HINTS = {"asked": dict, "found": dict, "stage": str | None, "step": int}
+_REMEDY = "remove it to begin again"
+# Of an array in an archive: its header, with room.
+_HEADER = 4096
 
 
 class Saved(NamedTuple):
     """A state on disk.
 
     Attributes:
-      about: What was asked for, the figures found so far, the stage and the steps taken in it.
-      leaves: Arrays of what is trained and of the optimiser, in the order of ``jax.tree.leaves``.
+      stage: That is under way, or was finished last; None before the first.
+      step: Steps taken in it.
+      size: Bytes of what the file says of itself, beside arrays of what is trained and of the
+        optimiser, called by their place in ``jax.tree.leaves``.
     """
 
-    about: dict[str, Any]
-    leaves: list[np.ndarray]
+    stage: str | None
+    step: int
+    size: int
 
 
 class StateFile:
@@ -46,8 +53,13 @@ class StateFile:
       found: Figures of the stages that are finished.
     """
 
-    def __init__(self, path: Path, asked: dict[str, Any]):
-        """Reads the file, if it is there.
+    def __init__(self, path: Path, asked: dict[str, Any], num_layers: int):
+        """Reads what the file says of itself, if it is there.
+
+        Args:
+          path: Of the file.
+          asked: What the state must be of.
+          num_layers: Of the model.
 
         Raises:
           RunError: If it is damaged, or of another run.
@@ -57,48 +69,54 @@ class StateFile:
         self._saved: Saved | None = None
         if not path.exists():
             return
-        arrays = read_npz(path, "remove it to begin again", limit=_LIMIT)
+        text = read_npz(path, _REMEDY, limit=MAX_BYTES, names=[_ABOUT])[_ABOUT]
         try:
-            about = json.loads(arrays.pop(_ABOUT).tobytes().decode())
-            self.found = dict(about["found"])
-            leaves = [arrays[str(i)] for i in range(len(arrays))]
-        except (KeyError, ValueError, TypeError) as error:
-            raise RunError(f"{path} is damaged: remove it to begin again") from error
+            about = json.loads(text.tobytes().decode())
+        except (ValueError, RecursionError) as error:
+            raise RunError(f"{path} is damaged: {_REMEDY}") from error
+        about = check_fields(path, "", about, _HINTS)
         changed = [name for name in asked if about["asked"].get(name) != asked[name]]
         if changed:
             raise RunError(
                 f"{path} is of a run with another {', '.join(changed)}: give another folder, or "
                 "remove the file to begin again"
             )
-        self._saved = Saved(about, leaves)
+        self.found = check_figures(path, about["found"], num_layers)
+        self._saved = Saved(about["stage"], about["step"], text.nbytes)
 
     @property
     def stage(self) -> str | None:
         """The stage that is under way, or was finished last; None before the first."""
-        return None if self._saved is None else self._saved.about["stage"]
+        return None if self._saved is None else self._saved.stage
 
     def resume(self, stage: str, tree: Any) -> tuple[int, Any]:
         """Returns the steps taken in a stage and its state; 0 and `tree` where it has not begun."""
         saved = self._saved
-        if saved is None or saved.about["stage"] != stage:
+        if saved is None or saved.stage != stage:
             return 0, tree
         leaves, structure = jax.tree.flatten(tree)
-        shapes = [np.shape(leaf) for leaf in leaves]
-        if [leaf.shape for leaf in saved.leaves] != shapes:
-            raise RunError(f"{self.path} fits another model: remove it to begin again")
+        shapes = {str(i): np.shape(leaf) for i, leaf in enumerate(leaves)} | {_ABOUT: (saved.size,)}
+        limit = saved.size + sum(leaf.nbytes + _HEADER for leaf in leaves) + _HEADER
+        arrays = read_npz(self.path, _REMEDY, limit=limit, expected=shapes)
+        for name, leaf in enumerate(leaves):
+            if (there := arrays[str(name)].dtype) != leaf.dtype:
+                raise RunError(
+                    f"{self.path}: '{name}' is {there}, expected {leaf.dtype}: {_REMEDY}"
+                )
         # NumPy's products would be rounded in another way.
-        return saved.about["step"], jax.tree.unflatten(structure, map(jnp.asarray, saved.leaves))
+        found = [jnp.asarray(arrays[str(i)]) for i in range(len(leaves))]
+        return saved.step, jax.tree.unflatten(structure, found)
 
-    def save(self, stage: str, step: int, tree: Any) -> None:
+    def save(self, stage: str | None, step: int, tree: Any) -> None:
         """Writes the state whole, in place of the one before."""
         about = {"asked": self.asked, "found": self.found, "stage": stage, "step": step}
         leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(jax.device_get(tree))]
-        text = np.frombuffer(json.dumps(about).encode(), np.uint8)
+        text = np.frombuffer(json_text(about).encode(), np.uint8)
         arrays: dict[str, Any] = {str(i): leaf for i, leaf in enumerate(leaves)}
         arrays[_ABOUT] = text
         with open_output(self.path, seekable=True) as file:
             np.savez(file, **arrays)
-        self._saved = Saved(about, leaves)
+        self._saved = Saved(stage, step, text.nbytes)
 
     def remove(self) -> None:
         """Removes the file of a run that is finished."""

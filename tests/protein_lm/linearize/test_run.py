@@ -11,8 +11,9 @@ from fast_attention import make_fast_softmax_attention
 from fast_attention.models import TransformerConfig
 from fast_attention.protein_lm import FlaxBERT, FlaxLM, cli, make_protein_domain
 from fast_attention.protein_lm.errors import RunError
-from fast_attention.protein_lm.linearize import training
+from fast_attention.protein_lm.linearize import run, training
 from fast_attention.protein_lm.linearize.config import LinearizeConfig
+from fast_attention.protein_lm.linearize.report import format_report, read_report
 from fast_attention.protein_lm.linearize.run import run_linearize
 from fast_attention.protein_lm.loading import load_run
 
@@ -133,3 +134,116 @@ def test_what_is_not_exact_is_refused(fasta, tmp_path):
         TransformerConfig(30, exact_layers=(7,))
     with pytest.raises(ValueError, match="finetune must be one of none, lora, full"):
         settings(finetune="some")
+
+
+def state_file(path, about, **arrays):
+    text = about if isinstance(about, str) else json.dumps(about)
+    np.savez(path, about=np.frombuffer(text.encode(), np.uint8), **arrays)
+    return path
+
+
+ABOUT = {"asked": {"data": "a"}, "found": {}, "stage": "transfer", "step": 2}
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        "{",
+        "[" * 100_000,
+        [],
+        {},
+        ABOUT | {"asked": []},
+        ABOUT | {"found": []},
+        ABOUT | {"found": {"exact": 3}},
+        ABOUT | {"found": {"exact": {}}},
+        ABOUT | {"found": {"exact": {"perplexity": "low"}}},
+        ABOUT | {"found": {"ranking": {"errors": [0.1]}}},
+        ABOUT | {"found": {"other": {"perplexity": 1.0}}},
+        ABOUT | {"stage": 1},
+        ABOUT | {"step": "2"},
+        {name: value for name, value in ABOUT.items() if name != "stage"},
+    ],
+)
+def test_a_damaged_state_is_named(about, tmp_path):
+    path = state_file(tmp_path / "state.npz", about)
+    with pytest.raises(RunError, match=r"state\.npz"):
+        training.StateFile(path, ABOUT["asked"], 2)
+
+
+def test_a_state_takes_no_more_memory_than_what_is_trained(tmp_path):
+    """Arrays of other shapes are refused by what the file promises, without reading them."""
+    huge = np.zeros(2**24, np.float32)
+    path = state_file(tmp_path / "state.npz", ABOUT, **{"0": huge})
+    read = training.StateFile(path, ABOUT["asked"], 2)
+    with pytest.raises(RunError, match=r"state\.npz is damaged .it promises 67,"):
+        read.resume("transfer", [np.zeros(3, np.float32)])
+    path = state_file(tmp_path / "state.npz", ABOUT, **{"0": np.zeros(3)})
+    read = training.StateFile(path, ABOUT["asked"], 2)
+    with pytest.raises(RunError, match="'0' is float64, expected float32: remove it"):
+        read.resume("transfer", [np.zeros(3, np.float32)])
+    assert read.resume("finetune", [1]) == (0, [1])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda report: [],
+        lambda report: {"asked": report["asked"]},
+        lambda report: report | {"exact_layers": 3},
+        lambda report: report | {"found": {}},
+        lambda report: report | {"found": report["found"] | {"exact": {"perplexity": "1"}}},
+        lambda report: report | {"found": report["found"] | {"ranking": {"errors": "ab"}}},
+    ],
+)
+def test_a_damaged_report_is_named(change, tmp_path):
+    found = {"exact": {"perplexity": None}, "ranking": {"errors": [0.5, None]}}
+    report = {"asked": {}, "attention": {}, "exact_layers": [1], "proteins": [2, 3], "found": found}
+    path = tmp_path / "linearize.json"
+    path.write_text(json.dumps(report))
+    # What JSON has no number for is printed as none.
+    assert "nan" in format_report(read_report(path, 2))
+    path.write_text(json.dumps(change(report)))
+    with pytest.raises(RunError, match=r"linearize\.json"):
+        read_report(path, 2)
+
+
+@pytest.mark.parametrize("name", ["linearize.json", "linearize.png", "linearize_state.npz"])
+def test_files_that_are_in_the_way_are_told_before_any_work(name, fasta, tmp_path):
+    """A link out of the folder, and a file that belongs to somebody else."""
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / name).symlink_to(tmp_path / "precious")
+    with pytest.raises(RunError, match=f"{name} is a link that leads out of"):
+        run_linearize(tmp_path / "absent", tmp_path / "new", [fasta])
+    assert not (tmp_path / "precious").exists()
+    (tmp_path / "new" / name).unlink()
+    (tmp_path / "new" / "model.json").write_text("mine")
+    with pytest.raises(RunError, match=r"model\.json would be overwritten"):
+        run_linearize(tmp_path / "absent", tmp_path / "new", [fasta])
+
+
+def test_a_model_without_its_report_is_gone_on_from(make_exact, fasta, tmp_path, monkeypatch):
+    """Nothing is trained, and the process is killed after the model was written."""
+    exact = make_exact(FlaxLM)
+    options = settings(estimator="favor+", nb_features=8)
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "draw_errors", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_linearize(exact, tmp_path / "new", [fasta], config=options)
+    report = run_linearize(exact, tmp_path / "new", [fasta], config=options)
+    assert set(report["found"]) == {"exact", "ranking", "before"}
+    state = tmp_path / "new" / "linearize_state.npz"
+    assert not state.exists()
+    # Killed between the report and the removal of the state.
+    state.write_bytes(b"old")
+    assert run_linearize(exact, tmp_path / "new", [fasta], config=options) == report
+    assert not state.exists()
+
+
+def test_what_is_left_out_is_told(make_exact, fasta, tmp_path, capsys):
+    (tmp_path / "a.fasta").write_text(fasta.read_text() + ">bad\nAC1D\n")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "linearize.json").write_text("{}")
+    (tmp_path / "new" / "model.safetensors").touch()
+    with pytest.raises(RunError, match=r"linearize\.json: asked is missing"):
+        run_linearize(make_exact(FlaxLM), tmp_path / "new", [tmp_path / "a.fasta"], on_error="skip")
+    assert "1 of 21 records was left out" in capsys.readouterr().err
