@@ -20,15 +20,15 @@ RESULTS = "results.json"
 BY_HAND = "<!-- What follows is written by hand and kept. -->"
 
 INTRODUCTION = """\
-How long attention takes and how much memory, for this package and for baselines: a scan over
-tokens or two einsums over the whole sequence (FAVOR+ as first published), exact attention, the
-identity (the values, copied), and the matrix products that FAVOR+ cannot do without.
+Time and memory of attention, for this package and for baselines: a scan over tokens or two einsums
+over the whole sequence (FAVOR+ as first published), exact attention, the identity (the values,
+copied), and the matrix products that FAVOR+ needs at least.
 
 `f+b` is the output and the gradients of query, key and value. Programs of one length are compiled
-first and then run in turn; figures are medians, the spread is the range between the quartiles as a
-part of the median. On a CPU everything runs on one core, and a call is billed the processor time
-until its buffers are given back; on an accelerator it is the time on the wall. Memory is that of
-temporaries and results, as the compiler plans it. A dash stands for what was left out.
+first and then run in turn. Figures are medians; the spread is the interquartile range divided by
+the median. On a CPU everything runs on one core, and the time of a call is its processor time until
+its buffers are freed; on an accelerator it is the wall-clock time. Memory is that of temporaries
+and results, as planned by the compiler. A dash means that a case was not measured.
 """
 
 
