@@ -16,14 +16,14 @@ DESCRIPTION = """\
 Measure the error of a trained model's attention against exact softmax attention, for each layer
 and head, on some proteins.
 
-The error is relative: 0 is exact. It is printed beside the error of uniform attention, the mean
-over all visible residues: a head whose error is not below this baseline gains nothing from its
-features. Effective keys is the number of residues that an exact head attends to in effect; the
-fewer, the harder the head is to approximate.
+The error is relative: 0 is exact. The error of uniform attention (the mean over all visible
+residues) is also printed. A head whose error is not below this baseline gains nothing from its
+features. The number of effective keys is exp(entropy) of the exact attention weights; the fewer,
+the harder the head is to approximate.
 
 A model with exact attention has no error. With --estimator, --nb_features, --projection or
---exact_window the command reports the error that such random features would have in its place, and
-with --target_error how many features are needed:
+--exact_window the command reports the error that such random features would have instead. With
+--target_error it reports how many features are needed:
 
   protein-lm diagnose --run_dir=runs/demo --fasta=my_proteins.fasta
   protein-lm diagnose --run_dir=runs/exact --fasta=my_proteins.fasta --nb_features=256"""
@@ -46,13 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=arguments.number(ranges.LENGTH),
         default=512,
         metavar="N",
-        help="use the first N residues of a longer protein: exact attention, which is computed "
-        "beside, takes time as the square of the length (default: 512)",
+        help="use the first N residues of a longer protein; the time of exact attention grows "
+        "with the square of the length (default: 512)",
     )
     parser.add_argument(
         "--estimator",
         metavar="NAME",
-        help="measure these random features in place of the model's own attention: favor+, "
+        help="measure these random features instead of the model's own attention: favor+, "
         "hyperbolic, wderf_s, ... (docs/choosing-features.md; default, with one of the next "
         "options: wderf_s)",
     )
@@ -65,33 +65,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--projection",
         metavar="NAME",
-        help="how they are drawn: iid, orthogonal, orthogonal_antithetic, ... (default: the last "
-        "for estimators with parameters from data, orthogonal for others)",
+        help="how the features are drawn: iid, orthogonal, orthogonal_antithetic, ... (default: "
+        "orthogonal_antithetic for estimators with parameters from data, orthogonal for others)",
     )
     parser.add_argument(
         "--exact_window",
         type=arguments.number(ranges.LENGTH),
         metavar="W",
-        help="compute residues this near exactly, and only the others by features (default: none)",
+        help="use exact weights for the W nearest residues and features for the others (default: "
+        "no window)",
     )
     parser.add_argument(
         "--target_error",
         type=arguments.number(ranges.ERROR),
         metavar="X",
-        help="also say how many such features each layer needs for a relative error of its "
+        help="also report how many features each layer needs for a relative error of its "
         "attention matrix of at most X, such as 0.3",
     )
     parser.add_argument(
         "--output",
         metavar="FILE",
-        help="also write the figures: .json, or a table, .tsv, .csv (.gz behind either compresses "
-        "it) or .parquet",
+        help="also write the results: .json, or a table: .tsv or .csv (add .gz to compress), or "
+        ".parquet",
     )
     parser.add_argument(
         "--plot",
         metavar="FILE",
-        help="also draw them (PNG): the error of each head, and the attention matrices of "
-        "one head, exact and as it is",
+        help="also plot the results (PNG): the error of each head, and the exact and approximate "
+        "attention matrices of one head",
     )
     parser.add_argument(
         "--layer",

@@ -10,11 +10,11 @@ from fast_attention.protein_lm.cli import arguments, progress
 
 SUMMARY = "compute vectors (embeddings) of proteins"
 DESCRIPTION = """\
-Compute vectors (embeddings) of proteins, which can be compared, clustered, or given to a simple
-classifier: similar proteins have vectors that are close to each other.
+Compute vectors (embeddings) of proteins. Similar proteins have similar vectors, so the vectors can
+be compared, clustered, or used as input of a classifier.
 
-One vector per protein by default, the mean over its residues; --pool=none writes one per residue.
-The same command resumes a command that was stopped."""
+By default there is one vector per protein, the mean over its residues; --pool=none writes one
+vector per residue. The same command resumes an interrupted one."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,9 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pool",
         choices=("mean", "max", "sum", "bos", "eos", "none"),
         default="mean",
-        help="how the vectors of the residues become one: mean (the default), max or sum; bos and "
-        "eos take the model's state at the begin or the end of the protein; none keeps one vector "
-        "per residue",
+        help="how the vectors of the residues are combined: mean (the default), max or sum; bos "
+        "and eos take the model's state at the begin or the end of the protein; none keeps one "
+        "vector per residue",
     )
     parser.add_argument(
         "--layers",
@@ -42,9 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_layer,
         default=["last"],
         metavar="LAYER",
-        help="where in the model the vectors are taken: last, behind everything (the default), "
-        "or one or more blocks, 1, 2, ... from the first or -1, -2, ... from the last; 0 is "
-        "before the first",
+        help="layers of the model to take vectors from: last is the output of the final norm "
+        "(the default); 1, 2, ... are blocks counted from the first, -1, -2, ... from the last; "
+        "0 is before the first block; several may be given",
     )
     parser.add_argument(
         "--dtype",

@@ -7,13 +7,13 @@ import sys
 
 from fast_attention.protein_lm import messages
 
-SUMMARY = "read a published ESM-2 or BERT model into a folder of this package"
+SUMMARY = "convert a published ESM-2 or BERT model to a model folder"
 DESCRIPTION = """\
-Read a published protein model of the kind ESM-2 or BERT (ProtBERT, AntiBERTy) into a new folder.
-The new folder is accepted as --run_dir by evaluate, score, mutate, embed, fine-tune,
-sample --infill and export. The source is a folder with config.json, vocab.txt and model.safetensors
-(or several, with their index) or pytorch_model.bin, as Hugging Face publishes them, or fair-esm's
-.pt file of an ESM-2 model. PyTorch is not needed, and nothing in the files is executed.
+Convert a published ESM-2 or BERT protein model (ProtBERT, AntiBERTy) to a new folder. evaluate,
+score, mutate, embed, fine-tune, sample --infill and export accept the new folder as --run_dir.
+The source is a Hugging Face folder with config.json, vocab.txt and model.safetensors (or several
+with an index) or pytorch_model.bin, or fair-esm's .pt file of an ESM-2 model. PyTorch is not
+needed, and no code in the files is executed.
 
   protein-lm import --from=esm2_t6_8M_UR50D --work_dir=runs/esm2_8m
   protein-lm score --run_dir=runs/esm2_8m --fasta=proteins.fasta --output=scores.csv"""
@@ -37,4 +37,4 @@ def run(options: argparse.Namespace) -> None:
     messages.note(f"model with {parameters} written to {options.work_dir}", sys.stdout)
     if found.other_heads:
         left_out = ", ".join(found.other_heads)
-        messages.note(f"other heads are left out: {left_out}", sys.stdout)
+        messages.note(f"other heads are not imported: {left_out}", sys.stdout)

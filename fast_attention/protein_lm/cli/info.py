@@ -9,9 +9,9 @@ from fast_attention.protein_lm.cli import arguments
 
 SUMMARY = "describe a trained model, its training and its evaluations"
 DESCRIPTION = """\
-Describe a trained model: architecture and size, the proteins it was trained on, training progress,
-the latest metrics and evaluations. Works for a run that is still being trained, for
-an exported model, and for a predictor, the result of 'protein-lm fine-tune --table'.
+Describe a trained model: architecture and size, training proteins, training progress, the latest
+metrics and evaluations. It also works for a run that is still being trained, for an exported model,
+and for a predictor (the result of 'protein-lm fine-tune --table').
 
   protein-lm info --run_dir=runs/demo"""
 
@@ -19,11 +19,11 @@ an exported model, and for a predictor, the result of 'protein-lm fine-tune --ta
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     arguments.add_run_dir(parser)
-    parser.add_argument("--json", action="store_true", help="print all of it as JSON")
+    parser.add_argument("--json", action="store_true", help="print the description as JSON")
     parser.add_argument(
         "--skip_corpus",
         action="store_true",
-        help="leave out the FASTA files that the model was trained on",
+        help="omit the FASTA files that the model was trained on",
     )
 
 

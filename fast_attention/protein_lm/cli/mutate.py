@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 SUMMARY = "predict the effects of mutations"
 DESCRIPTION = """\
 Score mutations by the change in log-likelihood relative to the wild type, and write a table with a
-row for each. Below 0 the mutant is less probable than the wild type, which often means that the
-protein works less well.
+row per mutation. A score below 0 means that the mutant is less probable than the wild type; its
+function is then often impaired.
 
   protein-lm mutate --run_dir=runs/demo --fasta=wild_type.fasta --all --heatmap=effects.png \\
       --output=effects.tsv
 
-A12G turns the A at position 12 (counted from 1) into a G, A12G:L40P does two things at once. With
-FlaxLM there are also A12del, A12_L14del (deletions), A12_L13insGS (an insertion) and A12delinsGS (a
-replacement).
+A12G replaces the A at position 12 (counted from 1) by G. A12G:L40P is a mutant with two mutations.
+With FlaxLM there are also A12del, A12_L14del (deletions), A12_L13insGS (an insertion) and
+A12delinsGS (a replacement).
 
-A wild type has at most 50,000 residues. Mutants are scored and written in groups, so that memory
-does not grow with their number."""
+A wild type has at most 50,000 residues. Mutants are scored and written in groups, so memory does
+not grow with their number."""
 
 _GROUP = 2**14
 """Edits of the mutants that are in memory together."""
@@ -51,29 +51,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--mutations",
         metavar="FILE",
-        help="one mutation per line, or a table (tab or comma) with a column 'mutant', as those of "
-        "ProteinGym; a column 'id' says which of several wild types is meant; - is standard input. "
-        "Or the mutations themselves: A12G,L40P:K41R is A12G, and L40P with K41R",
+        help="file with one mutation per line, or a table (tab or comma) with a column 'mutant', "
+        "as in ProteinGym; a column 'id' selects the wild type if there are several; - is "
+        "standard input. Or the mutations themselves: A12G,L40P:K41R means A12G, and L40P "
+        "together with K41R",
     )
     what.add_argument("--all", action="store_true", help="all substitutions at every position")
     what.add_argument(
-        "--variants", metavar="FILE", help="whole mutant proteins, FASTA, of one wild type"
+        "--variants",
+        metavar="FILE",
+        help="FASTA file with complete mutant sequences of one wild type",
     )
     parser.add_argument(
-        "--positions", metavar="RANGES", help="with --all: only there, such as 10-50,60"
+        "--positions",
+        metavar="RANGES",
+        help="with --all: only at these positions, such as 10-50,60",
     )
     parser.add_argument(
         "--method",
         metavar="NAME",
         help="FlaxLM: log-likelihood-ratio. FlaxBERT: masked-marginals (the default; mutated "
-        "positions are hidden), wt-marginals (nothing is hidden, one pass for all mutations) or "
+        "positions are masked), wt-marginals (no masking, one pass for all mutations) or "
         "pseudo-log-likelihood-ratio (slow)",
     )
     arguments.add_table(parser)
     parser.add_argument(
         "--heatmap",
         metavar="FILE",
-        help="a picture (PNG) of the effects of single substitutions in one protein",
+        help="a picture (PNG) of the scores of single substitutions in one protein",
     )
     arguments.add_tokens_per_batch(parser)
 
@@ -91,7 +96,7 @@ def run(options: argparse.Namespace) -> None:
     find_extension(options.output, EXTENSIONS)
     arguments.check_files(options, "output", "heatmap")
     if options.positions and not options.all:
-        raise UsageError("--positions says where --all substitutes: give both, or neither")
+        raise UsageError("--positions needs --all: give both, or neither")
     model = load_run(options.run_dir, gin_file=options.gin_file).model
     vocab = model.domain.vocab
     work = _work(options, vocab)

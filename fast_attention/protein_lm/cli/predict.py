@@ -9,9 +9,9 @@ from fast_attention.protein_lm.cli import arguments
 
 SUMMARY = "predict a property with a fine-tuned model"
 DESCRIPTION = """\
-Predict a property with the result of 'protein-lm fine-tune --table=...' for the proteins of FASTA
-files, and write a table with a row per protein. Proteins are cropped as they were for 'fine-tune
---max_length'; without it, one of more than 50,000 residues is an error.
+Predict a property of proteins with the result of 'protein-lm fine-tune --table=...', and write a
+table with a row per protein. Proteins are cropped as in 'fine-tune --max_length'. Without that
+option, a protein of more than 50,000 residues is an error.
 
   protein-lm predict --model=runs/stability --fasta=new.fasta --output=predictions.tsv"""
 
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--run_dir",
         metavar="FOLDER",
-        help="the run that was fine-tuned (default: where it was then, seen from the --model)",
+        help="the run that was fine-tuned (default: its relative path as stored in --model)",
     )
     arguments.add_gin_file(parser)
     arguments.add_fasta(parser, "proteins to predict")

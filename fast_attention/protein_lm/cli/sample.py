@@ -22,9 +22,10 @@ log-likelihood of the protein.
 
   protein-lm sample --run_dir=runs/demo --num_samples=10 --output=new_proteins.fasta
 
-A FlaxLM writes from left to right, from nothing or from a given beginning (--prompt). A FlaxBERT
-and a model trained by span corruption fill in spans of a given protein: * stands for one residue,
-[5] for five, [2-8] for two to eight (span corruption only). All other residues stay:
+A FlaxLM samples residues from left to right, optionally after a given beginning (--prompt). A
+FlaxBERT, or a model trained by span corruption, fills in spans of a given protein: * is one
+residue, [5] is five residues, [2-8] is two to eight (span corruption only). All other residues stay
+unchanged:
 
   protein-lm sample --run_dir=runs/bert --infill='MKT**AYIA[5]GG' --output=filled.fasta"""
 
@@ -47,14 +48,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num_samples",
         type=arguments.number(ranges.COUNT),
         metavar="N",
-        help="how many proteins, of each prompt or for each protein to fill in (default: 10, and "
-        "1 with --infill)",
+        help="number of samples for each prompt or each protein to fill in (default: 10; with "
+        "--infill: 1)",
     )
     starts = parser.add_mutually_exclusive_group()
     starts.add_argument(
         "--prompt",
         metavar="RESIDUES",
-        help="residues that every protein begins with, such as MKT",
+        help="first residues of every protein, such as MKT",
     )
     starts.add_argument(
         "--prompt_fasta",
@@ -71,16 +72,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rounds",
         type=arguments.number(ranges.COUNT),
         metavar="N",
-        help="with --infill of a FlaxBERT: fill in the hidden residues in N rounds, those the "
-        "model is surest of first (default: one residue a round, the most careful and the slowest)",
+        help="with --infill of a FlaxBERT: fill in the masked residues in N rounds, the most "
+        "certain predictions first (default: one residue per round, the slowest)",
     )
     parser.add_argument(
         "--temperature",
         type=arguments.number(ranges.TEMPERATURE),
         metavar="T",
-        help="sampling temperature: below 1 more typical proteins, above 1 more unusual ones, 0 "
-        "always the most probable residue (default of this and the next options: "
-        "FlaxModel.sampling_kwargs of the training, or 1)",
+        help="sampling temperature: below 1 gives more typical proteins, above 1 more unusual "
+        "ones, 0 always the most probable residue (default of this and the next options: "
+        "FlaxModel.sampling_kwargs of the trained model, or 1)",
     )
     parser.add_argument(
         "--top_k",
@@ -98,7 +99,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--repetition_penalty",
         type=arguments.number(ranges.PENALTY),
         metavar="R",
-        help="above 1, such as 1.2, makes residues that occurred lately less probable (default: 1)",
+        help="a value above 1, such as 1.2, makes recently sampled residues less probable "
+        "(default: 1)",
     )
     parser.add_argument(
         "--repetition_window",

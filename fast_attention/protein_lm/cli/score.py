@@ -11,11 +11,10 @@ SUMMARY = "compute the log-likelihood and perplexity of each protein"
 DESCRIPTION = """\
 Compute the log-likelihood and perplexity of each protein, and write a table with a row per protein.
 
-FlaxLM gives the exact log-likelihood (natural logarithm) of the whole protein. FlaxBERT gives the
-pseudo-log-likelihood: each residue is masked in turn and predicted from all others, which takes as
-many passes as the protein has residues. Perplexity is exp(-mean log-likelihood per residue): lower
-is better, and 20 means uniform guessing among the 20 amino acids. An interrupted command resumes
-when it is given again."""
+FlaxLM computes the log-likelihood (natural logarithm) of the whole protein. FlaxBERT computes the
+pseudo-log-likelihood: each residue in turn is masked and predicted from all others, which takes one
+pass per residue. Perplexity is exp(-mean log-likelihood per residue). Lower is better; 20 means
+uniform guessing among the 20 amino acids. The same command resumes an interrupted one."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

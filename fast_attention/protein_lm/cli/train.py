@@ -12,9 +12,9 @@ from fast_attention.protein_lm.errors import UsageError
 
 SUMMARY = "train a model, or resume its training"
 DESCRIPTION = """\
-Train a model and write it to a folder. The same command resumes a run that was
-stopped from its last checkpoint; Ctrl-C and SIGTERM save the current step first. Without
---fasta, the proteins that come with the package are used.
+Train a model and write it to a folder. The same command resumes an interrupted run from its last
+checkpoint. On Ctrl-C and SIGTERM a checkpoint is saved first. Without --fasta, the model is trained
+on the proteins included in the package.
 
   protein-lm train --gin_file=demo --work_dir=runs/demo
   protein-lm train --gin_file=demo --work_dir=runs/mine \\
@@ -30,45 +30,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="the settings: a gin file, or the name of one that comes with the package, such as "
-        "demo or lm_softmax; may be repeated (default: demo)",
+        help="gin file with settings, or the name of a gin file of the package, such as demo or "
+        "lm_softmax; may be repeated (default: demo)",
     )
     parser.add_argument(
         "--gin_bindings",
         action="append",
         default=[],
         metavar="SETTING",
-        help="one more setting, such as 'FlaxModel.num_layers = 4'; may be repeated, and wins "
-        "over the files",
+        help="one more setting, such as 'FlaxModel.num_layers = 4'; overrides the gin files; may "
+        "be repeated",
     )
     parser.add_argument(
-        "--work_dir", required=True, metavar="FOLDER", help="where the run is written; one run each"
+        "--work_dir", required=True, metavar="FOLDER", help="folder of the run; one folder per run"
     )
     parser.add_argument(
         "--fasta",
         action="append",
         metavar="PATH[=WEIGHT]",
         help="proteins to train on: a FASTA file, plain or gzip, or a folder of them; may be "
-        "repeated. A weight makes this "
-        "file's share of what is trained on proportional to it (a file without one then has weight "
-        "1); without weights, a file counts as much as its size",
+        "repeated. The share of a file in the training data is proportional to its weight "
+        "(default weight: 1). Without any weights, files are weighted by size",
     )
     for flag, meaning in (
         (
             "--valid_fasta",
-            "proteins to validate on during training; may be repeated. Without --valid_fasta and "
+            "proteins for validation during training; may be repeated. Without --valid_fasta and "
             "--test_fasta, 5 %% of the sequences of --fasta (at most 1,000) are held out for both",
         ),
-        ("--test_fasta", "proteins to evaluate on at the end; may be repeated"),
+        ("--test_fasta", "proteins for evaluation at the end; may be repeated"),
     ):
         parser.add_argument(flag, action="append", metavar="PATH", help=meaning)
     arguments.add_on_error_choice(parser, None)
     for flag, allowed, meaning in (
-        ("--steps", ranges.COUNT, "training steps; a larger number trains a finished run further"),
+        (
+            "--steps",
+            ranges.COUNT,
+            "number of training steps; a larger number continues a finished run",
+        ),
         (
             "--epochs",
             ranges.EPOCHS,
-            "passes through the proteins, if they end before --steps; more train further",
+            "number of passes through the proteins; the run ends with --epochs or --steps, "
+            "whichever comes first; a larger number continues a finished run",
         ),
         (
             "--batch_size",
@@ -80,26 +84,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             flag,
             type=arguments.number(allowed),
             metavar="N",
-            help=f"{meaning} (default: the settings')",
+            help=f"{meaning} (default: from the gin file)",
         )
     parser.add_argument(
         "--new_data",
         action="store_true",
-        help="resume a run whose FASTA files have changed, which is otherwise an error",
+        help="resume a run even if its FASTA files have changed (otherwise an error)",
     )
     group = parser.add_argument_group(
         "several processes",
-        "Start the same command on every machine, all of which must see the same --work_dir.",
+        "Start the same command on every machine. All machines need access to the same --work_dir.",
     )
     group.add_argument(
         "--distributed",
         action="store_true",
-        help="join the processes that Slurm, Open MPI, Kubernetes or Cloud TPU has started",
+        help="connect to the processes started by Slurm, Open MPI, Kubernetes or Cloud TPU",
     )
     group.add_argument(
         "--coordinator",
         metavar="HOST:PORT",
-        help="connect without a launcher: the host of process 0 and a free port there",
+        help="without a launcher: host of process 0 and a free port on it",
     )
     group.add_argument(
         "--num_processes",
@@ -134,7 +138,7 @@ def _processes(options: argparse.Namespace) -> AbstractContextManager[None]:
         return nullcontext()
     if options.distributed and given != (None, None, None):
         raise UsageError(
-            "--distributed finds the others by itself: leave it out, or --coordinator, "
+            "--distributed finds the other processes: give either --distributed or --coordinator, "
             "--num_processes and --process_id"
         )
     from fast_attention.protein_lm.distributed import processes

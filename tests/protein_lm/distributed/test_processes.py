@@ -47,7 +47,7 @@ def test_two_processes_train_as_one_does(tmp_path):
         (["--coordinator=localhost", "--num_processes=2", "--process_id=0"], "must be HOST:PORT"),
         (["--coordinator=a:70000", "--num_processes=2", "--process_id=0"], "must be HOST:PORT"),
         (["--coordinator=a:1", "--num_processes=2", "--process_id=2"], "from 0 to 1"),
-        (["--distributed", "--process_id=0"], "finds the others by itself"),
+        (["--distributed", "--process_id=0"], "finds the other processes"),
     ],
 )
 def test_what_does_not_name_the_processes_is_told(given, told, tmp_path, capsys):
