@@ -1,1 +1,1 @@
-"""Device meshes and how arrays lie on them."""
+"""Device meshes and the layouts of arrays on them."""

@@ -1,4 +1,4 @@
-"""How ``[*B, length, heads, width]`` arrays lie on a mesh, with the length along one of its axes.
+"""Layouts of ``[*B, length, heads, width]`` arrays with the length sharded along a mesh axis.
 
 Shape letters: B batch, T length, H heads, D head width.
 """
@@ -21,13 +21,13 @@ AxisName = str | tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where the axes of ``[*B, T, H, D]`` lie.
+    """Mesh axes along which the axes of ``[*B, T, H, D]`` are sharded.
 
     Attributes:
       mesh: the devices.
       axis: the mesh axis of the length.
-      batch: of each batch axis, None for none.
-      heads: of the heads, None for none.
+      batch: the mesh axis of each batch axis, None for none.
+      heads: the mesh axis of the heads, None for none.
     """
 
     mesh: Mesh
@@ -37,17 +37,17 @@ class Layout:
 
     @property
     def shards(self) -> int:
-        """Into how many stretches a sequence is cut."""
+        """Number of shards of a sequence."""
         names = (self.axis,) if isinstance(self.axis, str) else self.axis
         return math.prod(self.mesh.shape[name] for name in names)
 
     def spec(self, *, length: bool = True, heads: bool = False, width: bool = False):
-        """Spec of an array with the batch axes and those asked for."""
+        """Spec of an array with the batch axes and the requested axes."""
         middle = ((self.axis,) if length else ()) + ((self.heads,) if heads else ())
         return PartitionSpec(*self.batch, *middle, *((None,) if width else ()))
 
     def fill(self, x: Array, *, edge: bool = False) -> Array:
-        """Lengthens ``[*B, T, ...]`` to a multiple of the stretches, by zeros or the last entry."""
+        """Pads ``[*B, T, ...]`` to a multiple of `shards`, with zeros or the last entry."""
         place = len(self.batch)
         missing = -x.shape[place] % self.shards
         if not missing:
@@ -58,7 +58,7 @@ class Layout:
 
 
 def own_dropout_key(key: Array | None, axis: AxisName | None) -> Array | None:
-    """Makes every device of ``axis`` drop something else, inside ``jax.shard_map``."""
+    """Gives every device of ``axis`` its own dropout key, inside ``jax.shard_map``."""
     if key is None or axis is None:
         return key
     return jax.random.fold_in(key, jax.lax.axis_index(axis))

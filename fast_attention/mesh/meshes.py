@@ -1,7 +1,7 @@
-"""Meshes of devices with four named axes, and how batches and activations lie on them.
+"""Meshes of devices with four named axes, and layouts of batches and activations.
 
-``data`` and ``fsdp`` divide the rows of a batch, ``sequence`` their length, ``model`` the heads and
-the widths of layers. ``fsdp`` also divides parameters, see `fast_attention.models.placement`.
+``data`` and ``fsdp`` shard the rows of a batch, ``sequence`` their length, ``model`` the heads and
+the widths of layers. ``fsdp`` also shards parameters, see `fast_attention.models.placement`.
 
 Shape letters: B batch, T length.
 """
@@ -18,14 +18,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from fast_attention.arrays.types import Array
 
 DATA, FSDP, SEQUENCE, MODEL = AXES = ("data", "fsdp", "sequence", "model")
-"""The axes; devices that are neighbours along the last ones are nearest to each other."""
+"""The axes; devices that are neighbours along the last axes are closest to each other."""
 
 ROWS = (DATA, FSDP)
-"""The axes that rows of a batch are divided over."""
+"""The axes along which rows of a batch are sharded."""
 
 
 class MeshError(ValueError):
-    """The devices that there are do not make the mesh that was asked for."""
+    """The available devices do not form the requested mesh."""
 
 
 def make_mesh(
@@ -39,22 +39,21 @@ def make_mesh(
     """Makes a mesh of all devices.
 
     Args:
-      data: devices among which the rows of a batch are divided, and which hold the same
-        parameters; None takes what the other axes leave.
-      fsdp: devices among which rows are divided and parameters, too: each is put together where
-        and when it is used.
-      model: devices among which heads, the widths of feed-forward layers and the vocabulary are
-        divided (tensor parallelism).
-      sequence: devices among which the positions of a row are divided; the attention functions
-        must be of those that have ``along_axis``: linear and local attention.
-      devices: None takes all.
+      data: number of devices that share the rows of a batch and replicate the parameters; None
+        infers it from the other axes.
+      fsdp: number of devices that share the rows and also the parameters; each parameter is
+        gathered when it is used.
+      model: number of devices that share heads, the widths of feed-forward layers and the
+        vocabulary (tensor parallelism).
+      sequence: number of devices that share the positions of a row; the attention functions must
+        have ``along_axis`` (linear and local attention).
+      devices: None uses all.
 
     Returns:
       A mesh with the axes :data:`AXES`.
 
     Raises:
-      MeshError: if the sizes are no numbers from 1 on, or their product is not the number of
-        devices.
+      MeshError: if a size is not a positive integer, or their product is not the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
     count = len(devices)
@@ -81,7 +80,7 @@ def make_mesh(
 
 
 def with_auto_axes(mesh: Mesh) -> Mesh:
-    """Returns a mesh for this package's own programs: its axes are Auto, whatever they were.
+    """Returns the same mesh with Auto axes, for this package's own programs.
 
     Raises:
       MeshError: if an axis of :data:`AXES` is missing.
@@ -99,14 +98,14 @@ def with_auto_axes(mesh: Mesh) -> Mesh:
 
 
 def row_shards(mesh: Mesh) -> int:
-    """Among how many devices rows are divided; each such group of devices has rows of its own."""
+    """Number of devices that share the rows of a batch."""
     return math.prod(mesh.shape[name] for name in ROWS)
 
 
 def rows_axes(mesh: Mesh, rows: int) -> tuple[str, ...] | None:
-    """The axes over which so many rows can be divided: the most devices that divide them.
+    """The axes along which this number of rows can be sharded: the most devices that divide it.
 
-    None where no axis does: every device then has all rows.
+    None if no axis divides it: every device then has all rows.
     """
     choices = [ROWS, *((name,) for name in sorted(ROWS, key=lambda name: -mesh.shape[name]))]
     for names in choices:
@@ -122,9 +121,9 @@ def axis_dividing(mesh: Mesh, name: str, size: int) -> str | None:
 
 
 def batch_spec(mesh: Mesh, shape: Sequence[int]) -> PartitionSpec:
-    """How ``[B, T, ...]`` lies: rows over ``data`` and ``fsdp``, length over ``sequence``.
+    """Spec of ``[B, T, ...]``: rows over ``data`` and ``fsdp``, length over ``sequence``.
 
-    What the devices do not divide is not divided. ``[B]`` has rows only.
+    An axis that the devices do not divide is replicated. ``[B]`` has rows only.
     """
     if not shape:
         return PartitionSpec()
@@ -138,7 +137,7 @@ def batch_shardings(mesh: Mesh, batch: Any) -> Any:
 
 
 def lay_activations(x: Array, mesh: Mesh | None) -> Array:
-    """Tells the compiler that ``[B, T, M]`` or ``[B, M]`` lies as a batch; None tells nothing."""
+    """Constrains ``[B, T, M]`` or ``[B, M]`` to the sharding of a batch; None has no effect."""
     if mesh is None:
         return x
     spec = batch_spec(mesh, x.shape[:-1])
@@ -146,9 +145,9 @@ def lay_activations(x: Array, mesh: Mesh | None) -> Array:
 
 
 def lay_whole_rows(table: Array, mesh: Mesh) -> Array:
-    """Tells the compiler to put the rows of a ``[V, M]`` table together before they are looked up.
+    """Constrains the rows of a ``[V, M]`` table to be gathered before they are looked up.
 
-    Along ``model`` the vocabulary stays divided, where the devices divide it.
+    Along ``model`` the vocabulary stays sharded, if the devices divide it.
     """
     spec = PartitionSpec(axis_dividing(mesh, MODEL, table.shape[0]))
     return jax.lax.with_sharding_constraint(table, NamedSharding(mesh, spec))

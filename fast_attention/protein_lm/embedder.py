@@ -1,8 +1,8 @@
-"""Vectors of proteins as the embedder of Google's protein_lm makes them.
+"""Vectors of proteins, as computed by the embedder of Google's protein_lm.
 
-`FlaxModel.embed` takes the vector of a residue after the model has read it. Here a causal model
-reads ``BOS x1 .. x(T-1)``, and vector t is the one from which it predicts token t, the end token
-and padding among these.
+`FlaxModel.embed` uses the state after the model has read the residue. Here a causal model reads
+``BOS x1 .. x(T-1)``, and vector t is the state from which it predicts token t (including the end
+token and padding).
 
 Shape letters: N sequences, T length, M width.
 """
@@ -34,22 +34,22 @@ def get_embed_fn(
     reduce_fn: ReduceFn | None = None,
     length: int | None = None,
 ) -> EmbedFn:
-    """Makes the function from sequences to their vectors.
+    """Returns a function from sequences to their vectors.
 
     Args:
       model: The model.
-      checkpoint_dir: In its place, the folder of a run or of an exported model.
-      domain: Encodes strings; None is that of the model, whose tokens it must have.
+      checkpoint_dir: Instead of `model`, the folder of a run or of an exported model.
+      domain: Domain for encoding strings, with the tokens of the model; None uses that of the
+        model.
       output_head: ``"output_emb"`` (after the final norm, zero at padding), ``"input_emb"``,
         ``"layer_0"`` (after the first block), ``"layer_1"``, ..., or ``"logits"``.
-      reduce_fn: From vectors [N, T, M] and tokens [N, T] to a result, such as `masked_reduce_fn`;
-        None gives the vectors.
-      length: Most tokens of a string that are read; None is the domain's length.
+      reduce_fn: Function of vectors [N, T, M] and tokens [N, T], such as `masked_reduce_fn`; None
+        returns the vectors.
+      length: Maximum number of tokens of a string; None is the domain's length.
 
     Returns:
-      A function of strings, or of ids [N, T] with padding behind the end token, all computed as
-      one batch. Strings are encoded with an end token, padded, and cropped to the length of the
-      longest.
+      A function of strings, or of ids [N, T] with padding after the end token, computed as one
+      batch. Strings are encoded with an end token, and padded to the length of the longest.
 
     Raises:
       ValueError: Unless exactly one of `model` and `checkpoint_dir` is given, if the model has no
@@ -86,7 +86,7 @@ class ProteinLMEmbedder:
         length: int | None = None,
         batch_size: int = 64,
     ):
-        """Takes the arguments of `get_embed_fn`, and the rows of a batch.
+        """Takes the arguments of `get_embed_fn`, and the number of rows of a batch.
 
         Raises:
           ValueError: As `get_embed_fn`, or if `batch_size` is not positive.
@@ -103,10 +103,10 @@ class ProteinLMEmbedder:
         """The vectors of some strings, or of ids [N, T].
 
         Returns:
-          [N, T, M], or with a ``reduce_fn`` what it gives for N sequences.
+          [N, T, M], or the result of ``reduce_fn`` for N sequences.
 
         Raises:
-          ValueError: If there is no sequence, or one is none of the domain.
+          ValueError: If there is no sequence, or one is not in the domain.
         """
         ids = _encode(sequences, self._domain, self._length)
         results = []
@@ -179,7 +179,7 @@ def _encode_strings(
 
 
 def _inputs(model: FlaxModel, ids: np.ndarray) -> np.ndarray:
-    """What the model reads: a causal model the tokens before each."""
+    """Input of the model; for a causal model, the tokens shifted by one."""
     if not model.objective.begins:
         return ids
     return np.concatenate([np.full((len(ids), 1), model.bos_token), ids[:, :-1]], axis=1)

@@ -34,25 +34,25 @@ from fast_attention.protein_lm.runs.stored_models import load_stored
 
 @register_model
 class FlaxModel(BuiltModel):
-    """A language model over the sequences of a domain; `FlaxLM` and `FlaxBERT` have an objective.
+    """A language model with any objective; `FlaxLM` and `FlaxBERT` have a fixed one.
 
-    A thin facade: the arrays are in `state`, and the work is done by the pure, jitted functions
-    `initialize`, `train_step`, `eval_step`, `logits_step`, `residue_step` and `embedding_step`.
-    Its constructor and its attributes are those of `BuiltModel`.
+    The arrays are in `state`. The pure, jitted functions `initialize`, `train_step`, `eval_step`,
+    `logits_step`, `residue_step` and `embedding_step` do the work. The constructor and the
+    attributes are those of `BuiltModel`.
     """
 
     def calibrate(self, xs: Any, *, num_batches: int = 4, batch_size: int | None = None) -> None:
-        """Fits random features with stored parameters to the queries and keys of some proteins.
+        """Calibrates random features with stored parameters on the queries and keys of proteins.
 
         See `fast_attention.layers.calibrate`. The parameters of the model do not change.
 
         Args:
           xs: As for `fit`.
-          num_batches: How many batches of `xs` to look at, all together.
-          batch_size: Rows per batch; None takes the model's.
+          num_batches: Number of batches of `xs` to use, all at once.
+          batch_size: Rows per batch; None uses the model's.
 
         Raises:
-          ValueError: If the attention function has nothing to calibrate, or there is no batch.
+          ValueError: If the attention function has no stored parameters, or there is no batch.
         """
         found = self._training_batches(xs, batch_size)
         rows = batches.joined(itertools.islice(found, num_batches))
@@ -74,10 +74,10 @@ class FlaxModel(BuiltModel):
           xs: Strings, rows of ids (see `batches.as_corpus`), ``(inputs, targets)`` or a dict of
             these (see `pairs.as_pairs`), or several batches, each in one of these forms or that of
             `data.make_dataset`.
-          epochs: How often to go through `xs`; 1 for an iterator of batches.
+          epochs: Number of passes through `xs`; 1 for an iterator of batches.
           batch_size: Rows per batch; None takes the model's.
           max_steps: Steps after which to stop.
-          example_weights: What each sequence counts, see `batches.weighted`; None counts all
+          example_weights: Weight of each sequence, see `batches.weighted`; None weights all
             equally.
 
         Returns:
@@ -104,12 +104,12 @@ class FlaxModel(BuiltModel):
 
         Args:
           xs: As for `fit`, or a `Corpus`.
-          steps: Batches to look at; None looks at all.
+          steps: Number of batches to use; None uses all.
           batch_size: Rows per batch; None takes the model's. It does not change the result.
-          seed: Of what is hidden, where the objective hides residues.
+          seed: Random seed of the masking, if the objective masks residues.
 
         Raises:
-          ValueError: If nothing is to be predicted.
+          ValueError: If there is nothing to predict.
         """
         found = batches.evaluation_batches(
             self, xs, batch_size=self.batch_size if batch_size is None else batch_size, seed=seed
@@ -124,11 +124,11 @@ class FlaxModel(BuiltModel):
 
         Returns:
           ``loss``, ``accuracy`` and ``denominator``: the sums of losses and of hits over the batch,
-          and of its weights, float32 [1]; `metrics.combine_metrics` makes means of several.
+          and of its weights, float32 [1]; `metrics.combine_metrics` averages several.
 
         Raises:
-          FloatingPointError: If the loss or the gradient is not finite; parameters stay as they
-            were.
+          FloatingPointError: If the loss or the gradient is not finite; the parameters are then
+            unchanged.
         """
         seed = self.random_seed + int(self.state.step)
         (sums,) = fitting.take_each(self, [batches.one_batch(self, batch, seed)])
@@ -139,7 +139,7 @@ class FlaxModel(BuiltModel):
 
         Args:
           batch: As for `fit_batch`.
-          seed: Of what is hidden, where the objective hides residues.
+          seed: Random seed of the masking, if the objective masks residues.
         """
         (sums,) = self.batch_sums([batches.one_batch(self, batch, seed)])
         return metrics.per_batch(sums)
@@ -151,15 +151,15 @@ class FlaxModel(BuiltModel):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the model to a folder that `load` and ``protein-lm --run_dir`` read.
 
-        The folder holds what ``protein-lm export`` writes: a description in JSON, and the arrays.
-        For the state of the optimiser, see `save_checkpoint`.
+        The folder has the content of ``protein-lm export``: a description in JSON, and the arrays.
+        To save the optimizer state too, see `save_checkpoint`.
 
         Args:
-          path: The folder; created when absent. A model saved there before is replaced.
+          path: The folder; created if it does not exist. A model saved there before is replaced.
 
         Raises:
           OutputError: If the folder cannot be written.
-          RunError: If it holds a run.
+          RunError: If the folder contains a run.
         """
         save_model(self, path)
 
@@ -170,15 +170,15 @@ class FlaxModel(BuiltModel):
         *,
         model: FlaxModel | None = None,
     ) -> Self:
-        """Reads what `save` wrote, or the model of a run at its best checkpoint.
+        """Loads a model written by `save`, or the best checkpoint of a run.
 
         Args:
           path: A folder written by `save`, `save_checkpoint`, ``protein-lm train`` or ``export``.
-          model: One like it; needed where a part of the model is code of one's own, see
-            `loading.open_run`.
+          model: A model of the same structure; needed if a part of the model is code of your own,
+            see `loading.open_run`.
 
         Raises:
-          RunError: If the folder holds no model, or one of another class.
+          RunError: If the folder has no model, or a model of another class.
         """
         found = load_stored(path, model=model).model
         if not isinstance(found, cls):
@@ -187,17 +187,17 @@ class FlaxModel(BuiltModel):
         return found
 
     def save_checkpoint(self, path: str | os.PathLike[str]) -> None:
-        """Writes the state of the training to a folder: `saved_training.save_training`."""
+        """Saves the training state to a folder, see `saved_training.save_training`."""
         save_training(self, path)
 
     def load_checkpoint(self, path: str | os.PathLike[str]) -> None:
-        """Takes up the state of a training: `saved_training.load_training`."""
+        """Loads a training state, see `saved_training.load_training`."""
         load_training(self, path)
 
     def score(
         self, sequences: Iterable[str], **options: Any
     ) -> list[scoring.SequenceScore | scoring.PseudoScore]:
-        """How probable proteins are: `scoring.score_sequences` as a list."""
+        """Log-likelihoods of proteins: `scoring.score_sequences` as a list."""
         return list(scoring.score_sequences(self, sequences, **options))
 
     def embed(self, sequences: Iterable[str], **options: Any) -> np.ndarray | list[np.ndarray]:

@@ -1,6 +1,6 @@
-"""FlaxLM (causal) and FlaxBERT (masked): models whose objective is given by their class.
+"""FlaxLM (causal) and FlaxBERT (masked): models with a fixed objective.
 
-Shape letters: B batch, T length, V vocabulary, P prompt length, L greatest length.
+Shape letters: B batch, T length, V vocabulary, P prompt length, L maximum length.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from fast_attention.protein_lm.modeling.sampling_config import SamplingConfig as
 
 @register_model
 class FlaxLM(FlaxModel):
-    """Predicts each residue from those before it.
+    """Predicts each residue from the residues before it.
 
-    Attention is causal whatever ``attention_fn`` is bound. Parameters are those of `FlaxModel`.
+    Attention is causal with every ``attention_fn``. Parameters are those of `FlaxModel`.
     """
 
     own_objective = Causal()
 
     def sample(self, num_samples: int, rng: jax.Array | None = None, **options: Any) -> np.ndarray:
-        """Draws sequences.
+        """Samples sequences.
 
         Args:
           num_samples: B.
-          rng: Key of the draw; None makes it from `random_seed`.
+          rng: Random key; None makes it from `random_seed`.
           **options: As for `sample_with_prompt`.
 
         Returns:
@@ -54,22 +54,20 @@ class FlaxLM(FlaxModel):
     ) -> np.ndarray:
         """Continues sequences, at a cost per residue that does not grow with their length.
 
-        That holds for attention with a recurrent state; exact attention keeps all keys. Begin,
-        padding and mask tokens are never drawn.
+        This is true for attention with a recurrent state; exact attention keeps all keys. Begin,
+        padding and mask tokens are never sampled.
 
         Args:
           prompt: ids [B, P], all of one length, each beginning with the begin token.
-          rng: Key of the draw, or one for each row, see `generate`; None makes it from
-            `random_seed`.
-          **options: Fields of `SamplingConfig`; those left out are the model's
-            ``sampling_kwargs``.
+          rng: Random key, or one for each row, see `generate`; None makes it from `random_seed`.
+          **options: Fields of `SamplingConfig`; the defaults are the model's ``sampling_kwargs``.
 
         Returns:
           ids, int32 [B, L]: the sequences without the begin token, with padding only after the
           end token.
 
         Raises:
-          ValueError: If a prompt does not begin with the begin token or leaves no room, or
+          ValueError: If a prompt does not begin with the begin token or is too long, or
             `min_length` is more than `max_length`.
         """
         return continue_prompts(self, prompt, rng, **options)
@@ -77,9 +75,9 @@ class FlaxLM(FlaxModel):
 
 @register_model
 class FlaxBERT(FlaxModel):
-    """Predicts hidden residues from those on both sides (arXiv:1810.04805).
+    """Predicts masked residues from the residues on both sides (arXiv:1810.04805).
 
-    The loss counts chosen residues only. Beside those here, it has the parameters of `FlaxModel`.
+    The loss is over the chosen residues only. It also has the parameters of `FlaxModel`.
     """
 
     own_objective = Masked()
@@ -98,9 +96,9 @@ class FlaxBERT(FlaxModel):
         Args:
           *args: See `FlaxModel`.
           mask_rate: Share of the residues that are chosen.
-          mask_token_proportion: Share of the chosen that the mask token hides.
-          random_token_proportion: Share of the chosen replaced by a random residue; the rest
-            stays as it is.
+          mask_token_proportion: Share of the chosen residues that are replaced by the mask token.
+          random_token_proportion: Share of the chosen residues that are replaced by a random
+            residue; the rest is unchanged.
           enclose: Sequences are read between a begin and an end token, as ESM-2 and BERT do.
           **kwargs: See `FlaxModel`.
 
@@ -121,17 +119,17 @@ class FlaxBERT(FlaxModel):
         """Fills in mask tokens, each independently of the others.
 
         Args:
-          masked: ids [B, T], with mask tokens where residues are to be drawn, and padding or end
-            tokens at the ends of rows.
-          rng: Key of the draw; None makes it from `random_seed`.
-          temperature: Divides the logits; 0 takes the most probable residue. None is that of the
-            model's ``sampling_kwargs``, or 1.
+          masked: ids [B, T], with mask tokens at the residues to sample, and padding or end tokens
+            at the ends of rows.
+          rng: Random key; None makes it from `random_seed`.
+          temperature: Divides the logits; 0 takes the most probable residue. None uses the model's
+            ``sampling_kwargs``, or 1.
 
         Returns:
-          ids, int32 [B, T]: residues in place of mask tokens, all else as it was.
+          ids, int32 [B, T]: mask tokens are replaced by residues, all other ids are unchanged.
 
         Raises:
-          ValueError: If there is something else than ids.
+          ValueError: If `masked` is not an array of ids.
         """
         vocab = self.domain.vocab
         masked = np.asarray(masked)

@@ -1,4 +1,4 @@
-"""Domains: which sequences over a vocabulary are meant, and how long they may be.
+"""Domains: the valid sequences over a vocabulary, and their lengths.
 
 Letters: N sequences, L maximum length.
 """
@@ -21,7 +21,7 @@ class DiscreteDomain:
     """Sequences of at most ``length`` tokens of ``vocab``."""
 
     def __init__(self, vocab: Alphabet, length: int):
-        """Raises ValueError if ``length`` is no positive whole number."""
+        """Raises ValueError if ``length`` is not a positive whole number."""
         ranges.check("length", length, ranges.LENGTH)
         self._vocab = vocab
         self._length = length
@@ -42,11 +42,11 @@ class DiscreteDomain:
         return self._length
 
     def is_valid(self, sequence: Any) -> bool:
-        """Returns whether ids ``[T]`` are a sequence of this domain."""
+        """Returns whether ids ``[T]`` are a sequence in this domain."""
         raise NotImplementedError
 
     def are_valid(self, sequences: Iterable[Any]) -> np.ndarray:
-        """Returns a bool array ``[N]`` telling which sequences are of this domain."""
+        """Returns a bool array ``[N]``: which sequences are in this domain."""
         return np.array([self.is_valid(sequence) for sequence in sequences], bool)
 
     def _encode_each(self, sequences: Iterable[Any]) -> list[np.ndarray]:
@@ -91,7 +91,7 @@ class FixedLengthDiscreteDomain(DiscreteDomain):
 
     @property
     def size(self) -> int:
-        """The number of sequences, exactly: ``vocab_size ** length``."""
+        """The exact number of sequences: ``vocab_size ** length``."""
         return self.vocab_size**self.length
 
     def is_valid(self, sequence: Any) -> bool:
@@ -141,10 +141,10 @@ class FixedLengthDiscreteDomain(DiscreteDomain):
         return digits
 
     def structure_to_index(self, structure: Any) -> int:
-        """Returns the place of ids ``[length]`` in lexicographic order, an exact integer.
+        """Returns the index of ids ``[length]`` in lexicographic order, an exact integer.
 
         Raises:
-          ValueError: if the ids are no sequence of this domain.
+          ValueError: if the ids are not a sequence of this domain.
         """
         if not self.is_valid(structure):
             raise ValueError(
@@ -160,7 +160,7 @@ class VariableLengthDiscreteDomain(DiscreteDomain):
     """All sequences of ``min_length`` to ``length`` tokens, followed by end tokens only."""
 
     def __init__(self, vocab: Alphabet, length: int, min_length: int = 0):
-        """Raises ValueError if ``vocab`` has no end token, or the lengths leave nothing."""
+        """Raises ValueError if ``vocab`` has no end token, or no length is possible."""
         if vocab.eos is None:
             raise ValueError(
                 "Sequences that differ in length need an end token: build the vocabulary with "
@@ -174,7 +174,7 @@ class VariableLengthDiscreteDomain(DiscreteDomain):
 
     @property
     def min_length(self) -> int:
-        """The least number of tokens, the end token not counted."""
+        """The minimum number of tokens, without the end token."""
         return self._min_length
 
     def is_valid(self, sequence: Any) -> bool:
@@ -194,7 +194,7 @@ class VariableLengthDiscreteDomain(DiscreteDomain):
 
         Args:
           sequences: strings.
-          pad: whether to fill up with end tokens to ``length``, giving an array ``[N, length]``;
+          pad: whether to pad with end tokens to ``length``, giving an array ``[N, length]``;
             otherwise the result is a list of N arrays.
 
         Raises:
@@ -222,13 +222,13 @@ class VariableLengthDiscreteDomain(DiscreteDomain):
 
         Args:
           num_samples: N.
-          min_seq_len: the shortest length; None takes ``min_length``.
-          max_seq_len: the longest length; None takes ``length``.
-          pad: whether to fill up with end tokens to ``length``, as in ``encode``.
-          seed: seed of the draw; None draws anew.
+          min_seq_len: the minimum length; None uses ``min_length``.
+          max_seq_len: the maximum length; None uses ``length``.
+          pad: whether to pad with end tokens to ``length``, as in ``encode``.
+          seed: random seed; None uses a new one in each call.
 
         Raises:
-          ValueError: if the bounds leave no length inside the domain.
+          ValueError: if no length of the domain is within the bounds.
         """
         low = self.min_length if min_seq_len is None else min_seq_len
         high = self.length if max_seq_len is None else max_seq_len
@@ -257,16 +257,16 @@ def make_protein_domain(
 
     Args:
       include_anomalous_amino_acids: whether to keep the rare letters of the alphabet.
-      include_bos: whether to keep its begin token, and so on.
+      include_bos: whether to keep its begin token.
       include_eos: whether to keep its end token.
       include_pad: whether to keep its padding token.
       include_mask: whether to keep its mask token.
-      length: the most residues of a sequence.
+      length: the maximum number of residues of a sequence.
       alphabet: the name of the alphabet, see `alphabets.ALPHABETS`.
 
     Raises:
-      ValueError: if there is no such alphabet, or without ``include_eos``, for nothing could tell
-        then where a sequence stops.
+      ValueError: if there is no such alphabet, or without ``include_eos``, because the end of a
+        sequence would then be unknown.
     """
     vocab = get_alphabet(alphabet).select(
         rare=include_anomalous_amino_acids,
@@ -279,12 +279,12 @@ def make_protein_domain(
 
 
 def is_discrete(domain: Any) -> bool:
-    """Returns whether ``domain`` holds sequences of tokens."""
+    """Returns whether ``domain`` consists of sequences of tokens."""
     return isinstance(domain, DiscreteDomain)
 
 
 def check_if_discrete(domain: Any) -> None:
-    """Raises ValueError unless ``domain`` holds sequences of tokens."""
+    """Raises ValueError unless ``domain`` consists of sequences of tokens."""
     if not is_discrete(domain):
         raise ValueError(
             "Expected a FixedLengthDiscreteDomain or a VariableLengthDiscreteDomain, but got "

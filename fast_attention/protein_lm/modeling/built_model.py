@@ -47,22 +47,22 @@ class Build:
 
 
 class BuiltModel:
-    """What a `FlaxModel` is made of: its tokens, its arrays, and the functions compiled for it.
+    """The parts of a `FlaxModel`: its tokens, its arrays, and its compiled functions.
 
     Attributes:
-      domain: Alphabet and greatest length.
-      objective: What it is trained for.
+      domain: Alphabet and maximum length.
+      objective: The training objective.
       options: As given, see `ModelOptions`.
-      sampling_kwargs: Defaults of the options of `sample`.
+      sampling_kwargs: Default options of `sample`.
       tokens: Ids of special tokens, and the size of the model's vocabulary.
-      config: Of the Transformer.
+      config: Configuration of the Transformer.
       attention_fn: As given; None is exact attention.
       random_seed: As given.
       schedule: Learning rate of each step.
       optimizer_options: See `optimizer.OptimizerOptions`.
       model_cls: As given.
       ema_decay: As given.
-      mesh: The devices; batches are divided over them, and so may be parameters.
+      mesh: The devices; batches are sharded over them, and optionally parameters.
       graphdef: Structure of the Transformer.
       abstract_state: Shapes, dtypes and shardings of `state`.
       initialize: ``key -> TrainState``.
@@ -90,30 +90,30 @@ class BuiltModel:
         mesh: Mesh | None = None,
         **kwargs: Any,
     ):
-        """Builds the model; its parameters are made when `state` is first read.
+        """Builds the model; its parameters are created when `state` is first read.
 
         Args:
-          domain: What is modelled.
-          objective: What the model is trained for: an object of `objectives`, or the name of one
-            with its defaults. `FlaxLM` and `FlaxBERT` have one.
+          domain: The sequences to model.
+          objective: The training objective: an object of `objectives`, or the name of one with
+            default options. `FlaxLM` and `FlaxBERT` set it.
           attention_fn: Replaces exact attention in every layer, for instance the result of
             ``make_fast_softmax_attention()``; None is exact attention.
           model_cls: Called as ``model_cls(config, attention_fn, rngs=rngs)``.
-          random_seed: Of parameters, dropout, masks and, by default, samples.
-          batch_size: Rows per batch in `fit` and `evaluate`, unless they are told.
+          random_seed: Random seed of parameters, dropout, masks and, by default, samples.
+          batch_size: Default number of rows per batch in `fit` and `evaluate`.
           learning_rate: A number, or a function from a step to a number.
-          ema_decay: Of a moving average of the parameters, in [0, 1), such as 0.999; validation,
-            evaluation and samples are then those of the average (see
+          ema_decay: Decay of an exponential moving average of the parameters, in [0, 1), such as
+            0.999. Validation, evaluation and sampling then use the average (see
             `train_state.make_train_step`). None keeps no average.
-          mesh: From `make_mesh`; None divides batches over all devices, which hold the same
+          mesh: Result of `make_mesh`; None shards batches over all devices and replicates
             parameters.
           **kwargs: Fields of `OptimizerOptions`, `ModelOptions` and `TransformerConfig`.
-            ``max_len``, by default the domain's length, is the most residues of a protein with
+            ``max_len``, by default the domain's length, is the maximum number of residues with
             learned positions; there is one more position for the begin or the end token.
 
         Raises:
           TypeError: At a keyword that `TransformerConfig` does not have.
-          ValueError: If `ema_decay` is out of its range, or at a value that is not possible here.
+          ValueError: If `ema_decay` is out of range, or another value is not possible.
         """
         self.objective: Objective = _choose(type(self).__name__, self.own_objective, objective)
         self.objective.check(domain.vocab)
@@ -185,7 +185,7 @@ class BuiltModel:
         )
 
     def set_num_steps(self, number: int) -> None:
-        """Says how long training takes: see `schedules.FactorSchedule.over`."""
+        """Sets the number of training steps, see `schedules.FactorSchedule.over`."""
         if isinstance(self.schedule, schedules.FactorSchedule):
             self.schedule = self.schedule.over(number)
             self._optimizer = optimizer.create_optimizer(self.schedule, self.optimizer_options)
@@ -193,12 +193,12 @@ class BuiltModel:
 
     @property
     def length(self) -> int:
-        """The most tokens of a sequence of the domain."""
+        """The maximum number of tokens of a sequence in the domain."""
         return self.domain.length
 
     @property
     def vocab_size(self) -> int:
-        """Tokens of the model, those among them that it adds to the vocabulary of the domain."""
+        """Number of tokens of the domain, plus those that the model adds."""
         return self.tokens.vocab_size
 
     @property
@@ -223,7 +223,7 @@ class BuiltModel:
 
     @property
     def state(self) -> train_state.TrainState:
-        """All arrays; made from `random_seed` when first read."""
+        """All arrays; created from `random_seed` when first read."""
         if self._state is None:
             self._state = self.initialize(jax.random.key(self.random_seed))
         return self._state
@@ -234,12 +234,12 @@ class BuiltModel:
 
     @property
     def weights(self) -> Any:
-        """The parameters that predictions are made with: their average, where one is kept."""
+        """The parameters used for predictions: the moving average, if there is one."""
         return train_state.weights(self.state)
 
     @property
     def max_length(self) -> int:
-        """Most tokens of a sequence: the domain's length, or fewer learned positions."""
+        """Maximum length in tokens: that of the domain, or less with learned positions."""
         learned = self.config.positions == "learned"
         return min(self.domain.length, self.config.max_len) if learned else self.domain.length
 
@@ -252,7 +252,7 @@ class BuiltModel:
         """Replaces `state` by a copy of what `get_weights` returned, of this or an equal model.
 
         Raises:
-          TypeError: If it is no state.
+          TypeError: If it is not a state.
           ValueError: If its arrays are those of another model.
         """
         if not isinstance(state, train_state.TrainState):
@@ -271,7 +271,7 @@ class BuiltModel:
         return sum(leaf.size for leaf in jax.tree.leaves(self.abstract_state.parameters))
 
     def set_parameters(self, parameters: Any, variables: Any) -> None:
-        """Replaces the model's arrays; step, optimiser and randomness start anew."""
+        """Replaces the model's arrays; step, optimizer and random key are reset."""
         key = jax.random.key(self.random_seed)
         state = train_state.make_state(
             parameters, variables, self._optimizer, key, averaged=self.ema_decay is not None
@@ -285,15 +285,17 @@ class BuiltModel:
         learning_rate: float | schedules.Schedule | None = None,
         exact_layers: Sequence[int] = (),
     ) -> Self:
-        """The same model, with the same parameters, around another attention function.
+        """Returns the model with the same parameters and another attention function.
 
-        Nothing is converted, see `fast_attention.layers.with_attention`. Projections are drawn from
-        `random_seed`, stored parameters of features wait for `calibrate`, training starts anew.
+        No weights are converted, see `fast_attention.layers.with_attention`. Projections are drawn
+        from `random_seed`, stored parameters of features need `calibrate`, and the training state
+        is reset.
 
         Args:
           attention_fn: As for the constructor; None is exact attention.
-          learning_rate: Of its training; None is that of this model, from the first step on.
-          exact_layers: Layers, from 1, that attend exactly all the same.
+          learning_rate: Learning rate of the new model; None uses that of this model, from the
+            first step on.
+          exact_layers: Layers, counted from 1, that keep exact attention.
         """
         model = copy.copy(self)
         model._state = None
@@ -305,7 +307,7 @@ class BuiltModel:
         return model
 
     def with_mesh(self, mesh: Mesh) -> Self:
-        """The same model, with the same parameters, on other devices; training starts anew."""
+        """Returns the model with the same parameters and a new training state on other devices."""
         model = copy.copy(self)
         model._state, model.mesh = None, with_auto_axes(mesh)
         model._build(self.attention_fn, self.schedule)
@@ -316,9 +318,9 @@ class BuiltModel:
         """Logits, float32 [B, T, V].
 
         Args:
-          xs: One batch, pairs, or sequences as for `fit`: then T is the length of the longest, its
-            end token included, and nothing is masked. Those of a causal model at t come from
-            the residues before t.
+          xs: One batch, pairs, or sequences as for `fit`. For sequences, T is the length of the
+            longest including its end token, and nothing is masked. The logits of a causal model at
+            t depend on the residues before t.
         """
         if pairs.is_pairs(xs):
             xs = pairs.pair_batch(pairs.as_pairs(xs, self.tokens), self.tokens)

@@ -24,18 +24,18 @@ _REPLACED = {
 
 @dataclasses.dataclass(frozen=True)
 class ModelOptions:
-    """Keywords of a model beside those of its Transformer and its training.
+    """Keywords of a model in addition to those of its Transformer and its training.
 
     The last three are for settings written for Google's protein_lm.
 
     Attributes:
-      with_bos: Adds a begin token to the model where the vocabulary has none, as the id
-        ``domain.vocab_size``. None adds it to a causal model, which needs one.
+      with_bos: Adds a begin token, with the id ``domain.vocab_size``, if the vocabulary has none.
+        None adds it to a causal model, which needs one.
       with_mask: Adds a mask token in the same way.
-      sampling_kwargs: Defaults of the options of ``sample``.
+      sampling_kwargs: Default options of ``sample``.
       pmap: False uses a single device; prefer ``mesh``.
-      cache: Only True: decoding states exist while ``sample`` runs.
-      store_metrics: Only False: ``fit`` and ``evaluate`` return their metrics.
+      cache: Must be True: decoding states exist only during ``sample``.
+      store_metrics: Must be False: ``fit`` and ``evaluate`` return their metrics.
     """
 
     with_bos: bool | None = None

@@ -1,4 +1,4 @@
-"""How a causal model draws."""
+"""Sampling options of a causal model."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """How `FlaxLM` draws.
+    """Sampling options of `FlaxLM`.
 
     Attributes:
-      max_length: L, residues of the prompt included; None takes the most that the model can write.
-      min_length: Residues, those of the prompt included, before which no sequence ends.
+      max_length: L, including the residues of the prompt; None uses the maximum of the model.
+      min_length: Minimum number of residues, including those of the prompt.
       temperature: Divides the logits; 0 takes the most probable token.
-      top_k: Draw among so many most probable tokens.
-      top_p: Draw among the fewest tokens that together have this probability.
-      repetition_penalty: Above 1 makes tokens drawn lately less probable.
-      repetition_window: How many tokens back that looks; None looks at all.
+      top_k: Sample from this number of most probable tokens.
+      top_p: Sample from the fewest tokens that together have this probability.
+      repetition_penalty: A value above 1 makes recently sampled tokens less probable.
+      repetition_window: Number of previous tokens that the penalty counts; None counts all.
     """
 
     max_length: int | None = None

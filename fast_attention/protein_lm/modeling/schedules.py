@@ -1,4 +1,4 @@
-"""Learning rates: a product of named factors, whose length can follow that of the run."""
+"""Learning rates: a product of named factors, with a length that can follow that of the run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class FactorSchedule:
       warmup_steps: Steps of the warm-up.
       decay_factor: Base of ``decay_every``.
       steps_per_decay: Steps between two decays of ``decay_every``.
-      steps_per_cycle: Steps of one cosine cycle; None leaves that to `over`.
+      steps_per_cycle: Steps of one cosine cycle; None means that `over` sets it.
     """
 
     factors: tuple[str, ...]
@@ -70,7 +70,7 @@ class FactorSchedule:
         return 0.5 * (1.0 + jnp.cos(jnp.pi * (cycles % 1.0)))
 
     def over(self, num_steps: int) -> FactorSchedule:
-        """The schedule of a run: a cosine cycle without a length of its own ends with the run.
+        """The schedule of a run: a cosine cycle without a given length ends with the run.
 
         Args:
           num_steps: Steps of the run, the warm-up included.
@@ -87,13 +87,13 @@ class FactorSchedule:
         )
 
     def describe_length(self, num_steps: int) -> str:
-        """Says in one sentence where the schedule and a run differ in length.
+        """Describes in one sentence how the lengths of the schedule and a run differ.
 
         Args:
           num_steps: Steps of the run.
 
         Returns:
-          An empty text where they agree, or where no factor has a length.
+          An empty text if they agree, or if no factor has a length.
         """
         last = f"{float(self(num_steps - 1)):.3g}"
         if "linear_warmup" in self.factors and self.warmup_steps >= num_steps:
@@ -142,11 +142,11 @@ def create_learning_rate_scheduler(
     Args:
       factors: Names joined by ``*``.
       base_learning_rate: Value of ``constant``.
-      warmup_steps: Steps of the warm-up; 0 is none.
+      warmup_steps: Steps of the warm-up; 0 means no warm-up.
       decay_factor: Base of ``decay_every``.
       steps_per_decay: Steps between two decays of ``decay_every``.
       steps_per_cycle: Steps of one cosine cycle. None ends the cycle with the run: training with
-        `train.run_experiment` sets it to the steps of the run without the warm-up; elsewhere it is
+        `train.run_experiment` sets it to the steps of the run without the warm-up; otherwise it is
         100,000.
 
     Returns:

@@ -26,12 +26,12 @@ def get_train_valid_files(
     """Divides the files of a folder, in the order of their names.
 
     The first `num_test_files` are set aside, the next `num_valid_files` are for validation, and all
-    others are for training. Files with ``tmp`` in their names are left out.
+    others are for training. Files with ``tmp`` in their names are ignored.
 
     Args:
       directory: A folder of FASTA files, see `fasta_paths`.
-      num_test_files: How many files are set aside.
-      num_valid_files: How many files are for validation.
+      num_test_files: Number of files to set aside.
+      num_valid_files: Number of files for validation.
 
     Returns:
       The files to train on and those to validate on.
@@ -74,15 +74,16 @@ def batch_ds(
     Args:
       ds: FASTA files, a `Corpus`, a dict of weights (see `data.make_dataset`), or a list of rows of
         ids.
-      length: Most tokens of a sequence.
+      length: Maximum number of tokens of a sequence.
       batch_size: B.
-      shuffle_buffer: Whether the order changes from epoch to epoch: None or 0 keeps it, and any
-        other number shuffles all of it.
-      pack_length: L, of rows that several sequences share; None gives each a row of `length`.
+      shuffle_buffer: Whether to shuffle in each epoch: None or 0 keeps the order, and any other
+        number shuffles all sequences.
+      pack_length: L, the length of rows with several sequences; None gives each sequence its own
+        row of `length`.
       domain: Gives the vocabulary; None is `make_protein_domain`.
-      num_epochs: How often to go through the sequences; None never stops.
-      seed: Of every choice.
-      **options: Of `data.make_dataset`.
+      num_epochs: Number of passes through the sequences; None repeats forever.
+      seed: Random seed.
+      **options: Options of `data.make_dataset`.
 
     Raises:
       FastaError: If a file cannot be read.

@@ -19,24 +19,24 @@ Files = str | Sequence[str]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataSettings:
-    """Where the proteins of a run are.
+    """Files with the proteins of a run.
 
     Attributes:
       train_files: FASTA files to train on; a dict from files to weights mixes them, see
-        `data.make_dataset`. None takes the bundled corpus.
-      valid_files: FASTA files of the validations during training. None takes the bundled ones
-        where training uses the bundled corpus, and otherwise those that `valid_fraction` holds out.
-      test_files: FASTA files of the evaluation at the end; None takes the bundled ones where
-        training uses the bundled corpus, and otherwise those of the validations.
-      valid_fraction: Share of the sequences of `train_files` that are held out for validation and
-        for the evaluation at the end, where neither `valid_files` nor `test_files` are given; see
+        `data.make_dataset`. None uses the bundled corpus.
+      valid_files: FASTA files for validation during training. None uses the bundled ones if
+        training uses the bundled corpus, and otherwise the proteins held out by `valid_fraction`.
+      test_files: FASTA files for evaluation at the end. None uses the bundled ones if training uses
+        the bundled corpus, and otherwise the validation proteins.
+      valid_fraction: Share of the sequences of `train_files` that is held out for validation and
+        evaluation, if neither `valid_files` nor `test_files` is given; see
         `held_out.choose_held_out`. 0 holds out none.
-      data_dir: A folder of FASTA files in place of `train_files`; `split_files` divides them.
-      split_files: Returns the files of a folder for training and those for validation, see
+      data_dir: A folder of FASTA files instead of `train_files`; `split_files` splits them.
+      split_files: Function from a folder to its training files and validation files, see
         `dataset.get_train_valid_files`.
       on_error: What to do with a record that cannot be read: ``"raise"``, ``"skip"`` (the run's
-        folder lists those) or ``"replace"``, see `fasta.read_proteins`.
-      new_data: Whether a run may be resumed with other data than it began with.
+        folder lists the skipped records) or ``"replace"``, see `fasta.read_proteins`.
+      new_data: Whether a run may be resumed with other data.
     """
 
     train_files: Files | Mapping[str, float] | None = None
@@ -67,19 +67,20 @@ class DataSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BatchSettings:
-    """What a training batch holds.
+    """Content of training batches.
 
     Attributes:
-      batch_size_per_device: Rows of a batch for each of the devices among which rows are divided
-        (``data`` times ``fsdp`` of `meshes.make_mesh`), unless `batch_size` is given.
-      batch_size: Rows of a batch over all devices; None is what `batch_size_per_device` makes. A
-        resumed run has the batches that it began with, whatever the devices.
-      max_train_length: Most tokens of a protein, and of a row unless `pack_length` is given.
+      batch_size_per_device: Rows of a batch for each device that shares the batch (``data`` times
+        ``fsdp`` of `meshes.make_mesh`), unless `batch_size` is given.
+      batch_size: Rows of a batch over all devices; None computes it from `batch_size_per_device`. A
+        resumed run keeps its batches, also with other devices.
+      max_train_length: Maximum number of tokens of a protein, and of a row unless `pack_length` is
+        given.
       pack_sequences: Whether several proteins share a row.
-      pack_length: Tokens of a row that several proteins share; None is `max_train_length`.
+      pack_length: Tokens of a row with several proteins; None is `max_train_length`.
       crop: Whether proteins longer than a row are cropped at ``"random"`` places, which differ
         from epoch to epoch, or at their ``"start"``.
-      data_seed: Seed of order, crops and masks.
+      data_seed: Random seed of order, crops and masks.
     """
 
     batch_size_per_device: int = 128
@@ -93,24 +94,24 @@ class BatchSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TimeSettings:
-    """When a run ends, and when it validates, logs and saves; all are counted in steps.
+    """When a run ends, validates, logs and saves, counted in steps.
 
-    Each is a function of the step alone, so that a resumed run writes the same record as one that
-    was never stopped.
+    All of these depend on the step only, so a resumed run writes the same record as an
+    uninterrupted one.
 
     Attributes:
-      max_train_steps: Steps after which training ends. A run can be given more later.
-      epochs: Passes through the training data after which training ends; None sets no such end.
+      max_train_steps: Steps after which training ends. It can be increased later.
+      epochs: Passes through the training data after which training ends; None means no limit.
       train_summary_frequency: Steps between rows of training metrics.
       eval_frequency: Steps between validations; None validates at the last step only.
       early_stopping: Successive validations without improvement after which training ends; None
-        sets no such end.
-      checkpoint_frequency: Steps between checkpoints; None takes none between. There is also one
-        at each validation that is better than all before, and one at the end.
-      checkpoints_to_keep: Number of the newest checkpoints that are kept, beside that of the best
+        turns it off.
+      checkpoint_frequency: Steps between checkpoints; None saves no intermediate ones. A checkpoint
+        is also saved at each validation that is better than all before, and at the end.
+      checkpoints_to_keep: Number of latest checkpoints to keep, in addition to that of the best
         validation.
       save_checkpoints: False is the same as None for `checkpoint_frequency`.
-      restore_checkpoint: False refuses to resume: the folder must hold no checkpoint.
+      restore_checkpoint: False does not resume: it is an error if the folder has a checkpoint.
     """
 
     max_train_steps: int = 10**6
@@ -141,22 +142,23 @@ class TimeSettings:
         """Raises ValueError if early stopping has no validation to go by."""
         if self.early_stopping is not None and not validates:
             raise ValueError(
-                f"experiment.early_stopping is {self.early_stopping}, but the run has no proteins "
-                "to validate on: give --valid_fasta, or leave early_stopping out"
+                f"experiment.early_stopping is {self.early_stopping}, but the run has no "
+                "validation proteins: give --valid_fasta, or remove early_stopping"
             )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
-    """What is measured during training and at its end.
+    """Validation during training, and evaluation at the end.
 
     Attributes:
-      max_eval_length: Tokens of a protein that a validation looks at; None is all that the model
-        has room for.
-      num_eval_steps: Batches of a validation, of proteins spread evenly over the files; None
-        takes all proteins.
-      num_samples: Proteins to sample at the end, by a causal model.
-      max_sample_length: Most residues of those, where the model has room for more.
+      max_eval_length: Maximum number of tokens of a protein in validation; None is the maximum
+        length of the model.
+      num_eval_steps: Batches per validation, with proteins spread evenly over the files; None uses
+        all proteins.
+      num_samples: Number of proteins to sample at the end (causal models).
+      max_sample_length: Maximum length of these samples in residues; None is the maximum of the
+        model.
     """
 
     max_eval_length: int | None = None
@@ -169,19 +171,18 @@ class EvaluationSettings:
 class Experiment(DataSettings, BatchSettings, TimeSettings, EvaluationSettings):
     """All settings of a training run, see `train.run_experiment`; its base classes are the parts.
 
-    gin knows it as ``experiment``.
+    Its gin name is ``experiment``.
 
     Attributes:
-      model_cls: Makes the model.
-      initial_run: Folder of a run whose parameters this one begins with; None draws them. The
-        attention function may be another one than there: it has no parameters, and what it draws
-        is drawn again.
-      calibration_batches: Batches of training data to which random features with stored parameters
-        are fitted before the first step, see `FlaxModel.calibrate`. None takes 4 where such
-        features begin in a trained model (`initial_run`), and otherwise none: queries and keys of
-        an untrained model say little.
-      xid: Name of the run's folder in the given one, ``{xid}_l{max_train_length}``; None takes the
-        given folder itself.
+      model_cls: Class of the model.
+      initial_run: Folder of a run with the initial parameters; None draws them at random. The
+        attention function may differ: it has no parameters, and its projections are drawn again.
+      calibration_batches: Number of training batches for calibrating random features with stored
+        parameters before the first step, see `FlaxModel.calibrate`. None uses 4 if the model is
+        initialized from a trained one (`initial_run`), and otherwise 0, because calibration on an
+        untrained model is of little use.
+      xid: Id of the run: its folder is ``{xid}_l{max_train_length}`` in the given folder. None uses
+        the given folder itself.
 
     Raises:
       ValueError: If a number is out of its range, or two settings contradict each other.
@@ -201,14 +202,14 @@ class Experiment(DataSettings, BatchSettings, TimeSettings, EvaluationSettings):
                 ranges.check(f"experiment.{name}", value, allowed)
         if self.data_dir is not None and self.train_files is not None:
             raise ValueError(
-                "experiment.data_dir and experiment.train_files (--fasta) both say what to train "
-                "on: give one of them"
+                "experiment.data_dir and experiment.train_files (--fasta) are both given: give "
+                "one of them"
             )
         if self.pack_length is not None and not self.pack_sequences:
             raise ValueError(
                 f"experiment.pack_length (batch_ds.pack_length) is {self.pack_length}, but "
-                "experiment.pack_sequences = False gives each protein a row of its own: leave one "
-                "out"
+                "experiment.pack_sequences = False gives each protein its own row: give one of "
+                "them"
             )
 
     def check_model(self, model: FlaxModel) -> bool:
@@ -230,7 +231,7 @@ class Experiment(DataSettings, BatchSettings, TimeSettings, EvaluationSettings):
             raise ValueError(
                 f"experiment.calibration_batches is {calibration}, but the attention function has "
                 "no stored parameters to fit: use make_fast_softmax_attention with an estimator "
-                "such as 'wderf_s' and unidirectional = True, or leave calibration_batches out"
+                "such as 'wderf_s' and unidirectional = True, or remove calibration_batches"
             )
         return stored
 

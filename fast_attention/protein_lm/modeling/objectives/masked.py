@@ -1,4 +1,4 @@
-"""Masked language model: predict hidden residues from those on both sides (arXiv:1810.04805).
+"""Masked language model: predict masked residues from both sides (arXiv:1810.04805).
 
 Letters: B rows, L row length, T length, V vocabulary.
 """
@@ -31,15 +31,15 @@ _STRIDE = 32
 
 @dataclasses.dataclass(frozen=True)
 class Masked(Objective):
-    """Targets ``x1 .. xn EOS``, inputs the same with some residues corrupted, weights at those.
+    """Targets ``x1 .. xn EOS``; inputs the same with some residues corrupted; weights at these.
 
     The defaults are those of BERT (section 3.1).
 
     Attributes:
-      mask_rate: share of the residues that are chosen, to be predicted.
-      mask_token_proportion: share of the chosen that are hidden behind the mask token.
-      random_token_proportion: share of the chosen that are replaced by a random standard residue
-        (which may be the same one). The rest of the chosen is left as it is.
+      mask_rate: share of the residues that are chosen for prediction.
+      mask_token_proportion: share of the chosen residues that are replaced by the mask token.
+      random_token_proportion: share of the chosen residues that are replaced by a random standard
+        residue (possibly the same one). The other chosen residues are unchanged.
       enclose: sequences are read between a begin and an end token, as ESM-2 and BERT do.
     """
 

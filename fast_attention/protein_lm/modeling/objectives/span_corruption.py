@@ -1,9 +1,10 @@
-"""Span corruption: predict spans that sentinels stand for (T5, arXiv:1910.10683, section 3.1).
+"""Span corruption: predict spans replaced by sentinels (T5, arXiv:1910.10683, section 3.1).
 
 A sequence ``x1 .. xn EOS`` is read as one stream, ``x1 S0 x4 .. S1 .. xn EOS  S0 x2 x3 S1 .. Sk``:
-what is known, and behind it the spans, each after its sentinel; the last sentinel ends them. The
-loss is that of the tokens behind the second ``S0``. The attention is causal, so that one decoder
-serves and a span is written from a state: a token of a span sees all that is known on both sides.
+the known residues, then the spans, each after its sentinel; the last sentinel ends the stream. The
+loss is over the tokens after the second ``S0``. The attention is causal, so one decoder is enough
+and a span is generated from a decoding state. A token of a span sees all known residues on both
+sides.
 
 Letters: n residues, k spans.
 """
@@ -28,12 +29,12 @@ from fast_attention.protein_lm.modeling.objectives.base import Batch, Gapped, Ob
 
 @dataclasses.dataclass(frozen=True)
 class SpanCorruption(Objective):
-    """Spans of random places and lengths are hidden; the defaults are those of T5.
+    """Spans with random places and lengths are masked; the defaults are those of T5.
 
     Attributes:
-      noise_density: Share of the residues that are hidden, at least one.
-      mean_span_length: Residues of a span, on average.
-      num_sentinels: One more than the most spans of a sequence.
+      noise_density: Share of the residues that are masked, at least one.
+      mean_span_length: Average number of residues of a span.
+      num_sentinels: Maximum number of spans of a sequence, plus one.
     """
 
     noise_density: float = 0.15
