@@ -38,7 +38,8 @@ class Groups(NamedTuple):
 
 def make_groups(name: str, labels: Sequence[str]) -> Groups:
     """Divides proteins by equal labels."""
-    found, of = np.unique(np.array(labels, dtype=object).astype(str), return_inverse=True)
+    # As objects: in an array of text, each would take the space of the longest.
+    found, of = np.unique(np.array(list(map(str, labels)), object), return_inverse=True)
     return Groups(name, found.tolist(), of)
 
 

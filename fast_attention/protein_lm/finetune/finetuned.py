@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.special import softmax
 
+from fast_attention.protein_lm import ranges
 from fast_attention.protein_lm.errors import RunError
 from fast_attention.protein_lm.files.json_files import check_fields, read_json, shown
 from fast_attention.protein_lm.files.npz_files import read_npz
@@ -200,7 +201,7 @@ class FineTuned:
             )
         elif about["method"] == "lora":
             path = inside(folder, _ADAPTERS)
-            adapters = (_read_adapters(path, model), about["adapter_scale"] or 0.0)
+            adapters = (_read_adapters(path, model), about["adapter_scale"])
             parameters = lora.merge_adapters(model.weights, *adapters)
             model = with_parameters(model, parameters, model.state.variables)
         return cls(
@@ -224,7 +225,32 @@ def read_about(folder: Path) -> dict[str, Any]:
         raise RunError(
             f"{folder} has no {_ABOUT}: give the --output of a finished 'protein-lm fine-tune'"
         )
-    return check_fields(folder / _ABOUT, "", read_json(inside(folder, _ABOUT)), _HINTS)
+    path = inside(folder, _ABOUT)
+    about = check_fields(path, "", read_json(path), _HINTS)
+    adapted = about["method"] == "lora" and not about["whole"]
+    for name, right, expected in (
+        ("classes", _are_classes(about["classes"]), "two or more names, each once, or null"),
+        (
+            "max_length",
+            about["max_length"] is None or ranges.LENGTH.holds(about["max_length"]),
+            f"{ranges.LENGTH}, or null",
+        ),
+        (
+            "adapter_scale",
+            ranges.NORM.holds(about["adapter_scale"]) if adapted else True,
+            str(ranges.NORM),
+        ),
+        ("run_dir", "\0" not in (about["run_dir"] or ""), "the way to a folder"),
+    ):
+        if not right:
+            raise RunError(f"{path}: {name} is {shown(about[name])}; expected {expected}")
+    return about
+
+
+def _are_classes(names: list[str] | None) -> bool:
+    # Each is the name of a column; half a character, which JSON can hold, is none.
+    plain = not any("\ud800" <= letter <= "\udfff" for name in names or () for letter in name)
+    return names is None or (plain and len(names) == len(set(names)) > 1)
 
 
 def _stored_trunk(
@@ -316,7 +342,10 @@ def _read_head(path: Path, model: FlaxModel, classes: list[str] | None) -> Linea
         "units": (2,),
     }
     limit = _ROOM + 16 * (width + 1) * (outputs + 2)
-    return LinearHead(**_numbers(path, read_npz(path, _REMEDY, limit=limit, expected=shapes)))
+    arrays = _numbers(path, read_npz(path, _REMEDY, limit=limit, expected=shapes))
+    if not (arrays["scale"] > 0).all():
+        raise RunError(f"{path}: 'scale' has numbers that are not above 0: {_REMEDY}")
+    return LinearHead(**arrays)
 
 
 def _read_whole(path: Path, model: FlaxModel) -> FlaxModel:
@@ -332,25 +361,24 @@ def _read_whole(path: Path, model: FlaxModel) -> FlaxModel:
 
 
 def _read_adapters(path: Path, model: FlaxModel) -> lora.Adapters:
-    sizes = [leaf.size for leaf in jax.tree.leaves(model.abstract_state.parameters)]
-    found = _numbers(
-        path, read_npz(path, _REMEDY, limit=_ROOM + 4096 * len(sizes) + 16 * sum(sizes))
-    )
-    nested: lora.Adapters = {}
-    for name, array in found.items():
-        kernel, _, factor = name.rpartition(".")
-        nested.setdefault(kernel, {})[factor] = array
-    try:
-        lora.merge_adapters(jax.tree.map(np.asarray, model.weights), nested, 1.0)
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise RunError(f"{path} is of another model: {error}") from error
-    return nested
+    kernels = lora.adapted_kernels(model.abstract_state.parameters)
+    first, kernel = next(iter(kernels.items()))
+    limit = _ROOM + 8 * int(ranges.RANK.high) * kernel.shape[0]
+    one = f"{first}.a"
+    rank = max((1, *read_npz(path, _REMEDY, limit=limit, names=[one])[one].shape[-1:]))
+    shapes = {f"{name}.a": (kernel.shape[0], rank) for name, kernel in kernels.items()}
+    shapes |= {f"{name}.b": (rank, kernel.shape[1]) for name, kernel in kernels.items()}
+    limit = _ROOM + 4096 * len(shapes) + sum(8 * math.prod(shape) for shape in shapes.values())
+    found = _numbers(path, read_npz(path, _REMEDY, limit=limit, expected=shapes))
+    return {name: {part: found[f"{name}.{part}"] for part in ("a", "b")} for name in kernels}
 
 
 def _numbers(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     for name, array in arrays.items():
         if array.dtype.kind not in "biuf":
             raise RunError(f"{path}: {name!r:.80} is of the type {array.dtype}, not of numbers")
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise RunError(f"{path}: {name!r:.80} has numbers that are not finite: {_REMEDY}")
     return arrays
 
 

@@ -161,7 +161,9 @@ def _targets(
                 "learn; check the column of labels (--label_column)"
             )
         return None, numbers
-    classes, targets = np.unique(np.array([str(label) for label in labels]), return_inverse=True)
+    # As objects: in an array of text, each would take the space of the longest.
+    named = np.array([str(label) for label in labels], object)
+    classes, targets = np.unique(named, return_inverse=True)
     present = classes[np.unique(targets[train])]
     if len(present) < 2:
         raise RunError(

@@ -227,7 +227,8 @@ def choose_parts(
         raise RunError(
             f"{counted(number, 'protein')}: too few to learn from; give at least {_LEAST_ROWS}"
         )
-    labels = np.array([str(row) for row in range(number)] if groups is None else groups)
+    # As objects: in an array of text, each would take the space of the longest.
+    labels = np.array([str(row) for row in range(number)] if groups is None else groups, object)
     rng = np.random.default_rng([seed, 4])
     chosen = np.full(number, "train", dtype=object) if parts is None else np.array(parts, object)
     if parts is None:

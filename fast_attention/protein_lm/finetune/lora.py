@@ -35,11 +35,7 @@ def init_adapters(parameters: Any, rank: int, key: jax.Array) -> Adapters:
     """
     if rank < 1:
         raise ValueError(f"the rank must be at least 1; got {rank}")
-    kernels = {
-        name: leaf
-        for name, leaf in _named(parameters)
-        if name.endswith(".kernel") and jnp.ndim(leaf) == 2 and not name.startswith("head.")
-    }
+    kernels = adapted_kernels(parameters)
     if not kernels:
         raise ValueError("the model has no dense layers to adapt: train it in full")
     keys = jax.random.split(key, len(kernels))
@@ -49,6 +45,15 @@ def init_adapters(parameters: Any, rank: int, key: jax.Array) -> Adapters:
             "b": jnp.zeros((rank, kernel.shape[1])),
         }
         for draw, (name, kernel) in zip(keys, sorted(kernels.items()), strict=True)
+    }
+
+
+def adapted_kernels(parameters: Any) -> dict[str, Any]:
+    """The kernels that `init_adapters` adapts, arrays or their shapes, by dotted name."""
+    return {
+        name: leaf
+        for name, leaf in _named(parameters)
+        if name.endswith(".kernel") and len(leaf.shape) == 2 and not name.startswith("head.")
     }
 
 

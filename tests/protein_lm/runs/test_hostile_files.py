@@ -74,7 +74,7 @@ def sound(model, tiny_fasta, tmp_path_factory):
     with checkpoints.open_checkpoints(run.checkpoints) as manager:
         checkpoints.save(manager, model.state, checkpoints.Progress({"a": 1}, 2, 3, 4.0))
     exporting.export_model(model, run, folder / "export", step=0, tokens=3)
-    head = LinearHead(*(np.zeros(shape, np.float32) for shape in ((4,), (4,), (4, 1), (1,))))
+    head = LinearHead(*(np.ones(shape, np.float32) for shape in ((4,), (4,), (4, 1), (1,))))
     adapters = lora.init_adapters(model.weights, 2, jax.random.key(0))
     for method in ("lora", "full"):
         tuned = FineTuned(model, None, head, method, None, fingerprint(model), (adapters, 1.0))
