@@ -80,8 +80,8 @@ def test_none_is_refused_where_a_number_is_needed():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"data_dir": "folder", "train_files": "a.fasta"}, "both say what to train on"),
-        ({"pack_length": 8, "pack_sequences": False}, "a row of its own"),
+        ({"data_dir": "folder", "train_files": "a.fasta"}, "are both given: give one"),
+        ({"pack_length": 8, "pack_sequences": False}, "its own row"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings, message):
