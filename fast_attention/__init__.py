@@ -1,4 +1,4 @@
-"""Efficient attention for JAX and Flax: linear-time attention that drops into Flax's layers."""
+"""Efficient attention for JAX and Flax: linear-time attention functions for Flax's layers."""
 
 from fast_attention.linear import LinearAttentionState as LinearAttentionState
 from fast_attention.linear import Plan as Plan

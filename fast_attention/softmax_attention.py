@@ -1,4 +1,4 @@
-"""Exact softmax attention: the baseline, with the contract of the linear mechanisms.
+"""Exact softmax attention: the baseline, with the interface of the linear mechanisms.
 
     out_i = sum_j softmax_j(q_i . k_j / sqrt(D) + bias_ij) v_j        (arXiv:1706.03762)
 
@@ -39,8 +39,8 @@ class KVCache(NamedTuple):
     Attributes:
       key: ``[*B, S, K, D]`` float32.
       value: ``[*B, S, K, V]`` float32.
-      visible: ``[*B, S]`` bool, False in unused slots and where a prompt was padded.
-      length: ``[*B]`` int32, the slots used so far, padding included.
+      visible: ``[*B, S]`` bool, False in unused slots and at padding of a prompt.
+      length: ``[*B]`` int32, the number of used slots, including padding.
     """
 
     key: Float[Array, "*B S K D"]
@@ -54,7 +54,7 @@ class SoftmaxAttention(AttentionFn):
     """Exact attention as an ``attention_fn``, from :func:`make_softmax_attention`.
 
     Attributes:
-      unidirectional: position t sees keys 0..t, whatever a caller says of causality.
+      unidirectional: position t sees keys 0..t, whatever the caller's ``is_causal`` is.
     """
 
     unidirectional: bool = False
@@ -99,8 +99,8 @@ class SoftmaxAttention(AttentionFn):
     def read(self, state: KVCache, call: Call) -> tuple[Float[Array, "*B T H V"], KVCache]:
         """Appends the new tokens to the cache and attends to it causally.
 
-        Padding takes a slot and is never seen. If the cache is too short, and its length not known
-        while tracing, the output is NaN; otherwise ValueError is raised.
+        Padding takes a slot and is never seen. If the cache is too short, ValueError is raised; if
+        its length is not known during tracing, the output is NaN instead.
         """
         call = call.without_hidden()
         query, batch = call.query, call.query.shape[:-3]

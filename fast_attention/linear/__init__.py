@@ -1,4 +1,4 @@
-"""Linear attention: one mergeable state, read causally or both ways. Knows nothing of Flax."""
+"""Linear attention: one mergeable state, causal or bidirectional. Does not depend on Flax."""
 
 from fast_attention.linear.api import linear_attention as linear_attention
 from fast_attention.linear.decode import prefill as prefill

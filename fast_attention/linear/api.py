@@ -1,4 +1,4 @@
-"""``linear_attention``: queries, keys, values and a plan in, attention out."""
+"""``linear_attention``: attention of queries, keys and values, according to a plan."""
 
 from __future__ import annotations
 
@@ -77,20 +77,20 @@ def linear_attention(
     return_state: bool = False,
     **options: Any,
 ) -> Any:
-    r"""Attention with weights ``phi(q_t) . phi(k_s)``, in time and memory linear in the length.
+    r"""Attention with weights ``phi(q_t) . phi(k_s)``, in linear time and memory.
 
     .. math::
         y_t = \frac{\sum_s \phi(q_t) \cdot \phi(k_s) \, v_s}{\sum_s \phi(q_t) \cdot \phi(k_s)}
 
-    with the sums over ``s <= t`` if causal. Exponential maps are evaluated with running maxima that
-    never look ahead: nothing overflows, and outputs up to t do not change by a single bit,
-    whatever comes after t.
+    with the sums over ``s <= t`` if causal. Exponential maps are evaluated with running maxima over
+    earlier positions only: nothing overflows, and causal outputs up to t are bit-identical whatever
+    the tokens after t are.
 
     With ``plan.axis_name`` the call is made inside ``jax.shard_map``, with the positions, masks,
-    biases and ids of one device; the stretches of the devices lie along that axis in their order.
-    Devices exchange states alone, ``K V M`` numbers a sequence: causally in ``1 + ceil(log2 n)``
-    rounds on n devices, bidirectionally in one sum; the backward pass does the same the other way.
-    Keys are then reduced, and a state is read by bidirectional attention, in chunks on XLA.
+    biases and ids of one device; the sequence is sharded along that axis in order. Devices exchange
+    states only, ``K V M`` numbers per sequence: causal attention in ``1 + ceil(log2 n)`` rounds on
+    n devices, bidirectional attention in one sum, and the same in the backward pass. Bidirectional
+    attention then always uses the chunked XLA implementation.
 
     Shape letters: B batch (any number of axes, none included), T queries, S keys, H heads, K
     key/value heads (a divisor of H: query head h reads key head ``h // (H / K)``), D head width,
@@ -100,39 +100,38 @@ def linear_attention(
       query: ``[*B, T, H, D]``.
       key: ``[*B, S, K, D]``; S = T if causal.
       value: ``[*B, S, K, V]``.
-      plan: the feature map, causal or not, and how the call is computed; None takes them from
-        `options`.
+      plan: the feature map, causality, and how to compute the call; None takes them from `options`.
       parameters: of the feature map, as from ``feature_map.init``; their leading axes, if any,
         broadcast against ``[K]`` or ``[prod(B), K]``.
-      key_mask: ``[*B, S]`` or ``[*B, S, K]``; a key where it is False contributes nothing, neither
-        to outputs nor to the state, whatever it holds.
+      key_mask: ``[*B, S]`` or ``[*B, S, K]``; a key where it is False contributes nothing to
+        outputs or to the state, whatever its values are.
       key_bias: ``[*B, S]`` or ``[*B, S, K]``; multiplies the weights of a key by ``exp(bias)``.
         Biases of -1e4 and less mask the key.
       segment_ids: ``[*B, T]``, self-attention only: positions see their own run of equal ids.
         A new run starts from an empty state.
-      initial_state: keys seen before the first one, the same on all devices; with segments it
-        belongs to the first run.
+      initial_state: state of earlier keys, the same on all devices; with segments it belongs to the
+        first run.
       log_decay: ``[*B, T, K]``, or ``[K]`` for all tokens, at most 0, causal attention only: the
-        state before a token, numerator and sum of weights alike, is multiplied by
-        ``exp(log_decay)``, so that key s counts ``exp(log_decay_{s+1} + ... + log_decay_t)`` for
-        query t. A masked token does not decay. -1e4 and less forgets everything before.
+        state (numerator and sum of weights) is multiplied by ``exp(log_decay)`` before a token is
+        added. So the weight of key s for query t has the factor ``exp(log_decay_{s+1} + ... +
+        log_decay_t)``. A masked token does not decay. -1e4 or less resets the state.
       return_state: also return the state after the last key (of the last run). With
-        ``initial_state`` it cuts a sequence in two: both are differentiable.
+        ``initial_state``, a sequence can be split into two calls; both are differentiable.
       **options: fields of :class:`~fast_attention.Plan`, such as ``feature_map=..., causal=True``.
 
     Returns:
-      ``[*B, T, H, V]`` in the promoted type of query, key and value; a row that sees no key is 0,
+      ``[*B, T, H, V]`` in the promoted dtype of query, key and value; a row that sees no key is 0,
       and batches and sequences may be empty. If the plan asks for parts, they are
       :class:`~fast_attention.linear.types.Parts`. With ``return_state`` a pair of that and the
       :class:`LinearAttentionState`, the same on all devices.
 
     Raises:
       ValueError: for shapes or options that do not fit together.
-      NotImplementedError: if the one implementation asked for cannot serve the call, or with
-        ``log_decay`` where sequences lie along a mesh axis.
-      TypeError: in forward mode (``jax.jvp``, ``jax.linearize``) of an implementation with a
-        gradient of its own; ``implementation="reference"`` has forward mode. ``jax.hessian`` works
-        with every implementation on XLA.
+      NotImplementedError: if the requested implementation does not support the call, or with
+        ``log_decay`` if sequences are sharded along a mesh axis.
+      TypeError: in forward mode (``jax.jvp``, ``jax.linearize``) of an implementation with a custom
+        gradient; ``implementation="reference"`` supports forward mode. ``jax.hessian`` works with
+        every implementation on XLA.
 
     References:
       arXiv:2009.14794 (FAVOR+); arXiv:2006.16236 (linear attention and its state).

@@ -1,4 +1,4 @@
-"""Recurrent use of linear attention: read a prompt once, then one token at a time.
+"""Decoding with linear attention: read a prompt once, then one token at a time.
 
 Shape letters: B batch, T length, H heads, K key/value heads, D head width, V value width.
 """
@@ -38,15 +38,14 @@ def prefill(
     log_decay: Float[Array, "*B T K"] | Float[Array, "*#B K"] | None = None,
     **options: Any,
 ) -> tuple[Float[Array, "*B T H V"], LinearAttentionState]:
-    """Reads T tokens causally after those already in ``state``.
+    """Reads T tokens causally, after the tokens of ``state``.
 
     Args:
-      state: what came before, as from :func:`~fast_attention.linear.empty_state`.
+      state: the state of earlier tokens, as from :func:`~fast_attention.linear.empty_state`.
       query: ``[*B, T, H, D]``.
       key: ``[*B, T, K, D]``.
       value: ``[*B, T, K, V]``.
-      plan: the feature map, and how the call is computed; None takes its fields from
-        `options`.
+      plan: the feature map, and how to compute the call; None takes its fields from `options`.
       parameters: of the feature map.
       key_mask: ``[*B, T]``; False is padding on either side of a shorter prompt.
       log_decay: ``[*B, T, K]`` or ``[K]``, see :func:`~fast_attention.linear_attention`.
@@ -80,7 +79,7 @@ def step(
     log_decay: Float[Array, "*B K"] | Float[Array, "*#B K"] | None = None,
     **options: Any,
 ) -> tuple[Float[Array, "*B H V"], LinearAttentionState]:
-    """Adds one token to the state and reads it: time and memory independent of the past.
+    """Adds one token to the state and reads it, in constant time and memory.
 
     Args:
       state: what came before.
@@ -90,7 +89,7 @@ def step(
       plan: its feature map, output, epsilon and precision are read; None takes them from
         `options`.
       parameters: of the feature map.
-      log_decay: ``[*B, K]`` or ``[K]``: the state is multiplied by its exponential first.
+      log_decay: ``[*B, K]`` or ``[K]``: the state is first multiplied by its exponential.
       **options: fields of :class:`~fast_attention.Plan`, such as ``feature_map=...``.
 
     Returns:
@@ -114,7 +113,7 @@ def step_parts(
     parameters: Parameters,
     visible: Bool[Array, "*B"] | None = None,
 ) -> tuple[Parts, LinearAttentionState]:
-    """A step before its division, to be merged with attention to other keys.
+    """A step without the division, for merging with attention to other keys.
 
     Args:
       state: what came before.
@@ -123,7 +122,7 @@ def step_parts(
       value: ``[*B, K, V]``.
       plan: its feature map and precision are read.
       parameters: of the feature map.
-      visible: ``[*B]``; a key where it is False does not enter the state.
+      visible: ``[*B]``; a key where it is False is not added to the state.
 
     Returns:
       :class:`~.types.Parts` of ``[*B, H]``, and the new state.

@@ -1,4 +1,4 @@
-"""Which implementation, kernel and chunk the calls of a function take, in words."""
+"""Describes the implementation, kernel and chunk size of the calls of a function."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _calls: contextvars.ContextVar[list[tuple[Plan, Inputs]] | None] = contextvars.C
 
 
 def note_call(plan: Plan, inputs: Inputs) -> None:
-    """Keeps a call for :func:`explain`, if that is running."""
+    """Records a call for :func:`explain`, if that is running."""
     calls = _calls.get()
     if calls is not None:
         calls.append((plan, inputs))
 
 
 def explain(function: Callable[..., Any], *args: Any, platform: str | None = None) -> str:
-    """Says how the linear attention in a function is computed; nothing is run.
+    """Describes how the linear attention in a function is computed, without running it.
 
     Args:
       function: an attention function, or any function that calls linear attention.
@@ -36,8 +36,8 @@ def explain(function: Callable[..., Any], *args: Any, platform: str | None = Non
         ``jax.default_backend()``.
 
     Returns:
-      A line for each call of linear attention: what is called, what serves it on the platform, and
-      why the kernels do not if they do not.
+      A line for each call of linear attention: the call, the implementation that computes it on the
+        platform, and why kernels are not used, if they are not.
 
     Raises:
       ValueError: for another platform.

@@ -6,8 +6,8 @@ M features.
 With log-features ``l_jm`` of key j and running maximum ``n_m = max_j l_jm`` the state holds
 ``kv[v, m] = sum_j v_j exp(l_jm - n_m)`` and ``k_sum[m] = sum_j exp(l_jm - n_m)``, and a query with
 log-features ``l_m`` reads ``sum_m exp(l_m + n_m) kv[:, m] / sum_m exp(l_m + n_m) k_sum[m]``.
-Because ``k_sum >= 1`` wherever a key was seen, the largest term of the denominator is at least 1
-after its own maximum is taken out, whatever the norms.
+Because ``k_sum >= 1`` if a key was seen, the largest term of the denominator is at least 1 after
+its maximum is subtracted, for any norms.
 
 Reference: Katharopoulos et al., "Transformers are RNNs", arXiv:2006.16236, section 3.4; the running
 maximum is that of online softmax (Milakov and Gimelshein, arXiv:1805.02867), kept per feature.
@@ -25,7 +25,7 @@ from fast_attention.feature_maps.base import FeatureMap, Features, Parameters
 from fast_attention.linear.decay import LOWEST_DECAY
 
 EMPTY_LOG_SCALE = -1e30
-"""``log_scale`` where no key was seen. Finite, so that no difference of two scales is nan."""
+"""``log_scale`` if no key was seen. Finite, so that no difference of two scales is nan."""
 
 MASKED_LOG = -3e30
 """Log-feature of a key that must not be seen: below the scale of an empty state, hence exp = 0."""
@@ -35,15 +35,15 @@ State = TypeVar("State")
 
 
 class LinearAttentionState(NamedTuple):
-    """Everything linear attention knows of the keys and values seen so far.
+    """The summary of all keys and values seen so far.
 
-    The true sums are ``kv * exp(log_scale)`` and ``k_sum * exp(log_scale)``; nothing depends on how
-    they are split, and no gradient flows through ``log_scale``.
+    The true sums are ``kv * exp(log_scale)`` and ``k_sum * exp(log_scale)``; results do not depend
+    on how they are split, and no gradient flows through ``log_scale``.
 
     Attributes:
       kv: ``[*B, K, V, M]``, float32 (float64 for float64 inputs).
       k_sum: ``[*B, K, M]``.
-      log_scale: ``[*B, K, M]`` for maps that give log-features, ``[*B, K, 1]`` for one scale a
+      log_scale: ``[*B, K, M]`` for maps that return log-features, ``[*B, K, 1]`` for one scale per
         position, None for maps without exponents.
     """
 
@@ -61,7 +61,7 @@ def empty_state(
     value_dim: int,
     dtype: Any = None,
 ) -> LinearAttentionState:
-    """Returns the state that has seen no key.
+    """Returns the state before any key.
 
     Args:
       feature_map: the map that will be used.
@@ -85,15 +85,15 @@ def empty_state(
 
 
 def typed_like(state: State, other: State) -> State:
-    """Casts the arrays of a state to the types of those of `other`.
+    """Casts the arrays of a state to the dtypes of those of `other`.
 
-    A state that passes through a call keeps its types, so that it can be the carry of a scan.
+    So a state keeps its dtypes in a call, and can be the carry of a scan.
     """
     return jax.tree.map(lambda x, y: x.astype(y.dtype), state, other)
 
 
 def emptied(state: LinearAttentionState, gone: Array | None = None) -> LinearAttentionState:
-    """Forgets all keys: everywhere, or in the rows ``[*B]`` where ``gone`` is True."""
+    """Resets the state: everywhere, or in the rows ``[*B]`` where ``gone`` is True."""
 
     def filled(x: Array, empty: float) -> Array:
         if gone is None:
@@ -128,15 +128,15 @@ def merge(
     right: LinearAttentionState,
     log_decay: Float[Array, "*B K"] | None = None,
 ) -> LinearAttentionState:
-    """Returns the state that has seen the keys of both; associative and commutative.
+    """Returns the state of the keys of both; associative and commutative.
 
-    Both sides are brought to the larger scale and added, as an online softmax does.
+    Both sides are rescaled to the larger scale and added, as in online softmax.
 
     Args:
-      left: the one state.
-      right: the other.
-      log_decay: ``[*B, K]``, the sum of the decays of the tokens that `right` has seen, if `left`
-        comes before it: `left` is multiplied by its exponential. None for no decay.
+      left: one state.
+      right: the other state.
+      log_decay: ``[*B, K]``, the sum of ``log_decay`` over the tokens of `right`, if `left` comes
+        before it: `left` is multiplied by its exponential. None for no decay.
     """
     if log_decay is not None:
         left = decayed(left, log_decay)
@@ -155,7 +155,7 @@ def merge(
 
 
 def with_scale(state: LinearAttentionState) -> LinearAttentionState:
-    """Writes out the scale 0 of a state that has none."""
+    """Adds the scale 0 to a state without a scale."""
     if state.log_scale is not None:
         return state
     return state._replace(log_scale=jnp.zeros_like(state.k_sum[..., :1]))
@@ -188,7 +188,7 @@ def bias_features(features: Features, key_bias: Array | None) -> Features:
 
 
 def mask_features(features: Features, key_mask: Array | None) -> Features:
-    """Removes keys where ``key_mask`` is False: they contribute exactly nothing."""
+    """Removes keys where ``key_mask`` is False: their contribution is exactly zero."""
     if key_mask is None:
         return features
     visible = key_mask[..., None]

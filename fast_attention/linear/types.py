@@ -1,4 +1,4 @@
-"""What every implementation of linear attention receives, checked and in one layout."""
+"""Checked inputs of all implementations of linear attention, in one layout."""
 
 from __future__ import annotations
 
@@ -22,36 +22,36 @@ SavedStates = Literal["all", "few"]
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The static choices of a call: what is computed, and how. Hashable; arrays are passed apart.
+    """The static options of a call. Hashable; arrays are passed separately.
 
     Attributes:
       feature_map: phi, applied to queries and keys, see :mod:`fast_attention.feature_maps`.
       causal: position t sees keys 0..t.
       output: "mean" divides by the sum of weights; "sum" returns the numerator at its true scale;
-        "parts" returns numerator, denominator and their common log-scale (:class:`Parts`), to be
-        merged.
+        "parts" returns numerator, denominator and their common log-scale (:class:`Parts`), for
+        merging.
       epsilon: denominators up to this size are inverted as ``den / epsilon^2``. Not needed for
-        positive maps; for signed ones it bounds outputs where a denominator vanishes.
-      chunk_size: positions handled at once (1: token by token); None for the row of the device in
-        :mod:`fast_attention.linear.chunked.chunk_table`.
-      unroll: chunks unrolled in the compiled loop; None for the same.
-      device_kind: the kind of device whose row that is, such as "TPU v5e" or "NVIDIA H100", or a
-        platform such as "tpu"; None for the devices of this process, or the platform of a program
-        that is compiled for other ones.
-      saved_states: what the backward pass of causal attention finds when it starts: "all" states
-        between chunks (``T K V M / C`` numbers), or a "few", about the square root of that many
-        chunks, from which it computes the others again, group by group; None for "all" of short
-        sequences and a "few" of long ones.
-      implementation: a name of :data:`fast_attention.linear.IMPLEMENTATIONS`, several to try in
-        order, such as "by_platform", the best on the platform for which the program is compiled;
-        None for "chunked".
-      precision: of products of features and values. By default those of bfloat16 inputs round
-        their operands to bfloat16 and add in float32; "highest" computes them in float32, as
-        exponents always are.
-      axis_name: the mesh axis, or a tuple of axes, along which the sequence lies, where the call is
-        made inside ``jax.shard_map``; None for sequences that lie on one device.
-      complete: compute factors that cancel under normalisation too, because a state or the parts
-        are read elsewhere. :func:`~fast_attention.linear.linear_attention` sets it for states.
+        positive maps; for signed maps it bounds outputs if a denominator vanishes.
+      chunk_size: positions per chunk (1: token by token); None takes it from the row of the device
+        in :mod:`fast_attention.linear.chunked.chunk_table`.
+      unroll: chunks unrolled in the compiled loop; None takes it from the same row.
+      device_kind: the kind of device for this row, such as "TPU v5e" or "NVIDIA H100", or a
+        platform such as "tpu"; None means the devices of this process, or the target platform of a
+        program that is compiled for others.
+      saved_states: states saved for the backward pass of causal attention: "all" states between
+        chunks (``T K V M / C`` numbers), or a "few" (about the square root of the number of
+        chunks), from which the others are recomputed, group by group. None is "all" for short
+        sequences and "few" for long ones.
+      implementation: a name of :data:`fast_attention.linear.IMPLEMENTATIONS`, or several to try in
+        order. "by_platform" is the best one for the platform of the compiled program; None is
+        "chunked".
+      precision: of products of features and values. By default, products of bfloat16 inputs are
+        computed in bfloat16 and accumulated in float32; "highest" computes them in float32.
+        Exponents are always float32.
+      axis_name: the mesh axis, or a tuple of axes, along which the sequence is sharded, for calls
+        inside ``jax.shard_map``; None if the sequence is on one device.
+      complete: also compute factors that cancel under normalisation, because the state or the parts
+        are used elsewhere. :func:`~fast_attention.linear.linear_attention` sets it for states.
     """
 
     feature_map: FeatureMap
@@ -68,7 +68,7 @@ class Plan:
     complete: bool = False
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a choice that does not exist."""
+        """Raises ValueError for an unknown option value."""
         if self.output not in get_args(Output):
             raise ValueError(f"output must be one of {get_args(Output)}, got {self.output!r}.")
         for name, number in (("chunk_size", self.chunk_size), ("unroll", self.unroll)):
@@ -101,8 +101,8 @@ class Inputs(NamedTuple):
       parameters: of the feature map; leading axes, if any, broadcast against ``[B, K]``.
       key_mask: bool ``[B, S, K or 1]`` or None; False contributes nothing.
       key_bias: ``[B, S, K or 1]`` or None; a factor ``exp(bias)`` on each key.
-      segment_ids: int ``[B, T]`` or None; contiguous runs that do not see each other.
-      state: keys seen before, without batch axes beyond B.
+      segment_ids: int ``[B, T]`` or None; contiguous runs that do not attend to each other.
+      state: state of earlier keys, with no batch axes besides B.
       log_decay: ``[B, T, K]`` or None; the state before a token is multiplied by its exponential.
     """
 
@@ -118,7 +118,7 @@ class Inputs(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """Attention before its division: ``numerator exp(log_scale) / (denominator exp(log_scale))``.
+    """Attention before the division: ``numerator exp(log_scale) / (denominator exp(log_scale))``.
 
     Attributes:
       numerator: ``[B, T, H, V]``.
@@ -155,9 +155,9 @@ def finish(parts: Parts, output: Output, epsilon: float) -> Array:
 
 
 def safe_inverse(denominator: Array, epsilon: float) -> Array:
-    """``1 / den``, and ``den / epsilon^2`` where ``|den| <= epsilon``; 0 where nothing is seen.
+    """``1 / den``, or ``den / epsilon^2`` if ``|den| <= epsilon``; 0 if no key is seen.
 
-    Continuous, bounded by ``1 / epsilon``, and never flips a sign.
+    Continuous, bounded by ``1 / epsilon``, and with the sign of ``den``.
     """
     seen = denominator != 0
     inverse = jnp.where(seen, 1 / jnp.where(seen, denominator, 1), 0)
@@ -167,7 +167,7 @@ def safe_inverse(denominator: Array, epsilon: float) -> Array:
 
 
 def inverse_slope(denominator: Array, epsilon: float) -> Array:
-    """``d log safe_inverse / d denominator``, 0 where nothing is seen.
+    """``d log safe_inverse / d denominator``, 0 if no key is seen.
 
     Derivatives of ``y = num * safe_inverse(den)`` with respect to den are ``y`` times this.
     """

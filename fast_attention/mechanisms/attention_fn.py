@@ -1,7 +1,7 @@
 """The base class of attention functions: one signature, one check of arguments, one call.
 
-A mechanism is a frozen dataclass that inherits from :class:`AttentionFn`, declares what it honours
-and computes :meth:`AttentionFn.attend`. Flax's layers take it as ``attention_fn``.
+A mechanism is a frozen dataclass that inherits from :class:`AttentionFn`, declares which arguments
+it supports and computes :meth:`AttentionFn.attend`. Flax's layers take it as ``attention_fn``.
 
 Shape letters: B batch, T queries, S keys, H heads, K key/value heads, D head width, V value width.
 """
@@ -36,18 +36,18 @@ if TYPE_CHECKING:
 class AttentionFn(EqualOptions, Decoder, abc.ABC):
     """An attention function with the signature of Flax's ``dot_product_attention``.
 
-    Immutable: nothing is kept between calls. Functions with equal options are equal and have the
-    same hash, so that a program compiled for one serves the other.
+    Immutable and without state. Functions with equal options are equal and have the same hash, so
+    they share compiled programs.
 
     Attributes:
       mechanism: its name, for messages.
-      forward_mode: which way there is to ``jax.jvp``, for the error where there is none.
-      unidirectional: position t sees keys 0..t, whatever a caller says of causality.
-      calibration: where parameters that are fitted to data come from, or None.
-      moment_decay: layers keep running averages of the moments of queries and keys in training,
-        with this decay a call; None keeps none.
+      forward_mode: how to get ``jax.jvp``, for the error message if it is not supported.
+      unidirectional: position t sees keys 0..t, whatever the caller's ``is_causal`` is.
+      calibration: source of parameters that are fitted to data, or None.
+      moment_decay: decay per call of the running averages of query and key moments that layers keep
+        in training; None keeps none.
       redraws: a training call draws its random features from ``dropout_rng``.
-      check_masks: a mask under jit that cannot be honoured also raises when the program runs.
+      check_masks: an unsupported mask under jit also raises an error when the program runs.
     """
 
     mechanism: ClassVar[str] = "This attention function"
@@ -98,62 +98,66 @@ class AttentionFn(EqualOptions, Decoder, abc.ABC):
         """Attends. A query that sees no key gives zeros.
 
         Args:
-          query: ``[*B, T, H, D]``, any number of batch axes. Whole numbers become float32.
+          query: ``[*B, T, H, D]``, any number of batch axes. Integers are converted to float32.
           key: ``[*B, S, K, D]``; K divides H, query head h reads key head ``h // (H / K)``.
           value: ``[*B, S, K, V]``.
-          bias: broadcastable to ``[*B, H, T, S]``, added to the logits. Functions of keys alone
-            (linear and efficient attention) take one that is constant over queries, a factor
-            ``exp(bias)`` on keys; another one raises.
-          mask: bool or 0/1, broadcastable to ``[*B, H, T, S]``, True sees. Functions of keys alone
-            take masks that are constant over queries, or padding x padding, times causality if they
-            are causal. Another mask raises, also an additive one (0 and -1e9). **Under jit**, where
-            its values are not known, the outputs of those rows of the batch are NaN.
-          broadcast_dropout: the batch and the heads share what is dropped.
+          bias: broadcastable to ``[*B, H, T, S]``, added to the logits. Linear and efficient
+            attention support only a bias that is constant over queries (a factor ``exp(bias)`` on
+            keys); other biases raise an error.
+          mask: bool or 0/1, broadcastable to ``[*B, H, T, S]``, True sees. Linear and efficient
+            attention support masks that are constant over queries, or padding x padding, times
+            causality if they are causal. Other masks raise an error, also additive ones (0 and
+            -1e9). **Under jit**, where mask values are not known, the outputs of such rows of the
+            batch are NaN.
+          broadcast_dropout: the batch and the heads share the dropout mask.
           dropout_rng: random key of dropout, and of random features that are redrawn.
-          dropout_rate: at which attention weights are dropped and the others scaled up; functions
-            of keys alone drop whole keys from the numerator.
-          deterministic: no dropout, nothing redrawn.
-          dtype: to compute in, by default the promoted type of the inputs. Exponents, sums and
-            states are in float32 at least.
+          dropout_rate: probability of dropping an attention weight; the others are scaled up.
+            Linear and efficient attention drop whole keys from the numerator.
+          deterministic: no dropout, and no features are redrawn.
+          dtype: dtype of the computation, by default the promoted dtype of the inputs. Exponents,
+            sums and states are at least float32.
           precision: of the products.
           module: must be None; attention weights are not recorded.
           is_causal: position t sees keys 0..t, as ``unidirectional``. For one query over several
-            keys (a step with a cache) the mask alone decides.
-          force_fp32_for_softmax: has no effect: exponents are float32 at least in either case.
+            keys (a step with a cache), only the mask counts.
+          force_fp32_for_softmax: has no effect: exponents are always at least float32.
           qk_attn_weights_einsum: must be None.
           attn_weights_value_einsum: must be None.
-          input_positions: must be None; rotate queries and keys before.
-          axis: attend over this axis, or over several at once, flattened in row-major order; other
-            axes before the heads are batch. None is the last axis before the heads. With several
-            axes, T and S in masks are the products of their lengths.
+          input_positions: must be None; rotate queries and keys before the call.
+          axis: attend over this axis, or over several axes, flattened in row-major order; other
+            axes before the heads are batch axes. None is the last axis before the heads. With
+            several axes, T and S in masks are the products of their lengths.
           key_mask: ``[*B, S]`` (the shape of key without heads and width) or ``[*B, S, K]``, bool
-            or 0/1, where batch axes may be 1: a key where it is False is not seen, whatever it is.
+            or 0/1, where batch axes may be 1: a key where it is False is not seen, whatever its
+            values are.
           segment_ids: ``[*B, T]`` integers, self-attention only: positions see their own run of
             equal ids.
           log_decay: ``[*B, T, K]``, or ``[K]`` for all tokens, at most 0, causal linear attention
-            only: what came before a token counts ``exp(log_decay)`` times as much for it and all
-            later ones. Masked tokens do not decay. See :func:`fast_attention.linear_attention`.
-          query_mask: ``[*B, T]``, False is padding: its outputs do not matter, what it holds (NaN
-            included) reaches no gradient, and it does not count where parameters are fitted to a
-            call. None is `key_mask` where parameters are fitted and T = S; else all queries count,
-            and NaN in any of them reaches the gradients of keys and values.
-          projection: in place of the function's own random features, see :meth:`draw_projection`.
+            only: for a token and all later ones, the weights of earlier tokens are multiplied by
+            ``exp(log_decay)``. Masked tokens do not decay. See
+            :func:`fast_attention.linear_attention`.
+          query_mask: ``[*B, T]``, False is padding: its outputs are unspecified, its values (also
+            NaN) do not affect gradients, and it is ignored when parameters are fitted to a call.
+            None is `key_mask` if parameters are fitted and T = S; otherwise all queries count, and
+            NaN in one of them affects the gradients of keys and values.
+          projection: random features to use instead of the function's own, see
+            :meth:`draw_projection`.
           positions: ``[*B, T]``, for functions that rotate queries and keys themselves.
-          buckets: of an earlier call of hashed attention, to attend to the same again.
-          return_weights: also the weights (hashed attention only).
-          return_buckets: also the buckets (hashed attention only).
+          buckets: of an earlier call of hashed attention, to be used again.
+          return_weights: also return the weights (hashed attention only).
+          return_buckets: also return the buckets (hashed attention only).
 
         Returns:
           ``[*B, T, H, V]`` in ``dtype``; with weights or buckets an
           :class:`~fast_attention.LSHOutput`. An empty batch or sequence gives an empty result.
 
         Raises:
-          ValueError: for anything that cannot be honoured; the message says what to do instead.
-          TypeError: in forward mode differentiation (``jax.jvp``, ``jax.jacfwd``), where there is
-            none: linear, hashed and causal efficient attention have their own gradients, and have
-            forward mode with ``implementation="reference"``, which the message names. Where the
-            call is under ``jax.jit`` the message is JAX's own, as jax differentiates the compiled
-            program and no code of this function runs then. ``jax.hessian`` works.
+          ValueError: for unsupported arguments; the message says what to do instead.
+          TypeError: in forward mode differentiation (``jax.jvp``, ``jax.jacfwd``), if it is not
+            supported: linear, hashed and causal efficient attention have custom gradients, and
+            support forward mode with ``implementation="reference"``, which the message names. Under
+            ``jax.jit`` the message is that of JAX, because JAX differentiates the compiled program.
+            ``jax.hessian`` works.
         """
         check_flag("force_fp32_for_softmax", force_fp32_for_softmax)
         causal = check_flag("is_causal", is_causal) or self.unidirectional
@@ -200,14 +204,14 @@ class AttentionFn(EqualOptions, Decoder, abc.ABC):
 
     @abc.abstractmethod
     def attend(self, call: Call) -> Any:
-        """Attends ``[*B, T, H, V]``, a call that was checked and is not empty."""
+        """Computes the output ``[*B, T, H, V]`` of a call that is checked and not empty."""
 
     def draw_projection(self, key: Array, head_dim: int) -> Any:
-        """Draws what layers keep and pass as ``projection=``: None where nothing is random."""
+        """Draws the arrays that layers keep and pass as ``projection=``; None for no features."""
         del key, head_dim
 
     def redraw_projection(self, key: Array, projection: Any) -> Any:
-        """Draws new rows for parameters that are fitted to data, which stay as they are."""
+        """Draws new rows; parameters fitted to data do not change."""
         raise ValueError(f"{self.mechanism} has no parameters that are fitted to data.")
 
     def resolve_parameters(self, projection: Any, head_dim: int, rng: Array | None = None) -> Any:
@@ -215,11 +219,11 @@ class AttentionFn(EqualOptions, Decoder, abc.ABC):
         del projection, head_dim, rng
 
     def along_axis(self, axis: AxisName) -> AttentionFn:
-        """Returns the function for sequences that lie along a mesh axis, in ``jax.shard_map``.
+        """Returns the function for sequences sharded along a mesh axis, in ``jax.shard_map``.
 
-        It is called with the positions of one device and attends to the whole sequence: the
-        stretches of the devices lie along `axis`, the name of a mesh axis or a tuple of names, in
-        their order. Decoding is as before, on each device by itself.
+        It is called with the positions of one device and attends to the whole sequence, which is
+        sharded in order along `axis`, the name of a mesh axis or a tuple of names. Decoding does
+        not change: each device decodes its own rows.
 
         Raises:
           ValueError: for a function that needs all positions on one device.
@@ -233,11 +237,11 @@ class AttentionFn(EqualOptions, Decoder, abc.ABC):
 
     @property
     def divides(self) -> bool:
-        """Whether rows and heads that lie on devices are best attended to on each by itself."""
+        """Whether each device should compute its own rows and heads separately."""
         return False
 
     def exact(self) -> AttentionFn | None:
-        """The function it stands for; None where that is softmax attention to the same keys."""
+        """The function that it approximates; None if that is softmax attention to the same keys."""
         return None
 
 

@@ -33,11 +33,11 @@ class EfficientAttention(AttentionFn):
     """Efficient attention with the signature Flax calls, from :func:`make_efficient_attention`.
 
     Attributes:
-      unidirectional: causal, whatever a caller says of causality.
-      blindspot_size: positions in a bucket of causal attention that sees earlier buckets only.
-      scale_queries: multiply the output by ``D^(-1/2)`` where attention goes both ways.
+      unidirectional: causal, whatever the caller's ``is_causal`` is.
+      blindspot_size: size of the buckets of causal attention; a position sees earlier buckets only.
+      scale_queries: multiply the output of bidirectional attention by ``D^(-1/2)``.
       implementation: of :func:`fast_attention.linear_attention`, which computes causal attention
-        without a blind spot and attention within segments; the rest has one implementation.
+        without a blindspot and attention within segments; other cases have one implementation.
     """
 
     unidirectional: bool = False
@@ -100,7 +100,7 @@ class EfficientAttention(AttentionFn):
         return out.astype(call.query.dtype), state
 
     def read_one(self, state: Any, call: Call) -> tuple[Float[Array, "*B 1 H V"], Any]:
-        """Reads one token: constant time and memory, however many came before."""
+        """Reads one token, in constant time and memory."""
         operands = [jnp.squeeze(x, -3) for x in (call.query, call.key, call.value)]
         if isinstance(state, LinearAttentionState):
             plan = Plan(LogFeatures(), precision=call.precision)
@@ -126,11 +126,12 @@ def make_efficient_attention(
 
     Args:
       unidirectional: always causal.
-      blindspot_size: of causal attention: a query sees complete earlier buckets of so many
-        positions, and the first bucket gives zeros; 1 for every position up to the query's own.
-      scale_queries: multiply the output by ``D^(-1/2)`` where attention goes both ways, as
-        linear-attention-transformer does.
-      implementation: of :func:`fast_attention.linear_attention`; "reference" has forward mode.
+      blindspot_size: for causal attention: size of the buckets; a query sees complete earlier
+        buckets, and outputs of the first bucket are zero. 1 means all positions up to the query's
+        own.
+      scale_queries: multiply the output of bidirectional attention by ``D^(-1/2)``, as in
+        linear-attention-transformer.
+      implementation: of :func:`fast_attention.linear_attention`; "reference" supports forward mode.
 
     Returns:
       An ``attention_fn`` that also decodes.

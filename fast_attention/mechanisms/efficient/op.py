@@ -46,9 +46,10 @@ def efficient_attention(
     precision: jax.lax.PrecisionLike = None,
     implementation: str | None = None,
 ) -> Float[Array, "*B T H V"]:
-    r"""Attention through D x V summaries of keys and values, linear in time and memory.
+    r"""Attention with D x V summaries of keys and values, in linear time and memory.
 
-    Both ways, and causally:
+        Bidirectional (left) and causal (right):
+
 
     .. math::
         y_t = \sum_d \mathrm{softmax}_d(q_t) \sum_s \mathrm{softmax}_s(k_{\cdot d})_s \, v_s
@@ -56,36 +57,35 @@ def efficient_attention(
         y_t = \frac{\sum_{s \le t} \sum_d e^{q_{td} + k_{sd}} v_s}
                    {\sum_{s \le t} \sum_d e^{q_{td} + k_{sd}}}
 
-    The two are different functions: causally the weights of a query sum to one over channels and
-    positions together, so that the softmax of queries cancels. Exponentials are taken of
-    differences from running maxima, and the causal ones never look ahead: nothing overflows, no
-    denominator needs a limit, and the future does not change the past. (Within a chunk of causal
-    attention without a blind spot, a pair counts as 0 if no channel comes within about 120 of the
-    sum of the largest entries of its query and its key.)
+    These are different functions: in the causal one, the weights of a query sum to one over
+    channels and positions together, so the softmax of queries cancels. Running maxima (causal:
+    over earlier positions only) are subtracted before exponentiation: nothing overflows,
+    denominators need no epsilon, and causal outputs do not depend on later tokens. (Within a
+    chunk of causal attention without a blindspot, a pair counts as 0 if no channel is within
+    about 120 of the sum of the largest entries of its query and its key.)
 
     Args:
       query: ``[*B, T, H, D]``.
       key: ``[*B, S, K, D]``; query head h reads key head ``h // (H / K)``.
       value: ``[*B, S, K, V]``.
-      causal: position t sees keys 0..t, S = T. One query over several keys is a step with a
-        cache: it sees all of them that are not masked.
-      blindspot_size: n > 1 (causal only): positions are cut into buckets of n, and a query in
-        bucket ``b = t // n`` sees the keys of complete earlier buckets alone, 0..n b - 1; the
-        first n outputs are zero. For use beside local attention. Buckets count positions, hidden
-        ones included.
-      scale_queries: multiply softmaxed queries, and so the output, by ``D^(-1/2)``, as
-        linear-attention-transformer does; causally the factor cancels and has no effect.
-      normalize_queries: if False queries are taken as they are, in place of their softmax (both
-        ways only).
+      causal: position t sees keys 0..t, S = T. One query over several keys is a step with a cache:
+        it sees all keys that are not masked.
+      blindspot_size: n > 1 (causal only): positions are split into buckets of n, and a query in
+        bucket ``b = t // n`` sees only the keys of complete earlier buckets, 0..n b - 1; the first
+        n outputs are zero. For use together with local attention. Buckets count all positions, also
+        masked ones.
+      scale_queries: multiply softmaxed queries, and so the output, by ``D^(-1/2)``, as in
+        linear-attention-transformer; in causal attention the factor cancels.
+      normalize_queries: if False, queries are used without softmax (bidirectional only).
       key_mask: ``[*B, S]`` or ``[*B, S, K]``; a key where it is False contributes nothing, whatever
-        it holds.
+        its values are.
       key_bias: ``[*B, S]`` or ``[*B, S, K]``, added to a key in all channels: a factor
         ``exp(bias)`` on its weights. Biases of -1e4 and less mask the key.
       segment_ids: ``[*B, T]``, self-attention only: positions see their own run of equal ids. Not
-        with a blind spot.
+        with a blindspot.
       precision: of products of weights and values.
       implementation: of :func:`fast_attention.linear_attention`, which computes causal attention
-        without a blind spot and attention within segments; the rest has one implementation.
+        without a blindspot and attention within segments; other cases have one implementation.
 
     Returns:
       ``[*B, T, H, V]`` in the promoted type of query, key and value; sums are in float32 at least.

@@ -1,9 +1,9 @@
-"""Attention functions that take the place of ``dot_product_attention`` in Flax.
+"""Attention functions that replace ``dot_product_attention`` in Flax.
 
 :func:`make_fast_softmax_attention` and :func:`make_fast_generalized_attention` return a
 :class:`FastAttention` that ``flax.nnx.MultiHeadAttention`` and
-``flax.linen.MultiHeadDotProductAttention`` accept as ``attention_fn``. This file needs jax and
-numpy alone.
+``flax.linen.MultiHeadDotProductAttention`` accept as ``attention_fn``. This file needs only jax and
+numpy.
 
 Shape letters: B batch, T queries, S keys, H heads, K key/value heads, D head width, V value width,
 M features.
@@ -74,7 +74,7 @@ def make_fast_softmax_attention(
     check_masks: bool = False,
     exact_window: int | None = None,
 ) -> FastAttention:
-    """Returns an attention function that estimates softmax attention in linear time (FAVOR+).
+    """Returns an attention function that approximates softmax attention in linear time (FAVOR+).
 
     Args:
       qkv_dim: width D of one head's queries and keys; None takes it from each call.
@@ -82,42 +82,42 @@ def make_fast_softmax_attention(
         ``sum_s phi(q_t) . phi(k_s) v_s`` at its true scale.
       numerical_stabilizer: for trigonometric features, denominators up to this size (in units of
         the largest key scale) are inverted as ``den / stabilizer^2``. Positive features need no
-        guard and get none, and nothing is added to features.
-      nb_features: rows of the projection, any positive number ("hyperbolic", "hedgehog": features,
-        even; the Hedgehog paper has 2 D).
-      ortho_features: orthogonal blocks of rows; else independent rows.
-      ortho_scaling: row lengths, 0: of Gaussian vectors (unbiased), 1: sqrt(D).
-      redraw_features: where a call passes ``dropout_rng`` and is not deterministic (training), draw
-        the projection from it; otherwise it is the fixed one. Never drawn from data.
+        such limit. Nothing is added to features.
+      nb_features: number of rows of the projection ("hyperbolic", "hedgehog": number of features,
+        even; the Hedgehog paper uses 2 D).
+      ortho_features: orthogonal blocks of rows; if False independent rows.
+      ortho_scaling: norms of rows: 0 for those of Gaussian vectors (unbiased), 1 for sqrt(D).
+      redraw_features: if a call passes ``dropout_rng`` and is not deterministic (training), draw
+        the projection from it; otherwise use the fixed one.
       unidirectional: causal attention.
-      nonnegative_features: positive features; if False trigonometric ones, whose denominators can
-        vanish.
-      lax_scan_unroll: chunks (not tokens) unrolled in the compiled loop; None for what was measured
-        to be the fastest.
+      nonnegative_features: positive features; if False, trigonometric features, whose denominators
+        can vanish.
+      lax_scan_unroll: chunks (not tokens) unrolled in the compiled loop; None is the fastest
+        measured value.
       estimator: a name in :data:`.softmax_maps.ESTIMATORS`; None is "favor+" or, without
         ``nonnegative_features``, "trigonometric". "hyperbolic" is "favor+" with both signs of each
         row. Those of :data:`fast_attention.feature_maps.TUNED_ESTIMATORS` have parameters from
-        data, see :mod:`fast_attention.feature_maps.gaussian_family`: "wderf_s" errs least where
-        trained softmax attention is approximated, "wderf" least of the unbiased ones. "hedgehog"
+        data, see :mod:`fast_attention.feature_maps.gaussian_family`: "wderf_s" has the smallest
+        error on trained softmax attention, "wderf" the smallest of the unbiased ones. "hedgehog"
         (:mod:`fast_attention.feature_maps.hedgehog`, no random projection) and "darkformer"
         (:mod:`fast_attention.feature_maps.darkformer`) have a learned matrix per key head, which
-        layers of this package hold as ``nnx.Param`` and the optimiser changes. It begins as the
-        identity, **and stays that where no layer holds it** (Flax's own layers); a call takes
-        others as ``projection=``.
-      projection: how rows are coupled: "iid", "orthogonal", "orthogonal_sqrt_d" (rows of one
-        length; biased), "simplex", "hadamard", each also with "_antithetic" behind it: half as
-        many rows, used with both signs ("orthogonal_antithetic" errs least of the unbiased ones
-        and halves the product with W). None follows ``ortho_features`` and ``ortho_scaling``.
-        Not to be mistaken for ``projection=`` of a call, the arrays drawn.
-      calibration: where a tuned estimator's parameters come from. "call", the default of
-        bidirectional attention: the moments of the queries and keys of each call, row by row,
-        padding excluded, nothing differentiated. "stored", the only one for causal attention:
-        ``projection=`` of the call, as :func:`fast_attention.layers.calibrate` makes it for a
-        model, and :mod:`fast_attention.mechanisms.favor.calibration` for arrays. **Until calibrated
-        it is plain FAVOR+.** "trained": parameters of "wderf" or "wderf_s" that layers hold as
-        ``nnx.Param`` and the optimiser changes, see :mod:`fast_attention.feature_maps.trained`.
-      moment_decay: with "stored" calibration, layers keep running averages of the moments in
-        training, for :func:`fast_attention.layers.recalibrate`.
+        layers of this package hold as a trainable ``nnx.Param``. It is initialized as the identity.
+        **In Flax's own layers it is not trained and stays the identity.** A call takes other values
+        as ``projection=``.
+      projection: coupling of rows: "iid", "orthogonal", "orthogonal_sqrt_d" (rows of equal norm;
+        biased), "simplex", "hadamard"; each also with the suffix "_antithetic": half as many rows,
+        used with both signs ("orthogonal_antithetic" has the smallest error of the unbiased ones
+        and halves the product with W). None follows ``ortho_features`` and ``ortho_scaling``. Do
+        not confuse it with ``projection=`` of a call, which takes arrays.
+      calibration: source of the parameters of a tuned estimator. "call", the default of
+        bidirectional attention: the moments of the queries and keys of each call, for each row,
+        without padding and without gradients. "stored", the default of causal attention:
+        ``projection=`` of the call, computed by :func:`fast_attention.layers.calibrate` for a
+        model, and by :mod:`fast_attention.mechanisms.favor.calibration` for arrays. **Until
+        calibrated it is plain FAVOR+.** "trained": parameters of "wderf" or "wderf_s" that layers
+        hold as a trainable ``nnx.Param``, see :mod:`fast_attention.feature_maps.trained`.
+      moment_decay: with "stored" calibration, decay of the running averages of moments that layers
+        keep in training, for :func:`fast_attention.layers.recalibrate`.
       seed: of the fixed projection.
       projection_matrix: an explicit fixed projection ``[M, D]``.
       chunk_size: positions handled at once; None for the implementation's own.
@@ -125,9 +125,9 @@ def make_fast_softmax_attention(
       implementation: see :func:`fast_attention.linear_attention`.
       saved_states: "all" or a "few" (less memory in the backward pass), see there.
       check_masks: check masks given under jit when the program runs (debugging).
-      exact_window: W, the softmax weights of keys this near are exact, those of the others
-        estimated: causal the last W, a position's own among them, else all with ``|t - s| <= W``.
-        Positive estimators and implementation "chunked" only; see
+      exact_window: W, number of nearby keys with exact softmax weights; the others are
+        approximated. Causal: the last W keys including the position's own; bidirectional: all with
+        ``|t - s| <= W``. Needs a positive estimator and implementation "chunked"; see
         :func:`fast_attention.mechanisms.favor.near_field.near_field_attention`.
 
     Raises:
@@ -203,23 +203,24 @@ def make_fast_generalized_attention(
       qkv_dim: width D of one head's queries and keys; None takes it from each call.
       renormalize_attention: divide by the sum of weights.
       numerical_stabilizer: for signed kernels, denominators up to this size are inverted as
-        ``den / stabilizer^2`` (0 stands for 1e-6); kernels that are known to be nonnegative are
-        divided exactly.
-      nb_features: rows of the projection; unused by "deterministic" features, which have D.
-      features_type: "deterministic": f on the vectors themselves; "iid", "ortho": f on their
+        ``den / stabilizer^2`` (0 means 1e-6); for kernels that are known to be nonnegative,
+        division is exact.
+      nb_features: number of rows of the projection; unused with "deterministic" features, which are
+        D.
+      features_type: "deterministic": f of the vectors; "iid", "ortho": f of their random
         projections.
       kernel_fn: the elementwise f, a function or a name of
         :data:`fast_attention.feature_maps.KERNELS`. gelu, tanh, cos, sin and identity take both
-        signs: denominators can vanish. A function of one's own is taken to, unless
-        ``signed_kernel`` says otherwise.
+        signs, so denominators can vanish. A custom function is treated as signed, unless
+        ``signed_kernel`` is False.
       kernel_epsilon: added to every feature.
       redraw_features: as in :func:`make_fast_softmax_attention`.
       unidirectional: causal attention.
-      lax_scan_unroll: chunks unrolled in the compiled loop; None for the fastest measured.
-      ortho_scaling: row lengths of "ortho" projections, 0 or 1.
-      normalize_data: scale queries and keys by ``D^(-1/4)``, as softmax features do.
-      signed_kernel: whether ``kernel_fn`` takes both signs, for a function of one's own; needed to
-        set a ``numerical_stabilizer`` for it.
+      lax_scan_unroll: chunks unrolled in the compiled loop; None is the fastest measured value.
+      ortho_scaling: norms of the rows of "ortho" projections, 0 or 1.
+      normalize_data: scale queries and keys by ``D^(-1/4)``, as for softmax features.
+      signed_kernel: whether a custom ``kernel_fn`` takes both signs; needed to set a
+        ``numerical_stabilizer`` for it.
       seed: of the fixed projection.
       projection_matrix: an explicit fixed projection ``[M, D]``, for "iid" and "ortho".
       chunk_size: positions handled at once; None for the implementation's own.
@@ -282,7 +283,7 @@ def make_fast_generalized_attention(
 
 
 def _guard(feature_map: FeatureMap, numerical_stabilizer: float) -> float:
-    """Denominators of nonnegative features are divided by exactly; only signed ones can vanish."""
+    """Division is exact for nonnegative features; signed features may need a limit."""
     return (numerical_stabilizer or SIGNED_GUARD) if feature_map.signed else 0.0
 
 
@@ -292,7 +293,7 @@ def _calibration(
     estimator: str,
     unidirectional: bool,
 ) -> Calibration | None:
-    """Returns where parameters come from, None for estimators without parameters from data."""
+    """Returns the source of parameters, None for estimators without parameters from data."""
     tuned = estimator in TUNED_ESTIMATORS
     if calibration not in (None, "call", "stored", "trained"):
         raise ValueError(

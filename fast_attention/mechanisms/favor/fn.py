@@ -61,31 +61,31 @@ from fast_attention.mesh.layout import AxisName, own_dropout_key
 class FastAttention(AttentionFn):
     """Linear attention with the signature of Flax's ``dot_product_attention``.
 
-    Immutable: nothing is kept between calls. Build it with :func:`make_fast_softmax_attention` or
+    Immutable and without state. Build it with :func:`make_fast_softmax_attention` or
     :func:`make_fast_generalized_attention`.
 
     Attributes:
-      feature_map: how queries and keys become features.
-      qkv_dim: head width D the projection is made for; None takes it from each call.
+      feature_map: maps queries and keys to features.
+      qkv_dim: head width D of the projection; None takes it from each call.
       unidirectional: causal by construction.
       renormalize: divide by the sum of weights.
       epsilon: denominators up to this size are inverted as ``den / epsilon^2``.
-      redraw_features: draw a new projection from ``dropout_rng`` where a call passes one.
-      seed: of the fixed projection.
+      redraw_features: draw a new projection from ``dropout_rng`` if a call passes one.
+      seed: random seed of the fixed projection.
       projection_matrix: an explicit fixed projection ``[M, D]``.
-      chunk_size: positions handled at once, None for the default of the implementation.
+      chunk_size: positions per chunk, None for the default of the implementation.
       unroll: chunks unrolled in the compiled loop.
-      device_kind: whose chunks are taken where none is given, see :class:`fast_attention.Plan`.
+      device_kind: kind of device for the default chunk size, see :class:`fast_attention.Plan`.
       implementation: of :func:`fast_attention.linear_attention`.
-      saved_states: of the same.
+      saved_states: option of :func:`fast_attention.linear_attention`.
       check_masks: check masks given under jit when the program runs.
-      exact_window: positions near each one whose weights are those of softmax attention, see
+      exact_window: number of nearby positions with exact softmax weights, see
         :func:`fast_attention.mechanisms.favor.near_field.near_field_attention`; None for none.
-      calibration: where parameters of a tuned estimator come from, see
+      calibration: source of the parameters of a tuned estimator, see
         :mod:`fast_attention.mechanisms.favor.calibration`; None for other maps.
-      moment_decay: layers keep running averages of the moments of queries and keys in training,
-        with this decay a call; None keeps none.
-      sequence_axis: the mesh axis along which sequences lie where it is called inside
+      moment_decay: decay per call of the running averages of query and key moments that layers keep
+        in training; None keeps none.
+      sequence_axis: the mesh axis along which sequences are sharded, for calls inside
         ``jax.shard_map``, see :meth:`along_axis`.
     """
 
@@ -113,7 +113,7 @@ class FastAttention(AttentionFn):
 
     @property
     def takes(self) -> Takes:
-        """Masks and biases of keys, dropout of keys, and random features in place of its own."""
+        """Masks and biases of keys, dropout of keys, and given random features."""
         return Takes(
             projection=True,
             decay=self.exact_window is None,
@@ -132,7 +132,7 @@ class FastAttention(AttentionFn):
         return self.feature_map if isinstance(self.feature_map, TunedFeatures) else None
 
     def attend(self, call: Call) -> Float[Array, "*B T H V"]:
-        """Attends in time linear in the length; whole keys are dropped."""
+        """Attends in linear time; dropout drops whole keys."""
         if call.dropout is not None:
             own = own_dropout_key(call.dropout.key, self.sequence_axis)
             call = dataclasses.replace(call, dropout=call.dropout._replace(key=own))
@@ -188,7 +188,7 @@ class FastAttention(AttentionFn):
         return empty_state(self.feature_map, parameters, *shape)
 
     def read(self, state: Any, call: Call) -> tuple[Float[Array, "*B T H V"], Any]:
-        """Reads T tokens; the state is in true units, whatever ``renormalize`` is."""
+        """Reads T tokens; the state has its true scale, whatever ``renormalize`` is."""
         read = prefill if self.exact_window is None else near_field_prefill
         return read(
             state,
@@ -202,7 +202,7 @@ class FastAttention(AttentionFn):
         )
 
     def read_one(self, state: Any, call: Call) -> tuple[Float[Array, "*B 1 H V"], Any]:
-        """Reads one token: constant time and memory, however many came before."""
+        """Reads one token, in constant time and memory."""
         read = step if self.exact_window is None else near_field_step
         decay = {}
         if call.log_decay is not None:
@@ -220,7 +220,7 @@ class FastAttention(AttentionFn):
     def draw_projection(self, key: Array, head_dim: int) -> Any:
         """Draws a projection ``[M, D]``, float32; None for a map without one.
 
-        With stored, trained or learned parameters these come with it: where they start.
+        If parameters are stored, trained or learned, also returns their initial values.
         """
         drawn = self.feature_map.init(key, head_dim)
         if self.calibration == "trained":
@@ -229,7 +229,7 @@ class FastAttention(AttentionFn):
         return drawn.rows if self.calibration == "call" else drawn
 
     def redraw_projection(self, key: Array, projection: Any) -> Any:
-        """Draws new rows for stored, trained or learned parameters, which stay as they are."""
+        """Draws new rows; stored, trained or learned parameters do not change."""
         if isinstance(self.feature_map, LearnedFeatures):
             return self.feature_map.redraw(key, projection)
         assert isinstance(self.feature_map, TunedFeatures)
@@ -247,13 +247,14 @@ class FastAttention(AttentionFn):
         """Returns the parameters of the feature map for a call.
 
         Args:
-          projection: what the call was given.
+          projection: the argument of the call.
           head_dim: D of its queries and keys.
           rng: a key for a redrawn projection, in training.
 
         Returns:
-          Parameters: those given, else those drawn from `rng` if the function redraws, else the
-          fixed ones. Rows given to a tuned or learned estimator get the parameters of FAVOR+.
+          The given parameters; otherwise those drawn from `rng` if the function redraws; otherwise
+          the fixed ones. A tuned or learned estimator that is given only rows uses the parameters
+          of FAVOR+.
         """
         if self.qkv_dim is not None and head_dim != self.qkv_dim:
             raise ValueError(
@@ -311,7 +312,7 @@ class FastAttention(AttentionFn):
         return True
 
     def along_axis(self, axis: AxisName) -> AttentionFn:
-        """The function for a stretch of the sequence on each device."""
+        """The function for a shard of the sequence on each device."""
         if self.exact_window is not None:
             raise ValueError(
                 f"exact_window={self.exact_window} cannot be used along a mesh axis: leave it out, "
@@ -326,7 +327,7 @@ class FastAttention(AttentionFn):
 
     @property
     def divides(self) -> bool:
-        """Rows and heads are independent, unless parameters come from the whole call."""
+        """Rows and heads are independent, unless parameters are computed from the whole call."""
         return self.exact_window is None and self.calibration != "call"
 
     def _causal_parameters(self, call: Call) -> Any:
@@ -335,12 +336,12 @@ class FastAttention(AttentionFn):
         return without_unused(parameters, exact_scale=True)
 
     def _read(self, parameters: Any) -> Any:
-        """The parameters that features read here."""
+        """The parameters that the features use here."""
         return without_unused(parameters, not self.renormalize or self.exact_window is not None)
 
 
 @functools.lru_cache(maxsize=64)
 def _fixed_projection(feature_map: FeatureMap, seed: int, head_dim: int) -> Parameters:
-    """Draws the parameters of a seed, once, as constants also where a trace is going on."""
+    """Draws the parameters of a seed once, as constants also during tracing."""
     with jax.ensure_compile_time_eval():
         return jax.tree.map(np.asarray, feature_map.init(jax.random.key(seed), head_dim))

@@ -43,9 +43,9 @@ def linformer_attention(
       query: ``[*B, T, H, D]``, of any length.
       key: ``[*B, S, K, D]``, S <= L; query head h reads key head ``h // (H / K)``.
       value: ``[*B, S, K, V]``.
-      key_projection: E, ``[L, R]``; of fewer keys its first S rows are used.
+      key_projection: E, ``[L, R]``; for fewer keys, its first S rows are used.
       value_projection: F, ``[L, R]``.
-      key_mask: must be None: a mixture of positions cannot leave one out.
+      key_mask: must be None, because a mixture of all positions cannot exclude one.
       causal: must be False, for the same reason.
       dropout_rng: random key of dropout.
       dropout_rate: probability to drop an attention weight.
@@ -96,7 +96,7 @@ def linformer_attention(
 
 
 def refuse_masks(mask: Any, causal: bool) -> None:
-    """Raises ValueError for what would have to hide positions."""
+    """Raises ValueError for arguments that would mask positions."""
     if mask is not None:
         raise ValueError(
             "Linformer mixes all positions along the length before it attends, so that no key can "

@@ -27,16 +27,16 @@ from fast_attention.recipes import attention_factory
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LocalAttention(AttentionFn):
-    """Local attention with Flax's contract, from :func:`make_local_attention`.
+    """Local attention with the signature of Flax, from :func:`make_local_attention`.
 
     Attributes:
       window_size: W.
-      unidirectional: position t sees no key behind it, whatever a caller says of causality.
-      look_backward: blocks in sight before a position's own.
-      look_forward: blocks in sight behind it; None is 0 for a causal call, else 1.
-      exact_window: the reach is counted from each position, not from its block.
-      shared_qk: keys are normalised queries, and a position's own key is the last resort.
-      sequence_axis: the mesh axis along which sequences lie where it is called inside
+      unidirectional: position t sees no later key, whatever the caller's ``is_causal`` is.
+      look_backward: number of visible blocks before a position's own block.
+      look_forward: number of visible blocks after it; None is 0 for a causal call, else 1.
+      exact_window: the window is counted from each position, not from its block.
+      shared_qk: keys are normalised queries; a position's own key is used only if no other is seen.
+      sequence_axis: the mesh axis along which sequences are sharded, for calls inside
         ``jax.shard_map``, see :meth:`along_axis`.
     """
 
@@ -53,7 +53,7 @@ class LocalAttention(AttentionFn):
 
     @property
     def takes(self) -> Takes:
-        """Any mask and bias, of which the band is used; keys are those of the sequence."""
+        """Any mask and bias (the band is used); self-attention only."""
         return Takes(mask="pairs", bias="pairs", dropout="weights", other_keys=False)
 
     @property
@@ -62,7 +62,7 @@ class LocalAttention(AttentionFn):
         return True
 
     def attend(self, call: Call) -> Float[Array, "*B T H V"]:
-        """Attends within windows; one query over a cache stands at the last key that it shows."""
+        """Attends within windows; a single query is at the last visible key."""
         call = call.without_hidden()
         mask, key_mask = call.pairs()
         window = self._window(call.causal or call.steps)
@@ -98,7 +98,7 @@ class LocalAttention(AttentionFn):
         return local_attention_of_shard(*operands, window, axis_name=self.sequence_axis, **options)
 
     def along_axis(self, axis: AxisName) -> AttentionFn:
-        """The function for a stretch of the sequence on each device."""
+        """The function for a shard of the sequence on each device."""
         return dataclasses.replace(self, sequence_axis=axis)
 
     def start(self, sizes: StateSizes) -> Ring:
@@ -108,7 +108,7 @@ class LocalAttention(AttentionFn):
         return empty_ring(sizes.batch_shape, slots, widths, sizes.dtype)
 
     def read(self, state: Ring, call: Call) -> tuple[Float[Array, "*B T H V"], Ring]:
-        """Reads T tokens; padding takes no place."""
+        """Reads T tokens; padding is skipped."""
         call = call.without_hidden()
         return decoding.prefill(
             self._window(causal=True),
@@ -122,7 +122,7 @@ class LocalAttention(AttentionFn):
         )
 
     def read_one(self, state: Ring, call: Call) -> tuple[Float[Array, "*B 1 H V"], Ring]:
-        """Reads one token: constant time and memory, however many came before."""
+        """Reads one token, in constant time and memory."""
         out, state = decoding.step(
             self._window(causal=True),
             state,
@@ -152,9 +152,9 @@ def make_local_attention(
     Args:
       window_size: W, positions in a block.
       unidirectional: always causal.
-      look_backward: blocks in sight before a position's own.
-      look_forward: blocks in sight behind it; None is 0 for a causal call, else 1.
-      exact_window: the reach is counted from each position, not from its block.
+      look_backward: number of visible blocks before a position's own block.
+      look_forward: number of visible blocks after it; None is 0 for a causal call, else 1.
+      exact_window: the window is counted from each position, not from its block.
       shared_qk: keys are normalised queries (Reformer).
 
     Returns:

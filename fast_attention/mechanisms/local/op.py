@@ -1,7 +1,7 @@
 """Local attention: exact softmax over a window, in time and memory O(T W).
 
-Positions lie in blocks of W, position t in block ``t // W``, and attend to their own block and a
-few of its neighbours:
+Positions are in blocks of W, position t in block ``t // W``, and attend to their own block and
+neighbouring blocks:
 
     out_t = sum_s softmax_s(q_t . k_s / sqrt(D)) v_s,
     s in blocks t // W - look_backward .. t // W + look_forward
@@ -55,20 +55,21 @@ def local_attention(
       key: ``[*B, T, K, D]``; K divides H, query head h reads key head ``h // (H / K)``.
       value: ``[*B, T, K, V]``.
       window: which keys a position sees; None takes it from `options`.
-      shared_qk: queries and keys are the same vectors (Reformer): keys are divided by their length,
-        and the logit of a position's own key is -5e4: it is seen where no other key is.
+      shared_qk: queries and keys are the same vectors (Reformer): keys are divided by their norm,
+        and the logit of a position's own key is -5e4, so that it counts only if no other key is
+        seen.
       key_mask: ``[*B, T]`` bool; a key where it is False is not seen.
       segment_ids: ``[*B, T]`` int; positions see their own run of equal ids.
-      mask: bool or 0/1, broadcastable to ``[*B, H, T, T]``, True sees. Its band along the diagonal
-        is used; one without a query axis costs least.
-      bias: added to the logits, broadcastable to ``[*B, H, T, T]``, in the same way.
+      mask: bool or 0/1, broadcastable to ``[*B, H, T, T]``, True sees. Only the band along the
+        diagonal is used; a mask without a query axis is cheapest.
+      bias: added to the logits, broadcastable to ``[*B, H, T, T]``; only the band is used.
       dropout: of the weights.
       precision: of the two products.
       **options: fields of :class:`LocalWindow`, such as ``window_size=64, causal=True``.
 
     Returns:
       ``[*B, T, H, V]`` in the promoted type of the inputs; the softmax is in float32 (float64 for
-      such inputs).
+      float64 inputs).
 
     Raises:
       ValueError: for shapes that do not fit.
@@ -110,7 +111,7 @@ def _sight(
     mask: Array | None,
     bias: Array | None,
 ) -> Sight:
-    """Puts together what queries of `shape` ``(*B, T, H)`` see."""
+    """Combines the masks and biases of queries of `shape` ``(*B, T, H)``."""
     *batch, length, heads = shape
     position = jnp.arange(length, dtype=jnp.int32)
     first, last = (bound[None] for bound in window.bounds(position))

@@ -1,4 +1,4 @@
-"""The window of local attention: its options and what they mean, and checks of shapes.
+"""The window of local attention: its options, and checks of shapes.
 
 Shape letters: B batch, T length, H heads, K key/value heads, D head width, V value width, W window.
 """
@@ -18,10 +18,10 @@ class LocalWindow:
     Attributes:
       window_size: W, positions in a block.
       causal: position t sees keys 0..t of its window.
-      look_backward: blocks in sight before a position's own.
-      look_forward: blocks in sight behind it; None becomes 0 if causal, else 1.
-      exact_window: the reach ends ``W * look_backward`` positions before each position and ``W *
-        look_forward`` behind it, where otherwise it ends with a block.
+      look_backward: number of visible blocks before a position's own block.
+      look_forward: number of visible blocks after it; None becomes 0 if causal, else 1.
+      exact_window: the window ends ``W * look_backward`` positions before each position and ``W *
+        look_forward`` after it; otherwise it ends with a block.
     """
 
     window_size: int
@@ -49,20 +49,20 @@ class LocalWindow:
 
     @property
     def back(self) -> int:
-        """The farthest key before a position that it can see."""
+        """Maximum distance of a visible earlier key."""
         return self.window_size * self.look_backward + (
             0 if self.exact_window else self.window_size - 1
         )
 
     @property
     def ahead(self) -> int:
-        """The farthest key behind a position that it can see."""
+        """Maximum distance of a visible later key."""
         assert self.look_forward is not None
         inside = 0 if self.exact_window else self.window_size - 1
         return 0 if self.causal else self.window_size * self.look_forward + inside
 
     def bounds(self, position: Array) -> tuple[Array, Array]:
-        """First and last position in sight of each position; they may lie beyond the ends."""
+        """First and last visible position of each position; they may be beyond the ends."""
         assert self.look_forward is not None
         back, ahead = self.window_size * self.look_backward, self.window_size * self.look_forward
         if self.exact_window:
@@ -80,7 +80,7 @@ def check_shapes(query: Array, key: Array, value: Array, *, cached: bool = False
       query: ``[*B, T, H, D]``.
       key: ``[*B, T, K, D]``.
       value: ``[*B, T, K, V]``.
-      cached: the query is one, and the keys are as many as they like.
+      cached: one query, any number of keys.
 
     Raises:
       ValueError: if they do not fit together.

@@ -1,8 +1,8 @@
-"""Exact attention with one projection for queries and keys: Reformer's, where it does not hash.
+"""Exact attention with shared queries and keys: that of Reformer without hashing.
 
     out_i = sum_j softmax_j(scale q_i . k_j) v_j,   k_j = q_j / |q_j|      (arXiv:2001.04451)
 
-The logit of a position with itself is -5e4: it sees itself where it sees nothing else.
+The logit of a position with itself is -5e4: it sees itself only if it sees nothing else.
 
 Shape letters: B batch, T queries, S positions (queries, then given keys), H heads, K value heads,
 D head width, V value width.
@@ -45,16 +45,17 @@ def shared_qk_attention(
 ) -> Float[Array, "*B T H V"] | LSHOutput:
     """Attends from the first positions to all, one block of queries after another.
 
-    No matrix ``[T, S]`` is kept, forward or backward, unless the weights are asked for.
+    No matrix ``[T, S]`` is kept, forward or backward, unless the weights are requested.
 
     Args:
-      qk: ``[*B, S, H, D]``, queries and keys in one: the first T positions ask, all are asked.
+      qk: ``[*B, S, H, D]``, shared queries and keys: the first T positions are queries, all are
+        keys.
       value: ``[*B, S, K, V]``; K divides H.
       causal: a query sees positions up to its own, and all given keys.
       query_length: T, by default S. Positions from T on are given keys, such as memory or context.
-      key_mask: ``[*B, S]``, False is padding: not seen, and seeing nothing (its output is 0).
-      mask: broadcastable to ``[*B, H, T, S]``, True sees. Unlike hashed attention, a position does
-        not see itself where this says no.
+      key_mask: ``[*B, S]``, False is padding: it is not attended to, and its output is 0.
+      mask: broadcastable to ``[*B, H, T, S]``, True sees. Unlike in hashed attention, False also
+        applies to the position itself.
       rotary: rotate pairs of neighbouring features by position.
       positions: ``[*B, T]`` of the queries, by default 0, 1, ..; given keys are not rotated.
       scale: of the logits, by default ``D ** -0.5``.

@@ -27,19 +27,19 @@ from fast_attention.recipes import attention_factory
 class LSHAttention(AttentionFn):
     """Reformer's attention as an ``attention_fn``, from :func:`make_lsh_attention`.
 
-    Queries and keys are the same vectors: a layer has one projection for both and passes its result
-    as ``query`` and as ``key``, or as ``key`` with the keys of memory or context appended. Only
-    ``key`` is read, and its first T positions are the queries; that ``query`` holds the same
-    numbers is not checked. There is no state to decode with (``init_state``): what a token
-    attends to depends on how all others fall into chunks, so generation computes the whole again.
+    Queries and keys are the same vectors: a layer has one projection for both, and passes its
+    result as ``query`` and as ``key``; the keys of memory or context may be appended to ``key``.
+    Only ``key`` is read, and its first T positions are the queries; it is not checked that
+    ``query`` is the same. There is no decoding state (``init_state``): the chunk of a token
+    depends on all others, so generation recomputes the whole prefix.
 
     Attributes:
       hashing: how positions are hashed.
       unidirectional: causal by construction.
-      full_attn_thres: longest input, given keys included, that is attended exactly; None is the
-        size of a bucket.
-      use_full_attn: attend exactly always.
-      seed: of the rotations, where a call gives none.
+      full_attn_thres: maximum length (including given keys) with exact attention; None is the size
+        of a bucket.
+      use_full_attn: always use exact attention.
+      seed: random seed of the rotations, for calls without them.
     """
 
     hashing: Hashing = Hashing()
@@ -67,9 +67,9 @@ class LSHAttention(AttentionFn):
     def attend(self, call: Call) -> Float[Array, "*B T H V"] | LSHOutput:
         """Attends; a masked query gives zeros.
 
-        The buckets ``[*B, H, R, S]`` of an earlier call are attended to again, and are None in the
-        result where attention was exact. A mask that differs between queries or heads, and
-        segments, take memory as the square of the length.
+        `buckets` ``[*B, H, R, S]`` of an earlier call are used again; they are None in the result
+        of exact attention. With segments, or with a mask that differs between queries or heads,
+        memory is quadratic in the length.
         """
         query, key, value = call.query, call.key, call.value
         mask, key_mask = call.pairs()
@@ -106,13 +106,13 @@ class LSHAttention(AttentionFn):
         return found if call.return_weights or call.return_buckets else found.out
 
     def exact(self) -> AttentionFn:
-        """Attention with shared queries and keys that does not hash."""
+        """Exact attention with shared queries and keys."""
         return dataclasses.replace(self, use_full_attn=True)
 
     def draw_projection(self, key: Array, head_dim: int) -> Array:
         """Returns a random key's data, uint32, from which a call of any length draws rotations.
 
-        The key's own bits are used as they are: pass one that serves nothing else.
+        The bits of the key are used directly: do not use the same key for anything else.
         """
         del head_dim
         return jax.random.key_data(key) if _is_typed(key) else key
@@ -152,25 +152,27 @@ def make_lsh_attention(
       bucket_size: size of a chunk, on average that of a bucket.
       n_hashes: R, rounds of hashing.
       unidirectional: always causal.
-      allow_duplicate_attention: a pair counts in every round in which it meets.
-      attend_across_buckets: a query sees all of its chunk and the one before, whatever the bucket.
-      rehash_each_round: a rotation for each round, or else the R best buckets of one.
+      allow_duplicate_attention: a pair counts in every round in which it shares a chunk.
+      attend_across_buckets: a query sees all of its chunk and the previous one, whatever the
+        bucket.
+      rehash_each_round: a rotation for each round; if False, the R best buckets of one rotation.
       drop_for_hash_rate: dropout of the features that are hashed, unless deterministic.
       random_rotations_per_head: rotations for every head of every element of the batch.
       full_attn_thres: up to this length, given keys included, attention is exact; by default up to
         ``bucket_size``.
       use_full_attn: always exact.
-      attn_chunks: do the B * H rows in at least so many steps.
-      rotary: rotate pairs of neighbouring features by position, after hashing; so a layer must not.
-      seed: of the rotations, for calls without ``projection``.
-      hash_masked: masked positions stand where they hash to, as in the original; otherwise behind
-        all others, where what they hold changes nothing.
+      attn_chunks: process the B * H rows in at least this number of steps.
+      rotary: rotate pairs of neighbouring features by position, after hashing (the layer must not
+        do it).
+      seed: random seed of the rotations, for calls without ``projection``.
+      hash_masked: masked positions are sorted by their hash, as in the original; if False, they
+        come after all others and their values have no effect.
       scale: of the logits, by default ``D ** -0.5``; 1 is that of Reformer in trax.
-      count_across_rounds: without ``allow_duplicate_attention``, count meetings across the border
-        of two rounds, too. False gives the numbers of reformer-pytorch, where a pair that meets
-        only there weighs 1e9 times as much as it should.
-      implementation: None, or "reference" for forward mode (``jax.jvp``), without the gradient of
-        its own that spares reverse mode the memory of all weights.
+      count_across_rounds: without ``allow_duplicate_attention``, also count pairs that share chunks
+        across the border of two rounds. False reproduces reformer-pytorch, where such pairs have
+        1e9 times the correct weight.
+      implementation: None, or "reference" for forward mode (``jax.jvp``), without the custom
+        gradient that saves memory in reverse mode.
 
     Returns:
       An ``attention_fn`` for layers with shared queries and keys.

@@ -1,4 +1,4 @@
-"""Hashed attention of arrays, with its options given by name.
+"""Hashed attention of arrays, with options as keyword arguments.
 
 Shape letters: B batch, T queries, S positions (queries, then given keys), H heads, K value heads,
 D head width, V value width.
@@ -32,12 +32,13 @@ def lsh_attention(
     return_buckets: bool = False,
     **options: Any,
 ) -> Float[Array, "*B T H V"] | LSHOutput:
-    """Attends to what falls into the same or a neighbouring bucket: Reformer, arXiv:2001.04451.
+    """Attends to keys in the same or a neighbouring bucket: Reformer, arXiv:2001.04451.
 
     See :func:`fast_attention.mechanisms.lsh.hashed.hashed_attention` for what is computed.
 
     Args:
-      qk: ``[*B, S, H, D]``, queries and keys in one: the first T positions ask, all are asked.
+      qk: ``[*B, S, H, D]``, shared queries and keys: the first T positions are queries, all are
+        keys.
       value: ``[*B, S, K, V]``; K divides H.
       key: a typed random key, or directions to hash with, or the buckets of an earlier call.
       causal: a query sees positions up to its own, and all given keys.
@@ -48,7 +49,7 @@ def lsh_attention(
       dropout: of the weights.
       precision: of the products.
       return_weights: return an :class:`LSHOutput` with the weights.
-      return_buckets: return an :class:`LSHOutput`, in which the buckets are.
+      return_buckets: return an :class:`LSHOutput` with the buckets.
       **options: fields of :class:`Hashing`, such as ``bucket_size=64, n_hashes=8``.
 
     Returns:

@@ -17,7 +17,7 @@ from fast_attention.mechanisms.checks import full_rank
 
 
 class LSHOutput(NamedTuple):
-    """Attention with what was asked for beside it, float32 weights before dropout.
+    """Attention with the requested weights (float32, before dropout) and buckets.
 
     Attributes:
       out: ``[*B, T, H, V]``.
@@ -33,8 +33,8 @@ class LSHOutput(NamedTuple):
 def rotate_pairs(x: Float[Array, "*B H D"], positions: Int[Array, "*B"]) -> Float[Array, "*B H D"]:
     """Rotates neighbouring pairs of features by their positions.
 
-    Features 2i and 2i + 1 are turned by the angle ``t / 10000^(2i / D)`` (RoFormer,
-    arXiv:2104.09864). Position 0 leaves a vector as it is.
+    Features 2i and 2i + 1 are rotated by the angle ``t / 10000^(2i / D)`` (RoFormer,
+    arXiv:2104.09864). Position 0 does not change a vector.
 
     Args:
       x: ``[*B, H, D]`` with D even.

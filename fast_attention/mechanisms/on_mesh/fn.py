@@ -1,7 +1,7 @@
-"""Attention functions for whole arrays that lie on a mesh.
+"""Attention functions for global arrays that are sharded over a mesh.
 
-Inside, each device attends for its own rows, heads and positions; with positions divided, devices
-exchange what their attention needs and nothing else.
+Each device computes attention for its own rows, heads and positions. If positions are sharded,
+devices exchange only states or edges of windows.
 
 Shape letters: B batch, T query length, S key length, H heads, K key/value heads, D head width,
 V value width.
@@ -41,20 +41,20 @@ _OWN_AXES = {
     "log_stretch": 0,
     **{"matrix": 2, "log_scale": 0},
 }
-"""Axes of parameters by name, behind those of batch and heads."""
+"""Number of axes of parameters by name, after those of batch and heads."""
 
 _BY_NAME = (TunedParameters, HedgehogParameters, DarkformerParameters)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MeshAttention(WrappedAttention):
-    """An attention function for whole arrays that lie on a mesh, from :func:`on_mesh`.
+    """An attention function for global arrays sharded over a mesh, from :func:`on_mesh`.
 
-    It decodes, redraws and is calibrated as the function for one device.
+    It decodes, redraws and is calibrated like the function for one device.
 
     Attributes:
       attention_fn: the function for one device.
-      mesh: with the axes of :func:`fast_attention.mesh.meshes.make_mesh`.
+      mesh: a mesh with the axes of :func:`fast_attention.mesh.meshes.make_mesh`.
     """
 
     mesh: Mesh
@@ -64,8 +64,8 @@ class MeshAttention(WrappedAttention):
     def attend(self, call: Call) -> Any:
         """Attends, with the result of the function for one device.
 
-        Rows, heads and positions that the devices do not divide are no error: a length is filled
-        up, and every device has all rows, or heads.
+        If the devices do not divide a length, it is padded; if they do not divide rows or heads,
+        these are replicated.
         """
         divided, whole = self.mesh.shape[SEQUENCE] > 1, self.attention_fn.attend
         drops_weights = call.dropout is not None and self.takes.dropout == "weights"
@@ -124,11 +124,11 @@ class MeshAttention(WrappedAttention):
         return out[..., :length, :, :] if length % layout.shards else out
 
     def along_axis(self, axis: AxisName) -> AttentionFn:
-        """The function inside ``jax.shard_map``, where there is no mesh to divide over."""
+        """The function for use inside ``jax.shard_map``."""
         return self.attention_fn.along_axis(axis)
 
     def _layout(self, call: Call) -> Layout:
-        """Where queries, keys and values lie."""
+        """The layout of queries, keys and values."""
         batch, given = call.query.shape[:-3], call.projection
         rows = (rows_axes(self.mesh, batch[0]), *(None for _ in batch[1:])) if batch else ()
         heads = axis_dividing(self.mesh, MODEL, call.key.shape[-2])
@@ -140,21 +140,21 @@ class MeshAttention(WrappedAttention):
 
 
 def on_mesh(attention_fn: Callable[..., Any], mesh: Mesh) -> AttentionFn:
-    """Returns an attention function for whole arrays, under ``jax.jit``, that lie on a mesh.
+    """Returns an attention function for global arrays sharded over a mesh, under ``jax.jit``.
 
-    Outputs and gradients are those of `attention_fn`. Rows are divided over ``data`` and ``fsdp``,
-    heads over ``model``, positions over ``sequence``. Functions that cannot be taken apart are
-    returned as they are: the compiler divides what it can.
+    Outputs and gradients equal those of `attention_fn`. Rows are sharded over ``data`` and
+    ``fsdp``, heads over ``model``, positions over ``sequence``. Functions that cannot be split
+    are returned unchanged: the compiler then shards what it can.
 
     Args:
-      attention_fn: any attention function; along ``sequence`` one that has
+      attention_fn: any attention function; to shard along ``sequence``, one that has
         :meth:`~fast_attention.mechanisms.attention_fn.AttentionFn.along_axis`.
-      mesh: from :func:`fast_attention.mesh.meshes.make_mesh`, or another one with its axes; arrays
-        may lie on one whose axes are Explicit.
+      mesh: from :func:`fast_attention.mesh.meshes.make_mesh`, or another one with its axes; its
+        axes may be Explicit.
 
     Raises:
-      ValueError: for a function that cannot attend across devices, if the mesh divides positions,
-        or a mesh with other axes.
+      ValueError: for a mesh with other axes, or a mesh that shards positions if the function does
+        not support it.
     """
     function, mesh = as_attention_fn(attention_fn), with_auto_axes(mesh)
     if mesh.size == 1:
@@ -166,7 +166,7 @@ def on_mesh(attention_fn: Callable[..., Any], mesh: Mesh) -> AttentionFn:
 
 
 def _projection_specs(projection: Any, layout: Layout, key: Array) -> Any:
-    """How parameters lie: axes of theirs for batch and heads as those of the keys."""
+    """Specs of parameters: their batch and head axes are sharded like those of the keys."""
     sizes = (*key.shape[:-3], key.shape[-2])
     names = (*layout.batch, layout.heads)
 

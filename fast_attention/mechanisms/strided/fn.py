@@ -25,11 +25,11 @@ from fast_attention.softmax_attention import SoftmaxAttention
 
 
 class StridedState(NamedTuple):
-    """What decoding remembers.
+    """The decoding state.
 
     Attributes:
-      classes: the inner function's state for every class by itself, ``[*B, W, ...]``.
-      count: ``[*B]`` int32, the tokens so far.
+      classes: the inner function's state for each class, ``[*B, W, ...]``.
+      count: ``[*B]`` int32, the number of tokens so far.
     """
 
     classes: Any
@@ -43,7 +43,7 @@ class StridedAttention(WrappedAttention):
     Random features, their parameters and running moments are those of the inner function.
 
     Attributes:
-      attention_fn: what attends within a class of positions.
+      attention_fn: the attention function within a class of positions.
       stride: W.
     """
 
@@ -53,7 +53,7 @@ class StridedAttention(WrappedAttention):
 
     @property
     def takes(self) -> Takes:
-        """Masks of keys that are the same for all heads, and what the inner function takes."""
+        """Key masks that are equal for all heads, and what the inner function takes."""
         inner = self.attention_fn.takes
         honoured = dataclasses.replace(inner, mask="keys", bias=None, decay=False)
         return dataclasses.replace(honoured, other_keys=False, cache=False)
@@ -89,8 +89,8 @@ class StridedAttention(WrappedAttention):
     def start(self, sizes: StateSizes) -> StridedState:
         """The state of the inner function for each class.
 
-        ``max_length`` tokens may come in one prompt and single steps; a state that keeps all
-        tokens may have no room for as many in several prompts.
+        ``max_length`` tokens may be read as one prompt and single steps. With several prompts, a
+        state that keeps all tokens may be too small.
         """
         room = sizes.max_length
         if room is not None:
@@ -101,7 +101,7 @@ class StridedAttention(WrappedAttention):
         return StridedState(classes, jnp.zeros(sizes.batch_shape, jnp.int32))
 
     def read(self, state: StridedState, call: Call) -> tuple[Array, StridedState]:
-        """Reads T tokens; padding takes no place."""
+        """Reads T tokens; padding is skipped."""
         query, stride = call.query, self.stride
         visible = jnp.ones(query.shape[:-2], bool)
         if call.key_mask is not None:
@@ -128,11 +128,11 @@ class StridedAttention(WrappedAttention):
         return out, StridedState(classes, state.count + visible.sum(-1, dtype=jnp.int32))
 
     def keep_types(self, after: StridedState, before: StridedState) -> StridedState:
-        """Keeps the types of the classes' states."""
+        """Keeps the dtypes of the classes' states."""
         return after._replace(classes=self.attention_fn.keep_types(after.classes, before.classes))
 
     def read_one(self, state: StridedState, call: Call) -> tuple[Array, StridedState]:
-        """Reads one token: only the state of its class is touched."""
+        """Reads one token: only the state of its class changes."""
         axes = len(call.query.shape) - 3
 
         def one_row(classes, count, query, key, value):
@@ -151,15 +151,15 @@ class StridedAttention(WrappedAttention):
 
 @attention_factory
 def make_strided_attention(attention_fn: Callable[..., Any], stride: int) -> StridedAttention:
-    """Makes an ``attention_fn`` attend among positions that are congruent modulo ``stride``.
+    """Returns an ``attention_fn`` among positions that are congruent modulo ``stride``.
 
     Args:
       attention_fn: from any of the factories, or a function like ``nnx.dot_product_attention``.
       stride: W, at least 1.
 
     Returns:
-      An ``attention_fn`` that decodes if the inner one does. Of masks it takes those of keys that
-      are the same for all queries, and no bias: both raise ValueError otherwise.
+      An ``attention_fn`` that decodes if the inner one does. It takes only masks of keys that are
+      the same for all queries; other masks and biases raise ValueError.
 
     Raises:
       ValueError: for a stride below 1.
@@ -184,17 +184,17 @@ def strided_attention(
     """Attends among positions that are congruent modulo ``stride``, for any length.
 
     Args:
-      attention: an ``attention_fn``; its own causality holds, since folding keeps the order.
+      attention: an ``attention_fn``; its causality is kept, because folding keeps the order.
       query: ``[*B, T, H, D]``.
       key: ``[*B, T, K, D]``.
       value: ``[*B, T, K, V]``.
       stride: W.
-      **options: of the call, such as ``key_mask`` and ``segment_ids``.
+      **options: arguments of the call, such as ``key_mask`` and ``segment_ids``.
 
     Returns:
       ``[*B, T, H, V]``.
 
     Raises:
-      ValueError: for a stride below 1, or what cannot be honoured.
+      ValueError: for a stride below 1, or unsupported arguments.
     """
     return make_strided_attention(attention, stride)(query, key, value, **options)

@@ -1,4 +1,4 @@
-"""Hashed attention: arguments in, attention out.
+"""Hashed attention: arguments, checks and results.
 
 Shape letters: B batch, T queries, S positions (queries, then given keys), H heads, K value heads,
 D head width, V value width, R rounds, J buckets of a round, C chunk.
@@ -59,33 +59,34 @@ def hashed_attention(
     precision: jax.lax.PrecisionLike = None,
     return_weights: bool = False,
 ) -> LSHOutput:
-    """Attends to what falls into the same or a neighbouring bucket: Reformer, arXiv:2001.04451.
+    """Attends to keys in the same or a neighbouring bucket: Reformer, arXiv:2001.04451.
 
-    In each round positions are sorted by their bucket and cut into chunks; a chunk sees itself and
-    the chunk before it (before the first stands the last of the round before). One softmax runs
-    over all that a query meets in all rounds, which is the merge of rounds by logsumexp:
+    In each round positions are sorted by their bucket and split into chunks; a chunk sees itself
+    and the previous chunk (for the first one, the last chunk of the previous round). One softmax is
+    over all keys that a query sees in all rounds, which equals merging the rounds by logsumexp:
 
         out_i = sum_rj P_rij v_j,    P_rij ~ exp(scale q_i . k_j),    k_j = q_j / |q_j|
 
-    The logit of a position with itself is -5e4: it sees itself where it sees nothing else. Time
-    and memory are linear in S, for a given bucket size. Under ``causal`` no gradient reaches
-    the future; but the buckets of later positions decide what a chunk holds, so that the future
-    can change which of the past is looked at.
+    The logit of a position with itself is -5e4: it sees itself only if it sees nothing else. Time
+    and memory are linear in S, for a given bucket size. With ``causal``, no gradient reaches later
+    positions. But the buckets of later positions affect the chunks, so they can change which
+    earlier positions are seen.
 
     Args:
-      qk: ``[*B, S, H, D]``, queries and keys in one: the first T positions ask, all are asked.
+      qk: ``[*B, S, H, D]``, shared queries and keys: the first T positions are queries, all are
+        keys.
       value: ``[*B, S, K, V]``; K divides H.
-      where: what decides the buckets: a typed random key (``jax.random.key``) from which the
-        directions to hash with are drawn; or these, floating ``[1 or B * H, D, R, J / 2]``, R = 1
+      where: source of the buckets: a typed random key (``jax.random.key``) from which the hash
+        directions are drawn; or the directions, floating ``[1 or B * H, D, R, J / 2]``, R = 1
         unless ``rehash_each_round``, J the number of buckets, see :func:`n_buckets`; or integers
-        ``[*B, H, R, S]``, the buckets of an earlier call, so that a layer that is computed twice
-        does the same twice.
-      hashing: how positions are hashed, and what a query sees.
+        ``[*B, H, R, S]``, the buckets of an earlier call, so that a recomputed layer gives the same
+        result.
+      hashing: options of hashing, and of what a query sees.
       causal: a query sees positions up to its own, and all given keys.
       query_length: T, by default S. Positions from T on are given keys, such as memory or context.
-      key_mask: ``[*B, S]``, False is padding: not seen, and seeing nothing (its output is 0).
-      mask: broadcastable to ``[*B, H, T, S]``, True sees. A position sees itself, as a last
-        resort, even where this says no.
+      key_mask: ``[*B, S]``, False is padding: it is not attended to, and its output is 0.
+      mask: broadcastable to ``[*B, H, T, S]``, True sees. A position with no other key sees itself,
+        even if this is False.
       positions: ``[*B, T]`` of the queries for ``hashing.rotary``, by default 0, 1, ..; given keys
         are not rotated.
       dropout: of the weights and, by ``drop_for_hash_rate``, of the features that are hashed; its
@@ -125,7 +126,7 @@ def hashed_attention(
 
 
 class _Setting(NamedTuple):
-    """What is known when the program is compiled."""
+    """The static options of a call."""
 
     hashing: Hashing
     causal: bool
@@ -251,7 +252,7 @@ def _attend(setting: _Setting, arrays: _Arrays) -> LSHOutput:
 
 
 def _empty(qk: Array, value: Array, queries: int, rounds: int, return_weights: bool) -> LSHOutput:
-    """What an empty batch or sequence gives: arrays of the right shape without entries."""
+    """Results of an empty batch or sequence: empty arrays of the right shape."""
     *batch, length, heads, _ = qk.shape
     out = jnp.zeros((*batch, queries, heads, value.shape[-1]), qk.dtype)
     weights = jnp.zeros((*batch, heads, queries, length), at_least_float32(qk.dtype))

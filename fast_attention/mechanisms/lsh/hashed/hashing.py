@@ -1,9 +1,9 @@
-"""Angular hashing: which bucket a vector falls into is its nearest among random directions.
+"""Angular hashing: the bucket of a vector is the nearest of random directions.
 
     bucket(x) = argmax [x R, -x R]
 
-Vectors at a small angle mostly share a bucket (arXiv:1509.02897). Nothing depends on the length of
-a vector, so that hashing the queries of shared query-key attention hashes its keys.
+Vectors at a small angle mostly share a bucket (arXiv:1509.02897). The bucket does not depend on the
+norm of a vector, so queries and keys of shared query-key attention have the same buckets.
 
 Shape letters: N rows (batch x heads), S length, D width, R rounds, J buckets (even).
 """
