@@ -1,4 +1,4 @@
-"""Errors of an attention function on given queries and keys, their curves and pictures."""
+"""Errors of an attention function on given queries and keys, with curves and plots."""
 
 from fast_attention.diagnostics.curves import ErrorCurves as ErrorCurves
 from fast_attention.diagnostics.curves import error_curves as error_curves

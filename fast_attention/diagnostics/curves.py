@@ -1,4 +1,4 @@
-"""Errors of attention functions against the number of features.
+"""Errors of attention functions as a function of the number of features.
 
 Shape letters: B batch, T queries, S keys, H heads, K key/value heads, D head width, V value width,
 P numbers of features, R draws.
@@ -24,13 +24,13 @@ from fast_attention.softmax_attention import make_softmax_attention
 
 @dataclasses.dataclass(frozen=True)
 class ErrorCurves:
-    """What :func:`error_curves` measures.
+    """Result of :func:`error_curves`.
 
     Attributes:
       features: the numbers of features, P of them.
       errors: relative errors of outputs ``[P, R, H]`` by name: Frobenius norms over batch and
         positions, of R draws of the features.
-      uniform: ``[H]``, the same for equal weights on all visible keys.
+      uniform: ``[H]``, the same for uniform weights on all visible keys.
     """
 
     features: tuple[int, ...]
@@ -38,11 +38,11 @@ class ErrorCurves:
     uniform: np.ndarray
 
     def over_heads(self, name: str) -> np.ndarray:
-        """Root mean square over heads, ``[P, R]``; a function may be NaN or infinite."""
+        """Root mean square over heads, ``[P, R]``; may be NaN or infinite."""
         return np.sqrt(np.mean(self.errors[name] ** 2, axis=-1))
 
     def uniform_over_heads(self) -> float:
-        """Root mean square over heads of the error of equal weights."""
+        """Root mean square over heads of the error of uniform weights."""
         return float(np.sqrt(np.mean(self.uniform**2)))
 
 
@@ -58,27 +58,28 @@ def error_curves(
     seed: int = 0,
     is_causal: bool = False,
 ) -> ErrorCurves:
-    """Compares outputs with those of softmax attention, for several numbers of features.
+    """Compares outputs with softmax attention, for several numbers of features.
 
-    Functions with ``calibration="stored"`` are calibrated on these very queries and keys, once for
-    every number of features; draws are then new rows for the same calibration.
+    Functions with ``calibration="stored"`` are calibrated on the same queries and keys, once for
+    each number of features; draws are then new rows for the same calibration.
 
     Args:
-      make_attention: from M to what is judged, by the name it is to have in a picture; what it
-        makes is a ``FastAttention`` or anything else with ``draw_projection``.
-      query: ``[*B, T, H, D]``, as a trained layer gives them.
+      make_attention: functions from M to an attention function (``FastAttention`` or any other with
+        ``draw_projection``), by their names in a plot.
+      query: ``[*B, T, H, D]``, for example of a trained layer.
       key: ``[*B, S, K, D]``.
       value: ``[*B, S, K, V]``.
       key_mask: ``[*B, S]``; keys where it is False are not seen and, with as many queries as keys,
         the outputs there do not count.
       features: numbers of features to try.
-      draws: R, independent projections each; the same ones for all functions of equal projection.
-      seed: of the projections.
-      is_causal: position t sees keys 0..t. Functions that are causal by themselves need it too, so
-        that all are compared with the same target.
+      draws: R, number of independent projections; functions with equal projection use the same
+        ones.
+      seed: random seed of the projections.
+      is_causal: position t sees keys 0..t. Required for causal functions, too, so that all are
+        compared with the same target.
 
     Returns:
-      Errors of every function, number of features, draw and head.
+      Errors for each function, number of features, draw and head.
 
     Raises:
       ValueError: if there is nothing to measure, or a function is causal and the target is not.
@@ -120,7 +121,7 @@ def error_curves(
 def _projections(
     attention_fn: AttentionFn, keys: Array, query: Array, key: Array, key_mask: Array | None
 ) -> list[Any]:
-    """Draws what the function is called with, calibrated where it has to be."""
+    """Draws the projections of the function, calibrated if needed."""
     width = query.shape[-1]
     if attention_fn.calibration not in ("stored", "trained"):
         return [attention_fn.draw_projection(k, width) for k in keys]

@@ -1,9 +1,9 @@
-"""How close an attention function comes to softmax attention on given queries and keys.
+"""Error of an attention function against softmax attention on given queries and keys.
 
-Everything here is for looking at a few heads, not for training: exact attention is computed beside.
+This is for the analysis of a few heads, not for training: exact attention is also computed.
 
 Shape letters: B batch, T queries, S keys, H heads, K key/value heads, D head width, V value width,
-R rows looked at.
+R selected rows.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from fast_attention.mechanisms.wrapped import as_attention_fn
 from fast_attention.softmax_attention import make_softmax_attention
 
 COLUMNS = 64
-"""Keys whose weights are asked for in one call."""
+"""Keys whose weights are computed in one call."""
 
 LARGEST_RUN = 2048
 MOST_ROWS = 128
 
 
 class ApproximationError(NamedTuple):
-    """What :func:`approximation_error` measures, each ``[H]``, over batch and positions.
+    """Result of :func:`approximation_error`, each ``[H]``, over batch and positions.
 
     Attributes:
       output: ``|out - exact| / |exact|``, Frobenius norms.
-      uniform: the same for equal weights on all visible keys, which know nothing of queries and
-        keys: an approximation no better than this is worth nothing.
-      matrix: ``|A - exact| / |exact|`` of the attention matrices, at the rows looked at.
-      effective_keys: mean of ``exp(entropy)`` of exact rows: how many keys share a row's weight.
+      uniform: the same for uniform weights on all visible keys; an approximation whose error is not
+        below this is useless.
+      matrix: ``|A - exact| / |exact|`` of the attention matrices, at the selected rows.
+      effective_keys: mean of ``exp(entropy)`` of exact rows.
     """
 
     output: np.ndarray
@@ -47,13 +47,13 @@ class ApproximationError(NamedTuple):
 
 
 class Recommendation(NamedTuple):
-    """What :func:`recommend_features` found.
+    """Result of :func:`recommend_features`.
 
     Attributes:
       features: M.
-      error: matrix error expected with them.
-      extrapolated: M is beyond what was measured: its error is assumed to fall as ``M^(-1/2)``,
-        which errors near 1 and above do not, so that it may well be too small.
+      error: expected matrix error with M features.
+      extrapolated: M is beyond the measured range. The error is assumed to decrease as
+        ``M^(-1/2)``; this is not true for errors near 1 and above, so M may be too small.
       measured: pairs of M and error.
     """
 
@@ -72,20 +72,19 @@ def attention_matrix(
     value_width: int | None = None,
     **options: Any,
 ) -> Float[Array, "*B H R S"]:
-    """Writes out the weights that a function gives to keys.
+    """Returns the weights that a function gives to keys.
 
-    The function is applied to values that are columns of the identity, some at a time, so that the
-    matrix is that of the function itself, whatever it computes inside.
+    The function is applied to columns of the identity as values, some at a time. So the result is
+    the matrix of the function, whatever it computes inside.
 
     Args:
-      attention_fn: linear in the values, whose width may be any, but for `value_width`.
+      attention_fn: linear in the values; their width may be any, unless `value_width` is given.
       query: ``[*B, T, H, D]``.
       key: ``[*B, S, K, D]``.
-      rows: positions of queries to return, ``[R]``, or ``[*B, R]`` where they differ; None is all.
-        All are computed.
-      value_width: of the values that the function is applied to, where it takes only one, as Flax's
-        own ``dot_product_attention`` (D); None is a width that suits the length.
-      **options: handed to ``attention_fn``: key_mask, is_causal, projection ...
+      rows: positions of queries to return, ``[R]`` or ``[*B, R]``; None is all. All are computed.
+      value_width: width of the values, for functions that accept only one, such as Flax's own
+        ``dot_product_attention`` (D); None chooses it by the length.
+      **options: arguments of ``attention_fn``: key_mask, is_causal, projection ...
 
     Returns:
       ``[*B, H, R, S]`` float32 at least.
@@ -125,22 +124,22 @@ def approximation_error(
     is_causal: bool = False,
     rows: Any = None,
 ) -> ApproximationError:
-    """Compares an attention function with softmax attention, head by head.
+    """Compares an attention function with softmax attention, for each head.
 
     Args:
-      attention_fn: what is judged.
+      attention_fn: the function to compare.
       query: ``[*B, T, H, D]``.
       key: ``[*B, S, K, D]``.
       value: ``[*B, S, K, V]``.
       key_mask: ``[*B, S]``; keys where it is False are not seen and, with as many queries as keys,
         the outputs there do not count.
-      is_causal: position t sees keys 0..t; a function that is causal by itself is compared with
-        causal attention in any case.
-      rows: positions of queries at which matrices are compared and keys counted; None is up to 128
-        of them, evenly spaced. Outputs are compared everywhere.
+      is_causal: position t sees keys 0..t; a causal function is always compared with causal
+        attention.
+      rows: positions of queries for comparing matrices and counting keys; None is up to 128, evenly
+        spaced. Outputs are compared at all positions.
 
     Returns:
-      Figures of every head.
+      Errors of each head.
     """
     attention_fn = as_attention_fn(attention_fn)
     causal = is_causal or attention_fn.unidirectional
@@ -182,7 +181,7 @@ def recommend_features(
     smallest: int = 16,
     largest: int = LARGEST_RUN,
 ) -> Recommendation:
-    """Finds how many features bring attention matrices within an error.
+    """Finds the number of features for a target error of attention matrices.
 
     M is doubled until the relative Frobenius error of the matrices, over all heads, is reached.
 
@@ -190,17 +189,17 @@ def recommend_features(
       query: ``[*B, T, H, D]``, as a trained layer gives them.
       key: ``[*B, S, K, D]``.
       target_error: above 0.
-      make_attention: from M to what is measured; None is
-        ``make_fast_softmax_attention(nb_features=M)``. With ``exact_window`` bound it says what a
-        near field saves.
+      make_attention: function from M to an attention function; None is
+        ``make_fast_softmax_attention(nb_features=M)``. With ``exact_window`` it shows how many
+        features a near field saves.
       is_causal: position t sees keys 0..t.
-      key_mask: ``[*B, S]``; keys where it is False are not seen and, with T = S, neither do the
-        queries there count.
-      smallest: M to begin with.
-      largest: M to end with; beyond it errors are extrapolated from the last.
+      key_mask: ``[*B, S]``; keys where it is False are not seen and, with T = S, the queries there
+        do not count.
+      smallest: first M.
+      largest: last M; beyond it errors are extrapolated from the last one.
 
     Returns:
-      M, and how it was found.
+      M, and the measurements.
 
     Raises:
       ValueError: for a target or sizes out of range.
@@ -243,7 +242,7 @@ def _some_rows(length: int) -> np.ndarray:
 
 
 def relative_error(found: Any, exact: Any, counted: np.ndarray) -> np.ndarray:
-    """Returns the relative Frobenius error of every head.
+    """Returns the relative Frobenius error of each head.
 
     Args:
       found: ``[*B, R, H, N]``.

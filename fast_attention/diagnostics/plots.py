@@ -1,4 +1,4 @@
-"""Attention matrices and errors as pictures."""
+"""Plots of attention matrices and errors."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ NOTE_WIDTH = 60
 
 
 def plot_matrices(matrices: Mapping[str, Any], path: str | Path) -> None:
-    """Draws attention matrices side by side, on one scale of colours.
+    """Plots attention matrices side by side, with one colour scale.
 
-    Colours go with the root of weights (weights themselves where some are negative); the largest
-    thousandth of them all shares one.
+    Colours show the square root of weights (or weights, if some are negative); the largest 0.1 %
+    share one colour.
 
     Args:
       matrices: ``[R, S]`` by name, such as one head of ``attention_matrix``.
-      path: The picture, in the format of its suffix.
+      path: Output file; the suffix selects the format.
 
     Raises:
       ImportError: Without matplotlib.
@@ -61,11 +61,11 @@ def plot_matrices(matrices: Mapping[str, Any], path: str | Path) -> None:
 
 
 def plot_recommendation(recommendation: Recommendation, path: str | Path) -> None:
-    """Draws error against the number of features; what is extrapolated is dashed.
+    """Plots the error as a function of the number of features; extrapolation is dashed.
 
     Args:
-      recommendation: What ``recommend_features`` returned.
-      path: The picture, in the format of its suffix.
+      recommendation: Result of ``recommend_features``.
+      path: Output file; the suffix selects the format.
 
     Raises:
       ImportError: Without matplotlib.
@@ -110,15 +110,15 @@ def log_ticks(axis: Any) -> None:
 def plot_head_errors(
     ratios: Any, path: Any, matrices: Mapping[str, Any] | None = None, title: str = ""
 ) -> None:
-    """Draws the error of every head of a model in units of that of uniform attention.
+    """Plots the error of every head of a model, divided by that of uniform attention.
 
     Args:
-      ratios: ``[layers, heads]``: 0 is exact, 1 and above (red) no better than knowing nothing;
-        NaN (grey) is a head that a layer does not have.
-      path: The picture, in the format of its suffix; or a binary stream, for PNG.
-      matrices: ``[rows, keys]`` by name, drawn beside on one scale of colours, such as one head of
-        ``attention_matrix`` and its exact one.
-      title: Of the first panel.
+      ratios: ``[layers, heads]``: 0 is exact, 1 and above (red) is no better than uniform
+        attention; NaN (grey) is a head that a layer does not have.
+      path: Output file (the suffix selects the format), or a binary stream for PNG.
+      matrices: ``[rows, keys]`` by name, also plotted, with one colour scale; such as the exact and
+        the approximate matrix of one head.
+      title: Title of the first panel.
 
     Raises:
       ImportError: Without matplotlib.
@@ -171,16 +171,16 @@ def plot_errors(
     emphasis: Sequence[str] | None = None,
     largest: float = 2.0,
 ) -> None:
-    """Draws error against the number of features, a line for every function.
+    """Plots the error as a function of the number of features, a line per function.
 
-    A line is the median over draws of the root mean square over heads, its band goes from the best
-    to the worst draw. What lies wholly above the picture is named at its upper edge.
+    A line is the median over draws of the root mean square over heads; its band ranges from the
+    best to the worst draw. Lines completely above the plot are named at its upper edge.
 
     Args:
-      curves: What ``error_curves`` returned, or several such by title, drawn side by side.
-      path: The picture, in the format of its suffix.
-      emphasis: Functions drawn in colours; others are thin and grey. None colours all.
-      largest: Upper end of the axis of errors at most; 1 is an error as large as the exact output.
+      curves: Result of ``error_curves``, or several by title, plotted side by side.
+      path: Output file; the suffix selects the format.
+      emphasis: Names of functions drawn in colour; others are thin and grey. None colours all.
+      largest: Maximum upper end of the error axis; 1 is an error as large as the exact output.
 
     Raises:
       ImportError: Without matplotlib.

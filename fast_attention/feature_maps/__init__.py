@@ -1,4 +1,4 @@
-"""Feature maps: how queries and keys become features. Knows nothing of attention or Flax."""
+"""Feature maps from queries and keys to features. Does not depend on attention or Flax."""
 
 from fast_attention.feature_maps.base import FeatureMap as FeatureMap
 from fast_attention.feature_maps.base import Features as Features

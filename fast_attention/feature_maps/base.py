@@ -1,4 +1,4 @@
-"""What a feature map is: queries and keys in, features out, exponentials not yet taken.
+"""The interface of feature maps: queries and keys to features, before exponentiation.
 
 Shape letters: B batch, T length, H heads, D head width, M features.
 """
@@ -14,13 +14,13 @@ import jax.numpy as jnp
 from fast_attention.arrays.types import Array, Float
 
 Parameters = Any
-"""Pytree of arrays a map needs: shared, or with leading (batch and) head axes."""
+"""Pytree of the arrays of a map: shared, or with leading (batch and) head axes."""
 
 LogKind = Literal["feature", "position", "none"]
 
 
 class Features(NamedTuple):
-    """Features ``values * exp(log)``, kept apart until a maximum has been subtracted.
+    """Features ``values * exp(log)``, kept separate until a maximum is subtracted.
 
     Attributes:
       values: ``[..., T, M]``, or None for all ones (an exponential map).
@@ -32,7 +32,7 @@ class Features(NamedTuple):
     log: Float[Array, "*B T N"] | None
 
     def shift(self, amount: Array | None) -> Float[Array, "*B T M"]:
-        """Returns the features multiplied by ``exp(amount)``; None stands for 0."""
+        """Returns the features multiplied by ``exp(amount)``; None means 0."""
         if self.log is None:
             assert self.values is not None
             return self.values if amount is None else self.values * jnp.exp(amount)
@@ -61,16 +61,15 @@ def _product(shifted: Array, cotangent: Array) -> Array:
 class FeatureMap:
     """A feature map ``phi`` with ``phi(q) . phi(k)`` close to (or defining) a kernel of q and k.
 
-    A map is its choices (this frozen, hashable dataclass, static under jit) and a pytree of
-    parameters passed to every call, so that parameters can be shared, differ by head, be learned
-    and be redrawn without a change here. Maps see ``[..., T, D]`` arrays and are called one chunk
-    of the sequence at a time, forward and backward; a map must therefore treat every position by
-    itself.
+    A map consists of its options (this frozen, hashable dataclass, static under jit) and a pytree
+    of parameters, which is passed to every call. So parameters can be shared, differ by head, be
+    learned or be redrawn. Maps take ``[..., T, D]`` arrays and are called for one chunk of the
+    sequence at a time, forward and backward; so a map must treat every position independently.
 
     Class attributes:
-      log_kind: which ``Features.log`` the map gives: "feature" ``[..., T, M]``, "position"
+      log_kind: shape of ``Features.log``: "feature" ``[..., T, M]``, "position"
         ``[..., T, 1]`` or "none".
-      signed: True where features can be negative. Denominators of a signed map can vanish.
+      signed: True if features can be negative. Denominators of a signed map can vanish.
     """
 
     log_kind: ClassVar[LogKind] = "feature"
@@ -98,19 +97,19 @@ class FeatureMap:
           x: queries or keys, ``[..., T, D]``, float32 or float64.
           parameters: as from :meth:`init`.
           is_query: queries and keys may have different features.
-          exact_scale: if False, factors common to all features of one query, or to all keys, may
-            be left out: normalised attention cancels them. If True, features are complete.
+          exact_scale: if False, factors common to all features of one query, or to all keys, may be
+            omitted, because they cancel in normalised attention. If True, features are complete.
 
         Returns:
-          :class:`Features` in the type of ``x``.
+          :class:`Features` in the dtype of ``x``.
         """
         raise NotImplementedError
 
 
 def project(x: Float[Array, "*B T D"], projection: Array) -> Float[Array, "*B T M"]:
-    """Returns ``x @ projection^T`` at the highest precision: the result goes into an exponent.
+    """Returns ``x @ projection^T`` at the highest precision, because it is an exponent.
 
-    ``projection`` is ``[M, D]`` or carries leading head (and batch) axes, ``[H, M, D]``.
+    ``projection`` is ``[M, D]``, or has leading head (and batch) axes, ``[H, M, D]``.
     """
     return jnp.matmul(
         x, projection.astype(x.dtype).swapaxes(-1, -2), precision=jax.lax.Precision.HIGHEST
@@ -118,6 +117,6 @@ def project(x: Float[Array, "*B T D"], projection: Array) -> Float[Array, "*B T 
 
 
 def as_row(vector: Float[Array, "*B N"], x: Float[Array, "*B T D"]) -> Float[Array, "*B 1 N"]:
-    """Brings ``[*B, N]`` to ``[*1, *B, 1, N]`` with as many axes as ``x``, in its type."""
+    """Reshapes ``[*B, N]`` to ``[*1, *B, 1, N]`` with as many axes as ``x``, in its dtype."""
     row = vector[..., None, :].astype(x.dtype)
     return row.reshape((1,) * (x.ndim - row.ndim) + row.shape)

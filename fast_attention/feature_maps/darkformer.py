@@ -1,11 +1,11 @@
-r"""DARKFormer's features: a learned matrix of each head, then FAVOR+.
+r"""DARKFormer features: a learned matrix for each head, then FAVOR+.
 
-With A the matrix, ``[D, D]``, identity at the start, and rows w of the random projection::
+With the matrix A, ``[D, D]``, initialized as the identity, and rows w of the random projection::
 
     phi(x) = FAVOR+(A x) = M^(-1/2) exp(w . z - |z|^2 / 2),   z = A x D^(-1/4)
 
-is an unbiased estimate of ``exp(q^T A^T A k / sqrt(D))``: of the softmax kernel of another metric,
-whose covariance the rows ``A^T w`` have. At the start it is FAVOR+ to rounding.
+is an unbiased estimate of ``exp(q^T A^T A k / sqrt(D))``, the softmax kernel with another metric
+``A^T A`` (the covariance of the rows ``A^T w``). Initially it equals FAVOR+ up to rounding.
 
 Reference: DARKFormer, arXiv:2603.04127.
 
@@ -28,10 +28,10 @@ from fast_attention.feature_maps.softmax import HyperbolicFeatures, PositiveFeat
 
 
 class DarkformerParameters(NamedTuple):
-    """Random rows, and the matrix that is learned; heads may differ in both.
+    """Random rows and the learned matrix; both may differ by head.
 
     Attributes:
-      rows: ``[*B, R, D]``, as drawn, not learned.
+      rows: ``[*B, R, D]``, random, not learned.
       matrix: A, ``[*B, D, D]``.
     """
 
@@ -60,11 +60,11 @@ class DarkformerFeatures(LearnedFeatures):
         return self.from_rows(draw_projection(self.projection, key, self.num_rows, head_dim))
 
     def from_rows(self, rows: Float[Array, "*B R D"]) -> DarkformerParameters:
-        """Returns the start with given rows."""
+        """Returns initial parameters with given rows."""
         return DarkformerParameters(rows, jnp.eye(rows.shape[-1], dtype=rows.dtype))
 
     def redraw(self, key: Array, parameters: DarkformerParameters) -> DarkformerParameters:
-        """Draws new rows for the same A; rows with leading axes get new ones each."""
+        """Draws new rows for the same A, separately for each of the leading axes."""
         return parameters._replace(rows=redraw_rows(self.projection, key, parameters.rows))
 
     def head_dim(self, parameters: DarkformerParameters) -> int:
@@ -83,7 +83,7 @@ class DarkformerFeatures(LearnedFeatures):
         is_query: bool,
         exact_scale: bool,
     ) -> Features:
-        """Returns M log-features a position; see the class."""
+        """Returns M log-features per position; see the class."""
         rows = jax.lax.stop_gradient(parameters.rows)
         moved = project(x, parameters.matrix)
         return self._favor.apply(moved, rows, is_query=is_query, exact_scale=exact_scale)

@@ -1,10 +1,10 @@
 """Decompositions of batches of small matrices that may run at the same time.
 
-jaxlib 0.10 runs a LAPACK call on a batch as several tasks of the thread pool that runs the program,
-and waits for them. Two such calls that run at the same time (two layers of a model, or two roots of
-one layer) can occupy every thread of the pool, and then wait for each other for ever. A call on one
-matrix starts no tasks. On CPU the functions here therefore loop over the matrices of a batch, also
-where ``jax.vmap`` adds an axis to it; other platforms get the batch.
+jaxlib 0.10 splits a LAPACK call on a batch into several tasks of the program's thread pool, and
+waits for them. Two such calls at the same time (two layers of a model, or two roots of one layer)
+can occupy all threads of the pool and deadlock. A call on one matrix starts no tasks. So on CPU the
+functions here loop over the matrices of a batch, also if ``jax.vmap`` adds an axis; other platforms
+process the batch at once.
 
 Shape letters: B batch, D rows and columns.
 """
@@ -25,7 +25,7 @@ from fast_attention.arrays.types import Array, Float
 def cholesky(square: Float[Array, "*B D D"]) -> Float[Array, "*B D D"]:
     """Returns the lower triangles L with ``L L^T`` equal to symmetric positive matrices.
 
-    Entries are NaN where a matrix is not positive. Differentiable.
+    Entries are NaN if a matrix is not positive. Differentiable.
     """
     return _cholesky(0.5 * (square + _transpose(square)))
 
@@ -78,7 +78,7 @@ def qr(square: Float[Array, "*B D D"]) -> tuple[Float[Array, "*B D D"], Float[Ar
 
 
 def _one_at_a_time(decompose: Callable[[Array], Any]) -> Callable[[Array], Any]:
-    """Makes a function of one matrix, or a batch of them, one of ``[*B, D, D]``; see the module."""
+    """Extends a function of one matrix, or a batch, to ``[*B, D, D]``; see the module."""
 
     def loop(matrices: Array) -> object:
         flat = matrices.reshape(math.prod(matrices.shape[:-2]), *matrices.shape[-2:])

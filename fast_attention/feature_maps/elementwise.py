@@ -100,7 +100,7 @@ def resolve_kernel(kernel: str | Kernel) -> Kernel:
 
 
 def _unwrapped(kernel: Kernel) -> Kernel:
-    """Returns the known kernel inside a wrapper (gin puts one around every configurable)."""
+    """Returns the known kernel inside a wrapper (gin wraps every configurable)."""
     known = {*KERNELS.values(), *_NONNEGATIVE}
     inner: Kernel | None = kernel
     while inner is not None and inner not in known:
@@ -115,20 +115,20 @@ def kernel_name(kernel: Kernel) -> str | None:
 
 
 def is_signed(kernel: Kernel) -> bool:
-    """Tells whether a kernel may take both signs, so that denominators can vanish.
+    """Returns whether a kernel may take both signs, so that denominators can vanish.
 
-    Of a function that is not known here nothing else can be said.
+    An unknown function is treated as signed.
     """
     return kernel not in _NONNEGATIVE
 
 
 def is_known(kernel: Kernel) -> bool:
-    """Tells whether the sign of a kernel is known here."""
+    """Returns whether the sign of a kernel is known here."""
     return kernel in {*KERNELS.values(), *_NONNEGATIVE, jax.nn.gelu, jax.nn.silu, jax.nn.elu}
 
 
 def is_exponential(kernel: Kernel) -> bool:
-    """Tells whether a kernel is the exponential, which can be kept as a logarithm."""
+    """Returns whether a kernel is the exponential, which can be kept as a logarithm."""
     return kernel in _EXPONENTIAL
 
 
@@ -138,10 +138,10 @@ class ElementwiseFeatures(FeatureMap):
 
     Attributes:
       kernel: the elementwise function f.
-      epsilon: added to every feature; keeps rows of a relu-like kernel from being all zero.
+      epsilon: added to every feature; prevents rows of a relu-like kernel from being all zero.
       num_rows: rows of W, or None for no projection (M = D).
       projection: name of the projection's distribution.
-      normalize_data: scale inputs by ``c = D^(-1/4)``, as softmax features do; else c = 1.
+      normalize_data: scale inputs by ``c = D^(-1/4)``, as for softmax features; otherwise c = 1.
     """
 
     kernel: Kernel = relu
@@ -175,7 +175,7 @@ class ElementwiseFeatures(FeatureMap):
         is_query: bool,
         exact_scale: bool,
     ) -> Features:
-        """Returns M features a position; see the class."""
+        """Returns M features per position; see the class."""
         del is_query, exact_scale
         return Features(self.kernel(self._preimage(x, parameters)) + self.epsilon, None)
 
@@ -193,7 +193,7 @@ def _from_fields(kind: type[ElementwiseFeatures], fields: dict[str, Any]) -> Ele
 class SignedElementwiseFeatures(ElementwiseFeatures):
     """Elementwise features that may take both signs (gelu, tanh, cos, sin, identity, unknown ones).
 
-    Denominators can vanish: outputs can be far larger than any value.
+    Denominators can vanish, so outputs can be far larger than any value.
     """
 
     signed: ClassVar[bool] = True
@@ -215,7 +215,7 @@ class ExponentialFeatures(ElementwiseFeatures):
         is_query: bool,
         exact_scale: bool,
     ) -> Features:
-        """Returns M log-features a position; see the class."""
+        """Returns M log-features per position; see the class."""
         del is_query, exact_scale
         log = self._preimage(x, parameters)
         if self.epsilon:
@@ -232,16 +232,16 @@ def elementwise_map(
     normalize_data: bool = False,
     signed: bool | None = None,
 ) -> ElementwiseFeatures:
-    """Returns the feature map of an elementwise kernel, of the kind the kernel needs.
+    """Returns the feature map of an elementwise kernel, of the class that it needs.
 
     Args:
-      kernel: a name in :data:`KERNELS` or an elementwise function; one that is not known here is
-        taken to have both signs.
+      kernel: a name in :data:`KERNELS` or an elementwise function; an unknown function is treated
+        as signed.
       epsilon: added to every feature, at least 0.
       num_rows: rows of the random projection, None for the kernel on the raw vectors.
       projection: distribution of the projection.
       normalize_data: scale inputs by ``D^(-1/4)``.
-      signed: whether the kernel takes both signs; None is what is known of it.
+      signed: whether the kernel takes both signs; None uses what is known of it.
 
     Raises:
       ValueError: for an unknown kernel name or a negative epsilon.
@@ -265,16 +265,16 @@ def elementwise_map(
 
 @dataclasses.dataclass(frozen=True)
 class IdentityFeatures(FeatureMap):
-    """Queries and keys are features already; nonnegative by promise of the caller."""
+    """Queries and keys are already features; the caller guarantees that they are nonnegative."""
 
     log_kind: ClassVar[LogKind] = "none"
 
     def init(self, key: Array, head_dim: int) -> None:
-        """There are no parameters."""
+        """Returns None: there are no parameters."""
         del key, head_dim
 
     def num_features(self, parameters: Parameters, head_dim: int) -> int:
-        """Returns D: the inputs are the features."""
+        """Returns D, because the inputs are the features."""
         del parameters
         return head_dim
 
@@ -288,7 +288,7 @@ class IdentityFeatures(FeatureMap):
 
 @dataclasses.dataclass(frozen=True)
 class LogFeatures(IdentityFeatures):
-    """Queries and keys are logarithms of features already."""
+    """Queries and keys are already logarithms of features."""
 
     log_kind: ClassVar[LogKind] = "feature"
 

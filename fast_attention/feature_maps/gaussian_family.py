@@ -1,16 +1,16 @@
-r"""The positive Gaussian estimators of ``exp(x . y)``: from moments of the data to parameters.
+r"""The positive Gaussian estimators of ``exp(x . y)``: parameters from moments of the data.
 
-All of them are one formula, importance sampling of ``E_w exp(w . (x + y))`` with a Gaussian of
-another covariance. With shifts a, b, matrices ``P1^T P2 = I``, curvatures ``A_l <= 0``,
-``S = 1 - 4 A`` and shrinkage ``0 <= c_l <= 1``::
+All estimators share one formula: importance sampling of ``E_w exp(w . (x + y))`` with a Gaussian of
+another covariance. With shifts a, b, matrices ``P1^T P2 = I``, curvatures ``A_l <= 0``, ``S = 1 - 4
+A`` and shrinkage ``0 <= c_l <= 1``::
 
     x~ = sqrt(c) P1 (x - a),   y~ = sqrt(c) P2 (y - b)
     log phi_Q,m = sum_l A_l w_ml^2 + w_m . (sqrt(S) x~) - |x~|^2 / 2 + b . x - a . b + const
     log phi_K,m = sum_l A_l w_ml^2 + w_m . (sqrt(S) y~) - |y~|^2 / 2 + a . y         + const
 
-and ``E sum_m phi_Q,m phi_K,m = exp(x . y)`` where ``c = 1``, for any a, b, P1, P2 and A. The
+and ``E sum_m phi_Q,m phi_K,m = exp(x . y)`` if ``c = 1``, for any a, b, P1, P2 and A. The
 relative second moment of a feature is the product over directions of
-``(1 - 4 A) (1 - 8 A)^(-1/2) exp(u^2 / (1 - 8 A))`` with ``u = x~ + y~``. What the names choose:
+``(1 - 4 A) (1 - 8 A)^(-1/2) exp(u^2 / (1 - 8 A))`` with ``u = x~ + y~``. The estimators by name:
 
 =========== =============================== ===========================================
 favor+      P1 = P2 = I                     A = 0
@@ -23,9 +23,10 @@ wderf       as aderf+, rescaled             one A per direction, weighted toward
 wderf_s     as wderf of ``sqrt(c) x``       the same, and c < 1: biased towards the uniform average
 =========== =============================== ===========================================
 
-Rows are turned into the basis of the eigenvectors before, which changes nothing in distribution:
-their signs, and vectors of equal eigenvalues, are a matter of rounding, and what comes of data must
-not be. Hence ``stretch = U sqrt(S) U^T`` below, and norms with a ``U`` in front.
+Rows are first rotated into the basis of the eigenvectors. This does not change the distribution,
+but makes results independent of rounding: signs of eigenvectors, and eigenvectors of equal
+eigenvalues, depend on rounding. Therefore ``stretch = U sqrt(S) U^T`` below, and norms with a ``U``
+in front.
 
 The first six also with the prefix ``centred_``: a and b are the means (always so for the last two).
 
@@ -71,15 +72,15 @@ SMALLEST_SQUARE = 1e-12
 
 
 class Tuning(NamedTuple):
-    """Parameters of the family for queries and keys as they come, before the scale D^(-1/4).
+    """Parameters of the family for unscaled queries and keys, before the scale D^(-1/4).
 
     Attributes:
       query_shift: a, ``[*B, D]``, on the scale of queries.
-      key_shift: b, ``[*B, D]``, on that of keys.
-      query_norm: ``U sqrt(c) P1 D^(-1/4)``, ``[*B, D, D]``: ``|x~|`` is the length of this times
-        ``q - a``. U is orthogonal, the basis in which A is diagonal.
+      key_shift: b, ``[*B, D]``, on the scale of keys.
+      query_norm: ``U sqrt(c) P1 D^(-1/4)``, ``[*B, D, D]``: ``|x~|`` is the norm of this times ``q
+        - a``. U is orthogonal, the basis in which A is diagonal.
       key_norm: ``U sqrt(c) P2 D^(-1/4)``, the same for keys.
-      stretch: ``U sqrt(1 - 4 A) U^T``, ``[*B, D, D]``, what rows are multiplied by.
+      stretch: ``U sqrt(1 - 4 A) U^T``, ``[*B, D, D]``, the factor of rows.
       log_stretch: logarithm of its determinant, ``[*B]``.
     """
 
@@ -107,16 +108,16 @@ def keeps_lengths(estimator: str) -> bool:
 def tune(
     estimator: str, moments: Moments, num_features: int, *, smallest_kept: float = 0.0
 ) -> Tuning:
-    """Returns the parameters that suit queries and keys of these moments.
+    """Returns the parameters for queries and keys with these moments.
 
     Args:
       estimator: one of :data:`TUNED_ESTIMATORS`.
       moments: of raw queries and keys, leading axes ``[*B]``.
-      num_features: M, which decides how far "wderf_s" shrinks.
-      smallest_kept: the least c of a direction; 0 may leave matrices without an inverse.
+      num_features: M, which determines the shrinkage of "wderf_s".
+      smallest_kept: the minimum c of a direction; with 0 matrices may be singular.
 
     Returns:
-      Finite parameters, whatever the moments: equal keys, one position or none.
+      Finite parameters for all moments (also of equal keys, one position or none).
     """
     check_estimator(estimator)
     width = moments.query.mean.shape[-1]
@@ -237,7 +238,7 @@ def _solve(
 
 
 def _mean_squares(second_x: Array, second_y: Array) -> tuple[Array, Array]:
-    """Mean squares ``[*B]`` per direction, none of them vanishing beside the other."""
+    """Mean squares ``[*B]`` per direction, with a lower bound on their ratio."""
     x, y = (_diagonal(second).mean(-1) for second in (second_x, second_y))
     floor = jnp.maximum(SMALLEST_SHARE * jnp.maximum(x, y), SMALLEST_SQUARE)
     return jnp.maximum(x, floor), jnp.maximum(y, floor)

@@ -1,11 +1,11 @@
-r"""Hedgehog features: a learned linear layer of each head, then a softmax over both signs.
+r"""Hedgehog features: a learned linear layer for each head, then a softmax over both signs.
 
-With W the layer of queries or of keys, both identity at the start, and ``u = W x``::
+With the layer W of queries or of keys (both initialized as the identity) and ``u = W x``::
 
     phi(x) = softmax([u, -u])        log phi = [u, -u] - logsumexp([u, -u])
 
-Nothing is random. The kernel ``phi(q) . phi(k)`` estimates no other one: it is close to softmax
-attention as far as training has made it so.
+Nothing is random. The kernel ``phi(q) . phi(k)`` is not an estimate of another kernel: how well it
+approximates softmax attention depends on training.
 
 Reference: Zhang et al., "The Hedgehog & the Porcupine: Expressive Linear Attentions with Softmax
 Mimicry", arXiv:2402.04347.
@@ -29,13 +29,13 @@ from fast_attention.feature_maps.projections import haar_orthogonal
 
 
 class HedgehogParameters(NamedTuple):
-    """What is learned; heads may differ in all of it.
+    """Learned parameters; all may differ by head.
 
     Attributes:
       query_weight: W of queries, ``[*B, R, D]``.
       key_weight: W of keys, ``[*B, R, D]``.
-      log_scale: ``[*B]``, logarithm of a factor on ``phi(q) . phi(k)`` where it stands beside exact
-        softmax weights; None where it would cancel.
+      log_scale: ``[*B]``, logarithm of a factor on ``phi(q) . phi(k)``, used together with exact
+        softmax weights; None if it would cancel.
     """
 
     query_weight: Float[Array, "*B R D"]
@@ -48,10 +48,10 @@ class HedgehogFeatures(LearnedFeatures):
     """Features ``softmax([W x, -W x])`` with a learned W, see the module.
 
     Attributes:
-      num_rows: R; the paper has D. Row i begins as the i-th unit vector, those beyond D as random
-        orthonormal ones.
-      scaled: learn ``log_scale``, too. It begins as ``log(M)``: equal features then weigh 1, as a
-        key does in softmax attention whose logit is 0.
+      num_rows: R; the paper uses D. Row i is initialized as the i-th unit vector, rows beyond D as
+        random orthonormal ones.
+      scaled: also learn ``log_scale``. It is initialized as ``log(M)``: equal features then have
+        weight 1, like a key with logit 0 in softmax attention.
     """
 
     num_rows: int
@@ -60,7 +60,7 @@ class HedgehogFeatures(LearnedFeatures):
     parameters_type: ClassVar[type[HedgehogParameters]] = HedgehogParameters
 
     def init(self, key: Array, head_dim: int) -> HedgehogParameters:
-        """Returns the start, for one head; `key` is for rows beyond the head width alone."""
+        """Returns initial parameters of one head; `key` is for rows beyond D only."""
         blocks = -(-self.num_rows // head_dim)
         weight = jnp.eye(head_dim, dtype=jnp.float32)
         if blocks > 1:
@@ -87,7 +87,7 @@ class HedgehogFeatures(LearnedFeatures):
         is_query: bool,
         exact_scale: bool,
     ) -> Features:
-        """Returns M log-features a position; see the class."""
+        """Returns M log-features per position; see the class."""
         half = project(x, parameters.query_weight if is_query else parameters.key_weight)
         log = jnp.concatenate([half, -half], axis=-1)
         # The sum over a query's features is common to all of them and cancels in the ratio.

@@ -1,4 +1,4 @@
-"""Means and covariances of queries and keys, head by head, of visible positions only.
+"""Means and covariances of queries and keys per head, over visible positions.
 
 Shape letters: B batch, T queries, S keys, H heads, K key/value heads, G = H / K, D head width,
 N positions.
@@ -20,10 +20,10 @@ from fast_attention.feature_maps.subset import spread_out
 
 
 class Spread(NamedTuple):
-    """Where the vectors of one head lie.
+    """Mean and covariance of the vectors of one head.
 
     Attributes:
-      weight: ``[*B, K]``, the number of vectors, or what counts for it in a running average.
+      weight: ``[*B, K]``, the number of vectors, or their weight in a running average.
       mean: ``[*B, K, D]``.
       covariance: ``[*B, K, D, D]``.
     """
@@ -34,7 +34,7 @@ class Spread(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Where queries and keys lie; queries that share a key head are taken together."""
+    """Moments of queries and keys; queries that share a key head are pooled."""
 
     query: Spread
     key: Spread
@@ -49,15 +49,16 @@ def measure(
     pooled: bool = False,
     most: int | None = None,
 ) -> Moments:
-    """Measures queries and keys; nothing is differentiated through it.
+    """Measures the moments of queries and keys, without gradients.
 
     Args:
       query: ``[*B, T, H, D]``.
       key: ``[*B, S, K, D]``, H a multiple of K.
-      query_mask: ``[*B, T, K or 1]``; queries where it is False do not count, whatever they hold.
+      query_mask: ``[*B, T, K or 1]``; queries where it is False do not count, whatever their values
+        are.
       key_mask: ``[*B, S, K or 1]``; the same for keys.
-      pooled: take the rows of a batch together; else each has moments of its own.
-      most: measure no more than this many positions of a row, spread over those that count, see
+      pooled: pool the rows of a batch; if False each row has its own moments.
+      most: maximum number of positions per row to measure, spread over those that count, see
         :func:`fast_attention.feature_maps.subset.spread_out`; None measures all.
 
     Returns:
@@ -89,7 +90,7 @@ def measure(
 
 
 def merge_spreads(left: Spread, right: Spread) -> Spread:
-    """Returns the spread of both sets of vectors together, in proportion to their weights."""
+    """Returns the spread of the union of both sets of vectors, by their weights."""
     weight = left.weight + right.weight
     share = right.weight / jnp.where(weight > 0, weight, 1)
     difference = right.mean - left.mean
@@ -107,9 +108,9 @@ def merge_moments(left: Moments, right: Moments) -> Moments:
 
 
 def running_average(old: Moments, new: Moments, decay: float) -> Moments:
-    """Returns ``decay * old + (1 - decay) * new``, without the bias of a start from nothing.
+    """Returns ``decay * old + (1 - decay) * new``, without the bias of an empty start.
 
-    Heads that saw nothing in ``new`` keep what they had.
+    Heads without vectors in ``new`` keep their old moments.
     """
 
     def weighted(moments: Moments, weight: Callable[[Array], Array]) -> Moments:
@@ -121,7 +122,7 @@ def running_average(old: Moments, new: Moments, decay: float) -> Moments:
 
 
 def no_moments(num_heads: int, head_dim: int) -> Moments:
-    """Returns moments of weight 0, where nothing has been seen, ``[K, ...]`` in float32."""
+    """Returns empty moments of weight 0, ``[K, ...]`` in float32."""
     side = Spread(
         jnp.zeros(num_heads, jnp.float32),
         jnp.zeros((num_heads, head_dim), jnp.float32),
@@ -161,7 +162,7 @@ def _spread(x: Array, visible: Array | None, pooled: bool) -> Spread:
 def measure_visible(
     query: Array, key: Array, query_mask: Array | None, key_mask: Array | None
 ) -> Moments:
-    """Measures a batch as one, for each key head; masks are ``[B, T]`` and ``[B, S]``."""
+    """Measures a pooled batch, for each key head; masks are ``[B, T]`` and ``[B, S]``."""
     if query_mask is None and query.shape[-3] == key.shape[-3]:
         query_mask = key_mask
     masks = [None if mask is None else mask[..., None] for mask in (query_mask, key_mask)]

@@ -1,7 +1,7 @@
-"""Pickling of functions that ``jax.jit`` has compiled, as those of ``jax.numpy`` are.
+"""Pickling of functions compiled by ``jax.jit``, such as those of ``jax.numpy``.
 
-Pickle writes such a function as the Python function inside, which is not what it finds under that
-name, and raises an error. Here it is written by its name.
+Pickle tries to write the Python function inside, does not find it under its name, and raises an
+error. Here such a function is written by its name.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 
 class Place(NamedTuple):
-    """Where a function is found.
+    """The location of a function.
 
     Attributes:
       name: "module:name".
@@ -21,7 +21,7 @@ class Place(NamedTuple):
 
 
 def to_places(fields: dict[str, Any]) -> dict[str, Any]:
-    """Replaces functions that are found under their own name; other values stay."""
+    """Replaces functions that are found under their own name; other values do not change."""
     return {name: _place_of(x) if callable(x) else x for name, x in fields.items()}
 
 

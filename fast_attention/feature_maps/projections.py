@@ -1,4 +1,4 @@
-"""Random projections ``W [M, D]`` whose rows are standard Gaussian vectors, one by one or coupled.
+"""Random projections ``W [M, D]`` with standard Gaussian rows, independent or coupled.
 
 Shape letters: D head width, M features (rows), N rows of a block.
 
@@ -44,8 +44,8 @@ def iid_projection(key: Array, num_rows: int, dim: int) -> Float[Array, "M D"]:
 def haar_orthogonal(key: Array, num_blocks: int, dim: int) -> Float[Array, "N D D"]:
     """Draws independent orthogonal matrices, uniformly (Haar) distributed.
 
-    They are the Q of Gaussian matrices where the diagonal of R is positive; with the signs that
-    LAPACK leaves there they would not be uniform.
+    They are the Q of Gaussian matrices with a positive diagonal of R. With the signs that LAPACK
+    returns, they would not be uniform.
 
     Returns:
       float32 ``[num_blocks, D, D]``.
@@ -57,16 +57,16 @@ def haar_orthogonal(key: Array, num_blocks: int, dim: int) -> Float[Array, "N D 
 def orthogonal_projection(
     key: Array, num_rows: int, dim: int, *, scaling: float = 0.0
 ) -> Float[Array, "M D"]:
-    """Draws rows that are orthogonal within each block of D, blocks being independent.
+    """Draws rows that are orthogonal within each block of D; blocks are independent.
 
-    With ``scaling=0`` each row has the length of an independent Gaussian vector, so that every row
-    by itself is exactly N(0, I): kernel estimates are unbiased. With ``scaling=1`` every row has
-    length sqrt(D): lower variance, but the estimated kernel is the regularised softmax kernel
+    With ``scaling=0`` each row has the norm of an independent Gaussian vector, so each single row
+    is exactly N(0, I) and kernel estimates are unbiased. With ``scaling=1`` every row has norm
+    sqrt(D): lower variance, but the estimated kernel is the regularised softmax kernel
     (arXiv:2009.14794, theorem 1).
 
     Args:
-      key: a JAX random key; blocks and row lengths use independent keys split from it.
-      num_rows: M, any positive number; the last block is cut when D does not divide M.
+      key: a JAX random key; blocks and row norms use independent keys split from it.
+      num_rows: M, any positive number; the last block is truncated if D does not divide M.
       dim: D.
       scaling: 0 or 1.
 
@@ -91,15 +91,15 @@ def orthogonal_projection(
 
 
 def orthogonal_sqrt_d_projection(key: Array, num_rows: int, dim: int) -> Float[Array, "M D"]:
-    """Orthogonal rows of length sqrt(D): :func:`orthogonal_projection` with ``scaling=1``."""
+    """Orthogonal rows of norm sqrt(D): :func:`orthogonal_projection` with ``scaling=1``."""
     return orthogonal_projection(key, num_rows, dim, scaling=1.0)
 
 
 def simplex_projection(key: Array, num_rows: int, dim: int) -> Float[Array, "M D"]:
-    """Draws rows that point to the corners of a simplex, block by block (arXiv:2301.13856).
+    """Draws blocks of rows that point to the corners of a simplex (arXiv:2301.13856).
 
     The N <= D rows of a block have pairwise cosines ``-1 / (N - 1)``, a random rotation, and the
-    lengths of independent Gaussian vectors: each row by itself is exactly N(0, I).
+    norms of independent Gaussian vectors: each single row is exactly N(0, I).
 
     Args:
       key: a JAX random key.
@@ -126,9 +126,10 @@ def simplex_projection(key: Array, num_rows: int, dim: int) -> Float[Array, "M D
 def hadamard_projection(key: Array, num_rows: int, dim: int) -> Float[Array, "M D"]:
     """Draws blocks ``H D3 H D2 H D1`` of Hadamard matrices and random signs (arXiv:1610.09072).
 
-    D is padded to a power of two N, and rows have the lengths of Gaussian vectors of width N. Rows
-    are nearly, not exactly, N(0, I), the more nearly the wider: their directions are finite in
-    number. It is drawn without QR; as a matrix it costs what any projection costs.
+    D is padded to a power of two N, and rows have the norms of Gaussian vectors of width N. Rows
+    are only approximately N(0, I), because the number of directions is finite; the approximation
+    improves with the width. It is drawn without QR; the product with it costs as much as with any
+    projection.
 
     Args:
       key: a JAX random key.
@@ -191,7 +192,7 @@ PROJECTIONS: dict[str, Callable[[Array, int, int], Array]] = {
 """Projections by name; each takes a key, M and D."""
 
 ANTITHETIC = "_antithetic"
-"""Behind a name: half as many rows, each used with both signs by maps that can."""
+"""Suffix of a name: half as many rows, each used with both signs by maps that support it."""
 
 
 def draw_projection(name: str, key: Array, num_rows: int, dim: int) -> Float[Array, "M D"]:
@@ -206,7 +207,7 @@ def draw_projection(name: str, key: Array, num_rows: int, dim: int) -> Float[Arr
 
 
 def redraw_rows(name: str, key: Array, rows: Float[Array, "*B M D"]) -> Float[Array, "*B M D"]:
-    """Draws new rows in place of others of the projection called ``name``."""
+    """Draws new rows of the projection called ``name``, in the shape of others."""
     *leading, num_rows, width = rows.shape
     keys = jax.random.split(key, math.prod(leading))
     drawn = jax.vmap(lambda k: draw_projection(name, k, num_rows, width))(keys)

@@ -1,6 +1,6 @@
-"""How curved, and how far shrunk, the Gaussian features of one direction should be.
+"""The best curvature and shrinkage of Gaussian features per direction.
 
-Directions are independent: with ``lambda_l`` the mean square of ``x~_l + y~_l``, the logarithm of
+Directions are independent. If ``lambda_l`` is the mean square of ``x~_l + y~_l``, the logarithm of
 the relative second moment of a feature is the sum of ``h(lambda_l)`` at the best curvature.
 
 Shape letters: D directions, P trial prices.
@@ -28,7 +28,7 @@ _ROUGH, _FINE = 14, 24
 
 
 def best_curvature(square: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-    """Returns ``A <= 0`` of least second moment for a mean square ``lambda`` (arXiv:2302.00787).
+    """Returns the ``A <= 0`` that minimizes the second moment for a mean square (arXiv:2302.00787).
 
     ``A = (1 - 2 lambda - sqrt((2 lambda + 1)^2 + 8 lambda)) / 16``.
     """
@@ -45,22 +45,22 @@ def log_second_moment(square: Array, curvature: Array) -> Array:
 
 
 def weighted_square(sigma: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-    """Mean square of ``x~ + y~`` over pairs as attention weights them, after rescaling.
+    """Mean square of ``x~ + y~`` over pairs, weighted by attention, after rescaling.
 
-    For queries and keys of variance sigma both, a key that attention picks is distributed as
-    ``y | x ~ N(sigma x, sigma)``. With the scale of queries against keys chosen anew, the mean
-    square is ``2 sigma sqrt(1 + sigma^2) + 2 sigma^2``; a plain average would be ``2 sigma``.
+    If queries and keys have variance sigma, a key sampled by attention is distributed as ``y | x ~
+    N(sigma x, sigma)``. With the best scale of queries relative to keys, the mean square is ``2
+    sigma sqrt(1 + sigma^2) + 2 sigma^2``; a plain average would be ``2 sigma``.
     """
     return 2 * sigma * jnp.sqrt(1 + sigma**2) + 2 * sigma**2
 
 
 def shrinkage(sigma: Float[Array, "*B D"], num_features: int) -> Float[Array, "*B D"]:
-    """Returns how much of each direction M features can afford to keep, ``0 <= c <= 1``.
+    """Returns the factor ``0 <= c <= 1`` by which each direction is shrunk for M features.
 
     Minimises ``(exp(sum_l h(lambda(c_l sigma_l))) - 1) / M + 2 sum_l (1 - c_l)^2 sigma_l^2``: the
     variance of the estimate, and the squared bias of attending to ``c x . y``. For a given price
-    tau of variance each direction is solved alone; the price that M features imply is found by
-    trying several at once, in a few rounds. ``c`` goes to 1 as M grows.
+    tau of variance each direction is solved separately; the price for M features is found in a few
+    rounds, with several trial prices in each. ``c`` goes to 1 as M grows.
 
     Args:
       sigma: standard deviations of logits per direction, not negative.
@@ -110,7 +110,7 @@ def shrinkage(sigma: Float[Array, "*B D"], num_features: int) -> Float[Array, "*
 
 
 def _slope(sigma: Array) -> Array:
-    """Derivative of ``h(lambda(sigma))``; the best curvature takes no part in it."""
+    """Derivative of ``h(lambda(sigma))``; that of the best curvature cancels."""
     root = jnp.sqrt(1 + sigma**2)
     inner = 2 * root + 2 * sigma**2 / root + 4 * sigma
     return inner / (1 - 8 * best_curvature(weighted_square(sigma)))

@@ -1,7 +1,7 @@
 """Random features of the softmax kernel ``exp(q . k / sqrt(D))``.
 
 With ``x = q D^(-1/4)``, ``y = k D^(-1/4)`` and rows w of the projection W (``[M, D]``), each map is
-an unbiased estimate of ``exp(x . y)`` when every row is N(0, I) by itself:
+an unbiased estimate of ``exp(x . y)`` if every single row is N(0, I):
 
 * positive: ``M^(-1/2) exp(w.x - |x|^2/2)`` (lemma 1, "FAVOR+"),
 * hyperbolic: ``(2 M)^(-1/2) exp(+-w.x - |x|^2/2)``, 2 M features of smaller variance (lemma 1),
@@ -31,7 +31,7 @@ from fast_attention.feature_maps.projections import draw_projection
 
 @dataclasses.dataclass(frozen=True)
 class _ProjectedSoftmaxMap(FeatureMap):
-    """What the three estimators share: a projection drawn by name.
+    """Common base of the three estimators: a projection drawn by name.
 
     Attributes:
       num_rows: rows of the projection.
@@ -97,7 +97,7 @@ class HyperbolicFeatures(PositiveFeatures):
         is_query: bool,
         exact_scale: bool,
     ) -> Features:
-        """Returns 2 M log-features a position; see the class."""
+        """Returns 2 M log-features per position; see the class."""
         x = self._scaled(x)
         half = project(x, parameters)
         both = jnp.concatenate(
@@ -114,8 +114,8 @@ class HyperbolicFeatures(PositiveFeatures):
 class TrigonometricFeatures(_ProjectedSoftmaxMap):
     """Signed features ``M^(-1/2) exp(|x|^2/2) [cos w.x, sin w.x]`` (arXiv:2009.14794, eq. 5).
 
-    Row sums of the estimated attention matrix can vanish or change sign, so that outputs can be
-    arbitrarily large where norms are not small; prefer :class:`PositiveFeatures`.
+    Row sums of the estimated attention matrix can vanish or change sign, so outputs can be
+    arbitrarily large if norms are not small; prefer :class:`PositiveFeatures`.
     """
 
     log_kind: ClassVar[LogKind] = "position"
@@ -130,7 +130,7 @@ class TrigonometricFeatures(_ProjectedSoftmaxMap):
         is_query: bool,
         exact_scale: bool,
     ) -> Features:
-        """Returns 2 M features and one log-scale a position; see the class."""
+        """Returns 2 M features and one log-scale per position; see the class."""
         x = self._scaled(x)
         projected = project(x, parameters)
         values = jnp.concatenate([jnp.cos(projected), jnp.sin(projected)], axis=-1)

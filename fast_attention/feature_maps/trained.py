@@ -1,4 +1,4 @@
-r"""Parameters of the positive Gaussian family that an optimiser changes, whatever it makes of them.
+r"""Trainable parameters of the positive Gaussian family, valid for all values.
 
 The formula is that of :mod:`.gaussian_family` with ``w`` replaced by ``F^T w``: for any matrices N
 and F that have an inverse, and any a and b,
@@ -6,15 +6,15 @@ and F that have an inverse, and any a and b,
     log phi_Q,m = (|w|^2 - |F^T w|^2) / 4 + (F^T w) . x~ - |x~|^2 / 2 + b . x - a . b + const
     x~ = N (x - a),   y~ = C N^(-T) (y - b)
 
-has ``E sum_m phi_Q,m phi_K,m = exp(x . y)`` where ``C = I``. The second moment of a feature is
-finite where ``F^T F > I / 2``. Hence triangular matrices, their diagonals as logarithms, and
+has ``E sum_m phi_Q,m phi_K,m = exp(x . y)`` if ``C = I``. The second moment of a feature is finite
+if ``F^T F > I / 2``. So the parameters are triangular matrices with logarithmic diagonals, and
 
     N = U(norm),   F^T F = (I + U(spread)^T U(spread)) / 2,   C = U(keep)^T U(keep)
 
-with F triangular, too: every array of numbers is admissible, and zeros are FAVOR+. Since rows may
-be turned, this is the whole family, ADERF+ and WDERF among it, once. With ``keep`` ("wderf_s") the
-kernel estimated is ``exp((x - a)^T N^T C N^(-T) (y - b) + ..)``, which is another one: shrunk where
-C is less than I. It may become more, too.
+with F triangular, too: all values are valid, and zeros give FAVOR+. Up to rotations of the rows,
+this is the whole family (also ADERF+ and WDERF), without redundancy. With ``keep`` ("wderf_s") the
+estimated kernel is ``exp((x - a)^T N^T C N^(-T) (y - b) + ..)``, which differs from softmax: it is
+shrunk if C is less than I, and may also be enlarged.
 
 Shape letters: B batch (key heads), D head width, R rows drawn, N = D (D + 1) / 2.
 """
@@ -33,26 +33,26 @@ from fast_attention.feature_maps.gaussian_family import Tuning
 from fast_attention.feature_maps.tuned import TunedParameters, fold
 
 TRAINABLE_ESTIMATORS = ("wderf", "wderf_s")
-"""Names of the estimators whose parameters can be trained: the unbiased ones, and with C."""
+"""Names of the estimators with trainable parameters: unbiased, and with C."""
 
 
 SMALLEST_KEPT = 1e-4
-"""Of every direction, where training begins: what has no inverse cannot be trained."""
+"""Minimum c of each direction at the start of training: singular matrices cannot be trained."""
 
 
 class TrainedParameters(NamedTuple):
-    """Random rows, and numbers of which any value will do; heads may differ in all of them.
+    """Random rows and unconstrained parameters; all may differ by head.
 
-    Entries of triangles beside the diagonal are in units of ``D^(-1/2)``, so that steps of one
-    size in all of them change a matrix equally at every width.
+    Off-diagonal entries are in units of ``D^(-1/2)``, so that equal steps in all of them change a
+    matrix equally at every width.
 
     Attributes:
-      rows: ``[*B, R, D]``, as drawn, not trained.
+      rows: ``[*B, R, D]``, random, not trained.
       query_shift: a, ``[*B, D]``, on the scale of queries.
-      key_shift: b, ``[*B, D]``, on that of keys.
+      key_shift: b, ``[*B, D]``, on the scale of keys.
       norm: upper triangle of N, ``[*B, N]``.
-      spread: of the root of ``2 F^T F - I``, ``[*B, N]``.
-      keep: of the root of C, ``[*B, N]``; None is ``C = I``.
+      spread: upper triangle of the root of ``2 F^T F - I``, ``[*B, N]``.
+      keep: upper triangle of the root of C, ``[*B, N]``; None is ``C = I``.
     """
 
     rows: Float[Array, "*B R D"]
@@ -64,7 +64,7 @@ class TrainedParameters(NamedTuple):
 
 
 def fold_trained(parameters: TrainedParameters) -> TunedParameters:
-    """Returns what features are computed with; differentiable, but for the rows."""
+    """Returns the parameters used by the features; differentiable, except for the rows."""
     width = parameters.query_shift.shape[-1]
     norm = _triangle(parameters.norm, width)
     spread = _triangle(parameters.spread, width)
@@ -89,10 +89,10 @@ def fold_trained(parameters: TrainedParameters) -> TunedParameters:
 def begin_training(
     rows: Float[Array, "*B R D"], tuning: Tuning, estimator: str
 ) -> TrainedParameters:
-    """Returns the numbers that stand for a tuning, where training begins.
+    """Returns the initial trainable parameters for a tuning.
 
-    Features of the same rows differ, as those of turned rows would: in distribution they are the
-    same. A tuning that shrinks keeps its shrinkage for "wderf_s" alone.
+    Features with the same rows differ by a rotation of the rows, but have the same distribution.
+    The shrinkage of a tuning is kept for "wderf_s" only.
 
     Args:
       rows: ``[*B, R, D]``.

@@ -1,7 +1,7 @@
 """Positive features with parameters from data, at the cost of plain ones.
 
-Everything of the formula in :mod:`.gaussian_family` that does not depend on the position is folded
-into weights beforehand: a query costs one product, a key the same and one by a [D, D] matrix.
+All parts of the formula in :mod:`.gaussian_family` that do not depend on the position are folded
+into weights in advance: a query costs one product, a key one more with a [D, D] matrix.
 
 Shape letters: B batch, T length, K key/value heads, D head width, R rows drawn, M features.
 """
@@ -29,10 +29,10 @@ from fast_attention.feature_maps.projections import draw_projection, redraw_rows
 
 
 class TunedParameters(NamedTuple):
-    """Random rows, the tuning, and both folded together; heads may differ in all of them.
+    """Random rows, the tuning, and both folded together; all may differ by head.
 
-    Made by :func:`fold`. The last three arrays and the shifts and ``key_norm`` are what features
-    need; the others are kept to draw new rows for the same tuning.
+    Made by :func:`fold`. Features need the last three arrays, the shifts and ``key_norm``; the
+    others are kept for drawing new rows for the same tuning.
 
     Attributes:
       rows: ``[*B, R, D]``, as drawn.
@@ -60,7 +60,7 @@ class TunedParameters(NamedTuple):
 
     @property
     def tuning(self) -> Tuning:
-        """The part that does not depend on what was drawn."""
+        """The part that does not depend on the random rows."""
         return Tuning(*(getattr(self, name) for name in Tuning._fields))
 
 
@@ -87,10 +87,10 @@ def fold(rows: Float[Array, "*B R D"], tuning: Tuning) -> TunedParameters:
 class TunedFeatures(FeatureMap):
     """Positive features of the Gaussian family, see :mod:`.gaussian_family`.
 
-    Nothing is differentiated with respect to their parameters, unless these are trained.
+    There are no gradients for their parameters, unless these are trained.
 
-    Parameters as drawn are those of FAVOR+, whatever the estimator; those that suit given data come
-    from :func:`fast_attention.mechanisms.favor.calibration.calibrate`.
+    Initial parameters are those of FAVOR+ for all estimators;
+    :func:`fast_attention.mechanisms.favor.calibration.calibrate` computes them from data.
 
     Attributes:
       estimator: a name in :data:`.gaussian_family.TUNED_ESTIMATORS`.
@@ -116,11 +116,11 @@ class TunedFeatures(FeatureMap):
         return fold(rows, untuned(head_dim))
 
     def redraw(self, key: Array, parameters: TunedParameters) -> TunedParameters:
-        """Draws new rows for the same tuning; rows with leading axes get new ones each."""
+        """Draws new rows for the same tuning, separately for each of the leading axes."""
         return fold(self.redraw_rows(key, parameters.rows), parameters.tuning)
 
     def redraw_rows(self, key: Array, rows: Float[Array, "*B R D"]) -> Float[Array, "*B R D"]:
-        """Draws new rows in place of others."""
+        """Draws new rows to replace others."""
         return redraw_rows(self.projection, key, rows)
 
     def num_features(self, parameters: Parameters, head_dim: int) -> int:
@@ -136,7 +136,7 @@ class TunedFeatures(FeatureMap):
         is_query: bool,
         exact_scale: bool,
     ) -> Features:
-        """Returns M log-features a position; see the class."""
+        """Returns M log-features per position; see the class."""
         # Constants of the data, not weights: without this their gradients would be computed.
         p = parameters if self.trained else jax.lax.stop_gradient(parameters)
         own = p.query_shift if is_query else p.key_shift
@@ -154,7 +154,7 @@ class TunedFeatures(FeatureMap):
     def common(
         self, x: Array, p: TunedParameters, *, is_query: bool, exact_scale: bool
     ) -> Float[Array, "*B T 1"]:
-        """Returns what all log-features of a position have in common; see :meth:`apply`."""
+        """Returns the common part of all log-features of a position; see :meth:`apply`."""
         centred = x - as_row(p.query_shift if is_query else p.key_shift, x)
         # For keys a . (y - b) stands for a . y: the rest is common to all keys.
         tilt = p.key_shift if is_query else p.query_shift
