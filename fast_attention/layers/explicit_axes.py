@@ -22,8 +22,8 @@ from fast_attention.arrays.explicit_axes import (
 def modules_run_on_auto_axes(function: Function) -> Function:
     """Decorates a method or function of arrays and modules (also random streams, optimisers).
 
-    Results lie as :func:`fast_attention.arrays.explicit_axes.sharded_alike` says; what a call
-    changes in its modules lies as it did before.
+    Results are sharded as in :func:`fast_attention.arrays.explicit_axes.sharded_alike`; module
+    state that a call changes keeps its sharding.
     """
     signature = inspect.signature(function)
 
@@ -52,7 +52,7 @@ def modules_run_on_auto_axes(function: Function) -> Function:
 
 
 def _update(modules: list[Any], mesh: Any, old: nnx.State, laid: nnx.State, new: nnx.State) -> None:
-    """Writes what a call has changed, and no more: a trace cannot write to modules around it."""
+    """Writes only what a call has changed: a trace cannot write to outer modules."""
     given, were = dict(nnx.to_flat_state(laid)), dict(nnx.to_flat_state(old))
     changed = {
         path: value

@@ -49,10 +49,10 @@ Activation = str | Callable[[Array], Array]
 
 
 def activation_of(activation: Activation) -> Callable[[Array], Array]:
-    """Returns the function that an activation names, or is.
+    """Returns the function of an activation, given by name or as a function.
 
     Raises:
-      ValueError: At an unknown name, or what is neither a name nor a function.
+      ValueError: If it is an unknown name, or neither a name nor a function.
     """
     if callable(activation):
         return activation
@@ -64,14 +64,14 @@ def activation_of(activation: Activation) -> Callable[[Array], Array]:
 
 
 class FeedForward(nnx.Module, SublayerPart):
-    """``activation(x W_1 + b_1) W_2 + b_2`` with dropout after each of the two.
+    """``activation(x W_1 + b_1) W_2 + b_2``, with dropout after the activation and the output.
 
     With `glu` the first dense layer has two halves, ``(activation(x W_1 + b_1) * (x V + c)) W_2``.
 
     Attributes:
       activation: The elementwise function, or its name in `ACTIVATIONS`.
       glu: Whether activations are multiplied by a second half.
-      chunks: Pieces that the length is cut in.
+      chunks: Number of chunks of the length.
       up: First dense layer, M to the hidden width; with `glu` to twice that, ``[W_1, V]``.
       down: Second dense layer, back to M.
       dropout: Applied to the activations and to the output.
@@ -92,7 +92,7 @@ class FeedForward(nnx.Module, SublayerPart):
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
-        """Draws Xavier-uniform kernels; biases start at zero.
+        """Draws Xavier-uniform kernels; biases are initialized as zero.
 
         Args:
           features: M, of inputs and outputs.
@@ -100,15 +100,15 @@ class FeedForward(nnx.Module, SublayerPart):
           activation: A key of `ACTIVATIONS`, or an elementwise function; "gelu_exact" is that of
             the original models.
           glu: Multiply activations by a second half of the first layer.
-          chunks: Cut the length in so many pieces, at most as many as there are positions, and work
-            on one after another, in the backward pass too. Values are the same; no more than one
-            piece has its hidden activations in memory, which are computed once more for gradients.
+          chunks: Split the length into this number of chunks (at most the number of positions), and
+            process one after another, also in the backward pass. Values are the same; the hidden
+            activations of only one chunk are in memory, and are recomputed for gradients.
           dropout_rate: Probability to drop an activation or an output.
-          dtype: To compute in; None is that of inputs and parameters.
+          dtype: Dtype of the computation; None is that of inputs and parameters.
           rngs: Source of the parameters.
 
         Raises:
-          ValueError: At an unknown activation or without a piece.
+          ValueError: For an unknown activation, or fewer than one chunk.
         """
         activation_of(activation)
         if chunks < 1:
@@ -132,7 +132,7 @@ class FeedForward(nnx.Module, SublayerPart):
         deterministic: bool = True,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "*B M"]:
-        """Applies the layer to each position by itself.
+        """Applies the layer to each position independently.
 
         Args:
           x: ``[*B, M]``.

@@ -23,8 +23,8 @@ from fast_attention.mechanisms.efficient.op import efficient_attention
 class ImageLinearAttention(nnx.Module):
     """Efficient attention between convolutions, linear in the number of pixels.
 
-    Queries and keys are multiplied by ``D^(-1/4)``, keys of a context not, as in the original. Keys
-    are normalised over the pixels of image and context, queries over their channels.
+    Queries and keys are multiplied by ``D^(-1/4)``, but keys of a context are not, as in the
+    original. Keys are normalised over the pixels of image and context, queries over their channels.
 
     Attributes:
       query, key, value, out: Convolutions.
@@ -51,15 +51,15 @@ class ImageLinearAttention(nnx.Module):
         Args:
           channels: C.
           out_channels: O, by default C.
-          kernel_size: Side of all four kernels.
-          padding: Zeros around their inputs.
-          stride: Of the first three; the output is so much smaller.
-          key_dim: D, of one head.
-          value_dim: V, of one head.
+          kernel_size: Side length of all four kernels.
+          padding: Zero padding of their inputs.
+          stride: Stride of the first three convolutions; the output is smaller by this factor.
+          key_dim: D, per head.
+          value_dim: V, per head.
           num_heads: H.
-          norm_queries: Take the softmax of queries over their channels; else as they are.
+          norm_queries: Apply softmax to queries over their channels; if False use them unchanged.
           channel_first: Maps are ``[B, C, X, Y]``, inputs and outputs.
-          dtype: To compute in; None is that of inputs and parameters.
+          dtype: Dtype of the computation; None is that of inputs and parameters.
           rngs: Source of the parameters.
         """
         self.kernel_size = kernel_size
@@ -95,14 +95,14 @@ class ImageLinearAttention(nnx.Module):
 
         Args:
           x: ``[B, X, Y, C]``.
-          context: ``[B, *pixels, C]``; its pixels, flattened to one row, become further keys and
-            values. Larger kernels see the row as a map of height 1, as the original does.
+          context: ``[B, *pixels, C]``; its pixels, flattened to one row, are additional keys and
+            values. For larger kernels the row is a map of height 1, as in the original.
 
         Returns:
-          ``[B, X', Y', O]``; X' and Y' are what the convolutions make of X and Y.
+          ``[B, X', Y', O]``; X' and Y' are the sizes after the convolutions.
 
         Raises:
-          ValueError: For a map or a context that the kernel does not fit into.
+          ValueError: If a map or a context is smaller than the kernel.
         """
         if x.ndim != 4:
             raise ValueError(f"x must be a map with four axes, got shape {x.shape}.")
@@ -131,7 +131,7 @@ class ImageLinearAttention(nnx.Module):
         return jnp.moveaxis(out, -1, 1) if self.channel_first else out
 
     def _row(self, context: Array) -> Array:
-        """Flattens pixels to ``[B, 1, P, C]``, with zeros above and below where a kernel needs."""
+        """Flattens pixels to ``[B, 1, P, C]``, padded above and below for the kernel."""
         number = math.prod(context.shape[1:-1])
         row = context.reshape(context.shape[0], 1, number, context.shape[-1])
         self._check_fits("the row of context pixels", (self.kernel_size, number))

@@ -1,4 +1,4 @@
-"""What every layer of a stack reads besides the residual stream."""
+"""Inputs of the layers of a stack in addition to the residual stream."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from fast_attention.arrays.types import Array, Bool, Float, Int
 
 
 class Inputs(NamedTuple):
-    """Places and sight of the tokens, and a second sequence.
+    """Positions and masks of the tokens, and a second sequence.
 
     Attributes:
-      positions: ``[B, T]``, the place of every token, for rotary positions.
+      positions: ``[B, T]``, the position of every token, for rotary positions.
       segment_ids: ``[B, T]``; positions see their own run of equal ids.
       key_mask: ``[B, T]``; positions where it is False (padding) are not seen.
       context: ``[B, S, N]``, a second sequence.
-      context_mask: ``[B, S]``; positions of it where it is False are not seen.
-      mask: ``[B, T, T]``; position t sees s where it is True, for attention that takes such masks.
+      context_mask: ``[B, S]``; context positions where it is False are not seen.
+      mask: ``[B, T, T]``; position t sees s where it is True, for attention that supports such
+        masks.
     """
 
     positions: Int[Array, "B T"] | None = None

@@ -12,12 +12,12 @@ from fast_attention.arrays.types import Array, Float
 class Linear(nnx.Linear):
     """``nnx.Linear`` on inputs flattened to a matrix.
 
-    The values are the same. The gradient of the kernel is then a product of two matrices, where
-    with separate batch and length axes XLA on CPU transposes its operands, activation functions
-    fused into them, at several times the cost.
+    The values are the same. The gradient of the kernel is then a product of two matrices. With
+    separate batch and length axes, XLA on CPU would transpose its operands (with activation
+    functions fused into them), at several times the cost.
 
     Attributes:
-      flat: Whether inputs are flattened; not where both batch and length lie across devices.
+      flat: Whether inputs are flattened; False if both batch and length are sharded.
     """
 
     flat: bool = True

@@ -1,4 +1,4 @@
-"""Batch norm that does not see padding.
+"""Batch norm that ignores padding.
 
 Shape letters: B batch and length, M features.
 """
@@ -17,7 +17,7 @@ from fast_attention.layers.explicit_axes import modules_run_on_auto_axes
 class MaskedBatchNorm(nnx.Module):
     """``scale (x - mean) / sqrt(var + epsilon) + bias``, mean and variance over visible positions.
 
-    The running variance is that of the population (divided by n - 1), as in PyTorch.
+    The running variance is the unbiased one (divided by n - 1), as in PyTorch.
 
     Attributes:
       scale, bias: Parameters ``[M]``.
@@ -25,11 +25,11 @@ class MaskedBatchNorm(nnx.Module):
     """
 
     def __init__(self, features: int, *, momentum: float = 0.9, epsilon: float = 1e-5):
-        """Starts as the identity, up to epsilon.
+        """Initializes the norm as the identity, up to epsilon.
 
         Args:
           features: M.
-          momentum: What is kept of the running averages at each call in training.
+          momentum: Decay of the running averages at each training call.
           epsilon: Added to the variance.
         """
         self.momentum = momentum
@@ -47,16 +47,16 @@ class MaskedBatchNorm(nnx.Module):
         key_mask: Bool[Array, "*B"] | None = None,
         use_running_average: bool,
     ) -> Float[Array, "*B M"]:
-        """Normalises every position, visible or not.
+        """Normalises every position, also masked ones.
 
         Args:
           x: ``[*B, M]``.
-          key_mask: ``[*B]``, False at positions to be left out of mean and variance.
-          use_running_average: As at evaluation; otherwise those of `x`, which also move the running
-            averages (unless nothing is visible).
+          key_mask: ``[*B]``, False at positions to exclude from mean and variance.
+          use_running_average: Use running averages, as in evaluation; otherwise use mean and
+            variance of `x`, which also update the running averages (unless nothing is visible).
 
         Returns:
-          ``[*B, M]`` in the type of `x`; computed in float32 at least.
+          ``[*B, M]`` in the dtype of `x`; computed in at least float32.
         """
         working = x.astype(at_least_float32(x.dtype))
         if use_running_average:

@@ -1,4 +1,4 @@
-"""Embeddings of sequences some of whose tokens are masked.
+"""Embeddings of sequences with masked tokens.
 
 Shape letters: B batch, T length, M features.
 """
@@ -20,20 +20,20 @@ def drop_masked_tokens(
     key_mask: Bool[Array, "B T"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T M"]:
-    """Sets embeddings of masked tokens to zero and scales those of the others, as ESM-2 does.
+    """Sets embeddings of masked tokens to zero and scales the others, as in ESM-2.
 
     The factor is ``(1 - rate) / (1 - n / N)`` for n masked tokens among N visible ones, so that the
-    embeddings of a sequence have the size that they had on average in training.
+    embeddings of a sequence have the same average scale as in training.
 
     Args:
       x: ``[B, T, M]`` embeddings.
       masked: ``[B, T]``, True where the token is the mask token.
-      rate: Average share of masked tokens in training; ESM-2 has 0.15 * 0.8.
+      rate: Average share of masked tokens in training; 0.15 * 0.8 for ESM-2.
       key_mask: ``[B, T]``, False is padding, which is not counted.
-      segment_ids: ``[B, T]``; each run of equal ids is a sequence by itself.
+      segment_ids: ``[B, T]``; each run of equal ids is a separate sequence.
 
     Returns:
-      ``[B, T, M]`` in the type of `x`.
+      ``[B, T, M]`` in the dtype of `x`.
 
     References:
       Lin et al. Evolutionary-scale prediction of atomic-level protein structure with a language

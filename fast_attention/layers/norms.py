@@ -1,4 +1,4 @@
-"""What stands before or after a residual part: norms by name, and a gain that starts small.
+"""Norms before or after a residual part, by name, and a gain with a small initial value.
 
 Shape letters: B batch and length, M features.
 """
@@ -15,7 +15,7 @@ from fast_attention.arrays.dtypes import at_least_float32
 from fast_attention.arrays.types import Array, Float
 
 NORMS = ("layer", "scale", "rms", "none")
-"""What `make_norm` makes."""
+"""Kinds of norms of `make_norm`."""
 
 
 def make_norm(
@@ -29,18 +29,18 @@ def make_norm(
     """Makes a norm over the last axis.
 
     Args:
-      kind: "layer" (`nnx.LayerNorm`), "scale" (`ScaleNorm`), "rms" (`nnx.RMSNorm`) or "none", which
-        returns what it is given.
+      kind: "layer" (`nnx.LayerNorm`), "scale" (`ScaleNorm`), "rms" (`nnx.RMSNorm`) or "none" (the
+        identity).
       features: M.
-      epsilon: Added to the variance or mean square; of "scale" the smallest length divided by.
+      epsilon: Added to the variance or mean square; for "scale" the minimum norm to divide by.
       dtype: To compute in; None is that of inputs and parameters.
       rngs: Source of the parameters.
 
     Returns:
-      ``[*B, M] -> [*B, M]``, a module but for "none".
+      ``[*B, M] -> [*B, M]``, a module except for "none".
 
     Raises:
-      ValueError: At an unknown kind.
+      ValueError: For an unknown kind.
     """
     if kind == "layer":
         return nnx.LayerNorm(features, epsilon=epsilon, dtype=dtype, rngs=rngs)
@@ -54,7 +54,7 @@ def make_norm(
 
 
 class ScaleNorm(nnx.Module):
-    """``g x / max(|x|, epsilon)``: vectors of one learned length.
+    """``g x / max(|x|, epsilon)``: vectors of one learned norm.
 
     Attributes:
       scale: The parameter g, a scalar.
@@ -64,18 +64,18 @@ class ScaleNorm(nnx.Module):
     """
 
     def __init__(self, *, epsilon: float = 1e-5, dtype: Any = None):
-        """Starts with g = 1.
+        """Initializes g = 1.
 
         Args:
-          epsilon: The smallest length divided by.
-          dtype: Of the result; None is that of inputs and parameter.
+          epsilon: The minimum norm to divide by.
+          dtype: Dtype of the result; None is that of inputs and parameter.
         """
         self.epsilon = epsilon
         self.dtype = dtype
         self.scale = nnx.Param(jnp.ones(()))
 
     def __call__(self, x: Float[Array, "*B M"]) -> Float[Array, "*B M"]:
-        """Scales each vector ``[M]`` by itself; its length is computed in float32 at least."""
+        """Scales each vector ``[M]``; its norm is computed in at least float32."""
         scale = self.scale[...]
         dtype = jnp.promote_types(x.dtype, scale.dtype) if self.dtype is None else self.dtype
         working = x.astype(at_least_float32(x.dtype))
@@ -86,7 +86,7 @@ class ScaleNorm(nnx.Module):
 
 
 class ReZero(nnx.Module):
-    """``gain x``: a residual part whose contribution starts small, in place of a norm.
+    """``gain x``: a residual part with a small initial contribution, instead of a norm.
 
     Attributes:
       gain: The parameter, a scalar.
@@ -96,9 +96,9 @@ class ReZero(nnx.Module):
     """
 
     def __init__(self, initial: float = 0.0):
-        """Starts with a gain of `initial`."""
+        """Initializes the gain as `initial`."""
         self.gain = nnx.Param(jnp.asarray(initial, jnp.float32))
 
     def __call__(self, x: Float[Array, "*B"]) -> Float[Array, "*B"]:
-        """Returns the product in the type of `x`."""
+        """Returns the product in the dtype of `x`."""
         return (self.gain[...] * x).astype(x.dtype)

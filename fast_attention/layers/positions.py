@@ -1,4 +1,4 @@
-"""How a model learns where a token is: sinusoids, rotation, or learned tables.
+"""Positional encodings: sinusoids, rotation, or learned tables.
 
 Shape letters: B batch, T length, H heads, D head width, M features, L maximum length.
 """
@@ -53,20 +53,19 @@ def rotate(
     *,
     interleaved: bool = False,
 ) -> Float[Array, "*B H D"]:
-    """Rotates queries or keys by their positions, so that products depend on distances alone.
+    """Rotates queries or keys by their positions, so that products depend on distances only.
 
-    The pair of features i and i + D/2 is turned by the angle ``t / base^(2i / D)``.
+    The pair of features i and i + D/2 is rotated by the angle ``t / base^(2i / D)``.
 
     Args:
       x: ``[*B, H, D]`` with D even.
       positions: ``[*B]`` integers.
       base: Ratio of the longest to the shortest wavelength.
-      interleaved: Turn the pair of features 2i and 2i + 1 by that angle instead. Both are in use,
-        and parameters trained with one are of no use to the other.
+      interleaved: Rotate the pair of features 2i and 2i + 1 instead. Both conventions are in use;
+        parameters trained with one cannot be used with the other.
 
     Returns:
-      ``[*B, H, D]`` in the type of `x`, to which it is rounded once: products and sums are in
-      float32 at least.
+      ``[*B, H, D]`` in the dtype of `x`, rounded once: products and sums are in at least float32.
 
     Raises:
       ValueError: If D is odd.
@@ -97,7 +96,7 @@ def _angles(positions: Array, exponents: np.ndarray, base: float = 10000.0) -> A
 
 
 class LearnedPositions(nnx.Module):
-    """A learned vector for every position, at first the sinusoids of `sinusoids`.
+    """A learned vector for every position, initialized as `sinusoids`.
 
     Attributes:
       table: Parameter ``[L, M]``.
@@ -116,11 +115,12 @@ class LearnedPositions(nnx.Module):
         Args:
           max_len: L.
           features: M.
-          initializer: Draws the table in place of sinusoids, e.g. ``nnx.initializers.normal()``.
-          rngs: What it draws from.
+          initializer: Initializer of the table instead of sinusoids, e.g.
+            ``nnx.initializers.normal()``.
+          rngs: Random streams of the initializer.
 
         Raises:
-          ValueError: At an initializer with nothing to draw from.
+          ValueError: For an initializer without `rngs`.
         """
         if initializer is None:
             self.table = nnx.Param(sinusoids(jnp.arange(max_len), features))
@@ -137,10 +137,10 @@ class LearnedPositions(nnx.Module):
           positions: ``[*B]``, in ``0 .. L - 1``.
 
         Returns:
-          ``[*B, M]``; NaN at positions out of range that are only known when the program runs.
+          ``[*B, M]``; NaN at positions out of range, if these are only known when the program runs.
 
         Raises:
-          ValueError: At positions out of range.
+          ValueError: For positions out of range.
         """
         table = self.table[...]
         _check_range(positions, len(table), f"the learned table of max_len={len(table)}")
@@ -150,11 +150,11 @@ class LearnedPositions(nnx.Module):
 
 
 class AxialPositions(nnx.Module):
-    """Positions as places in a grid, with one short learned table for each of its axes.
+    """Positions on a grid, with one short learned table for each of its axes.
 
-    Position t is the place ``(t // n_2, t % n_2)`` of a grid ``(n_1, n_2)``, and so on for more
-    axes (row-major). Its vector is the sum of one row of each table, or with `axis_features` these
-    rows one after another.
+    Position t is the point ``(t // n_2, t % n_2)`` of a grid ``(n_1, n_2)``, and so on for more
+    axes (row-major). Its vector is the sum of one row of each table, or with `axis_features` their
+    concatenation.
 
     Attributes:
       tables: Parameters, one ``[n_i, M]`` per axis, or ``[n_i, M_i]`` with `axis_features`.
@@ -175,9 +175,9 @@ class AxialPositions(nnx.Module):
         """Draws the tables from the standard normal distribution.
 
         Args:
-          shape: Of the grid; the product is the largest number of positions.
+          shape: Shape of the grid; the product is the maximum number of positions.
           features: M.
-          axis_features: Widths of the tables, which add up to M, if they are to be concatenated.
+          axis_features: Widths of the tables for concatenation, with sum M; None adds them.
           rngs: Source of the parameters.
 
         Raises:
@@ -204,7 +204,7 @@ class AxialPositions(nnx.Module):
 
     @modules_run_on_auto_axes
     def __call__(self, positions: Int[Array, "*B"]) -> Float[Array, "*B M"]:
-        """Looks positions up, as `LearnedPositions` does; the grid has the place of its table."""
+        """Looks positions up, like `LearnedPositions`, on the grid instead of a table."""
         count = math.prod(self.shape)
         _check_range(positions, count, f"the {count} places of the grid {self.shape}")
         index = jnp.asarray(positions, jnp.int32)

@@ -1,4 +1,4 @@
-"""A large memory in place of the feed-forward part: each position reads a few of its many vectors.
+"""A large memory instead of the feed-forward part: each position reads a few of its vectors.
 
 Shape letters: B batch and length, M features, H heads, D width of a query, N keys per half,
 K vectors read per head.
@@ -24,9 +24,9 @@ from fast_attention.layers.sublayer_part import SublayerPart
 
 
 def is_memory_value(path: Sequence[Any]) -> bool:
-    """Tells whether a path into parameters leads to the vectors of a memory.
+    """Returns whether a parameter path is that of the vectors of a memory.
 
-    Each is read seldom, so that they want a larger learning rate than the rest (1e-2 is usual)::
+    Each vector is rarely read, so they need a larger learning rate than the rest (often 1e-2)::
 
         labels = jax.tree.map_with_path(
             lambda path, _: "memory" if is_memory_value(path) else "rest", parameters
@@ -34,7 +34,7 @@ def is_memory_value(path: Sequence[Any]) -> bool:
         optax.multi_transform({"memory": optax.adam(1e-2), "rest": optax.adam(3e-4)}, labels)
 
     Args:
-      path: As `jax.tree_util.tree_map_with_path` gives them, of the state of a model.
+      path: A path of `jax.tree_util.tree_map_with_path` in the state of a model.
     """
     names = (getattr(entry, "key", getattr(entry, "name", None)) for entry in path)
     return "memory_values" in names
@@ -43,15 +43,15 @@ def is_memory_value(path: Sequence[Any]) -> bool:
 class ProductKeyMemory(nnx.Module, SublayerPart):
     """``sum_k softmax(scores)_k value_k`` over the K best of N^2 values, summed over heads.
 
-    A query has two halves, each compared with N keys of its own; the score of value ``N i + j`` is
+    A query has two halves, each compared with its own N keys; the score of value ``N i + j`` is
     ``query_1 . key_1i + query_2 . key_2j``. The K largest of the N^2 scores are among the sums of
-    the K largest of either half, so that the search costs 2 N + K^2 and not N^2.
+    the K largest of each half, so the search costs 2 N + K^2 instead of N^2.
 
     Attributes:
       to_queries: Dense layer without bias, M to H D; its first half holds the first halves of all
         heads.
-      norm: Of the queries: `nnx.LayerNorm` of each half of each head, or `MaskedBatchNorm` of all
-        channels.
+      norm: Norm of the queries: `nnx.LayerNorm` of each half of each head, or `MaskedBatchNorm` of
+        all channels.
       keys: Parameter ``[H, N, 2, D / 2]``.
       memory_values: Parameter ``[N^2, M]``, shared by the heads; see `is_memory_value`.
 
@@ -80,19 +80,19 @@ class ProductKeyMemory(nnx.Module, SublayerPart):
           features: M.
           num_heads: H.
           num_keys: N.
-          top_k: K; where there are fewer than K values, all are read.
+          top_k: K; if there are fewer than K values, all are read.
           head_dim: D, even.
-          norm: "layer" normalises every half of a query by itself; "batch" each channel over the
-            visible positions of the batch, by running averages at evaluation.
-          input_dropout: Of the inputs.
-          query_dropout: Of the normalised queries.
-          value_dropout: Of the output.
-          dtype: Of queries and outputs; None is that of inputs and parameters. Scores and their
-            softmax are computed in float32 at least.
+          norm: "layer" normalises each half of a query; "batch" normalises each channel over the
+            visible positions of the batch, and uses running averages in evaluation.
+          input_dropout: Dropout rate of the inputs.
+          query_dropout: Dropout rate of the normalised queries.
+          value_dropout: Dropout rate of the output.
+          dtype: Dtype of queries and outputs; None is that of inputs and parameters. Scores and
+            their softmax are computed in at least float32.
           rngs: Source of the parameters.
 
         Raises:
-          ValueError: If a query cannot be halved, nothing is to be read, or `norm` is neither.
+          ValueError: If `head_dim` is odd, `top_k` is not positive, or `norm` is unknown.
         """
         if head_dim % 2:
             raise ValueError(f"A query has two halves: head_dim must be even, got {head_dim}.")
@@ -131,15 +131,15 @@ class ProductKeyMemory(nnx.Module, SublayerPart):
         deterministic: bool = True,
         rngs: nnx.Rngs | None = None,
     ) -> Any:
-        """Reads the memory at each position; in training a batch norm follows the batch.
+        """Reads the memory at each position; in training, a batch norm uses batch statistics.
 
         Args:
           x: ``[*B, M]``.
-          key_mask: ``[*B]``, False where `x` is padding, which a batch norm then disregards.
-          chosen: ``[*B, H, K]``, which values to read: those of an earlier call, where inputs are
-            known only up to rounding, as in the backward pass of reversible layers.
-          return_chosen: Also return which values were read.
-          deterministic: No dropout, and a batch norm by running averages.
+          key_mask: ``[*B]``, False where `x` is padding, which a batch norm ignores.
+          chosen: ``[*B, H, K]``, indices of the values to read, from an earlier call. Used if
+            inputs are known only up to rounding, as in the backward pass of reversible layers.
+          return_chosen: Also return the indices of the values.
+          deterministic: No dropout, and a batch norm uses running averages.
           rngs: Source of dropout, needed unless `deterministic` or without dropout.
 
         Returns:
@@ -190,7 +190,7 @@ class ProductKeyMemory(nnx.Module, SublayerPart):
     def add(
         self, x: Float[Array, "B T M"], inputs: Inputs, *, choices: Any = None, **options: Any
     ) -> tuple[Float[Array, "B T M"], Int[Array, "B T H K"]]:
-        """Reads the memory; the choices are the slots read, see `SublayerPart.add`."""
+        """Reads the memory; the choices are the indices, see `SublayerPart.add`."""
         return self(x, key_mask=inputs.key_mask, chosen=choices, return_chosen=True, **options)
 
 

@@ -1,4 +1,4 @@
-"""The interface of what a sublayer adds to the residual stream.
+"""The interface of layers inside a sublayer, which add to the residual stream.
 
 Shape letters: B batch, T length, M features.
 """
@@ -14,8 +14,8 @@ from fast_attention.layers.inputs import Inputs
 class SublayerPart:
     """Base of attention, feed-forward and memory layers inside a `Sublayer`.
 
-    The defaults are those of a layer that sees each position by itself: it is causal, it decodes,
-    and it has no state.
+    The defaults are those of a position-wise layer: it is causal, it can decode, and it has no
+    state.
     """
 
     @property
@@ -30,22 +30,22 @@ class SublayerPart:
 
     @property
     def reads_context(self) -> bool:
-        """Whether the layer reads a second sequence; others are called without it."""
+        """Whether the layer reads a second sequence; other layers are called without it."""
         return False
 
     def add(
         self, x: Float[Array, "B T M"], inputs: Inputs, *, choices: Any = None, **options: Any
     ) -> tuple[Float[Array, "B T M"], Any]:
-        """Computes what is added to the stream.
+        """Computes the increment of the stream.
 
         Args:
           x: The stream, after the norm.
           inputs: The other arguments of a forward pass.
-          choices: What an earlier call returned, to be chosen again.
+          choices: Choices returned by an earlier call, to be used again.
           **options: `deterministic` and `rngs`.
 
         Returns:
-          ``[B, T, M]``, and what the layer chose (hash buckets, memory slots), else None.
+          ``[B, T, M]``, and the choices of the layer (hash buckets, memory slots) or None.
         """
         return self(x, **options), None  # pyright: ignore[reportCallIssue]
 
@@ -56,13 +56,13 @@ class SublayerPart:
     def prefill(
         self, state: Any, x: Float[Array, "B T M"], inputs: Inputs
     ) -> tuple[Float[Array, "B T M"], Any]:
-        """Reads T tokens; returns what is added and the next state."""
+        """Reads T tokens; returns the increment and the next state."""
         return self(x), state  # pyright: ignore[reportCallIssue]
 
     def step(
         self, state: Any, x: Float[Array, "B M"], inputs: Inputs
     ) -> tuple[Float[Array, "B M"], Any]:
-        """Reads one token; returns what is added and the next state."""
+        """Reads one token; returns the increment and the next state."""
         return self(x[:, None])[:, 0], state  # pyright: ignore[reportCallIssue]
 
 

@@ -1,7 +1,7 @@
-"""Token shift: groups of channels of a position come from positions nearby.
+"""Token shift: groups of channels are moved between neighbouring positions.
 
-It gives every layer the neighbouring tokens for the price of a copy, which linear attention, whose
-kernels are smooth, is slow to pick out by itself.
+It gives every layer access to neighbouring tokens at the cost of a copy. Linear attention has
+smooth kernels, so it learns attention to neighbours slowly.
 
 Shape letters: B batch, T length, M features.
 
@@ -29,19 +29,18 @@ def shift_tokens(
     starts: Bool[Array, "B T"] | None = None,
     before: Float[Array, "B M"] | None = None,
 ) -> Float[Array, "B T M"]:
-    """Moves equal groups of channels along the length, each by its own number of positions.
+    """Moves equal groups of channels along the length, each by its own shift.
 
     Group i of n, channels ``i (M // n)`` to ``(i + 1) (M // n)``, of position t is that of position
-    ``t - shifts[i]``, or zero if there is none. Channels left over stay.
+    ``t - shifts[i]``, or zero if there is none. Remaining channels do not move.
 
     Args:
       x: ``[B, T, M]``.
-      shifts: One per group; negative ones look ahead and are not for causal layers.
-      key_mask: ``[B, T]``; where False, `x` is taken as zero.
-      starts: ``[B, T]``; where True the position before belongs to something else (another
-        sequence of a packed row, or padding), and no group is moved across; ``before`` takes the
-        place of that position.
-      before: ``[B, M]``, what stood before the first position; zeros if None.
+      shifts: One per group; negative shifts look ahead and are not for causal layers.
+      key_mask: ``[B, T]``; where False, `x` is treated as zero.
+      starts: ``[B, T]``; True if the previous position belongs to another sequence of a packed row
+        or is padding. No group is moved across; ``before`` replaces that position.
+      before: ``[B, M]``, the position before the first one; zeros if None.
 
     Returns:
       ``[B, T, M]``.
@@ -85,7 +84,7 @@ def _shift_group(x: Array, shift: int, starts: Array | None, fill: Array) -> Arr
 
 
 def _moved(x: Array, shift: int, fill: Array) -> Array:
-    """Puts position t - shift at t, and ``fill``, of length 1, where there is none."""
+    """Moves position t - shift to t; uses ``fill``, of length 1, if there is none."""
     length = x.shape[1]
     count = min(abs(shift), length)
     # Padded, not concatenated: across devices that costs an exchange of edges, and no more.
@@ -101,7 +100,7 @@ def last_visible(
     key_mask: Bool[Array, "B T"] | None,
     before: Float[Array, "B M"],
 ) -> Float[Array, "B M"]:
-    """Returns each row's last visible position, or ``before`` where a row has none."""
+    """Returns each row's last visible position, or ``before`` if there is none."""
     if key_mask is None:
         return x[:, -1]
     length = x.shape[1]
@@ -111,7 +110,7 @@ def last_visible(
 
 
 def starts_of_runs(segment_ids: Array | None, key_mask: Array | None) -> Bool[Array, "B T"] | None:
-    """Tells where a position's predecessor is of another segment or is padding."""
+    """Returns where the previous position is in another segment or is padding."""
     starts = None
     if segment_ids is not None:
         changed = segment_ids[:, 1:] != segment_ids[:, :-1]

@@ -1,4 +1,4 @@
-"""Parameters of random features from what a model's own attention layers see.
+"""Calibration of random features on the inputs of a model's attention layers.
 
 Shape letters: B batch, T length, S keys, H heads, K key/value heads, D head width.
 """
@@ -30,23 +30,22 @@ from fast_attention.mechanisms.favor.calibration import retune, tuned_map
 
 
 def calibrate(model: nnx.Module, *args: Any, **kwargs: Any) -> int:
-    """Runs a model on samples and fits its random features to the queries and keys inside.
+    """Runs a model on samples and fits its random features to the queries and keys.
 
-    Layers whose attention function has a tuned estimator with stored parameters, such as
-    ``make_fast_softmax_attention(unidirectional=True, estimator="wderf_s")``, get for each key head
-    the parameters for the queries and keys (after rotary positions, without padding) that they met,
-    all rows of the batch together. The parameters are stored with the model, and used by calls and
-    by decoding until calibrated again. Calibrating deeper layers changes nothing before them, but
-    what layers see depends on the layers before: calibrate twice where that matters. With
-    ``calibration="trained"`` this is where training goes on from.
+    This applies to layers whose attention function has a tuned estimator with stored parameters,
+    such as ``make_fast_softmax_attention(unidirectional=True, estimator="wderf_s")``. For each key
+    head, the parameters are fitted to the queries and keys of the call (after rotary positions,
+    without padding), pooled over the batch. They are stored with the model, and used by calls and
+    decoding until calibrated again. The inputs of a layer depend on the layers before it: calibrate
+    twice if that matters. With ``calibration="trained"``, training continues from these parameters.
 
     Args:
       model: Any module with `MultiHeadAttention` or `MultiAxisAttention` layers inside.
-      *args: Of a call of the model, such as tokens.
+      *args: Arguments of a call of the model, such as tokens.
       **kwargs: Of that call.
 
     Returns:
-      How many groups of heads were calibrated.
+      The number of calibrated groups of heads.
 
     Raises:
       ValueError: If the model has nothing to calibrate.
@@ -71,13 +70,13 @@ def query_key_moments(
 ) -> dict[str, Moments]:
     """Calls a model and measures the queries and keys of its attention layers.
 
-    All rows of the batch are taken together, after rotary positions and without padding; so are
-    the calls of a tied layer. The model itself is left as it is. It may be called under jit.
+    Rows of the batch and calls of a tied layer are pooled, after rotary positions and without
+    padding. The model is not changed. It may be called under jit.
 
     Args:
       model: As for `calibrate`.
-      *args: Of the call, such as tokens.
-      where: From an attention function to whether its layers are measured; None is all of them.
+      *args: Arguments of the call, such as tokens.
+      where: Function that selects attention functions to measure; None measures all.
       **kwargs: Of that call.
 
     Returns:
@@ -101,13 +100,13 @@ def recalibrate(model: nnx.Module) -> int:
     """Fits random features to the running averages that layers kept in training.
 
     For attention functions made with ``moment_decay``. It costs two decompositions of a [D, D]
-    matrix per head, may be compiled (``nnx.jit``), and is what `redraw` does too.
+    matrix per head, and may be compiled (``nnx.jit``). `redraw` does the same.
 
     Args:
       model: As for `calibrate`.
 
     Returns:
-      How many groups of heads have running averages. Heads that have seen nothing stay as they are.
+      The number of groups of heads with running averages. Heads without data do not change.
 
     Raises:
       ValueError: If no layer keeps running averages.
@@ -131,7 +130,7 @@ def recalibrate(model: nnx.Module) -> int:
 
 
 def _held_by(module: Any) -> list[tuple[Any, Any]]:
-    """Functions of a layer and what it holds for them."""
+    """Attention functions of a layer, with their stored parameters."""
     if isinstance(module, MultiHeadAttention):
         functions = [group.attention_fn for group in module.config.groups]
         return list(zip(functions, module.projections, strict=True))

@@ -1,4 +1,4 @@
-"""What shapes a multi-head attention layer: its groups of heads and where keys come from."""
+"""Configuration of multi-head attention layers: groups of heads, and the source of keys."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ Decay = Literal["fixed", "learned", "token"]
 
 @dataclasses.dataclass(frozen=True)
 class HeadGroup:
-    """Heads of one layer that attend in the same way.
+    """Heads of one layer with the same attention function.
 
     Attributes:
-      num_heads: How many.
-      attention_fn: What attends, by default exactly; a function like ``nnx.dot_product_attention``
-        becomes an `AttentionFn` around it.
-      rotary: Rotate queries and keys by their positions: channels i and i + D/2 together
-        ("halves"), or 2i and 2i + 1 ("pairs"); None does not.
-      query_offset: Added to the positions by which queries are rotated, but not keys.
-      dropout_rate: Of attention weights, handed to `attention_fn`.
-      extra_keys: See memory and appended context; if False the group sees the sequence alone.
+      num_heads: Number of heads.
+      attention_fn: The attention function, by default exact attention; a function like
+        ``nnx.dot_product_attention`` is wrapped in an `AttentionFn`.
+      rotary: Rotate queries and keys by their positions: pairs of channels i and i + D/2
+        ("halves"), or 2i and 2i + 1 ("pairs"); None for no rotation.
+      query_offset: Added to the positions of queries (not of keys) for the rotation.
+      dropout_rate: Dropout rate of attention weights, passed to `attention_fn`.
+      extra_keys: Whether the group sees memory and appended context, or only the sequence.
       rotary_base: Ratio of the longest to the shortest wavelength of the rotation.
     """
 
@@ -43,7 +43,7 @@ class HeadGroup:
         """Checks every field.
 
         Raises:
-          ValueError: At a value out of range.
+          ValueError: If a value is out of range.
         """
         object.__setattr__(self, "attention_fn", as_attention_fn(self.attention_fn))
         if self.num_heads < 1:
@@ -69,26 +69,26 @@ class AttentionConfig:
         ``(HeadGroup(4, make_local_attention(128)), HeadGroup(4, make_fast_softmax_attention()))``.
       head_dim: D.
       num_kv_heads: K, by default H; query head h reads key head ``h // (H / K)``.
-      causal: Position t sees positions 0..t, whatever was bound.
-      use_bias: Of the dense layers of queries, keys and values.
-      out_bias: Of the output layer.
+      causal: Position t sees positions 0..t, with every attention function.
+      use_bias: Whether the dense layers of queries, keys and values have biases.
+      out_bias: Whether the output layer has a bias.
       qk_norm: Normalise queries and keys of every head before attention (and before a rotation,
-        which changes no length): "unit" to one length, learned for each key head as the temperature
-        of attention, which bounds the error of random features (`UnitQueryKey`); "rms" to a root
-        mean square of one, times a learned gain a channel (arXiv:2302.05442, with RMSNorm); None
-        does not.
-      decay: What came before a token counts less for it and all later ones, by a factor for each
-        key head that is "fixed", "learned", or made of the "token" (`HeadDecay`); None does not.
-        Causal attention only, in the groups whose function takes it (linear attention without
-        ``exact_window``), of which there must be one; others attend as they do.
-      shared_qk: Keys are the queries (Reformer, arXiv:2001.04451): one projection for both. The
+        which keeps norms): "unit" to one norm per key head, learned as the temperature of
+        attention, which bounds the error of random features (`UnitQueryKey`); "rms" to a root mean
+        square of one, times a learned gain per channel (arXiv:2302.05442, with RMSNorm); None for
+        no normalisation.
+      decay: Decay of the weights of earlier tokens, by a factor for each key head that is "fixed",
+        "learned", or computed from the "token" (`HeadDecay`); None for no decay. Causal attention
+        only, in the groups whose function supports it (linear attention without ``exact_window``);
+        there must be at least one. Other groups are unchanged.
+      shared_qk: Use the queries as keys (Reformer, arXiv:2001.04451): one projection for both. The
         attention functions must normalise keys themselves.
       one_value_head: One value head for all.
-      memory: Learned vectors that every position sees besides the sequence.
+      memory: Number of learned vectors that every position sees in addition to the sequence.
       context: "cross": keys and values come from a second sequence; "append": that sequence is
-        appended to the first, and visible under causality too.
+        appended to the first one, and is also visible in causal attention.
       context_features: Width of that sequence, by default that of the stream.
-      dropout_rate: Of the output.
+      dropout_rate: Dropout rate of the output.
     """
 
     groups: tuple[HeadGroup, ...]
@@ -110,8 +110,8 @@ class AttentionConfig:
         """Checks every field.
 
         Raises:
-          TypeError: If the groups are no tuple.
-          ValueError: At values that make no layer, saying what would.
+          TypeError: If the groups are not a tuple.
+          ValueError: For invalid values; the message says what is valid.
         """
         groups = self.groups
         if not isinstance(groups, tuple):
@@ -183,5 +183,5 @@ class AttentionConfig:
 
     @property
     def kv_heads(self) -> int:
-        """K, also where `num_kv_heads` is None."""
+        """K, also if `num_kv_heads` is None."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads

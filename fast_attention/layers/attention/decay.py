@@ -1,4 +1,4 @@
-"""What decays in the heads of a layer: nothing, or by fixed, learned or token-dependent factors.
+"""Decay in the heads of a layer: none, or fixed, learned or token-dependent factors.
 
 Shape letters: B batch, T length, K key/value heads, M features of the stream.
 """
@@ -19,7 +19,7 @@ from fast_attention.layers.explicit_axes import modules_run_on_auto_axes
 
 
 def decay_slopes(num_heads: int) -> np.ndarray:
-    """Returns ``2^(-8 (k + 1) / K)`` of head k, ``[K]`` float32, as ALiBi has them.
+    """Returns ``2^(-8 (k + 1) / K)`` for head k, ``[K]`` float32, as in ALiBi.
 
     Reference: Press et al., "Train Short, Test Long", arXiv:2108.12409; as decays of linear
     attention in Qin et al., "Lightning Attention-2", arXiv:2401.04658.
@@ -28,7 +28,7 @@ def decay_slopes(num_heads: int) -> np.ndarray:
 
 
 class HeadDecay(nnx.Module):
-    """Makes ``log_decay`` of linear attention; see :func:`fast_attention.linear_attention`.
+    """Computes ``log_decay`` of linear attention, see :func:`fast_attention.linear_attention`.
 
     - "fixed": ``-slope_k``, not trained.
     - "learned": ``-softplus(bias_k)``, at first the same.
@@ -36,14 +36,14 @@ class HeadDecay(nnx.Module):
       of Mamba-2 (arXiv:2405.21060) and of simple gated linear attention are.
 
     Attributes:
-      kind: which of these.
+      kind: one of these.
       num_kv_heads: K.
       kernel: ``[M, K]``, or None.
       bias: ``[K]``, or None for fixed ones.
     """
 
     def __init__(self, kind: Decay, features: int, num_kv_heads: int):
-        """Starts from the slopes of :func:`decay_slopes`.
+        """Initializes the decays as :func:`decay_slopes`.
 
         Args:
           kind: "fixed", "learned" or "token".
@@ -62,7 +62,7 @@ class HeadDecay(nnx.Module):
 
     @modules_run_on_auto_axes
     def __call__(self, x: Float[Array, "*B M"]) -> Float[Array, "*B K"] | Float[Array, "*#B K"]:
-        """Returns the logarithms, in float32 at least; ``[K]`` if they are those of all tokens."""
+        """Returns the logarithms, in at least float32; ``[K]`` if equal for all tokens."""
         if self.bias is None:
             return jnp.asarray(-decay_slopes(self.num_kv_heads))
         raw = self.bias[...]
@@ -74,7 +74,7 @@ class HeadDecay(nnx.Module):
 
 
 def head_decay(features: int, config: AttentionConfig) -> HeadDecay | None:
-    """Makes what a layer of this shape needs."""
+    """Returns the decay of a layer of this shape, or None."""
     if config.decay is None:
         return None
     return HeadDecay(config.decay, features, config.kv_heads)
@@ -83,10 +83,10 @@ def head_decay(features: int, config: AttentionConfig) -> HeadDecay | None:
 def decays_of_groups(
     decay: HeadDecay | None, config: AttentionConfig, x: Array
 ) -> list[dict[str, Any]]:
-    """Returns the keyword of each group's attention function, if it takes one.
+    """Returns the keyword argument for each group's attention function, if it supports decay.
 
     Args:
-      decay: of the layer, or None.
+      decay: the decay of the layer, or None.
       config: shape of the layer.
       x: the stream, ``[*B, M]``.
     """

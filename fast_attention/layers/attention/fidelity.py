@@ -1,9 +1,9 @@
-"""How far the attention inside a model is from exact softmax attention, head by head.
+"""Errors of the attention in a model against exact softmax attention, for each head.
 
-Every layer is judged on the queries, keys and values that it meets in a call of the model: its own
-output against that of exact attention among the same keys, and beside it the output of uniform
-attention, which knows nothing of queries and keys. Errors do not add up over layers here, for each
-is given what the layers before it made.
+Every layer is measured on its queries, keys and values in a call of the model: its output is
+compared with that of exact attention on the same keys, and so is uniform attention, which ignores
+queries and keys. Errors do not accumulate over layers, because each layer is compared on the same
+inputs.
 
 Shape letters: B batch, T queries, S keys, H heads, K key/value heads, D head width, R rows.
 """
@@ -31,7 +31,7 @@ from fast_attention.mechanisms.wrapped import as_attention_fn
 from fast_attention.softmax_attention import make_softmax_attention
 
 MATRIX_LENGTH = 2048
-"""Longest sequence of which attention matrices are looked at, in chosen rows."""
+"""Maximum length of a sequence for comparing attention matrices, in selected rows."""
 
 
 @functools.partial(
@@ -44,7 +44,7 @@ MATRIX_LENGTH = 2048
 )
 @dataclasses.dataclass(frozen=True)
 class FidelitySums:
-    """Sums over positions for `summarize_fidelity`; those of several calls are added.
+    """Sums over positions for `summarize_fidelity`; sums of several calls can be added.
 
     Attributes:
       path: Where the layer is in the model.
@@ -55,11 +55,11 @@ class FidelitySums:
       error: ``[H]``, sum of ``|out - exact|^2``.
       uniform_error: ``[H]``, sum of ``|uniform - exact|^2``.
       size: ``[H]``, sum of ``|exact|^2``.
-      rows: Queries whose weights were looked at.
+      rows: Number of queries whose weights were compared.
       matrix_error: ``[H]``, sum of squared differences of weights.
       matrix_size: ``[H]``, sum of squared exact weights.
       effective_keys: ``[H]``, sum of ``exp(entropy)`` of exact weights.
-      visible_keys: Sum of the numbers of keys that these rows see.
+      visible_keys: Sum of the numbers of visible keys of these rows.
       query_squares: ``[H]``, sum of ``|q|^2``.
       keys: Keys that count.
       key_squares: ``[H]``, sum of ``|k|^2``, of the key head that each head reads.
@@ -85,25 +85,25 @@ class FidelitySums:
 
 @dataclasses.dataclass(frozen=True)
 class LayerFidelity:
-    """How a group of heads of a layer compares with exact attention; arrays are ``[H]``.
+    """Errors of a group of heads of a layer against exact attention; arrays are ``[H]``.
 
-    Errors are of all positions of all sequences together, ``sqrt(sum |a - b|^2 / sum |b|^2)``, so
-    that long sequences weigh as much as they have positions.
+    Errors are over all positions of all sequences, ``sqrt(sum |a - b|^2 / sum |b|^2)``, so
+    sequences are weighted by their length.
 
     Attributes:
-      layer: From 1, in the order in which layers are called.
-      first_head: Of the group in its layer, from 1.
+      layer: Number of the layer from 1, in the order of calls.
+      first_head: First head of the group in its layer, from 1.
       path: Where the layer is in the model.
       group: Which of its groups of heads.
       attention_fn: What is judged.
       causal: Whether position t sees keys 0..t.
-      positions: Queries that counted.
+      positions: Number of counted queries.
       output: Error of the heads' outputs, before they are mixed.
-      uniform: The same for equal weights on all visible keys.
-      matrix: Error of the weights, at the rows looked at; NaN where there were none.
-      effective_keys: How many keys share a row's weight in exact attention, mean ``exp(entropy)``.
-      visible_keys: How many keys these rows see, in the mean.
-      query_norm: Root mean square of ``|q|``, as the function is given it.
+      uniform: The same for uniform weights on all visible keys.
+      matrix: Error of the weights, at the selected rows; NaN if there were none.
+      effective_keys: Mean ``exp(entropy)`` of the rows of exact attention.
+      visible_keys: Mean number of visible keys of these rows.
+      query_norm: Root mean square of ``|q|``, as passed to the function.
       key_norm: That of ``|k|``.
     """
 
@@ -127,9 +127,9 @@ def measure_fidelity(model: nnx.Module, *args: Any, **kwargs: Any) -> list[Layer
     """Calls a model once and compares each of its attention layers with exact attention.
 
     Args:
-      model: As for `fidelity_sums`, whose other arguments may be given, too.
-      *args: Of the call, such as tokens.
-      **kwargs: Of the call, such as ``key_mask``, without which padding would count.
+      model: As for `fidelity_sums`; its other arguments may be given, too.
+      *args: Arguments of the call, such as tokens.
+      **kwargs: Arguments of the call, such as ``key_mask``; without it padding would count.
 
     Returns:
       One entry per attention layer and group of heads, in the order of the calls.
@@ -145,27 +145,27 @@ def fidelity_sums(
     matrix_length: int = MATRIX_LENGTH,
     **kwargs: Any,
 ) -> list[FidelitySums]:
-    """Sums what `summarize_fidelity` divides in one call of a model; works under jit.
+    """Computes the sums for `summarize_fidelity` in one call of a model; works under jit.
 
-    What is exact: softmax attention with the logits ``q . k / sqrt(D)``, whatever kernel the layer
-    has; of hashed attention, the same without hashing (`LSHAttention` with ``use_full_attn``). A
-    local layer is compared with attention to all keys. Positions that are padding count neither as
-    queries nor as keys.
+    The exact reference is softmax attention with the logits ``q . k / sqrt(D)``, for layers with
+    any kernel; for hashed attention, it is the same without hashing (`LSHAttention` with
+    ``use_full_attn``). A local layer is compared with attention to all keys. Padding counts neither
+    as queries nor as keys.
 
     Args:
-      model: Any module with `MultiHeadAttention` or `MultiAxisAttention` layers inside; it is left
-        as it is.
-      *args: Of the call, such as tokens.
-      attention_fn: What to judge in place of the layers' own functions; the model still computes
-        with its own. None judges these.
+      model: Any module with `MultiHeadAttention` or `MultiAxisAttention` layers inside; it is not
+        changed.
+      *args: Arguments of the call, such as tokens.
+      attention_fn: Function to measure instead of the layers' own functions; the model still uses
+        its own. None measures these.
       parameters: With `attention_fn`, the projection of each layer by `AttentionCall.name`, see
         `parameters_from_moments`; by default the function's own.
-      matrix_length: No weights are looked at where there are more keys, 0 for never: their cost
-        is quadratic.
-      **kwargs: Of the call.
+      matrix_length: Weights are not compared for more keys than this (their cost is quadratic); 0
+        never compares them.
+      **kwargs: Arguments of the call.
 
     Returns:
-      Sums for every call of a group of heads, in their order.
+      Sums for each call of a group of heads, in the order of calls.
 
     Raises:
       ValueError: If the model has no attention layers, or one that `attention_fn` cannot replace.
@@ -197,11 +197,12 @@ def fidelity_sums(
 def parameters_from_moments(
     attention_fn: Any, moments: Mapping[str, Moments], key: Array
 ) -> dict[str, Any]:
-    """Draws a projection for each layer, calibrated where the function's parameters are stored.
+    """Draws a projection for each layer, calibrated if the function has stored parameters.
 
     Args:
-      attention_fn: What may take the place of the layers' own functions.
-      moments: Of each layer, as from `query_key_moments` of other samples than it is judged on.
+      attention_fn: Function to use instead of the layers' own functions.
+      moments: Moments of each layer from `query_key_moments`, on other samples than those for the
+        measurement.
       key: Random key.
 
     Returns:
@@ -224,7 +225,7 @@ def add_sums(left: Sequence[FidelitySums], right: Sequence[FidelitySums]) -> lis
 
 
 def summarize_fidelity(sums: Sequence[FidelitySums]) -> list[LayerFidelity]:
-    """Divides the sums of one or several calls."""
+    """Computes errors from the sums of one or several calls."""
     found: list[LayerFidelity] = []
     layer = first = 0
     for entry in sums:
@@ -256,7 +257,7 @@ def summarize_fidelity(sums: Sequence[FidelitySums]) -> list[LayerFidelity]:
 
 
 def exact_call(call: AttentionCall) -> AttentionCall:
-    """Returns the same call of exact attention, in float32 at least."""
+    """Returns the same call of exact attention, in at least float32."""
     query, key, value = (
         x.astype(at_least_float32(x.dtype)) for x in (call.query, call.key, call.value)
     )
@@ -272,11 +273,11 @@ def exact_call(call: AttentionCall) -> AttentionCall:
 
 
 def chosen_rows(mask: Array) -> tuple[Array, Array]:
-    """Chooses positions evenly among those where a mask ``[B, T]`` is True.
+    """Selects evenly spaced positions among those where a mask ``[B, T]`` is True.
 
     Returns:
-      Positions ``[B, R]``, R at most 128, and which of these count: a row that has fewer than R
-      gives each of its own once, whatever the padding.
+      Positions ``[B, R]``, R at most 128, and which of these count: a row with fewer than R
+      positions has each of them once.
     """
     length = mask.shape[1]
     count = mask.sum(axis=1, keepdims=True)
@@ -336,7 +337,7 @@ def _sums(call: AttentionCall, matrix_length: int) -> FidelitySums:
 
 
 def _looked_at(call: AttentionCall, exact: AttentionCall, counted: Array) -> dict[str, Array]:
-    """Sums over some rows of attention matrices."""
+    """Sums over selected rows of attention matrices."""
     rows, own = chosen_rows(counted)
 
     def matrix(of: AttentionCall, query: Array, key: Array) -> Array:

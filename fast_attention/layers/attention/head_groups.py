@@ -1,4 +1,4 @@
-"""What a layer does for one group of heads around its attention function.
+"""Computations of a layer around the attention function of a group of heads.
 
 Shape letters: B batch, T length, S keys, H heads, K key/value heads, D head width.
 """
@@ -21,7 +21,7 @@ from fast_attention.mechanisms.attention_fn import AttentionFn
 def read_keys(
     function: AttentionFn, heads: int, state: Any, key: Array, value: Array, options: dict[str, Any]
 ) -> Any:
-    """The state after keys that no query reads; H is `heads`."""
+    """The state after keys without queries; H is `heads`."""
     query = jnp.zeros((*key.shape[:2], heads, key.shape[-1]), key.dtype)
     return function.prefill(state, query, key, value, **options)[1]
 
@@ -34,7 +34,7 @@ def attend_after_memory(
     key_mask: Array | None,
     options: dict[str, Any],
 ) -> Array:
-    """Attends causally to a sequence, after the keys behind it were read into a state."""
+    """Attends causally to a sequence, after its memory keys were read into a state."""
     length, (_, keys, heads, width) = query.shape[1], key.shape
     state = function.init_state((len(key),), heads, width, value.shape[-1], max_length=keys)
     memory = key[:, length:], value[:, length:]
@@ -46,7 +46,7 @@ def attend_after_memory(
 
 
 def check_causal_memory(seen: Visible, options: dict[str, Any]) -> None:
-    """Raises ValueError for a call that memory, read as a state, cannot serve."""
+    """Raises ValueError for a call that is not supported with memory read as a state."""
     if seen.segment_ids is not None or seen.mask is not None or "dropout_rng" in options:
         raise ValueError(
             "Causal memory is read as a state before the sequence: it allows no segment_ids, "
@@ -57,7 +57,7 @@ def check_causal_memory(seen: Visible, options: dict[str, Any]) -> None:
 def rotated(
     group: HeadGroup, query: Array, key: Array, positions: Array | None
 ) -> tuple[Array, Array]:
-    """Rotates queries and their keys; keys behind these have no place in the order."""
+    """Rotates queries and their keys; additional keys have no position."""
     if group.rotary is None:
         return query, key
     if positions is None:
@@ -72,7 +72,7 @@ def rotated(
 
 
 def dropout_options(group: HeadGroup, deterministic: bool, rngs: nnx.Rngs | None) -> dict[str, Any]:
-    """What an attention function is told of dropout."""
+    """Dropout arguments of an attention function."""
     if deterministic or not group.dropout_rate or rngs is None:
         return {}
     return {

@@ -27,16 +27,16 @@ class LinformerConfig:
 
     Attributes:
       num_heads: H.
-      length: L, the longest input or, with `cross`, context.
-      projected: R, mixtures of positions.
+      length: L, maximum length of the input or, with `cross`, of the context.
+      projected: R, number of mixtures of positions.
       head_dim: D, by default M / H.
-      cross: Keys and values are those of a context.
+      cross: Keys and values come from a context.
       context_features: N, by default M.
       one_kv_head: All heads share one head of keys and values.
-      share_kv: Values are the keys, by the same two projections.
-      use_bias: Of query, key and value.
-      use_out_bias: Of the output.
-      dropout_rate: Of attention weights.
+      share_kv: Keys and values share both projections.
+      use_bias: Whether query, key and value have biases.
+      use_out_bias: Whether the output has a bias.
+      dropout_rate: Dropout rate of attention weights.
     """
 
     num_heads: int
@@ -68,9 +68,9 @@ class LinformerAttention(nnx.Module, SublayerPart):
 
     Attributes:
       config: Its shape.
-      query, key, value, out: Dense layers; `value` is None where it is shared with `key`.
+      query, key, value, out: Dense layers; `value` is None if it is shared with `key`.
       key_projection: Parameter ``[L, R]``.
-      value_projection: Parameter ``[L, R]``, None where it is shared.
+      value_projection: Parameter ``[L, R]``, None if it is shared.
     """
 
     def __init__(
@@ -81,11 +81,11 @@ class LinformerAttention(nnx.Module, SublayerPart):
         Args:
           features: M, of inputs and outputs.
           config: Shape of the layer.
-          dtype: To compute in; None is that of inputs and parameters.
+          dtype: Dtype of the computation; None is that of inputs and parameters.
           rngs: Source of the parameters.
 
         Raises:
-          ValueError: If `num_heads` does not divide `features` where `head_dim` is not given.
+          ValueError: If `head_dim` is not given and `num_heads` does not divide `features`.
         """
         if config.head_dim is None and features % config.num_heads:
             raise ValueError(
@@ -139,8 +139,8 @@ class LinformerAttention(nnx.Module, SublayerPart):
 
         Args:
           x: ``[B, T, M]``; T <= L unless there is a context.
-          context: ``[B, S, N]``, S <= L; for a layer with `cross`, and only there.
-          key_mask: Must be None: a mixture of positions cannot leave one out.
+          context: ``[B, S, N]``, S <= L; only for a layer with `cross`.
+          key_mask: Must be None, because a mixture of all positions cannot exclude one.
           segment_ids: Must be None.
           deterministic: No dropout.
           rngs: Source of dropout, needed unless `deterministic` or without dropout.
@@ -200,7 +200,7 @@ class LinformerAttention(nnx.Module, SublayerPart):
     def add(
         self, x: Float[Array, "B T M"], inputs: Inputs, *, choices: Any = None, **options: Any
     ) -> tuple[Float[Array, "B T M"], None]:
-        """Attends; masks raise, see `SublayerPart.add`."""
+        """Attends; masks raise an error, see `SublayerPart.add`."""
         if self.config.cross:
             known: Any = {"context": inputs.context, "key_mask": inputs.context_mask}
             return self(x, **known, **options), None

@@ -27,14 +27,14 @@ from fast_attention.softmax_attention import make_softmax_attention
 
 
 class MultiAxisAttention(nnx.Module):
-    """Attention over some axes of ``[B, *axes, C]``; the other axes are batch.
+    """Attention over some axes of ``[B, *axes, C]``; the other axes are batch axes.
 
     Attributes:
-      attention_fn: What attends.
+      attention_fn: The attention function.
       attention_axes: The axes attended over, or None for all between the first and the last.
       query, key, value, out: Dense layers.
       projection: The layer's own random `Projection` (several by name, for stored parameters of
-        random features), None where `attention_fn` draws none.
+        random features), None if `attention_fn` draws none.
     """
 
     def __init__(
@@ -52,21 +52,21 @@ class MultiAxisAttention(nnx.Module):
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
-        """Draws Xavier-uniform kernels and, where there is one, the projection.
+        """Draws Xavier-uniform kernels and the projection, if there is one.
 
         Args:
           num_heads: H.
-          key_dim: D, of one head.
+          key_dim: D, per head.
           features: C, or one for each of query, key and value.
           value_dim: V, by default D.
-          output_features: O, by default `features`; several numbers give as many last axes.
-          attention_axes: Axes of the input to attend over, the first one is axis 0; by default all
-            but the first and the last.
+          output_features: O, by default `features`; several numbers give several last axes.
+          attention_axes: Axes of the input to attend over, counted from 0; by default all except
+            the first and the last.
           attention_fn: By default exact attention. FAVOR+, `make_fast_softmax_attention`, takes
             time linear in the product of the axes' lengths.
-          use_bias: Of the dense layers.
-          dropout_rate: Of attention weights, handed to `attention_fn`.
-          dtype: To compute in; None is that of inputs and parameters.
+          use_bias: Whether the dense layers have biases.
+          dropout_rate: Dropout rate of attention weights, passed to `attention_fn`.
+          dtype: Dtype of the computation; None is that of inputs and parameters.
           rngs: Source of the parameters and of the projection.
         """
         widths = (features,) * 3 if isinstance(features, int) else tuple(features)
@@ -123,9 +123,9 @@ class MultiAxisAttention(nnx.Module):
 
         Args:
           query: ``[B, *axes, C]``, with three axes or more.
-          key: By default the query. Its attended axes may have other lengths, the others are those
-            of the query.
-          value: By default the key; differs from it in C alone.
+          key: By default the query. Only its attended axes may have other lengths than those of the
+            query.
+          value: By default the key; may differ from it only in C.
           key_mask: The shape of key without its last axis; a key where it is False is not seen.
           deterministic: No dropout.
           rngs: Source of dropout, needed unless `deterministic` or without dropout.
@@ -184,7 +184,7 @@ class MultiAxisAttention(nnx.Module):
             redraw(self.attention_fn, self.projection, None, rngs.params(), self.key_dim)
 
     def _axes(self, query: Array, key: Array, value: Array) -> tuple[int, ...] | None:
-        """The axes to attend over, checked; None if they are in place already."""
+        """The checked axes to attend over; None if no transposition is needed."""
         shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
         if query.ndim < 3 or query.ndim != key.ndim:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Multi-head attention: groups of heads, each attending in its own way.
+"""Multi-head attention: groups of heads, each with its own attention function.
 
 Shape letters: B batch, T length, S keys (T and what memory and context add), H heads, K key/value
 heads, D head width, M features.
@@ -46,7 +46,7 @@ NO_INPUTS = Inputs()
 
 
 class AttentionState(NamedTuple):
-    """What attention remembers of the tokens so far.
+    """The decoding state of attention.
 
     Attributes:
       groups: The state of each group of heads.
@@ -58,29 +58,29 @@ class AttentionState(NamedTuple):
 
 
 class MultiHeadAttention(nnx.Module, SublayerPart):
-    """Self- or cross-attention by groups of heads, see `AttentionConfig`.
+    """Self- or cross-attention with groups of heads, see `AttentionConfig`.
 
     Attributes:
       config: Its shape.
-      project: `QueryKeyValue`, the dense layers in front.
-      out: The dense layer behind.
+      project: `QueryKeyValue`, the dense layers of queries, keys and values.
+      out: The dense layer of the output.
       decay: `HeadDecay`, or None.
-      projections: The `Projection` of each group (several by name, if calibrated), or None where a
-        function draws none. Checkpointed with the model, no parameters; they change only by
-        `redraw`, `calibrate` and `recalibrate`.
-      moments: `RunningMoments` of groups whose function has a ``moment_decay``; training calls
-        update them.
+      projections: The `Projection` of each group (several by name, if calibrated), or None if a
+        function draws none. They are checkpointed with the model but are not parameters; only
+        `redraw`, `calibrate` and `recalibrate` change them.
+      moments: `RunningMoments` of groups whose function has a ``moment_decay``, updated by training
+        calls.
     """
 
     def __init__(
         self, features: int, config: AttentionConfig, *, dtype: Any = None, rngs: nnx.Rngs
     ):
-        """Draws Xavier-uniform kernels and what the groups draw.
+        """Draws Xavier-uniform kernels and the projections of the groups.
 
         Args:
           features: M, of inputs and outputs.
           config: Shape of the layer.
-          dtype: To compute in; None is that of inputs and parameters.
+          dtype: Dtype of the computation; None is that of inputs and parameters.
           rngs: Source of the parameters and projections.
         """
         self.config = config
@@ -124,9 +124,9 @@ class MultiHeadAttention(nnx.Module, SublayerPart):
           segment_ids: ``[B, T]``; positions see their own run of equal ids.
           key_mask: ``[B, T]``; positions where it is False are not seen.
           context: ``[B, C, N]``, a second sequence, if the layer has one.
-          context_mask: ``[B, C]``; positions of it where it is False are not seen.
-          mask: ``[B, T, T]``; position t sees s where it is True, for attention that takes such
-            masks (exact, LSH); others raise.
+          context_mask: ``[B, C]``; context positions where it is False are not seen.
+          mask: ``[B, T, T]``; position t sees s where it is True, for attention that supports such
+            masks (exact, LSH); others raise an error.
           deterministic: No dropout.
           rngs: Source of dropout, needed unless `deterministic` or without dropout.
 
@@ -134,7 +134,7 @@ class MultiHeadAttention(nnx.Module, SublayerPart):
           ``[B, T, M]``.
 
         Raises:
-          ValueError: If dropout is asked for without `rngs`, or a context is missing or unknown.
+          ValueError: If dropout is requested without `rngs`, or a context is missing or unexpected.
         """
         inputs = Inputs(positions, segment_ids, key_mask, context, context_mask, mask)
         return self.add(x, inputs, deterministic=deterministic, rngs=rngs)[0]
@@ -149,17 +149,17 @@ class MultiHeadAttention(nnx.Module, SublayerPart):
         deterministic: bool = True,
         rngs: nnx.Rngs | None = None,
     ) -> tuple[Float[Array, "B T M"], tuple[Any, ...]]:
-        """A call that also returns, or repeats, what the groups chose (hash buckets).
+        """A call that also returns, or reuses, the choices of the groups (hash buckets).
 
         Args:
           x: ``[B, T, M]``.
           inputs: The other arguments of a call.
-          choices: What an earlier call returned, to be chosen again.
+          choices: Choices returned by an earlier call, to be used again.
           deterministic: No dropout.
           rngs: Source of dropout.
 
         Returns:
-          ``[B, T, M]``, and the choice of each group, None where there is none.
+          ``[B, T, M]``, and the choice of each group, None if there is none.
         """
         self._check(inputs.context, deterministic, rngs)
         length, positions = x.shape[1], inputs.positions
@@ -223,7 +223,7 @@ class MultiHeadAttention(nnx.Module, SublayerPart):
 
     @property
     def can_decode(self) -> bool:
-        """Whether the layer has a state: it is causal, and every group reads on from one."""
+        """Whether the layer has a state: it is causal, and every group can decode."""
         config = self.config
         if config.context == "cross":
             return True
@@ -239,11 +239,11 @@ class MultiHeadAttention(nnx.Module, SublayerPart):
 
         Args:
           batch_size: B.
-          max_length: Tokens to make room for; recurrent states need none.
+          max_length: Maximum number of tokens; recurrent states do not depend on it.
           inputs: The context, with cross attention.
 
         Returns:
-          The state, with B in front of its arrays.
+          The state; B is the first axis of its arrays.
 
         Raises:
           TypeError: If the layer cannot decode.
@@ -274,13 +274,13 @@ class MultiHeadAttention(nnx.Module, SublayerPart):
     def prefill(
         self, state: AttentionState, x: Float[Array, "B T M"], inputs: Inputs = NO_INPUTS
     ) -> tuple[Float[Array, "B T M"], AttentionState]:
-        """Attends causally among T new tokens and all before them.
+        """Attends causally to T new tokens and all earlier ones.
 
         Args:
-          state: What came before.
+          state: The state of earlier tokens.
           x: ``[B, T, M]``.
-          inputs: Positions, needed for rotary ones, and a key mask: False is padding, on either
-            side.
+          inputs: Positions (needed for rotary positions), and a key mask: False is padding, on
+            either side.
 
         Returns:
           ``[B, T, M]`` and the next state.
@@ -291,12 +291,12 @@ class MultiHeadAttention(nnx.Module, SublayerPart):
     def step(
         self, state: AttentionState, x: Float[Array, "B M"], inputs: Inputs = NO_INPUTS
     ) -> tuple[Float[Array, "B M"], AttentionState]:
-        """Attends from one new token per row to itself and all before it.
+        """Attends from one new token per row to itself and all earlier ones.
 
         Args:
-          state: What came before.
+          state: The state of earlier tokens.
           x: ``[B, M]``.
-          inputs: Positions ``[B]``, needed for rotary ones.
+          inputs: Positions ``[B]``, needed for rotary positions.
 
         Returns:
           ``[B, M]`` and the next state.
@@ -307,9 +307,9 @@ class MultiHeadAttention(nnx.Module, SublayerPart):
         return out[:, 0], state
 
     def redraw(self, rngs: nnx.Rngs) -> None:
-        """Replaces what the groups have drawn, if anything; stacked layers get one each.
+        """Redraws the projections of the groups, separately for each of stacked layers.
 
-        Calibrated parameters stay, or follow the running moments where there are any.
+        Calibrated parameters are kept, or recomputed from the running moments if there are any.
         """
         own = zip(self.config.groups, self.projections, self.moments, strict=True)
         for group, held, moments in own:

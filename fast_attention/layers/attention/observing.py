@@ -1,6 +1,6 @@
-"""Copies of models whose attention functions tell what they are called with.
+"""Copies of models whose attention functions report their calls.
 
-Shape letters: B batch, T queries, S keys (T, and what memory and context add behind), H heads,
+Shape letters: B batch, T queries, S keys (T, then memory and context), H heads,
 K key/value heads, D head width, V value width.
 """
 
@@ -32,18 +32,18 @@ Path = tuple[Any, ...]
 
 
 class AttentionCall(NamedTuple):
-    """What a group of heads of a layer is asked in one call.
+    """A call of the attention function of a group of heads.
 
     Attributes:
       function: The attention function of the layer.
       path: Where the layer is in the model.
       group: Which of its groups of heads.
-      query: ``[B, T, H, D]``, after rotary positions, as the function is given it.
+      query: ``[B, T, H, D]``, after rotary positions, as passed to the function.
       key: ``[B, S, K, D]``.
       value: ``[B, S, K, V]``.
-      visible: Which keys are seen, and which positions are padding.
-      options: What else the function is given, such as its projection.
-      memory: How many of the keys, the last, are read into a state before the first query.
+      visible: Masks of keys and of padding.
+      options: Other arguments of the function, such as its projection.
+      memory: Number of keys (the last ones) that are read into a state before the first query.
     """
 
     function: AttentionFn
@@ -58,17 +58,17 @@ class AttentionCall(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of the group of heads, such as ``stack.blocks.0.0.inner:0``."""
+        """Name of the group of heads, such as ``stack.blocks.0.0.inner:0``."""
         return place_name(self.path, self.group)
 
     def attend(self, **replaced: Any) -> Any:
-        """Calls the function as the layer does.
+        """Calls the function like the layer.
 
         Args:
-          **replaced: Attributes to be others, such as ``value`` or ``function``.
+          **replaced: New values of attributes, such as ``value`` or ``function``.
 
         Returns:
-          What the function returns, ``[B, T, H, V]``.
+          The result of the function, ``[B, T, H, V]``.
         """
         call = self._replace(**replaced)
         if call.memory and call.function.can_decode:
@@ -89,17 +89,17 @@ Tell = Callable[[AttentionCall], None]
 def observed_copy(
     model: nnx.Module, tell: Tell, where: Callable[[Any], bool] = lambda function: True
 ) -> Any:
-    """Copies a model, so that its attention layers tell of every call.
+    """Copies a model, so that its attention layers report every call.
 
     Args:
-      model: Any module with `MultiHeadAttention` or `MultiAxisAttention` layers inside; it is left
-        as it is.
-      tell: Called with each `AttentionCall`, in the trace of the model's caller: nothing is
-        rematerialised, and two streams are differentiated as any other program.
-      where: Of which attention functions to tell.
+      model: Any module with `MultiHeadAttention` or `MultiAxisAttention` layers inside; it is not
+        changed.
+      tell: Called with each `AttentionCall`, in the trace of the model's caller: without
+        rematerialisation, and with ordinary differentiation of reversible streams.
+      where: Function that selects attention functions to report.
 
     Returns:
-      The copy, which computes what the model does.
+      The copy, which gives the same results as the model.
     """
 
     def watched(function: AttentionFn, path: Path, group: int) -> AttentionFn:
@@ -121,12 +121,12 @@ def observed_copy(
 
 
 def place_name(path: Path, group: int) -> str:
-    """Names a group of heads of a layer."""
+    """Returns the name of a group of heads of a layer."""
     return f"{'.'.join(map(str, path))}:{group}"
 
 
 class _MemoryState(NamedTuple):
-    """The state of a function, and what was read into it before the sequence."""
+    """The state of a function, and the memory that was read before the sequence."""
 
     inner: Any
     read: AttentionCall | None
@@ -134,7 +134,7 @@ class _MemoryState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Watched(WrappedAttention):
-    """An attention function that reports its calls, also where memory is read before."""
+    """An attention function that reports its calls, also with memory."""
 
     path: Path
     group: int
@@ -160,11 +160,11 @@ class _Watched(WrappedAttention):
         return self.attention_fn.attend(call)
 
     def start(self, sizes: StateSizes) -> _MemoryState:
-        """The state that memory is read into, which comes before the sequence."""
+        """The state into which memory is read before the sequence."""
         return _MemoryState(self.attention_fn.start(sizes), None)
 
     def read(self, state: _MemoryState, call: Call) -> tuple[Array, _MemoryState]:
-        """Reads memory first, and then the sequence, which it reports."""
+        """Reads memory first, then the sequence, and reports the call."""
         out, inner = self.attention_fn.read(state.inner, call)
         mask = None if call.key_mask is None else call.key_mask[..., 0]
         visible = Visible(causal=True, key_mask=mask, query_mask=mask)
@@ -187,12 +187,12 @@ class _Watched(WrappedAttention):
         return out, _MemoryState(inner, reported)
 
     def read_one(self, state: _MemoryState, call: Call) -> tuple[Array, _MemoryState]:
-        """Reads one token, of which nothing is reported."""
+        """Reads one token, without a report."""
         out, inner = self.attention_fn.read_one(state.inner, call)
         return out, state._replace(inner=inner)
 
     def keep_types(self, after: _MemoryState, before: _MemoryState) -> _MemoryState:
-        """Keeps the types of the inner state; the call beside it is no state."""
+        """Keeps the dtypes of the inner state; the call is not part of the state."""
         inner = self.attention_fn.keep_types(after.inner, before.inner)
         return after._replace(inner=inner)
 
@@ -210,7 +210,7 @@ class _Watched(WrappedAttention):
 
 
 def _with_one_batch_axis(call: Call, rank: int) -> Call:
-    """Attention over some of several axes: the others are batch."""
+    """Attention over some of several axes; the others are batch axes."""
     names = ("query", "key", "value", "key_mask", "segment_ids", "query_mask", "positions")
     flat = {
         name: x.reshape(-1, *x.shape[rank:])

@@ -1,4 +1,4 @@
-"""Queries and keys of one length a head, learned as the temperature of attention.
+"""Queries and keys of one norm per head, learned as the temperature of attention.
 
 Shape letters: B batch, T length, H heads, K key/value heads, D head width.
 """
@@ -16,28 +16,28 @@ from fast_attention.arrays.types import Array, Float
 from fast_attention.layers.explicit_axes import modules_run_on_auto_axes
 
 TEMPERATURE = 1.0
-"""Of every head, at first: logits lie between -1 and 1."""
+"""Initial value for every head: logits are between -1 and 1."""
 
 
 class UnitQueryKey(nnx.Module):
-    """Scales every query and key to the squared length ``sqrt(D) tau``, tau one number a key head.
+    """Scales every query and key to the squared norm ``sqrt(D) tau``, one tau per key head.
 
-    Logits ``q . k / sqrt(D)`` are then ``tau cos(q, k)``. In units of the softmax kernel ``exp(x .
-    y)``, with ``x = q D^(-1/4)`` and ``y = k D^(-1/4)``, it is ``|x|^2 = |y|^2 = tau``, so that
-    ``|x + y|^2 <= 4 tau`` and M positive features (FAVOR+) estimate every weight with a relative
-    variance of at most ``(exp(4 tau) - 1) / M``: 54 / M at first. The query heads that share a key
-    head share its temperature. A vector of zeros stays one.
+    Logits ``q . k / sqrt(D)`` are then ``tau cos(q, k)``. For the softmax kernel ``exp(x . y)``,
+    with ``x = q D^(-1/4)`` and ``y = k D^(-1/4)``, this means ``|x|^2 = |y|^2 = tau``, so ``|x +
+    y|^2 <= 4 tau``. Then M positive features (FAVOR+) estimate every weight with a relative
+    variance of at most ``(exp(4 tau) - 1) / M``: initially 54 / M. Query heads that share a key
+    head share its temperature. A zero vector stays zero.
 
     References:
       Henry et al., "Query-Key Normalization for Transformers", arXiv:2010.04245 (one temperature
       for all heads); arXiv:2009.14794, lemma 2 (the variance).
 
     Attributes:
-      log_temperature: ``log tau``, ``[K]``; its exponential is positive whatever is learned.
+      log_temperature: ``log tau``, ``[K]``; so tau is always positive.
     """
 
     def __init__(self, num_kv_heads: int):
-        """Makes one temperature a head.
+        """Creates one temperature per head.
 
         Args:
           num_kv_heads: K.
@@ -46,7 +46,7 @@ class UnitQueryKey(nnx.Module):
 
     @modules_run_on_auto_axes
     def __call__(self, x: Float[Array, "*B H D"]) -> Float[Array, "*B H D"]:
-        """Scales queries or keys of H heads, a multiple of K, in float32 at least."""
+        """Scales queries or keys of H heads, a multiple of K, in at least float32."""
         heads, width = x.shape[-2:]
         log = self.log_temperature[...]
         compute = at_least_float32(x.dtype)

@@ -1,4 +1,4 @@
-"""New random features for a whole model, when asked."""
+"""Redrawing the random features of a model."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from fast_attention.layers.stack.stack import Stack
 def redraw(model: nnx.Module, rngs: nnx.Rngs) -> None:
     """Draws new random projections for every attention layer of a model, in place.
 
-    Features with a projection redrawn every few steps do not adapt to its errors (FAVOR+,
-    arXiv:2009.14794, section 4.2). Redraw while training, never while evaluating. The rotations of
-    LSH attention are drawn anew in the same way.
+    With a projection that is redrawn every few steps, a model does not adapt to its errors (FAVOR+,
+    arXiv:2009.14794, section 4.2). Redraw during training, never during evaluation. The rotations
+    of LSH attention are redrawn in the same way.
 
     Args:
       model: Any module with `MultiHeadAttention` or `MultiAxisAttention` layers somewhere inside.
@@ -51,9 +51,9 @@ def redraw_every(model: nnx.Module, interval: int | None, step: int, rngs: nnx.R
 
 
 def redraw_due(model: nnx.Module, step: int, rngs: nnx.Rngs) -> bool:
-    """Redraws every stack whose ``redraw_interval`` has gone by, see `redraw_every`.
+    """Redraws every stack whose ``redraw_interval`` has passed, see `redraw_every`.
 
-    Where the ``recalibrate_interval`` has gone by, features are fitted to the running averages, see
+    If the ``recalibrate_interval`` has passed, features are fitted to the running averages, see
     `recalibrate`.
 
     Args:
@@ -72,9 +72,9 @@ def redraw_due(model: nnx.Module, step: int, rngs: nnx.Rngs) -> bool:
 
 
 def fix_projections(model: nnx.Module) -> None:
-    """Keeps the random features of a model as they are: `redraw_due` does nothing from now on.
+    """Fixes the random features of a model: `redraw_due` has no effect from then on.
 
-    They are neither redrawn nor fitted to running moments. Trained ones remain parameters.
+    They are neither redrawn nor fitted to running moments. Trained ones are still parameters.
     """
     for _, module in nnx.iter_modules(model):
         if isinstance(module, Stack):

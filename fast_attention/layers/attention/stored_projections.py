@@ -1,4 +1,4 @@
-"""What layers hold for their attention functions: random projections, parameters, moments.
+"""Variables of layers for attention functions: random projections, parameters, moments.
 
 Shape letters: B batch, T length, S keys, H heads, K key/value heads, D head width, R rows drawn.
 """
@@ -32,27 +32,27 @@ from fast_attention.mechanisms.attention_fn import AttentionFn
 from fast_attention.mechanisms.favor.calibration import retune, tuned_map
 
 _LEARNED = (TrainedParameters, HedgehogParameters, DarkformerParameters)
-"""Types of parameters that are trained, but for the rows; each has a name that no other has."""
+"""Types of parameters that are trained, except for the rows; each has a unique field name."""
 
 
 class Projection(nnx.Variable):
-    """What a group of heads has drawn and not learned, such as random features ``[.., M, D]``."""
+    """Random arrays of a group of heads that are not trained, such as ``[.., M, D]``."""
 
 
 class TrainedTuning(nnx.Param):
-    """Parameters of random features that the optimiser changes, of a group of heads."""
+    """Trained parameters of random features of a group of heads."""
 
 
 class RunningMoments(nnx.BatchStat):
-    """A running average over training of means or covariances of queries or keys."""
+    """A running average of means or covariances of queries or keys in training."""
 
 
 def as_held(drawn: Any, kv_heads: int) -> Any:
-    """Makes variables of what an attention function drew.
+    """Makes variables from the arrays that an attention function drew.
 
     Args:
       drawn: an array, parameters of tuned features, or None.
-      kv_heads: K; each key head gets tuned parameters of its own.
+      kv_heads: K; each key head has its own tuned parameters.
 
     Returns:
       A `Projection`, an ``nnx.Dict`` of them by the names of `TunedParameters`, one of a
@@ -77,7 +77,7 @@ def as_held(drawn: Any, kv_heads: int) -> Any:
 
 
 def held_projection(held: Any) -> Any:
-    """Returns what was held, as attention functions take it."""
+    """Returns the stored arrays in the form that attention functions take."""
     if not isinstance(held, nnx.Dict):
         return held[...]
     for kind in _LEARNED:
@@ -88,19 +88,19 @@ def held_projection(held: Any) -> Any:
 
 
 def hold(held: nnx.Dict, parameters: Any) -> None:
-    """Replaces the parameters held."""
+    """Replaces the stored parameters."""
     for name, x in parameters._asdict().items():
         if x is not None:
             held[name][...] = x
 
 
 def redraw(attention_fn: AttentionFn, held: Any, moments: Any, key: Array, head_dim: int) -> None:
-    """Replaces what was drawn, one draw for each of stacked layers.
+    """Redraws the arrays, one draw for each of stacked layers.
 
     Args:
-      attention_fn: Which drew it.
+      attention_fn: The function that drew them.
       held: As from `as_held`.
-      moments: Running moments, which calibrated parameters follow; None leaves these as they are.
+      moments: Running moments for recalibration; None keeps calibrated parameters.
       key: Random key.
       head_dim: D.
     """
@@ -118,7 +118,7 @@ def redraw(attention_fn: AttentionFn, held: Any, moments: Any, key: Array, head_
 
 
 def no_running_moments(config: AttentionConfig, kv_heads: Sequence[int]) -> list[nnx.Dict | None]:
-    """Variables for running moments that have seen nothing, for each group that wants them."""
+    """Empty running moments for each group that needs them."""
     made: list[nnx.Dict | None] = []
     for group, heads in zip(config.groups, kv_heads, strict=True):
         if group.attention_fn.moment_decay is None:
@@ -136,14 +136,14 @@ def no_running_moments(config: AttentionConfig, kv_heads: Sequence[int]) -> list
 def observe(
     attention_fn: AttentionFn, held: nnx.Dict, query: Array, key: Array, visible: Visible
 ) -> None:
-    """Updates running moments by the queries and keys of a call.
+    """Updates running moments with the queries and keys of a call.
 
     Args:
-      attention_fn: With its ``moment_decay``.
+      attention_fn: A function with ``moment_decay``.
       held: As from `no_running_moments`.
       query: ``[B, T, H, D]``.
       key: ``[B, S, K, D]``.
-      visible: Whose masks tell padding.
+      visible: Masks of padding.
     """
     new = measure_visible(query, key, visible.query_mask, visible.key_mask)
     assert attention_fn.moment_decay is not None
@@ -154,7 +154,7 @@ def observe(
 
 
 def running_moments(held: nnx.Dict) -> Moments:
-    """Returns the moments held."""
+    """Returns the stored moments."""
     sides = (
         Spread(*(held[f"{side}_{name}"][...] for name in Spread._fields))
         for side in Moments._fields
@@ -163,7 +163,7 @@ def running_moments(held: nnx.Dict) -> Moments:
 
 
 def recalibrate_held(attention_fn: AttentionFn, held: nnx.Dict, moments: nnx.Dict) -> None:
-    """Derives parameters from running moments; heads that have seen nothing keep theirs."""
+    """Computes parameters from running moments; heads without data keep theirs."""
     averages, before = running_moments(moments), held_projection(held)
     after = retune(tuned_map(attention_fn), before, averages)
     seen = jnp.minimum(averages.query.weight, averages.key.weight) > 0

@@ -1,4 +1,4 @@
-"""The same model around another attention function.
+"""The same model with another attention function.
 
 Shape letters: H heads, K key/value heads, D head width.
 """
@@ -28,31 +28,31 @@ def with_attention(
     *,
     where: Callable[[HeadGroup], bool] | None = None,
 ) -> Model:
-    """Returns a model of the same parameters whose heads attend by another function.
+    """Returns a model with the same parameters and another attention function.
 
-    Nothing is converted: attention functions have no parameters of their own, so that a model
-    trained with exact attention becomes a Performer, and a Performer an exact Transformer. What the
-    new function draws (its random projection) is drawn from `rngs`; running moments start empty.
-    Features with stored parameters are those of FAVOR+ until `calibrate`::
+    No weights are converted, because attention functions have no parameters of their own. So a
+    model trained with exact attention can be used as a Performer, and a Performer as an exact
+    Transformer. The random projection of the new function is drawn from `rngs`; running moments
+    start empty. Features with stored parameters are those of FAVOR+ until `calibrate` is called::
 
         performer = layers.with_attention(transformer, attention_fn, nnx.Rngs(0))
         layers.calibrate(performer, tokens)
 
-    Section 4.3 of the Performer paper (arXiv:2009.14794) does this to a trained Transformer, and
-    recovers its accuracy in a few steps of training.
+    Section 4.3 of the Performer paper (arXiv:2009.14794) does this with a trained Transformer, and
+    recovers its accuracy with a few training steps.
 
     Args:
-      model: Any module with `MultiHeadAttention` layers inside. It stays as it is; the parameters
-        of the result are its own, too: training one does not change the other.
-      attention_fn: Called as ``nnx.dot_product_attention``, such as `make_fast_softmax_attention`
-        returns.
-      rngs: Source of what the function draws, for every layer anew.
-      where: Which groups of heads to change; None is all. A model with an encoder and a decoder is
-        changed part by part.
+      model: Any module with `MultiHeadAttention` layers inside. It is not changed, and the result
+        has copies of its parameters: training one does not change the other.
+      attention_fn: Called like ``nnx.dot_product_attention``, for example a result of
+        `make_fast_softmax_attention`.
+      rngs: Source of the random projections; each layer has its own.
+      where: Function that selects groups of heads to change; None changes all. Change an encoder
+        and a decoder separately.
 
     Raises:
-      ValueError: If there is nothing to change, if a causal function should attend where later
-        positions were seen, or to keys that are the queries.
+      ValueError: If there is nothing to change, or if a causal function would replace bidirectional
+        attention or attention with shared queries and keys.
     """
 
     def choose(group: HeadGroup) -> HeadGroup:
@@ -115,7 +115,7 @@ def _check(config: AttentionConfig, before: HeadGroup, now: HeadGroup) -> None:
 
 
 def _in_configuration(config: Any, choose: Callable[[HeadGroup], HeadGroup]) -> Any:
-    """The same configuration with groups of heads replaced, at whatever depth they are."""
+    """The same configuration with groups of heads replaced, at any depth."""
     if isinstance(config, HeadGroup):
         return choose(config)
     if type(config) is tuple:

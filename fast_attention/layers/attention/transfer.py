@@ -1,10 +1,10 @@
-"""Attention transfer: linear attention learns to give what exact attention gave, layer by layer.
+"""Attention transfer: linear attention is trained to reproduce exact attention, per layer.
 
-A model with exact attention is called; every layer's queries, keys and values are given to the
-layer's counterpart in a model that is alike but for its attention function, and the outputs of the
-heads are compared. What layers make of each other's errors does not enter, so that all layers learn
-at once, from any input and without labels (LoLCATs, arXiv:2410.10254, section 3.1; Hedgehog,
-arXiv:2402.04347, section 4.2).
+A model with exact attention is called. The queries, keys and values of every layer are passed to
+the same layer of a model with another attention function, and the outputs of the heads are
+compared. Errors of earlier layers do not contribute, so all layers are trained at once, on any
+input and without labels (LoLCATs, arXiv:2410.10254, section 3.1; Hedgehog, arXiv:2402.04347,
+section 4.2).
 
 Shape letters: B batch, T length, H heads.
 """
@@ -31,7 +31,7 @@ Model = TypeVar("Model", bound=nnx.Module)
 
 
 class OutputErrors(NamedTuple):
-    """Sums over positions that are no padding, for the heads of one group of a layer.
+    """Sums over positions without padding, for the heads of one group of a layer.
 
     Attributes:
       error: ``[H]``, sum of ``|out - exact|^2``.
@@ -48,10 +48,10 @@ def output_errors(
     """Compares the attention of two models on the hidden states of the first.
 
     Args:
-      exact: Any module with `MultiHeadAttention` layers inside; it is left as it is.
-      linear: A module of the same layers, such as `with_attention` returns.
-      *args: Of a call of `exact`, such as tokens.
-      **kwargs: Of that call, such as ``key_mask``, without which padding would count.
+      exact: Any module with `MultiHeadAttention` layers inside; it is not changed.
+      linear: A module with the same layers, such as a result of `with_attention`.
+      *args: Arguments of a call of `exact`, such as tokens.
+      **kwargs: Arguments of that call, such as ``key_mask``; without it padding would count.
 
     Returns:
       Sums by `AttentionCall.name`, in the order of the calls, for groups of heads whose attention
@@ -100,7 +100,7 @@ def output_errors(
 
 
 def transfer_loss(errors: Mapping[str, OutputErrors]) -> Float[Array, ""]:
-    """The mean over heads of squared errors, each in units of its exact output's mean square."""
+    """The mean over heads of squared errors, relative to the mean square of exact outputs."""
     tiny = jnp.finfo(jnp.float32).tiny
     return jnp.mean(jnp.concatenate([x.error / jnp.maximum(x.size, tiny) for x in errors.values()]))
 
@@ -114,23 +114,24 @@ def linearize(
     *,
     where: Callable[[HeadGroup], bool] | None = None,
 ) -> Model:
-    """Returns a model whose attention is another, trained to give what its own attention gives.
+    """Returns a model with another attention function, trained to reproduce the original one.
 
-    The features of `attention_fn` are trained by `transfer_loss`; every other parameter is that of
-    `model`, bit for bit. Fine-tuning comes after, if it is needed::
+    The features of `attention_fn` are trained with `transfer_loss`; all other parameters equal
+    those of `model`. Fine-tune the result if needed::
 
         hedgehog = make_fast_softmax_attention(nb_features=128, estimator="hedgehog")
         batches = ({"tokens": x, "key_mask": x > 0} for x in tokens)
         linear = layers.linearize(transformer, hedgehog, batches, optax.adam(1e-2), nnx.Rngs(0))
 
     Args:
-      model: Any module with `MultiHeadAttention` layers inside; it stays as it is.
-      attention_fn: With learned features: ``estimator="hedgehog"``, ``"darkformer"``, or
+      model: Any module with `MultiHeadAttention` layers inside; it is not changed.
+      attention_fn: A function with learned features: ``estimator="hedgehog"``, ``"darkformer"``, or
         ``calibration="trained"``.
-      batches: Keywords of calls of `model`, one step each; equal shapes share a program.
-      optimizer: Of the features.
-      rngs: Source of what the function draws.
-      where: As for `with_attention`: which groups of heads to change; None is all.
+      batches: Keyword arguments of calls of `model`, one step each; equal shapes share a compiled
+        program.
+      optimizer: Optimizer of the features.
+      rngs: Source of the random projections.
+      where: As for `with_attention`: selects groups of heads to change; None changes all.
 
     Raises:
       ValueError: As `with_attention`, or if the function has no learned features.

@@ -1,4 +1,4 @@
-"""Layer dropout: whole layers are left out in training."""
+"""Layer dropout: whole layers are skipped in training."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from fast_attention.arrays.types import Array, Bool
 
 
 def draw_layer_mask(key: Array, rate: float, depth: int) -> Bool[Array, " depth"]:
-    """Draws which layers take part in a step of training.
+    """Draws which layers are used in a training step.
 
-    What a layer adds is multiplied by its entry, and not rescaled. If all were left out, the first
-    takes part: without it there would be no gradient.
+    The increment of a layer is multiplied by its entry, without rescaling. If all layers would be
+    skipped, the first one is used, because otherwise there would be no gradient.
 
     Args:
       key: Random key.
-      rate: Probability to leave a layer out, in ``[0, 1)``.
-      depth: How many layers there are.
+      rate: Probability of skipping a layer, in ``[0, 1)``.
+      depth: Number of layers.
 
     Returns:
-      ``[depth]``, True where a layer takes part.
+      ``[depth]``, True for layers that are used.
 
     Raises:
-      ValueError: At a rate out of range.
+      ValueError: If the rate is out of range.
 
     References:
       Fan et al. Reducing Transformer depth on demand with structured dropout. arXiv:1909.11556.

@@ -1,8 +1,8 @@
-"""Functions that the backward pass evaluates again, instead of keeping what it needs of them.
+"""Functions that are recomputed in the backward pass instead of storing their activations.
 
-``jax.checkpoint`` leaves that to barriers, which XLA on CPU removes before it looks for equal
-computations: the second evaluation is found equal to the first, and everything is kept after all.
-What is recomputed here stays so on every platform.
+``jax.checkpoint`` uses barriers for this, which XLA on CPU removes before it merges equal
+computations. Then the second evaluation is merged with the first, and everything is kept. The
+functions here are recomputed on every platform.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ Function = Callable[[Any, Array, Any, Any], tuple[Array, Any]]
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def recomputed(function: Function, parameters: Any, x: Array, shared: Any) -> tuple[Array, Any]:
-    """Returns ``function(parameters, x, shared, None)``; only its arguments are kept.
+    """Returns ``function(parameters, x, shared, None)``; only its arguments are stored.
 
     Reference: Chen et al. Training deep nets with sublinear memory cost. arXiv:1604.06174.
 
     Args:
-      function: Pure, without traced arrays of its own; what it returns as `saved` in the forward
-        pass is given back to it in the backward pass, and has no gradient.
+      function: Pure, without closing over traced arrays; the `saved` that it returns in the forward
+        pass is passed to it in the backward pass, and has no gradient.
       parameters: A pytree; leaves may be integers or random keys, without gradient.
       x: An array.
       shared: A pytree, as `parameters`.
@@ -62,12 +62,12 @@ recomputed.defvjp(_forward, _backward)
 
 
 def in_one_piece(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Returns ``function(*arguments)``, computed whole before anything that needs a part of it.
+    """Returns ``function(*arguments)``, computed completely before any part is used.
 
-    Left to itself, XLA keeps what the forward pass computed from the same numbers, and puts off
-    the gradients of parameters until the end, with all that they need. A barrier keeps it from
-    both, except on CPU, where barriers are gone when the order is chosen; there it is the branch of
-    a condition that nobody knows to be true.
+    Otherwise XLA keeps results of the forward pass, and delays the gradients of parameters to the
+    end, keeping all their inputs. A barrier prevents both, except on CPU, where barriers are
+    removed before scheduling; there the function is in a branch of a condition that is always true,
+    but not known to the compiler.
     """
     function = jax.jit(function)  # Traced once for the two uses below.
     shapes = jax.eval_shape(function, *arguments)
@@ -84,9 +84,9 @@ def in_one_piece(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def add_gradients(total: Array | None, gradient: Array) -> Array | None:
-    """Adds up the gradients of one array; None stands for that of an integer.
+    """Adds the gradients of one array; None is the gradient of an integer.
 
-    Sums over many layers are not left to 16 bits.
+    Sums over many layers are not computed in 16 bits.
     """
     if gradient.dtype == jax.dtypes.float0:
         return None
@@ -94,7 +94,7 @@ def add_gradients(total: Array | None, gradient: Array) -> Array | None:
 
 
 def as_cotangent(primal: Any, gradient: Array | None) -> Array | None:
-    """A gradient as ``custom_vjp`` wants it back, in the type of its array."""
+    """A gradient as ``custom_vjp`` expects it, in the dtype of its array."""
     return None if gradient is None else gradient.astype(jnp.result_type(primal))
 
 

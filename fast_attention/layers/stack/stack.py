@@ -1,4 +1,4 @@
-"""A stack of residual layers: one stream, or two that can be computed backwards.
+"""A stack of residual layers: one stream, or two reversible streams.
 
 Shape letters: B batch, T length, M features.
 """
@@ -35,16 +35,16 @@ class StackConfig:
 
     Attributes:
       features: M.
-      blocks: The sublayers of each block, as a rule attention and feed-forward.
-      norm: Of the stream before each sublayer.
+      blocks: The sublayers of each block, usually attention and feed-forward.
+      norm: Norm of the stream before each sublayer.
       reversible: Two streams, each block of two sublayers f and g computing ``x1 + f(x2)`` and
         ``x2 + g(x1)``: the backward pass recomputes the streams, memory does not grow with depth
         (arXiv:1707.04585).
-      reverse_threshold: Up to this length the two streams are differentiated as any other program.
-      merge: What comes of two streams in the end, their "mean" or "sum".
-      tie_blocks: Blocks share their sublayers; norms and gains are their own.
-      remat: Keep only the stream before each sublayer, and compute the rest again.
-      layer_dropout_rate: Of whole blocks in training; one block always stays.
+      reverse_threshold: Up to this length, ordinary differentiation is used for the two streams.
+      merge: How the two streams are combined at the end, "mean" or "sum".
+      tie_blocks: Blocks share their sublayers, but not norms and gains.
+      remat: Store only the stream before each sublayer, and recompute the rest.
+      layer_dropout_rate: Dropout rate of whole blocks in training; at least one block is kept.
       redraw_interval: Optimiser steps between two redraws of random features, for
         `redraw_due`; None keeps them.
       recalibrate_interval: Optimiser steps between two fits of tuned features to the running
@@ -67,7 +67,7 @@ class StackConfig:
         """Checks every field.
 
         Raises:
-          ValueError: At values that make no stack.
+          ValueError: For invalid values.
         """
         if self.features < 1 or not self.blocks:
             raise ValueError(
@@ -97,7 +97,7 @@ class Stack(nnx.Module):
 
     Attributes:
       config: Its shape.
-      blocks: For every block its `Sublayer` modules.
+      blocks: The `Sublayer` modules of each block.
     """
 
     def __init__(self, config: StackConfig, *, dtype: Any = None, rngs: nnx.Rngs):
@@ -105,7 +105,7 @@ class Stack(nnx.Module):
 
         Args:
           config: Shape of the stack.
-          dtype: To compute in; None is that of inputs and parameters.
+          dtype: Dtype of the computation; None is that of inputs and parameters.
           rngs: Source of parameters and projections.
         """
         self.config = config
@@ -161,9 +161,9 @@ class Stack(nnx.Module):
           segment_ids: ``[B, T]``; positions see their own run of equal ids.
           key_mask: ``[B, T]``; positions where it is False (padding) are not seen.
           context: ``[B, S, N]``, a second sequence, for blocks that have one.
-          context_mask: ``[B, S]``; positions of it where it is False are not seen.
-          mask: ``[B, T, T]``; position t sees s where it is True, for attention that takes such
-            masks (exact, LSH); others raise.
+          context_mask: ``[B, S]``; context positions where it is False are not seen.
+          mask: ``[B, T, T]``; position t sees s where it is True, for attention that supports such
+            masks (exact, LSH); others raise an error.
           deterministic: No dropout.
           rngs: Source of dropout, needed unless `deterministic` or without dropout.
 
@@ -171,7 +171,7 @@ class Stack(nnx.Module):
           ``[B, T, M]``.
 
         Raises:
-          ValueError: If a context is missing, or dropout is asked for without `rngs`.
+          ValueError: If a context is missing, or dropout is requested without `rngs`.
         """
         inputs = Inputs(positions, segment_ids, key_mask, context, context_mask, mask)
         self._check(inputs)
@@ -193,12 +193,12 @@ class Stack(nnx.Module):
     ) -> list[Float[Array, "B T M"]]:
         """Computes the stream before the first block and after every block, without dropout.
 
-        Of two streams it is what would come of them if the stack ended there, their mean or sum;
-        they are differentiated as any other program.
+        For two streams, it is their mean or sum, as at the end of the stack; ordinary
+        differentiation is used.
 
         Args:
           x: ``[B, T, M]``.
-          inputs: What a call takes by name.
+          inputs: The other arguments of a call.
 
         Returns:
           ``[B, T, M]`` for each of 0 (`x` itself), 1, ..., ``len(blocks)`` blocks.
@@ -254,7 +254,7 @@ class Stack(nnx.Module):
         return out, tuple(tuple(block) for block in states)
 
     def _flow(self, x: Array, add: Callable[[int, int, Array], Array]) -> Array:
-        """Leads one or two streams through all sublayers."""
+        """Passes one or two streams through all sublayers."""
         streams: tuple[Array, ...] = (x,)
         for streams in self._streams(x, add):  # noqa: B007 - what was before need not be kept.
             pass
@@ -341,7 +341,7 @@ class Stack(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class _PureSublayer:
-    """A sublayer as a function of its parameters, as `reversible_residual` wants it."""
+    """A sublayer as a function of its parameters, for `reversible_residual`."""
 
     graphdef: Any
     deterministic: bool
@@ -361,10 +361,10 @@ class _PureSublayer:
 
 
 def _build_alike(build: Callable[[nnx.Rngs], Any], number: int, rngs: nnx.Rngs) -> nnx.List[Any]:
-    """Builds modules that differ in their random numbers alone.
+    """Builds modules that differ only in their random numbers.
 
-    Each kind of parameter is drawn for all of them at once, which compiles in the time that one
-    of them takes.
+    Each kind of parameter is drawn for all of them at once, so compilation takes as long as for
+    one.
     """
     stacked = nnx.split_rngs(splits=number)(nnx.vmap(build))(rngs)
     graphdef, state = nnx.split(stacked)

@@ -1,4 +1,4 @@
-"""One residual part of a stack: norm, token shift, what it adds, and its gain.
+"""One residual part of a stack: norm, token shift, inner layer and gain.
 
 Shape letters: B batch, T length, M features.
 """
@@ -39,7 +39,7 @@ class FeedForwardConfig:
         """Checks the rate; the layer checks the rest.
 
         Raises:
-          ValueError: At a rate out of range.
+          ValueError: If the rate is out of range.
         """
         check_rate(self.dropout_rate)
 
@@ -57,12 +57,11 @@ class MemoryConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SublayerConfig:
-    """What a sublayer adds to the residual stream.
+    """Configuration of a sublayer.
 
     Attributes:
-      inner: The configuration of what is added, of a class in `BUILDERS`.
-      shifts: Positions by which groups of channels are moved before, see `shift_tokens`; None
-        moves nothing.
+      inner: Configuration of the inner layer, of a class in `BUILDERS`.
+      shifts: Token shifts before the inner layer, see `shift_tokens`; None for no shift.
     """
 
     inner: Any
@@ -72,7 +71,7 @@ class SublayerConfig:
         """Checks the class of `inner`, and the shifts.
 
         Raises:
-          TypeError: If nothing is built from such a configuration.
+          TypeError: If there is no layer for such a configuration.
           ValueError: If the shifts look ahead in a causal layer.
         """
         if type(self.inner) not in BUILDERS:
@@ -90,12 +89,12 @@ class NormConfig:
     """How the stream is normalised at each sublayer.
 
     Attributes:
-      kind: "layer", "scale", "rms" or "none"; or "rezero": no norm, but a learned gain on what is
-        added (arXiv:2003.04887).
-      epsilon: Added to variances and mean squares; the smallest length that "scale" divides by.
-      gain: The gain of "rezero" at first.
-      after: Normalise the sum of the stream and what is added to it, as BERT does, instead of what
-        the sublayer reads.
+      kind: "layer", "scale", "rms" or "none"; or "rezero": no norm, but a learned gain on the
+        increment (arXiv:2003.04887).
+      epsilon: Added to variances and mean squares; the minimum norm that "scale" divides by.
+      gain: Initial gain of "rezero".
+      after: Normalise the sum of the stream and the increment (post-norm, as in BERT) instead of
+        the input of the sublayer.
     """
 
     kind: str = "layer"
@@ -107,18 +106,18 @@ class NormConfig:
         """Checks the combination.
 
         Raises:
-          ValueError: If there is no norm to place after the sum.
+          ValueError: If there is no norm for `after`.
         """
         if self.after and self.kind in ("rezero", "none"):
             raise ValueError(f"after=True needs a norm, got kind={self.kind!r}.")
 
 
 class SublayerState(NamedTuple):
-    """What a sublayer remembers of the tokens so far.
+    """The decoding state of a sublayer.
 
     Attributes:
-      inner: The state of attention, None for parts that see one position alone.
-      before: ``[B, M]``, what came last out of the norm; None without token shift.
+      inner: The state of attention, None for position-wise layers.
+      before: ``[B, M]``, the last output of the norm; None without token shift.
     """
 
     inner: Any
@@ -131,7 +130,7 @@ class Sublayer(nnx.Module):
     With `NormConfig.after` it is ``inner(shift(x))``, and the norm follows the sum (`leave`).
 
     Attributes:
-      config: What it adds.
+      config: Its configuration.
       norm: The norm, or identity.
       inner: Attention, feed-forward or memory.
       gain: A `ReZero`, or None.
@@ -151,10 +150,10 @@ class Sublayer(nnx.Module):
 
         Args:
           features: M.
-          config: What is added.
-          norm: How the stream is normalised.
+          config: Configuration of the sublayer.
+          norm: Configuration of the norm.
           inner: A module to share with another sublayer; None builds one.
-          dtype: To compute in; None is that of inputs and parameters.
+          dtype: Dtype of the computation; None is that of inputs and parameters.
           rngs: Source of the parameters.
         """
         self.config = config
@@ -178,17 +177,17 @@ class Sublayer(nnx.Module):
         rngs: nnx.Rngs | None = None,
         choices: Any = None,
     ) -> tuple[Float[Array, "B T M"], Any]:
-        """Computes what is to be added.
+        """Computes the increment of the stream.
 
         Args:
           x: The stream.
-          inputs: What attention reads besides.
+          inputs: Other inputs of attention.
           deterministic: No dropout.
           rngs: Source of dropout.
-          choices: What an earlier call returned, to be chosen again.
+          choices: Choices returned by an earlier call, to be used again.
 
         Returns:
-          ``[B, T, M]``, and what attention or memory chose, else None.
+          ``[B, T, M]``, and the choices of attention or memory, or None.
         """
         x = self._enter(x)
         if self.config.shifts is not None:
@@ -208,7 +207,7 @@ class Sublayer(nnx.Module):
 
     @property
     def can_decode(self) -> bool:
-        """Whether the sublayer reads on from a state; False where it looks ahead."""
+        """Whether the sublayer can decode from a state; False if it looks ahead."""
         if self.config.shifts is not None and not set(self.config.shifts) <= {0, 1}:
             return False
         return self.inner.can_decode
@@ -231,7 +230,7 @@ class Sublayer(nnx.Module):
     def prefill(
         self, state: SublayerState, x: Float[Array, "B T M"], inputs: Inputs = NO_INPUTS
     ) -> tuple[Float[Array, "B T M"], SublayerState]:
-        """Computes what is added to T new tokens per row, see `MultiHeadAttention.prefill`."""
+        """Computes the increment of T new tokens per row, see `MultiHeadAttention.prefill`."""
         x, inner, before = self._enter(x), state.inner, state.before
         if before is not None and self.config.shifts is not None:
             first, starts = before.astype(x.dtype), starts_of_runs(None, inputs.key_mask)
@@ -247,7 +246,7 @@ class Sublayer(nnx.Module):
     def step(
         self, state: SublayerState, x: Float[Array, "B M"], inputs: Inputs = NO_INPUTS
     ) -> tuple[Float[Array, "B M"], SublayerState]:
-        """Computes what is added to one new token per row, see `MultiHeadAttention.step`."""
+        """Computes the increment of one new token per row, see `MultiHeadAttention.step`."""
         x, inner, before = self._enter(x), state.inner, state.before
         if before is not None and self.config.shifts is not None:
             last, first = x, before.astype(x.dtype)
@@ -257,14 +256,14 @@ class Sublayer(nnx.Module):
         return self._scaled(x), SublayerState(inner, before)
 
     def leave(self, x: Float[Array, "*B M"]) -> Float[Array, "*B M"]:
-        """The stream behind the sum, normalised with `NormConfig.after`."""
+        """The stream after the sum, normalised with `NormConfig.after`."""
         return self.norm(x) if self.norm_after else x
 
     def _enter(self, x: Array) -> Array:
         return x if self.norm_after else self.norm(x)
 
     def _known(self, inputs: Inputs) -> Inputs:
-        """Inputs without the context, for layers that have none."""
+        """Inputs without the context, for layers without one."""
         if self.inner.reads_context:
             return inputs
         return inputs._replace(context=None, context_mask=None)
@@ -295,5 +294,5 @@ BUILDERS: dict[type, Callable[..., SublayerPart]] = {
 def build_inner(
     features: int, config: SublayerConfig, *, dtype: Any = None, rngs: nnx.Rngs
 ) -> SublayerPart:
-    """Builds what a sublayer adds, with parameters of its own."""
+    """Builds the inner layer of a sublayer, with its own parameters."""
     return BUILDERS[type(config.inner)](features, config.inner, dtype=dtype, rngs=rngs)
