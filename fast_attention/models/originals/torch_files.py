@@ -53,7 +53,7 @@ class TorchFile(NamedTuple):
 
 
 class Options:
-    """Stands for ``argparse.Namespace``: its attributes."""
+    """Stands for ``argparse.Namespace``: its attributes. Each file has a subclass of its own."""
 
 
 def read_torch(path: Path) -> TorchFile:
@@ -145,26 +145,30 @@ class _Storage(NamedTuple):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows the few names below; any other is an error."""
+    """Knows the few names below; any other is an error.
+
+    A pickle can set attributes of what it names, so it is given nothing that outlives the file, and
+    types of numbers by name.
+    """
 
     def __init__(
         self, file: io.BytesIO, path: Path, members: dict[str, zipfile.ZipInfo], folder: str
     ):
         super().__init__(file)
         self._path, self._members, self._folder = path, members, folder
-
-    def find_class(self, module: str, name: str) -> Any:
-        known = {
+        self._known = {
             ("collections", "OrderedDict"): collections.OrderedDict,
-            ("argparse", "Namespace"): Options,
-            ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-            ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+            ("argparse", "Namespace"): type("Options", (Options,), {}),
+            ("torch._utils", "_rebuild_tensor_v2"): lambda *stored: _rebuild_tensor(*stored),
+            ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
             ("torch", "Size"): tuple,
         }
-        if (module, name) in known:
-            return known[module, name]
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in self._known:
+            return self._known[module, name]
         if module == "torch" and name in _STORAGES:
-            return _STORAGES[name]
+            return name
         raise pickle.UnpicklingError(
             f"it names {module}.{name}, which is none of the constructors of tensors; nothing was "
             "executed"
@@ -173,7 +177,7 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> _Storage:
         """A storage: ``("storage", type, key, device, number of elements)``."""
         kind, dtype, key, _, count = pid
-        dtype = np.dtype(dtype)
+        dtype = np.dtype(_STORAGES[dtype])
         member = self._members.get(f"{self._folder}data/{key}")
         if kind != "storage" or member is None or type(count) is not int or count < 0:
             raise pickle.UnpicklingError("a tensor has no storage")
@@ -206,10 +210,6 @@ def _rebuild_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any)
         return np.lib.stride_tricks.as_strided(values, shape, steps, writeable=False)
 
     return StoredArray(tuple(shape), storage.dtype, read)
-
-
-def _rebuild_parameter(data: Any, *_: Any) -> Any:
-    return data
 
 
 def _line(error: BaseException) -> str:

@@ -58,6 +58,18 @@ def read_bounded(path: Path, limit: int) -> bytes:
         return file.read(limit)
 
 
+def read_text(path: Path) -> str:
+    """The text of a plain file in UTF-8 of at most `MAX_BYTES`.
+
+    Raises:
+      RunError: As `read_bounded`, or if the file is not UTF-8.
+    """
+    try:
+        return read_bounded(path, MAX_BYTES).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RunError(f"{path} is damaged: it is not UTF-8 ({one_line(error)})") from error
+
+
 def open_plain(path: Path) -> BinaryIO:
     """Opens a plain file for reading.
 

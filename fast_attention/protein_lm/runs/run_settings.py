@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import ast
 import math
+import os
 import re
 from pathlib import Path
+from typing import Any
 
+from fast_attention.protein_lm.distributed import processes
 from fast_attention.protein_lm.errors import RunError
 
 _FILES = ("experiment.train_files", "experiment.valid_files", "experiment.test_files")
+_INITIAL_RUN = "experiment.initial_run"
 _LENGTHS = ("experiment.max_train_steps", "experiment.epochs")
 
 
@@ -17,7 +21,8 @@ def compare_settings(path: Path, before: str, now: str, asked: str) -> bool:
     """Checks that a run can be resumed with the settings of now.
 
     The mesh may be another one, which is a matter of the machine. So may the names of the FASTA
-    files, whose content `data_record` compares. A run may have more steps or epochs than before.
+    files, whose content `data_record` compares. The run that this one began from may be elsewhere,
+    if it is not where it was. A run may have more steps or epochs than before.
 
     Args:
       path: The folder of the run.
@@ -41,6 +46,12 @@ def compare_settings(path: Path, before: str, now: str, asked: str) -> bool:
             continue
         if name in _LENGTHS and _number(old.get(name)) < _number(new.get(name)):
             longer = True
+            continue
+        if name == _INITIAL_RUN and _has_moved(old.get(name), new.get(name)):
+            processes.note(
+                f"{path} began from {_value(old[name])!r}, which is gone; {_value(new[name])!r} is "
+                "taken for the same run"
+            )
             continue
         changes += [f"-{old[name]}"] if name in old else []
         changes += [f"+{new[name]}"] if name in new else []
@@ -73,8 +84,19 @@ def settings(config: str) -> dict[str, str]:
 
 def _number(setting: str | None) -> float:
     """A number of steps or epochs; None is no limit."""
+    value = _value(setting)
+    return value if isinstance(value, (int, float)) else math.inf
+
+
+def _has_moved(before: str | None, now: str | None) -> bool:
+    """Whether two settings name folders, of which that of before is not there any more."""
+    then, there = _value(before), _value(now)
+    return isinstance(then, str) and isinstance(there, str) and not os.path.exists(then)
+
+
+def _value(setting: str | None) -> Any:
+    """The plain value of a setting; None where it is something else."""
     try:
-        value = ast.literal_eval((setting or "").partition(" = ")[2].strip())
-    except (SyntaxError, ValueError):
-        return math.inf
-    return math.inf if value is None else value
+        return ast.literal_eval((setting or "").partition(" = ")[2].strip())
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
+        return None

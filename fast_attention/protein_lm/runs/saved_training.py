@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fast_attention.protein_lm.errors import RunError
+from fast_attention.protein_lm.files.json_files import read_text
 from fast_attention.protein_lm.files.output_files import check_output_folder, write_file
 from fast_attention.protein_lm.runs import checkpoints, model_file
 from fast_attention.protein_lm.runs.run_folder import RunFolder
@@ -36,7 +37,7 @@ def save_training(model: BuiltModel, output: str | os.PathLike[str]) -> None:
             f"{folder.path} holds a run or an exported model: give the checkpoint another folder"
         )
     text = model_file.to_text(model_file.describe(model))
-    if folder.model.exists() and folder.model.read_text(encoding="utf-8") != text:
+    if folder.model.exists() and read_text(folder.model) != text:
         raise RunError(f"{folder.path} holds another model: give the checkpoint another folder")
     newest = folder.newest_step()
     if newest is not None and newest > step:

@@ -16,6 +16,7 @@ import grain
 
 from fast_attention.protein_lm.distributed import processes
 from fast_attention.protein_lm.errors import RunError
+from fast_attention.protein_lm.files.json_files import read_text
 from fast_attention.protein_lm.files.output_files import write_file
 from fast_attention.protein_lm.files.text_source import FastaError
 from fast_attention.protein_lm.runs import data_record, run_folder
@@ -71,8 +72,7 @@ def open_folder(folder: RunFolder, model: str) -> Opened:
                     f"{folder.config.name}): give another --work_dir"
                 )
         return Opened(folder, asked, used, model, resumed=False, longer=False, record=None)
-    before = folder.config.read_text(encoding="utf-8")
-    longer = compare_settings(folder.path, before, used, asked)
+    longer = compare_settings(folder.path, read_text(folder.config), used, asked)
     record = data_record.read_record(folder)
     return Opened(folder, asked, used, model, resumed=True, longer=longer, record=record)
 
@@ -193,8 +193,7 @@ def begin(run: Opened, found: TrainingData, now: Entry) -> None:
         _write_data(run, found, now, step=0)
         run_folder.claim(run.folder, run.used, run.model)
         return
-    before = run.folder.config.read_text(encoding="utf-8")
-    compare_settings(run.folder.path, before, run.used, run.asked)
+    compare_settings(run.folder.path, read_text(run.folder.config), run.used, run.asked)
     _refuse(run.folder, data_record.read_record(run.folder) or now, now, _OTHER_DATA)
 
 
@@ -216,8 +215,8 @@ def update(
       Whether validations are on other proteins than before.
     """
     # The settings make the model: where its description says other things, it is replaced.
-    model = run.folder.model
-    if not model.is_file() or model.read_bytes() != run.model.encode():
+    model, text = run.folder.model, run.model.encode()
+    if not (model.is_file() and model.stat().st_size == len(text) and model.read_bytes() == text):
         write_file(model, run.model)
     if run.longer:
         run.folder.result.unlink(missing_ok=True)

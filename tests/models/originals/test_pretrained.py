@@ -14,6 +14,7 @@ from flax import nnx
 
 from fast_attention import make_fast_softmax_attention, make_local_attention
 from fast_attention.models import load_pretrained
+from fast_attention.models.originals import torch_files
 from tests.models.originals import torch_archive
 
 DATA = Path(__file__).parents[2] / "data" / "pretrained"
@@ -316,3 +317,27 @@ class TestPyTorchFiles:
                 changed[place] = rng.integers(256)
             path.write_bytes(changed)
             self.refused(folder, ".")
+
+
+def with_state(name, text):
+    """A pickle that sets an attribute of what it names."""
+    attribute = b"X" + len(text).to_bytes(4, "little") + text.encode()
+    module = name.rpartition(".")
+    return f"\x80\x02c{module[0]}\n{module[2]}\nN}}".encode("latin-1") + attribute * 2 + b"s\x86b."
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("torch.BFloat16Storage", "dtype"), ("argparse.Namespace", "left")]
+)
+def test_a_file_leaves_nothing_behind_in_the_process(tmp_path, name, text):
+    before = jnp.bfloat16.dtype
+    path = tmp_path / "model.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", with_state(name, text))
+    try:
+        with pytest.raises(ValueError, match=r"model\.pt"):
+            torch_files.read_torch(path)
+        assert jnp.bfloat16.dtype is before
+        assert not hasattr(torch_files.Options, "left")
+    finally:
+        jnp.bfloat16.dtype = before

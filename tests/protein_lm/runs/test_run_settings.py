@@ -54,3 +54,25 @@ def test_a_run_becomes_longer_and_never_shorter():
     assert compare_settings(FOLDER, two, endless, endless)
     with pytest.raises(RunError, match="not fewer"):
         compare_settings(FOLDER, endless, two, two)
+
+
+def test_the_run_it_began_from_may_have_moved(tmp_path, capsys):
+    (tmp_path / "new").mkdir()
+    before, now = (
+        f"{OLD}experiment.initial_run = {str(tmp_path / name)!r}\n" for name in ("old", "new")
+    )
+    assert not compare_settings(FOLDER, before, now, now)
+    assert "old', which is gone; " in capsys.readouterr().err
+    # What is still there is another run.
+    (tmp_path / "old").mkdir()
+    with pytest.raises(RunError, match=r"-experiment.initial_run = .*old"):
+        compare_settings(FOLDER, before, now, now)
+    with pytest.raises(RunError, match=r"\+experiment.initial_run"):
+        compare_settings(FOLDER, OLD, now, now)
+
+
+@pytest.mark.parametrize("value", ["'x'", "{}", "(" * 5000, "2 +", "1j"])
+def test_a_length_that_is_no_number_differs(value):
+    before = OLD.replace("steps = 5", f"steps = {value}")
+    with pytest.raises(RunError, match="other settings"):
+        compare_settings(FOLDER, before, OLD, OLD)

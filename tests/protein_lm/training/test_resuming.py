@@ -10,7 +10,8 @@ from fast_attention.protein_lm import cli, read_fasta, write_fasta
 from fast_attention.protein_lm.errors import RunError
 from fast_attention.protein_lm.evaluation import evaluation
 from fast_attention.protein_lm.runs.metrics_log import MetricsLog, read_metrics
-from fast_attention.protein_lm.training import train
+from fast_attention.protein_lm.runs.run_folder import RunFolder
+from fast_attention.protein_lm.training import resuming, train
 
 
 @pytest.fixture
@@ -256,3 +257,11 @@ def test_the_folder_of_an_export_is_refused(train_arguments, tmp_path, capsys):
     (tmp_path / "model.safetensors").rename(tmp_path / "result.json")
     assert cli.main(train_arguments(tmp_path)) == 1
     assert "the result of something else" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00 = 3\n", bytes(2**24 + 1)])
+def test_settings_that_are_no_text_are_named(content, tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.config.write_bytes(content)
+    with pytest.raises(RunError, match=r"config\.gin (is damaged|has 16,777,217 bytes)"):
+        resuming.open_folder(folder, "")
