@@ -1,4 +1,4 @@
-"""Everything that shapes a language model."""
+"""Configuration of language models."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ LOGITS = ("dense", "tied", "scaled", "normalized", "none")
 
 @dataclasses.dataclass(frozen=True)
 class LogitTransform:
-    """What BERT and ESM-2 have before the logits: a dense layer, an activation and a norm.
+    """A dense layer, an activation and a norm before the logits, as in BERT and ESM-2.
 
     Attributes:
       activation: As for `fast_attention.layers.FeedForward`.
-      epsilon: Of the layer norm.
+      epsilon: Epsilon of the layer norm.
     """
 
     activation: Activation = "gelu_exact"
@@ -60,24 +60,23 @@ class LanguageModelConfig:
     Attributes:
       vocab_size: Tokens, V.
       stack: The layers.
-      max_len: Longest input with learned positions; others have no limit.
-      emb_dim: Width of the embeddings, by default that of the stack; dense layers lead from one to
-        the other.
-      positions: Added to the embeddings: "learned" (at first sinusoids), "random" (learned, at
-        first normal), "sinusoidal", "concatenated" (sines, then cosines), "axial" or "none".
-        Rotary positions are a matter of the heads (`HeadGroup`).
-      axial_shape: Positions along each axis, the first the slowest, with "axial".
-      axial_features: Widths of the axes' vectors, to concatenate them; None adds them.
-      dropout_rate: Of the embeddings.
-      final_norm: Behind the stack.
+      max_len: Maximum length with learned positions; others have no limit.
+      emb_dim: Width of the embeddings, by default that of the stack; dense layers convert between
+        them.
+      positions: Added to the embeddings: "learned" (initialized as sinusoids), "random" (learned,
+        initialized as normal), "sinusoidal", "concatenated" (sines, then cosines), "axial" or
+        "none". Rotary positions are an option of the heads (`HeadGroup`).
+      axial_shape: Positions along each axis for "axial"; the first axis is the slowest.
+      axial_features: Widths of the axes' vectors for concatenation; None adds them.
+      dropout_rate: Dropout rate of the embeddings.
+      final_norm: Whether there is a norm after the stack.
       norm_before_projection: The final norm comes before the dense layer back to `emb_dim`.
-      logits: "dense": a layer of their own; products with the embeddings of tokens: "tied",
-        "scaled" by 1 / sqrt(width), or "normalized" to vectors of length one; "none": the model
-        ends with the norm.
-      dtype: To compute in; parameters, logits and decoding states of attention are float32.
-      embed_norm: Norm of the embeddings, positions included; None is none.
-      token_dropout: See `TokenDropout`; None leaves embeddings as they are.
-      transform: See `LogitTransform`; tied logits then have a bias. None has none.
+      logits: "dense": a separate layer; products with the token embeddings: "tied", "scaled" by 1 /
+        sqrt(width), or "normalized" to unit vectors; "none": the model ends with the norm.
+      dtype: Dtype of the computation; parameters, logits and decoding states are float32.
+      embed_norm: Norm of the embeddings including positions; None for no norm.
+      token_dropout: See `TokenDropout`; None for no token dropout.
+      transform: See `LogitTransform`; tied logits then have a bias. None for no transform.
     """
 
     vocab_size: int
@@ -100,7 +99,7 @@ class LanguageModelConfig:
         """Checks every field.
 
         Raises:
-          ValueError: At a value that makes no model, saying what would.
+          ValueError: For invalid values; the message says what is valid.
         """
         for name in ("vocab_size", "max_len", "embedding_features"):
             if getattr(self, name) < 1:
@@ -128,7 +127,7 @@ class LanguageModelConfig:
 
     @property
     def embedding_features(self) -> int:
-        """Width of the embeddings, also where `emb_dim` is None."""
+        """Width of the embeddings, also if `emb_dim` is None."""
         return self.stack.features if self.emb_dim is None else self.emb_dim
 
 
@@ -140,40 +139,41 @@ class TransformerConfig:
       vocab_size: Tokens.
       emb_dim: Width of the residual stream.
       num_heads: Query heads.
-      num_kv_heads: Key/value heads, a divisor of `num_heads`; None is as many.
+      num_kv_heads: Key/value heads, a divisor of `num_heads`; None means `num_heads`.
       num_layers: Blocks.
       qkv_dim: Width of all query heads together.
       mlp_dim: Width inside the feed-forward layers.
-      max_len: Longest input with learned positions; others have no limit.
-      causal: Position t sees positions 0..t, whatever attention function is bound.
-      dropout_rate: Of embeddings, of what a layer adds, and inside feed-forward layers.
-      attention_dropout_rate: Of attention weights.
-      positions: 'learned' (at first sinusoids), 'sinusoidal', 'rotary' or 'none'.
-      tie_embeddings: Logits are products with the embeddings of the tokens, over sqrt(emb_dim).
-      shift_tokens: Half of the channels into every attention and feed-forward part come from the
-        position before; causal models only.
+      max_len: Maximum length with learned positions; others have no limit.
+      causal: Position t sees positions 0..t, with every attention function.
+      dropout_rate: Dropout rate of embeddings, of the increments of layers, and in feed-forward
+        layers.
+      attention_dropout_rate: Dropout rate of attention weights.
+      positions: 'learned' (initialized as sinusoids), 'sinusoidal', 'rotary' or 'none'.
+      tie_embeddings: Logits are products with the token embeddings, divided by sqrt(emb_dim).
+      shift_tokens: Half of the input channels of every attention and feed-forward part come from
+        the previous position; causal models only.
       activation: A key of `fast_attention.layers.ACTIVATIONS`, or an elementwise function.
-      dtype: To compute in; parameters, logits and decoding states of attention are float32.
-      qk_norm: Queries and keys of a head have one length, learned as a temperature, see
+      dtype: Dtype of the computation; parameters, logits and decoding states are float32.
+      qk_norm: Queries and keys of a head have one norm, learned as a temperature, see
         `fast_attention.layers.UnitQueryKey`.
-      decay: What came before a token counts less, by factors that are 'fixed', 'learned' or made of
-        the 'token' (`fast_attention.layers.HeadDecay`); causal linear attention only.
-      remat: The backward pass keeps the stream before each attention and feed-forward part, and
-        computes the rest again: less memory, about a third more time.
+      decay: Decay of the weights of earlier tokens: 'fixed', 'learned' or computed from the 'token'
+        (`fast_attention.layers.HeadDecay`); causal linear attention only.
+      remat: Store only the stream before each attention and feed-forward part, and recompute the
+        rest in the backward pass: less memory, about a third more time.
       redraw_interval: Training steps between two redraws of random features; None keeps them.
       recalibrate_interval: Training steps between two fits of tuned features to the running
         averages of queries and keys, for attention functions with ``moment_decay``.
-      attention_bias: The dense layers of attention have biases.
-      norm_after: Each norm follows the sum of the stream and what is added to it, as in BERT; there
-        is no final norm then.
-      norm_epsilon: Of all layer norms.
-      embed_norm: Normalise the embeddings, positions included.
+      attention_bias: Whether the dense layers of attention have biases.
+      norm_after: Each norm follows the sum of the stream and the increment (post-norm), as in BERT;
+        there is then no final norm.
+      norm_epsilon: Epsilon of all layer norms.
+      embed_norm: Normalise the embeddings including positions.
       rotary_base: Ratio of the longest to the shortest wavelength of rotary positions.
-      token_dropout: Id of the mask token, whose embeddings are zero while others are scaled up, as
-        in ESM-2 (`TokenDropout`); None leaves embeddings as they are.
+      token_dropout: Id of the mask token: its embeddings are zero and the others are scaled up, as
+        in ESM-2 (`TokenDropout`); None for no token dropout.
       logits_transform: A dense layer, the activation and a norm before the logits, as in BERT and
-        ESM-2; tied logits are not scaled then, and have a bias.
-      exact_layers: Layers, from 1, that attend exactly whatever attention function is given.
+        ESM-2; tied logits are then not scaled, and have a bias.
+      exact_layers: Layers, counted from 1, that use exact attention instead of the given function.
     """
 
     vocab_size: int
@@ -210,7 +210,7 @@ class TransformerConfig:
         """Checks every field.
 
         Raises:
-          ValueError: At a value that makes no model, saying what would.
+          ValueError: For invalid values; the message says what is valid.
         """
         # JSON and gin have lists.
         object.__setattr__(self, "exact_layers", tuple(sorted(set(self.exact_layers))))
@@ -274,13 +274,13 @@ class TransformerConfig:
 
     @property
     def kv_heads(self) -> int:
-        """Key/value heads, also where `num_kv_heads` is None."""
+        """Key/value heads, also if `num_kv_heads` is None."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     def language_model(
         self, attention_fn: Callable[..., Array] | None = None
     ) -> LanguageModelConfig:
-        """The model of this shape around an attention function; None is exact attention."""
+        """The model of this shape with an attention function; None is exact attention."""
         exact = make_softmax_attention()
         chosen = exact if attention_fn is None else as_attention_fn(attention_fn)
         feed_forward = FeedForwardConfig(
@@ -324,7 +324,7 @@ class TransformerConfig:
         )
 
     def _attention(self, attention_fn: AttentionFn, decay: Any) -> AttentionConfig:
-        """A layer around an attention function."""
+        """A layer with an attention function."""
         group = HeadGroup(
             self.num_heads,
             attention_fn,

@@ -1,4 +1,4 @@
-"""An encoder and a decoder that attends to what the encoder makes of another sequence.
+"""An encoder, and a decoder that attends to the encodings of another sequence.
 
 Shape letters: B batch, S source length, T target length, M features, V vocabulary.
 """
@@ -21,10 +21,10 @@ class EncoderDecoder(nnx.Module):
     """Sequence to sequence.
 
     Attributes:
-      encoder: A bidirectional `LanguageModel`, of which the encodings are used.
+      encoder: A bidirectional `LanguageModel`; its encodings are used.
       decoder: A causal `LanguageModel` whose stack attends to a context.
       ignore_index: Target tokens that are not predicted, such as padding.
-      pad_value: Fills what follows the end of a generated sequence.
+      pad_value: Padding after the end of a generated sequence.
     """
 
     def __init__(
@@ -42,11 +42,11 @@ class EncoderDecoder(nnx.Module):
           encoder: See above.
           decoder: See above.
           ignore_index: Target tokens that are not predicted.
-          pad_value: Fills what follows the end of a generated sequence.
-          tie_embeddings: The decoder reads tokens by the encoder's embedding.
+          pad_value: Padding after the end of a generated sequence.
+          tie_embeddings: The decoder uses the token embedding of the encoder.
 
         Raises:
-          ValueError: If the decoder is not causal, or embeddings to be tied differ in shape.
+          ValueError: If the decoder is not causal, or tied embeddings differ in shape.
         """
         if not decoder.causal:
             raise ValueError("The decoder must be causal, or it would see what it is to predict.")
@@ -69,7 +69,7 @@ class EncoderDecoder(nnx.Module):
         deterministic: bool = True,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B S M"]:
-        """Encodes the source; padding (False in the mask) is not seen."""
+        """Encodes the source; padding (False in the mask) is not attended to."""
         return self.encoder.encode(
             source, key_mask=source_mask, deterministic=deterministic, rngs=rngs
         )
@@ -85,7 +85,7 @@ class EncoderDecoder(nnx.Module):
         deterministic: bool = True,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B T V"]:
-        """Computes the logits of what follows every target token.
+        """Computes the logits of the next token after every target token.
 
         Args:
           source: ``[B, S]`` ids.
@@ -114,18 +114,18 @@ class EncoderDecoder(nnx.Module):
         deterministic: bool = True,
         rngs: nnx.Rngs | None = None,
     ) -> tuple[Float[Array, ""], Int[Array, ""]]:
-        """Mean loss in nats of every target token after the first, padding left out.
+        """Mean loss in nats of all target tokens after the first, without padding.
 
         Args:
           source: ``[B, S]`` ids.
-          target: ``[B, T]`` ids, beginning with a start token and padded behind; `ignore_index`
+          target: ``[B, T]`` ids, beginning with a start token and padded at the end; `ignore_index`
             is not predicted.
           source_mask: ``[B, S]``, False is padding.
           deterministic: No dropout.
           rngs: Source of dropout.
 
         Returns:
-          float32 scalar, and the number of tokens it is the mean of.
+          float32 scalar, and the number of averaged tokens.
         """
         logits = self(
             source,
@@ -146,15 +146,15 @@ class EncoderDecoder(nnx.Module):
         source_mask: Bool[Array, "B S"] | None = None,
         **options: Any,
     ) -> Int[Array, "B N"]:
-        """Writes targets, see `fast_attention.models.generate`.
+        """Generates targets, see `fast_attention.models.generate`.
 
         Args:
           source: ``[B, S]`` ids.
-          prompt: ``[B, P]``, what the targets begin with, at least a start token.
+          prompt: ``[B, P]``, the beginning of the targets, at least a start token.
           key: Random key.
           max_new_tokens: N.
           source_mask: ``[B, S]``, False is padding.
-          **options: Of `generate`.
+          **options: Options of `generate`.
 
         Returns:
           int32 ``[B, N]``, the new tokens.

@@ -1,8 +1,8 @@
-"""Generation: read the prompt at once, then draw token after token.
+"""Generation: read the prompt at once, then sample one token after another.
 
-A model that cannot decode from a state (LSH attention) reads the whole text again for each.
+A model without a decoding state (LSH attention) recomputes the whole prefix for each token.
 
-Shape letters: B batch, P prompt length, N new tokens, V vocabulary, W tokens looked back at.
+Shape letters: B batch, P prompt length, N new tokens, V vocabulary, W previous tokens.
 """
 
 from __future__ import annotations
@@ -29,20 +29,21 @@ from fast_attention.models.prompt_reading import read_prompt, read_token
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn from logits.
+    """Sampling options.
 
-    Logits are divided by the temperature, forbidden tokens removed, the repetition penalty, top-k
-    and top-p applied, in this order; then a token is drawn. The temperature, ``top_p`` and the
-    penalty may change without compiling again; under ``jax.jit`` these three may be traced, and are
-    then not checked.
+    Logits are divided by the temperature, forbidden tokens are removed, and the repetition penalty,
+    top-k and top-p are applied, in this order; then a token is sampled. Changing the temperature,
+    ``top_p`` or the penalty does not trigger a compilation; under ``jax.jit`` these three may be
+    traced, and are then not checked.
 
     Attributes:
-      temperature: From 0 on; 0 takes the most likely token.
-      top_k: Draw among the k most likely tokens.
-      top_p: Draw among the most likely tokens that hold this much probability, in (0, 1].
-      repetition_penalty: Makes tokens that occurred less likely if above 1.
-      repetition_window: Tokens looked back at for that, prompt included; None is all.
-      forbidden_tokens: Never drawn.
+      temperature: At least 0; 0 takes the most likely token.
+      top_k: Sample from the k most likely tokens.
+      top_p: Sample from the most likely tokens with this total probability, in (0, 1].
+      repetition_penalty: A value above 1 makes previous tokens less likely.
+      repetition_window: Number of previous tokens for the penalty, including the prompt; None is
+        all.
+      forbidden_tokens: Tokens that are never sampled.
     """
 
     temperature: float | Array = 1.0
@@ -54,7 +55,7 @@ class Sampling:
 
 
 class _Options(NamedTuple):
-    """What the compiled program depends on."""
+    """Static options of the compiled program."""
 
     max_new_tokens: int
     top_k: int | None
@@ -68,7 +69,7 @@ class _Options(NamedTuple):
 
 
 class _Numbers(NamedTuple):
-    """What it does not depend on."""
+    """Dynamic options of the compiled program."""
 
     temperature: Array
     top_p: Array
@@ -102,20 +103,20 @@ def generate(
 ) -> Int[Array, "B N"]:
     """Continues prompts, one token after another.
 
-    With the recurrent state of linear attention a token costs the same however long the text. The
-    program is compiled once for each shape of prompt and set of options.
+    With the recurrent state of linear attention, the cost of a token does not depend on the length.
+    The program is compiled once for each prompt shape and set of options.
 
     Args:
       model: A causal `LanguageModel`.
       prompt: ``[B, P]`` ids, P at least 1; padding may be any integers.
-      key: Random key; equal keys give equal tokens. Token n of the output is drawn with
-        ``jax.random.fold_in(key, n)``. Or typed keys [B], one for each row, so that a row does
-        not depend on which others are drawn with it.
+      key: Random key; equal keys give equal tokens. Token n of the output is sampled with
+        ``jax.random.fold_in(key, n)``. Or typed keys [B], one for each row, so that a row does not
+        depend on the other rows.
       max_new_tokens: N.
-      min_new_tokens: Tokens before the end token, which cannot be drawn sooner; none is below 0.
-      prompt_mask: ``[B, P]`` bool, False where a shorter prompt is padded, before or behind it.
+      min_new_tokens: Minimum number of tokens before the end token, at least 0.
+      prompt_mask: ``[B, P]`` bool, False at padding of a shorter prompt, on either side.
         Each row needs at least one token.
-      sampling: How a token is drawn; None takes it from `options`.
+      sampling: Sampling options; None takes them from `options`.
       eos_token: Ends a row.
       pad_token: Fills ended rows; None is `eos_token`.
       context: ``[B, S, M]``, a second sequence, for models that attend to one.
@@ -123,10 +124,10 @@ def generate(
       **options: Fields of `Sampling`, such as ``temperature=0.8``.
 
     Returns:
-      int32 ``[B, N]``: the new tokens, an end-of-sequence token included.
+      int32 ``[B, N]``: the new tokens, including an end-of-sequence token.
 
     Raises:
-      ValueError: At an argument out of range, a model that is not causal, or more tokens than
+      ValueError: For an argument out of range, a model that is not causal, or more tokens than
         learned positions.
     """
     sampling = bundle_of(Sampling, "sampling", sampling, options)
@@ -222,7 +223,7 @@ def _generate(
 
 
 def _past(prompt: Array, mask: Array | None) -> Array:
-    """The tokens ``[B, P]``, behind -1 for padding."""
+    """The tokens ``[B, P]``, after -1 for padding."""
     prompt = prompt.astype(jnp.int32)
     if mask is None:
         return prompt
@@ -238,7 +239,7 @@ def _draw(
     numbers: _Numbers,
     options: _Options,
 ) -> Array:
-    """Draws token ``index`` of every row."""
+    """Samples token ``index`` of every row."""
     greedy = numbers.temperature == 0
     logits = logits / jnp.where(greedy, 1, numbers.temperature)
     logits = samplers.forbid_tokens(logits, options.forbidden_tokens)
@@ -305,7 +306,7 @@ def _check(
 def _check_sampling(
     sampling: Sampling, forbidden_tokens: Collection[int], model: LanguageModel
 ) -> None:
-    """Checks numbers that the program takes as arrays, and that the samplers cannot."""
+    """Checks numbers that the samplers get as arrays and cannot check."""
     temperature, top_k, top_p = sampling.temperature, sampling.top_k, sampling.top_p
     repetition_penalty, window = sampling.repetition_penalty, sampling.repetition_window
     if window is not None and window < 1:

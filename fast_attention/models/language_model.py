@@ -27,7 +27,7 @@ from fast_attention.models.position_tables import make_positions
 
 
 class DecodeState(NamedTuple):
-    """What a causal language model remembers of the tokens so far.
+    """The decoding state of a causal language model.
 
     Attributes:
       layers: The state of the stack.
@@ -39,7 +39,7 @@ class DecodeState(NamedTuple):
 
 
 class LanguageModel(nnx.Module):
-    """A language model, causal or bidirectional, around any stack.
+    """A language model, causal or bidirectional, with any stack.
 
     Attributes:
       config: Its shape.
@@ -51,13 +51,13 @@ class LanguageModel(nnx.Module):
       norm: Final norm, or identity.
       embed_norm: Norm of the embeddings, or None.
       transform: `Transform` before the logits, or None.
-      head: Dense layer to the logits, or None where the embeddings of tokens serve.
-      mesh: On which activations lie, see `fast_attention.models.on_mesh`; None is one device, or
-        what the compiler makes of it.
+      head: Dense layer to the logits, or None if token embeddings are used.
+      mesh: The mesh of activations, see `fast_attention.models.on_mesh`; None means one device, or
+        that the compiler decides.
     """
 
     def __init__(self, config: LanguageModelConfig, *, rngs: nnx.Rngs):
-        """Draws the parameters, and a projection for each layer whose attention has one.
+        """Draws the parameters, and a projection for each layer that needs one.
 
         Args:
           config: Shape of the model.
@@ -115,18 +115,18 @@ class LanguageModel(nnx.Module):
         Args:
           tokens: ``[B, T]`` ids.
           positions: ``[B, T]``, by default 0, 1, ...; packed rows start again in each sequence.
-          segment_ids: ``[B, T]``; packed sequences are runs of equal ids and do not see each
+          segment_ids: ``[B, T]``; packed sequences are runs of equal ids and do not attend to each
             other.
           key_mask: ``[B, T]``; positions where it is False (padding) are not seen.
           context: ``[B, S, N]``, a second sequence, for stacks that attend to one.
-          context_mask: ``[B, S]``; positions of it where it is False are not seen.
-          mask: ``[B, T, T]``; position t sees s where it is True, for attention that takes such
-            masks (exact, LSH); others raise.
+          context_mask: ``[B, S]``; context positions where it is False are not seen.
+          mask: ``[B, T, T]``; position t sees s where it is True, for attention that supports such
+            masks (exact, LSH); others raise an error.
           deterministic: No dropout.
           rngs: Source of dropout, needed unless `deterministic` or without dropout.
 
         Returns:
-          float32 ``[B, T, V]``; without logits in the configuration what `encode` returns.
+          float32 ``[B, T, V]``; without logits in the configuration, the result of `encode`.
 
         Raises:
           ValueError: For more tokens than learned positions, or dropout without `rngs`.
@@ -158,13 +158,13 @@ class LanguageModel(nnx.Module):
         deterministic: bool = True,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B T M"]:
-        """Computes the representation behind the logits: the output of the final norm.
+        """Computes the representation before the logits: the output of the final norm.
 
         The arguments are those of a call.
 
         Returns:
-          ``[B, T, M]`` in the dtype of the configuration; the width is that of the embeddings
-          where the projection comes before the norm.
+          ``[B, T, M]`` in the dtype of the configuration; the width is that of the embeddings if
+          the projection comes before the norm.
         """
         if self.dropout.rate > 0 and not deterministic and rngs is None:
             raise ValueError(
@@ -191,14 +191,14 @@ class LanguageModel(nnx.Module):
         context_mask: Bool[Array, "B S"] | None = None,
         mask: Bool[Array, "B T T"] | None = None,
     ) -> list[Float[Array, "B T M"]]:
-        """Computes the representations of chosen layers, without dropout.
+        """Computes the representations of selected layers, without dropout.
 
         Args:
           tokens: ``[B, T]`` ids.
           layers: 0 is the embedding as it enters the stack, i the stream after block i, negative
-            numbers count from the last block; "last" is what `encode` returns, the output of the
+            numbers count from the last block; "last" is the result of `encode`, the output of the
             final norm.
-          positions: As for a call, and so are the others.
+          positions: As for a call.
           segment_ids: As for a call.
           key_mask: As for a call.
           context: As for a call.
@@ -209,7 +209,7 @@ class LanguageModel(nnx.Module):
           ``[B, T, M]`` for each of `layers`, in their order.
 
         Raises:
-          ValueError: At a layer that the stack does not have.
+          ValueError: For a layer that the stack does not have.
         """
         blocks = len(self.stack.blocks)
         for layer in layers:
@@ -246,9 +246,10 @@ class LanguageModel(nnx.Module):
 
         Args:
           batch_size: B.
-          max_length: Tokens to make room for, padding included; constant-size states need none.
+          max_length: Maximum number of tokens, including padding; constant-size states do not
+            depend on it.
           context: A second sequence, for stacks that attend to one.
-          context_mask: Of that.
+          context_mask: Mask of the context.
 
         Returns:
           An empty `DecodeState`.
@@ -274,10 +275,10 @@ class LanguageModel(nnx.Module):
         """Reads T tokens per row at once.
 
         Args:
-          state: What came before.
+          state: The state of earlier tokens.
           tokens: ``[B, T]`` ids.
-          key_mask: ``[B, T]``; False is padding, on either side: it is not seen, takes no
-            position, and has meaningless logits.
+          key_mask: ``[B, T]``; False is padding, on either side: it is not attended to, has no
+            position, and its logits are meaningless.
 
         Returns:
           float32 logits ``[B, T, V]`` and the next state.
@@ -301,7 +302,7 @@ class LanguageModel(nnx.Module):
         """Reads one token per row.
 
         Args:
-          state: What came before.
+          state: The state of earlier tokens.
           tokens: ``[B]`` ids.
 
         Returns:

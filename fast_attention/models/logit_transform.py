@@ -20,7 +20,7 @@ class Transform(nnx.Module):
     Attributes:
       dense: Dense layer.
       norm: Layer norm.
-      bias: Of tied logits, ``[V]``; None where a dense layer makes the logits.
+      bias: Bias of tied logits, ``[V]``; None if a dense layer computes the logits.
     """
 
     def __init__(self, config: LanguageModelConfig, *, rngs: nnx.Rngs):

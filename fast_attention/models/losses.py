@@ -21,15 +21,15 @@ from fast_attention.models.language_model import LanguageModel
 def cross_entropy(
     logits: Float[Array, "B T V"], targets: Int[Array, "B T"], counts: Bool[Array, "B T"]
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """Mean negative log-likelihood in nats of the targets that count, and their number.
+    """Mean negative log-likelihood in nats of the counted targets, and their number.
 
     Args:
       logits: ``[B, T, V]``.
-      targets: ``[B, T]``; those that do not count may be any integers.
+      targets: ``[B, T]``; targets that do not count may be any integers.
       counts: ``[B, T]``.
 
     Returns:
-      float32 scalar, 0 if none counts; and how many count.
+      float32 scalar, 0 if none counts; and the number of counted targets.
     """
     targets = jnp.where(counts, targets, 0)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
@@ -50,15 +50,14 @@ def next_token_loss(
     rngs: nnx.Rngs | None = None,
     **inputs: Any,
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """Mean loss of every token after the first of its sequence, given those before it.
+    """Mean loss of all tokens after the first of their sequence, given the tokens before.
 
     Args:
       model: A causal `LanguageModel`.
       tokens: ``[B, T]``, T at least 2.
-      ignore_index: Tokens that are not to be predicted, such as padding behind a sequence, which
-        nothing before it sees.
-      key_mask: ``[B, T]``; positions where it is False are neither seen nor predicted, nor is what
-        follows them.
+      ignore_index: Tokens that are not predicted, such as padding at the end of a sequence.
+      key_mask: ``[B, T]``; positions where it is False are not attended to; they and the tokens
+        after them are not predicted.
       segment_ids: ``[B, T]``; packed sequences are runs of equal ids.
       positions: ``[B, T]``, by default 0, 1, ...
       deterministic: No dropout.
@@ -66,10 +65,10 @@ def next_token_loss(
       **inputs: Further arguments of the model, such as a context.
 
     Returns:
-      float32 scalar, in nats per token, and the number of tokens it is the mean of.
+      float32 scalar, in nats per token, and the number of averaged tokens.
 
     Raises:
-      ValueError: For less than two tokens.
+      ValueError: For fewer than two tokens.
     """
     if tokens.ndim != 2 or tokens.shape[1] < 2:
         raise ValueError(f"tokens must be [batch, length >= 2], got {tokens.shape}.")

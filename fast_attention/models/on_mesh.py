@@ -1,4 +1,4 @@
-"""Models whose activations lie on a mesh."""
+"""Models with activations sharded over a mesh."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from fast_attention.models.language_model import LanguageModel
 
 
 def lay_on_mesh(model: nnx.Module, mesh: Mesh) -> None:
-    """Makes a model one for whole batches, under ``jax.jit``, that lie on a mesh.
+    """Prepares a model for global batches sharded over a mesh, under ``jax.jit``.
 
     Attention is that of :func:`fast_attention.mechanisms.on_mesh.fn.on_mesh`, and activations are
-    divided as batches are, see :func:`fast_attention.mesh.meshes.batch_spec`. Nothing else changes:
-    the parameters are the same, and so are values and gradients, up to the order of sums.
+    sharded like batches, see :func:`fast_attention.mesh.meshes.batch_spec`. Parameters do not
+    change; values and gradients are the same up to the order of sums.
 
     Args:
-      model: With `MultiHeadAttention` layers; changed in place, its arrays are left alone.
+      model: A model with `MultiHeadAttention` layers; changed in place, except for its arrays.
       mesh: From :func:`fast_attention.mesh.meshes.make_mesh`, or another one with its axes.
 
     Raises:
-      ValueError: If the mesh divides positions, and an attention function cannot do that, or if it
-        has other axes.
+      ValueError: If the mesh has other axes, or shards positions and an attention function does not
+        support it.
     """
     mesh = with_auto_axes(mesh)
     if mesh.size == 1:

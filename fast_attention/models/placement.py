@@ -1,10 +1,10 @@
-"""Where parameters, and all that is kept for each of them, lie on a mesh.
+"""Sharding of parameters, optimizer moments and averages over a mesh.
 
-Along ``model``, layers are divided as tensor parallelism has it (Megatron-LM, arXiv:1909.08053):
-the layers in front of attention over the heads, the one behind it over the heads that it reads;
-the first layer of a feed-forward part over its outputs, the second over its inputs; embeddings and
-logits over the vocabulary. Along ``fsdp``, each parameter is divided over its largest remaining
-axis (ZeRO, arXiv:1910.02054). An axis that the devices do not divide stays whole.
+Along ``model``, layers are sharded as in tensor parallelism (Megatron-LM, arXiv:1909.08053): the
+layers before and after attention over the heads; the first layer of a feed-forward part over its
+outputs, the second over its inputs; embeddings and logits over the vocabulary. Along ``fsdp``, each
+parameter is sharded over its largest remaining axis (ZeRO, arXiv:1910.02054). An axis that the
+devices do not divide is replicated.
 
 Shape letters: M features, V vocabulary.
 """
@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from fast_attention.mesh.meshes import FSDP, MODEL, axis_dividing
 
 SMALLEST = 1024
-"""Entries below which a parameter is not worth dividing."""
+"""Parameters with fewer entries are replicated."""
 
 _MODEL_AXES: dict[tuple[str, ...], int] = {
     ("query", "kernel"): -1,
@@ -32,19 +32,19 @@ _MODEL_AXES: dict[tuple[str, ...], int] = {
     ("embed", "embedding"): -2,
     ("head", "kernel"): -1,
 }
-"""The axis that lies along ``model``, by the last two names of a parameter's path."""
+"""The axis sharded along ``model``, by the last two names of a parameter's path."""
 
 
 def parameter_spec(path: Sequence[Any], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
-    """How a parameter lies, or a moment or an average of it.
+    """Returns the spec of a parameter, or of its moment or average.
 
     Args:
-      path: its names from the outside in; keys of ``jax.tree_util`` are read, too.
-      shape: of the parameter; stacked layers have axes in front.
+      path: its names, outermost first; keys of ``jax.tree_util`` are accepted, too.
+      shape: shape of the parameter; stacked layers have leading axes.
       mesh: from :func:`fast_attention.mesh.meshes.make_mesh`.
 
     Returns:
-      A spec with as many entries as `shape`, or an empty one for what every device holds: vectors
+      A spec with as many entries as `shape`, or an empty one for replicated parameters: vectors
       (norms, biases) and matrices of fewer than :data:`SMALLEST` entries.
     """
     entries = 1

@@ -11,7 +11,7 @@ from fast_attention.models.config import LanguageModelConfig
 def make_positions(
     config: LanguageModelConfig, rngs: nnx.Rngs
 ) -> LearnedPositions | AxialPositions | None:
-    """Makes the module of learned or axial positions; None where nothing is learned."""
+    """Makes the module of learned or axial positions; None if nothing is learned."""
     width = config.embedding_features
     if config.positions == "learned":
         return LearnedPositions(config.max_len, width)

@@ -1,6 +1,6 @@
-"""Reading a text token by token: from a state where the model has one, else all over again.
+"""Reading token by token: with a decoding state, or by recomputing the whole prefix.
 
-Both give the same logits. Shape letters: B batch, P prompt length, L room, V vocabulary.
+Both give the same logits. Shape letters: B batch, P prompt length, L maximum length, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from fast_attention.models.language_model import LanguageModel
 
 
 class Page(NamedTuple):
-    """A text that is read again as a whole for every token.
+    """A text that is recomputed as a whole for every token.
 
     Attributes:
-      tokens: ``[B, L]``, each row's tokens from the left.
-      length: ``[B]``, how many they are.
+      tokens: ``[B, L]``, left-aligned tokens of each row.
+      length: ``[B]``, number of tokens.
     """
 
     tokens: Int[Array, "B L"]
@@ -38,11 +38,11 @@ def read_prompt(
       model: A causal language model.
       prompt: ``[B, P]`` ids.
       mask: ``[B, P]``, False is padding, on either side.
-      room: L, tokens that will be read in all.
+      room: L, total number of tokens that will be read.
       context: ``context`` and ``context_mask``, or nothing.
 
     Returns:
-      The logits of what follows each row's last token, and the state.
+      The logits of the next token of each row, and the state.
     """
     batch, length = prompt.shape
     if not model.can_decode:
@@ -60,7 +60,7 @@ def read_prompt(
 def read_token(
     model: LanguageModel, state: Any, token: Int[Array, " B"], context: dict[str, Any]
 ) -> tuple[Float[Array, "B V"], Any]:
-    """Reads one more token per row; arguments and results as those of `read_prompt`."""
+    """Reads one more token per row; arguments and results as for `read_prompt`."""
     if not isinstance(state, Page):
         return model.step(state, token)
     place = jnp.arange(state.tokens.shape[1])[None] == state.length[:, None]

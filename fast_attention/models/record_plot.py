@@ -1,4 +1,4 @@
-"""Recorded attention weights as a picture."""
+"""Plots of recorded attention weights."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def plot_recordings(
     row: int = 0,
     head: int | None = None,
 ) -> None:
-    """Draws the weights of every head as a square, queries downwards and keys to the right.
+    """Plots the weights of every head as a matrix: queries downwards, keys to the right.
 
-    Where attention was hashed, queries are told by their buckets of the first round, as a strip of
-    colours on the left. Needs matplotlib, which is part of ``fast-attention[protein]``.
+    For hashed attention, a strip of colours on the left shows the buckets of queries in the first
+    round. Needs matplotlib, which is part of ``fast-attention[protein]``.
 
     Args:
-      recordings: What `record` returned, or some of it.
-      path: The picture, in the format of its suffix.
+      recordings: Result of `record`, or a part of it.
+      path: Output file; the suffix selects the format.
       row: Which element of the batch.
       head: Which head of each group; None is all.
 

@@ -1,7 +1,7 @@
-"""Looks into attention: the weights and the hash buckets of every layer.
+"""Attention weights and hash buckets of every layer.
 
-Any attention here is linear in its values, so that attending to the rows of an identity matrix
-gives the weights, whatever the mechanism; what is approximated shows as it is used.
+All attention here is linear in the values. So attention with an identity matrix as values gives the
+weights of any mechanism, including its approximation error.
 
 Shape letters: B batch, T queries, S keys, H heads.
 """
@@ -25,8 +25,8 @@ class Recording:
     Attributes:
       path: Where the layer is in the model.
       group: Which of its groups of heads.
-      weights: float32 ``[B, H, T, S]``, what every query takes from every key.
-      buckets: Of LSH attention, else None.
+      weights: float32 ``[B, H, T, S]``, weight of each key for each query.
+      buckets: Buckets of LSH attention, otherwise None.
     """
 
     path: tuple[Any, ...]
@@ -36,16 +36,16 @@ class Recording:
 
 
 def record(model: nnx.Module, *args: Any, **kwargs: Any) -> list[Recording]:
-    """Calls a model and keeps the weights of every attention layer. Memory is quadratic in length.
+    """Calls a model and records the weights of every attention layer, in quadratic memory.
 
-    The model itself is left as it is. A layer that is called twice (tied layers) is recorded
-    twice. Keys of memory stand behind those of the sequence. Of attention along an axis of several,
-    the other axes are batch. Other layers that mix positions are not recorded.
+    The model is not changed. A layer that is called twice (tied layers) is recorded twice. Keys of
+    memory come after those of the sequence. For attention along one of several axes, the other axes
+    are batch axes. Other layers that mix positions are not recorded.
 
     Args:
       model: Any module with `MultiHeadAttention` or `MultiAxisAttention` layers inside.
-      *args: Of the call, such as tokens.
-      **kwargs: Of the call; without dropout.
+      *args: Arguments of the call, such as tokens.
+      **kwargs: Arguments of the call; without dropout.
 
     Returns:
       One `Recording` per call and group of heads, in the order of the calls.

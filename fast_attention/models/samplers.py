@@ -1,10 +1,10 @@
-"""From logits to a token: filters, each a pure function of logits, and the draw itself.
+"""Sampling a token from logits: filters (pure functions of logits) and the sampler.
 
-A removed token has logit ``-inf``. Filters never look at other rows, keep removed tokens removed,
-and can be chained in any order; the customary one is temperature (by division), forbidden tokens,
-repetition penalty, top-k, top-p, draw.
+A removed token has logit ``-inf``. Filters are independent for each row, keep removed tokens
+removed, and can be combined in any order; the usual order is temperature (by division), forbidden
+tokens, repetition penalty, top-k, top-p, sampling.
 
-Shape letters: B batch, V tokens, W tokens looked back at.
+Shape letters: B batch, V tokens, W previous tokens.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ def apply_repetition_penalty(
     valid: Bool[Array, "*B W"] | None = None,
     normalize: bool = False,
 ) -> Float[Array, "*B V"]:
-    """Makes tokens of the recent past less likely, each once however often it occurred.
+    """Makes previous tokens less likely, independent of how often they occurred.
 
     Positive logits are divided by the penalty, others multiplied, so that a penalty above 1 lowers
     a logit of either sign.
 
     Args:
       logits: float ``[*B, V]``.
-      history: the tokens of each row's past; ids outside ``0 .. V - 1`` are nobody's.
+      history: previous tokens of each row; ids outside ``0 .. V - 1`` are ignored.
       penalty: positive; 1 changes nothing, below 1 favours repetition.
-      valid: which entries of ``history`` are to be looked at; None means all.
-      normalize: whether logits are first made log-probabilities, so that adding a constant to
-        all logits of a row makes no difference.
+      valid: which entries of ``history`` to use; None means all.
+      normalize: whether to convert logits to log-probabilities first, so that adding a constant to
+        all logits of a row has no effect.
 
     Raises:
       ValueError: if the penalty is not positive.
@@ -61,7 +61,7 @@ def forbid_tokens(logits: Float[Array, "*B V"], ids: Sequence[int]) -> Float[Arr
 
     Args:
       logits: float ``[*B, V]``.
-      ids: the tokens; none leaves the logits as they are.
+      ids: the tokens; with no ids, logits do not change.
 
     Raises:
       ValueError: if an id is not in ``0 .. V - 1``, or no token would be left.
@@ -77,7 +77,7 @@ def forbid_tokens(logits: Float[Array, "*B V"], ids: Sequence[int]) -> Float[Arr
 
 
 def keep_top_k(logits: Float[Array, "*B V"], k: int) -> Float[Array, "*B V"]:
-    """Keeps the k most likely tokens of each row, and all that tie with the last of them.
+    """Keeps the k most likely tokens of each row, and ties with the last of them.
 
     Args:
       logits: float ``[*B, V]``.
@@ -93,9 +93,9 @@ def keep_top_k(logits: Float[Array, "*B V"], k: int) -> Float[Array, "*B V"]:
 
 
 def keep_top_p(logits: Float[Array, "*B V"], p: float | int | Array) -> Float[Array, "*B V"]:
-    """Keeps the fewest most likely tokens whose probabilities sum to at least p.
+    """Keeps the fewest most likely tokens with a total probability of at least p.
 
-    Tokens that tie with the last of them stay too; the most likely one always stays.
+    Ties with the last of them are also kept; the most likely token is always kept.
 
     Args:
       logits: float ``[*B, V]``.
@@ -120,12 +120,12 @@ def keep_top_p(logits: Float[Array, "*B V"], p: float | int | Array) -> Float[Ar
 def sample_token(
     key: Array, logits: Float[Array, "*B V"], temperature: float | int | Array = 1.0
 ) -> Int[Array, "*B"]:
-    """Draws a token of each row from ``softmax(logits / temperature)``.
+    """Samples a token for each row from ``softmax(logits / temperature)``.
 
     Args:
-      key: a random key; equal keys draw equal tokens.
+      key: a random key; equal keys give equal tokens.
       logits: float ``[*B, V]``, at least one of each row finite.
-      temperature: from 0 on; 0 takes the most likely token, the first of those that tie.
+      temperature: at least 0; 0 takes the most likely token (the first of ties).
 
     Returns:
       int32 ``[*B]``.

@@ -1,4 +1,4 @@
-"""One step of training, with gradients accumulated over parts of a batch."""
+"""A training step, with gradients accumulated over parts of a batch."""
 
 from __future__ import annotations
 
@@ -14,29 +14,30 @@ from fast_attention.arrays.types import Array, Float
 from fast_attention.layers.explicit_axes import modules_run_on_auto_axes
 
 Loss = Callable[[Any, Any, nnx.Rngs | None], tuple[Array, Array]]
-"""``loss(model, batch, rngs) -> (mean, count)``: a mean and how many it is the mean of."""
+"""``loss(model, batch, rngs) -> (mean, count)``: a mean, and the number of averaged items."""
 
 
 def make_train_step(
     loss: Loss, *, accumulate: int = 1
 ) -> Callable[[nnx.Module, nnx.Optimizer, Any, nnx.Rngs | None], Float[Array, ""]]:
-    """Makes a compiled step of an optimiser.
+    """Returns a compiled training step.
 
-    The batch is cut into `accumulate` equal parts, computed one after another, for the memory of
-    one. The gradient is that of the whole batch, however many tokens of each part are padding.
+    The batch is split into `accumulate` equal parts, computed one after another with the memory of
+    one. The gradient is that of the whole batch, also if parts have different amounts of padding.
 
     Args:
       loss: See `Loss`, for example ``lambda model, tokens, rngs: next_token_loss(model, tokens,
         ignore_index=0, deterministic=False, rngs=rngs)``.
-      accumulate: Parts of a batch; divides the leading axis of its arrays.
+      accumulate: Number of parts; must divide the leading axis of the arrays of a batch.
 
     Returns:
       ``step(model, optimizer, batch, rngs) -> loss``, which updates the first two in place; `rngs`
-      feeds dropout and may be None without. The optimiser is
+      is the source of dropout, and may be None without dropout. The optimiser is
       ``nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)``.
 
     Raises:
-      ValueError: If `accumulate` is not positive; by the step, if it does not divide the batch.
+      ValueError: If `accumulate` is not positive; the step raises it if `accumulate` does not
+        divide the batch.
     """
     if accumulate < 1:
         raise ValueError(f"accumulate must be at least 1, got {accumulate}.")

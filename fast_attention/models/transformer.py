@@ -1,4 +1,4 @@
-"""The Transformer: pre-norm blocks of attention and feed-forward, all alike."""
+"""The Transformer: equal pre-norm blocks of attention and feed-forward."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fast_attention.models.language_model import LanguageModel
 
 
 class Transformer(LanguageModel):
-    """A `LanguageModel` shaped by a flat `TransformerConfig`, around any attention function."""
+    """A `LanguageModel` with a flat `TransformerConfig` and any attention function."""
 
     def __init__(
         self,
@@ -21,12 +21,12 @@ class Transformer(LanguageModel):
         *,
         rngs: nnx.Rngs,
     ):
-        """Draws the parameters, and a projection for each layer whose attention has one.
+        """Draws the parameters, and a projection for each layer that needs one.
 
         Args:
           config: Shape of the model.
-          attention_fn: What attends in every layer, called as ``nnx.dot_product_attention``;
-            None is exact attention.
+          attention_fn: Attention function of every layer, called like
+            ``nnx.dot_product_attention``; None is exact attention.
           rngs: Source of parameters and projections.
         """
         super().__init__(config.language_model(attention_fn), rngs=rngs)

@@ -1,10 +1,10 @@
 """linear-attention-transformer's models by its keyword names.
 
-Defaults are those of version 0.19.1. As there, ff_glu is for the feed-forward layers behind axial
-and context attention alone, and heads of axial attention have the width dim / heads.
-What is right here and was not there: any length without padding, ff_dropout reaches every
-feed-forward layer, pkm_num_keys counts, keys of any size, rotary positions also with axial
-attention, and unknown keywords are errors.
+Defaults are those of version 0.19.1. As in the original, ff_glu applies only to the feed-forward
+layers after axial and context attention, and heads of axial attention have the width dim / heads.
+Fixed or added here: any length without padding, ff_dropout reaches every feed-forward layer,
+pkm_num_keys has an effect, keys of any size, rotary positions also with axial attention, and
+unknown keywords are errors.
 
 Reference: Shen et al. Efficient Attention. arXiv:1812.01243.
 """
@@ -47,7 +47,7 @@ _LAYER = NormConfig("layer", epsilon=1e-5)
 
 
 class LinformerSettings(NamedTuple):
-    """Self-attention by keys and values projected to length k."""
+    """Self-attention with keys and values projected to length k."""
 
     k: int
 
@@ -84,9 +84,9 @@ LINEAR_ATTENTION_TRANSFORMER = {
     "context_linformer_settings": None,
     "shift_tokens": False,
 }
-"""Keywords of `LinearAttentionTransformer` and their defaults; `bucket_size`, which did nothing,
-is not among them. `pkm_norm` is ours: "batch" is for weights of product-key-memory before 0.2.
-`blindspot_size` is of causal attention."""
+"""Keywords of `LinearAttentionTransformer` and their defaults, without `bucket_size`, which had no
+effect. `pkm_norm` is new here: "batch" is for weights of product-key-memory before 0.2.
+`blindspot_size` applies to causal attention."""
 
 LINEAR_ATTENTION_TRANSFORMER_LM = {
     **LINEAR_ATTENTION_TRANSFORMER,
@@ -105,7 +105,7 @@ def LinearAttentionTransformer(*, rngs: nnx.Rngs, dtype: Any = None, **keywords:
 
     Args:
       rngs: Source of the parameters.
-      dtype: To compute in.
+      dtype: Dtype of the computation.
       **keywords: See `LINEAR_ATTENTION_TRANSFORMER`.
 
     Returns:
@@ -119,11 +119,11 @@ def LinearAttentionTransformer(*, rngs: nnx.Rngs, dtype: Any = None, **keywords:
 def LinearAttentionTransformerLM(
     *, rngs: nnx.Rngs, dtype: Any = jnp.float32, **keywords: Any
 ) -> LanguageModel:
-    """A language model around a `LinearAttentionTransformer`.
+    """A language model with a `LinearAttentionTransformer`.
 
     Args:
       rngs: Source of the parameters.
-      dtype: To compute in.
+      dtype: Dtype of the computation.
       **keywords: See `LINEAR_ATTENTION_TRANSFORMER_LM`. Rotary positions come with sinusoids added
         to the embeddings, as in the original.
 
@@ -189,7 +189,7 @@ def _stack(o: SimpleNamespace, rotary: bool) -> StackConfig:
 
 
 def _blindspot_size(o: SimpleNamespace) -> int:
-    """The blind spot of causal attention; the original ignores it where attention is not causal."""
+    """The blindspot of causal attention; the original ignores it in bidirectional attention."""
     if o.causal or o.blindspot_size == 1:
         return o.blindspot_size
     warnings.warn(

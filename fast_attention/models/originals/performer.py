@@ -1,9 +1,9 @@
 """performer-pytorch's models by its keyword names: Performer, PerformerLM, PerformerEncoderDecoder.
 
-Defaults are those of version 1.1.4. What is right here and was not there: padding is not seen at
-all, features are stabilised without letting the future in, and unknown keywords are errors. Nothing
-is added to features: the 1e-4 that the original adds pulls attention towards the plain average, so
-that logits of the same weights differ by up to 2.5 %.
+Defaults are those of version 1.1.4. Fixed here: padding is not attended to, features are stabilised
+without using later tokens, and unknown keywords are errors. Nothing is added to features: the
+original adds 1e-4, which moves attention towards the plain average, so logits with the same weights
+differ by up to 2.5 %.
 
 Reference: Choromanski et al. Rethinking Attention with Performers. arXiv:2009.14794.
 """
@@ -74,11 +74,10 @@ PERFORMER = {
     "shift_tokens": False,
     "local_rotary_shift": True,
 }
-"""Keywords of `Performer` and their defaults; the last is ours. Bidirectional local heads of
-local-attention 1.11, which pip installs beside performer-pytorch today, rotate a query as if it
-stood one window further on, so that weights trained with older versions give other numbers there
-(outputs differ by 2 to 5 %). ``local_rotary_shift=False`` is for those weights: there, distances
-are true."""
+"""Keywords of `Performer` and their defaults; the last one is new here. pip installs
+performer-pytorch with local-attention 1.11, whose bidirectional local heads rotate a query as if it
+were one window later. So weights trained with older versions give other results (outputs differ by
+2 to 5 %). Use ``local_rotary_shift=False`` for those weights: distances are then correct."""
 
 PERFORMER_LM = {
     **PERFORMER,
@@ -101,7 +100,7 @@ def Performer(*, rngs: nnx.Rngs, dtype: Any = None, **keywords: Any) -> Stack:
 
     Args:
       rngs: Source of parameters and projections.
-      dtype: To compute in.
+      dtype: Dtype of the computation.
       **keywords: See `PERFORMER`. `dim_head` is by default dim / heads, `nb_features`
         D log D; `feature_redraw_interval` counts optimiser steps (`redraw_due`), and nothing is
         redrawn with ``auto_check_redraw=False``.
@@ -113,11 +112,11 @@ def Performer(*, rngs: nnx.Rngs, dtype: Any = None, **keywords: Any) -> Stack:
 
 
 def PerformerLM(*, rngs: nnx.Rngs, dtype: Any = jnp.float32, **keywords: Any) -> LanguageModel:
-    """A language model around a `Performer`.
+    """A language model with a `Performer`.
 
     Args:
       rngs: Source of parameters and projections.
-      dtype: To compute in.
+      dtype: Dtype of the computation.
       **keywords: See `PERFORMER_LM`. Rotary positions come with sinusoids added to the
         embeddings, as in the original; without them positions are axial or learned.
 
@@ -153,17 +152,17 @@ def PerformerEncoderDecoder(
     dtype: Any = jnp.float32,
     **keywords: Any,
 ) -> EncoderDecoder:
-    """Two `PerformerLM`, the second attending to what the first makes of another sequence.
+    """Two `PerformerLM`; the second attends to the encodings of the first.
 
     Args:
       dim: Width of both.
       rngs: Source of parameters and projections.
-      ignore_index: Targets that do not count.
-      pad_value: Fills what follows the end of a generated sequence.
-      tie_token_embeds: Both read tokens by the same embedding.
-      no_projection: Of both.
-      dtype: To compute in.
-      **keywords: Those of `PERFORMER_LM`, with enc_ or dec_ in front.
+      ignore_index: Targets that are ignored.
+      pad_value: Padding after the end of a generated sequence.
+      tie_token_embeds: Both use the same token embedding.
+      no_projection: Option of both.
+      dtype: Dtype of the computation.
+      **keywords: Those of `PERFORMER_LM`, with the prefix enc_ or dec_.
 
     Returns:
       The `EncoderDecoder`.

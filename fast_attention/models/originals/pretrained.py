@@ -1,4 +1,4 @@
-"""Published protein models of the kinds ESM-2 and BERT as language models of this package.
+"""Loading published ESM-2 and BERT protein models as language models of this package.
 
 Formats: Hugging Face's ``EsmForMaskedLM`` and ``BertForMaskedLM``, and fair-esm's ``.pt``.
 """
@@ -27,14 +27,14 @@ from fast_attention.models.originals.torch_files import read_torch
 from fast_attention.models.transformer import Transformer
 
 KINDS = {"esm": esm, "bert": bert}
-"""What ``model_type`` may be, and the module that knows the kind."""
+"""Supported values of ``model_type``, and their modules."""
 
 
 class Pretrained(NamedTuple):
     """A published model.
 
     Attributes:
-      model: With its parameters, in float32; `model.config` is its `TransformerConfig`.
+      model: The model with its parameters in float32; `model.config` is its `TransformerConfig`.
       kind: "esm" or "bert".
       description: The content of its ``config.json``.
       other_heads: Names of arrays that belong to other heads, which were not loaded.
@@ -58,10 +58,10 @@ def load_pretrained(
     Args:
       path: A folder with ``config.json`` and ``model.safetensors`` (or several, with their index)
         or ``pytorch_model.bin``; or fair-esm's ``.pt`` file of an ESM-2 model.
-      attention_fn: In place of its exact attention, such as `make_fast_softmax_attention` returns;
-        parameters of features that are fitted to data wait for `fast_attention.layers.calibrate`.
-      rngs: Source of what `attention_fn` draws; None is ``nnx.Rngs(0)``.
-      dtype: To compute in; parameters are float32.
+      attention_fn: Replaces exact attention, for example a result of `make_fast_softmax_attention`;
+        features with parameters fitted to data need `fast_attention.layers.calibrate`.
+      rngs: Source of the projections of `attention_fn`; None is ``nnx.Rngs(0)``.
+      dtype: Dtype of the computation; parameters are float32.
 
     Raises:
       OSError: If a file cannot be read.

@@ -1,9 +1,9 @@
 """reformer-pytorch's models by its keyword names: Reformer, ReformerLM, ReformerEncoderDecoder.
 
-Defaults are those of version 1.4.4. What is right here and was not there: any length without
-padding, rotary positions also in dense attention, dropout after attention also in the language
-model, hashing that is the same at every evaluation, a mask of pairs that local heads honour too
-(there they ignore it), and unknown keywords are errors.
+Defaults are those of version 1.4.4. Fixed or added here: any length without padding, rotary
+positions also in dense attention, dropout after attention also in the language model, deterministic
+hashing in evaluation, local heads also apply a mask of pairs (the original ignores it), and unknown
+keywords are errors.
 
 Reference: Kitaev et al. Reformer: the efficient Transformer. arXiv:2001.04451.
 """
@@ -78,9 +78,9 @@ REFORMER = {
     "pkm_norm": "layer",
     "hash_masked": False,
 }
-"""Keywords of `Reformer` and their defaults; `twin_attention` is that of versions before 1, and
-`hash_masked` of none: padding stands where it hashes to, as it always did there, so that what it
-holds shifts the borders of chunks; otherwise it stands behind all buckets."""
+"""Keywords of `Reformer` and their defaults. `twin_attention` is from versions before 1.
+`hash_masked` is new here: if True, padding is sorted by its hash, as in the original, so its values
+change the borders of chunks; if False, padding comes after all buckets."""
 
 REFORMER_LM = {
     **REFORMER,
@@ -97,8 +97,8 @@ REFORMER_LM = {
     "axial_position_shape": None,
     "axial_position_dims": None,
 }
-"""Keywords of `ReformerLM` and their defaults; ours is `axial_position_dims`, the widths of axial
-vectors that are concatenated and not added."""
+"""Keywords of `ReformerLM` and their defaults. `axial_position_dims` is new here: the widths of
+axial vectors that are concatenated instead of added."""
 
 
 LSH_SELF_ATTENTION = {
@@ -124,16 +124,16 @@ LSH_SELF_ATTENTION = {
     "rotary": False,
     "hash_masked": False,
 }
-"""Keywords of `LSHSelfAttention` and their defaults; the last two are ours. Weights and buckets are
-a matter of `record`, not of ``return_attn``."""
+"""Keywords of `LSHSelfAttention` and their defaults; the last two are new here. Use `record` for
+weights and buckets instead of ``return_attn``."""
 
 
 def LSHSelfAttention(*, rngs: nnx.Rngs, dtype: Any = None, **keywords: Any) -> MultiHeadAttention:
-    """The attention layer of a `Reformer` alone.
+    """Only the attention layer of a `Reformer`.
 
     Args:
-      rngs: Source of parameters and of the rotations that hash.
-      dtype: To compute in.
+      rngs: Source of parameters and hash rotations.
+      dtype: Dtype of the computation.
       **keywords: See `LSH_SELF_ATTENTION`. Up to `full_attn_thres` keys, by default `bucket_size`,
         attention is exact.
 
@@ -148,10 +148,10 @@ def Reformer(*, rngs: nnx.Rngs, dtype: Any = None, **keywords: Any) -> Stack:
     """A reversible stack of LSH attention and feed-forward layers, without embeddings.
 
     Args:
-      rngs: Source of parameters and of the rotations that hash.
-      dtype: To compute in.
-      **keywords: See `REFORMER`. `dim_head` is by default dim / heads. `max_seq_len`, which the
-        original's README gives, changes nothing: inputs may have any length.
+      rngs: Source of parameters and hash rotations.
+      dtype: Dtype of the computation.
+      **keywords: See `REFORMER`. `dim_head` is by default dim / heads. `max_seq_len` (from the
+        original's README) has no effect: inputs may have any length.
 
     Returns:
       The `Stack`. The originals' ``keys`` are its context, and ``input_mask`` its key mask.
@@ -160,11 +160,11 @@ def Reformer(*, rngs: nnx.Rngs, dtype: Any = None, **keywords: Any) -> Stack:
 
 
 def ReformerLM(*, rngs: nnx.Rngs, dtype: Any = jnp.float32, **keywords: Any) -> LanguageModel:
-    """A language model around a `Reformer`.
+    """A language model with a `Reformer`.
 
     Args:
-      rngs: Source of parameters and of the rotations that hash.
-      dtype: To compute in.
+      rngs: Source of parameters and hash rotations.
+      dtype: Dtype of the computation.
       **keywords: See `REFORMER_LM`. Positions are axial, absolute (learned), fixed (sinusoids)
         or, by default, rotary.
 
@@ -203,15 +203,15 @@ def ReformerEncoderDecoder(
     dtype: Any = jnp.float32,
     **keywords: Any,
 ) -> EncoderDecoder:
-    """Two `ReformerLM`; the second has what the first makes of another sequence as further keys.
+    """Two `ReformerLM`; the second uses the encodings of the first as additional keys.
 
     Args:
       dim: Width of both.
       rngs: Source of parameters and rotations.
-      ignore_index: Targets that do not count.
-      pad_value: Fills what follows the end of a generated sequence.
-      dtype: To compute in.
-      **keywords: Those of `REFORMER_LM`, with enc_ or dec_ in front. The decoder's buckets are by
+      ignore_index: Targets that are ignored.
+      pad_value: Padding after the end of a generated sequence.
+      dtype: Dtype of the computation.
+      **keywords: Those of `REFORMER_LM`, with the prefix enc_ or dec_. The decoder's buckets are by
         default twice as large as the encoder's.
 
     Returns:

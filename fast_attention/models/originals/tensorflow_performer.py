@@ -18,17 +18,16 @@ def MultiHeadAttention(
     output_shape: int | Sequence[int] | None = None,
     **options: Any,
 ) -> MultiAxisAttention:
-    """Builds a `MultiAxisAttention`, which takes the other keywords under their own names.
+    """Builds a `MultiAxisAttention`, which takes the other keywords.
 
     Args:
       attention_method: "quadratic" (exact attention) or "linear" (FAVOR+).
-      supports: Random features of the linear method, which needs them.
-      scaling: Row lengths of the projection, 0: of Gaussian vectors, 1: sqrt(key_dim).
-      dropout: Of attention weights, with either method.
+      supports: Number of random features of the linear method (required there).
+      scaling: Norms of the rows of the projection, 0: of Gaussian vectors, 1: sqrt(key_dim).
+      dropout: Dropout rate of attention weights, with both methods.
       output_shape: Last axis or axes of the output, by default `features`.
       **options: `num_heads`, `key_dim`, `value_dim`, `use_bias`, `attention_axes` as in Keras; and
-        `rngs` and `features` (one number, or those of query, key and value), which Keras finds by
-        itself.
+        `rngs` and `features` (one number, or those of query, key and value), which Keras infers.
     """
     if attention_method not in ("linear", "quadratic"):
         raise ValueError(f"attention_method must be 'linear' or 'quadratic': {attention_method!r}.")

@@ -1,8 +1,7 @@
-"""Fills our models with the weights of the PyTorch packages they are modelled on.
+"""Loads the weights of the original PyTorch packages into the models.
 
-Names and arrays are all that is needed, PyTorch is not. A dense layer's weight is ``[out, in]``
-there and ``[in, out]`` here; what the originals compute from nothing (sinusoids, counters) is
-passed over.
+PyTorch is not needed, only names and arrays. A dense layer's weight is ``[out, in]`` in PyTorch and
+``[in, out]`` here. Buffers that can be computed (sinusoids, counters) are ignored.
 """
 
 from __future__ import annotations
@@ -50,11 +49,11 @@ def load_torch_state_dict(model: nnx.Module, state_dict: Mapping[str, Any]) -> N
 
     Args:
       model: Made by the preset of the same name, with the same keywords.
-      state_dict: Arrays (or what numpy makes arrays of) by the names of the original; a tensor
-        that the original has under several names may be there once or under each.
+      state_dict: Arrays (or values that numpy converts to arrays) by the names of the original; a
+        tensor with several names in the original may be given once or under each name.
 
     Raises:
-      ValueError: If a name is missing or left over, a shape differs, or two names of one tensor
+      ValueError: If a name is missing or unexpected, a shape differs, or two names of one tensor
         disagree; nothing is loaded then.
     """
     values: dict[int, tuple[str, nnx.Variable, Any]] = {}
