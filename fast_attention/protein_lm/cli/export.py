@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> None:
     from fast_attention.protein_lm.loading import load_run
     from fast_attention.protein_lm.runs.exporting import check_export, export_model
     from fast_attention.protein_lm.runs.run_folder import RunFolder
-    from fast_attention.protein_lm.wording import counted
+    from fast_attention.protein_lm.wording import counted, place
 
     check_export(RunFolder(Path(options.run_dir)), RunFolder(Path(options.output)))
     model, step, folder = load_run(options.run_dir, gin_file=options.gin_file)
@@ -38,6 +38,6 @@ def run(options: argparse.Namespace) -> None:
     target = export_model(model, folder, options.output, step=step, tokens=tokens)
     messages.note(
         f"{type(model).__name__} with {counted(model.num_parameters, 'parameter')} after "
-        f"{counted(step, 'step')} written to {target.path}",
+        f"{counted(step, 'step')} written to {place(target.path)}",
         sys.stdout,
     )

@@ -30,11 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Runs the command."""
     from fast_attention.protein_lm.runs.importing import import_model
-    from fast_attention.protein_lm.wording import counted
+    from fast_attention.protein_lm.wording import counted, place
 
     found = import_model(options.source, options.work_dir)
     parameters = counted(found.model.num_parameters, "parameter")
-    messages.note(f"model with {parameters} written to {options.work_dir}", sys.stdout)
+    messages.note(f"model with {parameters} written to {place(options.work_dir)}", sys.stdout)
     if found.other_heads:
         left_out = ", ".join(found.other_heads)
         messages.note(f"other heads are not imported: {left_out}", sys.stdout)

@@ -12,6 +12,7 @@ from fast_attention.protein_lm.evaluation.evaluation_files import (
     format_evaluation_summary,
     read_evaluations,
 )
+from fast_attention.protein_lm.files.output_files import printable
 from fast_attention.protein_lm.loading import open_run
 from fast_attention.protein_lm.runs import (
     checkpoints,
@@ -104,7 +105,8 @@ def format_information(about: dict[str, Any]) -> str:
     lines += [(f"{split} data", _files(files)) for split, files in about["corpus"].items()]
     for split, row in about["metrics"].items():
         lines.append((f"{split} metrics", _options(row, skip=("split",))))
-    text = "\n".join(f"{name:<16}{value}".rstrip() for name, value in lines)
+    # Names of files and of tokens are data, which must not look like other lines.
+    text = "\n".join(f"{name:<16}{printable(value)}".rstrip() for name, value in lines)
     return "\n\n".join([text, *map(format_evaluation_summary, about["evaluations"])])
 
 

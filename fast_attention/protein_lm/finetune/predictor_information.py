@@ -7,6 +7,7 @@ from typing import Any
 
 from fast_attention.protein_lm.errors import RunError
 from fast_attention.protein_lm.files.json_files import read_json
+from fast_attention.protein_lm.files.output_files import printable
 from fast_attention.protein_lm.finetune.finetuned import read_about
 from fast_attention.protein_lm.finetune.tuning_run import RESULT, format_metrics
 from fast_attention.protein_lm.runs.run_folder import inside
@@ -45,7 +46,8 @@ def format_predictor(about: dict[str, Any]) -> str:
         ("model", "in the folder" if about["whole"] else f"of the run {about['run_dir']}"),
         ("use", f"protein-lm predict --model={about['folder']}"),
     ]
-    text = "\n".join(f"{name:<16}{value}" for name, value in lines)
+    # Names of classes and of the run are data, which must not look like other lines.
+    text = "\n".join(f"{name:<16}{printable(value)}" for name, value in lines)
     if about["metrics"] is None:
         return text
     try:

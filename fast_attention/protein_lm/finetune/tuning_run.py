@@ -41,7 +41,7 @@ from fast_attention.protein_lm.runs.run_folder import (
     check_free,
     content,
 )
-from fast_attention.protein_lm.wording import counted
+from fast_attention.protein_lm.wording import counted, place
 
 _SHOWN_CLASSES = 12
 _FEW = 20
@@ -139,7 +139,7 @@ def run_tuning(
                 f"{folder} holds the result of another {', '.join(changed)}: give another folder, "
                 "or remove this one"
             )
-        print(f"{folder} is finished\n\n{format_result(result, folder)}")
+        print(f"{place(folder)} is finished\n\n{format_result(result, folder)}")
         return result
     for reason in found.left_out:
         print(f"left out: {reason}")
@@ -202,7 +202,9 @@ def format_result(result: dict[str, Any], folder: Path) -> str:
         confusion = zip(result["classes"], result["metrics"][held]["confusion"], strict=True)
         told = [(name, *map(str, counts)) for name, counts in confusion]
         parts.append(format_table((f"{held}: true, predicted", *result["classes"]), told))
-    parts.append(f"written to {folder}: protein-lm predict --model={folder} predicts more")
+    parts.append(
+        f"written to {place(folder)}: protein-lm predict --model={place(folder)} predicts more"
+    )
     return "\n\n".join(parts)
 
 

@@ -37,6 +37,7 @@ from fast_attention.protein_lm.modeling.train_state import Batch
 from fast_attention.protein_lm.runs.exporting import save_model
 from fast_attention.protein_lm.runs.run_folder import RunFolder, check_free, content, inside
 from fast_attention.protein_lm.runs.run_lock import hold_run
+from fast_attention.protein_lm.wording import place
 from fast_attention.softmax_attention import SoftmaxAttention
 
 RESULT, PICTURE, STATE = "linearize.json", "linearize.png", "linearize_state.npz"
@@ -106,7 +107,7 @@ def run_linearize(
             )
         # A process that was killed just before its end leaves it.
         state.unlink(missing_ok=True)
-        print(f"{work_dir} is finished\n\n{format_report(report)}")
+        print(f"{place(work_dir)} is finished\n\n{format_report(report)}")
         return report
     with hold_run(folder):
         file = StateFile(state, asked, exact.config.num_layers)
@@ -125,7 +126,7 @@ def run_linearize(
         draw_errors(picture, report)
         write_json(result_file, report)
         file.remove()
-    print(f"{format_report(report)}\n\nwritten to {work_dir}")
+    print(f"{format_report(report)}\n\nwritten to {place(work_dir)}")
     return report
 
 

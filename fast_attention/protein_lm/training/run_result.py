@@ -23,6 +23,7 @@ from fast_attention.protein_lm.runs import checkpoints, metrics_log
 from fast_attention.protein_lm.runs.run_folder import RunFolder
 from fast_attention.protein_lm.training import plots, resuming
 from fast_attention.protein_lm.training.experiment import DataSettings, Experiment
+from fast_attention.protein_lm.wording import place
 
 
 def finish(
@@ -101,7 +102,7 @@ def report_finished(run: resuming.Opened, files: DataSettings) -> dict[str, Any]
         raise RunError(
             f"{folder.result} is damaged: remove it, and the same command evaluates the run again"
         ) from error
-    processes.report(f"the run in {folder.path} is finished\n\n{told}")
+    processes.report(f"the run in {place(folder.path)} is finished\n\n{told}")
     return result
 
 

@@ -2,6 +2,7 @@
 
 import json
 import tracemalloc
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,6 +15,8 @@ from fast_attention.protein_lm.finetune import finetuning, lora
 from fast_attention.protein_lm.finetune.finetuned import FineTuned, fingerprint
 from fast_attention.protein_lm.finetune.labelled import choose_parts
 from fast_attention.protein_lm.finetune.linear_head import LinearHead
+from fast_attention.protein_lm.finetune.predictor_information import format_predictor
+from fast_attention.protein_lm.finetune.tuning_run import format_result
 
 
 @pytest.fixture(scope="module")
@@ -119,3 +122,20 @@ def test_one_long_name_takes_its_own_space_only():
         tracemalloc.stop()
     assert groups.labels == sorted(set(labels)) == list(classes or ())
     assert set(parts) == {"train", "valid", "test"}
+
+
+def test_a_name_cannot_look_like_other_lines():
+    names = ("folder", "method", "run_dir")
+    about = {name: f"{name}\nuse             another" for name in names}
+    about |= {"classes": ["a\nb", "c"], "max_length": None, "whole": False, "metrics": None}
+    assert len(format_predictor(about).splitlines()) == 6
+    figures = {
+        "proteins": 30,
+        "shared": 0,
+        "spearman": 0.5,
+        "r2": 0.2,
+        "rmse": 1,
+        "rmse_of_mean": 1,
+    }
+    result = {"classes": None, "metrics": {"test": figures}}
+    assert format_result(result, Path("a\nb")).splitlines()[-1].startswith("written to a\\nb: ")
