@@ -76,14 +76,17 @@ def attend(causal, **options):
     )
 
 
+@pytest.mark.slow
 def test_causal_gradients_agree():
     check(*with_state_and_padding(arguments(2 * C + 3)), 5e-6, causal=True)
 
 
+@pytest.mark.slow
 def test_bidirectional_gradients_agree():
     check(*with_state_and_padding(arguments(C + 1, 7)), 5e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("length", "keys", "causal"),
     [(1, 1, True), (C, C, True), (C + 1, C + 1, True), (1, C + 1, False)],
@@ -94,6 +97,7 @@ def test_outputs_agree_at_any_length(length, keys, causal):
     cases.assert_close(attend(causal, precision="highest")(**inputs), expected, 5e-6)
 
 
+@pytest.mark.slow
 def test_true_numerators_of_hyperbolic_features_with_a_bias():
     """Also more features than a tile, and a projection for each head."""
     feature_map = HyperbolicFeatures(C // 2 + 3)
@@ -103,6 +107,7 @@ def test_true_numerators_of_hyperbolic_features_with_a_bias():
     check(smooth, {}, 5e-6, feature_map=feature_map, output="sum", causal=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "causal", "tolerance"), [(jnp.float32, True, 3e-5), (jnp.bfloat16, False, 2e-2)]
 )
@@ -111,6 +116,7 @@ def test_default_precision(dtype, causal, tolerance):
     check(arguments(C + 3, dtype=dtype), {}, tolerance, causal=causal, precision=None)
 
 
+@pytest.mark.slow
 def test_past_is_bit_equal_under_any_future():
     inputs = {name: np.asarray(x) for name, x in arguments(C + 9, dtype=jnp.bfloat16).items()}
     out = np.asarray(attend(True)(**inputs), np.float32)
@@ -125,6 +131,7 @@ def test_past_is_bit_equal_under_any_future():
         assert (changed[:, t:] != out[:, t:]).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("causal", "dtype"), [(True, jnp.bfloat16), (False, jnp.float16)])
 def test_inputs_times_100_stay_finite(causal, dtype):
     inputs = arguments(C + 9, dtype=dtype, scale=100.0)
@@ -140,6 +147,7 @@ def test_inputs_times_100_stay_finite(causal, dtype):
     assert np.abs(np.asarray(out, np.float32)).max() <= 1.01 * largest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sign", [1, -1])
 def test_opposed_and_aligned_keys_of_large_norm(sign):
     """Squared norms of 200 after scaling; exponents there have a float32 spacing of 1.5e-5."""
@@ -151,6 +159,7 @@ def test_opposed_and_aligned_keys_of_large_norm(sign):
     cases.assert_close(attend(True)(**inputs), expected, 2e-4)
 
 
+@pytest.mark.slow
 def test_gradients_agree_at_squared_norms_of_2000():
     """Rows whose exponents are too far apart for the kernels are computed in chunks."""
     inputs = arguments(C + 9)
@@ -160,6 +169,7 @@ def test_gradients_agree_at_squared_norms_of_2000():
     check(inputs, {}, 5e-4, causal=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("causal", "unseen"), [(True, 3), (False, 9)])
 def test_rows_with_nothing_to_see_are_0(causal, unseen):
     inputs = arguments(9)

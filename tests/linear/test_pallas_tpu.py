@@ -81,12 +81,14 @@ def check(smooth, fixed, tolerance, *, feature_map, chunk_size=C, **options):
     cases.assert_close(actual, expected, tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal", [True, False])
 def test_with_everything_at_once(causal):
     smooth, fixed = with_everything(MAP, arguments(MAP, 37))
     check(smooth, fixed, 1e-5, feature_map=MAP, causal=causal)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("feature_map", "causal"),
     [
@@ -103,6 +105,7 @@ def test_other_maps(feature_map, causal):
     check(smooth, fixed, 1e-5, feature_map=feature_map, causal=causal)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("both_signs", "causal"), [(False, True), (True, False)])
 def test_tuned_features_of_every_head(both_signs, causal):
     feature_map = TunedFeatures("wderf_s", M, both_signs=both_signs)
@@ -113,6 +116,7 @@ def test_tuned_features_of_every_head(both_signs, causal):
     check(smooth, fixed, 1e-5, feature_map=feature_map, causal=causal)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("length", "keys", "causal"),
     [(1, 1, True), (C - 1, C - 1, True), (C, C, True), (C + 1, C + 1, True), (1, C + 1, False)],
@@ -124,6 +128,7 @@ def test_outputs_agree_at_any_length(length, keys, causal):
     cases.assert_close(actual, run(**inputs, implementation="quadratic"), 5e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal", [True, False])
 def test_bfloat16(causal):
     """Log-features are exact to 16 bits; features and values are rounded."""
@@ -131,6 +136,7 @@ def test_bfloat16(causal):
     check(smooth, fixed, 2e-2, feature_map=MAP, causal=causal)
 
 
+@pytest.mark.slow
 def test_values_of_a_large_mean_spoil_no_gradient():
     """Numerators and denominators cancel; what is rounded must cancel too, but for the output."""
     smooth = arguments(MAP, 100, dtype=jnp.bfloat16, heads=1, kv_heads=1)
@@ -172,6 +178,7 @@ def test_refused(options, message):
         cases.attend(**call, implementation=KERNELS)
 
 
+@pytest.mark.slow
 def test_no_races():
     """In the interpreter that simulates a TPU's memories and copies."""
     from jax.experimental.pallas import tpu as pltpu
