@@ -1,8 +1,11 @@
 """Python blocks of the pages run as they stand, on little data; so do the commands of tutorials."""
 
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -20,6 +23,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 TUTORIALS = sorted((DOCS / "tutorials").glob("*.md"))
+DEVICES = DOCS / "tutorials" / "many-devices.md"
 PROTEINS = ["MKTAYIAKQRQISFVKSHFSRQ", "MALWMRLLPLLALLALWGPDPAAA", "MGDVEKGKKIFIMKCSQCHTVEK"] * 4
 SMALL = {"num_layers": 1, "emb_dim": 16, "num_heads": 2, "qkv_dim": 16, "mlp_dim": 16}
 
@@ -114,7 +118,9 @@ def test_python_of_a_page_runs(page, copied):
             exec(compile(block, str(page), "exec"), namespace)
 
 
-@pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [page for page in TUTORIALS if page != DEVICES], ids=lambda page: page.stem
+)
 def test_a_tutorial_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {}
@@ -128,3 +134,26 @@ def test_a_tutorial_runs(page, tmp_path, monkeypatch):
             program, *arguments = shlex.split(line)
             assert program == "protein-lm"
             assert cli.main(arguments) == 0
+
+
+def test_the_tutorial_on_devices_runs(tmp_path):
+    """In a process of its own, for the number of devices is set before JAX starts."""
+    command = tmp_path / "bin" / "protein-lm"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m fast_attention.protein_lm "$@"\n')
+    command.chmod(0o755)
+    parts = ["import os, subprocess", "terminal = dict(os.environ)"]
+    for language, block in blocks(DEVICES, "python", "sh"):
+        run = f"subprocess.run(['bash', '-ec', {block!r}], env=terminal, check=True)"
+        parts.append(block if language == "python" else run)
+    script = tmp_path / "page.py"
+    script.write_text("\n".join(parts))
+    chosen = ("JAX_NUM_CPU_DEVICES", "NPROC", "XLA_FLAGS")
+    environment = {name: x for name, x in os.environ.items() if name not in chosen} | {
+        "PATH": f"{command.parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

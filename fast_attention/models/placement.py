@@ -53,7 +53,10 @@ def parameter_spec(path: Sequence[Any], shape: Sequence[int], mesh: Mesh) -> Par
     if len(shape) < 2 or entries < SMALLEST:
         return PartitionSpec()
     placed: list[str | None] = [None] * len(shape)
-    axis = _MODEL_AXES.get(tuple(_name(part) for part in path[-2:]))
+    names = [_name(part) for part in path]
+    if names[-1:] == ["value"]:
+        names.pop()  # The leaf of a variable in an nnx.State.
+    axis = _MODEL_AXES.get(tuple(names[-2:]))
     if axis is not None:
         placed[axis] = axis_dividing(mesh, MODEL, shape[axis])
     free = [i for i in range(len(shape)) if placed[i] is None]

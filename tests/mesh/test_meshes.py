@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from fast_attention.mesh import meshes
@@ -63,6 +64,14 @@ def test_batches_are_divided_where_they_can_be():
 def test_where_parameters_lie(name, shape, wanted):
     spec = parameter_spec(("blocks", 0, name, "kernel"), shape, mesh_of(fsdp=4, model=2))
     assert spec == PartitionSpec(*wanted)
+
+
+def test_the_state_of_a_module_lies_as_its_arrays_alone():
+    state = nnx.state(nnx.Dict(up=nnx.Linear(32, 64, rngs=nnx.Rngs(0))))
+    mesh = mesh_of(fsdp=2, model=2)
+    alone = parameter_shardings(nnx.to_pure_dict(state), mesh)
+    assert nnx.to_pure_dict(parameter_shardings(state, mesh)) == alone
+    assert alone["up"]["kernel"].spec == PartitionSpec("fsdp", "model")
 
 
 def test_the_vocabulary_is_divided_where_it_can_be():
