@@ -27,7 +27,7 @@ from fast_attention.mechanisms.lsh.exact import shared_qk_attention as shared_qk
 from fast_attention.mechanisms.lsh.fn import LSHAttention as LSHAttention
 from fast_attention.mechanisms.lsh.fn import make_lsh_attention as make_lsh_attention
 from fast_attention.mechanisms.lsh.hashed import Hashing as Hashing
-from fast_attention.mechanisms.lsh.op import lsh_attention as lsh_attention
+from fast_attention.mechanisms.lsh.hashed import lsh_attention as lsh_attention
 from fast_attention.mechanisms.lsh.operands import LSHOutput as LSHOutput
 from fast_attention.mechanisms.on_mesh.fn import on_mesh as on_mesh
 from fast_attention.mechanisms.strided.fn import StridedAttention as StridedAttention

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from fast_attention import (
-    Hashing,
     LocalWindow,
     efficient_attention,
     linformer_attention,
@@ -22,7 +21,7 @@ from fast_attention import (
 from fast_attention.feature_maps import PositiveFeatures
 from fast_attention.linear import empty_state, prefill
 from fast_attention.mechanisms.favor.near_field import near_field_attention
-from fast_attention.mechanisms.lsh.hashed import hashed_attention
+from fast_attention.mechanisms.lsh.hashed import lsh_attention
 from tests.linear import cases
 
 H, K, D, V = 2, 1, 4, 3
@@ -33,7 +32,7 @@ FEATURES = {
 }
 
 
-HASHED = jax.random.key(0), Hashing(bucket_size=2, n_hashes=2)
+HASHED: Any = {"key": jax.random.key(0), "bucket_size": 2, "n_hashes": 2}
 
 
 def shared(function, **options):
@@ -49,7 +48,7 @@ SELF = {
     "efficient": functools.partial(efficient_attention, causal=True),
     "blindspot": functools.partial(efficient_attention, causal=True, blindspot_size=2),
     "local": functools.partial(local_attention, window=LocalWindow(2)),
-    "lsh": lambda query, key, value: hashed_attention(query, value, *HASHED).out,
+    "lsh": lambda query, key, value: lsh_attention(query, value, **HASHED),
     "exact, shared": shared(shared_qk_attention),
     "strided": functools.partial(strided_attention, make_softmax_attention(), stride=2),
 }
@@ -125,7 +124,7 @@ def test_no_token_leaves_a_state_as_it_is():
 def test_weights_and_buckets_of_hashed_attention(rows, length):
     qk, value = jnp.ones((rows, length, H, D)), jnp.ones((rows, length, K, V))
     options: Any = {"return_weights": True, "return_buckets": True}
-    found = hashed_attention(qk, value, *HASHED, return_weights=True)
+    found = lsh_attention(qk, value, **HASHED, return_weights=True)
     assert found.weights is not None and found.buckets is not None
     assert found.weights.shape == (rows, H, length, length)
     assert found.buckets.shape == (rows, H, 2, length)

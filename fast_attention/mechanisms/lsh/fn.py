@@ -17,7 +17,7 @@ from fast_attention.mechanisms.attention_fn import AttentionFn
 from fast_attention.mechanisms.call import Call, Dropout, Takes
 from fast_attention.mechanisms.checks import check_count, check_seed
 from fast_attention.mechanisms.lsh.exact import shared_qk_attention
-from fast_attention.mechanisms.lsh.hashed import Hashing, hashed_attention
+from fast_attention.mechanisms.lsh.hashed import Hashing, lsh_attention
 from fast_attention.mechanisms.lsh.operands import LSHOutput
 from fast_attention.mechanisms.masks import same_run
 from fast_attention.recipes import attention_factory
@@ -102,8 +102,8 @@ class LSHAttention(AttentionFn):
             # Features may be dropped before hashing, without dropout of weights.
             options["dropout"] = Dropout(call.training_key, 0.0, True)
         where = self._directions(call.projection) if call.buckets is None else call.buckets
-        found = hashed_attention(key, value, where, hashing, **options)
-        return found if call.return_weights or call.return_buckets else found.out
+        options |= {"return_buckets": call.return_buckets} | dataclasses.asdict(hashing)
+        return lsh_attention(key, value, where, **options)
 
     def exact(self) -> AttentionFn:
         """Exact attention with shared queries and keys."""

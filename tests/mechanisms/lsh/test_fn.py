@@ -1,13 +1,15 @@
 """Reformer's attention behind the signature of Flax's ``dot_product_attention``."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from fast_attention import Hashing, make_lsh_attention, shared_qk_attention
-from fast_attention.mechanisms.lsh.hashed import hashed_attention
+from fast_attention import make_lsh_attention, shared_qk_attention
+from fast_attention.mechanisms.lsh.hashed import lsh_attention
 
 HASHED = make_lsh_attention(bucket_size=4, n_hashes=2, rotary=True)
 
@@ -26,8 +28,8 @@ def test_hashes_long_inputs_and_takes_its_rotations_from_the_projection():
     found = HASHED(
         qk[:, :20], qk, value, is_causal=True, projection=projection, return_buckets=True
     )
-    hashing = Hashing(bucket_size=4, n_hashes=2, rotary=True)
-    expected = hashed_attention(qk, value, key, hashing, causal=True, query_length=20).out
+    hashing: Any = {"bucket_size": 4, "n_hashes": 2, "rotary": True}
+    expected = lsh_attention(qk, value, key, causal=True, query_length=20, **hashing)
     np.testing.assert_array_equal(found.out, expected)
     again = HASHED(qk[:, :20], qk, value, is_causal=True, buckets=found.buckets)
     np.testing.assert_array_equal(again, expected)

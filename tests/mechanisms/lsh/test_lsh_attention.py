@@ -7,24 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fast_attention import Hashing, LSHOutput, lsh_attention, shared_qk_attention
+from fast_attention import LSHOutput, lsh_attention, shared_qk_attention
 from fast_attention.mechanisms.call import Dropout
-from fast_attention.mechanisms.lsh.hashed import hashed_attention, n_buckets
+from fast_attention.mechanisms.lsh.hashed import n_buckets
 from tests.mechanisms.lsh.definition import attend, meetings
 
 KEY = jax.random.key(5)
-CALL = (
-    *("causal", "query_length", "key_mask", "mask", "positions", "dropout", "return_weights"),
-    "precision",
-)
 
 
 def hashed(qk, value, where=KEY, **options):
-    """Hashed attention with the fields of its options as keywords."""
-    call = {name: options.pop(name) for name in CALL if name in options}
-    return hashed_attention(
-        qk, value, where, Hashing(**{"bucket_size": 4, "n_hashes": 2, **options}), **call
-    )
+    """Output, weights and buckets."""
+    small = {"bucket_size": 4, "n_hashes": 2}
+    return lsh_attention(qk, value, where, return_buckets=True, **{**small, **options})
 
 
 def attention(*arrays, **options):
@@ -246,14 +240,9 @@ def test_what_does_not_fit_is_refused(options, message):
         attention(*inputs(12), **options)
 
 
-def test_options_by_name_are_those_of_the_bundle():
-    rng = np.random.default_rng(0)
-    qk, value = (rng.normal(size=(1, 16, 2, 4)).astype(np.float32) for _ in range(2))
-    key, hashing = jax.random.key(1), {"bucket_size": 4, "n_hashes": 2}
-    expected = hashed_attention(qk, value, key, Hashing(**hashing), causal=True)
-    found = lsh_attention(qk, value, key=key, causal=True, **hashing)
-    np.testing.assert_array_equal(found, expected.out)
-    whole = lsh_attention(qk, value, key=key, causal=True, return_buckets=True, **hashing)
-    np.testing.assert_array_equal(whole.buckets, expected.buckets)
+def test_an_array_unless_more_is_requested():
+    qk, value = inputs(16)
+    found = lsh_attention(qk, value, KEY, causal=True, bucket_size=4, n_hashes=2)
+    np.testing.assert_array_equal(found, attention(qk, value, causal=True))
     with pytest.raises(TypeError, match="rounds"):
-        lsh_attention(qk, value, key, rounds=2)
+        lsh_attention(qk, value, KEY, rounds=2)

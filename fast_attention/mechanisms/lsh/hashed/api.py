@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,11 +44,10 @@ def n_buckets(length: int, bucket_size: int) -> int:
 
 
 @runs_on_auto_axes
-def hashed_attention(
+def lsh_attention(
     qk: Float[Array, "*B S H D"],
     value: Float[Array, "*B S K V"],
-    where: Array,
-    hashing: Hashing,
+    key: Array,
     *,
     causal: bool = False,
     query_length: int | None = None,
@@ -58,7 +57,9 @@ def hashed_attention(
     dropout: Dropout | None = None,
     precision: jax.lax.PrecisionLike = None,
     return_weights: bool = False,
-) -> LSHOutput:
+    return_buckets: bool = False,
+    **options: Any,
+) -> Float[Array, "*B T H V"] | LSHOutput:
     """Attends to keys in the same or a neighbouring bucket: Reformer, arXiv:2001.04451.
 
     In each round positions are sorted by their bucket and split into chunks; a chunk sees itself
@@ -76,34 +77,36 @@ def hashed_attention(
       qk: ``[*B, S, H, D]``, shared queries and keys: the first T positions are queries, all are
         keys.
       value: ``[*B, S, K, V]``; K divides H.
-      where: source of the buckets: a typed random key (``jax.random.key``) from which the hash
+      key: source of the buckets: a typed random key (``jax.random.key``) from which the hash
         directions are drawn; or the directions, floating ``[1 or B * H, D, R, J / 2]``, R = 1
         unless ``rehash_each_round``, J the number of buckets, see :func:`n_buckets`; or integers
         ``[*B, H, R, S]``, the buckets of an earlier call, so that a recomputed layer gives the same
         result.
-      hashing: options of hashing, and of what a query sees.
       causal: a query sees positions up to its own, and all given keys.
       query_length: T, by default S. Positions from T on are given keys, such as memory or context.
       key_mask: ``[*B, S]``, False is padding: it is not attended to, and its output is 0.
       mask: broadcastable to ``[*B, H, T, S]``, True sees. A position with no other key sees itself,
         even if this is False.
-      positions: ``[*B, T]`` of the queries for ``hashing.rotary``, by default 0, 1, ..; given keys
+      positions: ``[*B, T]`` of the queries for ``rotary``, by default 0, 1, ..; given keys
         are not rotated.
       dropout: of the weights and, by ``drop_for_hash_rate``, of the features that are hashed; its
         rate may be 0. With ``broadcast`` the weights of the same slots are dropped in all rows.
       precision: of the products.
-      return_weights: also the weights, as a matrix.
+      return_weights: return an :class:`LSHOutput` with the weights, as a matrix.
+      return_buckets: return an :class:`LSHOutput` with the buckets.
+      **options: fields of :class:`Hashing`, such as ``bucket_size=64, n_hashes=8``.
 
     Returns:
-      ``[*B, T, H, V]`` in the promoted type of `qk` and `value`, the buckets, and the weights or
-      None.
+      ``[*B, T, H, V]`` in the promoted type of `qk` and `value`, or an :class:`LSHOutput`.
 
     Raises:
+      TypeError: for an option that :class:`Hashing` does not have.
       ValueError: for shapes that do not fit.
     """
+    hashing = Hashing(**options)
     chunks = n_buckets(qk.shape[-3], hashing.bucket_size)
     kinds = jnp.floating, jnp.integer, jax.dtypes.prng_key
-    rotations, buckets, key = (where if jnp.issubdtype(where.dtype, k) else None for k in kinds)
+    rotations, buckets, drawn = (key if jnp.issubdtype(key.dtype, k) else None for k in kinds)
     check_arguments(
         qk,
         value,
@@ -121,8 +124,9 @@ def hashed_attention(
     else:
         dropout_key, rate, broadcast = dropout
     setting = _Setting(hashing, causal, query_length, rate, broadcast, precision, return_weights)
-    arrays = _Arrays(qk, value, rotations, key, buckets, key_mask, mask, positions, dropout_key)
-    return _attend(setting, arrays)
+    arrays = _Arrays(qk, value, rotations, drawn, buckets, key_mask, mask, positions, dropout_key)
+    found = _attend(setting, arrays)
+    return found if return_weights or return_buckets else found.out
 
 
 class _Setting(NamedTuple):
