@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -155,12 +156,27 @@ def input_files(options: argparse.Namespace) -> Iterator[str | Path]:
     for name in ("run_dir", "model"):
         if folder := getattr(options, name, None):
             yield from files_read(Path(folder))
+    if getattr(options, "model", None) and not options.run_dir:
+        yield from _files_of_noted_run(Path(options.model))
     for name in _INPUTS:
         given = getattr(options, name, None) or []
         for path in [given] if isinstance(given, str) else given:
             # A path that cannot be read is reported by whatever reads it.
             with contextlib.suppress(ValueError):
                 yield from fasta_paths(path)
+
+
+def _files_of_noted_run(folder: Path) -> Iterator[Path]:
+    """Yields what is read of the run that the folder of a predictor names."""
+    from fast_attention.protein_lm.errors import RunError
+    from fast_attention.protein_lm.finetune.finetuned import read_about
+    from fast_attention.protein_lm.runs.run_folder import files_read
+
+    # What cannot be read is reported by whatever reads it.
+    with contextlib.suppress(RunError):
+        noted = read_about(folder)["run_dir"]
+        if noted is not None:
+            yield from files_read(Path(os.path.realpath(folder / noted)))
 
 
 def add_token_budget(parser: argparse.ArgumentParser) -> None:

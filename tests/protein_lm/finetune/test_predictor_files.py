@@ -1,5 +1,6 @@
 """The folder of a predictor is data: what cannot be right in it is an error that names the file."""
 
+import argparse
 import json
 import tracemalloc
 from pathlib import Path
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 
 from fast_attention.protein_lm import FlaxLM, make_protein_domain
+from fast_attention.protein_lm.cli import arguments
 from fast_attention.protein_lm.errors import RunError
 from fast_attention.protein_lm.evaluation.groups import make_groups
+from fast_attention.protein_lm.files.output_targets import OutputError
 from fast_attention.protein_lm.finetune import finetuning, lora
 from fast_attention.protein_lm.finetune.finetuned import FineTuned, fingerprint
 from fast_attention.protein_lm.finetune.labelled import choose_parts
@@ -139,3 +142,15 @@ def test_a_name_cannot_look_like_other_lines():
     }
     result = {"classes": None, "metrics": {"test": figures}}
     assert format_result(result, Path("a\nb")).splitlines()[-1].startswith("written to a\\nb: ")
+
+
+def test_the_run_that_a_predictor_names_is_an_input(model, folder, tmp_path):
+    tuned = FineTuned.load(folder, model=model)
+    run = tmp_path / "run" / "model.json"
+    run.parent.mkdir()
+    run.write_text("{}")
+    tuned.save(folder, run_dir=run.parent)
+    (tmp_path / "link.tsv").symlink_to(run)
+    options = argparse.Namespace(model=str(folder), run_dir=None, output=tmp_path / "link.tsv")
+    with pytest.raises(OutputError, match="is the same file as the input .*run/model.json"):
+        arguments.check_files(options, "output")
