@@ -20,7 +20,7 @@ def bundle_of(
         return kind(**options)
     if options:
         raise TypeError(
-            f"{name}= and {', '.join(sorted(options))} are given: put all of them into "
+            f"{name}= and {', '.join(sorted(options))} are given: pass all of them in "
             f"{kind.__name__}, or leave {name} out"
         )
     return given

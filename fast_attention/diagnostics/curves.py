@@ -86,7 +86,7 @@ def error_curves(
     """
     if not make_attention or not features or draws < 1:
         raise ValueError(
-            "Give one function, one number of features and one draw at least, got "
+            "At least one function, one number of features and one draw are needed, got "
             f"make_attention={list(make_attention)}, features={list(features)}, draws={draws}."
         )
     options: dict[str, Any] = {} if key_mask is None else {"key_mask": key_mask}

@@ -39,7 +39,7 @@ def plot_matrices(matrices: Mapping[str, Any], path: str | Path) -> None:
     squares = {name: np.asarray(matrix, np.float64) for name, matrix in matrices.items()}
     if not squares or any(square.ndim != 2 for square in squares.values()):
         shapes = {name: square.shape for name, square in squares.items()}
-        raise ValueError(f"Give one or more matrices [rows, keys], got {shapes}.")
+        raise ValueError(f"Expected one or more matrices [rows, keys], got {shapes}.")
     figure = _figure(2.7 * len(squares) + 0.6, 3.0)
     everything = np.concatenate([square.ravel() for square in squares.values()])
     low, high = min(0.0, float(everything.min())), float(np.quantile(everything, 0.999))

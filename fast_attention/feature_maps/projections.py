@@ -79,8 +79,8 @@ def orthogonal_projection(
     _check_sizes(num_rows, dim)
     if scaling not in (0, 1):
         raise ValueError(
-            f"ortho_scaling must be 0 (row lengths of Gaussian vectors) or 1 (row length "
-            f"sqrt({dim})), got {scaling!r}."
+            f"ortho_scaling must be 0 (row norms of Gaussian vectors) or 1 (row norm sqrt({dim})), "
+            f"got {scaling!r}."
         )
     block_key, length_key = jax.random.split(key)
     num_blocks = -(-num_rows // dim)

@@ -112,7 +112,7 @@ class FeedForward(nnx.Module, SublayerPart):
         """
         activation_of(activation)
         if chunks < 1:
-            raise ValueError(f"chunks counts pieces of the length: it must be >= 1, got {chunks}.")
+            raise ValueError(f"chunks must be >= 1, got {chunks}.")
         self.activation = activation
         self.glu = glu
         self.chunks = chunks

@@ -75,7 +75,7 @@ def rotate(
     """
     width = x.shape[-1]
     if width % 2:
-        raise ValueError(f"Rotary positions turn pairs of features: D must be even, got {width}.")
+        raise ValueError(f"Rotary positions rotate pairs of features: D must be even, got {width}.")
     angles = _angles(positions, np.arange(0, width, 2) / width, base)[..., None, :]
     wide = x.astype(at_least_float32(x.dtype))
     cos, sin = jnp.cos(angles).astype(wide.dtype), jnp.sin(angles).astype(wide.dtype)
@@ -126,7 +126,7 @@ class LearnedPositions(nnx.Module):
             self.table = nnx.Param(sinusoids(jnp.arange(max_len), features))
             return
         if rngs is None:
-            raise ValueError("An initializer of positions draws from rngs: give it, got None.")
+            raise ValueError("An initializer of positions needs rngs, got None.")
         self.table = nnx.Param(initializer(rngs.params(), (max_len, features), jnp.float32))
 
     @modules_run_on_auto_axes
@@ -206,7 +206,7 @@ class AxialPositions(nnx.Module):
     def __call__(self, positions: Int[Array, "*B"]) -> Float[Array, "*B M"]:
         """Looks positions up, like `LearnedPositions`, on the grid instead of a table."""
         count = math.prod(self.shape)
-        _check_range(positions, count, f"the {count} places of the grid {self.shape}")
+        _check_range(positions, count, f"the {count} positions of the grid {self.shape}")
         index = jnp.asarray(positions, jnp.int32)
         inside = (index >= 0) & (index < count)
         places = jnp.unravel_index(jnp.where(inside, index, 0), self.shape)

@@ -57,7 +57,7 @@ def shift_tokens(
         )
     if before is not None and not set(shifts) <= {0, 1}:
         raise ValueError(
-            "before is the one position before the first: it is for shifts of 0 and 1, got "
+            "before holds one position before the first: it supports only shifts of 0 and 1, got "
             f"{tuple(shifts)}."
         )
     if key_mask is not None:

@@ -103,7 +103,7 @@ def check_shapes(
         )
     heads, kv_heads = query.shape[-2], key.shape[-2]
     swapped = (
-        " Length comes before heads, [*B, length, heads, width]: are the two swapped?"
+        " The layout is [*B, length, heads, width]: check that length and heads are not swapped."
         if query.shape[-3] != key.shape[-3]
         else ""
     )

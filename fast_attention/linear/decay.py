@@ -35,8 +35,7 @@ def decay_of_tokens(
         return None
     if not causal:
         raise ValueError(
-            "log_decay multiplies the state before a token, which attention both ways does not "
-            "have: pass causal=True, or leave log_decay out."
+            "log_decay needs causal attention: pass causal=True, or leave log_decay out."
         )
     shape = key.shape[:-1]
     spread = spread_decay(log_decay, shape, f"key {key.shape}").astype(dtype)
@@ -61,6 +60,6 @@ def spread_decay(log_decay: Array, shape: tuple[int, ...], beside: str) -> Array
     ):
         raise ValueError(
             f"log_decay must be floating numbers of shape {shape}, or {shape[-1:]} for one decay "
-            f"a key head, to go with {beside}, got {jnp.result_type(log_decay)} of shape {given}."
+            f"per key head, to match {beside}, got {jnp.result_type(log_decay)} of shape {given}."
         )
     return jnp.broadcast_to(jnp.maximum(log_decay, LOWEST_DECAY), shape)

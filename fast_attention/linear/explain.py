@@ -63,9 +63,9 @@ def _called(plan: Plan, inputs: Inputs) -> str:
 
 def _served(plan: Plan, inputs: Inputs, platform: str) -> str:
     if plan.implementation is None:
-        return f"{_chunks(plan, inputs)}; implementation='by_platform' takes the platform's best"
+        return f"{_chunks(plan, inputs)}; implementation='by_platform' uses the platform's best"
     if plan.implementation == "chunked":
-        return f"chunked, as asked for: {_chunks(plan, inputs)}"
+        return f"chunked, as requested: {_chunks(plan, inputs)}"
     if plan.implementation != "by_platform":
         return f"{plan.implementation}, as asked for"
     if best.has_symbolic_sizes(inputs):

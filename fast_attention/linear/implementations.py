@@ -62,7 +62,7 @@ def run(plan: Plan, inputs: Inputs) -> tuple[Any, LinearAttentionState]:
             if len(names) == 1:
                 raise
             errors.append(error)
-    raise ExceptionGroup(f"No implementation of {names} can serve this call.", errors)
+    raise ExceptionGroup(f"No implementation of {names} supports this call.", errors)
 
 
 def check_decays(plan: Plan) -> None:
@@ -70,13 +70,14 @@ def check_decays(plan: Plan) -> None:
     names = implementation_names(plan.implementation)
     if not set(names) & set(DECAYING):
         raise NotImplementedError(
-            f"implementation={plan.implementation!r} does not serve log_decay: leave "
-            f"implementation out, or take one of {DECAYING}."
+            f"implementation={plan.implementation!r} does not support log_decay: leave "
+            f"implementation out, or use one of {DECAYING}."
         )
     if plan.axis_name is not None:
         raise NotImplementedError(
-            f"log_decay is not served for sequences along the mesh axis {plan.axis_name!r}: keep "
-            "each sequence on one device, and put the batch or the heads along the mesh."
+            "log_decay is not supported for sequences sharded along the mesh axis "
+            f"{plan.axis_name!r}: keep each sequence on one device, and shard the batch or the "
+            "heads."
         )
 
 

@@ -232,7 +232,7 @@ class AttentionFn(EqualOptions, Decoder, abc.ABC):
             f"{self.mechanism} needs all positions on one device and cannot attend along the mesh "
             f"axis {axis!r}: use make_fast_softmax_attention or make_fast_generalized_attention, "
             "whose devices exchange states, or make_local_attention, whose devices exchange the "
-            "edges of their stretches."
+            "edges of their shards."
         )
 
     @property
@@ -248,6 +248,6 @@ class AttentionFn(EqualOptions, Decoder, abc.ABC):
 def _raise_unless(fits: Array) -> None:
     if not bool(fits):
         raise ValueError(
-            "A mask given under jit cannot be honoured: its values are not 0 and 1, or it is "
+            "A mask given under jit is not supported: its values are not 0 and 1, or it is "
             "neither constant over queries nor padding x padding (x causal)."
         )

@@ -22,17 +22,18 @@ from fast_attention.mechanisms.checks import (
 )
 
 _ADVICE = {
-    "module": "attention weights are not formed; use sow_weights=False",
+    "module": "attention weights are not computed; use sow_weights=False",
     "qk_attn_weights_einsum": "leave qk_attn_weights_einsum_cls unset",
     "attn_weights_value_einsum": "leave attn_weights_value_einsum_cls unset",
-    "input_positions": "apply rotary positions to queries and keys before, for example with "
+    "input_positions": "apply rotary positions to queries and keys before the call, for example "
+    "with "
     "fast_attention.layers.MultiHeadAttention(rotary=True)",
     "bias": "use mask or key_mask, or exact attention (make_softmax_attention) with a bias",
     "projection": "it has no random features",
     "positions": "apply rotary positions to queries and keys before",
     "buckets": "it does not hash",
-    "log_decay": "linear attention without exact_window has it (make_fast_softmax_attention, "
-    "make_fast_generalized_attention)",
+    "log_decay": "only linear attention without exact_window supports it "
+    "(make_fast_softmax_attention, make_fast_generalized_attention)",
 }
 """What to do in place of an argument that a function does not take."""
 

@@ -340,7 +340,7 @@ def check_lengths(call: Call, mechanism: str, takes: Takes, *, masked: bool = Fa
         if call.over_cache and masked:
             raise mismatch(
                 f"Lengths of {mechanism.lower()} under a mask",
-                "equal: its keys are its queries, so that it cannot read a cache",
+                "equal, because queries and keys are shared and a cache cannot be read",
                 given,
                 "use another attention function to decode, or key_mask for keys of memory",
             )

@@ -168,17 +168,17 @@ def _all_of(conditions: list[Any]) -> Any:
 def _explain(visible: np.ndarray, causal: bool) -> str:
     rows, columns = visible.shape[-2:]
     remedy = (
-        "Linear attention sees a mask as which keys count (the same for all queries of a sequence) "
+        "Linear attention supports only masks of keys (the same for all queries of a sequence) "
         "and causality. Pass padding as a key mask [*batch, 1, 1, keys] or key_mask, packed "
         f"sequences as segment_ids; for any other pattern {EXACT}."
     )
     if not causal and rows == columns and not np.triu(visible, 1).any():
         return (
             f"A mask of shape {visible.shape} with a causal pattern was given to bidirectional "
-            "attention, which would see the future. Build the function with unidirectional=True "
+            "attention, which would see later tokens. Build the function with unidirectional=True "
             "or pass is_causal=True. " + remedy
         )
-    return f"The mask of shape {visible.shape} cannot be honoured. " + remedy
+    return f"The mask of shape {visible.shape} is not supported. " + remedy
 
 
 def _per_kv_head(keys: Any, sizes: Sizes) -> tuple[Any, Any]:

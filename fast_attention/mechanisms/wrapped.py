@@ -167,8 +167,8 @@ class ForeignAttention(AttentionFn):
         lacking = [name for name in told if name not in names]
         if lacking:
             raise ValueError(
-                f"{self.function} was asked to honour {', '.join(lacking)}, for which it has no "
-                "parameter: leave these out, or give the function such parameters."
+                f"{self.function} got {', '.join(lacking)}, but has no such parameters: leave "
+                "these out, or add the parameters to the function."
             )
         return self.function(call.query, call.key, call.value, **told)
 

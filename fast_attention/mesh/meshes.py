@@ -66,13 +66,13 @@ def make_mesh(
     told = " x ".join(f"{name} {size}" for name, size in asked.items())
     if count % product:
         raise MeshError(
-            f"a mesh of {told} = {product} devices does not divide the {count} that there are: "
+            f"a mesh of {told} = {product} devices does not divide the {count} available devices: "
             f"choose sizes whose product divides {count}"
         )
     if data is not None and count != product:
         raise MeshError(
-            f"a mesh of {told} has {product} devices, but there are {count}: leave out data, or "
-            f"make it {data * count // product}"
+            f"a mesh of {told} has {product} devices, but {count} are available: leave out data, "
+            f"or set it to {data * count // product}"
         )
     sizes = (count // math.prod(others.values()), *others.values())
     kinds = (AxisType.Auto,) * len(AXES)
@@ -89,7 +89,7 @@ def with_auto_axes(mesh: Mesh) -> Mesh:
     if missing:
         raise MeshError(
             f"the mesh must have the axes {', '.join(AXES)}, got {', '.join(mesh.axis_names)}: "
-            "make it with fast_attention.make_mesh, where an axis of 1 device divides nothing"
+            "make it with fast_attention.make_mesh, where an axis of 1 device has no effect"
         )
     if all(kind == AxisType.Auto for kind in mesh.axis_types):
         return mesh

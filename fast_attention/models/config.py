@@ -108,7 +108,7 @@ class LanguageModelConfig:
             raise ValueError(f"positions must be one of {ADDED_POSITIONS}, got {self.positions!r}.")
         if (self.positions == "axial") != bool(self.axial_shape):
             raise ValueError(
-                "Axial positions need an axial_shape, and others none: got positions="
+                "axial_shape is needed for axial positions, and only for these: got positions="
                 f"{self.positions!r}, axial_shape={self.axial_shape}."
             )
         if self.axial_shape and math.prod(self.axial_shape) < self.max_len:

@@ -49,7 +49,9 @@ class EncoderDecoder(nnx.Module):
           ValueError: If the decoder is not causal, or tied embeddings differ in shape.
         """
         if not decoder.causal:
-            raise ValueError("The decoder must be causal, or it would see what it is to predict.")
+            raise ValueError(
+                "The decoder must be causal; otherwise it would see the tokens that it predicts."
+            )
         if tie_embeddings:
             shapes = encoder.embed.embedding.shape, decoder.embed.embedding.shape
             if shapes[0] != shapes[1]:

@@ -272,10 +272,7 @@ def _check(
     pad_token: int | None,
 ) -> None:
     if not model.causal:
-        raise ValueError(
-            "Only causal models write: build the model with causal=True, so that no token sees "
-            "those after it."
-        )
+        raise ValueError("Only causal models can generate: build the model with causal=True.")
     if prompt.ndim != 2 or prompt.shape[1] < 1 or not jnp.issubdtype(prompt.dtype, jnp.integer):
         raise ValueError(
             f"prompt must be integers [batch, length >= 1], got {prompt.dtype} {prompt.shape}: "

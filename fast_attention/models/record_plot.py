@@ -59,7 +59,7 @@ def _heads(recording: Recording, row: int, head: int | None) -> Sequence[int]:
     if not 0 <= row < rows:
         raise ValueError(f"row must be in the batch, 0 to {rows - 1}, got {row}.")
     if head is not None and not 0 <= head < heads:
-        raise ValueError(f"head must be one of the group, 0 to {heads - 1}, got {head}.")
+        raise ValueError(f"head must be in the group, 0 to {heads - 1}, got {head}.")
     return range(heads) if head is None else (head,)
 
 

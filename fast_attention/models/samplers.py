@@ -87,7 +87,7 @@ def keep_top_k(logits: Float[Array, "*B V"], k: int) -> Float[Array, "*B V"]:
       ValueError: if k is less than 1.
     """
     if k < 1:
-        raise ValueError(f"top_k must be at least 1, but got {k}; None leaves all tokens in.")
+        raise ValueError(f"top_k must be at least 1, but got {k}; None keeps all tokens.")
     least = jax.lax.top_k(logits, min(k, logits.shape[-1]))[0][..., -1:]
     return jnp.where(logits < least, -jnp.inf, logits)
 

@@ -157,7 +157,7 @@ def _encode(sequences: Any, domain: DiscreteDomain, length: int | None) -> np.nd
         or not domain.vocab.are_valid(ids).all()
     ):
         raise ValueError(
-            "the int-encoded sequences are no members of the domain: expected ids [N, T] from 0 "
+            "the int-encoded sequences are not in the domain: expected ids [N, T] from 0 "
             f"to {domain.vocab_size - 1}, of at most {domain.length} tokens; got {ids.shape}"
         )
     return ids.astype(np.int32)

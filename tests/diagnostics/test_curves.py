@@ -63,7 +63,7 @@ def test_stored_parameters_are_calibrated_on_what_is_given():
 
 def test_what_cannot_be_compared_is_refused():
     q, k, v = cases.qkv(length=T)
-    with pytest.raises(ValueError, match="one draw at least"):
+    with pytest.raises(ValueError, match="one draw are needed"):
         error_curves({"plain": plain}, q, k, v, draws=0)
     causal = {"later": lambda m: make_fast_softmax_attention(nb_features=m, unidirectional=True)}
     with pytest.raises(ValueError, match="'later' is causal"):

@@ -157,11 +157,11 @@ def test_an_operation_is_its_default_under_every_transformation():
     [
         ("tpu", {}, "TPU kernels, chunks of 128 in blocks of 128"),
         ("tpu", {"renormalize_attention": False}, "because: .*output='sum'"),
-        ("tpu", {"implementation": "chunked"}, "chunked, as asked for"),
+        ("tpu", {"implementation": "chunked"}, "chunked, as requested"),
         (
             "tpu",
             {"implementation": None},
-            "; implementation='by_platform' takes the platform's best",
+            "; implementation='by_platform' uses the platform's best",
         ),
         ("gpu", {}, "chunks of 40 on XLA, those of 40 positions in parallel"),
         ("gpu", {"saved_states": "all"}, "chunks of 256 on XLA .from the table: guess for gpu."),

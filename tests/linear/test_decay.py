@@ -346,7 +346,7 @@ def test_refusals():
         with pytest.raises(ValueError, match="log_decay must be"):
             attend(plan_of("positive"), log_decay=wrong)
     for name in ("quadratic", "parallel_chunks", "pallas_gpu", "pallas_tpu_interpret"):
-        with pytest.raises(NotImplementedError, match="does not serve log_decay"):
+        with pytest.raises(NotImplementedError, match="does not support log_decay"):
             attend(plan_of("positive", implementation=name), log_decay=jnp.zeros(K))
     both = plan_of("positive", implementation=("pallas_gpu", "chunked"))
     assert attend(both, log_decay=jnp.zeros(K)).shape == (B, 4, H, V)

@@ -26,7 +26,7 @@ RUNS = IDS[:, None, :, None] == IDS[:, None, None]
 
 favor = functools.partial(fa.make_fast_softmax_attention, D, nb_features=8, redraw_features=False)
 
-NOT_A_MASK_OF_KEYS = "cannot be honoured"
+NOT_A_MASK_OF_KEYS = "is not supported"
 ONE_FOR_ALL_QUERIES = "bias must be the same for all queries"
 OF_KEYS = {"pairs": NOT_A_MASK_OF_KEYS, "pair_bias": ONE_FOR_ALL_QUERIES}
 NO_FEATURES = {"projection": "it has no random features"}
@@ -80,7 +80,7 @@ FUNCTIONS = {
     "wderf_s": Function(
         functools.partial(favor, estimator="wderf_s"),
         dense.favor,
-        OF_KEYS | {"segment_ids": "Pack no segments"},
+        OF_KEYS | {"segment_ids": "Do not pack segments"},
         ("both ways",),
         along_sequence=False,
     ),

@@ -167,7 +167,7 @@ def on_a_mesh(case, names):
     function = on_mesh(case.function, mesh)
     if case.entry.along_sequence and case.function.takes.mask == "pairs":
         for name in {"pairs", "padding", "key_bias", "pair_bias"}:
-            with pytest.raises(ValueError, match="left out where positions are divided"):
+            with pytest.raises(ValueError, match="left out if positions are sharded"):
                 function(*case.arrays, **case.options(name))
         names = [name for name in names if OPTIONS[name].name not in ("mask", "bias")]
     check(jitted(function, case.arrays, case.options(*names)), case, names)

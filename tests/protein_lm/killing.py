@@ -50,7 +50,7 @@ SETTINGS = {
     "FlaxModel.ema_decay": 0.99,
 }
 
-LOST = ("another process of this run was lost", "not all processes have come")
+LOST = ("another process of this run was lost", "not all processes have connected")
 """What the others tell when one was killed, or was killed before all had met."""
 
 

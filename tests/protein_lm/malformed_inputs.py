@@ -154,7 +154,7 @@ CASES = {name: (content, RECORDS) for name, content in UNDERSTOOD.items()} | {
     "tar_in_gzip": (gzip.compress(_tar()), File(", line 1: .*tar archive")),
     "gzip_in_gzip": (gzip.compress(GZIP), File(", line 1: .*gzip inside gzip")),
     "git_lfs": (b"version https://git-lfs.github.com/spec/v1\n", File(", line 1: .*git lfs pull")),
-    "semicolon_header": (b";old style\nMKT\n", File(", line 1: .*';' are not understood")),
+    "semicolon_header": (b";old style\nMKT\n", File(", line 1: .*';' are not supported")),
     "binary_noise": (np.random.default_rng(0).bytes(4096), File(", line 1: .*")),
     "zeros": (bytes(4096), File(", line 1: .*NUL")),
     "zeros_in_gzip": (gzip.compress(bytes(4096)), File(", line 1: .*NUL")),

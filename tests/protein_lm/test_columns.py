@@ -47,8 +47,8 @@ def test_a_cell_may_be_as_long_as_a_protein(tmp_path):
         (b"\x1f\x8bnothing", "cut off or damaged"),
         (b"label,x\n\xe9,2\n", "line 2: the byte 0xe9 .* is not UTF-8"),
         (b"label,x\n1,\0\n", "line 2: has a NUL byte"),
-        (b'label,x\n1,2\n3,"5 prime\n4,5\n', "line 3: is no table.*as far as line 4"),
-        (b'label,x\n1,"a\n2,"b\n', "line 2: is no table"),
+        (b'label,x\n1,2\n3,"5 prime\n4,5\n', "line 3: is not a valid table.*up to line 4"),
+        (b'label,x\n1,"a\n2,"b\n', "line 2: is not a valid table"),
     ],
 )
 def test_what_is_no_table_is_told(tmp_path, content, expected):

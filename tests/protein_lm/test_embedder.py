@@ -129,8 +129,8 @@ def test_strings_are_cropped(lm, length, width):
 @pytest.mark.parametrize(
     ("sequences", "message"),
     [
-        (np.ones((1, 14)), "no members of the domain"),
-        (np.array([[99]]), "no members of the domain"),
+        (np.ones((1, 14)), "not in the domain"),
+        (np.array([[99]]), "not in the domain"),
         ([], "no sequence"),
         ("MKT", r"give \[sequence\]"),
     ],

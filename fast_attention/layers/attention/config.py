@@ -54,7 +54,7 @@ class HeadGroup:
             raise ValueError(f"rotary_base must be above 1, got {self.rotary_base}.")
         if self.query_offset and self.rotary is None:
             raise ValueError(
-                f"query_offset={self.query_offset} is of rotary positions: give rotary, too."
+                f"query_offset={self.query_offset} needs rotary positions: give rotary, too."
             )
         if not 0 <= self.dropout_rate < 1:
             raise ValueError(f"dropout_rate must be in [0, 1), got {self.dropout_rate}.")
@@ -149,15 +149,21 @@ class AttentionConfig:
     def _check_combinations(self) -> None:
         if self.context == "cross" and (self.causal or self.shared_qk or self.memory):
             raise ValueError(
-                "Cross attention is not causal and has keys of its own: causal, shared_qk and "
-                "memory are for self-attention."
+                "causal, shared_qk and memory are for self-attention, not for cross attention."
             )
         if self.context == "cross" and any(group.rotary for group in self.groups):
-            raise ValueError("Positions of two sequences do not compare: no rotary with 'cross'.")
+            raise ValueError(
+                "rotary cannot be used with context='cross': positions of two "
+                "sequences are not comparable."
+            )
         if self.shared_qk and self.kv_heads != self.num_heads:
-            raise ValueError("shared_qk makes as many key as query heads: leave num_kv_heads out.")
+            raise ValueError(
+                "shared_qk has as many key heads as query heads: leave num_kv_heads out."
+            )
         if self.context == "append" and not self.shared_qk:
-            raise ValueError("context='append' is for shared_qk; others have context='cross'.")
+            raise ValueError(
+                "context='append' needs shared_qk=True; otherwise use context='cross'."
+            )
         if self.decay is not None:
             self._check_decay()
 
@@ -165,12 +171,12 @@ class AttentionConfig:
         decaying = [g.attention_fn for g in self.groups if g.attention_fn.takes.decay]
         if not decaying:
             raise ValueError(
-                f"decay={self.decay!r} is of linear attention without exact_window "
-                "(make_fast_softmax_attention, make_fast_generalized_attention), which no group of "
-                "heads has: leave decay out, or give one to a HeadGroup."
+                f"decay={self.decay!r} needs linear attention without exact_window "
+                "(make_fast_softmax_attention, make_fast_generalized_attention) in at least one "
+                "group of heads: leave decay out, or give such a function to a HeadGroup."
             )
         if self.context is not None or self.memory:
-            raise ValueError("decay is of one sequence: leave out context and memory.")
+            raise ValueError("decay cannot be used with context or memory: leave these out.")
         if not self.causal and not all(function.unidirectional for function in decaying):
             raise ValueError(
                 f"decay={self.decay!r} needs causal attention: pass causal=True, or decay=None."

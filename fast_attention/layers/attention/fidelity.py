@@ -177,8 +177,9 @@ def fidelity_sums(
         if attention_fn is not None:
             if call.function.takes.shared_qk:
                 raise ValueError(
-                    f"The layer {call.name} has one projection for queries and keys, whose kernel "
-                    "no other attention function has: leave out attention_fn to judge its own."
+                    f"The layer {call.name} shares the projection of queries and keys, so other "
+                    "attention functions cannot replace its own: leave out attention_fn to "
+                    "measure its own."
                 )
             own = None if parameters is None else parameters[call.name]
             options = {} if own is None else {"projection": own}
@@ -188,7 +189,7 @@ def fidelity_sums(
     observed_copy(model, judge)(*args, **kwargs)
     if not kept:
         raise ValueError(
-            f"{type(model).__name__} has no attention layers to judge (MultiHeadAttention or "
+            f"{type(model).__name__} has no attention layers to measure (MultiHeadAttention or "
             "MultiAxisAttention)."
         )
     return kept

@@ -49,8 +49,8 @@ def check_causal_memory(seen: Visible, options: dict[str, Any]) -> None:
     """Raises ValueError for a call that is not supported with memory read as a state."""
     if seen.segment_ids is not None or seen.mask is not None or "dropout_rng" in options:
         raise ValueError(
-            "Causal memory is read as a state before the sequence: it allows no segment_ids, "
-            "no mask and no dropout of attention weights."
+            "Causal attention with memory does not support segment_ids, mask, or dropout of "
+            "attention weights."
         )
 
 
@@ -61,7 +61,7 @@ def rotated(
     if group.rotary is None:
         return query, key
     if positions is None:
-        raise ValueError("Rotary positions need positions=, the place of every token.")
+        raise ValueError("Rotary positions need positions=, the position of every token.")
     turn = functools.partial(rotate, base=group.rotary_base, interleaved=group.rotary == "pairs")
     length = query.shape[-3]
     turned = turn(query, positions + group.query_offset)

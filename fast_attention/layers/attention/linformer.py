@@ -205,6 +205,6 @@ class LinformerAttention(nnx.Module, SublayerPart):
             known: Any = {"context": inputs.context, "key_mask": inputs.context_mask}
             return self(x, **known, **options), None
         if inputs.mask is not None:
-            raise ValueError("Linformer mixes all positions: it takes no mask, got one.")
+            raise ValueError("Linformer mixes all positions and does not support masks, got one.")
         known = {"key_mask": inputs.key_mask, "segment_ids": inputs.segment_ids}
         return self(x, **known, **options), None

@@ -72,7 +72,7 @@ def with_attention(
     if not count:
         raise ValueError(
             f"{type(model).__name__} has no MultiHeadAttention with a group of heads to change"
-            + ("." if where is None else ", or where= chose none.")
+            + ("." if where is None else ", or where= selected none.")
         )
     return switched
 
@@ -102,15 +102,14 @@ def _check(config: AttentionConfig, before: HeadGroup, now: HeadGroup) -> None:
     causal = config.causal or before.attention_fn.unidirectional
     if now.attention_fn.unidirectional and not causal:
         raise ValueError(
-            "The model sees later positions, or attends to a second sequence, and the new "
-            "attention function is causal (unidirectional=True): make it with "
-            "unidirectional=False, or leave such layers out with where=."
+            "The new attention function is causal (unidirectional=True), but the model sees later "
+            "positions or attends to a second sequence: make it with unidirectional=False, or "
+            "exclude such layers with where=."
         )
     if config.shared_qk:
         raise ValueError(
-            "Layers with shared queries and keys attend by functions that normalise keys "
-            "themselves; another function is no approximation of theirs. Leave them out with "
-            "where=."
+            "Layers with shared queries and keys need functions that normalise keys themselves; "
+            "the new function does not. Exclude these layers with where=."
         )
 
 

@@ -93,8 +93,8 @@ def output_errors(
     observed_copy(exact, judge)(*args, **kwargs)
     if not found:
         raise ValueError(
-            "The two models attend alike: give a model and with_attention(model, attention_fn, "
-            "rngs) of it."
+            "The two models have the same attention functions: give a model and "
+            "with_attention(model, attention_fn, rngs)."
         )
     return found
 
@@ -141,7 +141,7 @@ def linearize(
     if not jax.tree.leaves(learned):
         raise ValueError(
             "attention_fn has no learned features: use estimator='hedgehog' or 'darkformer', or "
-            "calibration='trained', or with_attention alone."
+            "calibration='trained', or use with_attention only."
         )
     exact = nnx.split(model)
 

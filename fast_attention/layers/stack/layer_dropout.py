@@ -29,7 +29,7 @@ def draw_layer_mask(key: Array, rate: float, depth: int) -> Bool[Array, " depth"
       Fan et al. Reducing Transformer depth on demand with structured dropout. arXiv:1909.11556.
     """
     if not 0 <= rate < 1:
-        raise ValueError(f"rate is a probability to leave layers out, in [0, 1), got {rate}.")
+        raise ValueError(f"rate is the probability of skipping a layer, in [0, 1), got {rate}.")
     kept = jax.random.bernoulli(key, 1 - rate, (depth,))
     first = jnp.arange(depth) == 0
     return kept | (first & ~kept.any())

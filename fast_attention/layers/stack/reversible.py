@@ -217,7 +217,7 @@ def _apply(
     increment, saved = function(parameters, x.astype(dtype), shared, saved)
     if increment.shape != x.shape:
         raise ValueError(
-            f"A residual function was given {x.shape} and returned an increment of "
+            f"A residual function got {x.shape} and returned an increment of "
             f"{increment.shape}: it must keep the shape of its stream."
         )
     return increment.astype(x.dtype), saved
@@ -236,11 +236,11 @@ def _roles(i: int) -> tuple[int, int]:
 def _check(functions: Sequence[Function], parameters: Sequence[Any], x1: Array, x2: Array) -> None:
     if len(functions) != len(parameters):
         raise ValueError(
-            f"Every function needs its parameters: got {len(functions)} functions and "
+            f"Each function needs parameters: got {len(functions)} functions and "
             f"{len(parameters)} pytrees of parameters (give None where there are none)."
         )
     if x1.shape != x2.shape or x1.dtype != x2.dtype:
         raise ValueError(
-            "The two streams must have one shape and type, got "
+            "The two streams must have the same shape and dtype, got "
             f"{x1.dtype}{list(x1.shape)} and {x2.dtype}{list(x2.shape)}."
         )

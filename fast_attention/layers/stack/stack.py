@@ -75,11 +75,13 @@ class StackConfig:
             )
         if self.reversible and any(len(block) != 2 for block in self.blocks):
             raise ValueError(
-                "A reversible stack has two sublayers in every block, got "
+                "A reversible stack needs two sublayers in every block, got "
                 f"{[len(block) for block in self.blocks]}."
             )
         if self.reversible and self.norm.after:
-            raise ValueError("Norms after the sum cannot be undone: reversible takes after=False.")
+            raise ValueError(
+                "Norms after the sum are not reversible: use reversible with after=False."
+            )
         if self.merge not in ("mean", "sum"):
             raise ValueError(f"merge must be 'mean' or 'sum', got {self.merge!r}.")
         if not 0 <= self.layer_dropout_rate < 1:

@@ -229,7 +229,7 @@ def _value_parts(plan: Plan, inputs: Inputs) -> int:
     if precision == jax.lax.Precision.HIGHEST:
         return 3
     raise NotImplementedError(
-        f"The GPU kernels know the precisions default, high and highest, got {precision!r}."
+        f"The GPU kernels support the precisions default, high and highest, got {precision!r}."
     )
 
 
@@ -247,11 +247,11 @@ def _check_platform() -> None:
 def _check_call(plan: Plan, inputs: Inputs) -> None:
     if type(plan.feature_map) not in (PositiveFeatures, HyperbolicFeatures):
         raise NotImplementedError(
-            "The GPU kernels serve PositiveFeatures and HyperbolicFeatures, got "
+            "The GPU kernels support PositiveFeatures and HyperbolicFeatures, got "
             f"{type(plan.feature_map).__name__}."
         )
     if inputs.segment_ids is not None:
-        raise NotImplementedError("The GPU kernels do not serve segment_ids.")
+        raise NotImplementedError("The GPU kernels do not support segment_ids.")
     if inputs.state.kv.dtype != jnp.float32:
         raise NotImplementedError(
             f"The GPU kernels compute in float32, got {inputs.state.kv.dtype}."

@@ -71,8 +71,8 @@ def why_not_affine(feature_map: FeatureMap) -> str | None:
         if kernel_name(feature_map.kernel) in ELEMENTWISE:
             return None
     return (
-        "The TPU kernels serve positive and hyperbolic features, tuned ones that are not trained, "
-        f"and the elementwise maps {', '.join(ELEMENTWISE)} and exp without epsilon, "
+        "The TPU kernels support positive and hyperbolic features, tuned features that are not "
+        f"trained, and the elementwise maps {', '.join(ELEMENTWISE)} and exp without epsilon, "
         f"got {feature_map}."
     )
 

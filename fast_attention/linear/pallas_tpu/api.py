@@ -146,16 +146,16 @@ def why_not(plan: Plan, inputs: Inputs, *, interpret: Any = False) -> str | None
     """
     groups = inputs.query.shape[2] // inputs.key.shape[2]
     if plan.output != "mean":
-        return f"The TPU kernels return normalised outputs alone, got output={plan.output!r}."
+        return f"The TPU kernels return only normalised outputs, got output={plan.output!r}."
     if inputs.segment_ids is not None:
-        return "The TPU kernels do not serve segment_ids."
+        return "The TPU kernels do not support segment_ids."
     if inputs.log_decay is not None:
-        return "The TPU kernels do not serve log_decay."
+        return "The TPU kernels do not support log_decay."
     if inputs.state.kv.dtype != jnp.float32:
         return f"The TPU kernels compute in float32, got {inputs.state.kv.dtype}."
     if groups > MOST_GROUPS:
         return (
-            f"The TPU kernels serve up to {MOST_GROUPS} query heads for a key head, got {groups}."
+            f"The TPU kernels support up to {MOST_GROUPS} query heads per key head, got {groups}."
         )
     if plan.chunk_size is not None and plan.chunk_size not in CHUNKS and not interpret:
         return f"The TPU kernels work in chunks of {CHUNKS}, got chunk_size={plan.chunk_size}."
@@ -164,16 +164,16 @@ def why_not(plan: Plan, inputs: Inputs, *, interpret: Any = False) -> str | None
     if plan.unroll not in (None, 1):
         return f"The TPU kernels do not unroll, got unroll={plan.unroll}."
     if _precision(plan) not in _PRECISIONS:
-        return f"The TPU kernels know the precisions of jax.lax.Precision, got {plan.precision!r}."
+        return f"The TPU kernels support jax.lax.Precision, got precision={plan.precision!r}."
     reason = why_not_affine(plan.feature_map)
     if reason is not None:
         return reason
     widths = (inputs.key.shape[3], inputs.value.shape[3])
     if max(widths) > 256:
-        return f"The TPU kernels serve heads up to a width of 256, got {widths}."
+        return f"The TPU kernels support heads up to a width of 256, got {widths}."
     features = inputs.state.kv.shape[-1]
     if features > 2048:
-        return f"The TPU kernels serve up to 2048 features, got {features}."
+        return f"The TPU kernels support up to 2048 features, got {features}."
     return None
 
 

@@ -64,7 +64,7 @@ def why_not(plan: Plan, inputs: Inputs) -> str | None:
         return "Parallel chunks keep one state for several chunks, got saved_states='all'."
     given = {name for name, x in inputs._asdict().items() if x is not None}
     if given - ARRAYS:
-        return f"Parallel chunks do not serve {', '.join(sorted(given - ARRAYS))}."
+        return f"Parallel chunks do not support {', '.join(sorted(given - ARRAYS))}."
     return None
 
 

@@ -46,7 +46,7 @@ class EfficientAttention(AttentionFn):
     implementation: str | None = None
 
     mechanism = "Efficient attention"
-    forward_mode = "make it with implementation='reference', which has it"
+    forward_mode = "make it with implementation='reference', which supports it"
 
     @property
     def takes(self) -> Takes:

@@ -227,25 +227,25 @@ def _check_options(
         raise ValueError(f"blindspot_size must be at least 1, got {blindspot_size}.")
     if causal and not normalize_queries:
         raise ValueError(
-            "normalize_queries=False takes queries as they are, which causal attention cannot do: "
-            "it divides by the sum of their weights. Leave it out, or pass causal=False."
+            "normalize_queries=False is not supported by causal attention, which divides by the "
+            "sum of weights. Leave it out, or pass causal=False."
         )
     if blindspot_size == 1:
         return
     if not causal:
         raise ValueError(
-            f"blindspot_size={blindspot_size} hides the near past of causal attention, but "
-            "attention both ways was asked for: pass causal=True (a layer's causal=True, or "
+            f"blindspot_size={blindspot_size} needs causal attention, but bidirectional attention "
+            "was requested: pass causal=True (a layer's causal=True, or "
             "unidirectional=True), or blindspot_size=1."
         )
     if step:
         raise ValueError(
-            f"One query over a cache of keys does not say where buckets of blindspot_size="
+            "With one query over a cache of keys, it is unknown where buckets of blindspot_size="
             f"{blindspot_size} end: decode with init_state, prefill and step."
         )
     if segment_ids is not None:
         raise ValueError(
             f"segment_ids must be None with blindspot_size={blindspot_size}, because buckets "
-            "start at multiples of it, not at segments: attend to one sequence a row, or use "
+            "start at multiples of it, not at segments: use one sequence per row, or "
             "blindspot_size=1."
         )

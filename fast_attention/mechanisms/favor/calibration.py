@@ -100,8 +100,8 @@ def parameters_of_call(
     """Returns parameters from the moments of a call, with leading axes ``[prod(B), K]``."""
     if call.segment_ids is not None:
         raise ValueError(
-            f"estimator={feature_map.estimator!r} takes its parameters from the queries and keys "
-            "of a call, which would be those of several segments. Pack no segments, or make the "
+            f"estimator={feature_map.estimator!r} computes its parameters from the queries and "
+            "keys of a call, which would mix several segments. Do not pack segments, or make the "
             "function with calibration='stored' and pass calibrate(...) as projection=."
         )
     # A bias may mask keys, too.

@@ -138,7 +138,7 @@ def make_fast_softmax_attention(
     elif not nonnegative_features and estimator != "trigonometric":
         raise ValueError(
             f"nonnegative_features=False means trigonometric features, but estimator="
-            f"{estimator!r} was asked for; give only one of the two."
+            f"{estimator!r} was requested; give only one of the two."
         )
     check_count("nb_features", nb_features)
     check_number("numerical_stabilizer", numerical_stabilizer, least=0.0)
@@ -246,14 +246,14 @@ def make_fast_generalized_attention(
     if signed_kernel is None and numerical_stabilizer and not is_known(resolve_kernel(kernel_fn)):
         raise mismatch(
             "signed_kernel",
-            "True or False for a kernel of one's own with a numerical_stabilizer",
+            "True or False for a custom kernel with a numerical_stabilizer",
             None,
             "True if it takes both signs; nonnegative kernels are divided exactly and need none",
         )
     deterministic = features_type == "deterministic"
     if deterministic and projection_matrix is not None:
         raise ValueError(
-            "features_type='deterministic' applies the kernel to the vectors themselves and has no "
+            "features_type='deterministic' applies the kernel to the vectors and has no "
             "projection; use 'iid' or 'ortho' with projection_matrix."
         )
     feature_map = elementwise_map(
@@ -301,18 +301,18 @@ def _calibration(
         )
     if not tuned and (calibration is not None or moment_decay is not None):
         raise ValueError(
-            f"estimator={estimator!r} has no parameters from data, so that calibration="
-            f"{calibration!r} and moment_decay={moment_decay!r} mean nothing; leave them out, or "
+            f"estimator={estimator!r} has no parameters from data, so calibration="
+            f"{calibration!r} and moment_decay={moment_decay!r} have no effect; leave them out, or "
             f"choose one of {', '.join(TUNED_ESTIMATORS)}."
         )
     if calibration == "call" and unidirectional:
         raise ValueError(
-            "calibration='call' would let causal attention know the future; use 'stored'."
+            "calibration='call' would let causal attention depend on later tokens; use 'stored'."
         )
     if calibration == "trained" and estimator not in TRAINABLE_ESTIMATORS:
         raise ValueError(
-            f"The parameters of estimator={estimator!r} cannot be trained: the family of "
-            f"{' and '.join(TRAINABLE_ESTIMATORS)} contains them all, so choose one of these."
+            f"The parameters of estimator={estimator!r} cannot be trained: the estimators "
+            f"{' and '.join(TRAINABLE_ESTIMATORS)} include this family, so choose one of these."
         )
     if calibration is None and tuned:
         calibration = "stored" if unidirectional else "call"
@@ -338,7 +338,7 @@ def _coupling(projection: str | None, orthogonal: bool, scaling: float) -> str:
     if implied != "orthogonal" and projection.removesuffix(ANTITHETIC) != implied:
         raise ValueError(
             f"projection={projection!r} contradicts ortho_features={orthogonal} with "
-            f"ortho_scaling={scaling}, which mean {implied!r}; leave out the one or the other."
+            f"ortho_scaling={scaling}, which mean {implied!r}; leave out one of them."
         )
     return projection
 
@@ -346,7 +346,7 @@ def _coupling(projection: str | None, orthogonal: bool, scaling: float) -> str:
 def _projection_name(orthogonal: bool, scaling: float) -> str:
     if scaling not in (0, 1):
         raise ValueError(
-            f"ortho_scaling must be 0 (row lengths of Gaussian vectors) or 1 (sqrt of the head "
+            "ortho_scaling must be 0 (row norms of Gaussian vectors) or 1 (sqrt of the head "
             f"width), got {scaling!r}."
         )
     if not orthogonal:

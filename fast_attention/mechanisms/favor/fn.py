@@ -109,7 +109,7 @@ class FastAttention(AttentionFn):
     sequence_axis: AxisName | None = None
 
     mechanism = "Linear attention"
-    forward_mode = "make it with implementation='reference', which has it"
+    forward_mode = "make it with implementation='reference', which supports it"
 
     @property
     def takes(self) -> Takes:
@@ -305,7 +305,8 @@ class FastAttention(AttentionFn):
         if causal:
             raise ValueError(
                 f"Causal attention cannot take the parameters of {self.feature_map} from its own "
-                "queries and keys: they would know the future. Make the function with "
+                "queries and keys, which would make it depend on later tokens. Make the function "
+                "with "
                 "unidirectional=True or calibration='stored', and pass calibrate(...) as "
                 "projection=; layers keep it (fast_attention.layers.calibrate)."
             )
@@ -320,7 +321,7 @@ class FastAttention(AttentionFn):
             )
         if self.calibration == "call":
             raise ValueError(
-                "Parameters from each call would be those of a device's stretch alone: make the "
+                "Parameters from each call would depend on the shard of one device only: make the "
                 'function with calibration="stored", and calibrate it.'
             )
         return dataclasses.replace(self, sequence_axis=axis)

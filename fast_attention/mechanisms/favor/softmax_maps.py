@@ -36,8 +36,8 @@ def softmax_map(estimator: str, projection: str, nb_features: int, trained: bool
     if estimator == "trigonometric":
         if base != projection:
             raise ValueError(
-                f"projection={projection!r} uses rows with both signs, and the cosine and sine of "
-                f"both are the same features twice: use {base!r} with estimator='trigonometric'."
+                f"projection={projection!r} uses rows with both signs, which give the same "
+                f"trigonometric features twice: use {base!r} with estimator='trigonometric'."
             )
         return TrigonometricFeatures(nb_features, projection)
     both_signs = base != projection or estimator == "hyperbolic"

@@ -99,13 +99,13 @@ def refuse_masks(mask: Any, causal: bool) -> None:
     """Raises ValueError for arguments that would mask positions."""
     if mask is not None:
         raise ValueError(
-            "Linformer mixes all positions along the length before it attends, so that no key can "
-            "be masked: leave the mask out, or use a mechanism that honours masks, such as "
+            "Linformer mixes all positions along the length before attention, so keys cannot be "
+            "masked: leave the mask out, or use a mechanism that supports masks, such as "
             "make_efficient_attention."
         )
     if causal:
         raise ValueError(
-            "Linformer mixes all positions along the length before it attends, so that every query "
-            "would see the future: it cannot be causal. Use another mechanism, such as "
+            "Linformer mixes all positions along the length before attention, so every query "
+            "would see later tokens: it cannot be causal. Use another mechanism, such as "
             "make_efficient_attention(unidirectional=True)."
         )

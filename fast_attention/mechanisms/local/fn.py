@@ -49,7 +49,7 @@ class LocalAttention(AttentionFn):
     sequence_axis: AxisName | None = None
 
     mechanism = "Local attention"
-    forward_mode = "mask the pairs of nnx.dot_product_attention, which has it"
+    forward_mode = "use nnx.dot_product_attention with a mask, which supports it"
 
     @property
     def takes(self) -> Takes:

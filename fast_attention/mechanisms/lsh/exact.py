@@ -80,7 +80,7 @@ def shared_qk_attention(
     if not min(1, length) <= queries <= length:
         raise ValueError(f"query_length={queries} must be between 1 and the {length} positions.")
     if positions is not None and not rotary:
-        raise ValueError("positions are those of rotary=True: pass both, or neither.")
+        raise ValueError("positions need rotary=True: pass both, or neither.")
     dtype = jnp.result_type(qk, value)
     qk, value = qk.astype(dtype), value.astype(dtype)
     compute = at_least_float32(dtype)

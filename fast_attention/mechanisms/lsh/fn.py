@@ -49,7 +49,7 @@ class LSHAttention(AttentionFn):
     seed: int = 0
 
     mechanism = "Hashed attention"
-    forward_mode = "make it with implementation='reference', which has it"
+    forward_mode = "make it with implementation='reference', which supports it"
 
     @property
     def takes(self) -> Takes:

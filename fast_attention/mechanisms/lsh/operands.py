@@ -48,7 +48,7 @@ def rotate_pairs(x: Float[Array, "*B H D"], positions: Int[Array, "*B"]) -> Floa
     """
     width = x.shape[-1]
     if width % 2:
-        raise ValueError(f"Rotary positions turn pairs of features: D must be even, got {width}.")
+        raise ValueError(f"Rotary positions rotate pairs of features: D must be even, got {width}.")
     frequencies = jnp.asarray(10000.0 ** (-np.arange(0, width, 2) / width), jnp.float32)
     frequencies = frequencies.reshape((1,) * (positions.ndim + 1) + (-1,))
     angles = positions[..., None, None].astype(jnp.float32) * frequencies

@@ -77,7 +77,7 @@ class MeshAttention(WrappedAttention):
         asked = [(name, instead) for name, given, instead in unlike if given is not None]
         if asked and divided and not call.over_cache:
             name, instead = asked[0]
-            raise mismatch(name, "left out where positions are divided over a mesh", "one", instead)
+            raise mismatch(name, "left out if positions are sharded over a mesh", "one", instead)
         if asked or call.over_cache:
             # Left to the compiler, which divides rows and heads where it can.
             return whole(call)

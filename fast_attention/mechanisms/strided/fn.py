@@ -167,7 +167,8 @@ def make_strided_attention(attention_fn: Callable[..., Any], stride: int) -> Str
     inner = as_attention_fn(attention_fn)
     if inner.takes.shared_qk:
         raise ValueError(
-            f"{inner.mechanism} cannot attend with a stride: its queries come first among its keys."
+            f"{inner.mechanism} cannot be used with a stride, because its queries are the first of "
+            "its keys."
         )
     return StridedAttention(inner, check_count("stride", stride))
 

@@ -85,7 +85,7 @@ def load_torch_state_dict(model: nnx.Module, state_dict: Mapping[str, Any]) -> N
         "left over": unknown,
         "of another shape": wrong,
         "missing": missing,
-        "one tensor whose names disagree": unlike,
+        "names of one tensor with different values": unlike,
     }
     if any(problems.values()):
         hint = ""
@@ -94,7 +94,7 @@ def load_torch_state_dict(model: nnx.Module, state_dict: Mapping[str, Any]) -> N
         told = "; ".join(f"{what}: {', '.join(names)}" for what, names in problems.items() if names)
         raise ValueError(
             f"The state dict does not fit the model ({told}). Build the model with the keywords "
-            f"of the original; missing ones go by our names.{hint}"
+            f"of the original; missing names are those of this package.{hint}"
         )
     for _, variable, value in values.values():
         variable[...] = jnp.asarray(value, variable.dtype)
@@ -123,8 +123,8 @@ def _place(model: Any, name: str) -> Place | None:
     if isinstance(model, MultiHeadAttention):
         return _place_in_attention(model, name)
     raise TypeError(
-        f"{type(model).__name__} is none of our models of the originals: build one with a preset "
-        "of fast_attention.models."
+        f"{type(model).__name__} is not one of the presets: build it with a preset of "
+        "fast_attention.models."
     )
 
 

@@ -58,15 +58,10 @@ def _describe(error: Exception, options: Collection[str]) -> str:
     if isinstance(error, ModuleNotFoundError):
         return f'{text}. Packages for proteins: pip install "fast-attention[protein]"'
     if isinstance(error, TypeError) and (name := _configurable(error)):
-        return (
-            f"{text.rstrip('.')}. Check the kinds of the values that the settings of {name} have."
-        )
+        return f"{text.rstrip('.')}. Check the types of the values in the settings of {name}."
     if isinstance(error, _EXPECTED):
         return text
-    return (
-        f"unexpected {kind}: {text}. This may be a mistake in the program: --traceback shows where "
-        "it was."
-    )
+    return f"unexpected {kind}: {text}. This may be a bug: --traceback shows where it occurred."
 
 
 def _describe_machine(reason: str, error: Exception, text: str, options: Collection[str]) -> str:

@@ -177,7 +177,7 @@ def _work(
         return
     if len(known) > 1:
         raise ValueError(
-            f"--variants are those of one wild type, but there are {len(known)}: run the "
+            f"--variants needs exactly one wild type, but there are {len(known)}: run the "
             "command for each"
         )
     (wild,) = known

@@ -78,7 +78,7 @@ def report(model: FlaxModel, done: Done, seconds: float, output: str, *others: s
         messages.note(f"{before} of these had been computed before the interruption", status)
     if done.longer:
         messages.note(
-            f"of {counted(done.longer, 'protein')} more than {model.domain.length:,} residues were "
-            "read, the length that the model was made for: it has not been trained on longer ones",
+            f"of {counted(done.longer, 'protein')} more than {model.domain.length:,} residues "
+            "were read: the model was not trained on such long proteins",
             status,
         )

@@ -142,8 +142,8 @@ def run(options: argparse.Namespace) -> None:
         )
     for name in _WRITING if options.infill else _FILLING:
         if getattr(options, name) is not None:
-            way = "when hidden residues are filled in" if options.infill else "without --infill"
-            raise UsageError(f"--{name} has no meaning {way}: leave it out")
+            way = "when masked residues are filled in" if options.infill else "without --infill"
+            raise UsageError(f"--{name} has no effect {way}: leave it out")
     model = load_run(options.run_dir, gin_file=options.gin_file).model
     total, records = (_fill if options.infill else _write)(model, options)
     # Proteins go to the file as they are drawn; it gets its name when it is whole.
@@ -220,7 +220,7 @@ def _fill(model: FlaxModel, options: argparse.Namespace) -> tuple[int, Iterator[
         raise ValueError(
             f"--infill={shown} is neither a file nor residues: there is no such file, and "
             f"{min(strange)!r} is none of the residues {alphabet.symbols}; check the path, or give "
-            "residues with * for each hidden one, [5] for five of them"
+            "residues with * for each masked one, [5] for five of them"
         )
     else:
         proteins = [FastaRecord("infill", "", options.infill.upper())]

@@ -246,7 +246,8 @@ class Alphabet:
             remedy = "" if self.unknown is None else f" ({self.unknown!r} is an unknown residue)"
             raise KeyError(
                 f"Token {tokens[place]!r} at position {place} is not one of "
-                f"{' '.join(self.tokens)}. Use upper case, and replace what the alphabet lacks"
+                f"{' '.join(self.tokens)}. Use upper case, and replace letters that the alphabet "
+                "lacks"
                 f"{remedy}."
             ) from None
 

@@ -87,7 +87,7 @@ def data_files(fasta: FastaPaths) -> list[Path]:
     for path in paths:
         if path.exists() and not path.is_file():
             raise FastaError(
-                f"{path}: is a pipe or a device, but has to be read more than once. Write its "
+                f"{path}: is a pipe or a device, but must be read more than once. Write its "
                 "content to a file first."
             )
     return paths

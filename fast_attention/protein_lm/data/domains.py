@@ -110,7 +110,7 @@ class FixedLengthDiscreteDomain(DiscreteDomain):
         for number, ids in enumerate(encoded):
             if len(ids) != self.length:
                 raise ValueError(
-                    f"Sequence {number} has {len(ids)} tokens, but this domain's have "
+                    f"Sequence {number} has {len(ids)} tokens, but sequences of this domain have "
                     f"{self.length}. Use VariableLengthDiscreteDomain for sequences that differ "
                     "in length."
                 )
@@ -234,7 +234,7 @@ class VariableLengthDiscreteDomain(DiscreteDomain):
         high = self.length if max_seq_len is None else max_seq_len
         if not self.min_length <= low <= high <= self.length:
             raise ValueError(
-                f"Lengths {low} .. {high} do not lie within {self.min_length} .. {self.length}."
+                f"Lengths {low} .. {high} are not within {self.min_length} .. {self.length}."
             )
         generator = np.random.default_rng(seed)
         samples = [

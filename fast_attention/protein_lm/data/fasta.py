@@ -85,7 +85,7 @@ def fasta_paths(paths: FastaPaths) -> list[Path]:
     # As text alone: Path("-") is also what becomes of "./-", a file.
     listed = [STDIN if path == "-" else path for path in listed]
     if listed.count(STDIN) > 1:
-        raise ValueError("- stands for standard input, which can be read once: give it once.")
+        raise ValueError("- means standard input, which can be read only once: give it once.")
     if not listed:
         raise ValueError("Expected at least one FASTA file, but got an empty list.")
     return [file for path in listed for file in _files(Path(path))]
@@ -108,7 +108,7 @@ def _files(path: Path) -> list[Path]:
     if not found:
         raise FastaError(
             f"{path}: the folder has no FASTA files, by their names: {', '.join(EXTENSIONS)}, or "
-            "these and .gz. Folders inside it are not looked at: give the files themselves."
+            "these and .gz. Subfolders are ignored: give the files themselves."
         )
     return found
 
@@ -157,7 +157,9 @@ def read_proteins(
     if on_error != "skip":
         skipped = None
     elif skipped is None:
-        raise ValueError("on_error='skip' needs skipped=SkippedRecords(), to tell what it skips.")
+        raise ValueError(
+            "on_error='skip' needs skipped=SkippedRecords(), to report skipped records."
+        )
     rules = RecordRules(
         alphabet,
         marks=marks,
@@ -198,8 +200,8 @@ def _read(
             skipped.add(SkippedRecord(str(path), record.line, record.id, record.reason))
     if not kept and skipped is not None:
         raise FastaError(
-            f"All records ({skipped.count:,}) were left out, so that there is nothing to do. The "
-            f"first: {left_out}"
+            f"All records ({skipped.count:,}) were skipped, so there is nothing to do. The first: "
+            f"{left_out}"
         )
 
 
@@ -207,7 +209,7 @@ def _not_unique(name: str, line: int, first_path: Path, first_line: int) -> BadR
     if not name:
         return BadRecord(line, name, "has no id", "Write one after the '>'.")
     reason = f"has the id of the record at {first_path}, line {first_line}"
-    return BadRecord(line, name, reason, "Give each record an id of its own, or remove one.")
+    return BadRecord(line, name, reason, "Give each record its own id, or remove one.")
 
 
 def record_error(path: Path, record: BadRecord) -> FastaError:
@@ -271,7 +273,7 @@ def _check_writable(record: FastaRecord) -> None:
     try:
         header.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"The header of record {record.id!r} is no text: {error}.") from None
+        raise ValueError(f"The header of record {record.id!r} is not text: {error}.") from None
     letters = record.sequence
     if not letters or not set(letters) <= set(FASTA_SYMBOLS):
         raise ValueError(

@@ -133,7 +133,7 @@ class RecordRules:
         allowed = (self.symbols + self.symbols.lower()).encode()
         self.passing = allowed + _LETTERS if replace else allowed
         self.max_residues = max_residues
-        self.too_long = too_long or "Check that each protein has a header of its own."
+        self.too_long = too_long or "Check that each protein has its own header."
         unknown = bytes(letter for letter in _LETTERS if letter not in allowed)
         letter = (self.unknown or "").encode()
         self.replacements = bytes.maketrans(unknown, letter * len(unknown)) if replace else None
@@ -222,11 +222,11 @@ class _Draft:
 
 def _remedy(symbol: str, unknown: str | None) -> str:
     if symbol == "*":
-        return "A stop may only end a sequence: cut the sequence there."
+        return "A stop is only allowed at the end of a sequence: cut the sequence there."
     if symbol == ">":
         return "Remove it, or begin a line before it if it begins a header."
     if symbol == "\ufeff":
-        return "Remove it: a byte order mark may only begin a file."
+        return "Remove it: a byte order mark is only allowed at the beginning of a file."
     if symbol in string.ascii_letters and unknown is not None:
         return (
             f"Replace it, or read it as {unknown} with --on_error=replace (on_error='replace' in "
@@ -244,7 +244,7 @@ def _remedy(symbol: str, unknown: str | None) -> str:
 
 def _nul(path: Path, line: int) -> FastaError:
     return FastaError(
-        f"{path}, line {line}: has a NUL byte, which no text has: the file is binary, damaged, or "
+        f"{path}, line {line}: has a NUL byte: the file is binary, damaged, or "
         "UTF-16 without a byte order mark. Save it as plain text, UTF-8, or fetch it again."
     )
 

@@ -94,7 +94,7 @@ def row_shares(weights: Sequence[float]) -> np.ndarray:
     if not shares.all():
         raise ValueError(
             f"a weight of {min(weights):g} among weights that sum to {math.fsum(weights):g} is "
-            f"less than one row in {_PERIOD}: raise it, or leave that file out"
+            f"less than one row in {_PERIOD}: raise it, or leave the file out"
         )
     return shares
 

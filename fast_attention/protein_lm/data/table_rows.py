@@ -88,8 +88,7 @@ def read_lines(path: Path, *, most_bytes: int | None = None) -> Iterator[str]:
 def _decode(path: Path, number: int, line: bytes) -> str:
     if b"\0" in line:
         raise FastaError(
-            f"{path}, line {number}: has a NUL byte, which no text has. Save the table as plain "
-            "text, UTF-8."
+            f"{path}, line {number}: has a NUL byte. Save the table as plain text, UTF-8."
         )
     try:
         return line.decode("utf-8")
@@ -135,8 +134,9 @@ def parse_rows(path: Path, lines: Iterable[str]) -> Iterator[Row]:
             begin = rows.line_num + 1
     except csv.Error as error:
         raise FastaError(
-            f"{path}, line {begin}: is no table: the row that begins here cannot be read as far as "
-            f"line {rows.line_num} ({error}). Close each quotation mark, and double those inside a "
+            f"{path}, line {begin}: is not a valid table: the row that begins here could not be "
+            f"read up to line {rows.line_num} ({error}). Close each quotation mark, and double "
+            "those inside a "
             "quoted cell."
         ) from error
 
@@ -150,7 +150,7 @@ def cell_count(found: int, expected: int) -> tuple[str, str]:
     """What is wrong with a row of another number of cells than the first line has, and a remedy."""
     return (
         f"has {counted(found, 'cell')}, but the first line has {expected}",
-        "Quote cells that hold the separator, and write decimals with a point.",
+        "Quote cells that contain the separator, and write decimals with a point.",
     )
 
 
@@ -272,7 +272,7 @@ def scan_table(path: Path, rules: RecordRules) -> Iterator[tuple[int, FastaRecor
 
 def _places(path: Path, line: int, names: list[str]) -> tuple[int, int]:
     if names.count("sequence") > 1 or names.count("id") > 1:
-        raise FastaError(f"{path}, line {line}: two columns have one name: rename one.")
+        raise FastaError(f"{path}, line {line}: two columns have the same name: rename one.")
     sequence = names.index("sequence")
     others = [place for place in range(len(names)) if place != sequence]
     first = others[0] if others else sequence

@@ -83,7 +83,7 @@ def in_turn(act: Callable[[], None]) -> None:
         failed = process_arrays.any_process(failed and is_primary())
     if not is_primary():
         if failed:
-            raise RunError("process 0 has failed: it tells why")
+            raise RunError("process 0 has failed: see its error message")
         act()
 
 
@@ -142,8 +142,8 @@ def _check(given: dict[str, str | int | None], timeout: int) -> None:
     if 0 < len(missing) < len(given):
         raise UsageError(
             f"{', '.join(missing)} missing: give --coordinator, --num_processes and --process_id "
-            "together, or --distributed alone where Slurm, Open MPI, Kubernetes or Cloud TPU "
-            "started the processes"
+            "together, or only --distributed if Slurm, Open MPI, Kubernetes or Cloud TPU started "
+            "the processes"
         )
     if timeout < 1:
         raise UsageError(f"--join_timeout must be at least 1 second; got {timeout}")
@@ -180,7 +180,7 @@ def _initialize(
         if coordinator is not None:
             raise
         raise RunError(
-            f"--distributed found nothing that has started several processes ({error}): start them "
+            f"--distributed found no launcher of several processes ({error}): start them "
             "by Slurm (srun), Open MPI (mpirun), Kubernetes or on Cloud TPU, or give each "
             "--coordinator, --num_processes and --process_id"
         ) from error
@@ -195,15 +195,17 @@ def _not_joined(coordinator: str | None, process_id: int | None, timeout: int) -
     where = coordinator or "the coordinator that was found"
     if process_id == 0:
         return (
-            f"not all processes have come to {where} within {timeout} s (--join_timeout): start "
-            "all of them, with the same --coordinator and --num_processes and each with a "
-            "--process_id of its own, and look whether that port is free on this machine and can "
-            "be reached from the others"
+            f"not all processes have connected to {where} within {timeout} s (--join_timeout): "
+            "start "
+            "all of them, with the same --coordinator and --num_processes and each with its own "
+            "--process_id, and check that the port is free on this machine and can be reached "
+            "from the others"
         )
     return (
-        f"process 0 was not reached at {where}, or not all processes have come, within {timeout} s "
-        "(--join_timeout): look whether process 0 runs, on the machine of that name, whether a "
-        "firewall blocks the port, and whether --coordinator and --num_processes are the same "
+        f"process 0 was not reached at {where}, or not all processes have connected, within "
+        f"{timeout} s "
+        "(--join_timeout): check that process 0 runs on the machine of that name, that no "
+        "firewall blocks the port, and that --coordinator and --num_processes are the same "
         "everywhere and each --process_id is given once"
     )
 
@@ -227,8 +229,8 @@ class _Ending:
         """The message when another process was lost."""
         line = next(iter(reason.splitlines()), "")[:200]
         return (
-            f"another process of this run was lost{f' ({line})' if line else ''}: it was killed, "
-            "its machine failed, or it has told an error of its own. " + self._remedy()
+            f"another process of this run was lost{f' ({line})' if line else ''}: "
+            "it was killed, its machine failed, or it ended with an error. " + self._remedy()
         )
 
     def leave_alone(self, status: int) -> None:

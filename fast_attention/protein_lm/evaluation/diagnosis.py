@@ -159,7 +159,7 @@ def diagnose(
     encoded = list(encode_sequences(model, sequences, max_length=max_length))
     attention_fn = None if features is None else features.attention_fn(model.objective.causal)
     if target_error is not None and features is None:
-        raise ValueError("target_error asks for a number of features: give features, too.")
+        raise ValueError("target_error needs features: give features, too.")
     judged, others, parameters = encoded, [], None
     moments: dict[str, Moments] = {}
     if attention_fn is not None:
@@ -167,13 +167,13 @@ def diagnose(
             judged, others = encoded[::2], encoded[1::2]
         if attention_fn.calibration == "stored" and not others:
             raise ValueError(
-                "the parameters of these features are taken from some proteins and judged on "
-                f"others, which takes 2 or more, but there {_are(len(encoded))}."
+                "the parameters of these features are calibrated on some proteins and measured on "
+                f"others, which needs 2 or more proteins, but there {_are(len(encoded))}."
             )
         moments = _moments(model, others or judged[:1])
         parameters = parameters_from_moments(attention_fn, moments, jax.random.key(seed))
     if not judged:
-        raise ValueError("there is no protein to look at.")
+        raise ValueError("there are no proteins to measure on.")
     layers = summarize_fidelity(_sums(model, judged, attention_fn, parameters))
     recommended = None
     if features is not None and target_error is not None:

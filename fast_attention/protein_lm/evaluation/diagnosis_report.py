@@ -48,11 +48,11 @@ FORMATS = (".json", *EXTENSIONS)
 """What the name of a file of figures may end in."""
 
 _NOTES = {
-    "other kernel": "other kernel: the model was trained with a kernel of its own, which was never "
-    "meant to be the softmax; the error is its distance from softmax attention all the same",
-    "local": "local: judged against attention to all residues, not only to the near ones",
-    "hashed": "hashed: judged against the same attention without hashing",
-    "other": "other: judged against softmax attention to all residues",
+    "other kernel": "other kernel: the model was trained with another kernel, which does not "
+    "approximate softmax; the error is its difference from softmax attention",
+    "local": "local: compared with attention to all residues, not only to nearby ones",
+    "hashed": "hashed: compared with the same attention without hashing",
+    "other": "other: compared with softmax attention to all residues",
 }
 _SOFTMAX = (
     PositiveFeatures,
@@ -74,7 +74,7 @@ def check_head(model: FlaxModel, layer: int, head: int) -> None:
     if layer > layers or head > heads:
         raise ValueError(
             f"the model has layers 1 to {layers} and heads 1 to {heads}, but --layer={layer} and "
-            f"--head={head} were asked for"
+            f"--head={head} were requested"
         )
 
 
@@ -150,18 +150,18 @@ def format_diagnosis(found: Diagnosis, target_error: float | None = None) -> str
     lines += ["", _verdict(about)]
     if list(kinds) == ["exact"]:
         lines.append(
-            "attention is exact: --nb_features=256 tells the error that random features would have"
+            "attention is exact: --nb_features=256 reports the error that random features would "
+            "have"
         )
     lines += [_NOTES[name] for name in kinds if name in _NOTES]
     if found.recommended is not None:
         most = max(found.recommended, key=lambda one: one.features)
         text = (
-            f"for a matrix error of {target_error:g} a layer takes up to {most.features:,} features"
+            f"for a matrix error of {target_error:g} a layer needs up to {most.features:,} features"
         )
         if most.extrapolated:
             text += (
-                "; ~ is extrapolated from "
-                f"{most.measured[-1][0]:,} features, and may well be too few"
+                f"; ~ is extrapolated from {most.measured[-1][0]:,} features, and may be too few"
             )
         lines.append(text)
     return "\n".join(lines)
@@ -238,7 +238,7 @@ def _heading(found: Diagnosis, about: Mapping[str, Any]) -> str:
     text = f"{counted(about['positions'], 'position')} of {counted(found.proteins, 'protein')}"
     if found.features is not None:
         own = found.features
-        text += f"; in place of the model's attention {own.estimator}, "
+        text += f"; instead of the model's attention {own.estimator}, "
         text += counted(own.nb_features, "feature")
         if own.exact_window is not None:
             text += f", exact within {counted(own.exact_window, 'residue')}"

@@ -79,7 +79,9 @@ def read_evaluations(folder: RunFolder) -> list[dict[str, Any]]:
 
 def _object(path: Path, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise RunError(f"{path}: {shown(value)} is no evaluation; remove the file, or restore it")
+        raise RunError(
+            f"{path}: {shown(value)} is not an evaluation; remove the file, or restore it"
+        )
     return value
 
 

@@ -78,8 +78,8 @@ def read_groups(
             raise RunError(f"{path}, line {line}: the {name} {error}") from None
         if places.setdefault(protein, line) != line:
             raise RunError(
-                f"{path}, line {line}: {protein!r} stands in line {places[protein]}, too; keep one "
-                "row for each protein"
+                f"{path}, line {line}: {protein!r} is also in line {places[protein]}; keep one row "
+                "for each protein"
             )
     known = dict(zip(keys, values, strict=True))
     found = [known.get(protein, known.get(accession(protein))) for protein in ids]

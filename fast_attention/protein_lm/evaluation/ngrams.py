@@ -261,7 +261,7 @@ def _from_tables(tables: dict[str, np.ndarray]) -> list[NGram]:
         raise ValueError("gaps and counts must be rows of unsigned integers, of one length")
     keys = np.cumsum(gaps, dtype=np.int64)
     if np.any(np.diff(keys) < 0) or (len(keys) and int(keys[-1]) >= outcomes.base**longest):
-        raise ValueError("an n-gram has a token that is none of the vocabulary's")
+        raise ValueError("an n-gram has a token that is not in the vocabulary")
     found = NGramCounts(longest, keys, counts.astype(np.int64), outcomes)
     ngrams = []
     for order in sorted(int(name[8:]) for name in tables if name.startswith("weights_")):

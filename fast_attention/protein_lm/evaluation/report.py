@@ -38,8 +38,8 @@ def shared_note(name: str, shared: int, total: int) -> str:
         return ""
     verb = "is" if shared == 1 else "are"
     return (
-        f"{shared:,} of {counted(total, f'{name} protein')} {verb} identical to proteins that are "
-        "trained on: figures on them say little of new proteins"
+        f"{shared:,} of {counted(total, f'{name} protein')} {verb} identical to training proteins: "
+        "results on them do not show how well new proteins are predicted"
     )
 
 
@@ -56,7 +56,7 @@ def format_evaluation(result: dict[str, Any]) -> str:
     if groups > 1:
         parts.append(f"+- is one standard error over {groups:,} {over}s")
     else:
-        parts.append(f"there are no error bars: they take at least two {over}s")
+        parts.append(f"there are no error bars: they need at least two {over}s")
     if "corruption" in result:
         parts.insert(1, _corruption(result))
     if len(result["by_length"]) > 1:

@@ -32,7 +32,7 @@ _SIGNATURES: tuple[tuple[bytes, str], ...] = (
     (b"CLUSTAL", "This looks like a Clustal alignment: convert it to FASTA, without gaps."),
     (b"#NEXUS", "This looks like a NEXUS file: convert it to FASTA, without gaps."),
     (b"##gff", "This looks like GFF, which annotates sequences: give the proteins as FASTA."),
-    (b";", "Comments that begin with ';' are not understood: remove them."),
+    (b";", "Comments that begin with ';' are not supported: remove them."),
 )
 
 
@@ -49,7 +49,7 @@ def name_format(head: bytes) -> str:
     if head[257:262] == b"ustar":
         return _PACKED.format("a tar archive", "s")
     if b"\0" in head:
-        return f"This is binary data, with NUL bytes, and no text. {_PROTEINS}"
+        return f"This is binary data with NUL bytes, not text. {_PROTEINS}"
     if re.match(rb"@[^\n]*\n[^\n]*\n\+", text):
         return "This looks like FASTQ, reads of DNA: translate them to proteins, as FASTA."
     if re.match(rb"(?i)<(!doctype|html|\?xml)", text):

@@ -48,7 +48,7 @@ def read_npz(
         with zipfile.ZipFile(path) as archive:
             promised = sum(member.file_size for member in _members(archive, names))
         if promised > limit:
-            raise ValueError(f"it promises {promised:,} bytes, at most {limit:,} are expected")
+            raise ValueError(f"it declares {promised:,} bytes, at most {limit:,} are expected")
         check_npz(path, names)
         arrays = read_arrays(path, names)
     except Exception as error:
@@ -111,4 +111,4 @@ def _check_header(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
         }[version]
         shape, _, kind = read(stream)
         if kind.hasobject or math.prod(shape) * kind.itemsize != member.file_size - stream.tell():
-            raise ValueError(f"the array {member.filename[:60]!r} is not of the size that it says")
+            raise ValueError(f"the array {member.filename[:60]!r} does not have its declared size")

@@ -223,8 +223,8 @@ def check_outputs(outputs: Mapping[str, AnyPath | None], inputs: Iterable[AnyPat
         for other in names[:number]:
             if same(given[name], given[other]) and not is_null(given[name]):
                 raise OutputError(
-                    f"{other} and {name} name the same file, {outputs[name]}: give each output a "
-                    "file of its own"
+                    f"{other} and {name} name the same file, {outputs[name]}: give each output its "
+                    "own file"
                 )
     for path in inputs:
         try:

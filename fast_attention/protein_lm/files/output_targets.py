@@ -20,7 +20,7 @@ _REMEDIES = {
     errno.EISDIR: "it is a folder: choose another name",
     errno.ENOSPC: "the disk is full: make room, or write elsewhere",
     errno.EDQUOT: "your disk quota is used up: make room, or write elsewhere",
-    errno.EFBIG: "the file is larger than is allowed here: write elsewhere",
+    errno.EFBIG: "the file exceeds the size limit: write elsewhere",
     errno.EACCES: "permission denied: write elsewhere",
     errno.EPERM: "permission denied: write elsewhere",
     errno.EROFS: "the file system is read-only: write elsewhere",

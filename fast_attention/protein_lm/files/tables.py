@@ -58,7 +58,7 @@ def find_extension(path: str | os.PathLike[str], extensions: Sequence[str]) -> s
         return found[0]
     if not is_special(path):
         raise ValueError(
-            f"{path}: the name of the output says what is written, and must end in one of "
+            f"{path}: the extension of the output selects the format, and must be one of "
             f"{', '.join(extensions)}"
         )
     return extensions[0]

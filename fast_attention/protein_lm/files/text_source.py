@@ -69,7 +69,7 @@ def _open(path: Path) -> io.BufferedReader:
     try:
         return open(path, "rb")
     except ValueError as error:
-        raise FastaError(f"{str(path)!r}: is no name of a file ({error}).") from error
+        raise FastaError(f"{str(path)!r}: is not a valid file name ({error}).") from error
 
 
 def _normalised(stream: BinaryIO, path: Path) -> Iterator[bytes]:

@@ -168,12 +168,12 @@ def _targets(
     if len(present) < 2:
         raise RunError(
             f"all {len(train)} training proteins are of the class {str(present[0])!r}: there is "
-            "nothing to tell apart; check the column of labels (--label_column) and the split "
+            "nothing to classify; check the column of labels (--label_column) and the split "
             "(--split_column)"
         )
     if len(classes) == len(labels):
         raise RunError(
-            f"each of the {len(labels)} proteins has a class of its own: choose --task=regression "
+            f"each of the {len(labels)} proteins has its own class: choose --task=regression "
             "for numbers (task='regression' in Python), or another column of labels "
             "(--label_column)"
         )

@@ -125,7 +125,7 @@ def read_labelled(
             told = f"line {lines[row]} ({printable(ids[row][:80])}): {error}"
             if on_error != "skip":
                 raise RunError(
-                    f"{path}, {told}; correct the row, or leave such rows out with --on_error=skip"
+                    f"{path}, {told}; correct the row, or skip such rows with --on_error=skip"
                 ) from None
             left_out.append(told)
     if not kept:
@@ -175,7 +175,7 @@ def as_number(label: str | float) -> float:
     if not math.isfinite(value):
         comma = "," in str(label)
         raise ValueError(
-            f"the label {label!r} is no finite number; "
+            f"the label {label!r} is not a finite number; "
             + ("write decimals with a point" if comma else "correct it")
             + ", or choose --task=classification (task='classification' in Python)"
         )
@@ -271,7 +271,7 @@ def _clean(residues: str, on_error: str, alphabet: Alphabet) -> str:
     if unknown and on_error == "replace" and letter and all(map(str.isalpha, unknown)):
         return residues.translate({ord(strange): letter for strange in unknown})
     if unknown:
-        raise ValueError(f"the sequence has {unknown[0]!r}, which is none of {alphabet.symbols}")
+        raise ValueError(f"the sequence has {unknown[0]!r}, which is not one of {alphabet.symbols}")
     return residues
 
 
@@ -279,7 +279,7 @@ def _part(place: str, name: str) -> str:
     found = _PART_NAMES.get(name.lower())
     if found is None:
         raise RunError(
-            f"{place}: the split {name!r} is none of train, valid and test; rename it, or name "
+            f"{place}: the split {name!r} is not train, valid or test; rename it, or name "
             "the column of the split with --split_column"
         )
     return found

@@ -71,7 +71,7 @@ def merge_adapters(parameters: Any, adapters: Adapters, scale: Any) -> Any:
     names = {name for name, _ in _named(parameters)}
     missing = sorted(set(adapters) - names)
     if missing:
-        raise ValueError(f"the adapters fit another model: this one has no {missing[0]!r}")
+        raise ValueError(f"the adapters are for another model: this one has no {missing[0]!r}")
 
     def merge(path: Any, leaf: Any) -> Any:
         found = adapters.get(_name(path))

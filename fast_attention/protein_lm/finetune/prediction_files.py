@@ -18,8 +18,8 @@ from fast_attention.protein_lm.inference.model_inputs import (
 from fast_attention.protein_lm.modeling import token_batches
 
 CROP = (
-    "leave long proteins out with --on_error=skip, or fine-tune with --max_length, which crops "
-    "proteins for predictions, too"
+    "skip long proteins with --on_error=skip, or fine-tune with --max_length, which also crops "
+    "proteins for predictions"
 )
 _MOST = 2**16
 """Proteins whose vectors are in memory together."""

@@ -93,7 +93,7 @@ def run_tuning(
     folder, columns, options = Path(output), dict(columns or {}), dict(options or {})
     result_file = folder / RESULT
     if (held := content(RunFolder(folder))) not in ("", "a predictor"):
-        raise RunError(f"{folder} holds {held}: give the result a folder of its own")
+        raise RunError(f"{folder} holds {held}: give the result its own folder")
     if not result_file.exists():
         check_output_folder(folder)
     names = (*PREDICTOR_FILES, _METRICS, _PREDICTIONS, RunFolder(folder).model.name)
@@ -195,8 +195,8 @@ def format_result(result: dict[str, Any], folder: Path) -> str:
     held = "test" if "test" in result["metrics"] else "valid"
     if held == "valid":
         parts.append(
-            "no protein is held out for a test: the figures of 'valid' are too good, for these "
-            "proteins chose among models"
+            "no protein is held out for a test: the metrics of 'valid' are too good, because "
+            "these proteins were used to choose the model"
         )
     if result["classes"] is not None and len(result["classes"]) <= _SHOWN_CLASSES:
         confusion = zip(result["classes"], result["metrics"][held]["confusion"], strict=True)
@@ -233,7 +233,7 @@ def _few_note(number: int) -> str:
     """Says that proteins are too few for their figures to mean much; empty if they are not."""
     if number >= _FEW:
         return ""
-    return f"{counted(number, 'protein')}, which is too few: have {_FEW} or more"
+    return f"{counted(number, 'protein')}, which is too few: use {_FEW} or more"
 
 
 def _figure(name: str, value: float | None) -> str:

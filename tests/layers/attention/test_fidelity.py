@@ -161,7 +161,7 @@ def test_hashed_layers_are_compared_with_themselves_unhashed():
     assert (found.output > 0.01).all() and (found.matrix > 0.01).all()
     (found,) = measure_fidelity(hashed(use_full_attn=True), X, key_mask=MASK)
     assert (found.output < 1e-6).all() and (found.matrix < 1e-6).all()
-    with pytest.raises(ValueError, match="one projection"):
+    with pytest.raises(ValueError, match="shares the projection"):
         measure_fidelity(hashed(), X, attention_fn=FAST)
 
 

@@ -68,9 +68,9 @@ def test_limits_are_errors():
         build(cross=True)(draw(B, L, M), context=draw(B, L + 1, M))
     with pytest.raises(ValueError, match="cross=True needs a context"):
         build(cross=True)(draw(B, L, M))
-    with pytest.raises(ValueError, match="no key can be masked"):
+    with pytest.raises(ValueError, match="keys cannot be masked"):
         layer(draw(B, L, M), key_mask=np.ones((B, L), bool))
-    with pytest.raises(ValueError, match="no key can be masked"):
+    with pytest.raises(ValueError, match="keys cannot be masked"):
         layer(draw(B, L, M), segment_ids=np.ones((B, L), int))
     with pytest.raises(ValueError, match="multiple of num_heads=4"):
         LinformerAttention(M, LinformerConfig(4, L), rngs=nnx.Rngs(0))

@@ -189,9 +189,9 @@ def test_exact_attention_has_no_projection_and_a_redraw_leaves_it_alone():
         ({"num_kv_heads": 3}, "num_heads=4 must be a multiple of num_kv_heads=3"),
         ({"num_kv_heads": 0}, "num_kv_heads=0"),
         ({"head_dim": 3, "rotary": True}, "even width, got 3"),
-        ({"context": "cross", "causal": True}, "Cross attention is not causal"),
+        ({"context": "cross", "causal": True}, "not for cross attention"),
         ({"shared_qk": True}, "leave num_kv_heads out"),
-        ({"context": "append"}, "is for shared_qk"),
+        ({"context": "append"}, "needs shared_qk"),
         ({"context": "other"}, "'cross', 'append' or None, got 'other'"),
     ],
 )

@@ -122,7 +122,7 @@ def test_some_groups_of_heads_may_keep_theirs():
     ]
     assert switched.projections[0] is None
     assert switched.projections[1].shape == (4, 4)
-    with pytest.raises(ValueError, match="where= chose none"):
+    with pytest.raises(ValueError, match="where= selected none"):
         with_attention(layer, fast, nnx.Rngs(1), where=lambda group: False)
 
 

@@ -236,7 +236,7 @@ def test_norms_after_the_sum():
 
 
 def test_norms_after_the_sum_need_a_norm_and_one_stream():
-    with pytest.raises(ValueError, match="cannot be undone"):
+    with pytest.raises(ValueError, match="are not reversible"):
         build(2, stack={"norm": AFTER, "reversible": True})
     with pytest.raises(ValueError, match="needs a norm, got kind='rezero'"):
         NormConfig("rezero", after=True)

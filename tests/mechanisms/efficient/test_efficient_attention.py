@@ -333,7 +333,7 @@ def test_several_axes_are_one_length():
     ("options", "message"),
     [
         ({"blindspot_size": 0}, "blindspot_size must be at least 1, got 0"),
-        ({"blindspot_size": 2}, "attention both ways was asked for"),
+        ({"blindspot_size": 2}, "bidirectional attention was requested"),
         ({"causal": True, "normalize_queries": False}, "divides by the sum"),
         (
             {"causal": True, "blindspot_size": 2, "segment_ids": jnp.zeros((B, T), int)},

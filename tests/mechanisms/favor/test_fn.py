@@ -234,7 +234,7 @@ def test_estimators_have_their_number_of_features(estimator):
     ("options", "message"),
     [
         ({"mask": jnp.ones((T, T + 1), bool)}, "mask must be broadcastable"),
-        ({"mask": draw(5, T, T) > 0}, "mask .* cannot be honoured"),
+        ({"mask": draw(5, T, T) > 0}, "mask .* is not supported"),
         ({"mask": jnp.asarray(CAUSAL)}, "unidirectional=True"),
         ({"mask": jnp.where(CAUSAL, 0, -1e9)}, "additive mask goes into bias"),
         ({"bias": draw(5, T, T)}, "bias .* depends on the query"),

@@ -75,7 +75,7 @@ def test_low_precision_is_summed_in_float32():
         ({"key": ARRAYS[1][:, :6]}, "at most 7 keys, and as many values"),
         ({"key_projection": ARRAYS[3][:6], "value_projection": ARRAYS[4][:6]}, "at most 6 keys"),
         ({"value_projection": ARRAYS[4][:, :2]}, r"got \(7, 3\) and \(7, 2\)"),
-        ({"key_mask": np.ones((B, L), bool)}, "no key can be masked"),
+        ({"key_mask": np.ones((B, L), bool)}, "keys cannot be masked"),
         ({"causal": True}, "cannot be causal"),
     ],
 )

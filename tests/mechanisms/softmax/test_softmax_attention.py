@@ -349,7 +349,7 @@ def test_leaks_no_tracer_under_jit_grad_vmap_and_remat():
     [
         ({"projection": jnp.ones((3, 6))}, "no random features"),
         ({"input_positions": jnp.arange(11)}, "apply rotary positions"),
-        ({"module": object()}, "attention weights are not formed"),
+        ({"module": object()}, "attention weights are not computed"),
         (
             {"qk_attn_weights_einsum": jnp.einsum},
             "qk_attn_weights_einsum must be None",

@@ -149,7 +149,7 @@ def test_a_name_that_says_another_format_is_refused(
     given = [option.format(tmp_path / "some") for option in options]
     assert cli.main([*arguments[command], *given]) == 1
     told = capfd.readouterr().err
-    assert given[1].partition("=")[2] in told and f"must end in one of {expected}" in told
+    assert given[1].partition("=")[2] in told and f"must be one of {expected}" in told
     assert not list(tmp_path.iterdir())
 
 

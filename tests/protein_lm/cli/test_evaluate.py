@@ -27,7 +27,7 @@ def test_tables_are_written(lm_run, tiny_fasta, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("id,family\na,x\na,y\n", "line 3: 'a' stands in line 2, too"),
+        ("id,family\na,x\na,y\n", "line 3: 'a' is also in line 2"),
         ("id,family\na,\n", "line 2: the family is empty"),
         ('id,family\n\na,"x\ny"\n', "line 4: the family .* control character"),
         ("a,x\nb,y\n", "1 of 1 protein not found in its column 'a'.*first line must name"),

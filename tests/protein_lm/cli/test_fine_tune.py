@@ -121,7 +121,7 @@ def test_classes_by_id_with_adapters_in_a_whole_model(
     [
         (["--label_column=tm"], "table.csv, line 1: there is no column 'tm'"),
         (["--label_column=tm"], "name the column with --label_column"),
-        (["--label_column=kind"], ": the label 'basic' is no finite number"),
+        (["--label_column=kind"], ": the label 'basic' is not a finite number"),
         (["--label_column=kind"], "--task=classification"),
         (["--split_column=kind"], "table.csv, line 2: the split 'basic'"),
         (["--split_column=kind"], "--split_column"),

@@ -97,7 +97,7 @@ def test_a_list_and_whole_proteins_say_the_same(lm_run, tmp_path):
         ("mutant,x\nK2G,R10W,1\n", "line 2: has 3 cells, but the first line has 2"),
         ("mutant,x\nK2G\n", "line 2: has 1 cell, but the first line has 2"),
         ("mutant,mutant\nK2G,R10W\n", "2 columns are named 'mutant'"),
-        ('mutant,x\nK2G,"a\nR10W,b\n', "line 2: is no table"),
+        ('mutant,x\nK2G,"a\nR10W,b\n', "line 2: is not a valid table"),
         ("mutant,x\nK2G,\0\n", "line 2: has a NUL byte"),
         (" \n", "the file is empty"),
         ("hello\n", "line 1: 'hello' is no mutation"),

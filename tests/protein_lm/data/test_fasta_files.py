@@ -54,7 +54,7 @@ def test_what_no_file_can_be_read_from_is_named(write, tmp_path):
         ids(tmp_path / "empty")
     with pytest.raises(FastaError, match="absent: no such file"):
         ids(tmp_path / "absent")
-    with pytest.raises(FastaError, match="is no name of a file"):
+    with pytest.raises(FastaError, match="is not a valid file name"):
         ids("a\0b")
     with pytest.raises(FastaError, match="cannot be read"):
         ids(tmp_path / ("x" * 300))

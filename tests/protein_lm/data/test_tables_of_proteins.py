@@ -47,10 +47,10 @@ def test_a_column_of_sequences_needs_no_ids(tmp_path):
         ("id,sequence\np1,MKB1\n", r"line 2: record 'p1' has the symbol '1'"),
         ("id,sequence\np1,MK\np2,\n", r"line 3: record 'p2' has no residues"),
         ("id,sequence\np1,MK,x\n", r"line 2: record 'p1' has 3 cells"),
-        ("id,sequence,sequence\n", "two columns have one name"),
+        ("id,sequence,sequence\n", "two columns have the same name"),
         ("id,sequence\np1,M\0K\n", "line 2: has a NUL byte"),
-        ('id,sequence\n"p1,MK\n', "line 2: is no table"),
-        ('id,sequence,note\np1,MK,"a\np2,MK,b\n', "line 2: is no table.*as far as line 3"),
+        ('id,sequence\n"p1,MK\n', "line 2: is not a valid table"),
+        ('id,sequence,note\np1,MK,"a\np2,MK,b\n', "line 2: is not a valid table.*up to line 3"),
     ],
 )
 def test_what_cannot_be_read_is_told_with_its_line(text, message, tmp_path):

@@ -253,9 +253,9 @@ def test_the_tuned_model_shares_no_array_with_the_first(lm, adapted):
     [
         ([1.0] * 120, "regression", "all 86 training labels are 1"),
         (["a"] * 120, "classification", "all 86 training proteins are of the class 'a'"),
-        ([str(n) for n in range(120)], "classification", "a class of its own"),
-        ([*range(119), "high"], "regression", "label 120: the label 'high' is no finite number"),
-        ([*range(119), "nan"], "regression", "no finite number"),
+        ([str(n) for n in range(120)], "classification", "its own class"),
+        ([*range(119), "high"], "regression", "label 120: the label 'high' is not a finite number"),
+        ([*range(119), "nan"], "regression", "not a finite number"),
     ],
 )
 def test_labels_that_teach_nothing_are_told(lm, proteins, labels, task, message):

@@ -175,7 +175,7 @@ def test_a_state_takes_no_more_memory_than_what_is_trained(tmp_path):
     huge = np.zeros(2**24, np.float32)
     path = state_file(tmp_path / "state.npz", ABOUT, **{"0": huge})
     read = training.StateFile(path, ABOUT["asked"], 2)
-    with pytest.raises(RunError, match=r"state\.npz is damaged .it promises 67,"):
+    with pytest.raises(RunError, match=r"state\.npz is damaged .it declares 67,"):
         read.resume("transfer", [np.zeros(3, np.float32)])
     path = state_file(tmp_path / "state.npz", ABOUT, **{"0": np.zeros(3)})
     read = training.StateFile(path, ABOUT["asked"], 2)

@@ -29,19 +29,19 @@ def check_options(exact_window: object, plan: Plan) -> None:
     """
     if isinstance(exact_window, bool) or not isinstance(exact_window, int) or exact_window < 1:
         raise ValueError(
-            f"exact_window is the number of positions attended to exactly, a whole number of at "
-            f"least 1, got {exact_window!r}; leave it out for linear attention alone."
+            "exact_window must be a whole number of at least 1 (the number of positions with "
+            f"exact weights), got {exact_window!r}; leave it out for linear attention only."
         )
     if plan.feature_map.signed or plan.feature_map.log_kind != "feature":
         raise ValueError(
-            f"exact_window adds exact softmax weights to those of "
-            f"{type(plan.feature_map).__name__}, which takes positive features of the softmax "
-            "kernel: use make_fast_softmax_attention with a positive estimator such as 'favor+'."
+            f"exact_window cannot be combined with {type(plan.feature_map).__name__}; it needs "
+            "positive features of the softmax kernel: use make_fast_softmax_attention with a "
+            "positive estimator such as 'favor+'."
         )
     if not {"chunked", "reference"} & set(implementation_names(plan.implementation)):
         raise ValueError(
             "exact_window is computed by implementation='chunked' or 'reference', got "
-            f"implementation={plan.implementation!r}; leave out the one or the other."
+            f"implementation={plan.implementation!r}; leave out one of them."
         )
 
 

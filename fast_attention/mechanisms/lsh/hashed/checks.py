@@ -43,7 +43,7 @@ def check_arguments(
             f"drop_for_hash_rate={hashing.drop_for_hash_rate} needs dropout, with a random key."
         )
     if positions is not None and not hashing.rotary:
-        raise ValueError("positions are those of rotary=True: pass both, or neither.")
+        raise ValueError("positions need rotary=True: pass both, or neither.")
     half = n_buckets // 2
     if rotations is not None and rotations.shape[-1] != half:
         raise ValueError(
