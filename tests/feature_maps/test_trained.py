@@ -194,7 +194,7 @@ def test_decoding_equals_the_call_and_the_future_is_unknown():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"estimator": "favor++"}, "the family of wderf and wderf_s contains them all"),
+        ({"estimator": "favor++"}, "the estimators wderf and wderf_s include this family"),
         ({"estimator": "favor+"}, "has no parameters from data"),
         ({"estimator": "wderf", "moment_decay": 0.9}, "is for calibration='stored'"),
     ],

@@ -139,7 +139,9 @@ def test_axial_positions_are_rows_of_a_table_per_axis(axis_features):
 def test_positions_outside_the_grid_are_an_error_or_nan(axis_features):
     layer = AxialPositions((2, 3), 3, axis_features=axis_features, rngs=nnx.Rngs(0))
     places = jnp.array([-1, 0, 5, 6])
-    with pytest.raises(ValueError, match=r"Positions -1 to 6 .* the 6 places of the grid \(2, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"Positions -1 to 6 .* the 6 positions of the grid \(2, 3\)"
+    ):
         layer(places)
     out = np.asarray(compiled(layer)(places))
     assert np.isnan(out[[0, 3]]).all() and np.isfinite(out[[1, 2]]).all()

@@ -62,7 +62,7 @@ def test_shifts_that_cannot_be_are_told():
     x = jnp.ones((1, 2, 2))
     with pytest.raises(ValueError, match=r"got \(0, 1, 2\) for 2 channels"):
         shift_tokens(x, (0, 1, 2))
-    with pytest.raises(ValueError, match=r"for shifts of 0 and 1, got \(0, -1\)"):
+    with pytest.raises(ValueError, match=r"only shifts of 0 and 1, got \(0, -1\)"):
         shift_tokens(x, (0, -1), before=x[:, 0])
 
 

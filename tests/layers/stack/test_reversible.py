@@ -201,7 +201,9 @@ def test_mismatches_are_told():
     x = jnp.ones((2, 3))
     with pytest.raises(ValueError, match="got 1 functions and 0 pytrees"):
         reversible_residual((drop,), (), x, x)
-    with pytest.raises(ValueError, match=r"one shape and type, got float32\[2, 3\] and float16"):
+    with pytest.raises(
+        ValueError, match=r"the same shape and dtype, got float32\[2, 3\] and float16"
+    ):
         residual((drop,), (None,), x, x.astype(jnp.float16))
     with pytest.raises(ValueError, match=r"given \(2, 3\) and returned an increment of \(2,\)"):
         reversible_residual((lambda p, x, s, m: (x[:, 0], None),), (None,), x, x)

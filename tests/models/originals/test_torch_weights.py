@@ -160,7 +160,7 @@ def test_an_encoder_and_decoder_are_told_apart_and_other_models_refused():
         np.testing.assert_array_equal(side.embed.embedding[...], expected)
     assert isinstance(model.encoder, LanguageModel)
     dense = nnx.eval_shape(lambda: nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
-    with pytest.raises(TypeError, match="Linear is none of our models of the originals"):
+    with pytest.raises(TypeError, match="Linear is not one of the presets"):
         load_torch_state_dict(dense, {"weight": np.zeros((2, 2))})
     config = TransformerConfig(V, 8, 2, None, 1, 8, 12, 8)
     other = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))

@@ -89,7 +89,7 @@ def test_features_are_calibrated_on_none_of_the_proteins_they_are_judged_on(lm_r
     for a, b in zip(*(jax.tree.leaves(x.parameters) for x in (first, second)), strict=True):
         np.testing.assert_array_equal(a, b)
     assert (first.layers[0].output != second.layers[0].output).all()
-    with pytest.raises(ValueError, match="takes 2 or more, but there is 1"):
+    with pytest.raises(ValueError, match="needs 2 or more proteins, but there is 1"):
         diagnose(model, PROTEINS[:1], features=features)
 
 

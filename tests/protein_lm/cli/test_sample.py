@@ -93,4 +93,4 @@ def test_all_prompts_are_checked_before_one_is_continued(
 
 def test_options_of_writing_are_refused_for_filling(bert_run, tmp_path, capsys):
     arguments = [f"--run_dir={bert_run}", "--infill=M*K", "--min_length=3", "--output=x"]
-    assert "--min_length has no meaning" in fails(["sample", *arguments], capsys, status=2)
+    assert "--min_length has no effect" in fails(["sample", *arguments], capsys, status=2)
