@@ -33,6 +33,7 @@ from fast_attention.protein_lm.data.domains import make_protein_domain
 from fast_attention.protein_lm.evaluation.ngrams import NGram, NGramCounts, Outcomes
 
 MAX_RESIDUES = 1022
+MAX_ORDER = 5
 ORDERS = (1, 2, 3, 5)
 """Of the n-grams that a model is shown beside."""
 
@@ -50,6 +51,22 @@ _CELLS_AT_ONCE = 1 << 20
 _TOKENS_AT_ONCE = 1 << 20
 
 
+class BaselineScore(NamedTuple):
+    """How well residues are predicted.
+
+    Attributes:
+      name: of the baseline.
+      perplexity: exp of the mean negative log-likelihood of a residue.
+      accuracy: share of the residues that were the most probable one, in [0, 1].
+      num_residues: how many were scored.
+    """
+
+    name: str
+    perplexity: float
+    accuracy: float
+    num_residues: int
+
+
 class ProteinSums(NamedTuple):
     """Sums over the residues of each protein, float64 ``[N]``.
 
@@ -62,6 +79,38 @@ class ProteinSums(NamedTuple):
     loss: np.ndarray
     correct: np.ndarray
     residues: np.ndarray
+
+
+def fit_ngram(
+    train: FastaPaths | Corpus,
+    order: int = 2,
+    *,
+    alpha: float | int = 1,
+    back_off: Sequence[float | int] | None = None,
+) -> NGram:
+    """Counts the n-grams of some proteins; order 1 is the unigram baseline.
+
+    Args:
+      train: FASTA files, or proteins already loaded, over any vocabulary.
+      order: n, at most 5.
+      alpha: Laplace smoothing of the unigram.
+      back_off: ``k_2 .. k_n``; None takes weights tuned on the bundled validation split.
+
+    Raises:
+      FastaError: if a file cannot be read.
+      ValueError: if the order, ``alpha`` or the number or sign of the weights does not fit.
+    """
+    if not 1 <= order <= MAX_ORDER:
+        raise ValueError(f"order must be in 1 .. {MAX_ORDER}, but got {order}.")
+    corpus = _load(train)
+    outcomes = Outcomes.of(corpus.vocab)
+    weights = (outcomes.number * alpha, *(_TUNED_BACK_OFF[order] if back_off is None else back_off))
+    if len(weights) != order or min(weights) <= 0:
+        raise ValueError(
+            f"Order {order} needs alpha and {order - 1} back-off weights, all positive, but got "
+            f"alpha={alpha} and back_off={back_off}."
+        )
+    return NGram(_count(corpus, order), weights)
 
 
 def fit_ngrams(
@@ -180,12 +229,29 @@ def _sums_of_part(model: NGram, corpus: Corpus) -> ProteinSums:
     )
 
 
+def evaluate_ngram(model: NGram, fasta: FastaPaths | Corpus) -> BaselineScore:
+    """Scores the residues of some proteins under an n-gram.
+
+    Args:
+      model: the n-gram.
+      fasta: FASTA files, or proteins already loaded, over any vocabulary.
+    """
+    loss, correct, residues = (float(values.sum()) for values in ngram_sums(model, _load(fasta)))
+    name = ngram_name(model.order)
+    return BaselineScore(name, float(np.exp(loss / residues)), correct / residues, int(residues))
+
+
 def _load(fasta: FastaPaths | Corpus) -> Corpus:
     return fasta if isinstance(fasta, Corpus) else load_corpus(fasta, make_protein_domain())
 
 
 def _count(corpus: Corpus, order: int) -> NGramCounts:
     outcomes = Outcomes.of(corpus.vocab)
+    if order > outcomes.max_order:
+        raise ValueError(
+            f"{order}-grams of {outcomes.number} outcomes do not fit into 64 bits: take an order "
+            f"of at most {outcomes.max_order}."
+        )
     found = None
     for part in _parts(corpus):
         contexts, tokens, _ = _contexts_and_tokens(part, order)

@@ -18,7 +18,12 @@ from fast_attention.protein_lm.data.fasta import (
     write_fasta,
 )
 from fast_attention.protein_lm.data.vocabulary import ProteinVocab, Vocabulary
-from fast_attention.protein_lm.evaluation.baselines import fit_ngrams, ngram_sums
+from fast_attention.protein_lm.evaluation.baselines import (
+    evaluate_ngram,
+    fit_ngram,
+    fit_ngrams,
+    ngram_sums,
+)
 from fast_attention.protein_lm.evaluation.ngrams import (
     Outcomes,
     load_baselines,
@@ -27,7 +32,6 @@ from fast_attention.protein_lm.evaluation.ngrams import (
 from fast_attention.protein_lm.modeling.batches import as_corpus, crop, select
 from fast_attention.protein_lm.modeling.objectives import Masked
 from fast_attention.protein_lm.modeling.pipeline import eval_batches, make_dataset
-from tests.protein_lm.evaluation.scores import evaluate_ngram, fit_ngram
 
 SIZES = (2, 255, 256, 257, 300, 65536, 70000)
 
@@ -207,6 +211,8 @@ def test_many_tokens_are_counted_as_few_are():
     np.testing.assert_array_equal(other.counts.counts, one.counts.counts)
     assert ngram_sums(other, large).residues.sum() == 80
     assert [ngram.order for ngram in fit_ngrams(large)] == [1, 2, 3]
+    with pytest.raises(ValueError, match="an order of at most 3"):
+        fit_ngram(large, 5)
 
 
 def test_ngrams_of_another_vocabulary_are_refused():

@@ -8,12 +8,13 @@ from fast_attention.protein_lm.data.domains import make_protein_domain
 from fast_attention.protein_lm.data.fasta import FastaRecord, write_fasta
 from fast_attention.protein_lm.evaluation import baselines
 from fast_attention.protein_lm.evaluation.baselines import (
+    evaluate_ngram,
+    fit_ngram,
     fit_ngrams,
     ngram_sums,
     tune_back_off,
 )
 from fast_attention.protein_lm.evaluation.ngrams import load_baselines, save_baselines
-from tests.protein_lm.evaluation.scores import evaluate_ngram, fit_ngram
 
 LETTERS = "ACDEFGHIKLMNPQRSTVWYBOUXZ"
 
@@ -206,3 +207,18 @@ def test_baselines_are_read_back(tmp_path):
     for one, other in zip(found, fitted, strict=True):
         contexts %= 27 ** (one.order - 1)
         np.testing.assert_array_equal(one.predict(contexts), other.predict(contexts))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"order": 0}, "order must be in 1 .. 5"),
+        ({"order": 6}, "order must be in 1 .. 5"),
+        ({"order": 1, "alpha": 0}, "positive"),
+        ({"order": 2, "back_off": ()}, "1 back-off weights"),
+        ({"order": 3, "back_off": (1, -1)}, "positive"),
+    ],
+)
+def test_arguments_are_checked(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        fit_ngram(fasta(tmp_path / "a", "MK"), **options)

@@ -8,11 +8,15 @@ import pytest
 from fast_attention.protein_lm import FastaRecord, read_fasta, write_fasta
 from fast_attention.protein_lm.errors import RunError
 from fast_attention.protein_lm.evaluation import evaluation, groups
-from fast_attention.protein_lm.evaluation.baselines import fit_ngrams
+from fast_attention.protein_lm.evaluation.baselines import (
+    BaselineScore,
+    evaluate_ngram,
+    fit_ngram,
+    fit_ngrams,
+)
 from fast_attention.protein_lm.evaluation.ngrams import load_baselines
 from fast_attention.protein_lm.evaluation.report import format_evaluation, format_table
 from fast_attention.protein_lm.loading import load_run
-from tests.protein_lm.evaluation.scores import Score, evaluate_ngram, fit_ngram
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +73,7 @@ def test_baselines_score_the_same_residues(lm, ngrams, few, tiny_fasta, tmp_path
     tuned = fit_ngrams(tiny_fasta, valid=tiny_fasta)
     assert [ngram.weights for ngram in tuned] == [ngram.weights for ngram in ngrams]
     expected = [evaluate_ngram(ngram, cropped) for ngram in tuned]
-    expected.append(Score("uniform over 26", 26.0, 1 / 26, result["residues"]))
+    expected.append(BaselineScore("uniform over 26", 26.0, 1 / 26, result["residues"]))
     assert {score.num_residues for score in expected} == {result["residues"]}
     rows = {row["name"]: row for row in result["scores"][1:]}
     assert list(rows) == ["uniform over 26", "unigram", "bigram", "trigram", "5-gram"]
