@@ -57,7 +57,7 @@ class Case:
     width: int = 64
     features: int = 256
     dtype: str = "bfloat16"
-    implementation: str | None = "by_platform"
+    implementation: str | None = None
     chunk: int | None = None
 
 
@@ -234,7 +234,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS))
     parser.add_argument("--measures", nargs="+", choices=(FORWARD, BACKWARD), default=None)
-    parser.add_argument("--implementation", default="by_platform", help="by default by_platform")
+    parser.add_argument("--implementation", help="by default what serves a program for a TPU")
     parser.add_argument("--chunks", nargs="+", type=int, default=[None], help="chunk sizes to try")
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--width", type=int, default=64)

@@ -62,11 +62,9 @@ def _called(plan: Plan, inputs: Inputs) -> str:
 
 
 def _served(plan: Plan, inputs: Inputs, platform: str) -> str:
-    if plan.implementation is None:
-        return f"{_chunks(plan, inputs)}; implementation='by_platform' uses the platform's best"
     if plan.implementation == "chunked":
         return f"chunked, as requested: {_chunks(plan, inputs)}"
-    if plan.implementation != "by_platform":
+    if plan.implementation not in (None, "by_platform"):
         return f"{plan.implementation}, as asked for"
     if best.has_symbolic_sizes(inputs):
         return f"{_chunks(plan, inputs)}, because sizes are known only when the program runs"

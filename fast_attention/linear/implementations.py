@@ -29,7 +29,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 }
 """Implementations by name. One raises NotImplementedError for calls it cannot serve.
 
-``"by_platform"`` is the kernels of ``"pallas_tpu"`` in programs for one TPU and for
+``"by_platform"``, the default, is the kernels of ``"pallas_tpu"`` in programs for one TPU and for
 calls that they serve, ``"parallel_chunks"`` in programs for GPUs where attention is causal, and
 ``"chunked"`` in all others.
 
@@ -44,7 +44,7 @@ length. ``"quadratic"`` writes out every weight, to check the others on short se
 DECAYING = ("by_platform", "chunked", "reference")
 """Those that serve calls with ``log_decay``; ``"by_platform"`` in chunks on XLA."""
 
-DEFAULT_ORDER = ("chunked",)
+DEFAULT_ORDER = ("by_platform",)
 
 
 def run(plan: Plan, inputs: Inputs) -> tuple[Any, LinearAttentionState]:

@@ -43,8 +43,7 @@ class Plan:
         chunks), from which the others are recomputed, group by group. None is "all" for short
         sequences and "few" for long ones.
       implementation: a name of :data:`fast_attention.linear.IMPLEMENTATIONS`, or several to try in
-        order. "by_platform" is the best one for the platform of the compiled program; None is
-        "chunked".
+        order. None is "by_platform", the best one for the platform of the compiled program.
       precision: of products of features and values. By default, products of bfloat16 inputs are
         computed in bfloat16 and accumulated in float32; "highest" computes them in float32.
         Exponents are always float32.

@@ -23,7 +23,7 @@ def attention(**options):
         16,
         nb_features=32,
         redraw_features=False,
-        **{"unidirectional": True, "implementation": "by_platform"} | options,
+        **{"unidirectional": True} | options,
     )
 
 
@@ -51,11 +51,12 @@ def test_a_program_holds_the_path_of_its_platform_alone():
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_gpu_takes_parallel_chunks_for_causal_attention(causal):
     def forward(name):
-        function = attention(unidirectional=causal, implementation=name, device_kind="NVIDIA H100")
+        chosen = {"implementation": name} if name else {}
+        function = attention(unidirectional=causal, device_kind="NVIDIA H100", **chosen)
         traced = jax.jit(function).trace(LIKE, LIKE, LIKE)
         return operations(traced.lower(lowering_platforms=("cuda",)).as_text())
 
-    assert forward("by_platform") == forward("parallel_chunks" if causal else "chunked")
+    assert forward(None) == forward("parallel_chunks" if causal else "chunked")
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -158,11 +159,6 @@ def test_an_operation_is_its_default_under_every_transformation():
         ("tpu", {}, "TPU kernels, chunks of 128 in blocks of 128"),
         ("tpu", {"renormalize_attention": False}, "because: .*output='sum'"),
         ("tpu", {"implementation": "chunked"}, "chunked, as requested"),
-        (
-            "tpu",
-            {"implementation": None},
-            "; implementation='by_platform' uses the platform's best",
-        ),
         ("gpu", {}, "chunks of 40 on XLA, those of 40 positions in parallel"),
         ("gpu", {"saved_states": "all"}, "chunks of 256 on XLA .from the table: guess for gpu."),
         ("cpu", {"chunk_size": 8}, "chunks of 8 on XLA .as asked for."),

@@ -17,13 +17,13 @@ from fast_attention.arrays.manual_axes import vary_alike
 from fast_attention.arrays.types import Array, Bool, Float, Int
 from fast_attention.feature_maps.base import Parameters
 from fast_attention.linear.checks import check_shapes, empty_output, is_empty, promote_floating
-from fast_attention.linear.implementations import implementation_names
 from fast_attention.linear.prepare import prepare
 from fast_attention.linear.types import Inputs, Plan, finish, merge_parts
 from fast_attention.mechanisms.favor.near_field import fused
 from fast_attention.mechanisms.favor.near_field.near_and_far import (
     check_options,
     far_plan,
+    implementation_of,
     settled,
 )
 from fast_attention.mechanisms.favor.near_field.window import Reach
@@ -60,8 +60,8 @@ def near_field_attention(
       key: ``[*B, T, K, D]``; K divides H.
       value: ``[*B, T, K, V]``.
       plan: its feature map has positive features with ``phi(q) . phi(k)`` close to
-        ``exp(q . k / sqrt(D))``; its implementation is "chunked" or None, or "reference", which
-        has forward mode (``jax.jvp``). None takes its fields from `options`.
+        ``exp(q . k / sqrt(D))``; its implementation is None, "by_platform" or "chunked", or
+        "reference", which has forward mode (``jax.jvp``). None takes its fields from `options`.
       parameters: of the feature map.
       exact_window: W, at least 1.
       key_mask: ``[*B, T]`` or ``[*B, T, K]``; a key where it is False contributes nothing. It keeps
@@ -130,7 +130,7 @@ def _fused(plan: Plan, reach: Reach, inputs: Inputs) -> Any:
         ids = inputs.segment_ids
         same = (ids[:, reach.distance :] == ids[:, : length - reach.distance])[..., None]
         far_mask = same if far_mask is None else far_mask & same
-    own_gradient = "chunked" in implementation_names(plan.implementation)
+    own_gradient = implementation_of(plan) != "reference"
     attend = fused.attend if own_gradient else fused.attend_plainly
     attended: Any = attend(plan, reach, fused.Operands(inputs, far_mask))
     return attended[0]

@@ -15,6 +15,9 @@ from fast_attention.linear.implementations import implementation_names
 from fast_attention.linear.state import EMPTY_LOG_SCALE
 from fast_attention.linear.types import Output, Parts, Plan
 
+# On every platform the first of these is the second.
+_IMPLEMENTATIONS = ("by_platform", "chunked", "reference")
+
 
 def check_options(exact_window: object, plan: Plan) -> None:
     """Checks what is asked for.
@@ -38,11 +41,22 @@ def check_options(exact_window: object, plan: Plan) -> None:
             "positive features of the softmax kernel: use make_fast_softmax_attention with a "
             "positive estimator such as 'favor+'."
         )
-    if not {"chunked", "reference"} & set(implementation_names(plan.implementation)):
-        raise ValueError(
-            "exact_window is computed by implementation='chunked' or 'reference', got "
-            f"implementation={plan.implementation!r}; leave out one of them."
-        )
+    implementation_of(plan)
+
+
+def implementation_of(plan: Plan) -> str:
+    """Returns the first implementation of a plan that has a near field.
+
+    Raises:
+      ValueError: if none has.
+    """
+    for name in implementation_names(plan.implementation):
+        if name in _IMPLEMENTATIONS:
+            return name
+    raise ValueError(
+        f"exact_window is computed by one of the implementations {_IMPLEMENTATIONS}, got "
+        f"implementation={plan.implementation!r}; leave out one of them."
+    )
 
 
 def far_plan(plan: Plan, output: Output = "parts") -> Plan:
