@@ -241,7 +241,7 @@ def test_without_other_files_a_part_is_held_out(train_arguments, other_fasta, tm
 
     impatient = ("experiment.valid_fraction = 0.0", "experiment.early_stopping = 2")
     assert cli.main(arguments("other", *impatient)) == 1
-    assert "early_stopping is 2, but the run has no proteins" in capsys.readouterr().err
+    assert "early_stopping is 2, but the run has no validation proteins" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
 
 
