@@ -24,7 +24,7 @@ def test_what_the_other_axes_leave_is_for_data():
     ("sizes", "told"),
     [
         ({"fsdp": 3}, "fsdp 3 x sequence 1 x model 1 = 3 devices does not divide the 2 "),
-        ({"data": 1}, "leave out data, or make it 2"),
+        ({"data": 1}, "leave out data, or set it to 2"),
         ({"model": 0}, "'model' must have at least 1 device"),
     ],
 )

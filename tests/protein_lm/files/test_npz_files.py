@@ -54,7 +54,7 @@ def test_damage_is_told_with_the_remedy(path, damage):
 def test_an_array_that_claims_to_be_huge_is_not_allocated(tmp_path, shape):
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
         archive.writestr("x.npy", header_of(shape))
-    with pytest.raises(RunError, match="is damaged.*'x.npy' is not of the size"):
+    with pytest.raises(RunError, match="is damaged.*'x.npy' does not have its declared size"):
         read_npz(tmp_path / "a.npz", "fetch it", limit=2**20)
 
 
