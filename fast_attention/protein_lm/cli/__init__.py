@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Sequence
 
 import fast_attention
+from fast_attention.protein_lm import pretrained
 from fast_attention.protein_lm.cli.commands import COMMANDS
 from fast_attention.protein_lm.cli.completion import PrintCompletion
 from fast_attention.protein_lm.cli.failures import (
@@ -27,7 +28,7 @@ from fast_attention.protein_lm.distributed.stopping import (
     interrupt_on_signals,
 )
 from fast_attention.protein_lm.errors import UsageError
-from fast_attention.protein_lm.messages import quietly
+from fast_attention.protein_lm.messages import note, quietly
 from fast_attention.protein_lm.terminal import for_terminal
 
 _DESCRIPTION = """\
@@ -72,6 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         restart_with_huge_pages()
     try:
         with interrupt_on_signals(), quietly(options.quiet):
+            if getattr(options, "run_dir", None) == pretrained.FOLDER:
+                note("no --run_dir: the model that comes with the package is used")
             COMMANDS[options.command].run(options)
     except Stopped as stopped:
         _print_stopped(options.command, without_places(str(stopped)))

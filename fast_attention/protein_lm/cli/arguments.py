@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fast_attention.protein_lm import ranges
+from fast_attention.protein_lm import pretrained, ranges
 from fast_attention.protein_lm.data.alphabets import PROTEIN
 from fast_attention.protein_lm.data.skipped_records import SkippedRecords, list_skipped, tell
 from fast_attention.protein_lm.ranges import Range
@@ -26,13 +26,20 @@ def number(allowed: Range) -> Callable[[str], float]:
     return parse
 
 
-def add_run_dir(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--run_dir``, the trained model, and ``--gin_file``."""
+def add_run_dir(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    """Adds ``--run_dir``, the trained model, and ``--gin_file``.
+
+    Args:
+      parser: Of the command.
+      required: Whether it has to be given; the default is the model that comes with the package.
+    """
     parser.add_argument(
         "--run_dir",
-        required=True,
+        required=required,
+        default=None if required else pretrained.FOLDER,
         metavar="FOLDER",
-        help="the --work_dir of a trained run, or the folder of an exported model",
+        help="the --work_dir of a trained run, or the folder of an exported model"
+        + ("" if required else " (default: the model that comes with this package)"),
     )
     add_gin_file(parser)
 

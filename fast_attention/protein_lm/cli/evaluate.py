@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fast_attention.protein_lm import ranges
+from fast_attention.protein_lm import pretrained, ranges
 from fast_attention.protein_lm.cli import arguments
 
 SUMMARY = "measure how well a trained model predicts proteins"
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output",
         metavar="FILE",
-        help="where to write the figures as JSON (default: evaluation.json in the run's folder; "
+        help="where to write the figures as JSON (default: evaluation.json in the --run_dir; "
         "an earlier evaluation of other proteins is kept there as evaluation-DATE.json)",
     )
     parser.add_argument(
@@ -75,8 +75,10 @@ def run(options: argparse.Namespace) -> None:
 
     last = options.seed + options.num_seeds - 1
     ranges.check("--seed plus --num_seeds minus 1", last, ranges.SEED)
+    # The package is not written to.
+    keeps = options.output is None and options.run_dir != pretrained.FOLDER
     own = None
-    if options.output is None and Path(options.run_dir).is_dir():
+    if keeps and Path(options.run_dir).is_dir():
         own = RunFolder(Path(options.run_dir)).evaluation
     arguments.check_files(options, "output", "per_protein", "skipped_list", evaluation=own)
     model, step, folder = load_run(options.run_dir, gin_file=options.gin_file)
@@ -101,13 +103,13 @@ def run(options: argparse.Namespace) -> None:
         kept = None
         if options.output:
             write_json(options.output, result)
-        else:
+        elif keeps:
             kept = evaluation_files.write_evaluation(folder, result)
-        written = [str(options.output or folder.evaluation)]
+        written = [str(options.output or folder.evaluation)] if options.output or keeps else []
         written += [options.per_protein] if options.per_protein else []
-        told = (
-            f"{report.format_evaluation(result)}\n\nwritten to {' and '.join(map(place, written))}"
-        )
+        told = report.format_evaluation(result)
+        if written:
+            told += f"\n\nwritten to {' and '.join(map(place, written))}"
         if kept is not None:
             told += f"\nthe earlier evaluation, of other proteins or settings, is now {kept}"
         print(told, file=status_stream(*written, options.skipped_list))

@@ -22,6 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     arguments.add_run_dir(parser)
     parser.add_argument("--output", required=True, metavar="FOLDER", help="the new folder")
+    parser.add_argument(
+        "--dtype",
+        choices=("float16", "bfloat16"),
+        help="store float32 parameters rounded to 16 bits, in half the space (default: as they "
+        "are)",
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -35,7 +41,9 @@ def run(options: argparse.Namespace) -> None:
     check_export(RunFolder(Path(options.run_dir)), RunFolder(Path(options.output)))
     model, step, folder = load_run(options.run_dir, gin_file=options.gin_file)
     tokens = run_description.tokens_seen(folder, step)
-    target = export_model(model, folder, options.output, step=step, tokens=tokens)
+    target = export_model(
+        model, folder, options.output, step=step, tokens=tokens, dtype=options.dtype
+    )
     messages.note(
         f"{type(model).__name__} with {counted(model.num_parameters, 'parameter')} after "
         f"{counted(step, 'step')} written to {place(target.path)}",

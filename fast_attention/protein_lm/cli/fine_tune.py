@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from fast_attention.protein_lm import ranges
+from fast_attention.protein_lm import pretrained, ranges
 from fast_attention.protein_lm.cli import arguments
 from fast_attention.protein_lm.errors import UsageError
 
@@ -106,7 +106,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--whole_model",
         action="store_true",
         default=None,
-        help="store the whole model, so that the result does not need --run_dir any more",
+        help="store the whole model, so that the result does not need --run_dir any more "
+        "(always for the model that comes with the package)",
     )
     both = parser.add_argument_group("training")
     both.add_argument(
@@ -193,7 +194,8 @@ def run(options: argparse.Namespace) -> None:
         task=options.task,
         fasta=options.fasta,
         columns=_given(options, _COLUMNS) | {"on_error": options.on_error},
-        whole_model=bool(options.whole_model),
+        # Where the package is depends on the installation.
+        whole_model=bool(options.whole_model) or options.run_dir == pretrained.FOLDER,
         gin_file=options.gin_file,
         options=_given(options, _PROPERTY) | training | {"seed": options.seed},
     )

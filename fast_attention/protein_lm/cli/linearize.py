@@ -25,7 +25,7 @@ export take it. Given the same arguments again, an interrupted command goes on."
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
-    arguments.add_run_dir(parser)
+    arguments.add_run_dir(parser, required=True)
     parser.add_argument("--work_dir", required=True, metavar="FOLDER", help="the new folder")
     parser.add_argument(
         "--fasta",

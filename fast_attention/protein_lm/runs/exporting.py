@@ -41,8 +41,18 @@ _DTYPES |= {
 }
 
 
+HALF = ("float16", "bfloat16")
+"""Types of 16 bits in which an export may store its float32 arrays."""
+
+
 def export_model(
-    model: BuiltModel, folder: RunFolder, output: str | Path, *, step: int, tokens: int | None
+    model: BuiltModel,
+    folder: RunFolder,
+    output: str | Path,
+    *,
+    step: int,
+    tokens: int | None,
+    dtype: str | None = None,
 ) -> RunFolder:
     """Writes a trained model to a folder that `loading.load_run` reads, too.
 
@@ -52,17 +62,21 @@ def export_model(
       output: The new folder; created when absent.
       step: Of the checkpoint.
       tokens: That it was trained on, if that is known.
+      dtype: One of `HALF` stores float32 arrays in half the space, rounded; they are float32 again
+        when they are read.
 
     Raises:
       OutputError: If the folder cannot be written.
       RunError: If it holds a run, or is the exported folder itself.
+      ValueError: If `dtype` is another one, or an array has numbers too large for it.
     """
     target = RunFolder(Path(output))
     check_export(folder, target)
+    arrays = _rounded(named(_arrays(model.state)), dtype)
     about = _describe(model, step, tokens) | {"training": model_file.read(folder.model)["training"]}
     with open_output_folder(target.path, last=target.model.name) as path:
         new = RunFolder(path)
-        _write_arrays(new.weights, named(_arrays(model.state)))
+        _write_arrays(new.weights, arrays)
         for source, copy in ((folder.baselines, new.baselines), (folder.config, new.config)):
             if source.is_file():
                 with open_output(copy) as file, open(source, "rb") as content:
@@ -174,7 +188,10 @@ def read_arrays(
             names = file.keys()
             stored = {name: _describe_slice(file.get_slice(name)) for name in names}
             _check_shapes(folder, stored, expected)
-            found = {name: file.get_tensor(name) for name in expected}
+            found = {
+                name: file.get_tensor(name).astype(wanted.partition("[")[0])
+                for name, wanted in expected.items()
+            }
     except (MemoryError, OSError, ValueError, safetensors.SafetensorError) as error:
         remedy = machine_failure(error) or "fetch the folder again, or export the run again"
         raise RunError(f"{path} cannot be read ({error}): {remedy}") from error
@@ -192,7 +209,8 @@ def _describe_slice(part: Any) -> str:
 def _check_shapes(folder: RunFolder, stored: dict[str, str], expected: dict[str, str]) -> None:
     for name in [*expected, *stored]:
         there, wanted = (tree.get(name, "absent") for tree in (stored, expected))
-        if there != wanted:
+        halves = [wanted.replace("float32", half) for half in HALF]
+        if there not in (wanted, *halves):
             raise RunError(
                 f"{folder.weights} does not fit {folder.model.name}: {name} is {there} there, and "
                 f"the model expects {wanted}; export the run again"
@@ -208,6 +226,22 @@ def exported_step(folder: RunFolder, about: dict[str, Any]) -> int:
     if about["exported"] is None:
         raise RunError(f"{folder.model}: exported is null, though {folder.weights.name} is there")
     return about["exported"]["step"]
+
+
+def _rounded(arrays: dict[str, Any], dtype: str | None) -> dict[str, Any]:
+    """Arrays as an export of `dtype` stores them."""
+    if dtype is None:
+        return arrays
+    if dtype not in HALF:
+        raise ValueError(f"dtype must be one of {HALF} or None, got {dtype!r}")
+    rounded = {
+        name: array.astype(dtype) if array.dtype == "float32" else array
+        for name, array in arrays.items()
+    }
+    for name, array in rounded.items():
+        if bool(np.isinf(array).any()) and not bool(np.isinf(arrays[name]).any()):
+            raise ValueError(f"{name} has numbers too large for {dtype}: export as bfloat16")
+    return rounded
 
 
 def _write_arrays(path: Path, arrays: dict[str, Any]) -> None:

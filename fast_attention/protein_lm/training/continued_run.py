@@ -43,7 +43,7 @@ def continue_training(
     it reached.
 
     Args:
-      run_dir: The run to begin from.
+      run_dir: The run, or the exported model, to begin from.
       work_dir: The folder of the new run.
       fasta: FASTA files to train on, or folders of them.
       valid_fasta: FASTA files to validate on after every epoch, and to evaluate on at the end;
@@ -71,10 +71,6 @@ def continue_training(
         )
     check_output_folder(work_dir)
     before = load_run(run_dir, gin_file=gin_file)
-    if before.folder.is_export():
-        raise RunError(
-            f"{run_dir} is an exported model, from which training cannot go on: give the run itself"
-        )
     if Path(work_dir).exists() and Path(work_dir).samefile(before.folder.path):
         raise RunError(f"{work_dir} is the run to begin from: give the new run another folder")
     corpus = load_corpus(

@@ -9,6 +9,7 @@ import safetensors.numpy
 from fast_attention.protein_lm import cli
 from fast_attention.protein_lm.flax_model import FlaxModel
 from fast_attention.protein_lm.loading import load_run
+from fast_attention.protein_lm.runs.exporting import export_model
 
 
 @pytest.fixture(scope="module", params=["lm_run", "bert_run"])
@@ -60,6 +61,45 @@ def test_an_exported_model_works_and_is_exported_again(exported, tiny_fasta, tmp
     assert cli.main(["export", f"--run_dir={folder}", f"--output={again}"]) == 0
     for name in ("model.json", "model.safetensors", "config.gin", "baselines.npz"):
         assert (again / name).read_bytes() == (folder / name).read_bytes()
+
+
+@pytest.mark.parametrize(("dtype", "digits"), [("float16", 2**-11), ("bfloat16", 2**-8)])
+def test_half_the_space_for_rounded_parameters(lm_run, tmp_path, dtype, digits):
+    for name, more in (("whole", []), ("half", [f"--dtype={dtype}"])):
+        assert (
+            cli.main(["export", f"--run_dir={lm_run}", f"--output={tmp_path / name}", *more]) == 0
+        )
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("whole", "half")]
+    assert sizes[1] < 0.6 * sizes[0]
+    whole, half = (load_run(tmp_path / name).model for name in ("whole", "half"))
+
+    def check(one, two):
+        assert one.dtype == two.dtype
+        np.testing.assert_allclose(one, two, rtol=digits, atol=2**-25)
+
+    jax.tree.map(check, whole.weights, half.weights)
+    np.testing.assert_allclose(
+        *(model.score(["MKTAYIAKQR"])[0].log_likelihood for model in (whole, half)), rtol=0.02
+    )
+
+
+def test_numbers_too_large_for_half_the_space_are_refused(lm_run):
+    model, step, folder = load_run(lm_run)
+    weights = jax.tree.map(lambda x: x * 1e9, model.weights)
+    model.set_parameters(weights, model.state.variables)
+    with pytest.raises(ValueError, match="too large for float16: export as bfloat16"):
+        export_model(model, folder, folder.path / "x", step=step, tokens=None, dtype="float16")
+    assert not (folder.path / "x").exists()
+
+
+def test_a_family_is_learned_from_an_export(exported, tiny_fasta, tmp_path):
+    run, folder = exported
+    arguments = [f"--fasta={tiny_fasta}", "--epochs=1", "--batch_size=256"]
+    for name, start in (("a", run), ("b", folder)):
+        output = f"--output={tmp_path / name}"
+        assert cli.main(["fine-tune", f"--run_dir={start}", output, *arguments]) == 0
+    one, two = (load_run(tmp_path / name).model for name in ("a", "b"))
+    jax.tree.map(np.testing.assert_array_equal, one.weights, two.weights)
 
 
 def test_what_cannot_be_read_or_written_is_told(lm_run, tmp_path, capsys):
