@@ -1,0 +1,79 @@
+"""The model that comes with the package works without any training or option."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from fast_attention.protein_lm import cli, pretrained
+from fast_attention.protein_lm.data.corpus import bundled_corpus
+from fast_attention.protein_lm.data.fasta import read_fasta
+from fast_attention.protein_lm.models import FlaxLM
+
+PROTEINS = {"insulin": "MALWMRLLPLLALLALWGPDPAAAFVNQHLCGSHLVEALYLVCGERGFFYTPKT", "short": "MKTAYIAKQR"}
+
+
+@pytest.fixture
+def fasta(tmp_path):
+    path = tmp_path / "x.fa"
+    path.write_text("".join(f">{name}\n{protein}\n" for name, protein in PROTEINS.items()))
+    return path
+
+
+def files():
+    return {path.name: path.stat().st_mtime_ns for path in pretrained.FOLDER.iterdir()}
+
+
+def test_it_is_small():
+    sizes = [(pretrained.FOLDER / name).stat().st_size for name in files() if "__" not in name]
+    assert sum(sizes) <= 6e6
+
+
+def test_it_predicts_proteins_that_it_has_not_seen():
+    """Guessing with the frequencies of residues has a perplexity of 18.1 on them."""
+    model = FlaxLM.load(pretrained.FOLDER)
+    records = list(read_fasta(bundled_corpus("test")))[::40]
+    scores = list(model.score([record.sequence[:500] for record in records]))
+    residues = sum(score.residues_scored for score in scores)
+    loss = -sum(score.log_likelihood for score in scores) / residues
+    assert np.exp(loss) < 17.2
+
+
+def test_commands_take_it_without_a_run_folder(fasta, tmp_path, capsys):
+    before = files()
+    scores, effects = tmp_path / "scores.tsv", tmp_path / "effects.tsv"
+    assert cli.main(["score", f"--fasta={fasta}", f"--output={scores}"]) == 0
+    assert "no --run_dir: the model that comes with the package" in capsys.readouterr().err
+    with open(scores, newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    assert [row["id"] for row in rows] == list(PROTEINS)
+    expected = FlaxLM.load(pretrained.FOLDER).score(list(PROTEINS.values()))
+    np.testing.assert_allclose(
+        [float(row["log_likelihood"]) for row in rows],
+        [score.log_likelihood for score in expected],
+        rtol=1e-5,
+    )
+    arguments = ["mutate", f"--fasta={fasta}", "--mutations=M1A", f"--output={effects}", "--quiet"]
+    assert cli.main(arguments) == 0
+    assert capsys.readouterr().err == ""
+    assert cli.main(["evaluate", f"--fasta={fasta}"]) == 0
+    captured = capsys.readouterr().out
+    assert "this model" in captured and "written to" not in captured
+    assert cli.main(["info", "--skip_corpus", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"] == "FlaxLM"
+    assert files() == before
+
+
+def test_a_predictor_made_from_it_holds_the_model(tmp_path):
+    table, output = tmp_path / "table.csv", tmp_path / "predictor"
+    rng = np.random.default_rng(0)
+    letters = list("ACDEFGHIKLMNPQRSTVWY")
+    rows = ["".join(rng.choice(letters, 12)) for _ in range(12)]
+    table.write_text(
+        "sequence,label\n" + "".join(f"{row},{row.count('A')}.5\n" for row in rows)
+    )
+    arguments = [f"--table={table}", "--task=regression", f"--output={output}"]
+    assert cli.main(["fine-tune", *arguments]) == 0
+    about = json.loads((output / "finetuned.json").read_text())
+    assert about["whole"] and str(pretrained.FOLDER) not in json.dumps(about)
