@@ -89,15 +89,13 @@ SMALL = {
         "--gin_bindings=experiment.max_train_steps = 2",
         "--gin_bindings=experiment.max_sample_length = 8",
     ],
-    "evaluate": [],
     "score": [],
+    "evaluate": [],
     "mutate": [],
     "sample": ["--max_length=8"],
     "embed": [],
     "fine-tune": [],
     "predict": [],
-    "export": [],
-    "info": [],
     "diagnose": [],
 }
 
