@@ -11,7 +11,10 @@ from fast_attention.protein_lm.data.corpus import bundled_corpus
 from fast_attention.protein_lm.data.fasta import read_fasta
 from fast_attention.protein_lm.models import FlaxLM
 
-PROTEINS = {"insulin": "MALWMRLLPLLALLALWGPDPAAAFVNQHLCGSHLVEALYLVCGERGFFYTPKT", "short": "MKTAYIAKQR"}
+PROTEINS = {
+    "insulin": "MALWMRLLPLLALLALWGPDPAAAFVNQHLCGSHLVEALYLVCGERGFFYTPKT",
+    "short": "MKTAYIAKQR",
+}
 
 
 @pytest.fixture
@@ -70,9 +73,7 @@ def test_a_predictor_made_from_it_holds_the_model(tmp_path):
     rng = np.random.default_rng(0)
     letters = list("ACDEFGHIKLMNPQRSTVWY")
     rows = ["".join(rng.choice(letters, 12)) for _ in range(12)]
-    table.write_text(
-        "sequence,label\n" + "".join(f"{row},{row.count('A')}.5\n" for row in rows)
-    )
+    table.write_text("sequence,label\n" + "".join(f"{row},{row.count('A')}.5\n" for row in rows))
     arguments = [f"--table={table}", "--task=regression", f"--output={output}"]
     assert cli.main(["fine-tune", *arguments]) == 0
     about = json.loads((output / "finetuned.json").read_text())

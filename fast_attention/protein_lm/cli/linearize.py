@@ -20,7 +20,7 @@ report has the perplexity after each stage, and with a window also without it, a
       --estimator=hedgehog --exact_window=32
 
 The new folder is an exported model: evaluate, score, embed, mutate, sample, fine-tune --table and
-export take it. Given the same arguments again, an interrupted command goes on."""
+export take it. The same arguments resume an interrupted command."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--valid_fasta",
         action="append",
         metavar="PATH",
-        help="proteins to measure on (default: every tenth of --fasta, which is then not trained "
-        "on); may be repeated",
+        help="proteins to measure on (default: every tenth protein of --fasta, which is then not "
+        "trained on); may be repeated",
     )
     attention = parser.add_argument_group("attention")
     attention.add_argument(
@@ -52,76 +52,79 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--nb_features",
         type=arguments.number(ranges.FEATURES),
         metavar="N",
-        help="how many features (default: twice the head width for hedgehog, else 256)",
+        help="number of features (default: twice the head width for hedgehog, else 256)",
     )
     attention.add_argument(
         "--exact_window",
         type=arguments.number(ranges.LENGTH),
         metavar="W",
-        help="compute residues this near exactly (default: none)",
+        help="use exact weights for the nearest W residues (default: none)",
     )
     attention.add_argument(
         "--keep_exact",
         type=arguments.number(ranges.HEAD),
         metavar="N",
-        help="leave the N layers of the largest error exact (default: none)",
+        help="keep exact attention in the N layers with the largest error (default: 0)",
     )
     training = parser.add_argument_group("training")
     training.add_argument(
         "--transfer_steps",
         type=arguments.number(ranges.COUNT),
         metavar="N",
-        help="of attention transfer (default: 500)",
+        help="steps of attention transfer (default: 500)",
     )
     training.add_argument(
         "--transfer_rate",
         type=arguments.number(ranges.LEARNING_RATE),
         metavar="X",
-        help="its highest learning rate (default: 0.01)",
+        help="highest learning rate of attention transfer (default: 0.01)",
     )
     training.add_argument(
         "--finetune",
         choices=("none", "lora", "full"),
-        help="what is trained afterwards: nothing, adapters and features (default), or everything",
+        help="train nothing, adapters and features, or all parameters afterwards (default: lora)",
     )
     training.add_argument(
         "--finetune_steps",
         type=arguments.number(ranges.COUNT),
         metavar="N",
-        help="of that (default: 500)",
+        help="steps of fine-tuning (default: 500)",
     )
     training.add_argument(
         "--finetune_rate",
         type=arguments.number(ranges.LEARNING_RATE),
         metavar="X",
-        help="its highest learning rate (default: 1e-3 for lora, 1e-4 for full)",
+        help="highest learning rate of fine-tuning (default: 1e-3 for lora, 1e-4 for full)",
     )
     training.add_argument(
-        "--rank", type=arguments.number(ranges.RANK), metavar="R", help="of adapters (default: 8)"
+        "--rank",
+        type=arguments.number(ranges.RANK),
+        metavar="R",
+        help="rank of adapters (default: 8)",
     )
     training.add_argument(
         "--kl_weight",
         type=arguments.number(ranges.WEIGHT),
         metavar="X",
-        help="weight of the divergence from the exact model (default: 1)",
+        help="weight of the KL divergence from the exact model (default: 1)",
     )
     training.add_argument(
         "--batch_size",
         type=arguments.number(ranges.BATCH_SIZE),
         metavar="N",
-        help="proteins at a time (default: 8)",
+        help="proteins per batch (default: 8)",
     )
     training.add_argument(
         "--max_length",
         type=arguments.number(ranges.ROW),
         metavar="N",
-        help="crop longer proteins to so many tokens (default: 512)",
+        help="crop longer proteins to N tokens (default: 512)",
     )
     training.add_argument(
         "--save_every",
         type=arguments.number(ranges.COUNT),
         metavar="N",
-        help="steps between two saved states (default: 50)",
+        help="save the state every N steps (default: 50)",
     )
     arguments.add_on_error_choice(parser, "raise")
     arguments.add_seed(parser, "random seed; equal seeds give equal results (default: 0)")
