@@ -25,10 +25,11 @@ def test_every_file_is_known():
         *shared,
         "demo",
         "longer",
+        "pretrained",
     }
 
 
-@pytest.mark.parametrize("name", [*PAPER, *SMALL, "demo", "longer"])
+@pytest.mark.parametrize("name", [*PAPER, *SMALL, "demo", "longer", "pretrained"])
 def test_the_model_can_be_built(name):
     model = load(name, "FlaxModel.num_layers = 1")
     assert type(model) is (FlaxBERT if name.startswith("bert") else FlaxLM)
