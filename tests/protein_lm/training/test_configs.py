@@ -45,7 +45,7 @@ def test_the_model_can_be_built(name):
     )
     assert logits.shape == (*tokens.shape, 29)
     projections = {leaf.shape for leaf in jax.tree.leaves(state.variables)}
-    features = {"demo": 64, "longer": 64}.get(name, 128 if name in SMALL else 256)
+    features = {"demo": 64, "longer": 64, "pretrained": 64}.get(name, 128 if name in SMALL else 256)
     assert projections == {(features, model.config.head_dim)}
 
 
