@@ -205,5 +205,5 @@ def test_mismatches_are_told():
         ValueError, match=r"the same shape and dtype, got float32\[2, 3\] and float16"
     ):
         residual((drop,), (None,), x, x.astype(jnp.float16))
-    with pytest.raises(ValueError, match=r"given \(2, 3\) and returned an increment of \(2,\)"):
+    with pytest.raises(ValueError, match=r"got \(2, 3\) and returned an increment of \(2,\)"):
         reversible_residual((lambda p, x, s, m: (x[:, 0], None),), (None,), x, x)

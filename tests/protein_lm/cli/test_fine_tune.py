@@ -287,7 +287,7 @@ def test_few_and_repeated_proteins_are_said(lm_run, records, tmp_path, capsys):
     told = capsys.readouterr().out
     assert "(of 3 proteins, which is too few" in told.splitlines()[0]
     assert "the figures of 'valid' are of 3 proteins, which is too few" in told
-    assert "2 of 3 validation proteins are identical to proteins that are trained on" in told
+    assert "2 of 3 validation proteins are identical to training proteins" in told
 
 
 def test_a_genome_in_a_table_is_refused_by_its_line(arguments, records, tmp_path, capsys):
