@@ -123,7 +123,7 @@ def test_letters_can_be_replaced_in_several_files(write):
 def test_when_all_are_left_out_that_is_an_error(write):
     paths = [write("a.fasta", b">a\nM-\n"), write("b.fasta", b">b\nM1\n>c\n")]
     skipped = SkippedRecords()
-    with pytest.raises(FastaError, match=r"All records \(3\) were skipped.*a\.fasta, line 2: .*'-'"):
+    with pytest.raises(FastaError, match=r"All records \(3\) were skipped.*a\.fasta, line 2:.*'-'"):
         ids(paths, on_error="skip", skipped=skipped)
     assert (skipped.count, skipped.total) == (3, 3)
 
