@@ -107,7 +107,9 @@ def test_a_file_that_does_not_fit_is_told_and_not_left_in_part(tmp_path):
     lines = done.stdout.splitlines()
     assert len(lines) == 4
     for line, name in zip(lines, ["a.fasta", "a.fasta.gz", "a.json", "a.tsv"], strict=True):
-        assert line.startswith(f"{tmp_path}/{name} cannot be written: the file exceeds the size limit")
+        assert line.startswith(
+            f"{tmp_path}/{name} cannot be written: the file exceeds the size limit"
+        )
     assert list(tmp_path.iterdir()) == []
 
 
