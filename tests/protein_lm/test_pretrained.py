@@ -63,9 +63,10 @@ def test_commands_take_it_without_a_run_folder(fasta, tmp_path, capsys):
     arguments = ["mutate", f"--fasta={wild}", "--mutations=M1A", f"--output={effects}", "--quiet"]
     assert cli.main(arguments) == 0
     assert capsys.readouterr().err == ""
-    assert cli.main(["evaluate", f"--fasta={fasta}"]) == 0
-    captured = capsys.readouterr().out
-    assert "this model" in captured and "written to" not in captured
+    for named in ([], [f"--run_dir={pretrained.FOLDER}/"]):
+        assert cli.main(["evaluate", f"--fasta={fasta}", *named]) == 0
+        captured = capsys.readouterr().out
+        assert "this model" in captured and "written to" not in captured
     assert cli.main(["info", "--skip_corpus", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["model"] == "FlaxLM"
     assert files() == before

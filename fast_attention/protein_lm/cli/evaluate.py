@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> None:
     last = options.seed + options.num_seeds - 1
     ranges.check("--seed plus --num_seeds minus 1", last, ranges.SEED)
     # The package is not written to.
-    keeps = options.output is None and options.run_dir != pretrained.FOLDER
+    keeps = options.output is None and not pretrained.is_pretrained(options.run_dir)
     own = None
     if keeps and Path(options.run_dir).is_dir():
         own = RunFolder(Path(options.run_dir)).evaluation

@@ -195,7 +195,7 @@ def run(options: argparse.Namespace) -> None:
         fasta=options.fasta,
         columns=_given(options, _COLUMNS) | {"on_error": options.on_error},
         # Where the package is depends on the installation.
-        whole_model=bool(options.whole_model) or options.run_dir == pretrained.FOLDER,
+        whole_model=bool(options.whole_model) or pretrained.is_pretrained(options.run_dir),
         gin_file=options.gin_file,
         options=_given(options, _PROPERTY) | training | {"seed": options.seed},
     )

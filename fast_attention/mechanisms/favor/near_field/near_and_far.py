@@ -15,7 +15,7 @@ from fast_attention.linear.implementations import implementation_names
 from fast_attention.linear.state import EMPTY_LOG_SCALE
 from fast_attention.linear.types import Output, Parts, Plan
 
-# On every platform the first of these is the second.
+# The near field has one form for all platforms: "by_platform" is "chunked" here.
 _IMPLEMENTATIONS = ("by_platform", "chunked", "reference")
 
 
