@@ -19,8 +19,8 @@ report has the perplexity after each stage, and with a window also without it, a
   protein-lm linearize --run_dir=runs/exact --work_dir=runs/linear --fasta=proteins.fasta \\
       --estimator=hedgehog --exact_window=32
 
-The new folder is an exported model: evaluate, score, embed, mutate, sample, fine-tune --table and
-export take it. The same arguments resume an interrupted command."""
+The new folder is an exported model: evaluate, score, embed, mutate, sample, fine-tune and export
+take it. The same arguments resume an interrupted command."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

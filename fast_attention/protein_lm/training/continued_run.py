@@ -78,9 +78,11 @@ def continue_training(
     )
     about = model_file.read(before.folder.model)
     settings = about["training"] or {}
+    # A model that was not trained by a run has no settings.
+    length = settings.get("max_train_length", min(512, before.model.domain.length))
     planner = EpochPlanner(
         corpus,
-        settings.get("max_train_length", 512),
+        length,
         seed=seed,
         pack=settings.get("pack_sequences", True),
         shuffle=True,
@@ -101,6 +103,7 @@ def continue_training(
         "experiment.valid_fraction": 0.0,
         "experiment.epochs": epochs,
         "experiment.max_train_steps": steps,
+        "experiment.max_train_length": length,
         "experiment.batch_size": None,
         "experiment.batch_size_per_device": rows,
         "experiment.train_summary_frequency": per_epoch,

@@ -102,6 +102,16 @@ def test_a_family_is_learned_from_an_export(exported, tiny_fasta, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, one.weights, two.weights)
 
 
+def test_a_family_is_learned_by_a_model_of_no_run(lm_run, tmp_path):
+    """Models of Python, linearized and imported ones have no settings of a training."""
+    FlaxModel.load(lm_run).save(tmp_path / "model")
+    family, output = tmp_path / "family.fasta", tmp_path / "run"
+    family.write_text(">a\n" + 12 * "MKTAYIAKQR" + "\n>b\nMKTAYIAKQW\n")
+    arguments = [f"--run_dir={tmp_path / 'model'}", f"--fasta={family}", f"--output={output}"]
+    assert cli.main(["fine-tune", *arguments, "--epochs=1"]) == 0
+    assert load_run(output).step == 1
+
+
 def test_what_cannot_be_read_or_written_is_told(lm_run, tmp_path, capsys):
     assert "a folder of its own" in fails(
         ["export", f"--run_dir={lm_run}", f"--output={lm_run}"], capsys
