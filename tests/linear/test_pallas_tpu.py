@@ -165,7 +165,7 @@ def test_epsilon():
         ({"output": "sum"}, "output='sum'"),
         ({"unroll": 2}, "unroll=2"),
         ({"saved_states": "all"}, "save no states"),
-        ({"precision": jax.lax.DotAlgorithmPreset.TF32_TF32_F32}, "precisions"),
+        ({"precision": jax.lax.DotAlgorithmPreset.TF32_TF32_F32}, "TF32_TF32_F32"),
         ({name: jnp.zeros((1, 5, 1, 512)) for name in ("query", "key", "value")}, "width of 256"),
     ],
 )
