@@ -127,8 +127,7 @@ def linear_attention(
 
     Raises:
       ValueError: for shapes or options that do not fit together.
-      NotImplementedError: if the requested implementation does not support the call, or with
-        ``log_decay`` if sequences are sharded along a mesh axis.
+      NotImplementedError: if the requested implementation does not support the call.
       TypeError: in forward mode (``jax.jvp``, ``jax.linearize``) of an implementation with a custom
         gradient; ``implementation="reference"`` supports forward mode. ``jax.hessian`` works with
         every implementation on XLA.

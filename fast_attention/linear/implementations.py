@@ -73,12 +73,6 @@ def check_decays(plan: Plan) -> None:
             f"implementation={plan.implementation!r} does not support log_decay: leave "
             f"implementation out, or use one of {DECAYING}."
         )
-    if plan.axis_name is not None:
-        raise NotImplementedError(
-            "log_decay is not supported for sequences sharded along the mesh axis "
-            f"{plan.axis_name!r}: keep each sequence on one device, and shard the batch or the "
-            "heads."
-        )
 
 
 def implementation_names(implementation: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -34,7 +34,7 @@ MAPS = {
 
 ARGUMENTS = (
     *("query", "key", "value", "parameters", "key_mask", "key_bias", "segment_ids"),
-    *("initial_state", "return_state", "exact_window"),
+    *("initial_state", "return_state", "exact_window", "log_decay"),
 )
 
 

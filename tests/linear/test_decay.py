@@ -350,5 +350,3 @@ def test_refusals():
             attend(plan_of("positive", implementation=name), log_decay=jnp.zeros(K))
     both = plan_of("positive", implementation=("pallas_gpu", "chunked"))
     assert attend(both, log_decay=jnp.zeros(K)).shape == (B, 4, H, V)
-    with pytest.raises(NotImplementedError, match="mesh axis"):
-        attend(plan_of("positive", axis_name="sequence"), log_decay=jnp.zeros(K))

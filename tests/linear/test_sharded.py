@@ -32,7 +32,8 @@ def across(q, k, v, *, mesh, parameters, initial_state=None, return_state=False,
     The length is filled up: what is filled in is hidden, and belongs to the last segment.
     """
     length, shards = q.shape[1], mesh.shape["seq"]
-    names = [name for name in ("key_mask", "key_bias", "segment_ids") if name in options]
+    of_keys = ("key_mask", "key_bias", "segment_ids", "log_decay")
+    names = [name for name in of_keys if name in options]
     arrays = {name: jnp.asarray(options.pop(name)) for name in names}
     arrays.setdefault("key_mask", jnp.ones(k.shape[:2], bool))
     arrays |= {"query": q, "key": k, "value": v}
@@ -66,12 +67,12 @@ def across(q, k, v, *, mesh, parameters, initial_state=None, return_state=False,
     return (out[:, :length], *state) if return_state else out[:, :length]
 
 
-def differentiated(attend, smooth, name, **fixed):
+def differentiated(attend, smooth, name, *, extra="key_bias", **fixed):
     """Returns gradients of everything, the output and the final sums."""
 
     def loss(smooth):
         q, k, v, parameters, *others = smooth
-        others = dict(zip(("key_bias", "initial_state"), others, strict=False))
+        others = dict(zip((extra, "initial_state"), others, strict=False))
         out, state = attend(
             *(q, k, v),
             feature_map=cases.MAPS[name],
@@ -105,6 +106,23 @@ def test_masks_biases_and_segments_across_edges(causal):
     smooth = (*cases.qkv(length=T), cases.parameters_of(name), bias, initial_state(name))
     fixed = {"causal": causal, "key_mask": MASK, "segment_ids": SEGMENTS}
     expected = differentiated(cases.attend, smooth, name, implementation="quadratic", **fixed)
+    of_devices = functools.partial(across, mesh=mesh_of(seq=8))
+    outputs, grads = differentiated(of_devices, smooth, name, **fixed)
+    cases.assert_close(outputs, expected[0], 1e-5)
+    cases.assert_close(grads, expected[1], 1e-4)
+
+
+@pytest.mark.eight_devices
+@needs_devices
+def test_decays_across_edges():
+    """Small and large ones, one that resets the state, and masked tokens, which do not decay."""
+    name = "positive"
+    decays = -np.exp(2 * cases.draw(6, cases.B, T, cases.K))
+    decays[0, 8, 0] = -np.inf
+    decays = jnp.asarray(decays, jnp.float32)
+    smooth = (*cases.qkv(length=T), cases.parameters_of(name), decays, initial_state(name))
+    fixed = {"causal": True, "key_mask": MASK, "segment_ids": SEGMENTS, "extra": "log_decay"}
+    expected = differentiated(cases.attend, smooth, name, **fixed)
     of_devices = functools.partial(across, mesh=mesh_of(seq=8))
     outputs, grads = differentiated(of_devices, smooth, name, **fixed)
     cases.assert_close(outputs, expected[0], 1e-5)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fast_attention.arrays.types import Array
-from fast_attention.linear.state import LinearAttentionState, emptied, merge
+from fast_attention.linear.state import LinearAttentionState, decayed, emptied, merge
 from fast_attention.mesh.layout import AxisName
 
 
@@ -27,18 +27,24 @@ class Stretch(NamedTuple):
       state: the keys of its last segment.
       fresh: bool ``[B]``: a segment starts in it, so that nothing before it can be read behind it;
         None without segments.
+      log_decay: ``[B, K]``: the sum of ``log_decay`` over its tokens; None without decay.
     """
 
     state: LinearAttentionState
     fresh: Array | None
+    log_decay: Array | None = None
 
 
 def joined(left: Stretch, right: Stretch) -> Stretch:
     """Returns what two stretches leave behind, one after the other; associative."""
+    both = None
+    if left.log_decay is not None and right.log_decay is not None:
+        both = left.log_decay + right.log_decay
     if left.fresh is None or right.fresh is None:
-        return Stretch(merge(left.state, right.state), None)
+        return Stretch(merge(left.state, right.state, right.log_decay), None, both)
     visible = emptied(left.state, right.fresh)
-    return Stretch(merge(visible, right.state), left.fresh | right.fresh)
+    state = merge(visible, right.state, right.log_decay)
+    return Stretch(state, left.fresh | right.fresh, both)
 
 
 def states_before(
@@ -70,7 +76,11 @@ def states_before(
     def choose(condition: Array, x: Any, y: Any) -> Any:
         return jax.tree.map(lambda x, y: jnp.where(condition, x, y), x, y)
 
-    start = Stretch(initial, None if own.fresh is None else jnp.ones_like(own.fresh))
+    start = Stretch(
+        state=initial,
+        fresh=None if own.fresh is None else jnp.ones_like(own.fresh),
+        log_decay=None if own.log_decay is None else jnp.zeros_like(own.log_decay),
+    )
     before = choose(place == 0, start, from_before(own, 1))
     distance = 1
     while distance < count:
@@ -90,9 +100,11 @@ def state_of_all(
       initial: what came before the first device, the same on all.
       axis_name: the axis along which the sequence lies.
     """
-    state = own.state
+    state, place = own.state, lax.axis_index(axis_name)
+    if own.log_decay is not None:
+        behind, whole = _decays_behind(own.log_decay, axis_name)
+        state, initial = decayed(state, behind), decayed(initial, whole)
     if own.fresh is not None:
-        place = lax.axis_index(axis_name)
         last_fresh = lax.pmax(jnp.where(own.fresh, place, -1), axis_name)
         state = emptied(state, place < last_fresh)
         initial = emptied(initial, last_fresh >= 0)
@@ -104,3 +116,11 @@ def state_of_all(
     factor = jnp.exp(own_scale - scale)
     kv, k_sum = lax.psum((state.kv * factor[..., None, :], state.k_sum * factor), axis_name)
     return merge(initial, LinearAttentionState(kv, k_sum, scale))
+
+
+def _decays_behind(log_decay: Array, axis_name: AxisName) -> tuple[Array, Array]:
+    """Sums ``[B, K]`` over the devices behind this one, and over all."""
+    every = lax.all_gather(log_decay, axis_name)
+    later = jnp.arange(every.shape[0]) > lax.axis_index(axis_name)
+    behind = jnp.sum(jnp.where(later[:, None, None], every, 0), axis=0)
+    return behind, lax.psum(log_decay, axis_name)

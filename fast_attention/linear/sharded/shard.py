@@ -17,6 +17,7 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from fast_attention.arrays.manual_axes import vary_alike
@@ -64,7 +65,7 @@ def attend_along_axis(
     assert axis_name is not None
     inputs = vary_alike(inputs, lax.axis_index(axis_name))
     if ends is None:
-        whole = Stretch(reduced_keys(plan, inputs), None)
+        whole = _stretch(reduced_keys(plan, inputs), None, inputs)
         if plan.causal:
             before = states_before(whole, initial, axis_name)
             out, _ = run(plan, inputs._replace(state=before))
@@ -76,7 +77,7 @@ def attend_along_axis(
     assert ids is not None
     edges = _edges(*ends, axis_name)
     inner = ids[:, -1] != ids[:, 0]
-    to_the_right = Stretch(_reduced_segment(plan, inputs, -1), inner | edges.first)
+    to_the_right = _stretch(_reduced_segment(plan, inputs, -1), inner | edges.first, inputs)
     state = state_of_all(to_the_right, initial, axis_name) if return_state else None
     before = states_before(to_the_right, initial, axis_name)
     within = inputs._replace(state=emptied(before, edges.first))
@@ -90,6 +91,11 @@ def attend_along_axis(
 
 def reduced_keys(plan: Plan, inputs: Inputs) -> LinearAttentionState:
     """Returns the state of all keys in ``inputs``, and of no other."""
+    if inputs.log_decay is not None:
+        # Decays need the order of the keys. What queries of zeros read is not used.
+        queries = jnp.zeros_like(inputs.key)
+        keys = inputs._replace(query=queries, segment_ids=None, state=emptied(inputs.state))
+        return run(dataclasses.replace(plan, implementation=REDUCTION), vary_alike(keys))[1]
     reduce = dataclasses.replace(plan, causal=False, implementation=REDUCTION)
     keys = inputs._replace(query=inputs.query[:, :0], segment_ids=None, state=emptied(inputs.state))
     return run(reduce, keys)[1]
@@ -117,7 +123,15 @@ def _reduced_segment(plan: Plan, inputs: Inputs, place: int) -> LinearAttentionS
     assert ids is not None
     own = (ids == ids[:, place][:, None])[..., None]
     mask = own if inputs.key_mask is None else inputs.key_mask & own
-    return reduced_keys(plan, inputs._replace(key_mask=mask))
+    decay = inputs.log_decay
+    if decay is not None:
+        decay = jnp.where(own, decay, 0)
+    return reduced_keys(plan, inputs._replace(key_mask=mask, log_decay=decay))
+
+
+def _stretch(state: LinearAttentionState, fresh: Array | None, inputs: Inputs) -> Stretch:
+    decay = inputs.log_decay
+    return Stretch(state, fresh, None if decay is None else jnp.sum(decay, axis=1))
 
 
 def _edges(first: Array, last: Array, axis_name: AxisName) -> Edges:
