@@ -1,4 +1,4 @@
-"""Text for a terminal: control characters out of names of files and their contents are escaped.
+"""Standard streams: those that are closed, and control characters in what is printed.
 
 A terminal obeys control characters: they move the cursor, hide text, set the title or answer as if
 a person had typed. Names of files, headers and JSON may hold any, and each message may quote them.
@@ -7,7 +7,9 @@ a person had typed. Names of files, headers and JSON may hold any, and each mess
 from __future__ import annotations
 
 import io
+import os
 import re
+import sys
 
 _CONTROL = re.compile(
     # C0 without tab and line feed, C1, and marks that reorder or separate lines.
@@ -49,3 +51,23 @@ def for_terminal(stream: io.TextIOWrapper) -> TerminalText:
         line_buffering=stream.line_buffering,
         write_through=stream.write_through,
     )
+
+
+def fill_closed_streams() -> None:
+    """Puts an empty device in place of each standard stream that is closed.
+
+    Otherwise the next file that is opened has its number: libraries would print into an output, and
+    ``-`` would be some other file. Reading standard input then finds nothing, writing a result to
+    standard output is an error, and messages are lost.
+    """
+    for number, mode in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)):
+        try:
+            os.fstat(number)
+        except OSError:
+            # The lowest number that is free, which is this one.
+            os.set_inheritable(os.open(os.devnull, mode), True)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            stream = io.TextIOWrapper(io.FileIO(os.devnull, "w"), encoding="utf-8")
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)  # As Python keeps it, see `for_terminal`.

@@ -23,3 +23,8 @@ def place(path: str | os.PathLike[str]) -> str:
     """An output as a message names it, in one line."""
     name = os.fspath(path)
     return "standard output" if name == "-" else name.replace("\n", "\\n")
+
+
+def source(path: str) -> str:
+    """A file to read as a message names it."""
+    return "standard input" if path == "-" else path

@@ -1,6 +1,6 @@
 import pytest
 
-from fast_attention.protein_lm.wording import counted, duration, place
+from fast_attention.protein_lm.wording import counted, duration, place, source
 
 
 @pytest.mark.parametrize(
@@ -27,3 +27,7 @@ def test_a_time_is_in_a_unit_that_shows_it(seconds, text):
 
 def test_an_output_has_a_name():
     assert place("-") == "standard output" and place("a/b.tsv") == "a/b.tsv"
+
+
+def test_an_input_has_a_name():
+    assert source("-") == "standard input" and source("a/b.fasta") == "a/b.fasta"

@@ -29,7 +29,7 @@ from fast_attention.protein_lm.distributed.stopping import (
 )
 from fast_attention.protein_lm.errors import UsageError
 from fast_attention.protein_lm.messages import note, quietly
-from fast_attention.protein_lm.terminal import for_terminal
+from fast_attention.protein_lm.terminal import fill_closed_streams, for_terminal
 
 _DESCRIPTION = """\
 Train protein language models on FASTA files, and use them.
@@ -56,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       from the keyboard, 143 when by SIGTERM and 129 when by SIGHUP.
     """
     if arguments is None:
+        fill_closed_streams()
         # Messages quote names of files and headers, which may hold any character.
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout = for_terminal(sys.stdout)

@@ -17,7 +17,6 @@ from fast_attention.protein_lm.data.domains import DiscreteDomain
 from fast_attention.protein_lm.data.fasta import FastaPaths as FastaPaths
 from fast_attention.protein_lm.data.fasta import fasta_paths, read_proteins
 from fast_attention.protein_lm.data.skipped_records import SkippedRecords
-from fast_attention.protein_lm.files.text_source import FastaError
 
 BUNDLED_SPLITS = ("train", "valid", "test", "ood_test", "valid_iid", "test_iid", "tiny")
 
@@ -77,22 +76,6 @@ def bundled_splits() -> Path:
     return _DATA / "splits.tsv.gz"
 
 
-def data_files(fasta: FastaPaths) -> list[Path]:
-    """The files that are meant, see `fasta_paths`, all of which can be read more than once.
-
-    Raises:
-      FastaError: at a pipe or a device, or if a folder has no FASTA file.
-    """
-    paths = fasta_paths(fasta)
-    for path in paths:
-        if path.exists() and not path.is_file():
-            raise FastaError(
-                f"{path}: is a pipe or a device, but must be read more than once. Write its "
-                "content to a file first."
-            )
-    return paths
-
-
 def load_corpus(
     fasta: FastaPaths,
     domain: DiscreteDomain,
@@ -104,8 +87,7 @@ def load_corpus(
     """Reads and encodes whole FASTA files; proteins keep their full length and their order.
 
     Args:
-      fasta: one file or folder, or several, see `fasta_paths`. No pipes: training and evaluation
-        read their files more than once.
+      fasta: one file or folder, or several, see `fasta_paths`; each is read once.
       domain: gives the vocabulary; its length is not looked at.
       on_error: what to do with a record that cannot be read, see `read_proteins`.
       skipped: collects what ``on_error="skip"`` leaves out, which needs it.
@@ -115,7 +97,7 @@ def load_corpus(
       FastaError: if a file cannot be read or has a symbol that the vocabulary lacks.
       ValueError: if there is no file, or the vocabulary has no token that a FASTA file can hold.
     """
-    paths = data_files(fasta)
+    paths = fasta_paths(fasta)
     vocab = domain.vocab
     symbols = vocab.symbols
     if not symbols:

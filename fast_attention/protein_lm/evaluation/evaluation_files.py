@@ -13,7 +13,7 @@ from fast_attention.protein_lm.evaluation.report import format_table
 from fast_attention.protein_lm.files.json_files import check_fields, read_json, shown
 from fast_attention.protein_lm.files.output_files import write_json
 from fast_attention.protein_lm.runs.run_folder import RunFolder, inside
-from fast_attention.protein_lm.wording import counted
+from fast_attention.protein_lm.wording import counted, source
 
 _SAME = ("step", "digest", "max_residues", "seed", "num_seeds", "errors")
 """What makes two evaluations one and the same, given again."""
@@ -101,10 +101,8 @@ def format_evaluation_summary(found: dict[str, Any]) -> str:
     digest = f", sha256 {found['digest'][:12]}" if found.get("digest") else ""
     step = "" if found["step"] is None else f", step {found['step']:,}"
     size = f"{counted(found['proteins'], 'protein')}, {counted(found['residues'], 'residue')}"
-    caption = (
-        f"evaluation of {', '.join(found['fasta'])}: {size}{digest}{step}, {found['date']} "
-        f"({found['file']})"
-    )
+    fasta = ", ".join(map(source, found["fasta"]))
+    caption = f"evaluation of {fasta}: {size}{digest}{step}, {found['date']} ({found['file']})"
     table = format_table(
         ("", "perplexity", "accuracy"),
         [

@@ -8,7 +8,7 @@ from typing import Any
 
 from fast_attention.protein_lm.modeling.objectives import OBJECTIVES
 from fast_attention.protein_lm.runs.run_folder import RunFolder
-from fast_attention.protein_lm.wording import counted, duration
+from fast_attention.protein_lm.wording import counted, duration, source
 
 _GROUPS_SHOWN = 20
 
@@ -48,8 +48,8 @@ def format_evaluation(result: dict[str, Any]) -> str:
     asked = "hidden residue" if "corruption" in result else "residue"
     caption = (
         f"{counted(result['residues'], asked)} of {counted(result['proteins'], 'protein')} "
-        f"({', '.join(result['fasta'])}; at most the first {result['max_residues']:,} residues of "
-        "each)"
+        f"({', '.join(map(source, result['fasta']))}; "
+        f"at most the first {result['max_residues']:,} residues of each)"
     )
     over, groups = result["errors"]["over"], result["errors"]["groups"]
     parts = [caption, _scores(result["scores"])]

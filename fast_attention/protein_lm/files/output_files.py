@@ -25,6 +25,7 @@ from fast_attention.protein_lm.files.output_targets import (
     AnyPath,
     OutputError,
     Target,
+    check_descriptor,
     describe,
     has,
     is_null,
@@ -244,7 +245,7 @@ def check_output(path: AnyPath) -> None:
     try:
         target = resolve(path)
         if target.descriptor is not None:
-            os.fstat(target.descriptor)
+            check_descriptor(target.descriptor)
             return
         if not os.fspath(path) or target.stat is not None and stat.S_ISDIR(target.stat.st_mode):
             raise IsADirectoryError(errno.EISDIR, "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 import sys
@@ -22,6 +23,7 @@ _REMEDIES = {
     errno.EDQUOT: "your disk quota is used up: make room, or write elsewhere",
     errno.EFBIG: "the file exceeds the size limit: write elsewhere",
     errno.EACCES: "permission denied: write elsewhere",
+    errno.EBADF: "it is closed, or open for reading: give a file",
     errno.EPERM: "permission denied: write elsewhere",
     errno.EROFS: "the file system is read-only: write elsewhere",
     errno.ENAMETOOLONG: "the name is too long: choose another",
@@ -111,6 +113,12 @@ def _descriptor(text: str) -> int | None:
         except (OSError, ValueError):
             return None
     return None
+
+
+def check_descriptor(descriptor: int) -> None:
+    """Raises OSError if an open descriptor cannot be written to."""
+    if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
 
 
 def same(one: Target, other: Target) -> bool:

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fast_attention.protein_lm.data.corpus import data_files
-from fast_attention.protein_lm.data.fasta import FastaPaths
+from fast_attention.protein_lm.data.fasta import FastaPaths, fasta_paths
 from fast_attention.protein_lm.errors import RunError
 from fast_attention.protein_lm.files.json_files import read_json
 from fast_attention.protein_lm.files.output_files import write_json
@@ -36,9 +35,22 @@ def list_files(files: FastaPaths | Mapping[str, float] | None) -> list[tuple[Pat
         return []
     if isinstance(files, Mapping):
         return [
-            (path, float(weight)) for given, weight in files.items() for path in data_files(given)
+            (path, float(weight))
+            for given, weight in files.items()
+            for path in _regular_files(given)
         ]
-    return [(path, None) for path in data_files(files)]
+    return [(path, None) for path in _regular_files(files)]
+
+
+def _regular_files(fasta: FastaPaths) -> list[Path]:
+    paths = fasta_paths(fasta)
+    for path in paths:
+        if path.exists() and not path.is_file():
+            raise FastaError(
+                f"{path}: is a pipe or a device, but training reads its files more than once, and "
+                "again when it resumes. Write its content to a file first."
+            )
+    return paths
 
 
 def describe_files(files: FastaPaths | Mapping[str, float] | None) -> list[Entry]:

@@ -1,5 +1,6 @@
 """What other programs of a shell expect of a command: pipes, status, one line a message."""
 
+import json
 import os
 import signal
 import subprocess
@@ -67,10 +68,28 @@ def test_standard_input_is_read_once(lm_run, tmp_path, capsys):
     assert "give it once" in capsys.readouterr().err
 
 
-def test_what_reads_twice_asks_for_a_file(lm_run, standard_input, capsys):
-    standard_input(FASTA)
-    assert cli.main(["evaluate", f"--run_dir={lm_run}", "--fasta=-"]) == 1
-    assert "to a file first" in capsys.readouterr().err
+def test_an_evaluation_reads_a_pipe(lm_run, tmp_path, standard_input, capsys):
+    path = tmp_path / "a.fasta"
+    path.write_text(FASTA)
+    results = []
+    for name in (str(path), "-"):
+        standard_input(FASTA)
+        output = tmp_path / "a.json"
+        evaluate = ["evaluate", f"--run_dir={lm_run}", f"--fasta={name}", f"--output={output}"]
+        assert cli.main(evaluate) == 0
+        results.append(json.loads(output.read_text()))
+    file, pipe = results
+    assert pipe["fasta"] == ["-"]
+    assert (pipe["digest"], pipe["scores"]) == (file["digest"], file["scores"])
+    assert "2 proteins (standard input;" in capsys.readouterr().out
+
+
+def test_training_asks_for_a_file(train_arguments, tmp_path, standard_input, capsys):
+    for option in ("--fasta", "--valid_fasta"):
+        standard_input(FASTA)
+        assert cli.main([*train_arguments(tmp_path / "run"), f"{option}=-"]) == 1
+        assert "to a file first" in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
 
 
 def test_quiet_prints_nothing_but_what_is_asked_for(lm_run, tmp_path, capsys):
@@ -144,3 +163,29 @@ main()
     else:
         assert done.returncode == 128 + signal.SIGINT
         assert done.stderr == "protein-lm: stopped by SIGINT\n"
+
+
+@pytest.mark.parametrize(
+    ("closed", "output", "told"),
+    [
+        ("0<&-", "a.tsv", "/dev/stdin: the file is empty"),
+        ("1>&-", "-", "standard output cannot be written: it is closed"),
+        ("1>&-", "/dev/stdout", "/dev/stdout cannot be written: it is closed"),
+        ("0<&- 1>&- 2>&-", "a.tsv", ""),
+    ],
+)
+def test_a_closed_stream_is_no_other_file(closed, output, told, tmp_path):
+    path = tmp_path / "a.fasta"
+    path.write_text(FASTA)
+    fasta = "-" if closed == "0<&-" else path
+    score = f"{sys.executable} -m fast_attention.protein_lm score --fasta={fasta} --output={output}"
+    done = subprocess.run(
+        ["bash", "-c", f"exec {score} {closed}"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout == "" and done.returncode == bool(told) and told in done.stderr
+    assert (tmp_path / "a.tsv").exists() == (not told)

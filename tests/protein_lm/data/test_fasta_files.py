@@ -18,6 +18,7 @@ from fast_attention.protein_lm.data.fasta import (
 from fast_attention.protein_lm.data.skipped_records import SkippedRecords, list_skipped
 from fast_attention.protein_lm.data.vocabulary import Vocabulary
 from fast_attention.protein_lm.files.text_source import FastaError
+from fast_attention.protein_lm.runs.data_record import describe_files
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ def test_a_wrong_file_among_good_ones_is_named_and_never_left_out(write, tmp_pat
             ids(tmp_path / "many", **options)
 
 
-def test_pipes_are_read_once_and_refused_where_that_is_not_enough(tmp_path):
+def test_pipes_are_read_once_and_refused_where_that_is_not_enough():
     def pipe() -> str:
         reader, writer = os.pipe()
         os.write(writer, gzip.compress(b">a\nMK\n"))
@@ -81,8 +82,9 @@ def test_pipes_are_read_once_and_refused_where_that_is_not_enough(tmp_path):
         return f"/dev/fd/{reader}"
 
     assert ids(pipe()) == ["a"]
+    assert len(load_corpus(pipe(), make_protein_domain())) == 1
     with pytest.raises(FastaError, match="pipe.*Write its content to a file"):
-        load_corpus(pipe(), make_protein_domain())
+        describe_files(pipe())
 
 
 def test_equal_ids_are_kept_unless_they_must_differ(write):
