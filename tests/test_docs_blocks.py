@@ -1,22 +1,11 @@
-"""Python blocks of the pages run as they stand, on little data; so do the commands of tutorials.
+"""Python blocks of the pages run as they stand, on little data; for tutorials, see another file."""
 
-The tutorial on AntiBERTy runs with its weights if the variable ``ANTIBERTY`` names the folder
-``antiberty`` that the tutorial unpacks, and otherwise with a small model of random weights.
-"""
-
-import json
-import os
 import re
-import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
-import safetensors.numpy
 from flax import nnx
 
 from fast_attention import make_fast_softmax_attention
@@ -29,8 +18,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-TUTORIALS = sorted((DOCS / "tutorials").glob("*.md"))
-DEVICES = DOCS / "tutorials" / "many-devices.md"
+TUTORIALS = DOCS / "tutorials"
 PROTEINS = ["MKTAYIAKQRQISFVKSHFSRQ", "MALWMRLLPLLALLALWGPDPAAA", "MGDVEKGKKIFIMKCSQCHTVEK"] * 4
 SMALL = {"num_layers": 1, "emb_dim": 16, "num_heads": 2, "qkv_dim": 16, "mlp_dim": 16}
 
@@ -41,7 +29,9 @@ def blocks(page, *languages):
 
 
 PAGES = [
-    page for page in sorted(DOCS.rglob("*.md")) if page not in TUTORIALS and blocks(page, "python")
+    page
+    for page in sorted(DOCS.rglob("*.md"))
+    if page.parent != TUTORIALS and blocks(page, "python")
 ]
 
 
@@ -123,62 +113,3 @@ def test_python_of_a_page_runs(page, copied):
     with jax.numpy_rank_promotion("allow"):
         for _, block in blocks(page, "python"):
             exec(compile(block, str(page), "exec"), namespace)
-
-
-def put_antiberty(folder):
-    """What the tutorial downloads, or a BERT of random weights that reads as many tokens."""
-    if own := os.environ.get("ANTIBERTY"):
-        (folder / "antiberty").symlink_to(own, target_is_directory=True)
-        return
-    model = folder / "antiberty" / "trained_models" / "AntiBERTy_md_smooth"
-    shutil.copytree(ROOT / "tests" / "data" / "pretrained" / "bert_tiny", model)
-    (model / "vocab.txt").rename(model.parent / "vocab.txt")
-    described = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(described | {"max_position_embeddings": 512}))
-    arrays = safetensors.numpy.load_file(model / "model.safetensors")
-    positions = "bert.embeddings.position_embeddings.weight"
-    arrays[positions] = np.tile(arrays[positions], (8, 1))
-    safetensors.numpy.save_file(arrays, model / "model.safetensors")
-
-
-@pytest.mark.parametrize(
-    "page", [page for page in TUTORIALS if page != DEVICES], ids=lambda page: page.stem
-)
-def test_a_tutorial_runs(page, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    if page.stem == "linear-antiberty":
-        put_antiberty(tmp_path)
-    namespace = {}
-    for language, block in blocks(page, "python", "sh"):
-        if language == "python":
-            # As users have it.
-            with jax.numpy_rank_promotion("allow"):
-                exec(compile(block, str(page), "exec"), namespace)
-            continue
-        for line in block.replace("\\\n", " ").splitlines():
-            program, *arguments = shlex.split(line)
-            assert program == "protein-lm"
-            assert cli.main(arguments) == 0
-
-
-def test_the_tutorial_on_devices_runs(tmp_path):
-    """In a process of its own, for the number of devices is set before JAX starts."""
-    command = tmp_path / "bin" / "protein-lm"
-    command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m fast_attention.protein_lm "$@"\n')
-    command.chmod(0o755)
-    parts = ["import os, subprocess", "terminal = dict(os.environ)"]
-    for language, block in blocks(DEVICES, "python", "sh"):
-        run = f"subprocess.run(['bash', '-ec', {block!r}], env=terminal, check=True)"
-        parts.append(block if language == "python" else run)
-    script = tmp_path / "page.py"
-    script.write_text("\n".join(parts))
-    chosen = ("JAX_NUM_CPU_DEVICES", "NPROC", "XLA_FLAGS")
-    environment = {name: x for name, x in os.environ.items() if name not in chosen} | {
-        "PATH": f"{command.parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-    }
-    done = subprocess.run(
-        [sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
