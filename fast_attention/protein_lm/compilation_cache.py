@@ -26,11 +26,10 @@ def keep_compiled_programs() -> None:
     """Makes JAX keep what it compiles, in `cache_folder`.
 
     Does nothing if ``JAX_COMPILATION_CACHE_DIR`` is set, also to an empty text, which does without
-    a cache, or if the folder cannot be made or belongs to somebody else.
+    a cache, or if there is no such folder, it cannot be made or belongs to somebody else.
     """
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or (folder := cache_folder()) is None:
         return
-    folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         found = folder.stat()
@@ -47,12 +46,23 @@ def keep_compiled_programs() -> None:
     warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation")
 
 
-def cache_folder() -> Path:
-    """The folder of this processor, below that which the system has for caches."""
+def cache_folder() -> Path | None:
+    """The folder of this processor, below that which the system has for caches.
+
+    None for a user without a home folder. A relative ``XDG_CACHE_HOME`` is ignored, as its
+    specification says: programs beside the data are not run.
+    """
+    try:
+        home = Path.home()
+    except RuntimeError:
+        home = None
     if sys.platform == "darwin":
-        above = Path.home() / "Library" / "Caches"
+        above = home and home / "Library" / "Caches"
     else:
-        above = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+        above = given if given.is_absolute() else home and home / ".cache"
+    if above is None or not above.is_absolute():
+        return None
     return above / "fast-attention" / f"programs-{_processor()}"
 
 

@@ -143,9 +143,16 @@ def check_files(options: argparse.Namespace, *outputs: str, evaluation: Path | N
         command reads.
       ValueError: If the name of a table or a picture ends in no format of its kind.
     """
-    from fast_attention.protein_lm.files.output_files import check_outputs
+    from fast_attention.protein_lm.files.output_files import check_output, check_outputs
+    from fast_attention.protein_lm.files.output_targets import OutputError
     from fast_attention.protein_lm.files.tables import EXTENSIONS, find_extension
 
+    if evaluation is not None:
+        try:
+            check_output(evaluation)
+        except OutputError as error:
+            # Such as that of a run of somebody else.
+            raise OutputError(f"{error}, with --output=FILE") from error
     given = {f"--{name}": getattr(options, name) for name in outputs}
     check_outputs({"evaluation.json": evaluation} | given, input_files(options))
     formats = dict.fromkeys(("skipped_list", "per_protein"), EXTENSIONS)

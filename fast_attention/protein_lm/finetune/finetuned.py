@@ -221,6 +221,8 @@ def read_about(folder: Path) -> dict[str, Any]:
     Raises:
       RunError: If the folder is no such one, or damaged.
     """
+    if not folder.is_dir():
+        raise RunError(f"{folder}: no such folder; check the path")
     if not (folder / _ABOUT).is_file():
         raise RunError(
             f"{folder} has no {_ABOUT}: give the --output of a finished 'protein-lm fine-tune'"

@@ -171,8 +171,8 @@ def check_finished(run: Opened, files: DataSettings) -> list[str]:
     if not changed:
         return []
     return [
-        f"{', '.join(changed)}: changed since the run was trained; give more --steps and "
-        "--new_data to train it further with the new content"
+        f"{', '.join(dict.fromkeys(changed))}: changed since the run was trained; give more "
+        "--steps and --new_data to train it further with the new content"
     ]
 
 

@@ -48,3 +48,12 @@ def test_an_unfit_table_is_told(lm_run, tiny_fasta, tmp_path, capsys):
     assert cli.main([*arguments, f"--split_file={table}"]) == 1
     assert "no column 'component'" in capsys.readouterr().err
     assert not (lm_run / "evaluation.json").exists()
+
+
+def test_a_run_that_cannot_be_written_asks_for_another_output(lm_run, tiny_fasta, capsys):
+    (lm_run / "evaluation.json").mkdir()
+    try:
+        assert cli.main(["evaluate", f"--run_dir={lm_run}", f"--fasta={tiny_fasta}"]) == 1
+    finally:
+        (lm_run / "evaluation.json").rmdir()
+    assert capsys.readouterr().err.rstrip().endswith("with --output=FILE")

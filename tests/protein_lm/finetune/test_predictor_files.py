@@ -154,3 +154,8 @@ def test_the_run_that_a_predictor_names_is_an_input(model, folder, tmp_path):
     options = argparse.Namespace(model=str(folder), run_dir=None, output=tmp_path / "link.tsv")
     with pytest.raises(OutputError, match="is the same file as the input .*run/model.json"):
         arguments.check_files(options, "output")
+
+
+def test_a_folder_that_is_absent_is_told(tmp_path):
+    with pytest.raises(RunError, match=r"nowhere: no such folder; check the path"):
+        FineTuned.load(tmp_path / "nowhere")
