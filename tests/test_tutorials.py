@@ -6,7 +6,6 @@ The tutorial on AntiBERTy runs with its weights if the variable ``ANTIBERTY`` na
 
 import json
 import os
-import resource
 import runpy
 import shutil
 import sys
@@ -55,7 +54,7 @@ def environment(folder):
 
 
 @pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
-def test_a_tutorial_runs_in_two_minutes(page, tmp_path):
+def test_a_tutorial_runs(page, tmp_path):
     work = tmp_path / "work"
     work.mkdir()
     if page.stem == "linear-antiberty":
@@ -63,8 +62,4 @@ def test_a_tutorial_runs_in_two_minutes(page, tmp_path):
     client = NotebookClient(
         notebook(page), timeout=600, resources={"metadata": {"path": str(work)}}
     )
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     client.execute(env=environment(tmp_path))
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    # Seconds of the processor, as other tests may run beside this one.
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 120
