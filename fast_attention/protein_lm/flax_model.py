@@ -28,7 +28,6 @@ from fast_attention.protein_lm.modeling import (
 from fast_attention.protein_lm.modeling.built_model import BuiltModel
 from fast_attention.protein_lm.modeling.model_classes import register_model
 from fast_attention.protein_lm.runs.exporting import save_model
-from fast_attention.protein_lm.runs.saved_training import load_training, save_training
 from fast_attention.protein_lm.runs.stored_models import load_stored
 
 
@@ -188,10 +187,15 @@ class FlaxModel(BuiltModel):
 
     def save_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Saves the training state to a folder, see `saved_training.save_training`."""
+        # Orbax takes long to import.
+        from fast_attention.protein_lm.runs.saved_training import save_training
+
         save_training(self, path)
 
     def load_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Loads a training state, see `saved_training.load_training`."""
+        from fast_attention.protein_lm.runs.saved_training import load_training
+
         load_training(self, path)
 
     def score(

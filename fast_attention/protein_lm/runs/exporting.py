@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fast_attention.protein_lm.errors import RunError
@@ -189,7 +190,8 @@ def read_arrays(
             stored = {name: _describe_slice(file.get_slice(name)) for name in names}
             _check_shapes(folder, stored, expected)
             found = {
-                name: file.get_tensor(name).astype(wanted.partition("[")[0])
+                # NumPy converts without compiling a program for each shape.
+                name: jnp.array(np.asarray(file.get_tensor(name)).astype(wanted.partition("[")[0]))
                 for name, wanted in expected.items()
             }
     except (MemoryError, OSError, ValueError, safetensors.SafetensorError) as error:

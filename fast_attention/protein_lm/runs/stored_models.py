@@ -17,7 +17,7 @@ from fast_attention.mesh.meshes import MeshError
 from fast_attention.protein_lm import messages
 from fast_attention.protein_lm.errors import RunError
 from fast_attention.protein_lm.modeling.built_model import BuiltModel
-from fast_attention.protein_lm.runs import checkpoints, exporting, model_file
+from fast_attention.protein_lm.runs import exporting, model_file
 from fast_attention.protein_lm.runs.run_folder import RunFolder, content
 
 
@@ -106,6 +106,9 @@ def load_stored(
     if folder.is_export():
         step, parameters, variables = exporting.read_arrays(folder, opened.about, abstract)
     else:
+        # Orbax takes long to import, and exported models do without.
+        from fast_attention.protein_lm.runs import checkpoints
+
         step, parameters, variables = checkpoints.restore_model(
             folder.checkpoints, abstract, checkpoint=checkpoint
         )
@@ -138,7 +141,7 @@ def _build(path: Path, about: dict[str, Any]) -> BuiltModel:
     except MeshError:
         # What was trained on many devices is to be used on few; arrays are the same on any.
         messages.note(
-            f"note: the run's mesh does not fit the {jax.device_count()} devices here, among "
-            "which rows are divided instead"
+            f"note: the run's mesh does not fit the {jax.device_count()} devices here; "
+            "the rows of a batch are divided among them instead"
         )
         return model_file.build(path, about | {"mesh": dict.fromkeys(about["mesh"], 1)})
