@@ -41,7 +41,8 @@ Train protein language models on FASTA files, and use them.
   protein-lm sample --run_dir=runs/demo --num_samples=10 --output=new_proteins.fasta
   protein-lm embed --run_dir=runs/demo --fasta=my_proteins.fasta --output=vectors.npz
 
-Every command explains itself: protein-lm train --help."""
+Without --run_dir, most commands use the model that comes with the package. The options of a
+command: protein-lm train --help"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -139,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
             help="print no progress and no notes, only results, warnings and errors",
         )
         command.add_argument(
-            "--traceback", action="store_true", help="on failure, show where in the program it was"
+            "--traceback", action="store_true", help="on failure, print the Python traceback"
         )
     return parser
 

@@ -74,8 +74,8 @@ def add_table(parser: argparse.ArgumentParser) -> None:
         "--output",
         required=True,
         metavar="FILE",
-        help="the table: .tsv or .csv, .gz behind either compresses it, or .parquet; - is "
-        "standard output (.tsv)",
+        help="the table: .tsv or .csv (add .gz to compress), or .parquet; - is standard output "
+        "(.tsv)",
     )
 
 
@@ -85,8 +85,8 @@ def add_on_error(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--skipped_list",
         metavar="FILE",
-        help="with --on_error=skip, where to list all proteins that were left out: a table, .tsv, "
-        ".csv, .gz behind either compresses it, or .parquet",
+        help="with --on_error=skip: a table of all proteins that were left out, .tsv or .csv (add "
+        ".gz to compress), or .parquet",
     )
 
 

@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--per_protein",
         metavar="FILE",
-        help="also write a table with one row per protein: .tsv, .csv, .gz behind either "
-        "compresses it, or .parquet",
+        help="also write a table with one row per protein: .tsv or .csv (add .gz to compress), or "
+        ".parquet",
     )
     parser.add_argument(
         "--split_file",

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     table.add_argument(
         "--table",
         metavar="FILE",
-        help="examples, CSV or TSV, plain or gzip, the first line naming the columns",
+        help="examples: CSV or TSV, plain or gzip; the first line has the names of the columns",
     )
     table.add_argument(
         "--task",
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--method",
         choices=("frozen", "lora", "full"),
         help="frozen: a linear model on the vectors of 'protein-lm embed', seconds to minutes "
-        "(default); lora: also small changes of every layer; full: also all parameters",
+        "(default); lora: also low-rank adapters of every layer; full: also all parameters",
     )
     for name, default, meaning in (
         ("sequence", "sequence", "the residues"),
@@ -59,30 +59,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     table.add_argument(
         "--split_column",
         metavar="NAME",
-        help="the column that says train, valid or test (default: 'split', if there is one)",
+        help="the column with train, valid or test (default: 'split', if there is one)",
     )
     table.add_argument(
         "--group_column",
         metavar="NAME",
-        help="a column of families: relatives are then kept on one side of the split",
+        help="a column of families; the proteins of one family are then all in the same part",
     )
     table.add_argument(
         "--test_share",
         type=arguments.number(ranges.SHARE),
         metavar="X",
-        help="the share held out for the report, without a split column (default: 0.2)",
+        help="the share of the proteins held out for the report, if there is no split column "
+        "(default: 0.2)",
     )
     table.add_argument(
         "--valid_share",
         type=arguments.number(ranges.SHARE),
         metavar="X",
-        help="the share of the rest that decides when to stop (default: 0.1)",
+        help="the share of the other proteins used to decide when to stop (default: 0.1)",
     )
     table.add_argument(
         "--balanced",
         action="store_true",
         default=None,
-        help="weight classes equally, whatever their number of proteins",
+        help="give all classes the same weight, whatever their number of proteins",
     )
     table.add_argument(
         "--rank",
@@ -114,8 +115,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fasta",
         action="append",
         metavar="PATH",
-        help="with --table the residues by id; without it the proteins to train on further; a "
-        "FASTA file or a folder of them; may be repeated",
+        help="with --table: the sequences of the proteins, found by id; without --table: the "
+        "proteins to train on; a FASTA file or a folder of them; may be repeated",
     )
     both.add_argument(
         "--valid_fasta",
@@ -127,13 +128,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--epochs",
         type=arguments.number(ranges.EPOCHS),
         metavar="N",
-        help="passes through the proteins (default: 20, or 10)",
+        help="passes through the proteins (default: 20 with --table, else 10)",
     )
     both.add_argument(
         "--batch_size",
         type=arguments.number(ranges.BATCH_SIZE),
         metavar="N",
-        help="proteins per batch (default: 16, or that of the run)",
+        help="proteins per batch (default: 16 with --table, else that of the run)",
     )
     both.add_argument(
         "--learning_rate",

@@ -10,11 +10,17 @@ from fast_attention.protein_lm.cli import arguments
 
 SUMMARY = "turn a trained model with exact attention into one with linear attention"
 DESCRIPTION = """\
-Turn a trained model with exact attention, a run or an imported ESM-2 or BERT, into one with linear
-attention, in stages: layers are ranked by their error, and the worst can stay exact; the features
-of the others learn to give the exact model's attention (no labels, nothing else is trained); then
-adapters or all parameters are trained by the model's loss and by what the exact model says. The
-report has the perplexity after each stage, and with a window also without it, and with it alone.
+Turn a trained model with exact attention (a run, or an imported ESM-2 or BERT) into one with linear
+attention, in three stages:
+
+  1. The layers are ranked by their error. The N worst keep exact attention (--keep_exact=N).
+  2. Attention transfer: the features of the other layers are trained to imitate the outputs of
+     exact attention. No other parameter is trained.
+  3. Fine-tuning: adapters or all parameters are trained with the loss of the model and with the
+     predictions of the exact model as targets (--kl_weight).
+
+The report has the perplexity after each stage. With --exact_window it also has the perplexity of
+the features without the window, and of the window without the features.
 
   protein-lm linearize --run_dir=runs/exact --work_dir=runs/linear --fasta=proteins.fasta \\
       --estimator=hedgehog --exact_window=32
