@@ -28,18 +28,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="store float32 parameters rounded to 16 bits, in half the space (default: as they "
         "are)",
     )
+    parser.add_argument(
+        "--average_with",
+        action="append",
+        default=[],
+        metavar="RUN_DIR",
+        help="store the average of the parameters of --run_dir and of this run or exported model, "
+        "of the same configuration; repeat it for more",
+    )
 
 
 def run(options: argparse.Namespace) -> None:
     """Runs the command."""
     from fast_attention.protein_lm.evaluation import run_description
     from fast_attention.protein_lm.loading import load_run
+    from fast_attention.protein_lm.runs.averaging import set_average
     from fast_attention.protein_lm.runs.exporting import check_export, export_model
     from fast_attention.protein_lm.runs.run_folder import RunFolder
     from fast_attention.protein_lm.wording import counted, place
 
     check_export(RunFolder(Path(options.run_dir)), RunFolder(Path(options.output)))
     model, step, folder = load_run(options.run_dir, gin_file=options.gin_file)
+    if options.average_with:
+        others = {
+            other: load_run(other, gin_file=options.gin_file).model
+            for other in options.average_with
+        }
+        set_average(model, others)
     tokens = run_description.tokens_seen(folder, step)
     target = export_model(
         model, folder, options.output, step=step, tokens=tokens, dtype=options.dtype

@@ -149,3 +149,32 @@ def test_an_export_without_its_arrays_is_called_that(exported, tmp_path, capsys)
         ["score", f"--run_dir={folder}", "--fasta=x", f"--output={tmp_path / 'x.tsv'}"], capsys
     )
     assert "model.safetensors is missing: fetch the folder again" in told
+
+
+def test_an_average_of_models(exported, tmp_path, capsys):
+    run, folder = exported
+    arrays = safetensors.numpy.load_file(folder / "model.safetensors")
+    other, average = tmp_path / "other", tmp_path / "average"
+    shutil.copytree(folder, other)
+    larger = {
+        name: 3 * array if name.startswith("parameters.") else array
+        for name, array in arrays.items()
+    }
+    metadata = {"format": "fast_attention.protein_lm"}
+    safetensors.numpy.save_file(larger, other / "model.safetensors", metadata=metadata)
+    export = ["export", f"--run_dir={run}", f"--average_with={other}"]
+    assert cli.main([*export, f"--output={average}"]) == 0
+    for name, array in safetensors.numpy.load_file(average / "model.safetensors").items():
+        factor = 2 if name.startswith("parameters.") else 1
+        np.testing.assert_allclose(array, factor * arrays[name], rtol=1e-6)
+    projections = {
+        name: -array if name.startswith("variables.") else array for name, array in arrays.items()
+    }
+    if any(name.startswith("variables.") for name in arrays):
+        safetensors.numpy.save_file(projections, other / "model.safetensors", metadata=metadata)
+        assert "differs" in fails([*export, f"--output={tmp_path / 'none'}"], capsys)
+    about = json.loads((other / "model.json").read_text())
+    about["transformer"]["shift_tokens"] = not about["transformer"]["shift_tokens"]
+    (other / "model.json").write_text(json.dumps(about))
+    assert "its transformer differs" in fails([*export, f"--output={tmp_path / 'none'}"], capsys)
+    assert not (tmp_path / "none").exists()
