@@ -121,6 +121,17 @@ TUNING = {
 }
 """Ranges of the fields of `tuning_config.TuningConfig`."""
 
+SAMPLING = {
+    "max_length": LENGTH,
+    "min_length": Range(0, 10**7),
+    "temperature": TEMPERATURE,
+    "top_k": COUNT,
+    "top_p": PROBABILITY,
+    "repetition_penalty": PENALTY,
+    "repetition_window": COUNT,
+}
+"""Ranges of the fields of `sampling_config.SamplingConfig`."""
+
 _MODEL = {
     "random_seed": SEED,
     "batch_size": BATCH_SIZE,

@@ -86,6 +86,8 @@ def load_pretrained(
 
 def _read_folder(folder: Path) -> tuple[str, dict[str, Any], dict[str, StoredArray]]:
     path = folder / "config.json"
+    if not folder.exists():
+        raise ValueError(f"{folder}: no such file or folder; check the path")
     if not path.is_file():
         raise ValueError(f"{folder} has no config.json: expected the folder of a published model")
     if path.stat().st_size > MAX_HEADER:

@@ -51,6 +51,10 @@ def read_pieces(path: Path) -> Iterator[bytes]:
             else:
                 yield from _normalised(raw, path)
     except FileNotFoundError:
+        if str(path) == "-":
+            raise FastaError(
+                "- means standard input, which this option does not read: give a file."
+            ) from None
         raise FastaError(f"{path}: no such file. Check the path.") from None
     except IsADirectoryError:
         raise FastaError(f"{path}: is a folder. Give a file in it instead.") from None

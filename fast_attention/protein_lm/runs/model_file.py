@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from fast_attention.mesh.meshes import FSDP, MODEL, SEQUENCE, MeshError, make_mesh
 from fast_attention.models.config import TransformerConfig
 from fast_attention.models.transformer import Transformer
+from fast_attention.protein_lm import ranges
 from fast_attention.protein_lm.data.alphabet import Alphabet
 from fast_attention.protein_lm.data.domains import (
     DiscreteDomain,
@@ -41,6 +42,7 @@ from fast_attention.protein_lm.modeling.model_classes import is_registered, regi
 from fast_attention.protein_lm.modeling.objectives import OBJECTIVES, Objective
 from fast_attention.protein_lm.modeling.optimizer import OptimizerOptions
 from fast_attention.protein_lm.modeling.sampling_config import SamplingConfig
+from fast_attention.protein_lm.ranges import Range
 from fast_attention.protein_lm.runs import attention_recipes
 from fast_attention.protein_lm.runs.attention_recipes import OWN, name_of
 from fast_attention.recipes import recipe
@@ -207,6 +209,8 @@ def read(path: Path) -> dict[str, Any]:
     about["sampling"] = check_fields(
         path, "sampling", about["sampling"], get_type_hints(SamplingConfig), optional=True
     )
+    _check_ranges(path, "optimizer", about["optimizer"], ranges.SETTINGS["FlaxModel"])
+    _check_ranges(path, "sampling", about["sampling"], ranges.SAMPLING)
     rate = about["optimizer"]["learning_rate"]
     if rate is not None:
         hints = get_type_hints(schedules.create_learning_rate_scheduler)
@@ -346,6 +350,16 @@ def _check_sizes(path: Path, place: str, values: dict[str, Any]) -> None:
         limit = _LIMITS.get(name, _MAX_SIZE)
         if place in _SIZED and type(value) is int and value > limit:
             raise RunError(f"{path}: {place}.{name} is {value}; at most {limit} is expected")
+
+
+def _check_ranges(
+    path: Path, place: str, values: dict[str, Any], allowed: dict[str, Range]
+) -> None:
+    for name, value in values.items():
+        # A learning rate is a schedule, which is looked at by itself.
+        known = name in allowed and isinstance(value, (int, float))
+        if known and not allowed[name].holds(value):
+            raise RunError(f"{path}: {place}.{name} is {shown(value)}; expected {allowed[name]}")
 
 
 def _own(*parts: Any) -> dict[str, str]:

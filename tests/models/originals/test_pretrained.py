@@ -234,6 +234,8 @@ def test_damaged_files_are_named(folder):
     (folder / "config.json").unlink()
     with pytest.raises(ValueError, match="has no config.json"):
         load_pretrained(folder)
+    with pytest.raises(ValueError, match="nowhere: no such file or folder"):
+        load_pretrained(folder / "nowhere")
 
 
 def overlapping(whole):

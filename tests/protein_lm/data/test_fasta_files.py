@@ -16,6 +16,7 @@ from fast_attention.protein_lm.data.fasta import (
     read_proteins,
 )
 from fast_attention.protein_lm.data.skipped_records import SkippedRecords, list_skipped
+from fast_attention.protein_lm.data.table_rows import read_rows
 from fast_attention.protein_lm.data.vocabulary import Vocabulary
 from fast_attention.protein_lm.files.text_source import FastaError
 from fast_attention.protein_lm.runs.data_record import describe_files
@@ -55,6 +56,8 @@ def test_what_no_file_can_be_read_from_is_named(write, tmp_path):
         ids(tmp_path / "empty")
     with pytest.raises(FastaError, match="absent: no such file"):
         ids(tmp_path / "absent")
+    with pytest.raises(FastaError, match="- means standard input, which this option"):
+        list(read_rows(Path("-")))
     with pytest.raises(FastaError, match="is not a valid file name"):
         ids("a\0b")
     with pytest.raises(FastaError, match="cannot be read"):

@@ -112,6 +112,8 @@ CHANGES = {
     "boolean_for_integer": (("transformer", "emb_dim"), True, "emb_dim is true; expected an int"),
     "huge": (("transformer", "num_layers"), 10**9, "num_layers is 1000000000; at most 4096"),
     "range": (("transformer", "dropout_rate"), 2.0, "model.json: .*dropout_rate must be in"),
+    "sampling": (("sampling", "top_p"), -1.0, "sampling.top_p is -1.0; expected a number above 0"),
+    "optimizer": (("optimizer", "batch_size"), 0, "optimizer.batch_size is 0; expected a whole"),
     "dtype": (("transformer", "dtype"), "object", 'transformer.dtype is "object"; expected one'),
     "class": (("model",), "os.system", 'model is "os.system"; expected FlaxModel or FlaxLM or F'),
     "factory": (("attention", "factory"), "os.system", 'attention.factory is "os.system"; expec'),
