@@ -272,7 +272,7 @@ def test_settings_written_for_the_original_train(shards, tmp_path, capsys):
     folder = tmp_path / "7_l16"
     assert json.loads((folder / "result.json").read_text())["steps"] == 2
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["2"]
-    assert "nothing uses" not in capsys.readouterr().err
+    assert "is not used" not in capsys.readouterr().err
     assert FlaxLM.load(folder).sampling_kwargs == {"temperature": 0.5}
     assert main(arguments) == 1
     assert "restore_checkpoint = False" in capsys.readouterr().err

@@ -92,7 +92,7 @@ def _inline(text: str) -> list[ListedMutation]:
     if unread:
         raise ValueError(
             f"--mutations={text[:200]} is neither a file nor mutations: there is no such file, "
-            f"and {unread[0][:60]!r} is no mutation; check the path, or give mutations such as "
+            f"and {unread[0][:60]!r} is not a mutation; check the path, or give mutations such as "
             "A12G,L40P:K41R"
         )
     return [ListedMutation(part, None, 0) for part in parts]
@@ -121,8 +121,8 @@ def variants_of_list(
         place = f"{path}, line {mutation.line}" if mutation.line else f"--mutations={path}"
         if mutation.id is None and len(wild_types) > 1:
             raise ValueError(
-                f"{path}: there are {len(wild_types)} wild types, and nothing says which of them "
-                "is meant: give a table with a column 'id', or one wild type"
+                f"{path}: there are {len(wild_types)} wild types, but the mutations name none: "
+                "give a table with a column 'id', or one wild type"
             )
         name = wild_types[0].id if mutation.id is None else mutation.id
         if name not in by_id:

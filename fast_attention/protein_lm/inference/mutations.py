@@ -172,7 +172,7 @@ def parse_positions(text: str, length: int) -> list[int]:
         found = re.fullmatch(rf"\s*{_POSITION}\s*(?:-\s*{_POSITION}\s*)?", part)
         if found is None:
             raise ValueError(
-                f"positions {text[:60]!r}: expected such as 10-50,60, got {part[:60]!r}"
+                f"positions {text[:60]!r}: expected ranges such as 10-50,60, got {part[:60]!r}"
             )
         first, last = int(found[1]), int(found[2] or found[1])
         if not 1 <= first <= last <= length:
@@ -207,7 +207,7 @@ def _parse_edit(text: str, name: str, wild_type: str) -> Edit:
                 f"{whole}: an insertion lies between two neighbours, such as A12_L13insGS"
             )
         return Edit(last, last, residues)
-    raise ValueError(f"{whole[:60]!r} is no mutation that can be read; expected such as {_FORMS}")
+    raise ValueError(f"{whole[:60]!r} is not a valid mutation; expected one such as {_FORMS}")
 
 
 def _deletion(first: int, last: int, residues: str, whole: str) -> Edit:
@@ -235,7 +235,7 @@ def _variant(name: str, edits: Sequence[Edit], wild_type: str) -> Variant:
     effective = [part for edit in edits for part in _effective(edit, wild_type)]
     variant = Variant(name, tuple(effective))
     if variant.growth == -len(wild_type):
-        raise ValueError(f"{name}: nothing of the protein is left")
+        raise ValueError(f"{name} deletes the whole protein: leave at least one residue")
     return variant
 
 

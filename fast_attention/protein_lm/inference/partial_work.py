@@ -157,7 +157,7 @@ def _check(work: Work) -> None:
     foreign = [name for name in names if not _is_own(name)]
     if foreign:
         raise RunError(
-            f"{work.folder} is in the way: it has {foreign[0]!r}, which is no part of a stopped "
+            f"{work.folder} cannot be used: {foreign[0]!r} in it was not written by an interrupted "
             "command; move the folder, or give another output"
         )
     before = _manifest(work.folder)
@@ -354,9 +354,7 @@ def _names(folder: Path) -> list[str]:
     except FileNotFoundError:
         return []
     except NotADirectoryError:
-        raise RunError(
-            f"{folder} is in the way, and is no folder: move it, or give another output"
-        ) from None
+        raise RunError(f"{folder} is not a folder: move it, or give another output") from None
 
 
 def _is_own(name: str) -> bool:

@@ -278,7 +278,7 @@ def _read(
     if valid_fasta:
         return training, load(valid_fasta)
     if len(training) < 2:
-        raise RunError("one protein cannot be both trained and validated on: give more")
+        raise RunError("got one protein; expected two or more, to train on and to validate on")
     rows = [training.tokens[a:b] for a, b in itertools.pairwise(training.offsets)]
     parts = [
         [row for number, row in enumerate(rows) if (number % _HELD_OUT == 0) == held]

@@ -78,8 +78,8 @@ class StateFile:
         changed = [name for name in asked if about["asked"].get(name) != asked[name]]
         if changed:
             raise RunError(
-                f"{path} is of a run with another {', '.join(changed)}: give another folder, or "
-                "remove the file to begin again"
+                f"{path} was written by a run with another {', '.join(changed)}: give another "
+                "folder, or remove the file to start from the beginning"
             )
         self.found = check_figures(path, about["found"], num_layers)
         self._saved = Saved(about["stage"], about["step"], text.nbytes)

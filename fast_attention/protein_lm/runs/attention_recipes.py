@@ -94,7 +94,9 @@ def build(path: Path, place: str, described: Any, depth: int = 0) -> Any:
     try:
         return FACTORIES[name](**arguments)
     except (ValueError, TypeError) as error:
-        raise RunError(f"{path}: {place} make no attention function: {one_line(error)}") from error
+        raise RunError(
+            f"{path}: {place} do not describe an attention function: {one_line(error)}"
+        ) from error
 
 
 def gin_lines(described: Any, parameter: str) -> list[str]:

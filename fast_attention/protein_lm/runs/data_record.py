@@ -90,8 +90,8 @@ def read_record(folder: RunFolder) -> Entry | None:
         return record
     except (RunError, KeyError, TypeError, AttributeError) as error:
         raise RunError(
-            f"{folder.data} is damaged, so that nobody knows what the run was trained on: fetch it "
-            "again from where the folder was copied, or remove it to resume without this check"
+            f"{folder.data} is damaged, so the training data cannot be checked: copy the file "
+            "again from the original folder, or remove it to resume without this check"
         ) from error
 
 

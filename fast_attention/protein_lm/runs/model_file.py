@@ -290,7 +290,9 @@ def build(path: Path, about: dict[str, Any]) -> BuiltModel:
     except MeshError:
         raise
     except (ValueError, TypeError) as error:
-        raise RunError(f"{path}: these values make no model: {one_line(error)}") from error
+        raise RunError(
+            f"{path}: these values do not describe a valid model: {one_line(error)}"
+        ) from error
 
 
 def _build_domain(path: Path, about: dict[str, Any]) -> DiscreteDomain:
@@ -335,8 +337,8 @@ def _objective_keywords(path: Path, about: dict[str, Any], own: Objective | None
 
 def _unknown_rate(step: Any) -> Any:
     raise RunError(
-        "the learning rate of this model was a function of its author's, which model.json does not "
-        "hold: train with the gin file of the run, or give with_attention a learning_rate"
+        "the learning rate of this model was a custom function, which model.json does not store: "
+        "train with the gin file of the run, or give with_attention a learning_rate"
     )
 
 

@@ -49,8 +49,8 @@ def compare_settings(path: Path, before: str, now: str, asked: str) -> bool:
             continue
         if name == _INITIAL_RUN and _has_moved(old.get(name), new.get(name)):
             processes.note(
-                f"{path} began from {_value(old[name])!r}, which is gone; {_value(new[name])!r} is "
-                "taken for the same run"
+                f"{path} started from {_value(old[name])!r}, which does not exist any more; "
+                f"{_value(new[name])!r} is assumed to be the same run"
             )
             continue
         changes += [f"-{old[name]}"] if name in old else []

@@ -94,8 +94,8 @@ def _check(path: Path, before: FlaxModel, model: FlaxModel) -> None:
             f"experiment.initial_run: the parameters of {path} do not fit this model: {name} is "
             f"{stored.get(name, 'absent')} there, and the model expects "
             f"{expected.get(name, 'none')} ({len(names)} such differences). The attention function "
-            "may be another one; all that gives parameters their shapes (FlaxModel.emb_dim, "
-            "num_layers, num_heads, ...) must be as it was: begin with --gin_file="
+            "may be another one, but the settings that determine the shapes of parameters "
+            "(FlaxModel.emb_dim, num_layers, num_heads, ...) must be equal: start with --gin_file="
             f"{path}/config.gin"
         )
 

@@ -99,8 +99,8 @@ def check_data(run: Opened, files: DataSettings) -> Entry:
     now = {split: data_record.describe_files(files.by_split[split]) for split in SPLITS}
     if run.resumed and run.record is None:
         processes.note(
-            f"{run.folder.data} is missing, so that nobody knows whether the run began with this "
-            "data",
+            f"{run.folder.data} is missing, so it cannot be checked whether the run started with "
+            "this data",
             "warning",
         )
     if run.record is not None and not files.new_data:

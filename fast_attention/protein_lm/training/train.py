@@ -107,7 +107,7 @@ def run_experiment(work_dir: str, experiment: Experiment | None = None) -> dict[
         about = model_file.to_text(model_file.describe(model) | {"training": settings})
         run = resuming.open_folder(folder, about)
         for name in resuming.unused_settings(run):
-            processes.note(f"nothing uses the setting {name}", "warning")
+            processes.note(f"the setting {name} is not used", "warning")
         if process_arrays.any_process(folder.result.exists() and not run.longer):
             return run_result.report_finished(run, experiment)
         if experiment.initial_run is not None and not run.resumed:
@@ -270,8 +270,8 @@ def _set_length(
         return
     if times.stops_early(step, progress.best_step):
         raise RunError(
-            f"early stopping has ended the run in {run.folder.path} at step {step}, so that more "
-            "steps change nothing: begin a new run in another --work_dir with "
+            f"early stopping has ended the run in {run.folder.path} at step {step}: it cannot be "
+            "continued; start a new run in another --work_dir with "
             f"experiment.initial_run = {str(run.folder.path)!r}"
         )
     if step >= total:

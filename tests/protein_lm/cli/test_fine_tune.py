@@ -193,7 +193,7 @@ def test_a_family_is_learned(lm_run, records, tmp_path, capsys):
         f"--output={folder}",
     ]
     assert cli.main(command) == 0
-    assert "nothing uses" not in capsys.readouterr().err
+    assert "is not used" not in capsys.readouterr().err
     before, after = (load_run(path) for path in (lm_run, folder))
     sequences = [record.sequence for record in records[:12]]
     losses = [run.model.evaluate(sequences)["loss"] for run in (before, after)]

@@ -100,7 +100,7 @@ def test_a_list_and_whole_proteins_say_the_same(lm_run, tmp_path):
         ('mutant,x\nK2G,"a\nR10W,b\n', "line 2: is not a valid table"),
         ("mutant,x\nK2G,\0\n", "line 2: has a NUL byte"),
         (" \n", "the file is empty"),
-        ("hello\n", "line 1: 'hello' is no mutation"),
+        ("hello\n", "line 1: 'hello' is not a valid mutation"),
     ],
     ids=ascii,
 )
@@ -125,10 +125,10 @@ def test_mutations_may_be_given_in_place_of_a_file(lm_run, tmp_path):
     ("mutations", "expected"),
     [
         ("absent.tsv", "neither a file nor mutations: there is no such file, and 'absent.tsv'"),
-        ("K2G,hello", "'hello' is no mutation; check the path, or give mutations such as A12G"),
+        ("K2G,hello", "'hello' is not a mutation; check the path, or give mutations such as A12G"),
         ("A2G", "--mutations=A2G: A2G: the wild type has K at position 2, and not A"),
         ("K" * 300, "neither a file nor mutations"),
-        ("K2G,", "'' is no mutation"),
+        ("K2G,", "'' is not a mutation"),
     ],
     ids=["absent", "word", "misfit", "long", "comma"],
 )

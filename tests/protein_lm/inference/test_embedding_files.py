@@ -246,5 +246,5 @@ def test_what_cannot_be_done_is_told(model, tmp_path):
         embed(model, tmp_path / "w.npz", [])
     (tmp_path / "u.npz.partial").mkdir()
     (tmp_path / "u.npz.partial" / "notes").touch()
-    with pytest.raises(RunError, match="is in the way.*notes"):
+    with pytest.raises(RunError, match="cannot be used.*notes"):
         embed(model, tmp_path / "u.npz")

@@ -95,12 +95,12 @@ def test_a_manifest_without_parts_does_not_block_other_settings(work, tmp_path):
 def test_files_of_others_are_never_removed(work, tmp_path):
     notes = work.folder / "notes.txt"
     notes.write_text("mine")
-    with pytest.raises(RunError, match="is in the way.*notes.txt"):
+    with pytest.raises(RunError, match="cannot be used.*notes.txt"):
         open_work(tmp_path / "v.npz", SETTINGS)
     partial_work.remove_parts(work)
     assert [path.name for path in work.folder.iterdir()] == ["notes.txt"]
     (tmp_path / "u.npz.partial").touch()
-    with pytest.raises(RunError, match="is no folder"):
+    with pytest.raises(RunError, match="is not a folder"):
         open_work(tmp_path / "u.npz", SETTINGS)
 
 

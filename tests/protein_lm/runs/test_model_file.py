@@ -120,8 +120,16 @@ CHANGES = {
     "argument": (("attention", "arguments", "nb_features"), "9", 'nb_features is "9"; expected an'),
     "array": (("attention", "arguments", "projection_matrix"), [[1]], "expected null"),
     "estimator": (("attention", "arguments", "estimator"), "best", "Unknown estimator 'best'"),
-    "token": (("alphabet", "tokens"), ["A", "C"], "these values make no model: .*different tokens"),
-    "meaning": (("alphabet", "gaps"), "B", "these values make no model: .*different tokens"),
+    "token": (
+        ("alphabet", "tokens"),
+        ["A", "C"],
+        "these values do not describe a valid model: .*different tokens",
+    ),
+    "meaning": (
+        ("alphabet", "gaps"),
+        "B",
+        "these values do not describe a valid model: .*different tokens",
+    ),
     "objective": (("objective", "name"), "os.system", "objective.name is .*expected causal or "),
     "option": (("objective", "planted"), 1, "objective.planted is unknown"),
     "other": (("objective",), {"name": "masked"}, "objective.mask_rate is missing"),

@@ -62,7 +62,7 @@ def test_the_run_it_began_from_may_have_moved(tmp_path, capsys):
         f"{OLD}experiment.initial_run = {str(tmp_path / name)!r}\n" for name in ("old", "new")
     )
     assert not compare_settings(FOLDER, before, now, now)
-    assert "old', which is gone; " in capsys.readouterr().err
+    assert "old', which does not exist any more; " in capsys.readouterr().err
     # What is still there is another run.
     (tmp_path / "old").mkdir()
     with pytest.raises(RunError, match=r"-experiment.initial_run = .*old"):
