@@ -28,6 +28,7 @@ from fast_attention.protein_lm.distributed.stopping import (
     interrupt_on_signals,
 )
 from fast_attention.protein_lm.errors import UsageError
+from fast_attention.protein_lm.files.output_targets import is_special
 from fast_attention.protein_lm.messages import note, quietly
 from fast_attention.protein_lm.terminal import fill_closed_streams, for_terminal
 
@@ -83,6 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return stopped.exit_status
     except KeyboardInterrupt as stopped:
         resumable = options.command in ("train", "embed", "score", "linearize")
+        # What is written into a pipe is not kept.
+        resumable = resumable and not is_special(getattr(options, "output", None) or ".")
         remedy = "; the same command resumes" if resumable else ""
         reason = str(stopped) or "stopped by SIGINT"
         _print_stopped(options.command, f"{reason}{remedy}")

@@ -189,3 +189,13 @@ def test_a_closed_stream_is_no_other_file(closed, output, told, tmp_path):
     )
     assert done.stdout == "" and done.returncode == bool(told) and told in done.stderr
     assert (tmp_path / "a.tsv").exists() == (not told)
+
+
+@pytest.mark.parametrize(("output", "resumes"), [("-", False), ("a.tsv", True)])
+def test_only_what_is_kept_is_resumed(output, resumes, lm_run, monkeypatch, capsys):
+    def stop(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.COMMANDS["score"], "run", stop)
+    assert cli.main(["score", f"--run_dir={lm_run}", "--fasta=-", f"--output={output}"]) == 130
+    assert ("the same command resumes" in capsys.readouterr().err) == resumes
