@@ -83,7 +83,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--transfer_rate",
         type=arguments.number(ranges.LEARNING_RATE),
         metavar="X",
-        help="highest learning rate of attention transfer (default: 0.01)",
+        help="highest learning rate of attention transfer (default: 1e-3 for tuned estimators, "
+        "1e-2 for others)",
     )
     training.add_argument(
         "--finetune",

@@ -24,7 +24,8 @@ class LinearizeConfig:
       exact_window: As there.
       keep_exact: How many layers, those of the largest error, stay exact.
       transfer_steps: Of attention transfer.
-      transfer_rate: Its highest learning rate.
+      transfer_rate: Its highest learning rate; None is 1e-3 for tuned estimators, whose calibrated
+        parameters are near the best ones already, and 1e-2 for others.
       finetune: What is trained after it: "none", "lora" (adapters of dense layers, and features)
         or "full" (all parameters).
       finetune_steps: Of that.
@@ -42,7 +43,7 @@ class LinearizeConfig:
     exact_window: int | None = None
     keep_exact: int = 0
     transfer_steps: int = 500
-    transfer_rate: float = 1e-2
+    transfer_rate: float | None = None
     finetune: Method = "lora"
     finetune_steps: int = 500
     finetune_rate: float | None = None
@@ -68,6 +69,13 @@ class LinearizeConfig:
         for name in ("transfer_rate", "finetune_rate"):
             if not (getattr(self, name) is None or getattr(self, name) > 0):
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+
+    @property
+    def feature_rate(self) -> float:
+        """The learning rate of attention transfer."""
+        if self.transfer_rate is not None:
+            return self.transfer_rate
+        return 1e-3 if self.estimator in TUNED_ESTIMATORS else 1e-2
 
     @property
     def rate(self) -> float:

@@ -197,7 +197,7 @@ def _linearize(data: _Data, file: StateFile) -> tuple[FlaxModel, tuple[int, ...]
     measure("before", linear)
     features = steps.features_of(linear.weights)
     if features and config.transfer_steps and file.stage != "finetune":
-        optimizer = steps.make_optimizer(config.transfer_rate, config.transfer_steps)
+        optimizer = steps.make_optimizer(config.feature_rate, config.transfer_steps)
         trained = train(
             "transfer",
             steps.make_transfer_step(exact, linear, optimizer),
