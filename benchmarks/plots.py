@@ -28,19 +28,30 @@ def picture_names(results: Results) -> dict[str, str]:
     return names
 
 
+def load_figure_class(remedy: str) -> Any:
+    """Imports matplotlib's class of pictures.
+
+    Args:
+      remedy: What to do after an installation, for the message.
+
+    Raises:
+      SystemExit: without matplotlib.
+    """
+    try:
+        return importlib.import_module("matplotlib.figure").Figure
+    except ImportError:
+        raise SystemExit(
+            f'The pictures need matplotlib: pip install -e ".[benchmarks]", then {remedy}'
+        ) from None
+
+
 def draw(results: Results, folder: Path) -> None:
     """Writes all pictures of a run into ``folder``.
 
     Raises:
       SystemExit: without matplotlib.
     """
-    try:
-        figure_class = importlib.import_module("matplotlib.figure").Figure
-    except ImportError:
-        raise SystemExit(
-            'The pictures need matplotlib: pip install -e ".[benchmarks]", then run '
-            "`python -m benchmarks.report` on the folder of this run."
-        ) from None
+    figure_class = load_figure_class("run `python -m benchmarks.report` on the folder of this run.")
     folder.mkdir(parents=True, exist_ok=True)
     for shape in results.shapes():
         start = f"{results.machine['platform']}-d{shape.head_dim}"

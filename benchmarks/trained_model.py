@@ -10,7 +10,7 @@ parameters) is in a wheel of PyPI::
     python -m benchmarks.trained_model --model=antiberty/trained_models/AntiBERTy_md_smooth
 
 The default sequences are germline antibodies (``tests/data/antibodies``). The figures are written
-after every measurement, and the same command continues an interrupted one. A table and a picture
+after every measurement, and the same command resumes an interrupted run. A table and a picture
 come last. Draws are measured one after another: ``--draws=3`` adds two to those of ``--draws=1``.
 """
 

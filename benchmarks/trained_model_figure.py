@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.plots import COLOURS, GREY, MARKERS
+from benchmarks.plots import COLOURS, GREY, MARKERS, load_figure_class
 
 LABELS = {
     "favor+": "FAVOR+",
     "hedgehog": "Hedgehog, untrained",
     "darkformer": "DARKFormer, untrained",
 }
-
 
 UPPER = (80, 95)
 """Accuracies that the second panel shows."""
@@ -93,13 +91,7 @@ def draw_picture(rows: Sequence[Row], path: Path, model: str) -> None:
     Raises:
       SystemExit: Without matplotlib.
     """
-    try:
-        figure_class = importlib.import_module("matplotlib.figure").Figure
-    except ImportError:
-        raise SystemExit(
-            'The picture needs matplotlib: pip install -e ".[benchmarks]", then give the same '
-            "command again; nothing is measured twice."
-        ) from None
+    figure_class = load_figure_class("run the same command again; nothing is measured twice.")
     figure = figure_class(figsize=(11, 5), layout="constrained")
     whole, upper = figure.subplots(1, 2)
     for axes in (whole, upper):

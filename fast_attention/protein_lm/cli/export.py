@@ -47,7 +47,8 @@ def run(options: argparse.Namespace) -> None:
     from fast_attention.protein_lm.runs.run_folder import RunFolder
     from fast_attention.protein_lm.wording import counted, place
 
-    check_export(RunFolder(Path(options.run_dir)), RunFolder(Path(options.output)))
+    for source in (options.run_dir, *options.average_with):
+        check_export(RunFolder(Path(source)), RunFolder(Path(options.output)))
     model, step, folder = load_run(options.run_dir, gin_file=options.gin_file)
     if options.average_with:
         others = {

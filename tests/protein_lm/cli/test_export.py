@@ -167,12 +167,15 @@ def test_an_average_of_models(exported, tmp_path, capsys):
     for name, array in safetensors.numpy.load_file(average / "model.safetensors").items():
         factor = 2 if name.startswith("parameters.") else 1
         np.testing.assert_allclose(array, factor * arrays[name], rtol=1e-6)
+    before = (other / "model.safetensors").read_bytes()
+    assert "holds an exported model already" in fails([*export, f"--output={other}"], capsys)
+    assert (other / "model.safetensors").read_bytes() == before
     projections = {
         name: -array if name.startswith("variables.") else array for name, array in arrays.items()
     }
-    if any(name.startswith("variables.") for name in arrays):
-        safetensors.numpy.save_file(projections, other / "model.safetensors", metadata=metadata)
-        assert "differs" in fails([*export, f"--output={tmp_path / 'none'}"], capsys)
+    safetensors.numpy.save_file(projections, other / "model.safetensors", metadata=metadata)
+    told = fails([*export, f"--output={tmp_path / 'none'}"], capsys)
+    assert "projections.0 differs" in told
     about = json.loads((other / "model.json").read_text())
     about["transformer"]["shift_tokens"] = not about["transformer"]["shift_tokens"]
     (other / "model.json").write_text(json.dumps(about))
