@@ -177,6 +177,7 @@ class Experiment(DataSettings, BatchSettings, TimeSettings, EvaluationSettings):
       model_cls: Class of the model.
       initial_run: Folder of a run with the initial parameters; None draws them at random. The
         attention function may differ: it has no parameters, and its projections are drawn again.
+        The model may have more layers: copies of the last one that contribute nothing at first.
       calibration_batches: Number of training batches for calibrating random features with stored
         parameters before the first step, see `FlaxModel.calibrate`. None uses 4 if the model is
         initialized from a trained one (`initial_run`), and otherwise 0, because calibration on an

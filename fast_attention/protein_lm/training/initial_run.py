@@ -1,7 +1,11 @@
-"""What a training run takes over from another one, whose attention function may differ."""
+"""What a training run takes over from another one, whose attention function may differ.
+
+The model may also have more layers, see :mod:`.added_layers`.
+"""
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,11 +15,11 @@ from fast_attention.mechanisms.favor.fn import FastAttention
 from fast_attention.mechanisms.wrapped import as_attention_fn
 from fast_attention.protein_lm.errors import RunError
 from fast_attention.protein_lm.flax_model import FlaxModel
-from fast_attention.protein_lm.modeling.train_state import TrainState
 from fast_attention.protein_lm.runs import model_file
 from fast_attention.protein_lm.runs.array_records import describe
 from fast_attention.protein_lm.runs.model_file import OwnPartError
 from fast_attention.protein_lm.runs.stored_models import load_stored, open_stored
+from fast_attention.protein_lm.training.added_layers import add_layers, count_added
 from fast_attention.softmax_attention import make_softmax_attention
 
 
@@ -23,8 +27,8 @@ class Beginning(NamedTuple):
     """Arrays to begin with.
 
     Attributes:
-      parameters: Those of the earlier run.
-      variables: Its other arrays, attention projections among them; None where the attention
+      parameters: Those of the earlier run, and of layers that the model has more.
+      variables: The other arrays, attention projections among them; None where the attention
         function is another one, and has to draw its own.
     """
 
@@ -65,10 +69,14 @@ def read_initial_run(path: Path, model: FlaxModel) -> Beginning:
         # Where a part is code of its author's, this model has it, or the arrays do not fit.
         before = load_stored(path, model=model).model
     _check(path, before, model)
-    same = _draw_alike(before.attention_fn, model.attention_fn)
+    added = count_added(before.config, model.config)
+    parameters = add_layers(before.weights, added)
+    if not _draw_alike(before.attention_fn, model.attention_fn):
+        return Beginning(parameters, None)
+    variables = add_layers(before.state.variables, added)
     now = jax.eval_shape(model.initialize, jax.random.key(0))
-    same = same and _shapes(before.state) == _shapes(now)
-    return Beginning(before.weights, before.state.variables if same else None)
+    same = _shapes(parameters, variables) == _shapes(now.parameters, now.variables)
+    return Beginning(parameters, variables if same else None)
 
 
 def _check(path: Path, before: FlaxModel, model: FlaxModel) -> None:
@@ -78,10 +86,12 @@ def _check(path: Path, before: FlaxModel, model: FlaxModel) -> None:
             f"experiment.initial_run: {path} was trained with other tokens, so that its ids mean "
             "other residues: use its settings of make_protein_domain"
         )
+    added = count_added(before.config, model.config)
     stored, expected = (
-        describe(jax.eval_shape(m.initialize, jax.random.key(0)).parameters)
-        for m in (before, model)
+        jax.eval_shape(m.initialize, jax.random.key(0)).parameters for m in (before, model)
     )
+    stored = jax.eval_shape(functools.partial(add_layers, number=added), stored)
+    stored, expected = describe(stored), describe(expected)
     # Features that are trained belong to the attention function.
     names = [
         name
@@ -94,14 +104,14 @@ def _check(path: Path, before: FlaxModel, model: FlaxModel) -> None:
             f"experiment.initial_run: the parameters of {path} do not fit this model: {name} is "
             f"{stored.get(name, 'absent')} there, and the model expects "
             f"{expected.get(name, 'none')} ({len(names)} such differences). The attention function "
-            "may be another one, but the settings that determine the shapes of parameters "
-            "(FlaxModel.emb_dim, num_layers, num_heads, ...) must be equal: start with --gin_file="
-            f"{path}/config.gin"
+            "may be another one, and the model may have more layers, but the other settings that "
+            "determine the shapes of parameters (FlaxModel.emb_dim, num_heads, ...) must be equal: "
+            f"start with --gin_file={path}/config.gin"
         )
 
 
-def _shapes(state: TrainState) -> dict[str, str]:
-    return describe({"parameters": state.parameters, "variables": state.variables})
+def _shapes(parameters: Any, variables: Any) -> dict[str, str]:
+    return describe({"parameters": parameters, "variables": variables})
 
 
 def _draw_alike(before: Any, now: Any) -> bool:

@@ -1,5 +1,7 @@
 """Runs that begin with the parameters of another one, and models whose attention is exchanged."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from fast_attention import make_fast_softmax_attention
 from fast_attention.protein_lm import FlaxLM, cli
 from fast_attention.protein_lm.loading import load_run, open_run
+from fast_attention.protein_lm.training.added_layers import count_added
 from fast_attention.protein_lm.training.initial_run import read_initial_run
 
 WDERF = make_fast_softmax_attention(nb_features=16, estimator="wderf_s", unidirectional=True)
@@ -68,6 +71,35 @@ def test_what_a_function_drew_is_taken_by_the_same_function_alone(lm_run, traine
     assert variables is None
     assert_equal(parameters, trained.weights)
     assert read_initial_run(lm_run, same.with_attention(None)).variables is None
+
+
+def test_added_layers_keep_the_predictions_and_learn(switching, trained, tmp_path):
+    layers = trained.config.num_layers
+    more = f"FlaxModel.num_layers = {layers + 2}"
+    assert cli.main(switching(more)) == 0
+    grown = load_run(tmp_path / "new").model
+    assert grown.num_parameters > trained.num_parameters
+    old, new = (m.logits(PROTEINS) for m in (trained, grown))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), old, new)
+    # Projections are those of the run and a copy, for the same attention function.
+    assert_equal(rows(grown), rows(trained))
+    before = jax.tree.map(np.asarray, grown.weights["stack"]["blocks"])
+    learning = grown.with_attention(grown.attention_fn, learning_rate=0.01)
+    learning.fit(PROTEINS, batch_size=3)
+    after = learning.weights["stack"]["blocks"]
+    for layer in (layers, layers + 1):
+        attention, feed_forward = (before[layer][i]["inner"] for i in (0, 1))
+        assert not attention["out"]["kernel"].any() and not feed_forward["down"]["kernel"].any()
+        assert np.asarray(after[layer][0]["inner"]["out"]["kernel"]).any()
+        assert np.asarray(after[layer][1]["inner"]["down"]["kernel"]).any()
+
+
+def test_no_layer_is_silent_behind_a_norm_of_the_stream(trained):
+    config = trained.config
+    deeper = dataclasses.replace(config, num_layers=config.num_layers + 2)
+    assert count_added(config, deeper) == 2
+    assert count_added(config, dataclasses.replace(deeper, norm_after=True)) == 0
+    assert count_added(deeper, config) == 0
 
 
 @pytest.mark.parametrize(
