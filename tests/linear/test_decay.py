@@ -136,6 +136,26 @@ def test_other_ways(name, options):
         )
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("relu", {"epsilon": 3.0}), ("relu", {"output": "parts"}), ("positive", {"output": "parts"})],
+    ids=str,
+)
+def test_the_gradient_of_every_output_is_that_of_jax(name, options):
+    def function(implementation):
+        def run(*operands):
+            out, *state = attended(name, *operands, implementation=implementation, **options)
+            if options.get("output") == "parts":
+                scale = 1 if out.log_scale is None else jnp.exp(out.log_scale)[..., None]
+                out = out.numerator * scale, out.denominator[..., None] * scale
+            return out, *state
+
+        return run
+
+    with jax.enable_x64(True):
+        check(function("chunked"), function("reference"), arrays(13, most=2.0))
+
+
 @pytest.mark.parametrize(("name", "most"), [("positive", 0.1), ("positive", 20.0), ("relu", 2.0)])
 def test_float32(name, most):
     """In chunks as long as users have them, of decays that sum to hundreds."""

@@ -35,6 +35,7 @@ from fast_attention.linear.chunked.loops import scan_chunks, scan_chunks_back
 from fast_attention.linear.chunked.output_buffers import (
     empty_output,
     parts_gradient,
+    row_products,
     write_output,
 )
 from fast_attention.linear.chunked.slices import (
@@ -124,8 +125,9 @@ def backward(plan: Plan, residuals: Any, cotangents: Any) -> Inputs:
             kept,
             decay=decay,
         )
-        d_numerator, d_denominator = parts_gradient(
-            plan, inputs, kept.denominator, read.log_scale, *outputs_in(grads), start, size
+        outputs = outputs_in(grads)
+        d_numerator, d_denominator = d_parts = parts_gradient(
+            plan, inputs, kept.denominator, read.log_scale, *outputs, start, size
         )
         d_weights = einsum("bkrv,bkcv->bkrc", d_numerator, value) + d_denominator[..., None]
         d_rows = RowCotangents(d_weights, d_numerator, d_denominator)
@@ -144,21 +146,19 @@ def backward(plan: Plan, residuals: Any, cotangents: Any) -> Inputs:
             einsum,
         )
         d_value = pulled.value + einsum("bkrc,bkrv->bkcv", pulled.weights, d_numerator)
-        grads = add_query_gradient(grads, pull_queries(pulled.queries), start)
-        grads = add_key_gradient(grads, pull_keys(pulled.keys, d_value), start)
         if decay is not None:
             found = decayed_sums(
-                read,
                 past.first,
                 absorbed,
                 value,
-                pulled.weights,
-                d_rows,
+                row_products(plan, inputs, kept.denominator, d_parts, *outputs, start, size),
+                pulled.weights * d_weights,
                 (d_kv, d_k_sum),
-                sight.enter,
                 einsum,
             )
-            grads = add_decay_gradient(grads, pull_back_decay(found, size), start)
+            grads = add_decay_gradient(grads, pull_back_decay(found), start)
+        grads = add_query_gradient(grads, pull_queries(pulled.queries), start)
+        grads = add_key_gradient(grads, pull_keys(pulled.keys, d_value), start)
         return pulled.kv, pulled.k_sum, grads
 
     def group_of_chunks(carry, start, length, saved):

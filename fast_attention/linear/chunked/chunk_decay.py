@@ -86,85 +86,72 @@ def chunk_decay(inputs: Inputs, start: Array | int, size: int) -> ChunkDecay | N
 
 
 class DecayedSums(NamedTuple):
-    """Cotangents of the exponents in :class:`ChunkDecay`.
+    """What factors of a chunk multiply, times its cotangent.
 
     Attributes:
-      rows: ``[B, K, R]``.
-      pairs: ``[B, K, R, C]``.
-      keys: ``[B, K, C]``.
-      whole: ``[B, K]``.
+      until: over the rows at a position less over the keys there, of pairs and of the state that
+        the rows read, ``[B, K, C]``; the cotangent of A. That of the first token counts for
+        nothing.
+      keys: of keys in the state after the chunk, ``[B, K, C]``.
+      whole: of the state with the first key, in the state after the chunk, ``[B, K]``.
     """
 
-    rows: Array
-    pairs: Array
+    until: Array
     keys: Array
     whole: Array
 
 
-def pull_back_decay(found: DecayedSums, size: int) -> Array:
+def pull_back_decay(found: DecayedSums) -> Array:
     """Returns the gradient of the decays of tokens 1 to C, ``[B, K, C]``.
 
     Token C is the first one after the chunk: it decays the whole state that the chunk leaves. That
     of the chunk's own first token comes from the chunk before.
     """
-    batch, heads, rows, _ = found.pairs.shape
-    position = jnp.arange(size)
-    # A key has not decayed for its own row.
-    others = jnp.tile(position[:, None] != position[None], (rows // size, 1))[None, None]
-    pairs = jnp.where(others, found.pairs, 0)
-
-    def of_positions(x: Array) -> Array:
-        return x.reshape(batch, heads, -1, size).sum(axis=2)
-
-    until = of_positions(pairs.sum(axis=-1) + found.rows) - pairs.sum(axis=-2)
+    position = jnp.arange(found.until.shape[-1])
     # Token t decays what the rows from t on read, and what the keys before t leave.
-    past = (position[:, None] >= position[None]).astype(until.dtype)
-    from_on = sums("bkt,ts->bks", until, past)
+    past = (position[:, None] >= position[None]).astype(found.until.dtype)
+    from_on = sums("bkt,ts->bks", found.until, past)
     left = sums("bks,ts->bkt", found.keys, past) + found.whole[..., None]
     from_on = jnp.pad(from_on[..., 1:], ((0, 0), (0, 0), (0, 1)))
     return from_on + left
 
 
 def decayed_sums(
-    read: Any,
     first: Any,
     absorbed: Any,
     value: Array,
-    weights: Array,
-    d_rows: Any,
+    d_rows: Array,
+    d_pairs: Array,
     after: tuple[Array, Array],
-    enter: Array,
     einsum: Einsum,
 ) -> DecayedSums:
     """Collects what each factor of a chunk multiplies, times its cotangent.
 
+    A row's sum over all that it sees is known without the features (:func:`.row_products`): what
+    it reads from the state is that sum less its pairs. The pairs of a row with keys at other
+    positions are then added and taken away again, so that those of a key are left, its own row
+    among them.
+
     Args:
-      read: from :func:`.causal_chunk.read_causal`.
       first: the state that the rows read.
       absorbed: from :func:`.chunk_state.absorb_keys`.
       value: of the keys.
-      weights: of all pairs, ``[B, K, R, C]``.
-      d_rows: cotangents of what the rows computed.
-      after: those of ``kv`` and ``k_sum`` after the chunk.
-      enter: which keys entered the state.
+      d_rows: each row's sum of weights times their cotangents, ``[B, K, R]``.
+      d_pairs: weights of pairs times their cotangents, ``[B, K, R, C]``.
+      after: cotangents of ``kv`` and ``k_sum`` after the chunk.
       einsum: the matrix products.
     """
     d_kv, d_k_sum = after
-    gain = read.gain
-    # These products are those of the other gradients, and computed once.
-    d_read = einsum("bkrv,bkvm->bkrm", d_rows.numerator * gain[..., None], first.kv, rounded=False)
-    d_read = d_read + (d_rows.denominator * gain)[..., None] * first.k_sum[..., None, :]
-    d_features = einsum("bkcv,bkvm->bkcm", value, d_kv) + d_k_sum[..., None, :]
-    of_keys = _row_sums(absorbed.features * d_features)
-    kept = (first.kv * d_kv).sum(axis=-2) + first.k_sum * d_k_sum
+    batch, heads, _, size = d_pairs.shape
+    rows = d_rows.reshape(batch, heads, -1, size).sum(axis=2)
+    # This product is that of the gradient of values, and computed once.
+    d_value = einsum("bkcm,bkvm->bkcv", absorbed.features, d_kv)
+    of_sums = sums("bkcm,bkm->bkc", absorbed.features, d_k_sum)
+    whole = sums("bkvm,bkvm->bk", first.kv, d_kv * absorbed.decay[..., None, :])
+    # Sums are written as products, which XLA on CPU does not fuse with what makes their terms.
+    of_values = sums("bkcv,v->bkc", value * d_value, jnp.ones(value.shape[-1:], value.dtype))
     return DecayedSums(
-        rows=_row_sums(read.read.features * d_read),
-        pairs=d_rows.weights * weights,
-        keys=jnp.where(enter, of_keys, 0),
-        whole=(kept * absorbed.decay).sum(axis=-1),
+        until=rows - sums("bkrc,r->bkc", d_pairs, jnp.ones(d_pairs.shape[2:3], d_pairs.dtype)),
+        keys=of_values + of_sums,
+        whole=whole + (first.k_sum * d_k_sum * absorbed.decay).sum(axis=-1),
     )
-
-
-def _row_sums(x: Array) -> Array:
-    """Sums ``[B, K, R, M]`` over features, as a product, as that of weights is."""
-    return sums("bkrm,m->bkr", x, jnp.ones(x.shape[-1:], x.dtype))
