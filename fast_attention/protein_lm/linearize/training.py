@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fast_attention.protein_lm import messages
 from fast_attention.protein_lm.errors import RunError
@@ -131,6 +132,7 @@ def train(
     batches: Iterable[Batch],
     file: StateFile,
     *,
+    mesh: Mesh,
     steps: int,
     save_every: int,
     seed: int,
@@ -144,6 +146,7 @@ def train(
       optimizer: Of the step.
       batches: Batch i is a function of i alone.
       file: Of the state.
+      mesh: Of the model's arrays.
       steps: How many.
       save_every: How often to save the state; it is saved at the end, too.
       seed: Of dropout.
@@ -155,7 +158,7 @@ def train(
       FloatingPointError: If the loss is not finite.
     """
     begun, state = file.resume(stage, (trainable, optimizer.init(trainable)))
-    now, opt_state = state
+    now, opt_state = _placed(state, mesh)
     with messages.progress(stage, "steps", steps, begun) as bar:
         for number, batch in enumerate(itertools.islice(batches, begun, steps), begun):
             key = jax.random.fold_in(jax.random.key(seed), number)
@@ -167,8 +170,14 @@ def train(
                 if not np.isfinite(value):
                     raise FloatingPointError(
                         f"{stage} diverged at step {done}: the loss is {value}; give a lower "
-                        "learning rate"
+                        f"learning rate (--{stage}_rate)"
                     )
                 bar.set_postfix({"loss": f"{value:.4g}"})
                 file.save(stage, done, (now, opt_state))
     return now
+
+
+def _placed(tree: Any, mesh: Mesh) -> Any:
+    """Places new arrays as the step returns them, or its second call would compile again."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda x: x if x.committed else jax.device_put(x, everywhere), tree)

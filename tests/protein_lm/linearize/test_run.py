@@ -2,6 +2,7 @@
 
 import functools
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -16,7 +17,9 @@ from fast_attention.protein_lm.linearize.config import LinearizeConfig
 from fast_attention.protein_lm.linearize.report import format_report, read_report
 from fast_attention.protein_lm.linearize.run import run_linearize
 from fast_attention.protein_lm.loading import load_run
+from fast_attention.protein_lm.runs.importing import import_model
 
+PRETRAINED = Path(__file__).parents[2] / "data" / "pretrained"
 SIZES = {"emb_dim": 16, "num_heads": 2, "num_layers": 2, "qkv_dim": 16, "mlp_dim": 16}
 RATES = {"dropout_rate": 0.0, "attention_dropout_rate": 0.0}
 
@@ -117,6 +120,28 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
     assert "parts is finished" in capsys.readouterr().out
     with pytest.raises(RunError, match="the result of another model, data or settings"):
         run_linearize(exact, tmp_path / "parts", [fasta], config=settings())
+
+
+@pytest.mark.parametrize("finetune", ["lora", "full"])
+def test_a_step_gets_arrays_placed_as_it_returns_them(
+    finetune, make_exact, fasta, tmp_path, monkeypatch
+):
+    """Else its second call would compile again."""
+    placed = []
+
+    def watch(make):
+        def watched(step, *arguments):
+            placed.append([x.sharding for x in jax.tree.leaves(arguments[:2])])
+            return step(*arguments)
+
+        return lambda *arguments: functools.partial(watched, make(*arguments))
+
+    for name in ("make_transfer_step", "make_finetune_step"):
+        monkeypatch.setattr(run.steps, name, watch(getattr(run.steps, name)))
+    options = settings(transfer_steps=2, finetune=finetune, finetune_steps=2)
+    run_linearize(make_exact(FlaxLM), tmp_path / "new", [fasta], config=options)
+    first, second, third, fourth = placed
+    assert first == second and third == fourth
 
 
 def test_what_is_not_exact_is_refused(fasta, tmp_path):
@@ -247,3 +272,16 @@ def test_what_is_left_out_is_told(make_exact, fasta, tmp_path, capsys):
     with pytest.raises(RunError, match=r"linearize\.json: asked is missing"):
         run_linearize(make_exact(FlaxLM), tmp_path / "new", [tmp_path / "a.fasta"], on_error="skip")
     assert "1 of 21 records was left out" in capsys.readouterr().err
+
+
+def test_an_imported_model_is_made_linear(fasta, tmp_path):
+    """Features are added, all else stays as it was published."""
+    import_model(PRETRAINED / "esm2_tiny", tmp_path / "exact")
+    options = settings(nb_features=8, exact_window=2, transfer_steps=4)
+    found = run_linearize(tmp_path / "exact", tmp_path / "new", [fasta], config=options)["found"]
+    assert set(found) >= {"exact", "before", "transfer", "window_off", "features_off"}
+    assert found["transfer"]["errors"] != found["before"]["errors"]
+    old, new = arrays(tmp_path / "exact"), arrays(tmp_path / "new")
+    assert all("'projections'" in name for name in set(new) - set(old))
+    assert all(np.array_equal(new[name], old[name]) for name in old)
+    assert load_run(tmp_path / "new").model.evaluate(["ACDEFGHIKL"])["perplexity"] > 0
