@@ -1,6 +1,6 @@
 """Calls on meshes whose axes are Explicit, the default of ``jax.make_mesh``.
 
-There the type of an array says how it is sharded, and every operation must state the sharding of
+There the type of an array states how it is sharded, and every operation must state the sharding of
 its result. This package leaves that to the compiler: a call runs with these axes as Auto ones, and
 its results are sharded as its first array is. For functions of modules see
 :mod:`fast_attention.layers.explicit_axes`.

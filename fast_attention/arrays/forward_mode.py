@@ -1,4 +1,4 @@
-"""What to say where JAX only says that there is no forward mode differentiation."""
+"""The error for functions without forward mode differentiation, in place of that of JAX."""
 
 from __future__ import annotations
 

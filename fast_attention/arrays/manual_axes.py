@@ -1,7 +1,7 @@
 """Arrays inside ``jax.shard_map``: over which axes of the mesh they differ from device to device.
 
 There a loop must carry arrays that differ over the same axes from its first round to its last, and
-the gradient of what all devices share is a sum over them; jax sees to both where it is told.
+the gradient of what all devices share is a sum over them; JAX does both where it is given the axes.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import numpy as np
 from fast_attention.diagnostics.curves import ErrorCurves
 from fast_attention.diagnostics.errors import Recommendation
 
-# Okabe and Ito's colours, told apart with any colour vision; the markers do without any.
+# Okabe and Ito's colours, distinct with any colour vision; markers are distinct without colours.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREY = "#777777"
@@ -134,7 +134,7 @@ def plot_head_errors(
     )[0]
     axes = grid[0]
     axes.set_facecolor("0.85")
-    # White is at 1: what is red there says less than nothing.
+    # White is at 1: red cells are worse than a constant.
     image = axes.imshow(values, cmap="RdBu_r", vmin=0, vmax=2, aspect="auto")
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):

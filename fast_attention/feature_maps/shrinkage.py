@@ -23,7 +23,7 @@ BIAS_COST = 2.0
 _LARGEST_LOG_PRICE = 20.0
 _LARGEST_MOMENT = 80.0
 _TRIALS, _ROUNDS = 4, 11
-# Halvings of a direction's bracket: few suffice to tell which price can be paid.
+# Halvings of a direction's bracket: few suffice to find a price that can be paid.
 _ROUGH, _FINE = 14, 24
 
 

@@ -54,7 +54,7 @@ def _visible_places(visible: Array, most: int) -> tuple[Array, Array]:
     length = visible.shape[0]
     rank = jnp.cumsum(visible, dtype=jnp.int32) - 1
     count = rank[-1] + 1
-    # Where each rank lies; hidden positions are written nowhere.
+    # The place of each rank; hidden positions are written nowhere.
     at = jnp.full(length, 0, jnp.int32)
     number = jnp.arange(length, dtype=jnp.int32)
     at = at.at[jnp.where(visible, rank, length)].set(number, mode="drop")

@@ -75,7 +75,7 @@ def _platform(kind: str) -> str | None:
     try:
         return platform_of(kind)
     except ValueError:
-        return None  # This process's device is of a kind that nobody has heard of.
+        return None  # This process's device is of an unknown kind.
 
 
 def _home() -> str:

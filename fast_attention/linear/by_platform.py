@@ -84,7 +84,7 @@ def _batch(leaves: Any, axes: Any, *, jaxpr: Any, forms: Any) -> Any:
 
 
 def _drop_unused(used: Any, *rest: Any) -> Any:
-    """Drops results that nobody reads, as JAX does in all that it traces."""
+    """Drops unused results, as JAX does in all that it traces."""
     equation = rest[-1]  # Later versions of JAX pass more between the two.
     if not any(used):
         return [False] * len(equation.invars), None

@@ -20,7 +20,7 @@ def promote_floating(query: Array, key: Array, value: Array) -> tuple[Array, Arr
 
 
 # Biases this low stand for "masked" (-1e9, the most negative float16 and float32 are common), and
-# weights exp(bias) of larger sizes could not be told apart in float32.
+# weights exp(bias) of larger sizes could not be distinguished in float32.
 LARGEST_BIAS = 1e4
 
 

@@ -40,7 +40,7 @@ class Takes:
       projection: whether a call may be given random features (or rotations).
       positions: whether it rotates by positions that a call is given.
       buckets: whether a call may be given buckets, and asked for these and for weights.
-      other_keys: whether keys may be as many as they like; else T = S.
+      other_keys: whether the number of keys may differ from that of queries; else T = S.
       cache: whether one query may attend to many keys (a KV-cache step).
       shared_qk: queries and keys are the same vectors, and keys may be given behind the queries.
       symbolic_lengths: whether lengths may be symbols of ``jax.export``, known only when the

@@ -1,4 +1,4 @@
-"""Whether a mask ``[T, S]`` says which keys are visible, and nothing else.
+"""Whether a mask ``[T, S]`` only hides keys, the same for every query.
 
 Such a mask has rows that are alike: each shows the same keys, or none (a padded query). A mask for
 causal attention may also have rows that show those of the same keys that are not later.

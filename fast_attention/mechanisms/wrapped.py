@@ -57,7 +57,7 @@ class WrappedAttention(AttentionFn):
 
     @property
     def forward_mode(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """What has forward mode, as the inner function says."""
+        """What has forward mode, as the inner function declares."""
         return self.attention_fn.forward_mode
 
     @property

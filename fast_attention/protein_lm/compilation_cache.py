@@ -1,7 +1,7 @@
 """Compiled programs of commands, kept between runs in the user's cache folder.
 
 Compiling takes most of the time of a command on a few proteins. JAX can keep what it has compiled;
-here it is told where: in a folder that only the user can write to, one for each kind of processor,
+this module names the folder: one that only the user can write to, one for each kind of processor,
 since a compiled program may not run on another one.
 """
 
@@ -26,7 +26,7 @@ def keep_compiled_programs() -> None:
     """Makes JAX keep what it compiles, in `cache_folder`.
 
     Does nothing if ``JAX_COMPILATION_CACHE_DIR`` is set, also to an empty text, which does without
-    a cache, or if there is no such folder, it cannot be made or belongs to somebody else.
+    a cache, or if there is no such folder, it cannot be made or belongs to another user.
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ or (folder := cache_folder()) is None:
         return

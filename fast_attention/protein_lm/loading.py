@@ -1,6 +1,6 @@
 """A trained run, or what was exported of it, read back from its folder.
 
-A folder may come from anybody: what it says of its model is read as data (`model_file`), and no
+A folder may come from anybody: its description of the model is read as data (`model_file`), and no
 code is run that it names. The gin file of a run is parsed only where a person gives it by name.
 """
 

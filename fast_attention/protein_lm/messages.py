@@ -1,4 +1,4 @@
-"""What a command tells of its work on stderr: notes and progress, which ``--quiet`` leaves out.
+"""Messages of a command on stderr: notes and progress, which ``--quiet`` leaves out.
 
 On a terminal, progress is a bar. Elsewhere (a file, a pipe, a batch system) it is a line a minute.
 """
@@ -70,7 +70,7 @@ def progress(
       show: Whether to show anything.
 
     Yields:
-      What to tell of each unit that is done.
+      What to print for each finished unit.
     """
     show = show and not is_quiet()
     if not (show and sys.stderr.isatty()):

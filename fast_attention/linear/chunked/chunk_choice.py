@@ -87,11 +87,11 @@ def _platform(device: str) -> str:
     try:
         return platform_of(device)
     except ValueError:
-        return FALLBACK  # A device of a kind that nobody has heard of.
+        return FALLBACK  # A device of an unknown kind.
 
 
 def origin(row: Row) -> str:
-    """Says in words how a row of the package's table came about."""
+    """Describes how a row of the package's table was found."""
     how = CHUNKS[row][2]
     return f"{how} for {row[0]}" + "".join(f", {x}" for x in ORIGINS.get((row[0], how), ()))
 

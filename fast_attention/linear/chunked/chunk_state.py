@@ -138,14 +138,14 @@ def read_state(
     """Brings queries to the scale of a state; each row's largest entry becomes 1.
 
     That ``largest`` entry, the row's ``row_max``, is looked for unless it is given. ``occupied``
-    tells that the state holds a key.
+    states that the state has a key.
     """
     if queries.log is None:
         return Read(queries.shift(None), None, None, None)
     assert log_scale is not None
     scale = lax.stop_gradient(log_scale)[..., None, :]
     if not occupied:
-        # Where nothing was seen yet the scale says nothing: 0 leaves logarithms as they are.
+        # The scale of an empty state has no meaning: 0 leaves logarithms unchanged.
         scale = jnp.where(scale > 0.5 * EMPTY_LOG_SCALE, scale, 0)
     if largest is None:
         largest = lax.stop_gradient(row_max(queries.log + scale))

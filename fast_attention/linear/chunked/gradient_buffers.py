@@ -26,7 +26,7 @@ def gradient_buffers(
 
     Where shapes and types agree, gradients are written over what is not read again: that of a chunk
     of queries over the cotangent of their outputs, that of keys over the outputs. Fresh memory is
-    the dearest thing in the backward pass.
+    the most expensive part of the backward pass.
     """
     reused_d_out, reused_out = (
         plan.output != "parts" and old.shape == new.shape and old.dtype == new.dtype

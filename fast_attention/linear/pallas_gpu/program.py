@@ -177,7 +177,7 @@ def piece(index: Array) -> Any:
 
 
 def visible_scale(log_scale: Array) -> Array:
-    """Returns the scale of a state, 0 where it is empty: there it says nothing."""
+    """Returns the scale of a state, 0 where it is empty."""
     return jnp.where(log_scale > 0.5 * EMPTY_LOG_SCALE, log_scale, 0.0)
 
 

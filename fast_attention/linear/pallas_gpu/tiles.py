@@ -207,7 +207,7 @@ def shared_matrix(interpret: bool, dtype: Any, width: int) -> Any:
     """Returns what to allocate for ``[64, width]`` in shared memory; bfloat16 is for operands."""
     if interpret:
         return plgpu.SMEM((TILE, width), dtype)
-    # Rows of 128 bytes, swizzled: what tensor cores want, and no bank conflicts.
+    # Rows of 128 bytes, swizzled: the layout of tensor cores, without bank conflicts.
     row = 128 // jnp.dtype(dtype).itemsize
     transforms = (plgpu.TilingTransform((8, row)), plgpu.SwizzleTransform(128))
     shape = (1, TILE, width) if dtype == jnp.bfloat16 else (TILE, width)

@@ -54,7 +54,7 @@ class Keys(NamedTuple):
       value: ``[V, C]``.
       features: ``[C, M]``.
       before: as of :class:`Rows`.
-      seen: keys that are not masked, ``[C, 1]``, where their features do not tell; None for all.
+      seen: keys that are not masked, ``[C, 1]``, where their features do not show it; None for all.
     """
 
     key: Array

@@ -106,7 +106,7 @@ def _backward(program: Program, final: bool, residuals: Any, cotangents: Any) ->
         run = functools.partial(
             bidirectional_backward.backward, program, operands, given, results.kv, results.scale
         )
-    # Two launches: where nobody asks for the gradients of weights, the second one is dead code.
+    # Two launches: where the gradients of weights are not used, the second one is dead code.
     gradients, of_weights = run(weights=False), run(weights=True)
     d_query_weights, d_query_offset = _shared(program, arguments, of_weights.query_weights)
     d_key_weights, d_key_offset = _shared(program, arguments, of_weights.key_weights)

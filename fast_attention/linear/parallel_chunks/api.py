@@ -1,4 +1,4 @@
-"""Linear attention on XLA in the form that a GPU wants: few launches, each over many positions.
+"""Linear attention on XLA in a form for GPUs: few launches, each over many positions.
 
 A causal pass walks over blocks of some thousand positions (of all rows and heads together) and
 handles all chunks of a block in parallel: their keys make states of their own, one sum over those

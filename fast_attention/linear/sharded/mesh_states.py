@@ -59,7 +59,7 @@ def states_before(
     Args:
       own: what the stretch of this device leaves behind.
       initial: what came before the first device.
-      axis_name: the axis along which the sequence lies.
+      axis_name: the axis along which the sequence is sharded.
       reverse: it is read from the last device to the first.
     """
     count, place = lax.axis_size(axis_name), lax.axis_index(axis_name)
@@ -98,7 +98,7 @@ def state_of_all(
     Args:
       own: what the stretch of this device leaves behind.
       initial: what came before the first device, the same on all.
-      axis_name: the axis along which the sequence lies.
+      axis_name: the axis along which the sequence is sharded.
     """
     state, place = own.state, lax.axis_index(axis_name)
     if own.log_decay is not None:

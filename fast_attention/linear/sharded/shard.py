@@ -1,4 +1,4 @@
-"""Linear attention of a sequence that lies across devices, from inside ``jax.shard_map``.
+"""Linear attention of a sequence sharded over devices, from inside ``jax.shard_map``.
 
 Each device reduces its own keys to a state, the states are put together across the mesh, and each
 device attends locally with what came before as its initial state. Reducing the keys first costs one
@@ -56,7 +56,7 @@ def attend_along_axis(
     """Attends from this device's stretch of a sequence to all of it.
 
     Args:
-      plan: with the name of the mesh axis along which the sequence lies.
+      plan: with the name of the mesh axis along which the sequence is sharded.
       return_state: also return the state after the last key of the whole sequence.
       inputs: of this device; the state is the same on all.
       ends: with segments, their ids at the first and at the last position, ``[B]``.

@@ -224,7 +224,7 @@ def read_state(
     scale = state.log_scale
     assert scale is not None
     query = query.reshape(*query.shape[:-2], scale.shape[-2], -1, query.shape[-1])
-    # The scale of an empty state says nothing.
+    # The scale of an empty state has no meaning.
     scale = jnp.where(scale > 0.5 * EMPTY_LOG_SCALE, scale, 0)
     log = query + jnp.expand_dims(scale, (-4, -2))
     features = jnp.exp(log - lax.stop_gradient(log.max(axis=-1, keepdims=True)))

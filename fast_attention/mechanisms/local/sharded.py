@@ -47,7 +47,7 @@ def local_attention_of_shard(
       key: ``[*B, T, K, D]``.
       value: ``[*B, T, K, V]``.
       window: which keys a position sees.
-      axis_name: the mesh axis, or a tuple of axes, along which the sequence lies.
+      axis_name: the mesh axis, or a tuple of axes, along which the sequence is sharded.
       shared_qk: queries and keys are the same vectors.
       key_mask: ``[*B, T]``.
       segment_ids: ``[*B, T]``; runs of equal ids may lie across any number of devices.

@@ -19,7 +19,7 @@ class Description:
 
     Attributes:
       path: The file, for messages.
-      fields: What it says.
+      fields: Its content.
     """
 
     path: Path

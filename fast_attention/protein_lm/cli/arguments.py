@@ -151,7 +151,7 @@ def check_files(options: argparse.Namespace, *outputs: str, evaluation: Path | N
         try:
             check_output(evaluation)
         except OutputError as error:
-            # Such as that of a run of somebody else.
+            # For example in another user's run.
             raise OutputError(f"{error}, with --output=FILE") from error
     given = {f"--{name}": getattr(options, name) for name in outputs}
     check_outputs({"evaluation.json": evaluation} | given, input_files(options))

@@ -205,7 +205,7 @@ class Alphabet:
         return bool(self.are_valid([value])[0])
 
     def are_valid(self, values: Any) -> np.ndarray:
-        """Returns a bool array, of the shape of ``values``, telling which of them are ids."""
+        """Returns a bool array, of the shape of ``values``, True for those that are ids."""
         values = np.asarray(values)
         if values.dtype.kind not in "iuf":
             return np.zeros(values.shape, bool)

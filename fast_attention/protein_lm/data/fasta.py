@@ -43,7 +43,7 @@ def read_fasta(
 
     `read_proteins` does the same with several files and folders, and can leave records out.
 
-    Plain and gzip-compressed files (of one or several members) are told apart by their content.
+    Plain and gzip-compressed files (of one or several members) are recognised by their content.
     Any line ends, a byte order mark, blank lines and blanks inside sequences are accepted, and
     lower case is raised to upper case. A ``*`` that ends a sequence is a translated stop codon
     and is dropped.
@@ -130,7 +130,7 @@ def read_proteins(
     (or these and ``.gz``) is a table, see `table_rows`.
 
     What is wrong with a record can be skipped. What is wrong with a file (missing, empty, cut off,
-    no FASTA file, NUL bytes) always raises, since nobody knows how many records it has lost.
+    no FASTA file, NUL bytes) always raises, since the number of lost records is unknown.
 
     Args:
       paths: one file or folder, or several, see `fasta_paths`.
@@ -143,7 +143,7 @@ def read_proteins(
       unique_ids: whether a second record of the same id, in any of the files, or one without an id
         is an error, too. By default both are kept. Costs about 150 bytes of memory per record.
       max_residues: the most residues of a record, and what bounds the memory.
-      too_long: what an error about a longer record tells the user to do; None takes a general
+      too_long: what an error about a longer record recommends; None takes a general
         remedy.
 
     Returns:
@@ -213,7 +213,7 @@ def _not_unique(name: str, line: int, first_path: Path, first_line: int) -> BadR
 
 
 def record_error(path: Path, record: BadRecord) -> FastaError:
-    """The error that tells of a record that cannot be read."""
+    """The error about a record that cannot be read."""
     return FastaError(
         f"{path}, line {record.line}: record {record.id!r} {record.reason}. {record.remedy}"
     )

@@ -25,7 +25,7 @@ _PLANS = 1
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pieces:
-    """Which part of which protein lies where.
+    """Where each part of a protein is placed.
 
     Attributes:
       proteins: int ``[P]``, index into the corpus.
@@ -72,7 +72,7 @@ def pack_lengths(lengths: np.ndarray, capacity: int) -> np.ndarray:
     """
     rows = np.empty(len(lengths), np.int64)
     open_rows: list[list[int]] = [[] for _ in range(capacity + 1)]
-    # Bit r tells whether a row with room r is open: finding the tightest is one shift.
+    # Bit r is set if a row with room r is open: finding the tightest is one shift.
     open_room = 0
     num_rows = 0
     for item in np.argsort(-lengths, kind="stable").tolist():
@@ -208,7 +208,7 @@ def fill_rows(corpus: Corpus, pieces: Pieces, shape: tuple[int, int], pad: int) 
 
     Args:
       corpus: the proteins.
-      pieces: what to lay where; the pieces of a row must fit into it.
+      pieces: what to place in each row; the pieces of a row must fit into it.
       shape: ``(B, L)``.
       pad: what to fill the rest with.
     """

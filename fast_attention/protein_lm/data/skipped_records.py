@@ -1,4 +1,4 @@
-"""Records that were left out: counted, and listed for whoever wants to know which."""
+"""Records that were left out: counted, and listed on request."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class SkippedRecord(NamedTuple):
 
 
 class SkippedRecords:
-    """What was left out of some input; hand it to `read_proteins` and tell of it at the end.
+    """What was left out of some input: pass it to `read_proteins`, then report it at the end.
 
     Attributes:
       count: how many records were left out.

@@ -232,7 +232,7 @@ def check_name(text: str) -> str:
 
 
 def is_table(path: Path) -> bool:
-    """Whether the name of a file says that it is a table."""
+    """Whether the name of a file is that of a table."""
     return path.name.lower().removesuffix(".gz").endswith(EXTENSIONS)
 
 

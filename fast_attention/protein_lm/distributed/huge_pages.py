@@ -2,7 +2,8 @@
 
 XLA frees the temporaries of a step (hundreds of megabytes) at its end and asks for them again in
 the next; with 4 KiB pages the kernel hands them out one by one, which took about half of the time
-of a step of the demo. glibc's allocator uses large pages if told so when a process starts.
+of a step of the demo. glibc's allocator uses large pages if an environment variable says so when
+a process starts.
 """
 
 from __future__ import annotations

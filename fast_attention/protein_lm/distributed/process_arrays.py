@@ -119,7 +119,7 @@ def any_process(flag: bool) -> bool:
 
 
 class Votes:
-    """What the processes want, known to all at the same step; see `cast`."""
+    """Requests of the processes, known to all at the same step; see `cast`."""
 
     def __init__(self):
         """Begins without votes."""
@@ -128,12 +128,12 @@ class Votes:
         self._largest = jax.jit(jnp.max, out_shardings=NamedSharding(self._mesh, PartitionSpec()))
 
     def cast(self, wish: int | None) -> int | None:
-        """Gives the wish of this process, a positive number, or None.
+        """Sends the request of this process, a positive number, or None.
 
         Every process must call this after every step.
 
         Returns:
-          The largest wish that any process gave two steps ago; a single process gets its own at
+          The largest request that any process sent two steps ago; a single process gets its own at
           once. Nobody waits for what is not computed yet.
         """
         if jax.process_count() == 1:

@@ -211,7 +211,7 @@ def _not_joined(coordinator: str | None, process_id: int | None, timeout: int) -
 
 
 def is_lost_process(error: Exception) -> bool:
-    """Whether an error says that another process has ended."""
+    """Whether an error means that another process has ended."""
     if isinstance(error, RunError | OSError) or count() == 1:
         return False
     return bool(_LOST.search(str(error)))

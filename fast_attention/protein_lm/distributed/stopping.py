@@ -104,7 +104,7 @@ def _unwinds(error: BaseException | None) -> bool:
 
 
 class StopRequest:
-    """Whether somebody asked to stop; see `catch_stop_requests`.
+    """Whether a stop was requested; see `catch_stop_requests`.
 
     Attributes:
       signal: Number of the signal that came first, None as long as none did.
@@ -151,7 +151,7 @@ def catch_stop_requests() -> Iterator[StopRequest]:
 
 
 def stopped(number: int, step: int) -> Stopped:
-    """The error that names a signal, and says how to resume.
+    """The error that names a signal, with the way to resume.
 
     Args:
       number: Of the signal.

@@ -64,7 +64,7 @@ _SOFTMAX = (
 
 
 def check_name(path: str | os.PathLike[str]) -> None:
-    """Raises ValueError unless a file's name says how to write it."""
+    """Raises ValueError unless the extension of a file is known."""
     find_extension(path, FORMATS)
 
 

@@ -97,7 +97,7 @@ def _check(path: Path, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def format_evaluation_summary(found: dict[str, Any]) -> str:
-    """The scores of an evaluation, below a line that says of which proteins they are."""
+    """The scores of an evaluation, below a line that names the proteins."""
     digest = f", sha256 {found['digest'][:12]}" if found.get("digest") else ""
     step = "" if found["step"] is None else f", step {found['step']:,}"
     size = f"{counted(found['proteins'], 'protein')}, {counted(found['residues'], 'residue')}"
@@ -125,7 +125,7 @@ def _step(content: dict[str, Any]) -> int | None:
 
 
 def _date(path: Path, content: dict[str, Any]) -> str:
-    """When an evaluation was made: what it says itself, or the time of the file."""
+    """When an evaluation was made: as it is recorded, or the time of the file."""
     if isinstance(content.get("date"), str):
         return content["date"]
     time = datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.UTC)

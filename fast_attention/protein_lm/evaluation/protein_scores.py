@@ -139,7 +139,7 @@ def _masked_baselines(
     domain: DiscreteDomain,
     ngrams: Sequence[NGram],
 ) -> dict[str, ProteinSums]:
-    """Only residues are asked for, so that the end of a sequence is no possible outcome."""
+    """Only residues are predicted, so that the end of a sequence is no possible outcome."""
     outcomes = len(domain.vocab.ordinary_ids)
     found = _uniform(outcomes, residues)
     unigrams = [ngram for ngram in ngrams if ngram.order == 1]

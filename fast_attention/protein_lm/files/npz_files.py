@@ -1,4 +1,4 @@
-"""Reading ``.npz`` files that may be damaged, or that somebody else has written."""
+"""Reading ``.npz`` files that may be damaged, or come from other people."""
 
 from __future__ import annotations
 

@@ -134,7 +134,7 @@ def open_output_folder(path: AnyPath, *, last: str) -> Iterator[Path]:
 
     Args:
       path: The folder; missing folders above it are created.
-      last: The file whose presence says that the folder is complete, which is moved last.
+      last: The file whose presence means that the folder is complete; it is moved last.
 
     Raises:
       OutputError: If the folder cannot be written.
@@ -231,7 +231,7 @@ def check_outputs(outputs: Mapping[str, AnyPath | None], inputs: Iterable[AnyPat
         try:
             found = os.stat(path)
         except (OSError, ValueError):
-            continue  # Whoever reads it says so.
+            continue  # Reading it raises the error.
         for name, target in given.items():
             if stat.S_ISREG(found.st_mode) and has(target, found):
                 raise OutputError(

@@ -139,6 +139,6 @@ def is_null(target: Target) -> bool:
 
 
 def describe(path: AnyPath, error: OSError | ValueError) -> OutputError:
-    """The error that says of an output why it cannot be written."""
+    """The error about an output that cannot be written, with the reason."""
     name = "standard output" if os.fspath(path) == STDOUT else os.fspath(path)
     return OutputError(f"{name} cannot be written: {explain(error)}")

@@ -102,7 +102,7 @@ def _lock(path: Path) -> int | None:
     except (BlockingIOError, FileNotFoundError):
         there = False
     except OSError:
-        return lock  # A file system without locks, where nobody removes it either.
+        return lock  # A file system without locks, where it is not removed either.
     if there:
         return lock
     os.close(lock)

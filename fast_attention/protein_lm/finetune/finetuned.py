@@ -82,7 +82,7 @@ class FineTuned:
       max_length: Longer proteins are cropped to this many residues; None crops none.
       trunk: Fingerprint of the model that was fine-tuned.
       adapters: Of ``"lora"``, and the scale they are added with.
-      fit: How it came about; None when read from a folder.
+      fit: How it was trained; None when read from a folder.
     """
 
     model: FlaxModel

@@ -74,7 +74,7 @@ def fine_tune(
       **options: Fields of `TuningConfig`.
 
     Returns:
-      The predictor, with ``fit`` telling what it reached on each part.
+      The predictor, whose ``fit`` has its figures on each part.
 
     Raises:
       FloatingPointError: If training diverges.

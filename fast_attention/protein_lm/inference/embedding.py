@@ -128,7 +128,7 @@ def embed_sequences(
 
 
 def check_config(model: BuiltModel, config: EmbeddingConfig) -> None:
-    """Raises ValueError if a model does not have what is asked for."""
+    """Raises ValueError if a model cannot give what the options name."""
     blocks = model.config.num_layers
     for layer in config.chosen:
         if layer != "last" and not -blocks - 1 <= layer <= blocks:
@@ -186,7 +186,7 @@ def embed_window(
     Args:
       model: As for `embed_sequences`.
       window: Proteins.
-      config: What is asked for.
+      config: The options.
       shapes: Of programs that exist; those used are added.
       progress: As for `embed_sequences`.
 

@@ -1,6 +1,6 @@
 """Vectors of the proteins of FASTA files, in a file, by a command that can be resumed.
 
-Proteins are embedded window by window. What is done lies in parts in a folder beside the output,
+Proteins are embedded window by window. Finished parts are in a folder beside the output,
 see `partial_work`, until the last window; then the output is put together of them.
 """
 
@@ -48,7 +48,7 @@ def embed_to_file(
 ) -> Done:
     """Embeds proteins and writes their vectors, in their order.
 
-    Stopped, whenever that is, the same call goes on where it was, and gives the file that it would
+    If it is interrupted, the same call resumes, and gives the file that it would
     have given at once. What was done of a protein is used again as long as its window is the same:
     proteins may be added at the end, or one that stopped the work corrected.
 

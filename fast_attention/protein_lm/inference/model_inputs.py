@@ -48,7 +48,7 @@ def read_for_model(
       on_error: As for `read_proteins`. Of a protein that is too long, "raise" and "replace" raise.
       skipped: As for `read_proteins`.
       unique_ids: As for `read_proteins`.
-      crop: What an error about a longer record tells the user to do.
+      crop: What an error about a longer record recommends.
 
     Raises:
       FastaError: As `read_proteins`, and at a protein that is too long.

@@ -1,4 +1,4 @@
-"""What a model says of the effect of mutations: how much more probable a variant is.
+"""Effects of mutations by a model: how much more probable a variant is.
 
 Every score is a difference of natural logarithms of probabilities, variant less wild type: below 0
 the model finds the variant less probable, which usually means that it works less well.
@@ -172,7 +172,7 @@ def _differences(
 
 
 class _Hidden(NamedTuple):
-    """The wild type with some places hidden, and the places that are asked for."""
+    """The wild type with some places hidden, and the places to predict."""
 
     hidden: tuple[int, ...]
     asked: tuple[int, ...]

@@ -24,7 +24,7 @@ class ListedMutation(NamedTuple):
 
     Attributes:
       text: The mutation, in the notation of `mutations`.
-      id: Of the wild type, where the list says that.
+      id: Of the wild type, where the list has it.
       line: Where it stands; 0 where there is no file.
     """
 

@@ -69,7 +69,7 @@ class _Row(NamedTuple):
 
 
 def can_share_prefixes(model: BuiltModel) -> bool:
-    """Whether the model can go on reading from a state."""
+    """Whether the model can continue from a state."""
     transformer = nnx.merge(model.graphdef, model.weights, model.state.variables)
     return bool(getattr(transformer, "can_decode", False))
 
@@ -153,7 +153,7 @@ def _row(model: BuiltModel, index: int, variant: Variant, first: int, num_residu
 
 
 def _tokens(model: BuiltModel, sequence: str) -> tuple[np.ndarray, np.ndarray]:
-    """What the model reads, and what it is asked for."""
+    """What the model reads, and what it predicts."""
     (item,) = encode_sequences(model, [sequence])
     (question,) = model.objective.questions(model.domain.vocab, item)
     return question.inputs, question.targets

@@ -42,7 +42,7 @@ def draw_proteins(
 ) -> Iterator[FastaRecord]:
     """Draws proteins, some at a time.
 
-    Protein i depends on the model, on `seed`, on i and on what is asked for, and not on
+    Protein i depends on the model, on `seed`, on i and on the options, and not on
     `num_samples`; only rounding can differ, between batches of other sizes. A protein has at least
     one residue.
 
@@ -101,7 +101,7 @@ def draw_proteins(
             for row, (ids, sequence, score) in enumerate(zip(drawn, sequences, scores, strict=True))
         ]
 
-    # The first batch is drawn at once, so that a bad argument is told here and not later.
+    # The first batch is drawn at once, so that a bad argument raises here and not later.
     found = batch(0)
 
     def records() -> Iterator[FastaRecord]:

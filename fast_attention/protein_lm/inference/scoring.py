@@ -3,7 +3,7 @@
 A causal model gives the exact probability of a protein, a product over its residues. Other models
 give the pseudo-likelihood: the product of the probabilities of every residue, each hidden in turn
 and seen all others (Salazar et al. 2020, arXiv:1910.14659, section 2). The objective of a model
-says what it is asked (`Objective.questions`).
+defines what is predicted (`Objective.questions`).
 
 Logarithms are natural, probabilities are over the whole vocabulary; a sequence's result does not
 depend on what it shares a batch with.
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class SequenceScore(NamedTuple):
-    """What a causal model says of a protein.
+    """Scores of a protein by a causal model.
 
     Attributes:
       num_residues: Residues scored, n.
@@ -56,7 +56,7 @@ class SequenceScore(NamedTuple):
 
 
 class PseudoScore(NamedTuple):
-    """What a model that is not causal says of a protein.
+    """Scores of a protein by a model that is not causal.
 
     Attributes:
       num_residues: Residues scored, n.

@@ -34,7 +34,7 @@ class LinearizeConfig:
       kl_weight: Of the divergence from the exact model beside the model's own loss.
       batch_size: Proteins at a time.
       max_length: Tokens of a training row; longer proteins are cropped.
-      save_every: Steps between two states from which an interrupted run goes on.
+      save_every: Steps between two saved states, from which an interrupted run resumes.
       seed: Of order, masks, crops and draws.
     """
 

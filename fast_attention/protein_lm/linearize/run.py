@@ -61,7 +61,7 @@ def run_linearize(
     """Makes the attention of a trained model linear, in stages, and measures each.
 
     The folder holds the model as ``protein-lm export`` writes it, ``linearize.png`` and, written
-    last, ``linearize.json``. Given the same arguments again, an interrupted run goes on from its
+    last, ``linearize.json``. Given the same arguments again, an interrupted run resumes from its
     last saved state, and a finished one is only reported.
 
     Args:
@@ -120,7 +120,7 @@ def run_linearize(
             "found": file.found,
         }
         if file.stage is None:
-            # Nothing was trained; without a state, the model alone would not be gone on from.
+            # Nothing was trained; without a state, the model alone could not be resumed.
             file.save(None, 0, ())
         save_model(linear, folder.path)
         draw_errors(picture, report)

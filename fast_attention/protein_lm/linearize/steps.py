@@ -116,7 +116,7 @@ def make_finetune_step(
 ) -> Step:
     """Makes the step by the model's loss and the divergence from the exact model.
 
-    The loss is the mean over the tokens that are asked for of ``-log p(target) + w KL(exact || p)``
+    The loss is the mean over the predicted tokens of ``-log p(target) + w KL(exact || p)``
     with ``w = kl_weight``.
     """
     fixed, own = fixed_arrays(exact, linear), linear.weights

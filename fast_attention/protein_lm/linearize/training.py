@@ -1,4 +1,4 @@
-"""A stage of training that can be interrupted at any step, and goes on where it was saved."""
+"""A stage of training that can be interrupted at any step, and resumes from its saved state."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Saved(NamedTuple):
     Attributes:
       stage: That is under way, or was finished last; None before the first.
       step: Steps taken in it.
-      size: Bytes of what the file says of itself, beside arrays of what is trained and of the
+      size: Bytes of the description in the file, beside arrays of what is trained and of the
         optimiser, called by their place in ``jax.tree.leaves``.
     """
 
@@ -46,7 +46,7 @@ class Saved(NamedTuple):
 
 
 class StateFile:
-    """Where an interrupted run goes on.
+    """The saved state of an interrupted run.
 
     Attributes:
       path: Of the file.
@@ -55,7 +55,7 @@ class StateFile:
     """
 
     def __init__(self, path: Path, asked: dict[str, Any], num_layers: int):
-        """Reads what the file says of itself, if it is there.
+        """Reads the description in the file, if the file exists.
 
         Args:
           path: Of the file.

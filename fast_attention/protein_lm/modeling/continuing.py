@@ -51,7 +51,7 @@ def continue_rows(
     most = longest_input(model)
     width = -(-max(map(len, rows)) // _STRIDE) * _STRIDE
     width = width if most is None else min(width, most - high)
-    # Of a span of known length the closing token is not asked for: one program serves all spans.
+    # The closing token of a span of known length is not predicted: one program serves all spans.
     end = None if low == high else closing
     drawn = generate(
         nnx.merge(model.graphdef, model.weights, model.state.variables),

@@ -1,4 +1,4 @@
-"""When training has diverged, and what to tell then."""
+"""Whether training has diverged, and the error for it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Guard:
 
     ``sums`` are `metrics.token_sums` with ``gradient_norm``, on the host; ``last_step`` is the
     number of the last of them, counted from 1; ``saved`` the step of the last checkpoint, 0 where
-    there is none. What is raised says where training diverged, and what to try.
+    there is none. The error names the step where training diverged, and what to try.
 
     Attributes:
       schedule: From a step, counted from 0, to its learning rate.

@@ -18,7 +18,7 @@ def take_steps(model: BuiltModel, found: Iterable[train_state.Batch]) -> dict[st
     """Takes a training step with each batch.
 
     Args:
-      model: Its state goes on.
+      model: Its state is updated.
       found: Batches of the form of `data.make_dataset`.
 
     Returns:

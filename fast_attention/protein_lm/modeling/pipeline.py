@@ -69,8 +69,8 @@ def make_dataset(
     Batch i is a function of the arguments and of i alone. The iterator of the result therefore
     has a state of one number: ``set_state(state)`` continues at once, in any process, with the
     batch that would have come next after ``state = get_state()``. With ``rows``, a process builds
-    only its part of each batch; the state does not tell which, so that a run goes on with another
-    number of processes.
+    only its part of each batch; the state does not name the part, so that a run
+    can resume with another number of processes.
 
     Proteins take other rows, and long ones are cropped elsewhere, in every epoch. Without end
     (``num_epochs=None``) a batch may hold the last rows of one epoch and the first of the next;

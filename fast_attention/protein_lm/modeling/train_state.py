@@ -146,7 +146,7 @@ def make_train_step(
 
     Where the loss or the gradient is infinite or not a number, the step is counted, and all else
     of the state stays as it was: nothing of such a step enters the parameters, the moments of the
-    optimiser or the average. ``sums`` tells of it.
+    optimiser or the average. ``sums`` report it.
 
     With ``ema_decay`` = d, the average a of parameters p becomes c a + (1 - c) p after step t (from
     0 on) with c = min(d, (1 + t) / (10 + t)), so that it does not stick to where training began.
@@ -279,7 +279,7 @@ def abstract_state(
       parameters: Arrays, or their shapes.
       variables: The same of the other arrays.
       optimizer: Updates the parameters.
-      mesh: On which the state lies.
+      mesh: On which the state is placed.
       averaged: Whether the state has a moving average of the parameters.
     """
 

@@ -2,8 +2,8 @@
 
 The file names the class of the model, its alphabet, the shape of the Transformer, the factory of
 the attention function with its arguments, objective, mesh, optimiser and the settings of the
-training. It is compared with names and types that are listed here, so that a file from somebody
-else can describe a model and do nothing else. What cannot be described, such as an attention
+training. It is compared with names and types that are listed here, so that a foreign
+file can describe a model and do nothing else. What cannot be described, such as an attention
 function of one's own, is named in the file as such: the model can then be opened with the gin file
 that made it, or with the Python object.
 """

@@ -115,7 +115,7 @@ class RunFolder:
     """The picture of the learning curve."""
 
     result = _Inside("result.json")
-    """What a finished run reached; its presence says that the run is finished."""
+    """The results of a finished run; its presence means that the run is finished."""
 
     evaluation = _Inside("evaluation.json")
     """What ``protein-lm evaluate`` found."""

@@ -1,6 +1,6 @@
 """Models of runs and of exported folders, read back from their folders.
 
-A folder may come from anybody: what it says of its model is read as data (`model_file`), and no
+A folder may come from anybody: its description of the model is read as data (`model_file`), and no
 code is run that it names.
 """
 
@@ -36,7 +36,7 @@ class LoadedRun(NamedTuple):
 
 
 class OpenedRun(NamedTuple):
-    """What a folder says of its model, before any arrays are read.
+    """The description of a model in its folder, before any arrays are read.
 
     Attributes:
       model: Without the trained parameters.

@@ -41,7 +41,7 @@ def check_initial_run(path: Path, model: FlaxModel) -> None:
 
     Args:
       path: Of a run or an exported folder.
-      model: Which is to begin there.
+      model: The one that begins with them.
 
     Raises:
       RunError: If the folder is no run's, or its model has another alphabet or other parameters.

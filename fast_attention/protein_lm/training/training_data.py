@@ -77,7 +77,7 @@ def load_training_data(
     valid = rows = None
     if files.holds_out:
         chosen = held_out.choose_held_out(hashes, files.valid_fraction)
-        # One of each sequence says as much as all copies.
+        # One of each sequence gives the same result as all copies.
         rows = np.unique(np.where(chosen, hashes, 0), return_index=True)[1]
         rows = np.sort(rows[chosen[rows]])
         if len(rows):

@@ -42,7 +42,7 @@ class _Interval:
         """Takes the figures of a step; returns whether that step waited for the compiler."""
         self.sums.append(sums)
         if self._compiling:
-            # Such a step says nothing of the speed.
+            # The time of such a step is not that of a usual one.
             jax.block_until_ready(sums)
             self._compiling, self._rated_from = False, time.perf_counter()
             self._unrated = len(self.sums)

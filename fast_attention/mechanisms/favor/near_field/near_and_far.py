@@ -20,7 +20,7 @@ _IMPLEMENTATIONS = ("by_platform", "chunked", "reference")
 
 
 def check_options(exact_window: object, plan: Plan) -> None:
-    """Checks what is asked for.
+    """Checks the options.
 
     Args:
       exact_window: W.

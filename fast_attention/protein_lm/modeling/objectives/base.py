@@ -29,7 +29,7 @@ class Question(NamedTuple):
 
     Attributes:
       inputs: int ``[T]``, the tokens that it reads.
-      targets: int ``[K]``, tokens whose log-probabilities are asked for.
+      targets: int ``[K]``, tokens whose log-probabilities are computed.
       place: At which position of the inputs, where K is 1; None where K is T and each target is
         asked for at its own position.
     """
@@ -62,8 +62,8 @@ class Objective:
         otherwise it reads the end token and no begin token.
       enclose: Whether the model reads a sequence between a begin and an end token.
       corrupts: Whether batches depend on random numbers, and evaluations therefore on a seed.
-      exact: Whether scores are log-likelihoods: every residue is asked for, given those before it.
-        Otherwise they are pseudo-log-likelihoods: every residue is asked for, given all others.
+      exact: Whether scores are log-likelihoods: every residue is predicted from those before it.
+        Otherwise they are pseudo-log-likelihoods: every residue is predicted from all others.
       samples: Whether the model writes whole sequences.
       infills: Whether it fills in spans.
       rounds: Whether it fills in several positions at once, in rounds.

@@ -217,7 +217,7 @@ def mask_tokens(
     draws: np.ndarray,
     config: Masked,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Corrupts residues, and says which.
+    """Corrupts residues, and returns which.
 
     A residue is chosen when its first draw is below ``mask_rate``. Special tokens never are; but
     of every protein at least one residue is: failing others, that of the lowest draw. The second
