@@ -1,0 +1,35 @@
+"""Runs that are read back from their folder."""
+
+import gin
+import numpy as np
+import pytest
+
+from fast_attention.protein_lm.errors import RunError
+from fast_attention.protein_lm.loading import load_run
+from fast_attention.protein_lm.models import FlaxLM
+
+
+def test_a_run_is_read_back_without_gin(lm_run):
+    before = gin.config_str()
+    model, step, folder = load_run(lm_run)
+    assert isinstance(model, FlaxLM)
+    assert (step, folder.path) == (12, lm_run)
+    assert model.domain.length == 64
+    again = load_run(lm_run).model
+    assert gin.config_str() == before
+    proteins = ["MKTAYIAK"]
+    np.testing.assert_array_equal(model.logits(proteins), again.logits(proteins))
+
+
+def test_a_changed_vocabulary_is_told(lm_run, tmp_path):
+    text = (lm_run / "model.json").read_text()
+    (tmp_path / "model.json").write_text(text.replace('"A"', '"C"'))
+    with pytest.raises(RunError, match="occur more than once"):
+        load_run(tmp_path)
+
+
+def test_a_run_is_found_by_any_path(lm_run, tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(lm_run)
+    monkeypatch.chdir(lm_run.parent)
+    for path in (tmp_path / "link", f"{lm_run.name}/../{lm_run.name}", lm_run.name):
+        assert load_run(path).step == 12
