@@ -32,18 +32,20 @@ def count_added(before: TransformerConfig, now: TransformerConfig) -> int:
     return 0 if now.norm_after else max(0, now.num_layers - before.num_layers)
 
 
-def add_layers(arrays: Any, number: int) -> Any:
+def add_layers(arrays: Any, number: int, before: TransformerConfig) -> Any:
     """Returns nested parameters, or other arrays of the layers, with layers after the last one.
 
     Args:
-      arrays: nested dict with the layers under ``["stack"]["blocks"]``, counted from 0. Where
-        there are none (a model of a user's own class; no other arrays) it is returned as it is.
+      arrays: nested dict with the layers under ``["stack"]["blocks"]``, counted from 0; those
+        without such arrays (exact attention has no projections) are absent. Where there are none
+        (a model of a user's own class; no other arrays) it is returned as it is.
       number: of layers to add.
+      before: of the model that has the arrays.
     """
     blocks = arrays.get("stack", {}).get("blocks")
-    if not number or not blocks:
+    count = before.num_layers
+    if not number or not blocks or count - 1 not in blocks:
         return arrays
-    count = len(blocks)
     added = {count + i: _silent(blocks[count - 1]) for i in range(number)}
     return arrays | {"stack": arrays["stack"] | {"blocks": blocks | added}}
 

@@ -6,6 +6,7 @@ The model may also have more layers, see :mod:`.added_layers`.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from fast_attention.protein_lm.runs.array_records import describe
 from fast_attention.protein_lm.runs.model_file import OwnPartError
 from fast_attention.protein_lm.runs.stored_models import load_stored, open_stored
 from fast_attention.protein_lm.training.added_layers import add_layers, count_added
+from fast_attention.protein_lm.wording import counted
 from fast_attention.softmax_attention import make_softmax_attention
 
 
@@ -30,10 +32,13 @@ class Beginning(NamedTuple):
       parameters: Those of the earlier run, and of layers that the model has more.
       variables: The other arrays, attention projections among them; None where the attention
         function is another one, and has to draw its own.
+      drawn: Whether layers that the run has drew new projections: all of them, or those that had
+        exact attention there.
     """
 
     parameters: Any
     variables: Any | None
+    drawn: bool
 
 
 def check_initial_run(path: Path, model: FlaxModel) -> None:
@@ -70,13 +75,29 @@ def read_initial_run(path: Path, model: FlaxModel) -> Beginning:
         before = load_stored(path, model=model).model
     _check(path, before, model)
     added = count_added(before.config, model.config)
-    parameters = add_layers(before.weights, added)
+    parameters = add_layers(before.weights, added, before.config)
     if not _draw_alike(before.attention_fn, model.attention_fn):
-        return Beginning(parameters, None)
-    variables = add_layers(before.state.variables, added)
-    now = jax.eval_shape(model.initialize, jax.random.key(0))
-    same = _shapes(parameters, variables) == _shapes(now.parameters, now.variables)
-    return Beginning(parameters, variables if same else None)
+        return Beginning(parameters, None, True)
+    variables = add_layers(before.state.variables, added, before.config)
+    # Layers may have exact attention in one of the models only.
+    own = model.state.parameters, model.state.variables
+    taken = [_take(given, part) for given, part in zip((parameters, variables), own, strict=True)]
+    places = [
+        f"stack.blocks.{i}." for i in range(before.config.num_layers, model.config.num_layers)
+    ]
+    given, needed = _shapes(parameters, variables), _shapes(*own)
+    absent = [name for name, shape in needed.items() if given.get(name) != shape]
+    drawn = any(not any(place in name for place in places) for name in absent)
+    return Beginning(*taken, drawn)
+
+
+def _take(given: Any, own: Any) -> Any:
+    """Nested arrays like `own`: those given, and own ones where none of that shape are given."""
+    if not isinstance(own, Mapping):
+        return given if describe({"": given}) == describe({"": own}) else own
+    if not isinstance(given, Mapping):
+        return own
+    return {name: _take(given[name], part) if name in given else part for name, part in own.items()}
 
 
 def _check(path: Path, before: FlaxModel, model: FlaxModel) -> None:
@@ -86,11 +107,22 @@ def _check(path: Path, before: FlaxModel, model: FlaxModel) -> None:
             f"experiment.initial_run: {path} was trained with other tokens, so that its ids mean "
             "other residues: use its settings of make_protein_domain"
         )
+    layers, wanted = before.config.num_layers, model.config.num_layers
     added = count_added(before.config, model.config)
+    if layers + added != wanted:
+        reason = "layers cannot be removed"
+        if wanted > layers:
+            reason = "with norm_after, none can be added that keep the predictions"
+        raise RunError(
+            f"experiment.initial_run: {path} has {counted(layers, 'layer')}, and this model "
+            f"{wanted}: {reason}; set FlaxModel.num_layers = {layers}"
+        )
     stored, expected = (
         jax.eval_shape(m.initialize, jax.random.key(0)).parameters for m in (before, model)
     )
-    stored = jax.eval_shape(functools.partial(add_layers, number=added), stored)
+    stored = jax.eval_shape(
+        functools.partial(add_layers, number=added, before=before.config), stored
+    )
     stored, expected = describe(stored), describe(expected)
     # Features that are trained belong to the attention function.
     names = [

@@ -286,9 +286,8 @@ def _set_length(
 
 def _begin_from(model: FlaxModel, path: Path) -> bool:
     """Copies arrays of a run; returns whether the attention function drew new projections."""
-    parameters, variables = read_initial_run(path, model)
-    drawn = variables is None
-    if drawn:
+    parameters, variables, drawn = read_initial_run(path, model)
+    if variables is None:
         parameters, variables = exchange.keep_features(model.state, parameters)
     model.set_parameters(parameters, variables)
     return drawn

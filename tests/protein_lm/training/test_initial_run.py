@@ -1,6 +1,7 @@
 """Runs that begin with the parameters of another one, and models whose attention is exchanged."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -8,9 +9,10 @@ import pytest
 
 from fast_attention import make_fast_softmax_attention
 from fast_attention.protein_lm import FlaxLM, cli
+from fast_attention.protein_lm.errors import RunError
 from fast_attention.protein_lm.loading import load_run, open_run
 from fast_attention.protein_lm.training.added_layers import count_added
-from fast_attention.protein_lm.training.initial_run import read_initial_run
+from fast_attention.protein_lm.training.initial_run import check_initial_run, read_initial_run
 
 WDERF = make_fast_softmax_attention(nb_features=16, estimator="wderf_s", unidirectional=True)
 PROTEINS = ["MKTAYIAKQR", "GAVLIMFWPS", "MKKLLPTAAAGLLLLAAQPAMA"]
@@ -57,7 +59,8 @@ def test_a_run_begins_with_parameters_and_calibrates_new_features(switching, tra
     assert_equal(model.weights, trained.weights)
     assert np.abs(rows(model)["key_shift"]).max() > 0
     # Taken over by the next run, which fits them no second time.
-    parameters, variables = read_initial_run(tmp_path / "new", model)
+    parameters, variables, drawn = read_initial_run(tmp_path / "new", model)
+    assert not drawn
     assert_equal(parameters, model.weights)
     assert_equal(variables, model.state.variables)
 
@@ -67,8 +70,8 @@ def test_what_a_function_drew_is_taken_by_the_same_function_alone(lm_run, traine
     assert_equal(read_initial_run(lm_run, same).variables, trained.state.variables)
     # Of the same shape, but other features.
     other = same.with_attention(make_fast_softmax_attention(nb_features=16, projection="iid"))
-    parameters, variables = read_initial_run(lm_run, other)
-    assert variables is None
+    parameters, variables, drawn = read_initial_run(lm_run, other)
+    assert variables is None and drawn
     assert_equal(parameters, trained.weights)
     assert read_initial_run(lm_run, same.with_attention(None)).variables is None
 
@@ -92,6 +95,58 @@ def test_added_layers_keep_the_predictions_and_learn(switching, trained, tmp_pat
         assert not attention["out"]["kernel"].any() and not feed_forward["down"]["kernel"].any()
         assert np.asarray(after[layer][0]["inner"]["out"]["kernel"]).any()
         assert np.asarray(after[layer][1]["inner"]["down"]["kernel"]).any()
+
+
+@pytest.fixture
+def shaped(lm_run, tmp_path):
+    """From numbers of layers and a seed to an untrained model that is else that of the run."""
+
+    def model(num_layers, exact_layers, seed):
+        about = json.loads((lm_run / "model.json").read_text())
+        about["transformer"] |= {"num_layers": num_layers, "exact_layers": list(exact_layers)}
+        about["optimizer"]["random_seed"] = seed
+        folder = tmp_path / f"{num_layers}_{seed}"
+        folder.mkdir()
+        (folder / "model.json").write_text(json.dumps(about))
+        return open_run(folder).model
+
+    return model
+
+
+@pytest.mark.parametrize(("before", "now"), [((1,), (1, 3)), ((2,), (2,)), ((), (3,))], ids=str)
+def test_added_layers_may_be_exact_where_the_last_is_not(shaped, tmp_path, before, now):
+    old, new = shaped(2, before, 1), shaped(3, now, 2)
+    old.save(tmp_path / "old")
+    parameters, variables, drawn = read_initial_run(tmp_path / "old", new)
+    assert not drawn
+    new.set_parameters(parameters, variables)
+    pairs = zip(old.logits(PROTEINS), new.logits(PROTEINS), strict=True)
+    for expected, found in pairs:
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_a_layer_that_was_exact_draws_alone(shaped, tmp_path):
+    old, new = shaped(2, (2,), 1), shaped(2, (), 2)
+    old.save(tmp_path / "old")
+    _, variables, drawn = read_initial_run(tmp_path / "old", new)
+    assert drawn
+    blocks, kept, own = (
+        tree["stack"]["blocks"] for tree in (variables, old.state.variables, new.state.variables)
+    )
+    assert_equal(blocks[0], kept[0])
+    assert_equal(blocks[1], own[1])
+
+
+@pytest.mark.parametrize(
+    ("number", "after", "told"),
+    [(1, False, "layers cannot be removed"), (3, True, "with norm_after, none can be added")],
+)
+def test_numbers_of_layers_that_cannot_be_had_are_told(shaped, tmp_path, number, after, told):
+    shaped(2, (), 1).save(tmp_path / "old")
+    new = shaped(number, (), 2)
+    new.config = dataclasses.replace(new.config, norm_after=after)
+    with pytest.raises(RunError, match=f"has 2 layers, and this model {number}: {told}"):
+        check_initial_run(tmp_path / "old", new)
 
 
 def test_no_layer_is_silent_behind_a_norm_of_the_stream(trained):
