@@ -9,6 +9,7 @@ Reference: Wortsman et al., "Model soups", arXiv:2203.05482.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -37,17 +38,27 @@ def set_average(model: BuiltModel, others: Mapping[str, BuiltModel]) -> None:
         found = model_file.describe(other)
         for field in _ALIKE:
             if found[field] != own[field]:
+                parts = _differences(found[field], own[field])
                 raise RunError(
-                    f"{name}: cannot be averaged, because its {field} differs in model.json; "
-                    "average models of one configuration"
+                    f"{name}: cannot be averaged, because its {field} differs in model.json"
+                    f"{parts}; average models of one configuration"
                 )
         for path, array in named(other.state.variables).items():
             if not np.array_equal(array, variables[path]):
                 raise RunError(
                     f"{name}: cannot be averaged, because {path} differs (such as projections of "
-                    "random features that were drawn anew); average models that were trained from "
-                    "one another, see experiment.initial_run"
+                    "random features that were drawn anew, or rounded by export --dtype); average "
+                    "models that were trained from one another (experiment.initial_run), exported "
+                    "without --dtype"
                 )
     every = [model.weights, *(other.weights for other in others.values())]
     average = jax.tree.map(lambda *arrays: sum(arrays) / len(arrays), *every)
     model.set_parameters(average, model.state.variables)
+
+
+def _differences(found: Any, own: Any) -> str:
+    """The names of what differs in two descriptions, in brackets; empty where they have none."""
+    if not isinstance(found, Mapping) or not isinstance(own, Mapping):
+        return ""
+    names = [name for name in {**own, **found} if found.get(name) != own.get(name)]
+    return f" ({', '.join(names)})"
