@@ -81,14 +81,13 @@ def read_initial_run(path: Path, model: FlaxModel) -> Beginning:
     variables = add_layers(before.state.variables, added, before.config)
     # Layers may have exact attention in one of the models only.
     own = model.state.parameters, model.state.variables
-    taken = [_take(given, part) for given, part in zip((parameters, variables), own, strict=True)]
     places = [
         f"stack.blocks.{i}." for i in range(before.config.num_layers, model.config.num_layers)
     ]
     given, needed = _shapes(parameters, variables), _shapes(*own)
     absent = [name for name, shape in needed.items() if given.get(name) != shape]
     drawn = any(not any(place in name for place in places) for name in absent)
-    return Beginning(*taken, drawn)
+    return Beginning(_take(parameters, own[0]), _take(variables, own[1]), drawn)
 
 
 def _take(given: Any, own: Any) -> Any:
