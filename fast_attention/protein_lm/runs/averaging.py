@@ -17,10 +17,19 @@ import numpy as np
 from fast_attention.protein_lm.errors import RunError
 from fast_attention.protein_lm.modeling.built_model import BuiltModel
 from fast_attention.protein_lm.runs import model_file
-from fast_attention.protein_lm.runs.array_records import named
+from fast_attention.protein_lm.runs.array_records import find_unsound, named
 
 _ALIKE = ("model", "objective", "alphabet", "transformer", "attention")
 """Fields of ``model.json`` in which the models must agree."""
+
+_OF_TRAINING = (
+    "dropout_rate",
+    "attention_dropout_rate",
+    "remat",
+    "redraw_interval",
+    "recalibrate_interval",
+)
+"""Settings of the transformer in which they may differ."""
 
 
 def set_average(model: BuiltModel, others: Mapping[str, BuiltModel]) -> None:
@@ -31,11 +40,11 @@ def set_average(model: BuiltModel, others: Mapping[str, BuiltModel]) -> None:
       others: Models to average with, by name, such as their folders.
 
     Raises:
-      RunError: If a model differs in more than its parameters.
+      RunError: If a model differs in more than its parameters, or the average is not finite.
     """
-    own, variables = model_file.describe(model), named(model.state.variables)
+    own, variables = _describe(model), named(model.state.variables)
     for name, other in others.items():
-        found = model_file.describe(other)
+        found = _describe(other)
         for field in _ALIKE:
             if found[field] != own[field]:
                 parts = _differences(found[field], own[field])
@@ -53,7 +62,19 @@ def set_average(model: BuiltModel, others: Mapping[str, BuiltModel]) -> None:
                 )
     every = [model.weights, *(other.weights for other in others.values())]
     average = jax.tree.map(lambda *arrays: sum(arrays) / len(arrays), *every)
+    if unsound := find_unsound(average):
+        raise RunError(
+            f"{unsound} of the average is not finite: check the models, a parameter of one of them "
+            "is infinite, not a number, or too large"
+        )
     model.set_parameters(average, model.state.variables)
+
+
+def _describe(model: BuiltModel) -> dict[str, Any]:
+    described = model_file.describe(model)
+    settings = described["transformer"]
+    shared = {name: x for name, x in settings.items() if name not in _OF_TRAINING}
+    return described | {"transformer": shared}
 
 
 def _differences(found: Any, own: Any) -> str:
