@@ -178,6 +178,38 @@ def test_bfloat16():
         cases.assert_close(found, expected, 2e-2)
 
 
+@pytest.mark.parametrize("output", ["mean", "sum"])
+def test_the_gradient_of_strong_decays_in_bfloat16(output):
+    """Their sum is the gradient of a decay that is the same at every token."""
+    rng = np.random.default_rng(0)
+    operands = [rng.normal(size=(1, 256, 1, width)) for width in (32, 32, 32, 32)]
+    near = [jnp.asarray(x, jnp.bfloat16) for x in operands]
+    log_decay = jnp.asarray(-8 * rng.random((1, 256, 1)), jnp.float32)
+    feature_map = cases.MAPS["positive"]
+    parameters = feature_map.init(jax.random.key(0), 32)
+
+    def gradient(dtype, wide):
+        query, key, value, cotangent = (x.astype(dtype) for x in near)
+
+        @jax.jit
+        @jax.grad
+        def of_decays(log_decay):
+            plan = Plan(feature_map=feature_map, causal=True, chunk_size=32, output=output)
+            out = linear_attention(
+                query, key, value, plan, parameters=parameters.astype(wide), log_decay=log_decay
+            )
+            return (out * cotangent).astype(wide).sum()
+
+        return np.asarray(of_decays(log_decay.astype(wide)), np.float64)
+
+    found = gradient(jnp.bfloat16, jnp.float32)
+    with jax.enable_x64(True):
+        expected = gradient(jnp.float64, jnp.float64)
+    error = np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2))
+    assert error < 0.02
+    assert abs(found.sum() - expected.sum()) < 0.05 * abs(expected.sum())
+
+
 @pytest.mark.parametrize("name", ["positive", "relu"])
 def test_segments(name):
     with jax.enable_x64(True):

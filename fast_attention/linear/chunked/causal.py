@@ -35,7 +35,6 @@ from fast_attention.linear.chunked.loops import scan_chunks, scan_chunks_back
 from fast_attention.linear.chunked.output_buffers import (
     empty_output,
     parts_gradient,
-    row_products,
     write_output,
 )
 from fast_attention.linear.chunked.slices import (
@@ -125,9 +124,8 @@ def backward(plan: Plan, residuals: Any, cotangents: Any) -> Inputs:
             kept,
             decay=decay,
         )
-        outputs = outputs_in(grads)
-        d_numerator, d_denominator = d_parts = parts_gradient(
-            plan, inputs, kept.denominator, read.log_scale, *outputs, start, size
+        d_numerator, d_denominator = parts_gradient(
+            plan, inputs, kept.denominator, read.log_scale, *outputs_in(grads), start, size
         )
         d_weights = einsum("bkrv,bkcv->bkrc", d_numerator, value) + d_denominator[..., None]
         d_rows = RowCotangents(d_weights, d_numerator, d_denominator)
@@ -148,10 +146,11 @@ def backward(plan: Plan, residuals: Any, cotangents: Any) -> Inputs:
         d_value = pulled.value + einsum("bkrc,bkrv->bkcv", pulled.weights, d_numerator)
         if decay is not None:
             found = decayed_sums(
+                read,
                 past.first,
                 absorbed,
                 value,
-                row_products(plan, inputs, kept.denominator, d_parts, *outputs, start, size),
+                d_rows,
                 pulled.weights * d_weights,
                 (d_kv, d_k_sum),
                 einsum,

@@ -116,42 +116,74 @@ def pull_back_decay(found: DecayedSums) -> Array:
     return from_on + left
 
 
+def sums_over_rows(read: Any, first: Any, d_rows: Any, d_pairs: Array, einsum: Einsum) -> Array:
+    """Returns each row's sum of weights times their cotangents, ``[B, K, R]``, from the features.
+
+    :func:`.output_buffers.row_products` has it for nothing, but only up to the rounding of
+    products: in bfloat16 that would exceed what decays leave of the past.
+
+    Args:
+      read: from :func:`.causal_chunk.read_causal`.
+      first: the state that the rows read.
+      d_rows: cotangents of what the rows computed.
+      d_pairs: as for :func:`decayed_sums`.
+      einsum: the matrix products.
+    """
+    gain = read.gain
+    # These products are those of the gradient of queries, and computed once.
+    d_read = einsum("bkrv,bkvm->bkrm", d_rows.numerator * gain[..., None], first.kv, rounded=False)
+    d_read = d_read + (d_rows.denominator * gain)[..., None] * first.k_sum[..., None, :]
+    return _sums_over_last(read.read.features * d_read) + _sums_over_last(d_pairs)
+
+
 def decayed_sums(
+    read: Any,
     first: Any,
     absorbed: Any,
     value: Array,
-    d_rows: Array,
+    d_rows: Any,
     d_pairs: Array,
     after: tuple[Array, Array],
     einsum: Einsum,
 ) -> DecayedSums:
     """Collects what each factor of a chunk multiplies, times its cotangent.
 
-    A row's sum over all that it sees is known without the features (:func:`.row_products`): what
-    it reads from the state is that sum less its pairs. The pairs of a row with keys at other
-    positions are then added and taken away again, so that those of a key are left, its own row
-    among them.
+    What a row reads from the state is summed over features: the sum of a whole row less its pairs
+    is the same number, but rounding in bfloat16 would exceed what strong decays leave of it.
 
     Args:
+      read: from :func:`.causal_chunk.read_causal`.
       first: the state that the rows read.
       absorbed: from :func:`.chunk_state.absorb_keys`.
       value: of the keys.
-      d_rows: each row's sum of weights times their cotangents, ``[B, K, R]``.
+      d_rows: cotangents of what the rows computed.
       d_pairs: weights of pairs times their cotangents, ``[B, K, R, C]``.
       after: cotangents of ``kv`` and ``k_sum`` after the chunk.
       einsum: the matrix products.
     """
     d_kv, d_k_sum = after
-    batch, heads, _, size = d_pairs.shape
-    rows = d_rows.reshape(batch, heads, -1, size).sum(axis=2)
-    # This product is that of the gradient of values, and computed once.
+    gain = read.gain
+    # This product and that for `d_value` are those of other gradients, and computed once.
+    d_read = einsum("bkrv,bkvm->bkrm", d_rows.numerator * gain[..., None], first.kv, rounded=False)
+    d_read = d_read + (d_rows.denominator * gain)[..., None] * first.k_sum[..., None, :]
     d_value = einsum("bkcm,bkvm->bkcv", absorbed.features, d_kv)
+    batch, heads, num_rows, size = d_pairs.shape
+    position = jnp.arange(size)
+    # A key has not decayed for its own row.
+    others = jnp.tile(position[:, None] != position[None], (num_rows // size, 1))[None, None]
+    d_pairs = jnp.where(others, d_pairs, 0)
+    rows = _sums_over_last(read.read.features * d_read) + _sums_over_last(d_pairs)
+    rows = rows.reshape(batch, heads, -1, size).sum(axis=2)
+    of_pairs = sums("bkrc,r->bkc", d_pairs, jnp.ones((num_rows,), d_pairs.dtype))
     of_sums = sums("bkcm,bkm->bkc", absorbed.features, d_k_sum)
     whole = sums("bkvm,bkvm->bk", first.kv, d_kv * absorbed.decay[..., None, :])
-    # Sums are written as products, which XLA on CPU does not fuse with what makes their terms.
-    of_values = sums("bkcv,v->bkc", value * d_value, jnp.ones(value.shape[-1:], value.dtype))
     return DecayedSums(
-        until=rows - sums("bkrc,r->bkc", d_pairs, jnp.ones(d_pairs.shape[2:3], d_pairs.dtype)),
-        keys=of_values + of_sums,
+        until=rows - of_pairs,
+        keys=_sums_over_last(value * d_value) + of_sums,
         whole=whole + (first.k_sum * d_k_sum * absorbed.decay).sum(axis=-1),
     )
+
+
+def _sums_over_last(x: Array) -> Array:
+    """Sums ``[B, K, R, N]`` over N, as a product: XLA on CPU would fuse a sum with its terms."""
+    return sums("bkrn,n->bkr", x, jnp.ones(x.shape[-1:], x.dtype))

@@ -81,39 +81,3 @@ def parts_gradient(
     inverse = safe_inverse(denominator, plan.epsilon)
     slope = inverse_slope(denominator, plan.epsilon)
     return d_rows * inverse[..., None], jnp.einsum("bkrv,bkrv->bkr", d_rows, load(out)) * slope
-
-
-def row_products(
-    plan: Plan,
-    inputs: Inputs,
-    denominator: Array,
-    d_parts: tuple[Array, Array],
-    out: Any,
-    d_out: Any,
-    start: Array | int,
-    size: int,
-) -> Array:
-    """Returns each row's sum over all keys of weights times their cotangents, ``[B, K, R]``.
-
-    With num and den linear in the weights this is ``dnum . num + dden den``. In a mean the two
-    cancel, unless the denominator is below epsilon.
-
-    Args:
-      plan: static choices.
-      inputs: arrays.
-      denominator: of the rows.
-      d_parts: from :func:`parts_gradient`, for the other arguments.
-      out: as there.
-      d_out: as there.
-      start: as there.
-      size: as there.
-    """
-    d_numerator, d_denominator = d_parts
-    load = functools.partial(load_rows, inputs, start=start, size=size, dtype=compute_dtype(inputs))
-    if plan.output == "parts":
-        numerator = load(out.numerator)
-        return (d_numerator * numerator).sum(axis=-1) + d_denominator * denominator
-    if plan.output == "sum":
-        return (load(d_out) * load(out)).sum(axis=-1)
-    below = jnp.abs(denominator) <= plan.epsilon
-    return jnp.where(below, 2 * d_denominator * denominator, 0)
