@@ -1,6 +1,7 @@
 import collections
 import gc
 import os
+import sys
 
 import hypothesis
 import jax
@@ -68,3 +69,11 @@ def _free_programs():
     """A process that keeps the programs of all modules runs out of memory maps, and crashes."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_gin_configuration():
+    """What a module binds is not seen by the fixtures of the next one."""
+    yield
+    if "gin" in sys.modules:
+        sys.modules["gin"].clear_config()

@@ -93,7 +93,8 @@ def _describe(config: TransformerConfig, alphabet: Alphabet) -> FlaxBERT:
         # Two of the positions are those of the begin and the end token.
         length = config.max_len - 2
     domain = VariableLengthDiscreteDomain(alphabet, length)
-    return FlaxBERT(domain, enclose=True, max_len=length, **fields)
+    # Given here, so that a binding of a gin configuration does not replace exact attention.
+    return FlaxBERT(domain, enclose=True, max_len=length, attention_fn=None, **fields)
 
 
 def _check_ids(folder: Path, described: dict[str, Any], alphabet: Alphabet) -> None:

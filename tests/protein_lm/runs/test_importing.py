@@ -3,12 +3,13 @@
 import shutil
 from pathlib import Path
 
+import gin
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from fast_attention.models import load_pretrained
-from fast_attention.protein_lm import cli
+from fast_attention.protein_lm import cli, gin_registry
 from fast_attention.protein_lm.data.packing import PackedRows
 from fast_attention.protein_lm.errors import RunError
 from fast_attention.protein_lm.inference.mutation_effects import score_variants
@@ -165,3 +166,10 @@ def test_what_cannot_be_imported_is_named(tmp_path, capsys):
     assert "model.safetensors is damaged" in capsys.readouterr().err
     assert cli.main(["import", f"--from={tmp_path / 'no'}", command[2]]) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_gin_configuration_does_not_change_what_is_imported(tmp_path):
+    gin_registry.configure(bindings=["FlaxModel.attention_fn = @make_fast_softmax_attention()"])
+    import_model(DATA / "esm2_tiny", tmp_path / "run")
+    gin.clear_config()
+    assert load_run(tmp_path / "run").model.attention_fn is None
