@@ -182,25 +182,21 @@ def test_bfloat16():
 def test_the_gradient_of_strong_decays_in_bfloat16(output):
     """Their sum is the gradient of a decay that is the same at every token."""
     rng = np.random.default_rng(0)
-    operands = [rng.normal(size=(1, 256, 1, width)) for width in (32, 32, 32, 32)]
-    near = [jnp.asarray(x, jnp.bfloat16) for x in operands]
+    near = [jnp.asarray(rng.normal(size=(1, 256, 1, 32)), jnp.bfloat16) for _ in range(4)]
     log_decay = jnp.asarray(-8 * rng.random((1, 256, 1)), jnp.float32)
     feature_map = cases.MAPS["positive"]
     parameters = feature_map.init(jax.random.key(0), 32)
+    plan = Plan(feature_map=feature_map, causal=True, chunk_size=32, output=output)
 
     def gradient(dtype, wide):
-        query, key, value, cotangent = (x.astype(dtype) for x in near)
+        *qkv, cotangent = (x.astype(dtype) for x in near)
 
-        @jax.jit
-        @jax.grad
-        def of_decays(log_decay):
-            plan = Plan(feature_map=feature_map, causal=True, chunk_size=32, output=output)
-            out = linear_attention(
-                query, key, value, plan, parameters=parameters.astype(wide), log_decay=log_decay
-            )
+        def loss(log_decay):
+            rows = parameters.astype(wide)
+            out = linear_attention(*qkv, plan, parameters=rows, log_decay=log_decay)
             return (out * cotangent).astype(wide).sum()
 
-        return np.asarray(of_decays(log_decay.astype(wide)), np.float64)
+        return np.asarray(jax.jit(jax.grad(loss))(log_decay.astype(wide)), np.float64)
 
     found = gradient(jnp.bfloat16, jnp.float32)
     with jax.enable_x64(True):

@@ -116,26 +116,6 @@ def pull_back_decay(found: DecayedSums) -> Array:
     return from_on + left
 
 
-def sums_over_rows(read: Any, first: Any, d_rows: Any, d_pairs: Array, einsum: Einsum) -> Array:
-    """Returns each row's sum of weights times their cotangents, ``[B, K, R]``, from the features.
-
-    :func:`.output_buffers.row_products` has it for nothing, but only up to the rounding of
-    products: in bfloat16 that would exceed what decays leave of the past.
-
-    Args:
-      read: from :func:`.causal_chunk.read_causal`.
-      first: the state that the rows read.
-      d_rows: cotangents of what the rows computed.
-      d_pairs: as for :func:`decayed_sums`.
-      einsum: the matrix products.
-    """
-    gain = read.gain
-    # These products are those of the gradient of queries, and computed once.
-    d_read = einsum("bkrv,bkvm->bkrm", d_rows.numerator * gain[..., None], first.kv, rounded=False)
-    d_read = d_read + (d_rows.denominator * gain)[..., None] * first.k_sum[..., None, :]
-    return _sums_over_last(read.read.features * d_read) + _sums_over_last(d_pairs)
-
-
 def decayed_sums(
     read: Any,
     first: Any,
