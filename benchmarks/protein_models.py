@@ -121,7 +121,7 @@ def train_and_evaluate(
         f"--test_fasta={bundled_corpus('tiny')}",
     ]
     if not (run / "result.json").exists():
-        _command(
+        run_command(
             "train",
             f"--gin_file={_CONFIG}",
             f"--work_dir={run}",
@@ -131,7 +131,7 @@ def train_and_evaluate(
     for name, split in sets.items():
         output = evaluation_file(run, name)
         if not output.exists():
-            _command(
+            run_command(
                 "evaluate",
                 f"--run_dir={run}",
                 f"--fasta={bundled_corpus(split)}",
@@ -155,10 +155,15 @@ def read_figures(run: Path, sets: Iterable[str]) -> dict[str, Any]:
     return found | {"minutes": result["seconds"] / 60}
 
 
-def _command(*arguments: str) -> None:
+def run_command(*arguments: str) -> None:
+    """Runs ``protein-lm`` with these arguments in this process; it prints to stderr.
+
+    Raises:
+      RuntimeError: If the command fails.
+    """
     from fast_attention.protein_lm import cli
 
-    # What the commands tell would stand between the lines of the table.
+    # On stdout there is only the table.
     with contextlib.redirect_stdout(sys.stderr):
         status = cli.main(arguments)
     if status:
