@@ -57,7 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--steps", type=int, default=850, help="of training of exact models (%(default)s)")
     add("--transfer_steps", type=int, default=100, help="of attention transfer (%(default)s)")
     add("--finetune_steps", type=int, default=100, help="of fine-tuning (%(default)s)")
-    add("--finetune", choices=("none", "lora", "full"), default="lora", help="what to tune (%(default)s)")
+    add(
+        "--finetune",
+        choices=("none", "lora", "full"),
+        default="lora",
+        help="what to tune (%(default)s)",
+    )
     add("--nb_features", type=int, default=64, help="(%(default)s)")
     add("--max_length", type=int, default=512, help="crop longer proteins (%(default)s)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of exact models (0 1 2)")
@@ -198,18 +203,20 @@ def draw_picture(found: Found, path: Path) -> None:
     figure_class = load_figure_class("run the same command again; nothing is made twice.")
     figure = figure_class(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.subplots()
-    stages = ("before", "transfer", "finetune")
     for (estimator, window), reports in found.items():
-        means = [differences(reports, stage) for stage in stages]
+        losses = {
+            stage: differences(reports, stage) for stage in ("before", "transfer", "finetune")
+        }
         # Without learned features there is no transfer: it changes nothing.
-        means[1] = means[1] or means[0]
-        if not means[-1]:
+        losses["transfer"] = losses["transfer"] or losses["before"]
+        losses = {stage: values for stage, values in losses.items() if values}
+        if not losses:
             continue
         place = list(ESTIMATORS).index(estimator)
         label = ESTIMATORS[estimator] + ("" if window is None else f", window of {window}")
         axes.plot(
-            [STAGES[stage] for stage in stages],
-            [statistics.mean(numbers) for numbers in means],
+            [STAGES[stage] for stage in losses],
+            [statistics.mean(values) for values in losses.values()],
             color=COLOURS[place],
             marker=MARKERS[place],
             linestyle="-" if window is None else "--",
