@@ -10,7 +10,8 @@ import pytest
 from fast_attention.linear import Plan, empty_state, linear_attention, merge, prefill, step
 from tests.linear import cases
 
-CHUNK, LENGTHS = 4, (1, 3, 4, 5, 11)
+CHUNK = 4
+LENGTH = 12  # Whole chunks: one loop body to compile.
 NAMES = ("positive", "relu", "exp", "elu+1")
 # Drawn before anything is traced.
 PARAMETERS = {name: cases.numpy_parameters(name) for name in NAMES}
@@ -24,11 +25,10 @@ def plan_of(name, **options):
 def decays(length, most=20.0, seed=5):
     """Some tokens keep everything, some forget nearly everything."""
     rng = np.random.default_rng((seed, length))
-    drawn = rng.uniform(-most, 0, (B, length, K)) * (rng.random((B, length, K)) < 0.5)
-    return drawn
+    return rng.uniform(-most, 0, (B, length, K)) * (rng.random((B, length, K)) < 0.5)
 
 
-def recurrence(name, query, key, value, log_decay, *, mask=None, ids=None, output="mean"):
+def recurrence(name, query, key, value, log_decay, *, key_mask=None, ids=None, output="mean"):
     """One state ``[B, K, V, M]`` and its normaliser, in true units; returns outputs and both."""
     feature_map, parameters = cases.MAPS[name], cases.parameters_of(name, jnp.float64)
 
@@ -40,25 +40,28 @@ def recurrence(name, query, key, value, log_decay, *, mask=None, ids=None, outpu
         return found.shift(None)
 
     length = query.shape[1]
-    queries = features(query, True).reshape(B, K, H // K, length, -1)
-    keys = features(key, False)
-    state, total = jnp.zeros((B, K, V, keys.shape[-1])), jnp.zeros((B, K, keys.shape[-1]))
-    outputs = []
-    for t in range(length):
-        if ids is not None and t and ids[t] != ids[t - 1]:
-            state, total = jnp.zeros_like(state), jnp.zeros_like(total)
-        factor, new = jnp.exp(log_decay[:, t]), keys[:, :, t]
-        if mask is not None:
-            factor = jnp.where(mask[:, t, None], factor, 1)
-            new = jnp.where(mask[:, t, None, None], new, 0)
-        state = state * factor[..., None, None] + value[:, t, :, :, None] * new[..., None, :]
-        total = total * factor[..., None] + new
-        numerator = jnp.einsum("bkgm,bkvm->bkgv", queries[:, :, :, t], state)
-        denominator = jnp.einsum("bkgm,bkm->bkg", queries[:, :, :, t], total)[..., None]
+    queries = jnp.moveaxis(features(query, True).reshape(B, K, H // K, length, -1), 3, 0)
+    keys = jnp.moveaxis(features(key, False), 2, 0)
+    mask = jnp.ones((B, length), bool) if key_mask is None else key_mask
+    starts = np.zeros(length, bool) if ids is None else np.diff(ids, prepend=ids[0]) != 0
+
+    def token(sums, seen):
+        query, key, value, log_decay, mask, start = seen
+        factor = jnp.where(start, 0, jnp.where(mask[:, None], jnp.exp(log_decay), 1))
+        key = jnp.where(mask[:, None, None], key, 0)
+        state = sums[0] * factor[..., None, None] + value[..., None] * key[:, :, None]
+        total = sums[1] * factor[..., None] + key
+        numerator = jnp.einsum("bkgm,bkvm->bkgv", query, state)
+        denominator = jnp.einsum("bkgm,bkm->bkg", query, total)[..., None]
         seen = denominator != 0
         out = jnp.where(seen, numerator / jnp.where(seen, denominator, 1), 0)
-        outputs.append((out if output == "mean" else numerator).reshape(B, H, V))
-    return jnp.stack(outputs, 1), state, total
+        return (state, total), (out if output == "mean" else numerator).reshape(B, H, V)
+
+    width = keys.shape[-1]
+    nothing = jnp.zeros((B, K, V, width), query.dtype), jnp.zeros((B, K, width), query.dtype)
+    by_token = (jnp.swapaxes(x, 0, 1) for x in (value, log_decay, mask))
+    sums, outputs = jax.lax.scan(token, nothing, (queries, keys, *by_token, jnp.asarray(starts)))
+    return jnp.swapaxes(outputs, 0, 1), *sums
 
 
 def attended(name, query, key, value, log_decay, *, dtype=jnp.float64, **options):
@@ -95,32 +98,32 @@ def arrays(length, most=20.0, **options):
     )
 
 
-def check(function, expected, operands, tolerance=1e-10):
+@functools.cache
+def program(function, name, **options):
+    """Compiled once for all tests that call it."""
+    return with_gradients(functools.partial(function, name, **options))
+
+
+def check(found, expected, operands, tolerance=1e-10):
     with jax.enable_x64(True):
-        cases.assert_close(
-            with_gradients(function)(*operands), with_gradients(expected)(*operands), tolerance
-        )
+        cases.assert_close(found(*operands), expected(*operands), tolerance)
 
 
-@pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("name", ["positive", "relu"])
+@pytest.mark.parametrize(
+    ("name", "length"),
+    [*(("positive", length) for length in (1, 4, 5, 11)), ("relu", 3), ("relu", 11)],
+)
 def test_values_and_gradients(name, length):
     with jax.enable_x64(True):
-        check(
-            functools.partial(attended, name),
-            functools.partial(recurrence, name),
-            arrays(length),
-        )
+        check(program(attended, name), program(recurrence, name), arrays(length))
 
 
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("elu+1", {}),
         ("exp", {"saved_states": "few"}),
-        ("positive", {"saved_states": "few"}),
-        ("positive", {"output": "sum"}),
-        ("relu", {"output": "sum"}),
+        ("positive", {"output": "sum", "saved_states": "few"}),
+        ("elu+1", {"output": "sum"}),
         ("positive", {"implementation": "reference"}),
         ("relu", {"implementation": "by_platform"}),
     ],
@@ -129,11 +132,8 @@ def test_values_and_gradients(name, length):
 def test_other_ways(name, options):
     with jax.enable_x64(True):
         output = {"output": options["output"]} if "output" in options else {}
-        check(
-            functools.partial(attended, name, **options),
-            functools.partial(recurrence, name, **output),
-            arrays(13, most=2.0),
-        )
+        expected = program(recurrence, name, **output)
+        check(program(attended, name, **options), expected, arrays(LENGTH, most=2.0))
 
 
 @pytest.mark.parametrize(
@@ -150,30 +150,28 @@ def test_the_gradient_of_every_output_is_that_of_jax(name, options):
                 out = out.numerator * scale, out.denominator[..., None] * scale
             return out, *state
 
-        return run
+        return with_gradients(run)
 
     with jax.enable_x64(True):
-        check(function("chunked"), function("reference"), arrays(13, most=2.0))
+        check(function("chunked"), function("reference"), arrays(LENGTH, most=2.0))
 
 
 @pytest.mark.parametrize(("name", "most"), [("positive", 0.1), ("positive", 20.0), ("relu", 2.0)])
 def test_float32(name, most):
     """In chunks as long as users have them, of decays that sum to hundreds."""
     with jax.enable_x64(True):
-        operands = arrays(37, most=most)
-        found = with_gradients(functools.partial(attended, name, dtype=jnp.float32, chunk_size=16))(
-            *operands
-        )
-        expected = with_gradients(functools.partial(recurrence, name))(*operands)
-        cases.assert_close(found, expected, 3e-5)
+        found = program(attended, name, dtype=jnp.float32, chunk_size=16)
+        check(found, program(recurrence, name), arrays(48, most=most), 3e-5)
 
 
 def test_bfloat16():
     with jax.enable_x64(True):
-        query, key, value, log_decay = arrays(13, most=2.0)
+        query, key, value, log_decay = arrays(LENGTH, most=2.0)
         near = [x.astype(jnp.bfloat16) for x in (query, key, value)]
-        found = attended("positive", *near, log_decay, dtype=jnp.bfloat16)[0]
-        expected = recurrence("positive", *(x.astype(jnp.float64) for x in near), log_decay)[0]
+        attend = cases.compiled(functools.partial(attended, "positive", dtype=jnp.bfloat16))
+        found = attend(*near, log_decay)[0]
+        exact = (x.astype(jnp.float64) for x in near)
+        (expected, *_), _ = program(recurrence, "positive")(*exact, log_decay)
         assert found.dtype == jnp.bfloat16
         cases.assert_close(found, expected, 2e-2)
 
@@ -184,9 +182,8 @@ def test_the_gradient_of_strong_decays_in_bfloat16(output):
     rng = np.random.default_rng(0)
     near = [jnp.asarray(rng.normal(size=(1, 256, 1, 32)), jnp.bfloat16) for _ in range(4)]
     log_decay = jnp.asarray(-8 * rng.random((1, 256, 1)), jnp.float32)
-    feature_map = cases.MAPS["positive"]
-    parameters = feature_map.init(jax.random.key(0), 32)
-    plan = Plan(feature_map=feature_map, causal=True, chunk_size=32, output=output)
+    parameters = cases.MAPS["positive"].init(jax.random.key(0), 32)
+    plan = plan_of("positive", chunk_size=32, output=output)
 
     def gradient(dtype, wide):
         *qkv, cotangent = (x.astype(dtype) for x in near)
@@ -209,45 +206,47 @@ def test_the_gradient_of_strong_decays_in_bfloat16(output):
 @pytest.mark.parametrize("name", ["positive", "relu"])
 def test_segments(name):
     with jax.enable_x64(True):
-        ids = np.repeat([0, 1, 2, 3], [1, 5, 4, 3])
+        ids = np.repeat([0, 1, 2, 3], [1, 5, 4, 2])
         check(
-            functools.partial(attended, name, segment_ids=jnp.asarray(ids)[None]),
-            functools.partial(recurrence, name, ids=ids),
-            arrays(13, most=2.0),
+            with_gradients(functools.partial(attended, name, segment_ids=jnp.asarray(ids)[None])),
+            with_gradients(functools.partial(recurrence, name, ids=ids)),
+            arrays(LENGTH, most=2.0),
         )
 
 
-@pytest.mark.parametrize("name", ["positive", "relu"])
-def test_masked_tokens_neither_add_nor_decay(name):
+@pytest.mark.parametrize(("name", "length"), [("positive", 12), ("relu", 13)])
+def test_masked_tokens_neither_add_nor_decay(name, length):
     """Leading, interior and trailing ones; what they hold, NaN included, changes nothing."""
-    mask = np.ones((B, 13), bool)
-    mask[0, [0, 1, 5, 6, 7, 8, 12]] = False
+    mask = np.ones((B, length), bool)
+    mask[0, [0, 1, 5, 6, 7, 8, length - 1]] = False
     mask[1, 4:9] = False
     with jax.enable_x64(True):
-        operands = arrays(13, most=2.0)
-        masked = functools.partial(attended, name, key_mask=jnp.asarray(mask))
-        expected = functools.partial(recurrence, name, mask=jnp.asarray(mask))
-        check(masked, expected, operands)
+        operands = arrays(length, most=2.0)
+        found, expected = (
+            with_gradients(functools.partial(function, name, key_mask=jnp.asarray(mask)))
+            for function in (attended, recurrence)
+        )
+        plain = found(*operands)
+        cases.assert_close(plain, expected(*operands), 1e-10)
         query, *others = operands
-        hidden = lambda x: jnp.where(mask.reshape(B, 13, *(1,) * (x.ndim - 2)), x, jnp.nan)  # noqa: E731
-        both = with_gradients(masked)
-        found, expected = both(query, *map(hidden, others)), both(*operands)
-        for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-            np.testing.assert_array_equal(one, other)
+        hidden = (
+            np.where(mask.reshape(B, length, *(1,) * (x.ndim - 2)), x, np.nan) for x in others
+        )
+        jax.tree.map(np.testing.assert_array_equal, found(query, *hidden), plain)
 
 
 # Of "exp", XLA contracts a product and a sum of the one program, but not of the other.
 @pytest.mark.parametrize("name", ["positive", "relu", "elu+1"])
 def test_no_decay_is_none_bit_by_bit(name):
-    operands = cases.qkv(length=13)
+    operands = cases.qkv(length=LENGTH)
     attend = cases.compiled(functools.partial(attended, name, dtype=jnp.float32))
     for one, other in zip(attend(*operands, jnp.zeros(K)), attend(*operands, None), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
 def test_later_tokens_change_no_bit():
-    query, key, value = cases.qkv(length=13)
-    log_decay = jnp.asarray(decays(13), jnp.float32)
+    query, key, value = cases.qkv(length=LENGTH)
+    log_decay = jnp.asarray(decays(LENGTH), jnp.float32)
     attend = cases.compiled(functools.partial(attended, "positive", dtype=jnp.float32))
     first = attend(query, key, value, log_decay)[0]
     second = attend(query, key.at[:, 6:].mul(9), value, log_decay.at[:, 6:].add(-7))[0]
@@ -256,131 +255,132 @@ def test_later_tokens_change_no_bit():
 
 def test_large_norms():
     """Squared norms up to thousands, where pairs of a chunk need scales of their own."""
+
+    def output_and_gradient(dtype, **options):
+        def loss(log_decay, *qkv):
+            out = attended("positive", *qkv, log_decay, dtype=dtype, **options)[0]
+            return cases.weighted_sum(out), out
+
+        gradient, out = cases.compiled(jax.grad(loss, has_aux=True))(
+            log_decay.astype(dtype), *(x.astype(dtype) for x in (query, key, value))
+        )
+        return np.asarray(out), np.asarray(gradient)
+
     with jax.enable_x64(True):
-        query, key, value, log_decay = arrays(13, scale=20.0)
-        log_decay = 10 * log_decay
-        narrow = np.asarray(log_decay, np.float32)
-        token = functools.partial(attended, "positive", chunk_size=1)
-        expected = token(query, key, value, log_decay)
-    query, key, value = (jnp.asarray(np.asarray(x, np.float32)) for x in (query, key, value))
-    found = attended("positive", query, key, value, jnp.asarray(narrow), dtype=jnp.float32)
-    cases.assert_close(found[0], expected[0], 1e-3)
+        *qkv, log_decay = (np.asarray(x) for x in arrays(LENGTH, scale=20.0))
+        query, key, value, log_decay = (x.astype(np.float32) for x in (*qkv, 10 * log_decay))
+        expected = output_and_gradient(jnp.float64, chunk_size=1)
     for implementation in ("chunked", "reference"):
-
-        def loss(log_decay, dtype, implementation=implementation, **options):
-            options["implementation"] = implementation
-            return cases.weighted_sum(
-                attended("positive", query, key, value, log_decay, dtype=dtype, **options)[0]
-            )
-
-        with jax.enable_x64(True):
-            expected = jax.grad(loss)(jnp.asarray(narrow, jnp.float64), jnp.float64, chunk_size=1)
-        gradient = jax.grad(loss)(jnp.asarray(narrow), jnp.float32)
-        cases.assert_close(gradient, expected, 2e-3)
+        found = output_and_gradient(jnp.float32, implementation=implementation)
+        cases.assert_close(found[0], expected[0], 1e-3)
+        cases.assert_close(found[1], expected[1], 2e-3)
 
 
 @pytest.mark.parametrize("name", ["positive", "relu"])
 def test_splits_and_steps(name):
     """Prefill, steps, and states merged: the whole, wherever it is cut."""
     with jax.enable_x64(True):
-        length = 5
-        operands = arrays(length, most=2.0)
-        expected, *sums = recurrence(name, *operands)
+        operands = arrays(5, most=2.0)
+        (expected, *sums), _ = program(recurrence, name)(*operands)
         parameters = cases.parameters_of(name, jnp.float64)
         plan = plan_of(name)
         empty = empty_state(cases.MAPS[name], parameters, (B,), K, D, V, jnp.float64)
-        read = functools.partial(prefill, plan=plan, parameters=parameters)
-        one = jax.jit(functools.partial(step, plan=plan, parameters=parameters))
-        read = jax.jit(read)
-        for cut in range(length + 1):
+        read, one = (
+            cases.compiled(functools.partial(function, plan=plan, parameters=parameters))
+            for function in (prefill, step)
+        )
+        together, true_state = cases.compiled(merge), cases.compiled(cases.true_state)
+        operands = [np.asarray(x) for x in operands]
+        for cut in (0, 1, 4, 5):
             left, right = ([x[:, :cut] for x in operands], [x[:, cut:] for x in operands])
             out, state = read(empty, *left[:3], log_decay=left[3])
             rest, whole = read(state, *right[:3], log_decay=right[3])
             _, alone = read(empty, *right[:3], log_decay=right[3])
-            merged = merge(state, alone, right[3].sum(1))
-            cases.assert_close(jnp.concatenate([out, rest], 1), expected, 1e-12)
-            cases.assert_close(cases.true_state(whole), tuple(sums), 1e-12)
-            cases.assert_close(cases.true_state(merged), tuple(sums), 1e-12)
+            merged = together(state, alone, right[3].sum(1))
+            cases.assert_close(np.concatenate([out, rest], 1), expected, 1e-12)
+            cases.assert_close(true_state(whole), tuple(sums), 1e-12)
+            cases.assert_close(true_state(merged), tuple(sums), 1e-12)
         state, outputs = empty, []
-        for t in range(length):
+        for t in range(5):
             out, state = one(state, *(x[:, t] for x in operands[:3]), log_decay=operands[3][:, t])
             outputs.append(out)
-        cases.assert_close(jnp.stack(outputs, 1), expected, 1e-12)
-        cases.assert_close(cases.true_state(state), tuple(sums), 1e-12)
+        cases.assert_close(np.stack(outputs, 1), expected, 1e-12)
+        cases.assert_close(true_state(state), tuple(sums), 1e-12)
+
+
+@cases.compiled
+def state_of(query, key, value, log_decay=None):
+    return linear_attention(
+        query,
+        key,
+        value,
+        plan_of("positive"),
+        parameters=cases.parameters_of("positive", query.dtype),
+        log_decay=log_decay,
+        return_state=True,
+    )[1]
 
 
 def test_gradient_of_a_step_and_of_a_merge():
     with jax.enable_x64(True):
         *operands, log_decay = arrays(5, most=2.0)
         parameters, plan = cases.parameters_of("positive", jnp.float64), plan_of("positive")
-        state = attended_state(operands, log_decay)
+        state = state_of(*operands, log_decay)
         token = [x[:, 0] for x in operands]
 
+        @cases.compiled
+        @jax.value_and_grad
         def stepped(log_decay):
             out, after = step(state, *token, plan, parameters=parameters, log_decay=log_decay)
             both = merge(state, after, log_decay)
             return cases.weighted_sum((out, cases.true_state(after), cases.true_state(both)))
 
-        at = jnp.full((B, K), -0.3)
-        direction = jnp.broadcast_to(jnp.array([1.0, -2.0]), (B, K))
-        expected = (stepped(at + 1e-6 * direction) - stepped(at - 1e-6 * direction)) / 2e-6
-        np.testing.assert_allclose((jax.grad(stepped)(at) * direction).sum(), expected, rtol=1e-6)
-
-
-def attended_state(operands, log_decay):
-    return linear_attention(
-        *operands,
-        plan_of("positive"),
-        parameters=cases.parameters_of("positive", jnp.float64),
-        log_decay=log_decay,
-        return_state=True,
-    )[1]
+        at = np.full((B, K), -0.3)
+        direction = np.array([[1.0, -2.0]])
+        expected = stepped(at + 1e-6 * direction)[0] - stepped(at - 1e-6 * direction)[0]
+        found = (stepped(at)[1] * direction).sum()
+        np.testing.assert_allclose(found, expected / 2e-6, rtol=1e-6)
 
 
 def test_forgetting_everything():
     """Minus infinity starts anew: nothing before is seen."""
-    query, key, value = cases.qkv(length=9)
-    log_decay = jnp.zeros((B, 9, K)).at[:, 5].set(-jnp.inf)
-    found = attended("positive", query, key, value, log_decay, dtype=jnp.float32)[0]
-    after = attended("positive", query[:, 5:], key[:, 5:], value[:, 5:], None, dtype=jnp.float32)
+    operands = [np.asarray(x) for x in cases.qkv(length=9)]
+    log_decay = np.zeros((B, 9, K), np.float32)
+    log_decay[:, 5] = -np.inf
+    attend = cases.compiled(functools.partial(attended, "positive", dtype=jnp.float32))
+    found = attend(*operands, log_decay)[0]
+    after = attend(*(x[:, 5:] for x in operands), None)
     cases.assert_close(found[:, 5:], after[0], 1e-5)
 
 
-@pytest.mark.parametrize(("low", "chunk"), [(-np.inf, 64), (-1e3, 128), (-100.3, 256)])
-def test_what_was_forgotten_leaves_no_trace(low, chunk):
+@pytest.mark.parametrize("chunk", [64, 256])
+def test_what_was_forgotten_leaves_no_trace(chunk):
     """Small decays are as exact behind many tokens that forget everything as alone."""
     with jax.enable_x64(True):
-        query, key, value, _ = arrays(256)
-        log_decay = np.full((B, 256, K), -0.01)
-        log_decay[:, :200] = low
-        log_decay = jnp.asarray(log_decay)
-        found = attended(
-            "positive", query, key, value, log_decay, dtype=jnp.float32, chunk_size=chunk
+        *qkv, _ = arrays(256)
+        attend = cases.compiled(
+            functools.partial(attended, "positive", dtype=jnp.float32, chunk_size=chunk)
         )
-        expected = recurrence("positive", query, key, value, log_decay)
-        cases.assert_close(found[0], expected[0], 3e-5)
+        for low in (-np.inf, -1e3, -100.3):
+            log_decay = np.full((B, 256, K), -0.01)
+            log_decay[:, :200] = low
+            found = attend(*qkv, log_decay)
+            (expected, *_), _ = program(recurrence, "positive")(*qkv, log_decay)
+            cases.assert_close(found[0], expected, 3e-5)
 
 
 def test_a_merge_forgets_everything():
-    query, key, value = cases.qkv(length=9)
-    operands = (query.astype(jnp.float32), key.astype(jnp.float32), value.astype(jnp.float32))
-
-    def state_of(piece):
-        return linear_attention(
-            *(x[:, piece] for x in operands),
-            plan_of("positive"),
-            parameters=cases.parameters_of("positive", jnp.float32),
-            return_state=True,
-        )[1]
-
-    left, right = state_of(slice(0, 5)), state_of(slice(5, 9))
-    for amount in (-jnp.inf, -1e30, -1e5):
-        merged = merge(left, right, jnp.full((B, K), amount))
-        cases.assert_close(cases.true_state(merged), cases.true_state(right), 1e-6)
-    none = state_of(slice(9, 9))
+    operands = [np.asarray(x) for x in cases.qkv(length=9)]
+    together = cases.compiled(lambda *states: cases.true_state(merge(*states)))
+    left, right, none = (
+        state_of(*(x[:, piece] for x in operands)) for piece in (slice(0, 5), slice(5, 9), slice(0))
+    )
+    for amount in (-np.inf, -1e30, -1e5):
+        merged = together(left, right, np.full((B, K), amount, np.float32))
+        cases.assert_close(merged, cases.true_state(right), 1e-6)
     for before in (left, none):
-        merged = cases.true_state(merge(before, none, jnp.full((B, K), -jnp.inf)))
-        assert all(bool(jnp.all(x == 0)) for x in merged)
+        merged = together(before, none, np.full((B, K), -np.inf, np.float32))
+        assert not any(np.asarray(x).any() for x in merged)
 
 
 def test_refusals():
