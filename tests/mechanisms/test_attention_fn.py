@@ -121,19 +121,6 @@ def test_what_queries_of_padding_hold_reaches_no_gradient(name, unidirectional):
         np.testing.assert_allclose(one, other, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", DECODING)
-def test_states_of_chosen_rows_continue_as_the_whole(name):
-    """Beams: rows are chosen by one map over the state; padding in the prompt holds NaN."""
-    function = MAKERS[name](unidirectional=True)
-    query, key, value = arrays(name)
-    beams = jnp.array([1, 1])
-    state = function.init_state((B,), H, D, D, max_length=T)
-    _, state = function.prefill(state, *(x[:, : T - 1] for x in (query, key, value)))
-    state = jax.tree.map(lambda x: x[beams], state)
-    out, _ = function.step(state, *(x[beams, T - 1] for x in (query, key, value)))
-    np.testing.assert_allclose(out, function(query, key, value)[beams, T - 1], atol=1e-4)
-
-
 @pytest.mark.parametrize("name", ["linear", "near", "tuned"])
 @pytest.mark.parametrize("first", [False, True])
 def test_a_state_has_true_units(name, first):

@@ -54,6 +54,8 @@ CAUSAL = {
 ALL = {name: f for name, f in BOTH_WAYS.items()} | {
     f"{name}, causal": f for name, f in CAUSAL.items()
 }
+# Near fields both ways are two causal passes, which take long to compile.
+QUICK = {name: f for name, f in ALL.items() if name != "near field"}
 DECODING = {name: f for name, f in CAUSAL.items() if f.can_decode}
 # These choose blocks by the length.
 NEEDS_LENGTH = ("near field", "local", "lsh", "blindspot")
@@ -79,9 +81,15 @@ def loss(function, *arrays, **options):
 
 
 def gradients(function, **options):
+    """Of the loss, and outputs."""
     return jax.jit(
         jax.grad(functools.partial(loss, function, **options), argnums=(0, 1, 2), has_aux=True)
     )
+
+
+# One program for all tests that compare with it.
+plain = functools.cache(gradients)
+outputs = functools.cache(jax.jit)
 
 
 def check_equal(found, expected, atol=3e-5):
@@ -97,14 +105,14 @@ def test_explicit_mesh(function):
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,), devices=devices())
     rows = NamedSharding(mesh, PartitionSpec("data"))
     arrays, mask = draw(), key_mask()
-    placed = [jax.device_put(x, rows) for x in arrays]
-    expected = gradients(function, key_mask=mask)(*arrays)
+    placed, placed_mask = jax.device_put((arrays, mask), rows)
+    expected = plain(function)(*arrays, key_mask=mask)
     with jax.set_mesh(mesh):
-        found = gradients(function, key_mask=jax.device_put(mask, rows))(*placed)
-        outside = function(*placed)
+        found = plain(function)(*placed, key_mask=placed_mask)
+        outside = function(*placed, key_mask=placed_mask)
     check_equal(found, expected)
     assert found[1].sharding.is_equivalent_to(rows, 4)
-    check_equal(outside, function(*arrays))
+    check_equal(outside, expected[1])
 
 
 @pytest.mark.devices
@@ -114,9 +122,10 @@ def test_decoding_on_an_explicit_mesh(function):
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,), devices=devices())
     arrays = draw()
     placed = [jax.device_put(x, NamedSharding(mesh, PartitionSpec("data"))) for x in arrays]
+    run = jax.jit(decoded, static_argnums=0)
     with jax.set_mesh(mesh):
-        found = decoded(function, placed)
-    check_equal(found, decoded(function, arrays))
+        found = run(function, placed)
+    check_equal(found, run(function, arrays))
 
 
 @pytest.mark.devices
@@ -124,10 +133,15 @@ def test_decoding_on_an_explicit_mesh(function):
 @every_function
 def test_shard_map_over_the_batch(function):
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=devices())
-    arrays = draw()
+    arrays, mask = draw(), key_mask()
     rows = PartitionSpec("data")
-    mapped = jax.shard_map(function, mesh=mesh, in_specs=rows, out_specs=rows)
-    check_equal(gradients(mapped)(*arrays), gradients(function)(*arrays))
+
+    def masked(*arrays):
+        return function(*arrays[:3], key_mask=arrays[3])
+
+    mapped = jax.shard_map(masked, mesh=mesh, in_specs=rows, out_specs=rows)
+    found = gradients(mapped)(*arrays, mask)
+    check_equal(found, plain(function)(*arrays, key_mask=mask))
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -137,107 +151,106 @@ def test_export_of_a_symbolic_length(name):
     shape = jax.ShapeDtypeStruct((rows, length, H, D), jnp.float32)
     mask = jax.ShapeDtypeStruct((rows, length), bool)
 
-    def masked(query, key, value, mask):
-        return gradients(function, key_mask=mask)(query, key, value)
-
     def exported():
-        return export.export(jax.jit(masked))(shape, shape, shape, mask)
+        return export.export(plain(function))(shape, shape, shape, key_mask=mask)
 
     if name.removesuffix(", causal") in NEEDS_LENGTH:
         with pytest.raises(ValueError, match="symbolic length"):
             exported()
         return
     program = export.deserialize(exported().serialize())
-    check_equal(program.call(*arrays, key_mask()), masked(*arrays, key_mask()))
+    found = program.call(*arrays, key_mask=key_mask())
+    check_equal(found, plain(function)(*arrays, key_mask=key_mask()))
 
 
-# Fitted parameters are constants for derivatives, which finite differences do not know.
-@pytest.mark.parametrize(
-    "function",
-    [f for name, f in ALL.items() if "wderf" not in name],
-    ids=[name for name in ALL if "wderf" not in name],
-)
-@pytest.mark.parametrize("norm", [1.0, 3.0])
-def test_second_derivatives(function, norm):
+# Fitted parameters are constants for derivatives, which finite differences do not know. Strided
+# attention is the one inside.
+TWICE = {name: f for name, f in QUICK.items() if not name.startswith(("wderf", "strided"))}
+
+
+@pytest.mark.parametrize("function", TWICE.values(), ids=TWICE)
+def test_second_derivatives(function):
     """In reverse mode, and in forward mode over reverse mode, against finite differences."""
+    shared = function.takes.shared_qk
+
+    @jax.jit
+    def run(query, key, value):
+        """The gradient, and its derivative in a direction: forward, and in reverse."""
+
+        def gradient(query):
+            both = query if shared else key
+            return jax.grad(lambda x: (loss(function, x, both, value)[1] ** 2).sum())(query)
+
+        at, forward = jax.linearize(gradient, query)
+        (reverse,) = jax.linear_transpose(forward, query)(direction)
+        return at, forward(direction), reverse
+
     with jax.enable_x64(True):
         query, key, value = draw(jnp.float64)
         direction = jnp.cos(jnp.arange(query.size, dtype=query.dtype)).reshape(query.shape)
-        query, key = norm * query, norm * key
-        if function.takes.shared_qk:
-            key = query
-
-        def gradient(query):
-            both = query if function.takes.shared_qk else key
-            return jax.grad(lambda x: (loss(function, x, both, value)[1] ** 2).sum())(query)
-
         near = 1e-5 * direction
-        expected = jax.jit(lambda x: (gradient(x + near) - gradient(x - near)) / 2e-5)(query)
-        largest = jnp.abs(expected).max()
-        reverse = jax.jit(jax.grad(lambda x: jnp.vdot(gradient(x), direction)))(query)
-        np.testing.assert_allclose(reverse / largest, expected / largest, atol=1e-6)
-        forward = jax.jit(lambda x: jax.jvp(gradient, (x,), (direction,))[1])(query)
-        np.testing.assert_allclose(forward / largest, expected / largest, atol=1e-6)
+        for norm in (1, 3):
+            at = norm * query
+            high, low = (run(at + x, norm * key, value)[0] for x in (near, -near))
+            expected = (high - low) / 2e-5
+            largest = jnp.abs(expected).max()
+            _, *found = run(at, norm * key, value)
+            for one in found:
+                np.testing.assert_allclose(one / largest, expected / largest, atol=1e-6)
 
 
 @every_function
 def test_float64(function):
     """Under x64 float64 inputs give float64 outputs, to its accuracy."""
     with jax.enable_x64(True):
-        arrays = draw(jnp.float64)
-        out = function(*arrays)
-        assert out.dtype == jnp.float64
-        wide = function(*(x.astype(jnp.float64) for x in draw()))
-        assert draw()[0].dtype == jnp.float32
-        np.testing.assert_allclose(function(*draw()), wide, atol=3e-5)
+        narrow = outputs(function)(*draw())
+        wide = outputs(function)(*(x.astype(jnp.float64) for x in draw()))
+        assert narrow.dtype == jnp.float32 and wide.dtype == jnp.float64
+        np.testing.assert_allclose(narrow, wide, atol=3e-5)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 @every_decoder
-def test_states_under_x64(function, dtype):
+def test_states_under_x64(function):
     """A state keeps its types, through steps and chunks in a scan, and float64 its accuracy."""
-    with jax.enable_x64(True):
-        arrays = draw(dtype)
-        whole = function(*arrays)
-        atol = 1e-12 if dtype == jnp.float64 else 3e-5
-        check_equal(decoded(function, arrays), whole, atol)
-        chunks = [x.reshape(B, 7, 1, H, D).swapaxes(0, 1) for x in arrays]
 
+    @jax.jit
+    def run(arrays):
         def chunk(state, arrays):
             out, state = function.prefill(state, *arrays)
             return state, out
 
+        chunks = [x.reshape(B, T, 1, H, D).swapaxes(0, 1) for x in arrays]
         out = jax.lax.scan(chunk, start(function), chunks)[1]
-        check_equal(out.swapaxes(0, 1).reshape(B, T, H, D), whole, atol)
+        return decoded(function, arrays), out.swapaxes(0, 1).reshape(B, T, H, D)
+
+    with jax.enable_x64(True):
+        arrays = [x.astype(jnp.float64) for x in draw()]
+        whole = outputs(function)(*arrays)
+        for found in run(arrays):
+            np.testing.assert_allclose(found, whole, atol=1e-12)
+        # Of float32 tracing shows it.
+        jax.eval_shape(run, draw())
         narrow = start(function, dtype=jnp.float32)
-        after = function.prefill(narrow, *arrays)[1]
-        assert [x.dtype for x in jax.tree.leaves(after)] == [
-            x.dtype for x in jax.tree.leaves(narrow)
-        ]
+        for given in (arrays, draw()):
+            after = jax.eval_shape(function.prefill, narrow, *given)[1]
+            assert [x.dtype for x in jax.tree.leaves(after)] == [
+                x.dtype for x in jax.tree.leaves(narrow)
+            ]
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float64])
 @every_function
 def test_strict_promotion(function, dtype):
-    arrays = draw(dtype)
-    drop = {"dropout_rng": jax.random.key(1), "dropout_rate": 0.2}
-    with jax.numpy_dtype_promotion("strict"):
-        found = function(*arrays, key_mask=key_mask(), **drop)
-        if function in DECODING.values():
-            decoded(function, arrays)
-    np.testing.assert_array_equal(found, function(*arrays, key_mask=key_mask(), **drop))
-
-
-@every_function
-def test_strict_promotion_under_x64(function):
-    """Counts are int64 there, and what is measured is float64. Tracing shows it."""
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
-        arrays, mask = draw(jnp.float64), key_mask()
+    """Under x64 counts are int64, and what is measured is float64. Tracing shows it."""
+    with jax.enable_x64(dtype == jnp.float64), jax.numpy_dtype_promotion("strict"):
+        arrays, mask = draw(dtype), key_mask()
         options = {"key_mask": mask, "query_mask": mask}
         if function.calibration != "call" and getattr(function, "blindspot_size", 1) == 1:
             options["segment_ids"] = jnp.zeros((B, T), jnp.int32)
         drop = {"dropout_rng": jax.random.key(1), "dropout_rate": 0.2}
-        jax.eval_shape(gradients(function, **options, **drop), *arrays)
+        run = functools.partial(function, **options, **drop)
+        found = jax.eval_shape(gradients(run) if dtype == jnp.float64 else run, *arrays)
+        assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype(dtype)}
         if function.tuned_map is not None:
             jax.eval_shape(functools.partial(calibrate, function), *arrays[:2])
         if function in DECODING.values():
@@ -246,45 +259,56 @@ def test_strict_promotion_under_x64(function):
             jax.eval_shape(function.step, state, *(x[:, 0] for x in arrays))
 
 
-@pytest.mark.parametrize("implementation", ["threefry2x32", "rbg", "unsafe_rbg"])
-@pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey], ids=["typed", "raw"])
-@pytest.mark.parametrize("name", ["favor+", "wderf_s", "exact", "local", "lsh", "efficient"])
-def test_random_keys(name, make, implementation):
+IMPLEMENTATIONS = ["threefry2x32", "rbg", "unsafe_rbg"]
+RANDOM = ["favor+", "wderf_s", "exact", "local", "lsh", "efficient"]
+
+
+# Of name, implementation and kind of key each pair occurs.
+@pytest.mark.parametrize(
+    ("name", "implementation", "make"),
+    [
+        (name, implementation, (jax.random.key, jax.random.PRNGKey)[(i + j) % 2])
+        for i, name in enumerate(RANDOM)
+        for j, implementation in enumerate(IMPLEMENTATIONS)
+    ],
+)
+def test_random_keys(name, implementation, make):
     function = BOTH_WAYS[name]
+
+    @jax.jit
+    def run(key):
+        function.draw_projection(key, D)
+        return function(*draw(), key_mask=key_mask(), dropout_rng=key, dropout_rate=0.5)
+
     # A raw key does not say of which implementation it is.
     with jax.default_prng_impl(implementation):
-        key = make(0)
-        out = function(*draw(), dropout_rng=key, dropout_rate=0.5)
-        function.draw_projection(key, D)
+        out = run(make(0))
     assert jnp.isfinite(out).all()
-    assert jnp.abs(out - function(*draw())).max() > 1e-3
+    whole = plain(function)(*draw(), key_mask=key_mask())[1]
+    assert jnp.abs(out - whole).max() > 1e-3
 
 
-@every_function
-def test_donated_buffers_and_checkpoints(function):
-    expected = gradients(function)(*draw())
-    policy = jax.checkpoint_policies.nothing_saveable
-    check_equal(gradients(jax.checkpoint(function, policy=policy))(*draw()), expected)
-    donating = jax.jit(function, donate_argnums=0)
-    check_equal(donating(*draw()), expected[1])
-
-
-@every_function
-def test_vmap(function):
-    arrays = [jnp.stack([x, 2 * x]) for x in draw()]
-    expected = jnp.stack([function(*(x[i] for x in arrays)) for i in range(2)])
-    check_equal(jax.vmap(function)(*arrays), expected)
+@pytest.mark.parametrize("function", QUICK.values(), ids=QUICK)
+def test_vmap_checkpoints_and_donated_buffers(function):
+    arrays, mask = [jnp.stack([x, 2 * x]) for x in draw()], key_mask()
+    expected = [plain(function)(*(x[i] for x in arrays), key_mask=mask) for i in range(2)]
+    saving = jax.checkpoint(function, policy=jax.checkpoint_policies.nothing_saveable)
+    run = jax.jit(jax.vmap(gradients(saving, key_mask=mask)), donate_argnums=(1, 2))
+    found = run(*arrays)
+    check_equal(found, jax.tree.map(lambda *x: jnp.stack(x), *expected))
+    assert all(x.is_deleted() for x in arrays[1:])
 
 
 @every_decoder
 def test_rows_of_states_are_chosen(function):
     """As a beam search does."""
     query, key, value = draw()
-    beams = jnp.array([1, 1])
-    state = function.prefill(start(function), query[:, :-1], key[:, :-1], value[:, :-1])[1]
-    state = jax.tree.map(lambda x: x[beams], state)
-    out, _ = function.step(state, *(x[beams, -1] for x in (query, key, value)))
-    check_equal(out, function(query, key, value)[beams, -1])
+    rows, step = jnp.array([1, 1]), jax.jit(function.step)
+    state = jax.jit(function.prefill)(start(function), query[:, :-1], key[:, :-1], value[:, :-1])[1]
+    tokens = [x[:, -1] for x in (query, key, value)]
+    out, _ = step(state, *tokens)
+    chosen = jax.tree.map(lambda x: x[rows], (state, *tokens))
+    np.testing.assert_array_equal(step(*chosen)[0], out[rows])
 
 
 def start(function, **options):
@@ -294,12 +318,13 @@ def start(function, **options):
 def decoded(function, arrays):
     """Four tokens at once, the others one by one."""
     out, state = function.prefill(start(function), *(x[:, :4] for x in arrays))
-    outputs = [out]
-    step = jax.jit(function.step)
-    for t in range(4, T):
-        out, state = step(state, *(x[:, t] for x in arrays))
-        outputs.append(out[:, None])
-    return jnp.concatenate(outputs, axis=1)
+
+    def step(state, token):
+        out, state = function.step(state, *token)
+        return state, out
+
+    steps = jax.lax.scan(step, state, [x[:, 4:].swapaxes(0, 1) for x in arrays])[1]
+    return jnp.concatenate([out, steps.swapaxes(0, 1)], axis=1)
 
 
 def devices():
