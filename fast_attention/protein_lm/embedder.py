@@ -202,9 +202,7 @@ def _batch(model: FlaxModel, ids: np.ndarray) -> dict[str, jax.Array]:
 
 
 def _logits(model: FlaxModel, ids: np.ndarray) -> np.ndarray:
-    logits = model.logits_step(
-        model.weights, model.state.variables, _batch(model, ids), packed=False
-    )
+    logits = model.logits_step(model.weights, model.variables, _batch(model, ids), packed=False)
     return process_arrays.fetch(logits)
 
 
@@ -219,7 +217,7 @@ def _vectors(model: FlaxModel, ids: np.ndarray, layer: int | str) -> np.ndarray:
     }
     vectors = model.embedding_step(
         model.weights,
-        model.state.variables,
+        model.variables,
         **train_state.shard_batch(batch, model.mesh),
         layers=(layer,),
         pool=None,

@@ -129,7 +129,7 @@ class FlaxModel(BuiltModel):
           FloatingPointError: If the loss or the gradient is not finite; the parameters are then
             unchanged.
         """
-        seed = self.random_seed + int(self.state.step)
+        seed = self.random_seed + self.step
         (sums,) = fitting.take_each(self, [batches.one_batch(self, batch, seed)])
         return metrics.per_batch(sums)
 

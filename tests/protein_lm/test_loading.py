@@ -1,6 +1,7 @@
 """Runs that are read back from their folder."""
 
 import gin
+import jax
 import numpy as np
 import pytest
 
@@ -19,6 +20,21 @@ def test_a_run_is_read_back_without_gin(lm_run):
     assert gin.config_str() == before
     proteins = ["MKTAYIAK"]
     np.testing.assert_array_equal(model.logits(proteins), again.logits(proteins))
+
+
+def test_the_optimizer_takes_no_memory_until_a_model_is_trained(lm_run):
+    others = jax.live_arrays()
+    before = {array.unsafe_buffer_pointer() for array in others}
+    model = load_run(lm_run).model
+    model.score(["MKTAYIAKQR"])
+    now = {array.unsafe_buffer_pointer(): array.nbytes for array in jax.live_arrays()}
+    needed = sum(array.nbytes for array in jax.tree.leaves((model.weights, model.variables)))
+    assert sum(now[place] for place in now.keys() - before) < 1.2 * needed
+    weights = jax.device_get(model.weights)
+    model.fit(["MKTAYIAKQR"], max_steps=1)
+    assert model.step == 1
+    after = jax.device_get(model.weights)
+    assert not all(map(np.array_equal, jax.tree.leaves(weights), jax.tree.leaves(after)))
 
 
 def test_a_changed_vocabulary_is_told(lm_run, tmp_path):

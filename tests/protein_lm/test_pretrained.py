@@ -1,6 +1,7 @@
 """The model that comes with the package works without any training or option."""
 
 import csv
+import io
 import json
 
 import numpy as np
@@ -44,13 +45,13 @@ def test_it_predicts_new_proteins_better_than_its_n_grams(tmp_path):
     assert own["perplexity"] < 0.97 * min(row["perplexity"] for row in others)
 
 
-def test_commands_take_it_without_a_run_folder(fasta, tmp_path, capsys):
+def test_commands_take_it_without_a_run_folder(fasta, tmp_path, capfd):
     before = files()
-    scores, effects = tmp_path / "scores.tsv", tmp_path / "effects.tsv"
-    assert cli.main(["score", f"--fasta={fasta}", f"--output={scores}"]) == 0
-    assert "no --run_dir: the model that comes with the package" in capsys.readouterr().err
-    with open(scores, newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t"))
+    effects = tmp_path / "effects.tsv"
+    assert cli.main(["score", f"--fasta={fasta}"]) == 0
+    captured = capfd.readouterr()
+    assert "no --run_dir: the model that comes with the package" in captured.err
+    rows = list(csv.DictReader(io.StringIO(captured.out), delimiter="\t"))
     assert [row["id"] for row in rows] == list(PROTEINS)
     expected = FlaxLM.load(pretrained.FOLDER).score(list(PROTEINS.values()))
     np.testing.assert_allclose(
@@ -62,13 +63,15 @@ def test_commands_take_it_without_a_run_folder(fasta, tmp_path, capsys):
     wild.write_text(">w\nMKTAYIAKQR\n")
     arguments = ["mutate", f"--fasta={wild}", "--mutations=M1A", f"--output={effects}", "--quiet"]
     assert cli.main(arguments) == 0
-    assert capsys.readouterr().err == ""
+    assert capfd.readouterr().err == ""
+    assert cli.main(["sample", "--num_samples=1", "--max_length=5", "--quiet"]) == 0
+    assert capfd.readouterr().out.startswith(">sample_1 ")
     for named in ([], [f"--run_dir={pretrained.FOLDER}/"]):
         assert cli.main(["evaluate", f"--fasta={fasta}", *named]) == 0
-        captured = capsys.readouterr().out
+        captured = capfd.readouterr().out
         assert "this model" in captured and "written to" not in captured
     assert cli.main(["info", "--skip_corpus", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["model"] == "FlaxLM"
+    assert json.loads(capfd.readouterr().out)["model"] == "FlaxLM"
     assert files() == before
 
 

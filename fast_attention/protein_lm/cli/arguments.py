@@ -72,10 +72,10 @@ def add_table(parser: argparse.ArgumentParser) -> None:
     """Adds ``--output``, a table."""
     parser.add_argument(
         "--output",
-        required=True,
+        default="-",
         metavar="FILE",
-        help="the table: .tsv or .csv (add .gz to compress), or .parquet; - is standard output "
-        "(.tsv)",
+        help="the table: .tsv or .csv (add .gz to compress), or .parquet (default: -, a table "
+        "with tabs on standard output)",
     )
 
 

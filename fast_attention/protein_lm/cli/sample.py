@@ -122,7 +122,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     arguments.add_seed(parser, "random seed; equal seeds give equal proteins (default: 0)")
     parser.add_argument(
-        "--output", required=True, metavar="FILE", help="the FASTA file; .gz compresses it"
+        "--output",
+        default="-",
+        metavar="FILE",
+        help="the FASTA file; .gz compresses it (default: -, standard output)",
     )
 
 

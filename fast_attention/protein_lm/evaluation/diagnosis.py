@@ -233,7 +233,7 @@ def head_matrices(
         return found
 
     batch = _batch(model, [item], (1, len(_tokens(model, item))))
-    found = write(model.weights, model.state.variables, batch, parameters)
+    found = write(model.weights, model.variables, batch, parameters)
     if not found:
         raise ValueError(f"the model has no head {head} in a layer {layer}; both count from 1.")
     return dict(zip(("exact", "implicit"), map(np.asarray, found), strict=True))
@@ -249,7 +249,7 @@ def _matrix(call: AttentionCall) -> jax.Array:
 def _sums(
     model: FlaxModel, items: Sequence[Encoded], attention_fn: Any, parameters: Any
 ) -> list[FidelitySums]:
-    arrays = (model.weights, model.state.variables)
+    arrays = (model.weights, model.variables)
     found = (
         jax.device_get(_sums_of_batch(model.graphdef, attention_fn, *arrays, batch, parameters))
         for batch in _batches(model, items)
@@ -270,7 +270,7 @@ def _moments(model: FlaxModel, items: Sequence[Encoded]) -> dict[str, Moments]:
     def merge(left: dict[str, Moments], right: dict[str, Moments]) -> dict[str, Moments]:
         return {name: merge_moments(left[name], right[name]) for name in left}
 
-    arrays = (model.weights, model.state.variables)
+    arrays = (model.weights, model.variables)
     found = (_moments_of_batch(model.graphdef, *arrays, batch) for batch in _batches(model, items))
     return functools.reduce(merge, found)
 
@@ -304,7 +304,7 @@ def _recommend(
     names: list[str] = []
     length = max(len(_tokens(model, item)) for item in some)
     batch = _batch(model, some, (len(some), length))
-    arrays = step(model.weights, model.state.variables, batch)
+    arrays = step(model.weights, model.variables, batch)
     found = []
     for name, (query, key, mask) in zip(names, arrays, strict=True):
 

@@ -96,11 +96,10 @@ def score_proteins(
 
 
 def _row_sums(model: FlaxModel, batch: pipeline.Batch) -> train_state.metrics.Sums:
-    state = model.state
     return train_state.row_sums(
         model.graphdef,
         model.weights,
-        state.variables,
+        model.variables,
         train_state.shard_batch(batch, model.mesh),
         packed=False,
     )

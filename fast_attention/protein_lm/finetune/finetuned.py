@@ -141,11 +141,8 @@ class FineTuned:
     def _write(self, folder: Path, run_dir: str | os.PathLike[str] | None, whole: bool) -> None:
         _write_arrays(folder / _HEAD, self.head._asdict())
         if whole:
-            state = self.model.state
-            _write_arrays(
-                folder / _MODEL,
-                _flat({"parameters": self.model.weights, "variables": state.variables}),
-            )
+            arrays = {"parameters": self.model.weights, "variables": self.model.variables}
+            _write_arrays(folder / _MODEL, _flat(arrays))
             about = model_file.to_text(model_file.describe(self.model))
             write_file(RunFolder(folder).model, about)
         elif self.adapters is not None:
@@ -203,7 +200,7 @@ class FineTuned:
             path = inside(folder, _ADAPTERS)
             adapters = (_read_adapters(path, model), about["adapter_scale"])
             parameters = lora.merge_adapters(model.weights, *adapters)
-            model = with_parameters(model, parameters, model.state.variables)
+            model = with_parameters(model, parameters, model.variables)
         return cls(
             model=model,
             classes=None if about["classes"] is None else tuple(about["classes"]),
@@ -327,8 +324,7 @@ def with_parameters(model: FlaxModel, parameters: Any, variables: Any) -> FlaxMo
 def fingerprint(model: FlaxModel) -> str:
     """SHA-256 of all arrays of a model."""
     digest = hashlib.sha256()
-    state = model.state
-    for name, leaf in sorted(_flat({"p": model.weights, "v": state.variables}).items()):
+    for name, leaf in sorted(_flat({"p": model.weights, "v": model.variables}).items()):
         digest.update(f"{name} {leaf.dtype} {leaf.shape} ".encode())
         digest.update(np.ascontiguousarray(leaf).tobytes())
     return digest.hexdigest()

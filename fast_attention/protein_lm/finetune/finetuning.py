@@ -10,7 +10,6 @@ Shape letters: N proteins, M width, K classes.
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -208,10 +207,9 @@ def _tune_trunk(
     held = [sequences[row] for row in rows["valid"]]
 
     def validate(parameters: Any, head: LinearHead) -> dict[str, float]:
-        # Never trained, so that it may share arrays with the model; an average of the parameters
-        # before would be read in their place.
+        # Never trained, so that it may share arrays with the model.
         tuned = copy.copy(model)
-        tuned.state = dataclasses.replace(model.state, parameters=parameters, average=None)
+        tuned.set_parameters(parameters, model.variables)
         vectors = embed(tuned, held, config.max_length, shapes)
         return _valid_metrics(head, vectors, targets[rows["valid"]], class_weights)
 
@@ -237,5 +235,5 @@ def _tune_trunk(
         record,
     )
     parameters = tuning_loop.trunk_parameters(model, trainable, config.scale)
-    tuned = with_parameters(model, parameters, model.state.variables)
+    tuned = with_parameters(model, parameters, model.variables)
     return tuned, head, (trainable["adapters"], config.scale) if config.adapter_rank else None

@@ -108,7 +108,7 @@ def tune(
     opt_state = jax.jit(_make_optimizer(options).init)(now)
     fixed = {
         "parameters": model.weights,
-        "variables": model.state.variables,
+        "variables": model.variables,
         "head": {"mean": head.mean, "scale": head.scale},
         "scale": np.float32(config.scale),
     }

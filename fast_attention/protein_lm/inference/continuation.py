@@ -57,7 +57,7 @@ def continue_prompts(
             f"min_length must be from 0 to max_length={length}; got {config.min_length}"
         )
     drawn = generate(
-        nnx.merge(model.graphdef, model.weights, model.state.variables),
+        nnx.merge(model.graphdef, model.weights, model.variables),
         jnp.asarray(prompt),
         key=jax.random.key(model.random_seed) if rng is None else rng,
         max_new_tokens=new,

@@ -193,7 +193,6 @@ def embed_window(
     Returns:
       An array for each protein, as `embed_sequences` gives.
     """
-    state = model.state
     objective = model.objective
 
     def compute(items: list[Encoded], shape: token_batches.Shape) -> jax.Array:
@@ -206,7 +205,7 @@ def embed_window(
         }
         return model.embedding_step(
             model.weights,
-            state.variables,
+            model.variables,
             **train_state.shard_batch(batch, model.mesh),
             layers=config.chosen,
             pool=config.pool,

@@ -331,7 +331,7 @@ def unpack_ids(arrays: Mapping[str, np.ndarray]) -> list[str]:
 def fingerprint(model: BuiltModel) -> str:
     """The SHA-256 of all arrays of a model, and of its shape."""
     digest = hashlib.sha256(f"{model.objective} {model.config}".encode())
-    for leaf in jax.tree.leaves((model.weights, model.state.variables)):
+    for leaf in jax.tree.leaves((model.weights, model.variables)):
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
         digest.update(np.ascontiguousarray(leaf).tobytes())

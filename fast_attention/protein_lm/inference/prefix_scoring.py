@@ -70,7 +70,7 @@ class _Row(NamedTuple):
 
 def can_share_prefixes(model: BuiltModel) -> bool:
     """Whether the model can continue from a state."""
-    transformer = nnx.merge(model.graphdef, model.weights, model.state.variables)
+    transformer = nnx.merge(model.graphdef, model.weights, model.variables)
     return bool(getattr(transformer, "can_decode", False))
 
 
@@ -114,7 +114,7 @@ def likelihood_ratios(
         for part, width in _batches([wild, *group], start, limits)
     ]
     room = max((start + width for start, _, width in plan), default=1)
-    arrays = (model.graphdef, model.weights, model.state.variables)
+    arrays = (model.graphdef, model.weights, model.variables)
     state, read = _begin(*arrays, room), 0
     inputs, _ = _tokens(model, wild_type)
     found: list[Ratio] = [Ratio(0.0, 0.0)] * len(rows)

@@ -148,7 +148,6 @@ def score_encoded(
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[np.ndarray, float]]:
     """Scores every residue of encoded proteins; see `residue_log_likelihoods`."""
-    state = model.state
 
     def compute(items: list[_Asked], shape: token_batches.Shape) -> jax.Array:
         questions = [item.question for item in items]
@@ -165,7 +164,7 @@ def score_encoded(
         }
         batch |= {} if places is None else {"places": places}
         batch = {"places": None} | train_state.shard_batch(batch, model.mesh)
-        return model.residue_step(model.weights, state.variables, **batch)
+        return model.residue_step(model.weights, model.variables, **batch)
 
     def take(found: np.ndarray, row: int, item: _Asked) -> tuple[_Asked, np.ndarray]:
         # A copy: a view would keep the results of the whole batch in memory.

@@ -83,7 +83,7 @@ def _around(linear: FlaxModel, function: Any) -> FlaxModel:
     layers = linear.config.exact_layers
     other = linear.with_attention(function, exact_layers=layers)
     parameters = with_features(other.state.parameters, features_of(linear.weights))
-    variables = with_features(other.state.variables, features_of(linear.state.variables))
+    variables = with_features(other.variables, features_of(linear.variables))
     other.set_parameters(parameters, variables)
     return other
 

@@ -246,7 +246,7 @@ def _trainable(linear: FlaxModel, config: LinearizeConfig) -> dict[str, Any]:
 def _put(linear: FlaxModel, trainable: Any) -> None:
     """Puts what was trained into a model."""
     parameters = steps.parameters_of(trainable, linear.weights, 1.0)
-    linear.set_parameters(jax.tree.map(jnp.array, parameters), linear.state.variables)
+    linear.set_parameters(jax.tree.map(jnp.array, parameters), linear.variables)
 
 
 def _check_exact(

@@ -150,6 +150,6 @@ def make_finetune_step(
 def fixed_arrays(exact: FlaxModel, linear: FlaxModel) -> dict[str, Any]:
     """Arrays that no step changes."""
     return {
-        "exact": (exact.weights, exact.state.variables),
-        "variables": linear.state.variables,
+        "exact": (exact.weights, exact.variables),
+        "variables": linear.variables,
     }

@@ -94,7 +94,7 @@ def training_batches(
     Raises:
       ValueError: If batches or pairs were given weights, or an iterator should be repeated.
     """
-    seed = model.random_seed + int(model.state.step)
+    seed = model.random_seed + model.step
     given = as_batches(xs)
     if example_weights is not None and (given is not None or pairs.is_pairs(xs)):
         raise ValueError("example_weights are for sequences; pairs and batches have 'weights'")

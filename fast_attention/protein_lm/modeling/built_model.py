@@ -175,6 +175,7 @@ class BuiltModel:
         self.residue_step = inference_steps.make_residue_step(self.graphdef)
         self.embedding_step = inference_steps.make_embedding_step(self.graphdef, self.objective)
         self._state: train_state.TrainState | None = None
+        self._predicting: tuple[Any, Any] | None = None
 
     def _make_train_step(self) -> None:
         self.train_step = train_state.make_train_step(
@@ -223,19 +224,45 @@ class BuiltModel:
 
     @property
     def state(self) -> train_state.TrainState:
-        """All arrays; created from `random_seed` when first read."""
-        if self._state is None:
-            self._state = self.initialize(jax.random.key(self.random_seed))
-        return self._state
+        """All arrays, those of the optimizer included.
+
+        They are created when first read: from `random_seed`, or from the arrays that
+        `set_parameters` was given. Predictions need only `weights` and `variables`.
+        """
+        if self._state is not None:
+            return self._state
+        key = jax.random.key(self.random_seed)
+        if self._predicting is None:
+            state = self.initialize(key)
+        else:
+            averaged = self.ema_decay is not None
+            state = train_state.make_state(
+                *self._predicting, self._optimizer, key, averaged=averaged
+            )
+            state = jax.tree.map(process_arrays.put, state, self._shardings)
+        self.state = state
+        return state
 
     @state.setter
     def state(self, state: train_state.TrainState) -> None:
-        self._state = state
+        self._state, self._predicting = state, None
 
     @property
     def weights(self) -> Any:
         """The parameters used for predictions: the moving average, if there is one."""
+        if self._predicting is not None:
+            return self._predicting[0]
         return train_state.weights(self.state)
+
+    @property
+    def variables(self) -> Any:
+        """Nested dict of the model's other arrays, attention projections among them."""
+        return self.state.variables if self._predicting is None else self._predicting[1]
+
+    @property
+    def step(self) -> int:
+        """Number of training steps taken."""
+        return 0 if self._predicting is not None else int(self.state.step)
 
     @property
     def max_length(self) -> int:
@@ -272,11 +299,9 @@ class BuiltModel:
 
     def set_parameters(self, parameters: Any, variables: Any) -> None:
         """Replaces the model's arrays; step, optimizer and random key are reset."""
-        key = jax.random.key(self.random_seed)
-        state = train_state.make_state(
-            parameters, variables, self._optimizer, key, averaged=self.ema_decay is not None
-        )
-        self.state = jax.tree.map(process_arrays.put, state, self._shardings)
+        where = self._shardings.parameters, self._shardings.variables
+        arrays = jax.tree.map(process_arrays.put, (parameters, variables), where)
+        self._state, self._predicting = None, arrays
 
     def with_attention(
         self,
@@ -298,7 +323,6 @@ class BuiltModel:
           exact_layers: Layers, counted from 1, that keep exact attention.
         """
         model = copy.copy(self)
-        model._state = None
         model.config = dataclasses.replace(self.config, exact_layers=tuple(exact_layers))
         model._build(attention_fn, self.schedule if learning_rate is None else learning_rate)
         # A state is donated: no buffer may belong to two.
@@ -309,9 +333,9 @@ class BuiltModel:
     def with_mesh(self, mesh: Mesh) -> Self:
         """Returns the model with the same parameters and a new training state on other devices."""
         model = copy.copy(self)
-        model._state, model.mesh = None, with_auto_axes(mesh)
+        model.mesh = with_auto_axes(mesh)
         model._build(self.attention_fn, self.schedule)
-        model.set_parameters(*process_arrays.fetch((self.weights, self.state.variables)))
+        model.set_parameters(*process_arrays.fetch((self.weights, self.variables)))
         return model
 
     def logits(self, xs: Any) -> jax.Array:
@@ -333,7 +357,7 @@ class BuiltModel:
         """Calls `eval_step` or `logits_step` on a batch, with the parameters that predict."""
         return step(
             self.weights,
-            self.state.variables,
+            self.variables,
             train_state.shard_batch(batch, self.mesh),
             packed=train_state.is_packed(batch),
         )

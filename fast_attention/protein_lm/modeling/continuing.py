@@ -54,7 +54,7 @@ def continue_rows(
     # The closing token of a span of known length is not predicted: one program serves all spans.
     end = None if low == high else closing
     drawn = generate(
-        nnx.merge(model.graphdef, model.weights, model.state.variables),
+        nnx.merge(model.graphdef, model.weights, model.variables),
         jnp.asarray([np.pad(row, (width - len(row), 0)) for row in rows]),
         key=keys,
         max_new_tokens=high,
@@ -80,5 +80,5 @@ def log_probabilities(model: BuiltModel, rows: Sequence[np.ndarray]) -> np.ndarr
         for part in ([row[:-1] for row in rows], [row[1:] for row in rows])
     )
     batch = {"inputs": inputs, "targets": targets, "places": None, "lengths": lengths}
-    found = model.residue_step(model.weights, model.state.variables, **batch)
+    found = model.residue_step(model.weights, model.variables, **batch)
     return np.asarray(found, np.float64)

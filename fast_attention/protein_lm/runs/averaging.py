@@ -42,7 +42,7 @@ def set_average(model: BuiltModel, others: Mapping[str, BuiltModel]) -> None:
     Raises:
       RunError: If a model differs in more than its parameters, or the average is not finite.
     """
-    own, variables = _describe(model), named(model.state.variables)
+    own, variables = _describe(model), named(model.variables)
     for name, other in others.items():
         found = _describe(other)
         for field in _ALIKE:
@@ -52,7 +52,7 @@ def set_average(model: BuiltModel, others: Mapping[str, BuiltModel]) -> None:
                     f"{name}: cannot be averaged, because its {field} differs in model.json"
                     f"{parts}; average models of one configuration"
                 )
-        for path, array in named(other.state.variables).items():
+        for path, array in named(other.variables).items():
             if not np.array_equal(array, variables[path]):
                 raise RunError(
                     f"{name}: cannot be averaged, because {path} differs (such as projections of "
@@ -67,7 +67,7 @@ def set_average(model: BuiltModel, others: Mapping[str, BuiltModel]) -> None:
             f"{unsound} of the average is not finite: check the models, a parameter of one of them "
             "is infinite, not a number, or too large"
         )
-    model.set_parameters(average, model.state.variables)
+    model.set_parameters(average, model.variables)
 
 
 def _describe(model: BuiltModel) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fast_attention.protein_lm.errors import RunError
@@ -28,7 +27,7 @@ from fast_attention.protein_lm.files.output_files import (
 )
 from fast_attention.protein_lm.machine_failures import machine_failure
 from fast_attention.protein_lm.modeling.built_model import BuiltModel
-from fast_attention.protein_lm.modeling.train_state import TrainState, weights
+from fast_attention.protein_lm.modeling.train_state import TrainState
 from fast_attention.protein_lm.runs import model_description, model_file
 from fast_attention.protein_lm.runs.array_records import describe, named
 from fast_attention.protein_lm.runs.run_folder import RunFolder, check_free, content
@@ -73,7 +72,7 @@ def export_model(
     """
     target = RunFolder(Path(output))
     check_export(folder, target)
-    arrays = _rounded(named(_arrays(model.state)), dtype)
+    arrays = _rounded(named(_tree(model.weights, model.variables)), dtype)
     about = _describe(model, step, tokens) | {"training": model_file.read(folder.model)["training"]}
     with open_output_folder(target.path, last=target.model.name) as path:
         new = RunFolder(path)
@@ -97,7 +96,7 @@ def save_model(model: BuiltModel, output: str | os.PathLike[str]) -> None:
       OutputError: If the folder cannot be written.
       RunError: If it holds a run.
     """
-    _save(model, _arrays(model.state), int(model.state.step), output)
+    _save(model, _tree(model.weights, model.variables), model.step, output)
 
 
 def _save(model: BuiltModel, arrays: Any, step: int, output: str | os.PathLike[str]) -> None:
@@ -127,8 +126,8 @@ def save_arrays(
       OutputError, RunError: As `save_model`.
       ValueError: If the arrays are those of another model.
     """
-    arrays = {"parameters": parameters, "variables": variables}
-    found, expected = describe(arrays), describe(_arrays(model.abstract_state))
+    arrays, abstract = _tree(parameters, variables), model.abstract_state
+    found, expected = describe(arrays), describe(_tree(abstract.parameters, abstract.variables))
     if found != expected:
         wrong = sorted(name for name in found.keys() ^ expected.keys())
         wrong += [name for name in found if found[name] != expected.get(name, found[name])]
@@ -183,21 +182,21 @@ def read_arrays(
 
     path = folder.weights
     open_plain(path).close()
-    expected = describe(_arrays(abstract))
+    expected = describe(_tree(abstract.parameters, abstract.variables))
     try:
-        with safetensors.safe_open(path, framework="flax") as file:
+        with safetensors.safe_open(path, framework="numpy") as file:
             names = file.keys()
             stored = {name: _describe_slice(file.get_slice(name)) for name in names}
             _check_shapes(folder, stored, expected)
-            found = {
+            found = {}
+            for name, wanted in expected.items():
                 # NumPy converts without compiling a program for each shape.
-                name: jnp.array(np.asarray(file.get_tensor(name)).astype(wanted.partition("[")[0]))
-                for name, wanted in expected.items()
-            }
+                array = np.asarray(file.get_tensor(name)).astype(wanted.partition("[")[0])
+                found[name] = jax.device_put(array)
     except (MemoryError, OSError, ValueError, safetensors.SafetensorError) as error:
         remedy = machine_failure(error) or "fetch the folder again, or export the run again"
         raise RunError(f"{path} cannot be read ({error}): {remedy}") from error
-    structure = jax.tree.structure(_arrays(abstract))
+    structure = jax.tree.structure(_tree(abstract.parameters, abstract.variables))
     arrays = jax.tree.unflatten(structure, [found[name] for name in expected])
     return exported_step(folder, about), arrays["parameters"], arrays["variables"]
 
@@ -254,5 +253,5 @@ def _write_arrays(path: Path, arrays: dict[str, Any]) -> None:
         safetensors.numpy.save_file(host, file.name, metadata={"format": model_file.FORMAT})
 
 
-def _arrays(state: TrainState) -> dict[str, Any]:
-    return {"parameters": weights(state), "variables": state.variables}
+def _tree(parameters: Any, variables: Any) -> dict[str, Any]:
+    return {"parameters": parameters, "variables": variables}

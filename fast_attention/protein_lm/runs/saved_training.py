@@ -31,7 +31,7 @@ def save_training(model: BuiltModel, output: str | os.PathLike[str]) -> None:
       OutputError: If the folder cannot be written.
       RunError: If it holds something else, another model, or a checkpoint of a later step.
     """
-    folder, step = RunFolder(Path(output)), int(model.state.step)
+    folder, step = RunFolder(Path(output)), model.step
     if folder.config.exists() or folder.is_export():
         raise RunError(
             f"{folder.path} holds a run or an exported model: give the checkpoint another folder"

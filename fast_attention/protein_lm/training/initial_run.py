@@ -78,9 +78,9 @@ def read_initial_run(path: Path, model: FlaxModel) -> Beginning:
     parameters = add_layers(before.weights, added, before.config)
     if not _draw_alike(before.attention_fn, model.attention_fn):
         return Beginning(parameters, None, True)
-    variables = add_layers(before.state.variables, added, before.config)
+    variables = add_layers(before.variables, added, before.config)
     # Layers may have exact attention in one of the models only.
-    own = model.state.parameters, model.state.variables
+    own = model.state.parameters, model.variables
     places = [
         f"stack.blocks.{i}." for i in range(before.config.num_layers, model.config.num_layers)
     ]
