@@ -155,7 +155,7 @@ def backward(plan: Plan, residuals: Any, cotangents: Any) -> Inputs:
                 (d_kv, d_k_sum),
                 einsum,
             )
-            grads = add_decay_gradient(grads, pull_back_decay(found), start)
+            grads = add_decay_gradient(grads, pull_back_decay(found), start + 1)
         grads = add_query_gradient(grads, pull_queries(pulled.queries), start)
         grads = add_key_gradient(grads, pull_keys(pulled.keys, d_value), start)
         return pulled.kv, pulled.k_sum, grads

@@ -64,16 +64,10 @@ def chunk_decay(inputs: Inputs, start: Array | int, size: int) -> ChunkDecay | N
     groups = inputs.query.shape[2] // inputs.key.shape[2]
     piece = jax.lax.dynamic_slice_in_dim(inputs.log_decay, start, size, axis=1)
     steps = jnp.swapaxes(piece, 1, 2)
-    # The first one decays nothing inside the chunk.
-    position = jnp.arange(size)
-    inside = jnp.where((position > 0)[None, None], steps, 0)
-    unit = _step(size)
-    coarse = jax.lax.stop_gradient(jnp.round(inside / unit) * unit)
-    # A product takes XLA on CPU far less time than a cumulative sum.
-    past = (position[:, None] >= position[None]).astype(inside.dtype)
-    coarse, rest = (sums("bks,ts->bkt", x, past) for x in (coarse, inside - coarse))
+    coarse, rest = decay_until(steps)
     until = coarse + rest
     coarse, rest = (x[..., :, None] - x[..., None, :] for x in (coarse, rest))
+    position = jnp.arange(size)
     behind = (position[:, None] < position[None])[None, None]
     pairs = jnp.where(behind, 0, coarse + rest)
     return ChunkDecay(
@@ -83,6 +77,25 @@ def chunk_decay(inputs: Inputs, start: Array | int, size: int) -> ChunkDecay | N
         keys=pairs[..., -1, :],
         whole=until[..., -1],
     )
+
+
+def decay_until(steps: Array) -> tuple[Array, Array]:
+    """Sums the decays after the first of some tokens, ``[B, K, N]``, up to each of them.
+
+    Returns:
+      The sums of coarse decays and of rests: the difference between two tokens is to be taken of
+      each by itself.
+    """
+    size = steps.shape[-1]
+    position = jnp.arange(size)
+    # The first one decays nothing among them.
+    inside = jnp.where((position > 0)[None, None], steps, 0)
+    unit = _step(size)
+    coarse = jax.lax.stop_gradient(jnp.round(inside / unit) * unit)
+    # A product takes XLA on CPU far less time than a cumulative sum.
+    past = (position[:, None] >= position[None]).astype(inside.dtype)
+    coarse, rest = (sums("bks,ts->bkt", x, past) for x in (coarse, inside - coarse))
+    return coarse, rest
 
 
 class DecayedSums(NamedTuple):

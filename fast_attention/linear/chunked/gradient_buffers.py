@@ -77,20 +77,36 @@ def add_key_gradient(grads: Inputs, gradient: Any, start: Array | int) -> Inputs
     )
 
 
-def add_decay_gradient(grads: Inputs, d_decay: Array, start: Array | int) -> Inputs:
-    """Stores what :func:`.chunk_decay.pull_back_decay` gave for the chunk at ``start``."""
+def add_decay_gradient(
+    grads: Inputs, d_decay: Array, start: Array | int, *, adding: bool = False
+) -> Inputs:
+    """Stores what :func:`.chunk_decay.pull_back_decay` gave for the chunk at ``start - 1``.
+
+    Args:
+      grads: the buffers.
+      d_decay: ``[B, K, N]``.
+      start: the first token whose decay this is the gradient of.
+      adding: whether to add it to what is there.
+    """
     assert grads.log_decay is not None
     piece = jnp.swapaxes(d_decay, 1, 2)
-    return grads._replace(log_decay=store(grads.log_decay, piece, start + 1))
+    if adding:
+        size = piece.shape[1]
+        piece += jax.lax.dynamic_slice_in_dim(grads.log_decay, start, size, axis=1)
+    return grads._replace(log_decay=store(grads.log_decay, piece, start))
 
 
-def with_first_decay(inputs: Inputs, grads: Inputs, d_state: LinearAttentionState) -> Inputs:
-    """Completes the gradient of decays by that of the first token, which decays the state."""
+def with_first_decay(
+    inputs: Inputs, grads: Inputs, d_state: LinearAttentionState, place: int = 0
+) -> Inputs:
+    """Completes the gradient of decays by that of the token at `place`, which decays the state."""
     if grads.log_decay is None:
         return grads
     state = inputs.state
     first = (state.kv * d_state.kv).sum(axis=(-1, -2)) + (state.k_sum * d_state.k_sum).sum(axis=-1)
-    return grads._replace(log_decay=store(grads.log_decay, first[:, None], 0)[:, :-1])
+    grads = add_decay_gradient(grads, first[..., None], place, adding=place > 0)
+    assert grads.log_decay is not None
+    return grads._replace(log_decay=grads.log_decay[:, :-1])
 
 
 def as_cotangent(inputs: Inputs, grads: Inputs, d_state: LinearAttentionState) -> Inputs:

@@ -20,6 +20,7 @@ from fast_attention.linear.checks import check_shapes, empty_output, is_empty, p
 from fast_attention.linear.prepare import prepare
 from fast_attention.linear.types import Inputs, Plan, finish, merge_parts
 from fast_attention.mechanisms.favor.near_field import fused
+from fast_attention.mechanisms.favor.near_field.decay import bias_of_far_keys
 from fast_attention.mechanisms.favor.near_field.near_and_far import (
     check_options,
     far_plan,
@@ -40,6 +41,7 @@ def near_field_attention(
     key_mask: Bool[Array, "*#B T"] | Bool[Array, "*#B T #K"] | None = None,
     key_bias: Float[Array, "*#B T"] | Float[Array, "*#B T #K"] | None = None,
     segment_ids: Int[Array, "*#B T"] | None = None,
+    log_decay: Float[Array, "*B T K"] | Float[Array, "*#B K"] | None = None,
     **options: Any,
 ) -> Float[Array, "*B T H V"]:
     r"""Self-attention, exact within a window and estimated beyond, in ``O(T (W D + M V))``.
@@ -68,6 +70,9 @@ def near_field_attention(
         its place: the window is one of positions.
       key_bias: as ``key_mask``; multiplies the weights of a key, near and far, by ``exp(bias)``.
       segment_ids: ``[*B, T]``; positions see their own run of equal ids.
+      log_decay: ``[*B, T, K]`` or ``[K]``, if causal: the weight of key s for row t, near or far,
+        is multiplied by ``exp(log_decay_{s+1} + ... + log_decay_t)``, as in
+        :func:`~fast_attention.linear_attention`.
       **options: fields of :class:`~fast_attention.Plan`.
 
     Returns:
@@ -99,6 +104,7 @@ def near_field_attention(
         key_mask=key_mask,
         key_bias=key_bias,
         segment_ids=segment_ids,
+        log_decay=log_decay,
     )
     if is_empty(query, key):
         return empty_output(*promote_floating(query, key, value)[::2])
@@ -132,7 +138,8 @@ def _fused(plan: Plan, reach: Reach, inputs: Inputs) -> Any:
         far_mask = same if far_mask is None else far_mask & same
     own_gradient = implementation_of(plan) != "reference"
     attend = fused.attend if own_gradient else fused.attend_plainly
-    attended: Any = attend(plan, reach, fused.Operands(inputs, far_mask))
+    far_bias = bias_of_far_keys(inputs, reach.distance)
+    attended: Any = attend(plan, reach, fused.Operands(inputs, far_mask, far_bias))
     return attended[0]
 
 

@@ -31,12 +31,19 @@ from fast_attention.linear.chunked.causal_chunk import (
 )
 from fast_attention.linear.chunked.causal_chunk_backward import RowCotangents, pull_back_causal
 from fast_attention.linear.chunked.chunk_choice import planned_chunk
+from fast_attention.linear.chunked.chunk_decay import (
+    chunk_decay,
+    decayed_sums,
+    pull_back_decay,
+)
 from fast_attention.linear.chunked.chunk_state import absorb_keys, next_state
 from fast_attention.linear.chunked.gradient_buffers import (
+    add_decay_gradient,
     add_key_gradient,
     add_query_gradient,
     as_cotangent,
     gradient_buffers,
+    with_first_decay,
 )
 from fast_attention.linear.chunked.loops import scan_chunks, scan_chunks_back
 from fast_attention.linear.chunked.output_buffers import (
@@ -49,6 +56,7 @@ from fast_attention.linear.chunked.slices import (
     exponents_of,
     key_features,
     query_features,
+    store,
     unload_rows,
 )
 from fast_attention.linear.rounded_products import einsum_of
@@ -70,16 +78,26 @@ class Operands(NamedTuple):
       inputs: of linear attention, over all positions. If there are n keys more than queries, these
         are in front of them.
       far_mask: bool ``[B, S - n, K or 1]`` or None: which keys are ever read as far ones.
+      far_bias: ``[B, S - n, K]``, the bias of keys as far ones: their own, and their decay until
+        they become far. None without decay, where it is their own.
     """
 
     inputs: Inputs
     far_mask: Array | None
+    far_bias: Array | None = None
 
     def far(self, distance: int) -> Inputs:
-        """The inputs whose t-th key goes with the t-th row that has far keys."""
-        ids = self.inputs.segment_ids
-        return self.inputs._replace(
-            key_mask=self.far_mask, segment_ids=None if ids is None else ids[:, distance:]
+        """The inputs whose t-th key goes with the t-th row that has far keys.
+
+        What has become far decays with the rows.
+        """
+        inputs = self.inputs
+        ids, log_decay = (
+            None if x is None else x[:, distance:] for x in (inputs.segment_ids, inputs.log_decay)
+        )
+        bias = inputs.key_bias if self.far_bias is None else self.far_bias
+        return inputs._replace(
+            key_mask=self.far_mask, key_bias=bias, segment_ids=ids, log_decay=log_decay
         )
 
 
@@ -133,15 +151,17 @@ def _forward(plan: Plan, reach: Reach, operands: Operands, *, save: bool = True)
         queries, _ = query_features(plan, inputs, row, size)
         keys, value, _ = key_features(plan, far, start, size)
         sight = causal_sight(far, start, size)
-        first, old = add_first_key(state, keys, value, sight)
+        decay = chunk_decay(far, start, size)
+        first, old = add_first_key(state, keys, value, sight, decay)
         read = read_causal(
             first,
             queries,
             keys,
             sight,
             einsum,
-            exponents_of(plan, inputs, row, start, size),
+            exponents_of(plan, far, row, start, size),
             at_least=largest_logit(logits),
+            decay=decay,
         )
         assert read.log_scale is not None
         near = jnp.exp(logits - read.log_scale[..., None])
@@ -149,7 +169,7 @@ def _forward(plan: Plan, reach: Reach, operands: Operands, *, save: bool = True)
         numerator = read.past + einsum("bkrs,bksv->bkrv", weights, window.value)
         kept = read.kept._replace(denominator=read.kept.denominator + row_sums(near))
         out = write_output(plan, out, Parts(numerator, kept.denominator, read.log_scale), row)
-        absorbed = absorb_keys(first, keys, sight.enter, sight.keep)
+        absorbed = absorb_keys(first, keys, sight.enter, sight.keep, fading=decay)
         after = next_state(first, absorbed, value, einsum)
         if not save:
             return (after, out), None
@@ -187,20 +207,22 @@ def _backward(plan: Plan, reach: Reach, residuals: Any, cotangents: Any) -> tupl
 
     def chunk(carry, start, size, saved):
         kept, past = saved
-        d_kv, d_k_sum, d_later, grads = carry
+        d_kv, d_k_sum, d_later, d_far_keys, grads = carry
         row = start + offset
         window = load_window(inputs, reach, row, size, start, size + distance)
         queries, pull_queries = query_features(plan, inputs, row, size)
         keys, value, pull_keys = key_features(plan, far, start, size)
         sight = causal_sight(far, start, size)
+        decay = chunk_decay(far, start, size)
         read = read_causal(
             past.first,
             queries,
             keys,
             sight,
             einsum,
-            exponents_of(plan, inputs, row, start, size),
+            exponents_of(plan, far, row, start, size),
             kept,
+            decay=decay,
         )
         assert read.log_scale is not None
         near = jnp.exp(window_logits(window, einsum) - read.log_scale[..., None])
@@ -209,14 +231,16 @@ def _backward(plan: Plan, reach: Reach, residuals: Any, cotangents: Any) -> tupl
         )
         d_weights = einsum("bkrv,bksv->bkrs", d_numerator, window.value) + d_denominator[..., None]
         d_near = pull_back_window(window, near, d_weights, einsum)
+        absorbed = absorb_keys(past.first, keys, sight.enter, sight.keep, past.log_scale, decay)
+        d_rows = RowCotangents(d_weights[..., :size], d_numerator, d_denominator)
         pulled = pull_back_causal(
             queries,
             keys,
             value,
             past,
             read,
-            absorb_keys(past.first, keys, sight.enter, sight.keep, past.log_scale),
-            RowCotangents(d_weights[..., :size], d_numerator, d_denominator),
+            absorbed,
+            d_rows,
             d_kv,
             d_k_sum,
             sight.enter,
@@ -227,18 +251,37 @@ def _backward(plan: Plan, reach: Reach, residuals: Any, cotangents: Any) -> tupl
         d_query = d_query + unload_rows(d_near.rows, size)
         grads = add_query_gradient(grads, (d_query, d_parameters), row)
         *d_far, d_parameters, d_far_bias = pull_keys(pulled.keys, pulled.value)
-        d_far = (*d_far, None if d_far_bias is None else jnp.swapaxes(d_far_bias, 1, 2))
+        d_far_bias = None if d_far_bias is None else jnp.swapaxes(d_far_bias, 1, 2)
         d_window = _by_position(d_near.key, d_value, d_near.bias)
+        if decay is not None:
+            found = decayed_sums(
+                read,
+                past.first,
+                absorbed,
+                value,
+                d_rows,
+                pulled.weights * d_rows.weights,
+                (d_kv, d_k_sum),
+                einsum,
+            )
+            shifted = start + distance + 1
+            grads = add_decay_gradient(grads, pull_back_decay(found), shifted, adding=True)
+            grads = add_decay_gradient(grads, d_near.log_decay, start, adding=True)
+            d_far_keys, d_far_bias = store(d_far_keys, d_far_bias, start), None
+        d_far = (*d_far, d_far_bias)
 
         # Later chunks have no more to add to the last of these keys, and none to the others.
-        def whole(x: Array, far: Array, later: Array) -> Array:
-            return jnp.concatenate([x[:, :size] + far, x[:, size:] + later], axis=1)
+        def whole(x: Array | None, far: Array | None, later: Array | None) -> Array | None:
+            if x is None or later is None:
+                return None
+            first = x[:, :size] if far is None else x[:, :size] + far
+            return jnp.concatenate([first, x[:, size:] + later], axis=1)
 
-        d_window = jax.tree.map(whole, d_window, d_far, d_later)
+        d_window = tuple(map(whole, d_window, d_far, d_later))
         done = jax.tree.map(lambda x: x[:, distance:], d_window)
         grads = _store_keys(grads, done, d_parameters, start + distance)
         d_later = jax.tree.map(lambda x: x[:, :distance], d_window)
-        return pulled.kv, pulled.k_sum, d_later, grads
+        return pulled.kv, pulled.k_sum, d_later, d_far_keys, grads
 
     def group_of_chunks(carry, start, length, saved):
         state, kept = saved
@@ -260,6 +303,8 @@ def _backward(plan: Plan, reach: Reach, residuals: Any, cotangents: Any) -> tupl
         d_near = pull_back_window(window, weights, d_weights, einsum)
         nothing = jax.tree.map(jnp.zeros_like, grads.parameters)
         grads = add_query_gradient(grads, (unload_rows(d_near.rows, size), nothing), start)
+        if d_near.log_decay is not None:
+            grads = add_decay_gradient(grads, d_near.log_decay, 0, adding=True)
         d_window = _by_position(d_near.key, d_value, d_near.bias)
         return jax.tree.map(jnp.add, d_first, d_window), grads
 
@@ -267,18 +312,20 @@ def _backward(plan: Plan, reach: Reach, residuals: Any, cotangents: Any) -> tupl
         None if x is None else jnp.zeros_like(x[:, :distance], d_state.kv.dtype)
         for x in (inputs.key, inputs.value, inputs.key_bias)
     )
-    carry = (d_state.kv, d_state.k_sum, tuple(first_keys), buffers)
+    d_far_keys = None if operands.far_bias is None else jnp.zeros_like(operands.far_bias)
+    carry = (d_state.kv, d_state.k_sum, tuple(first_keys), d_far_keys, buffers)
     if group:
         carry = scan_chunks_back(group_of_chunks, carry, saved, length, group, 1)
     else:
         carry = scan_chunks_back(chunk, carry, saved, length, size, unroll)
-    d_kv, d_k_sum, d_first, grads = carry
+    d_kv, d_k_sum, d_first, d_far_keys, grads = carry
     d_first, grads = scan_chunks_back(
         first_rows, (d_first, grads), saved_first, offset, first_size, unroll
     )
     grads = _store_keys(grads, d_first, jax.tree.map(jnp.zeros_like, grads.parameters), 0)
-    d_inputs = as_cotangent(inputs, grads, LinearAttentionState(d_kv, d_k_sum, None))
-    return (Operands(d_inputs, None),)
+    d_before = LinearAttentionState(d_kv, d_k_sum, None)
+    grads = with_first_decay(inputs, grads, d_before, distance)
+    return (Operands(as_cotangent(inputs, grads, d_before), None, d_far_keys),)
 
 
 attend.defvjp(_forward, _backward)
