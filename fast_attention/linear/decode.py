@@ -112,6 +112,7 @@ def step_parts(
     *,
     parameters: Parameters,
     visible: Bool[Array, "*B"] | None = None,
+    key_bias: Float[Array, "*B K"] | None = None,
 ) -> tuple[Parts, LinearAttentionState]:
     """A step without the division, for merging with attention to other keys.
 
@@ -123,6 +124,7 @@ def step_parts(
       plan: its feature map and precision are read.
       parameters: of the feature map.
       visible: ``[*B]``; a key where it is False is not added to the state.
+      key_bias: ``[*B, K]``; a factor ``exp(bias)`` on the weights of the key.
 
     Returns:
       :class:`~.types.Parts` of ``[*B, H]``, and the new state.
@@ -139,6 +141,7 @@ def step_parts(
         parameters,
         key.astype(dtype).reshape(batch, kv_heads, 1, width),
         key_mask=None if visible is None else visible.reshape(batch, 1, 1),
+        key_bias=None if key_bias is None else key_bias.astype(dtype).reshape(batch, kv_heads, 1),
         exact_scale=True,
     )
     # Rows of one key head are its group of query heads.

@@ -32,7 +32,7 @@ _ADVICE = {
     "projection": "it has no random features",
     "positions": "apply rotary positions to queries and keys before",
     "buckets": "it does not hash",
-    "log_decay": "only linear attention without exact_window supports it "
+    "log_decay": "only linear attention supports it "
     "(make_fast_softmax_attention, make_fast_generalized_attention)",
 }
 """What to do in place of an argument that a function does not take."""

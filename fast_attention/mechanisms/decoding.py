@@ -30,6 +30,7 @@ class StateSizes(NamedTuple):
       value_dim: V.
       max_length: tokens to make room for, or None.
       dtype: of the arrays, float32 or float64.
+      decays: whether calls will have ``log_decay``.
     """
 
     batch_shape: tuple[int, ...]
@@ -38,6 +39,7 @@ class StateSizes(NamedTuple):
     value_dim: int
     max_length: int | None
     dtype: Any
+    decays: bool = False
 
 
 class Decoder:
@@ -65,6 +67,7 @@ class Decoder:
         max_length: int | None = None,
         *,
         dtype: Any = None,
+        decays: bool = False,
     ) -> Any:
         """Returns the decoding state before the first token.
 
@@ -79,6 +82,9 @@ class Decoder:
           max_length: tokens to make room for; only caches of all keys need it.
           dtype: of its arrays, float32 or float64. A state keeps it, whatever it reads. None is
             float64 under ``jax_enable_x64``, else float32.
+          decays: whether :meth:`prefill` and :meth:`step` will be called with ``log_decay``. A near
+            field (``exact_window``) then remembers how its keys have decayed; the state of linear
+            attention is the same.
 
         Raises:
           TypeError: if the function cannot decode.
@@ -93,7 +99,11 @@ class Decoder:
         dtype = jnp.zeros(()).dtype if dtype is None else dtype
         if not jnp.issubdtype(dtype, jnp.floating):
             raise mismatch("dtype", "a floating type", repr(dtype))
-        made_for = StateSizes(batch, heads, width, value_width, max_length, jnp.dtype(dtype))
+        if decays and not self.takes.decay:
+            raise mismatch("decays", f"False for {self.mechanism.lower()}", decays)
+        made_for = StateSizes(
+            batch, heads, width, value_width, max_length, jnp.dtype(dtype), bool(decays)
+        )
         return self.start(made_for)
 
     @runs_on_auto_axes

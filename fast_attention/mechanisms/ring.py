@@ -26,11 +26,14 @@ class Ring(NamedTuple):
       key: ``[*B, S, K, D]``; the token at position t is in slot ``t % S``.
       value: ``[*B, S, K, V]``.
       length: ``[*B]`` int32, tokens so far of each row, padding not counted.
+      decayed: ``[*B, S, K]``, the sum of ``log_decay`` of the tokens after that of the slot; None
+        for a state without decay.
     """
 
     key: Float[Array, "*B S K D"]
     value: Float[Array, "*B S K V"]
     length: Int[Array, "*B"]
+    decayed: Float[Array, "*B S K"] | None = None
 
 
 class Extended(NamedTuple):
@@ -43,6 +46,7 @@ class Extended(NamedTuple):
       visible: ``[B, S + T]``, False in empty slots and at padding.
       ring: the ring after the new tokens.
       rank: ``[B, T]`` int, the place of each given token in `query`; None without padding.
+      log_decay: ``[B, S + T, K]`` as `key`, or None. What the first one decays is not known.
     """
 
     query: Float[Array, "B T H D"]
@@ -51,10 +55,15 @@ class Extended(NamedTuple):
     visible: Bool[Array, "B N"]
     ring: Ring
     rank: Int[Array, "B T"] | None
+    log_decay: Float[Array, "B N K"] | None = None
 
 
 def empty_ring(
-    batch_shape: tuple[int, ...], slots: int, widths: tuple[int, int, int], dtype: Any
+    batch_shape: tuple[int, ...],
+    slots: int,
+    widths: tuple[int, int, int],
+    dtype: Any,
+    decays: bool = False,
 ) -> Ring:
     """Returns the ring before the first token; `widths` are K, D and V."""
     heads, head_dim, value_dim = widths
@@ -62,10 +71,18 @@ def empty_ring(
         key=jnp.zeros((*batch_shape, slots, heads, head_dim), dtype),
         value=jnp.zeros((*batch_shape, slots, heads, value_dim), dtype),
         length=jnp.zeros(batch_shape, jnp.int32),
+        decayed=jnp.zeros((*batch_shape, slots, heads), dtype) if decays else None,
     )
 
 
-def extend(ring: Ring, query: Array, key: Array, value: Array, key_mask: Array | None) -> Extended:
+def extend(
+    ring: Ring,
+    query: Array,
+    key: Array,
+    value: Array,
+    key_mask: Array | None,
+    log_decay: Array | None = None,
+) -> Extended:
     """Puts new tokens behind those of a ring.
 
     Args:
@@ -74,6 +91,7 @@ def extend(ring: Ring, query: Array, key: Array, value: Array, key_mask: Array |
       key: ``[B, T, K, D]``.
       value: ``[B, T, K, V]``.
       key_mask: ``[B, T]`` bool or None; False is padding: it takes no place.
+      log_decay: ``[B, T, K]``, 0 at padding; as the ring, None without decay.
     """
     slots, new = ring.key.shape[1], query.shape[1]
     count = jnp.full(query.shape[:1], new, jnp.int32)
@@ -83,6 +101,7 @@ def extend(ring: Ring, query: Array, key: Array, value: Array, key_mask: Array |
         rank = jnp.maximum(jnp.cumsum(key_mask, axis=1, dtype=jnp.int32) - 1, 0)
         order = jnp.argsort(~key_mask, axis=1, stable=True)
         query, key, value = (_taken(x, order) for x in (query, key, value))
+        log_decay = None if log_decay is None else _taken(log_decay, order)
     place = jnp.arange(slots, dtype=jnp.int32)[None]
     before = (ring.length[:, None] + place) % slots
 
@@ -98,8 +117,23 @@ def extend(ring: Ring, query: Array, key: Array, value: Array, key_mask: Array |
     length = ring.length + count
     last = (length - 1)[:, None]
     latest = last - (last - place) % slots - ring.length[:, None] + slots
-    after = Ring(_taken(key, latest), _taken(value, latest), length)
-    return Extended(query, key, value, visible, typed_like(after, ring), rank)
+    decayed = None
+    if log_decay is not None:
+        assert ring.decayed is not None
+        old = _taken(ring.decayed, before)
+        first = jnp.zeros_like(old[:, :1])
+        steps = jnp.concatenate([first, old[:, :-1] - old[:, 1:]], axis=1)
+        log_decay = jnp.concatenate([steps, log_decay.astype(old.dtype)], axis=1)
+        decayed = _taken(_decayed_since(log_decay, count, slots), (place - length[:, None]) % slots)
+    after = Ring(_taken(key, latest), _taken(value, latest), length, decayed)
+    return Extended(query, key, value, visible, typed_like(after, ring), rank, log_decay)
+
+
+def _decayed_since(log_decay: Array, count: Array, slots: int) -> Array:
+    """Sums the decays after each of the last tokens, in their order, ``[B, S, K]``."""
+    last = count[:, None] + jnp.arange(slots, dtype=jnp.int32)[None]
+    until = jnp.flip(jnp.cumsum(jnp.flip(_taken(log_decay, last), 1), axis=1), 1)
+    return jnp.pad(until[:, 1:], ((0, 0), (0, 1), (0, 0)))
 
 
 def in_given_order(extended: Extended, out: Array, key_mask: Array | None) -> Array:
@@ -116,6 +150,7 @@ def push(ring: Ring, key: Array, value: Array) -> Ring:
         ring.key.at[rows, slot].set(key.astype(ring.key.dtype)),
         ring.value.at[rows, slot].set(value.astype(ring.value.dtype)),
         ring.length + 1,
+        None if ring.decayed is None else ring.decayed.at[rows, slot].set(0),
     )
 
 
@@ -131,5 +166,5 @@ def unfold_state(state: Tree, batch_shape: tuple[int, ...]) -> Tree:
 
 
 def _taken(x: Array, index: Array) -> Array:
-    """Takes positions ``[B, N]`` of ``[B, T, H, D]``."""
-    return jnp.take_along_axis(x, index[..., None, None], axis=1)
+    """Takes positions ``[B, N]`` of ``[B, T, ...]``."""
+    return jnp.take_along_axis(x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), axis=1)

@@ -79,8 +79,8 @@ class AttentionConfig:
         no normalisation.
       decay: Decay of the weights of earlier tokens, by a factor for each key head that is "fixed",
         "learned", or computed from the "token" (`HeadDecay`); None for no decay. Causal attention
-        only, in the groups whose function supports it (linear attention without ``exact_window``);
-        there must be at least one. Other groups are unchanged.
+        only, in the groups whose function supports it (linear attention, with ``exact_window`` or
+        not); there must be at least one. Other groups are unchanged.
       shared_qk: Use the queries as keys (Reformer, arXiv:2001.04451): one projection for both. The
         attention functions must normalise keys themselves.
       one_value_head: One value head for all.
@@ -171,9 +171,9 @@ class AttentionConfig:
         decaying = [g.attention_fn for g in self.groups if g.attention_fn.takes.decay]
         if not decaying:
             raise ValueError(
-                f"decay={self.decay!r} needs linear attention without exact_window "
-                "(make_fast_softmax_attention, make_fast_generalized_attention) in at least one "
-                "group of heads: leave decay out, or give such a function to a HeadGroup."
+                f"decay={self.decay!r} needs linear attention (make_fast_softmax_attention, "
+                "make_fast_generalized_attention) in at least one group of heads: leave decay "
+                "out, or give such a function to a HeadGroup."
             )
         if self.context is not None or self.memory:
             raise ValueError("decay cannot be used with context or memory: leave these out.")

@@ -261,7 +261,9 @@ class MultiHeadAttention(nnx.Module, SublayerPart):
             heads = self._kv_heads(group)
             room = max_length + (config.memory if group.extra_keys else 0)
             sizes = (batch_size,), heads, config.head_dim, config.head_dim
-            states.append(group.attention_fn.init_state(*sizes, max_length=room))
+            function = group.attention_fn
+            decays = config.decay is not None and function.takes.decay
+            states.append(function.init_state(*sizes, max_length=room, decays=decays))
         if config.memory:
             key, value = self.project.memory_keys_values(batch_size)
             for index, (group, k, v) in enumerate(self._split_keys(key, value)):

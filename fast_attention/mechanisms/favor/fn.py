@@ -38,6 +38,7 @@ from fast_attention.linear import (
 from fast_attention.linear.types import SavedStates
 from fast_attention.mechanisms.attention_fn import AttentionFn
 from fast_attention.mechanisms.call import Call, Takes
+from fast_attention.mechanisms.checks import mismatch
 from fast_attention.mechanisms.decoding import StateSizes
 from fast_attention.mechanisms.favor.calibration import (
     Calibration,
@@ -116,7 +117,7 @@ class FastAttention(AttentionFn):
         """Masks and biases of keys, dropout of keys, and given random features."""
         return Takes(
             projection=True,
-            decay=self.exact_window is None,
+            decay=True,
             other_keys=self.exact_window is None,
             symbolic_lengths=self.exact_window is None,
         )
@@ -146,6 +147,13 @@ class FastAttention(AttentionFn):
         plan = dataclasses.replace(self.plan(call), axis_name=self.sequence_axis)
         options: dict[str, Any] = {"segment_ids": call.segment_ids}
         if call.log_decay is not None:
+            if call.over_cache:
+                raise mismatch(
+                    "log_decay",
+                    "None for one query over a cache",
+                    f"an array of shape {call.log_decay.shape}",
+                    "decode with init_state, prefill and step",
+                )
             options["log_decay"] = call.log_decay
         if self.exact_window is not None:
             attend = functools.partial(near_field_attention, exact_window=self.exact_window)
@@ -184,7 +192,9 @@ class FastAttention(AttentionFn):
         parameters = jax.eval_shape(lambda: self.resolve_parameters(None, sizes.head_dim))
         shape = sizes.batch_shape, sizes.num_kv_heads, sizes.head_dim, sizes.value_dim, sizes.dtype
         if self.exact_window is not None:
-            return empty_near_field_state(self.feature_map, parameters, self.exact_window, *shape)
+            return empty_near_field_state(
+                self.feature_map, parameters, self.exact_window, *shape, sizes.decays
+            )
         return empty_state(self.feature_map, parameters, *shape)
 
     def read(self, state: Any, call: Call) -> tuple[Float[Array, "*B T H V"], Any]:

@@ -254,6 +254,7 @@ def _backward(plan: Plan, reach: Reach, residuals: Any, cotangents: Any) -> tupl
         d_far_bias = None if d_far_bias is None else jnp.swapaxes(d_far_bias, 1, 2)
         d_window = _by_position(d_near.key, d_value, d_near.bias)
         if decay is not None:
+            assert d_near.log_decay is not None and d_far_bias is not None
             found = decayed_sums(
                 read,
                 past.first,

@@ -85,10 +85,12 @@ def load_window(
     bias = None if inputs.key_bias is None else load(inputs.key_bias, start, size, dtype)
     decay = None
     if inputs.log_decay is not None:
-        decay = sum(
+        # The differences are taken before the addition: see `decay_until`.
+        coarse, rest = (
             jax.lax.dynamic_slice_in_dim(x, place, rows, axis=-1)[..., :, None] - x[..., None, :]
             for x in decay_until(load(inputs.log_decay, start, size, dtype))
         )
+        decay = coarse + rest
     queries = load_rows(inputs, inputs.query, row, rows, dtype)
     return Window(queries, key, value, bias, seen, place, decay)
 
@@ -164,4 +166,3 @@ def _pull_back_decay(window: Window, d_logits: Array) -> Array:
     past = (position[:, None] >= position[None]).astype(pairs.dtype)
     from_on = sums("bkt,ts->bks", until - of_keys, past)
     return jnp.where((position > 0)[None, None], from_on, 0)
-
