@@ -10,7 +10,9 @@ def features(x, projection):
     return jnp.exp(log) * len(projection) ** -0.5
 
 
-def near_field(q, k, v, projection, bias, window, causal, mask, segments, normalize=True):
+def near_field(
+    q, k, v, projection, bias, window, causal, mask, segments, normalize=True, log_decay=None
+):
     """Attention ``[B, T, H, V]`` by a matrix of weights ``[B, H, T, T]``."""
     length, heads, groups = q.shape[1], q.shape[2], q.shape[2] // k.shape[2]
     k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
@@ -19,6 +21,12 @@ def near_field(q, k, v, projection, bias, window, causal, mask, segments, normal
     ahead = jnp.arange(length)[:, None] - jnp.arange(length)[None]
     near = (ahead >= 0) & (ahead < window) if causal else abs(ahead) <= window
     weights = jnp.where(near[None, None], exact, estimated)
+    if log_decay is not None:
+        log_decay = jnp.broadcast_to(log_decay, k.shape[:2] + log_decay.shape[-1:])
+        if mask is not None:
+            log_decay = jnp.where(mask[..., None], log_decay, 0)
+        until = jnp.moveaxis(jnp.repeat(jnp.cumsum(log_decay, axis=1), groups, axis=2), 1, 2)
+        weights = weights * jnp.exp(until[..., :, None] - until[..., None, :])
     if bias is not None:
         weights = weights * jnp.exp(bias)[:, None, None]
     seen = jnp.ones((1, 1, 1, 1), bool)
