@@ -133,8 +133,8 @@ class AttentionFn(EqualOptions, Decoder, abc.ABC):
           segment_ids: ``[*B, T]`` integers, self-attention only: positions see their own run of
             equal ids.
           log_decay: ``[*B, T, K]``, or ``[K]`` for all tokens, at most 0, causal linear attention
-            only: for a token and all later ones, the weights of earlier tokens are multiplied by
-            ``exp(log_decay)``. Masked tokens do not decay. See
+            only (also with ``exact_window``): for a token and all later ones, the weights of
+            earlier tokens are multiplied by ``exp(log_decay)``. Masked tokens do not decay. See
             :func:`fast_attention.linear_attention`.
           query_mask: ``[*B, T]``, False is padding: its outputs are unspecified, its values (also
             NaN) do not affect gradients, and it is ignored when parameters are fitted to a call.
