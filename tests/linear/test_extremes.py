@@ -128,7 +128,7 @@ def test_denominators_are_at_least_one(causal, feature_map):
 )
 def test_inputs_times_100_stay_finite(implementation, dtype, causal):
     projection = projection_of(MAP)
-    q, k, v = (jnp.asarray(100 * x, dtype) for x in scenario("normal"))
+    q, k, v = (jnp.asarray(100 * x[:, : 2 * CHUNK], dtype) for x in scenario("normal"))
 
     def loss(q, k, v, projection):
         out = cases.attend(

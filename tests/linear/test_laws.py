@@ -12,7 +12,7 @@ from fast_attention.linear import Plan, empty_state, linear_attention, prefill, 
 from tests.leaks import checking_leaks
 from tests.linear import cases
 
-T = 12  # Whole chunks: one loop body to compile.
+T = 16  # Whole chunks and blocks: one loop body to compile.
 PADDING = 5
 MAPS = ("positive", "relu")
 # Implementation, direction, map and type; half precision rounds alike in all of them.
@@ -185,7 +185,7 @@ def test_segments_are_separate_calls(causal, implementation):
     )
     alone = functools.partial(alone_of(causal), parameters=parameters)
     # The same id names two runs that do not touch: they stay apart, too.
-    for lengths in ((5, 6, 1), (4, 4, 4), (1, 5, 6)):
+    for lengths in ((5, 10, 1), (4, 8, 4), (1, 5, 10)):
         ids = np.stack([np.repeat([1, 2, 1], lengths)] * cases.B)
         out = np.asarray(packed(q, k, v, segment_ids=ids))
         start = 0
@@ -272,24 +272,27 @@ def test_sharded_batch_is_one_device():
 
 
 def test_options_by_name_are_those_of_the_plan():
-    q, k, v = jax.random.normal(jax.random.key(0), (3, 9, 2, 4))
     feature_map = PositiveFeatures(8)
-    parameters = feature_map.init(jax.random.key(1), 4)
     plan = Plan(feature_map, causal=True, chunk_size=4)
     named = {"feature_map": feature_map, "causal": True, "chunk_size": 4}
-    np.testing.assert_array_equal(
-        linear_attention(q, k, v, parameters=parameters, **named),
-        linear_attention(q, k, v, plan, parameters=parameters),
-    )
+    parameters = np.asarray(feature_map.init(jax.random.key(1), 4))
+    given = {"parameters": parameters}
+    arrays = cases.draw(0, 3, 9, 2, 4).astype(np.float32)
+
+    @cases.compiled
+    def by_name(q, k, v):
+        state = empty_state(feature_map, parameters, (), 2, 4, 4)
+        _, state = prefill(state, q, k, v, **named, **given)
+        stepped = step(state, q[0], k[0], v[0], feature_map=feature_map, **given)
+        return linear_attention(q, k, v, **named, **given), stepped
+
+    @cases.compiled
+    def by_plan(q, k, v):
+        state = empty_state(feature_map, parameters, (), 2, 4, 4)
+        _, state = prefill(state, q, k, v, plan, **given)
+        stepped = step(state, q[0], k[0], v[0], plan, **given)
+        return linear_attention(q, k, v, plan, **given), stepped
+
+    jax.tree.map(np.testing.assert_array_equal, by_name(*arrays), by_plan(*arrays))
     with pytest.raises(TypeError, match="plan= and causal are given"):
-        linear_attention(q, k, v, plan, parameters=parameters, causal=True)
-    state = empty_state(feature_map, parameters, (), 2, 4, 4)
-    _, state = prefill(state, q, k, v, parameters=parameters, **named)
-    _, whole = prefill(
-        empty_state(feature_map, parameters, (), 2, 4, 4), q, k, v, plan, parameters=parameters
-    )
-    token = q[0], k[0], v[0]
-    np.testing.assert_array_equal(
-        step(state, *token, parameters=parameters, feature_map=feature_map)[0],
-        step(whole, *token, plan, parameters=parameters)[0],
-    )
+        linear_attention(*arrays, plan, causal=True, **given)

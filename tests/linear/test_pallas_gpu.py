@@ -32,18 +32,18 @@ def arguments(length, keys=None, *, dtype=jnp.float32, scale=1.0, batch=1):
     }
 
 
-def with_state_and_padding(smooth, feature_map=MAP):
+@functools.cache
+def defined(**options):
+    """The definition, compiled once for calls of one shape."""
+    return cases.compiled(
+        functools.partial(cases.attend, feature_map=MAP, implementation="quadratic", **options)
+    )
+
+
+def with_state_and_padding(smooth):
     """Adds an initial state and a mask."""
     k, v = draw(3, 1, 3, K, D), draw(4, 1, 3, K, V)
-    _, state = cases.attend(
-        k,
-        k,
-        v,
-        feature_map=feature_map,
-        parameters=smooth["parameters"],
-        return_state=True,
-        implementation="quadratic",
-    )
+    _, state = defined(return_state=True)(k, k, v, parameters=smooth["parameters"])
     size = smooth["key"].shape[1]
     mask = jnp.ones(smooth["key"].shape[:2], bool).at[:, size // 2].set(size == 1)
     smooth = {**smooth, "kv": state.kv, "k_sum": state.k_sum}
@@ -93,7 +93,7 @@ def test_bidirectional_gradients_agree():
 )
 def test_outputs_agree_at_any_length(length, keys, causal):
     inputs = arguments(length, keys)
-    expected = cases.attend(**inputs, feature_map=MAP, causal=causal, implementation="quadratic")
+    expected = defined(causal=causal)(**inputs)
     cases.assert_close(attend(causal, precision="highest")(**inputs), expected, 5e-6)
 
 
@@ -155,7 +155,7 @@ def test_opposed_and_aligned_keys_of_large_norm(sign):
     key = inputs["key"]
     inputs["key"] = key * (200 * D**0.5) ** 0.5 / jnp.linalg.norm(key, axis=-1, keepdims=True)
     inputs["query"] = sign * jnp.repeat(inputs["key"], H // K, axis=2)
-    expected = cases.attend(**inputs, feature_map=MAP, causal=True, implementation="quadratic")
+    expected = defined(causal=True)(**inputs)
     cases.assert_close(attend(True)(**inputs), expected, 2e-4)
 
 

@@ -44,19 +44,22 @@ def arguments(feature_map, length, keys=None, *, dtype=jnp.float32, heads=H, kv_
     }
 
 
+@functools.cache
+def defined(feature_map, **options):
+    """The definition, compiled once for calls of one shape."""
+    return cases.compiled(
+        functools.partial(
+            cases.attend, feature_map=feature_map, implementation="quadratic", **options
+        )
+    )
+
+
 def with_everything(feature_map, smooth):
     """Adds a mask, an initial state and, for log-features, a bias."""
     batch, size, heads = smooth["key"].shape[:3]
     k, v = draw(3, batch, 3, heads, D), draw(4, batch, 3, heads, V)
-    _, state = cases.attend(
-        k,
-        k,
-        v,
-        feature_map=feature_map,
-        parameters=smooth["parameters"],
-        return_state=True,
-        implementation="quadratic",
-    )
+    read = defined(feature_map, return_state=True)
+    _, state = read(k, k, v, parameters=smooth["parameters"])
     visible = np.ones((batch, size), bool)
     visible[0, [0, -1]] = visible[1, 5:9] = False
     smooth = {**smooth, "kv": state.kv, "k_sum": state.k_sum}
@@ -124,8 +127,9 @@ def test_tuned_features_of_every_head(both_signs, causal):
 def test_outputs_agree_at_any_length(length, keys, causal):
     inputs = arguments(MAP, length, keys, heads=2, kv_heads=2)
     run = functools.partial(cases.attend, feature_map=MAP, causal=causal)
-    actual = jax.jit(functools.partial(run, implementation=KERNELS, chunk_size=C))(**inputs)
-    cases.assert_close(actual, run(**inputs, implementation="quadratic"), 5e-6)
+    kernels = functools.partial(run, implementation=KERNELS, chunk_size=C)
+    actual = cases.compiled(lambda inputs: kernels(**inputs))(inputs)
+    cases.assert_close(actual, defined(MAP, causal=causal)(**inputs), 5e-6)
 
 
 @pytest.mark.slow
@@ -192,7 +196,7 @@ def test_no_races():
         Inputs(*values, None, None, None, state),
         interpret=pltpu.InterpretParams(detect_races=True),
     )
-    expected = cases.attend(**inputs, feature_map=MAP, causal=True, implementation="quadratic")
+    expected = defined(MAP, causal=True)(**inputs)
     cases.assert_close(out, expected, 5e-6)
 
 

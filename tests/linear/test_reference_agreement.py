@@ -10,9 +10,21 @@ import pytest
 from tests.linear import cases
 
 OTHERS = [name for name in cases.IMPLEMENTATIONS if name != "quadratic"]
+WHOLE = 16  # Whole chunks and blocks: one loop body to compile.
 
 
-def everything(name, dtype, *, causal, length=cases.T, keys=None):
+@functools.cache
+def state_of(name):
+    """The state after some keys, compiled once a map."""
+    attend = functools.partial(
+        cases.attend, feature_map=cases.MAPS[name], return_state=True, implementation="quadratic"
+    )
+    return cases.compiled(
+        lambda k, v, parameters, bias: attend(k, k, v, parameters=parameters, key_bias=bias)[1]
+    )
+
+
+def everything(name, dtype, *, causal, length=WHOLE, keys=None):
     """Arguments with padding, a bias, an initial state and, if causal, segments."""
     q, k, v = cases.qkv(length=length, keys=keys, dtype=dtype)
     parameters = cases.parameters_of(name, dtype)
@@ -20,14 +32,7 @@ def everything(name, dtype, *, causal, length=cases.T, keys=None):
     bias = jnp.asarray(cases.draw(4, cases.B, size, cases.K), dtype)
     _, k0, v0 = cases.qkv(1, length=3, dtype=dtype)
     # Its bias gives the state of a map without exponents a scale too.
-    _, state = jax.jit(
-        functools.partial(
-            cases.attend,
-            feature_map=cases.MAPS[name],
-            return_state=True,
-            implementation="quadratic",
-        )
-    )(k0, k0, v0, parameters=parameters, key_bias=bias[:, :3])
+    state = state_of(name)(k0, v0, parameters, bias[:, :3])
     smooth = {
         "query": q,
         "key": k,
@@ -66,14 +71,17 @@ def both(implementation, smooth, fixed, *, unroll=1, chunk_size=cases.CHUNK, **o
 
 @pytest.mark.parametrize("implementation", OTHERS)
 @pytest.mark.parametrize(
-    ("name", "causal"),
-    [("positive", True), ("trigonometric", True), ("relu", True), ("positive", False)],
+    ("name", "causal", "length", "keys"),
+    [
+        ("positive", True, WHOLE, None),
+        ("trigonometric", True, WHOLE, None),
+        ("relu", True, WHOLE + 1, None),
+        ("positive", False, WHOLE + 1, WHOLE),
+    ],
 )
-def test_with_everything_at_once(name, causal, implementation):
+def test_with_everything_at_once(name, causal, length, keys, implementation):
     with jax.enable_x64(True):
-        smooth, fixed = everything(
-            name, jnp.float64, causal=causal, keys=None if causal else cases.T - 3
-        )
+        smooth, fixed = everything(name, jnp.float64, causal=causal, length=length, keys=keys)
         actual, expected = both(
             implementation, smooth, fixed, causal=causal, feature_map=cases.MAPS[name]
         )
@@ -116,7 +124,7 @@ def test_segments_in_both_directions_with_everything(implementation):
         cases.assert_close(actual, expected, 1e-9)
 
 
-LONGEST = 37
+LONGEST = 5
 
 
 @functools.cache
@@ -133,9 +141,7 @@ def causal_outputs():
 
 
 @pytest.mark.parametrize("implementation", OTHERS)
-@pytest.mark.parametrize(
-    ("chunk", "length"), [(1, 1), (1, 2), (4, 3), (4, 4), (4, 5), (16, LONGEST)]
-)
+@pytest.mark.parametrize(("chunk", "length"), [(1, 1), (1, 2), (4, 3), (4, 4), (4, LONGEST)])
 def test_any_length_and_chunk_size(chunk, length, implementation):
     with jax.enable_x64(True):
         arrays, options, expected = causal_outputs()

@@ -19,7 +19,7 @@ from fast_attention.linear import (
 )
 from tests.linear import cases
 
-T, CUT = 12, 8
+T, CUT = 16, 8
 
 
 def random_state(seed, scaled):
@@ -110,8 +110,8 @@ def differentiated_whole(name):
 @pytest.mark.parametrize(
     ("name", "implementation"),
     [
-        *((name, kind) for name in ("positive", "relu") for kind in ("chunked", "parallel_chunks")),
-        ("positive", "quadratic"),
+        *(("positive", kind) for kind in cases.IMPLEMENTATIONS),
+        ("relu", "chunked"),
     ],
 )
 def test_split_and_resumed_is_whole(name, implementation):
@@ -142,9 +142,9 @@ def test_prefill_and_steps_are_the_whole(attention):
     """Prompts of different lengths, padded on the left or on the right."""
     q, k, v = cases.qkv(length=T)
     lengths, prompt = (5, 3), 5
-    whole = np.asarray(jax.jit(functools.partial(attention, is_causal=True))(q, k, v))
+    whole = np.asarray(cases.compiled(functools.partial(attention, is_causal=True))(q, k, v))
     q, k, v = (np.asarray(x) for x in (q, k, v))
-    prefill, steps = jax.jit(attention.prefill), jax.jit(attention.step)
+    prefill, steps = cases.compiled(attention.prefill), cases.compiled(attention.step)
     for padded_left in (True, False):
         rows = [
             np.clip(np.arange(prompt) - (prompt - n if padded_left else 0), 0, n - 1)
@@ -195,17 +195,19 @@ def test_functions_of_the_core_take_any_batch_axes():
 def test_a_bias_before_the_cut_stays_in_the_state(implementation):
     """Maps without exponents get a scale from a bias; it must not be lost without one."""
     options = {"feature_map": cases.MAPS["elu+1"], "parameters": None}
-    attend = functools.partial(cases.attend, causal=True, implementation=implementation, **options)
-    bias = jnp.asarray([[3.0, -2.0, 1.0, 0.0]] * cases.B)
+    attend = functools.partial(
+        cases.attend, causal=True, chunk_size=4, implementation=implementation, **options
+    )
+    bias = jnp.asarray([[3.0, -2.0, 1.0, -1.0, *[0.0] * 4]] * cases.B)
 
     @cases.compiled
     def outputs(q, k, v):
         whole = attend(q, k, v, key_bias=bias)
-        _, state = attend(q[:, :3], k[:, :3], v[:, :3], key_bias=bias[:, :3], return_state=True)
-        stepped, _ = cases.with_plan(step)(state, q[:, 3], k[:, 3], v[:, 3], **options)
-        resumed = attend(q[:, 3:], k[:, 3:], v[:, 3:], initial_state=state)[:, 0]
-        return (stepped, resumed), whole[:, 3]
+        _, state = attend(q[:, :4], k[:, :4], v[:, :4], key_bias=bias[:, :4], return_state=True)
+        stepped, _ = cases.with_plan(step)(state, q[:, 4], k[:, 4], v[:, 4], **options)
+        resumed = attend(q[:, 4:], k[:, 4:], v[:, 4:], initial_state=state)[:, 0]
+        return (stepped, resumed), whole[:, 4]
 
-    after_the_cut, expected = outputs(*cases.qkv(length=4))
+    after_the_cut, expected = outputs(*cases.qkv(length=8))
     for out in after_the_cut:
         cases.assert_close(out, expected, 1e-5)
