@@ -187,21 +187,27 @@ def test_modules_that_share_a_parameter_still_do():
 
 def test_calibration():
     """From samples, by a function and by a layer, and from running averages."""
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,), devices=devices())
     function = make_fast_softmax_attention(
         nb_features=4, estimator="wderf_s", unidirectional=True, moment_decay=0.5
     )
     config = layers.AttentionConfig((layers.HeadGroup(2, function),), head_dim=4, causal=True)
 
-    def fitted(x, heads):
-        layer = layers.MultiHeadAttention(M, config, rngs=nnx.Rngs(0))
-        layers.calibrate(layer, x)
-        first = nnx.state(layer)
+    @nnx.jit
+    def trained(layer, x):
         layer(x, deterministic=False, rngs=nnx.Rngs(1))
         layers.recalibrate(layer)
-        return jax.tree.map(np.asarray, (calibrate(function, heads, heads), first, layer(x)))
+        return layer(x)
+
+    def fitted(x, heads, transform):
+        """On the mesh it is not compiled as a whole, as users calibrate."""
+        layer = layers.MultiHeadAttention(M, config, rngs=nnx.Rngs(0))
+        transform(layers.calibrate)(layer, x)
+        first = jax.tree.map(np.asarray, nnx.state(layer))
+        by_function = transform(lambda x: calibrate(function, x, x))(heads)
+        return jax.tree.map(np.asarray, (by_function, first, trained(layer, x)))
 
     arrays = draw(B, T, M), draw(B, T, 2, 4)
-    with jax.set_mesh(mesh):
-        found = fitted(*(jax.device_put(x, PartitionSpec("data")) for x in arrays))
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), found, fitted(*arrays))
+    with jax.set_mesh(mesh()):
+        found = fitted(*jax.device_put(arrays, rows()), lambda function: function)
+    expected = fitted(*arrays, nnx.jit)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), found, expected)
