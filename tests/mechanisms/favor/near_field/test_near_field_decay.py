@@ -134,9 +134,17 @@ def test_the_gradient_of_strong_decays_in_bfloat16():
 
 
 def test_no_decay_is_none():
+    """In a call, and in a state that could decay."""
     operands = cases.qkv(length=5)
-    attended = cases.compiled(attend)
-    cases.assert_close(attended(*operands, jnp.zeros(K)), attended(*operands, None), 1e-6)
+
+    @cases.compiled
+    def ways(*operands):
+        function = function_of(WINDOW)
+        state = function.init_state((B,), K, D, V, decays=True)
+        read, _ = function.prefill(state, *operands)
+        return (attend(*operands, jnp.zeros(K)), read), (attend(*operands, None),) * 2
+
+    cases.assert_close(*ways(*operands), 1e-6)
 
 
 def test_later_tokens_change_no_bit_and_what_was_forgotten_leaves_no_trace():
