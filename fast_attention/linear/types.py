@@ -102,7 +102,7 @@ class Inputs(NamedTuple):
       key_bias: ``[B, S, K or 1]`` or None; a factor ``exp(bias)`` on each key.
       segment_ids: int ``[B, T]`` or None; contiguous runs that do not attend to each other.
       state: state of earlier keys, with no batch axes besides B.
-      log_decay: ``[B, T, K]`` or None; the state before a token is multiplied by its exponential.
+      log_decay: ``[B, S, K]`` or None; the state before a token is multiplied by its exponential.
     """
 
     query: Array
