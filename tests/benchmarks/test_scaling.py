@@ -1,5 +1,7 @@
 """Formulas of memory and communication against models and compiled programs."""
 
+import dataclasses
+
 import jax
 import pytest
 
@@ -24,15 +26,15 @@ def test_flops_are_those_that_the_compiler_counts():
 @pytest.mark.eight_devices
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
 @pytest.mark.parametrize(
-    ("layout", "kinds"),
+    ("layers", "layout", "kinds"),
     [
-        (Layout(fsdp=2, sequence=4), ["all-gather", "collective-permute"]),
-        (Layout(sequence=2, data=2, model=2), ["collective-permute"]),
+        (2, Layout(fsdp=2, sequence=4), ["all-gather", "collective-permute"]),
+        (1, Layout(sequence=2, data=2, model=2), ["collective-permute"]),
     ],
     ids=str,
 )
-def test_what_devices_hold_and_exchange_is_that_of_the_formulas(layout, kinds):
-    cells = scaling.compared(SHAPE, layout)
+def test_what_devices_hold_and_exchange_is_that_of_the_formulas(layers, layout, kinds):
+    cells = scaling.compared(dataclasses.replace(SHAPE, layers=layers), layout)
     for kind in kinds:
         expected, found = cells[kind]
         assert found == pytest.approx(expected, rel=0.03), kind
