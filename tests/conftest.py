@@ -26,10 +26,19 @@ hypothesis.settings.load_profile("fast_attention")
 
 
 def pytest_collection_modifyitems(items):
-    """Files that take long come first: at the end, one worker would wait for the other."""
+    """Files that take long come first: at the end, one worker would wait for the other.
+
+    Those of `protein_lm` come last, and so one after the other: they share programs.
+    """
     sizes = collections.Counter(item.path for item in items)
-    first = Path(__file__).parent / "devices"
-    items.sort(key=lambda item: (item.path.parent != first, -sizes[item.path]))
+    folder = Path(__file__).parent
+    items.sort(
+        key=lambda item: (
+            item.path.parent != folder / "devices",
+            item.path.is_relative_to(folder / "protein_lm"),
+            -sizes[item.path],
+        )
+    )
 
 
 def pytest_collection_finish():

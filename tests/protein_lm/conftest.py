@@ -5,10 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import gin
+import jax
 import pytest
 
 from fast_attention.protein_lm import cli
 from fast_attention.protein_lm.data.corpus import bundled_corpus
+
+# Linux allows a process 65,530, and compiled programs take most of them.
+MOST_MAPS = 20_000
 
 TINY_CONFIG = """
 experiment.batch_size_per_device = 4
@@ -35,6 +39,18 @@ create_learning_rate_scheduler.base_learning_rate = 0.003
 create_learning_rate_scheduler.warmup_steps = 4
 create_learning_rate_scheduler.steps_per_cycle = 100
 """
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _free_programs():
+    """In place of the fixture for all tests: modules share their programs, as long as few are kept.
+
+    Equal models have the same ones, and no test here changes what is traced.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if not maps.exists() or len(maps.read_bytes().splitlines()) > MOST_MAPS:
+        jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)

@@ -78,7 +78,7 @@ def test_help_says_what_is_what(command, capsys):
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["trian"], ["train"], ["train", "--work_dir=x", "--gin=y"], ["sample", "--run_dir=x"]],
+    [[], ["trian"], ["train"], ["train", "--work_dir=x", "--gin=y"], ["embed", "--run_dir=x"]],
 )
 def test_arguments_that_cannot_be_understood_give_status_2(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:

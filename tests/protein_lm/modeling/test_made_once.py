@@ -26,7 +26,7 @@ def make(kind=FlaxLM, nb_features=8, **options):
 @pytest.mark.parametrize("kind", [FlaxLM, FlaxBERT])
 def test_equal_models_share_their_programs(kind):
     first, second = make(kind), make(kind)
-    for name in STEPS:
+    for name in (*STEPS, "graphdef", "abstract_state"):
         assert getattr(first, name) is getattr(second, name)
     first.fit(SEQUENCES)
     compiled = first.train_step._cache_size()
