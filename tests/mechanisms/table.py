@@ -193,7 +193,8 @@ class Case:
             return learned(drawn, self.kv_heads)
         if self.function.tuned_map is None:
             return drawn
-        return calibrate(self.function, *map(jnp.asarray, self.arrays[:2]), projection=drawn)
+        fit = jax.jit(calibrate, static_argnums=0)
+        return fit(self.function, *map(jnp.asarray, self.arrays[:2]), projection=drawn)
 
     def options(self, *names):
         """Options of the call by the names of their arguments."""

@@ -61,6 +61,7 @@ DECODING = {name: f for name, f in CAUSAL.items() if f.can_decode}
 NEEDS_LENGTH = ("near field", "local", "lsh", "blindspot")
 
 every_function = pytest.mark.parametrize("function", ALL.values(), ids=ALL)
+every_quick_function = pytest.mark.parametrize("function", QUICK.values(), ids=QUICK)
 every_decoder = pytest.mark.parametrize("function", DECODING.values(), ids=DECODING)
 two_devices = pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
 
@@ -99,7 +100,7 @@ def check_equal(found, expected, atol=3e-5):
 
 @pytest.mark.devices
 @two_devices
-@every_function
+@every_quick_function
 def test_explicit_mesh(function):
     """The batch sharded over a mesh as `jax.make_mesh` makes it, values and gradients."""
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,), devices=devices())
@@ -144,7 +145,7 @@ def test_decoding_on_an_explicit_mesh(function):
 
 @pytest.mark.devices
 @two_devices
-@every_function
+@every_quick_function
 def test_shard_map_over_the_batch(function):
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=devices())
     arrays, mask = draw(), key_mask()
@@ -302,7 +303,7 @@ def test_random_keys(name, implementation, make):
     assert jnp.abs(out - whole).max() > 1e-3
 
 
-@pytest.mark.parametrize("function", QUICK.values(), ids=QUICK)
+@every_quick_function
 def test_vmap_checkpoints_and_donated_buffers(function):
     arrays, mask = [jnp.stack([x, 2 * x]) for x in draw()], key_mask()
     expected = [plain(function)(*(x[i] for x in arrays), key_mask=mask) for i in range(2)]
