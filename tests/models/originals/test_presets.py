@@ -244,7 +244,7 @@ def test_gradients_of_padded_stacks_are_those_of_truncated_ones(name):
 )
 def test_half_precision_and_large_inputs_stay_finite_and_the_past_has_no_future(preset, options):
     dtype = jnp.bfloat16
-    graphdef, state = nnx.split(build(preset, dtype=dtype, **(SMALL | options)))
+    graphdef, state = nnx.split(build(preset, dtype=dtype, **(SMALL | {"depth": 1} | options)))
 
     @jax.jit
     def run(x):
@@ -272,7 +272,7 @@ def test_half_precision_and_large_inputs_stay_finite_and_the_past_has_no_future(
     [
         (
             "reformer_hashed",
-            {"n_hashes": 1, "attn_chunks": None, "lsh_allow_duplicate_attention": True},
+            {"depth": 1, "n_hashes": 1, "attn_chunks": None, "lsh_allow_duplicate_attention": True},
         ),
         ("linear", {"depth": 1, "n_local_attn_heads": 1, "pkm_layers": 1}),
     ],
