@@ -36,12 +36,13 @@ ATTENTION = layers.AttentionConfig(
 HASHED = layers.AttentionConfig(
     groups=(layers.HeadGroup(2, make_lsh_attention(2, 2)),), head_dim=4, shared_qk=True
 )
+FEED_FORWARD = layers.SublayerConfig(layers.FeedForwardConfig(8))
 REVERSIBLE = layers.StackConfig(
     features=M,
     blocks=(
-        (layers.SublayerConfig(ATTENTION), layers.SublayerConfig(layers.FeedForwardConfig(8))),
+        (layers.SublayerConfig(HASHED, shifts=(0, 1)), FEED_FORWARD),
         (
-            layers.SublayerConfig(HASHED, shifts=(0, 1)),
+            FEED_FORWARD,
             layers.SublayerConfig(layers.MemoryConfig(num_keys=3, top_k=2, head_dim=4)),
         ),
     ),
