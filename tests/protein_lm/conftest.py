@@ -33,6 +33,7 @@ FlaxModel.batch_size = 16
 FlaxModel.grad_clip = 1.0
 FlaxModel.attention_fn = @make_fast_softmax_attention()
 make_fast_softmax_attention.nb_features = 16
+make_fast_softmax_attention.implementation = 'quadratic'
 FlaxModel.learning_rate = @create_learning_rate_scheduler()
 create_learning_rate_scheduler.factors = 'constant * linear_warmup * cosine_decay'
 create_learning_rate_scheduler.base_learning_rate = 0.003

@@ -21,7 +21,7 @@ def tiny_model():
         mlp_dim=64,
         batch_size=16,
         grad_clip=1.0,
-        attention_fn=make_fast_softmax_attention(nb_features=16),
+        attention_fn=make_fast_softmax_attention(nb_features=16, implementation="quadratic"),
         learning_rate=create_learning_rate_scheduler(
             "constant * linear_warmup * cosine_decay",
             base_learning_rate=0.003,

@@ -1,6 +1,7 @@
 """Runs that begin with the parameters of another one, and models whose attention is exchanged."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -14,7 +15,8 @@ from fast_attention.protein_lm.loading import load_run, open_run
 from fast_attention.protein_lm.training.added_layers import count_added
 from fast_attention.protein_lm.training.initial_run import check_initial_run, read_initial_run
 
-WDERF = make_fast_softmax_attention(nb_features=16, estimator="wderf_s", unidirectional=True)
+SHORT = functools.partial(make_fast_softmax_attention, nb_features=16, implementation="quadratic")
+WDERF = SHORT(estimator="wderf_s", unidirectional=True)
 PROTEINS = ["MKTAYIAKQR", "GAVLIMFWPS", "MKKLLPTAAAGLLLLAAQPAMA"]
 
 
@@ -69,7 +71,7 @@ def test_what_a_function_drew_is_taken_by_the_same_function_alone(lm_run, traine
     same = open_run(lm_run).model
     assert_equal(read_initial_run(lm_run, same).variables, trained.state.variables)
     # Of the same shape, but other features.
-    other = same.with_attention(make_fast_softmax_attention(nb_features=16, projection="iid"))
+    other = same.with_attention(SHORT(projection="iid"))
     parameters, variables, drawn = read_initial_run(lm_run, other)
     assert variables is None and drawn
     assert_equal(parameters, trained.weights)
