@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from fast_attention.protein_lm import cli
+from fast_attention.protein_lm import cli, read_fasta, write_fasta
 from fast_attention.protein_lm.flax_model import FlaxModel
 from fast_attention.protein_lm.loading import load_run
 from fast_attention.protein_lm.runs.exporting import export_model
@@ -94,7 +94,9 @@ def test_numbers_too_large_for_half_the_space_are_refused(lm_run):
 
 def test_a_family_is_learned_from_an_export(exported, tiny_fasta, tmp_path):
     run, folder = exported
-    arguments = [f"--fasta={tiny_fasta}", "--epochs=1", "--batch_size=256"]
+    family = tmp_path / "family.fasta"
+    write_fasta(family, list(read_fasta(tiny_fasta))[:40])
+    arguments = [f"--fasta={family}", "--epochs=1", "--batch_size=8"]
     for name, start in (("a", run), ("b", folder)):
         output = f"--output={tmp_path / name}"
         assert cli.main(["fine-tune", f"--run_dir={start}", output, *arguments]) == 0
