@@ -177,11 +177,16 @@ def built_so(case):
     return case.direction != "is_causal"
 
 
+def only(direction):
+    """Where a function has both directions, one of them shows what the way adds."""
+    return lambda case: case.direction == direction or len(case.entry.directions) == 1
+
+
 WAYS = {
     "eager": (eager, built_so),
     "jit and grad": (differentiated, lambda case: True),
-    "vmap": (vmapped, built_so),
-    "linen": (in_module(linen_module), built_so),
+    "vmap": (vmapped, only("causal")),
+    "linen": (in_module(linen_module), only("both ways")),
     "nnx": (in_module(nnx_module), lambda case: True),
     "cache": (over_a_cache, lambda case: case.entry.steps),
     "decoding": (decoded, lambda case: case.entry.decodes and case.direction == "causal"),
