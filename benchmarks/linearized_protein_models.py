@@ -224,6 +224,10 @@ def draw_picture(found: Found, path: Path) -> None:
         )
     axes.axhline(0, color="#000000", linewidth=1)
     axes.set_yscale("symlog", linthresh=0.1)
+    ticks = [0, 0.03, 0.1, 0.3, 1, 3, 10]
+    axes.set_yticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+    largest = max((max(line.get_ydata()) for line in axes.get_lines()), default=1)
+    axes.set_ylim(-0.03, 1.3 * max(largest, 0.1))
     axes.set_ylabel("perplexity above exact attention")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right center", frameon=False)
