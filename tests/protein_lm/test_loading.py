@@ -1,5 +1,7 @@
 """Runs that are read back from their folder."""
 
+import copy
+
 import gin
 import jax
 import numpy as np
@@ -36,6 +38,24 @@ def test_the_optimizer_takes_no_memory_until_a_model_is_trained(lm_run):
     assert model.step == 2
     after = jax.device_get(model.weights)
     assert not all(map(np.array_equal, jax.tree.leaves(weights), jax.tree.leaves(after)))
+
+
+def test_training_takes_no_array_of_another_model(lm_run):
+    proteins = ["MKTAYIAKQR"]
+    model = load_run(lm_run).model
+    first = copy.copy(model)
+    expected = first.logits(proteins)
+    model.fit(proteins)
+    np.testing.assert_array_equal(first.logits(proteins), expected)
+    second, third = copy.copy(model), copy.copy(model)
+    arrays = jax.tree.map(np.array, (first.weights, first.variables))
+    second.set_parameters(model.weights, model.variables)
+    third.set_parameters(*arrays)
+    jax.tree.map(lambda array: array.fill(0), arrays)
+    trained = second.logits(proteins)
+    model.fit(proteins)
+    np.testing.assert_array_equal(second.logits(proteins), trained)
+    np.testing.assert_array_equal(third.logits(proteins), expected)
 
 
 def test_a_changed_vocabulary_is_told(lm_run, tmp_path):

@@ -69,6 +69,17 @@ def put(array: Any, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(whole.shape, sharding, whole.__getitem__)
 
 
+def put_copy(array: Any, sharding: NamedSharding) -> jax.Array:
+    """As `put`, but the result never shares memory with the array."""
+    if not isinstance(array, jax.Array):
+        # JAX may keep the memory of NumPy's arrays, whatever `may_alias` says.
+        return put(np.array(array), sharding)
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding, may_alias=False)
+    placed = put(array, sharding)
+    return jnp.copy(placed) if placed is array else placed
+
+
 def place(
     batch: Mapping[str, Any], shardings: Mapping[str, NamedSharding], rows: Rows | None = None
 ) -> dict[str, jax.Array]:

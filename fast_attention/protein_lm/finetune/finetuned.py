@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from scipy.special import softmax
 
@@ -317,7 +316,7 @@ def head_outputs(head: LinearHead, vectors: np.ndarray) -> np.ndarray:
 def with_parameters(model: FlaxModel, parameters: Any, variables: Any) -> FlaxModel:
     """Another model of the same structure, sharing no array with the given one."""
     other = copy.copy(model)
-    other.set_parameters(*jax.tree.map(jnp.array, (parameters, variables)))
+    other.set_parameters(parameters, variables)
     return other
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fast_attention.protein_lm import messages
@@ -246,7 +245,7 @@ def _trainable(linear: FlaxModel, config: LinearizeConfig) -> dict[str, Any]:
 def _put(linear: FlaxModel, trainable: Any) -> None:
     """Puts what was trained into a model."""
     parameters = steps.parameters_of(trainable, linear.weights, 1.0)
-    linear.set_parameters(jax.tree.map(jnp.array, parameters), linear.variables)
+    linear.set_parameters(parameters, linear.variables)
 
 
 def _check_exact(

@@ -66,6 +66,9 @@ def calibrate_state(graphdef: Any, state: TrainState, batch: Batch) -> TrainStat
         for name, tree in trees.items()
         if tree is not None
     }
+    if state.average is not None:
+        # A state is donated: none of its buffers may serve twice.
+        changed["average"] = jax.tree.map(jnp.copy, changed["average"])
     return dataclasses.replace(state, variables=variables, **changed)
 
 

@@ -262,9 +262,9 @@ class BuiltModel:
             state = self.initialize(key)
         else:
             averaged = self.ema_decay is not None
-            state = train_state.make_state(
-                *self._predicting, self._optimizer, key, averaged=averaged
-            )
+            # A state is donated: copies of this model keep the arrays that they predict with.
+            arrays = self._placed(*self._predicting)
+            state = train_state.make_state(*arrays, self._optimizer, key, averaged=averaged)
             state = jax.tree.map(process_arrays.put, state, self._shardings)
         self.state = state
         return state
@@ -324,10 +324,13 @@ class BuiltModel:
         return sum(leaf.size for leaf in jax.tree.leaves(self.abstract_state.parameters))
 
     def set_parameters(self, parameters: Any, variables: Any) -> None:
-        """Replaces the model's arrays; step, optimizer and random key are reset."""
+        """Replaces the model's arrays by copies; step, optimizer and random key are reset."""
+        self._state, self._predicting = None, self._placed(parameters, variables)
+
+    def _placed(self, parameters: Any, variables: Any) -> tuple[Any, Any]:
+        """Copies of arrays on the devices of the model."""
         where = self._shardings.parameters, self._shardings.variables
-        arrays = jax.tree.map(process_arrays.put, (parameters, variables), where)
-        self._state, self._predicting = None, arrays
+        return jax.tree.map(process_arrays.put_copy, (parameters, variables), where)
 
     def with_attention(
         self,
@@ -351,9 +354,7 @@ class BuiltModel:
         model = copy.copy(self)
         model.config = dataclasses.replace(self.config, exact_layers=tuple(exact_layers))
         model._build(attention_fn, self.schedule if learning_rate is None else learning_rate)
-        # A state is donated: no buffer may belong to two.
-        parameters = jax.tree.map(jnp.copy, self.weights)
-        model.set_parameters(*exchange.keep_features(model.state, parameters))
+        model.set_parameters(*exchange.keep_features(model.state, self.weights))
         return model
 
     def with_mesh(self, mesh: Mesh) -> Self:

@@ -101,3 +101,13 @@ def test_trained_parameters_are_trained_saved_and_not_decayed(tmp_path, options,
     other = make(tuned(**options))
     other.set_parameters(parameters, variables)
     np.testing.assert_array_equal(other.logits(TOY), model.logits(TOY))
+
+
+def test_trained_features_are_calibrated_in_a_model_with_an_average():
+    """Both have them, in arrays of their own."""
+    model = make(tuned(calibration="trained"), ema_decay=0.5)
+    before = model.logits(TOY)
+    model.calibrate(TOY)
+    assert not np.array_equal(model.logits(TOY), before)
+    model.fit(TOY, max_steps=1)
+    assert model.step == 1
