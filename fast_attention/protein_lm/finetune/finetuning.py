@@ -209,7 +209,7 @@ def _tune_trunk(
     def validate(parameters: Any, head: LinearHead) -> dict[str, float]:
         # Never trained, so that it may share arrays with the model.
         tuned = copy.copy(model)
-        tuned.set_parameters(parameters, model.variables)
+        tuned.set_parameters(parameters, model.variables, share=True)
         vectors = embed(tuned, held, config.max_length, shapes)
         return _valid_metrics(head, vectors, targets[rows["valid"]], class_weights)
 

@@ -263,7 +263,7 @@ class BuiltModel:
         else:
             averaged = self.ema_decay is not None
             # A state is donated: copies of this model keep the arrays that they predict with.
-            arrays = self._placed(*self._predicting)
+            arrays = self._placed(*self._predicting, process_arrays.put_copy)
             state = train_state.make_state(*arrays, self._optimizer, key, averaged=averaged)
             state = jax.tree.map(process_arrays.put, state, self._shardings)
         self.state = state
@@ -323,14 +323,21 @@ class BuiltModel:
         """Number of trained scalars."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.abstract_state.parameters))
 
-    def set_parameters(self, parameters: Any, variables: Any) -> None:
-        """Replaces the model's arrays by copies; step, optimizer and random key are reset."""
-        self._state, self._predicting = None, self._placed(parameters, variables)
+    def set_parameters(self, parameters: Any, variables: Any, *, share: bool = False) -> None:
+        """Replaces the model's arrays; step, optimizer and random key are reset.
 
-    def _placed(self, parameters: Any, variables: Any) -> tuple[Any, Any]:
-        """Copies of arrays on the devices of the model."""
+        Args:
+          parameters: As in `state`.
+          variables: As in `state`.
+          share: Keep these arrays instead of copies, which saves memory. Nobody may donate them.
+        """
+        put = process_arrays.put if share else process_arrays.put_copy
+        self._state, self._predicting = None, self._placed(parameters, variables, put)
+
+    def _placed(self, parameters: Any, variables: Any, put: Callable[..., Any]) -> tuple[Any, Any]:
+        """Arrays on the devices of the model."""
         where = self._shardings.parameters, self._shardings.variables
-        return jax.tree.map(process_arrays.put_copy, (parameters, variables), where)
+        return jax.tree.map(put, (parameters, variables), where)
 
     def with_attention(
         self,

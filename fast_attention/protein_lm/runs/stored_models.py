@@ -113,7 +113,8 @@ def load_stored(
             folder.checkpoints, abstract, checkpoint=checkpoint
         )
     loaded = copy.copy(opened.model)
-    loaded.set_parameters(parameters, variables)
+    # Nobody else has these arrays.
+    loaded.set_parameters(parameters, variables, share=True)
     return LoadedRun(loaded, step, folder)
 
 
