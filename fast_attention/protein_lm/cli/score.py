@@ -14,7 +14,8 @@ Compute the log-likelihood and perplexity of each protein, and write a table wit
 FlaxLM computes the log-likelihood (natural logarithm) of the whole protein. FlaxBERT computes the
 pseudo-log-likelihood: each residue in turn is masked and predicted from all others, which takes one
 pass per residue. Perplexity is exp(-mean log-likelihood per residue). Lower is better; 20 means
-uniform guessing among the 20 amino acids. The same command resumes an interrupted one."""
+uniform guessing among the 20 amino acids. With --output=FILE, the same command resumes an
+interrupted one."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
