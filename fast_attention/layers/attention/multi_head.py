@@ -252,18 +252,16 @@ class MultiHeadAttention(nnx.Module, SublayerPart):
         config = self.config
         if config.context == "cross":
             self._check(inputs.context, True, None)
-            return AttentionState(
-                (), (*self.project.keys_values(inputs.context), inputs.context_mask)
-            )
+            key, value = self.project.keys_values(inputs.context)
+            return AttentionState((), (key, value, inputs.context_mask))
         self._check_decoder()
         states = []
         for group in config.groups:
             heads = self._kv_heads(group)
             room = max_length + (config.memory if group.extra_keys else 0)
             sizes = (batch_size,), heads, config.head_dim, config.head_dim
-            function = group.attention_fn
-            decays = config.decay is not None and function.takes.decay
-            states.append(function.init_state(*sizes, max_length=room, decays=decays))
+            decays = config.decay is not None and group.attention_fn.takes.decay
+            states.append(group.attention_fn.init_state(*sizes, max_length=room, decays=decays))
         if config.memory:
             key, value = self.project.memory_keys_values(batch_size)
             for index, (group, k, v) in enumerate(self._split_keys(key, value)):

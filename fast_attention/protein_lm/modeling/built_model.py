@@ -9,12 +9,10 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 from jax.sharding import Mesh
 
 from fast_attention.mesh.meshes import with_auto_axes
-from fast_attention.models.on_mesh import lay_on_mesh
 from fast_attention.models.transformer import Transformer
 from fast_attention.protein_lm.data.domains import DiscreteDomain
 from fast_attention.protein_lm.distributed import process_arrays
@@ -29,48 +27,10 @@ from fast_attention.protein_lm.modeling import (
     schedules,
     train_state,
 )
-from fast_attention.protein_lm.modeling.made_once import made_once
 from fast_attention.protein_lm.modeling.model_config import make_config, make_tokens
 from fast_attention.protein_lm.modeling.model_options import ModelOptions, check_state, take_options
+from fast_attention.protein_lm.modeling.model_structure import Build, describe_model
 from fast_attention.protein_lm.modeling.objectives import Objective, get_objective
-
-
-@dataclasses.dataclass(frozen=True)
-class Build:
-    """Makes the Transformer of a model; equal where class, shape and attention function are."""
-
-    model_cls: Callable[..., nnx.Module]
-    config: Any
-    attention_fn: Callable[..., Any] | None
-
-    def __call__(self, rngs: nnx.Rngs) -> nnx.Module:
-        """Makes it with these random numbers."""
-        return self.model_cls(self.config, self.attention_fn, rngs=rngs)
-
-
-@made_once
-def _describe(
-    build: Build,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    averaged: bool,
-    settings: tuple[Any, ...],
-) -> tuple[Any, train_state.TrainState]:
-    """Returns the structure of a model and the shapes of its state; makes no array.
-
-    Args:
-      build: Makes the model.
-      optimizer: Updates the parameters.
-      mesh: On which the state is placed.
-      averaged: Whether the state has a moving average of the parameters.
-      settings: Of JAX, on which dtypes depend: part of what is made once.
-    """
-    del settings
-    abstract = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
-    lay_on_mesh(abstract, mesh)
-    graphdef, parameters, variables = train_state.split_model(abstract)
-    state = train_state.abstract_state(parameters, variables, optimizer, mesh, averaged=averaged)
-    return graphdef, state
 
 
 class BuiltModel:
@@ -185,7 +145,7 @@ class BuiltModel:
         averaged = self.ema_decay is not None
         # What dtypes of arrays depend on beside the model.
         settings = jax.dtypes.canonicalize_dtype(float), jax.eval_shape(jax.random.key, 0).dtype
-        self.graphdef, self.abstract_state = _describe(
+        self.graphdef, self.abstract_state = describe_model(
             build, self._optimizer, self.mesh, averaged, settings
         )
         self._shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
