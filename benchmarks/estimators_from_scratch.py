@@ -13,14 +13,18 @@ on. ``--report`` trains nothing and tells what is finished.
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.protein_models import evaluation_file, read_figures, train_and_evaluate
+from benchmarks.protein_models import (
+    evaluation_file,
+    mean_and_error,
+    read_figures,
+    train_and_evaluate,
+)
 
 _ANTITHETIC = "make_fast_softmax_attention.projection = 'orthogonal_antithetic'"
 _WDERF_S = ["make_fast_softmax_attention.estimator = 'wderf_s'", _ANTITHETIC]
@@ -108,13 +112,13 @@ def table(found: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> str:
             continue
         cells = [name, str(len(runs))]
         for part in SETS:
-            cells.append(_mean({seed: _perplexity(run, part) for seed, run in runs.items()}))
-            differences = {
-                seed: _perplexity(run, part) - _perplexity(exact[seed], part)
+            cells.append(mean_and_error([_perplexity(run, part) for run in runs.values()]))
+            differences = [
+                _perplexity(run, part) - _perplexity(exact[seed], part)
                 for seed, run in runs.items()
                 if seed in exact
-            }
-            cells.append("" if name == BASELINE else _mean(differences, sign="+"))
+            ]
+            cells.append("" if name == BASELINE else mean_and_error(differences, "+"))
         cells.append(f"{statistics.mean(run['minutes'] for run in runs.values()):.1f}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -122,17 +126,6 @@ def table(found: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> str:
 
 def _perplexity(run: Mapping[str, Any], part: str) -> float:
     return run[part]["scores"][0]["perplexity"]
-
-
-def _mean(values: Mapping[int, float], sign: str = "") -> str:
-    """Mean and standard error over seeds, the error where there is one."""
-    numbers = list(values.values())
-    if not numbers:
-        return ""
-    mean = f"{statistics.mean(numbers):{sign}.3f}"
-    if len(numbers) == 1:
-        return mean
-    return f"{mean} ± {statistics.stdev(numbers) / math.sqrt(len(numbers)):.3f}"
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ command resumes what was interrupted. ``--report`` makes nothing and prints what
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.plots import COLOURS, MARKERS, load_figure_class
-from benchmarks.protein_models import run_command, train_and_evaluate
+from benchmarks.protein_models import mean_and_error, run_command, train_and_evaluate
 
 ESTIMATORS = {
     "favor+": "FAVOR+",
@@ -103,7 +102,7 @@ def linearize(
         f"--run_dir={exact}",
         f"--work_dir={_folder(options.folder, estimator, window, seed)}",
         f"--fasta={bundled_corpus('train')}",
-        f"--valid_fasta={test_proteins(options.folder, options.proteins)}",
+        f"--valid_fasta={write_test_proteins(options.folder, options.proteins)}",
         f"--estimator={estimator}",
         f"--nb_features={options.nb_features}",
         *([] if window is None else [f"--exact_window={window}"]),
@@ -115,7 +114,7 @@ def linearize(
     )
 
 
-def test_proteins(folder: Path, number: int) -> Path:
+def write_test_proteins(folder: Path, number: int) -> Path:
     """Writes proteins of the split test, evenly spaced, to a file.
 
     Args:
@@ -178,16 +177,6 @@ def make_table(found: Found) -> str:
             start = f"| {ESTIMATORS[estimator]} | {window or ''} | {len(reports)} |"
             lines.append(f"{start} {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def mean_and_error(numbers: Sequence[float], sign: str = "") -> str:
-    """``mean ± standard error``, or the only number, or nothing."""
-    if not numbers:
-        return ""
-    mean = f"{statistics.mean(numbers):{sign}.3f}"
-    if len(numbers) == 1:
-        return mean
-    return f"{mean} ± {statistics.stdev(numbers) / math.sqrt(len(numbers)):.3f}"
 
 
 def draw_picture(found: Found, path: Path) -> None:

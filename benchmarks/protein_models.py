@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
+import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -168,6 +170,16 @@ def run_command(*arguments: str) -> None:
         status = cli.main(arguments)
     if status:
         raise RuntimeError(f"protein-lm {' '.join(arguments)} ended with status {status}")
+
+
+def mean_and_error(numbers: Sequence[float], sign: str = "") -> str:
+    """``mean ± standard error``, or the only number, or nothing."""
+    if not numbers:
+        return ""
+    mean = f"{statistics.mean(numbers):{sign}.3f}"
+    if len(numbers) == 1:
+        return mean
+    return f"{mean} ± {statistics.stdev(numbers) / math.sqrt(len(numbers)):.3f}"
 
 
 def table(rows: Sequence[tuple[Variant, dict[str, Any]]]) -> str:

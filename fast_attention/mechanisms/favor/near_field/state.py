@@ -242,7 +242,11 @@ def step(
 
 
 def _known_decay(state: NearFieldState, log_decay: Array | None, key: Array) -> Array | None:
-    """Returns no decay as zeros for a state that decays; refuses decay for one that does not."""
+    """Returns the decay to use: zeros if the state was made with decay and none is given.
+
+    Raises:
+      ValueError: for decays with a state that was made without.
+    """
     if state.near.decayed is not None:
         return jnp.zeros(key.shape[-2], key.dtype) if log_decay is None else log_decay
     if log_decay is not None:
