@@ -1,0 +1,31 @@
+"""Attention transfer on single heads."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from benchmarks import heads_transfer
+
+DATA = np.random.default_rng(0).normal(size=(3, 32, 2, 4)).astype(np.float32)
+TEXT = (DATA[0], DATA[1], DATA[2])
+
+
+def transfer(estimator: str, steps: int, rate: float | None = None) -> heads_transfer.Errors:
+    return heads_transfer.transfer(
+        estimator, TEXT, features=8, window=None, steps=steps, seed=0, rate=rate
+    )
+
+
+def test_training_reduces_the_error_on_its_own_text():
+    trained, less = transfer("hedgehog", 40), transfer("hedgehog", 1)
+    np.testing.assert_array_equal(trained.before, less.before)
+    assert trained.before.shape == (2,)
+    assert (trained.trained < less.trained).all()
+
+
+@pytest.mark.parametrize("estimator", ["favor+", "wderf_s"])
+def test_a_rate_of_0_changes_nothing(estimator: str):
+    errors = transfer(estimator, 2, rate=0.0)
+    np.testing.assert_array_equal(errors.before, errors.after)
+    assert np.isfinite(errors.trained).all()
