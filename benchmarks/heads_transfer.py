@@ -68,7 +68,7 @@ def transfer(
         nb_features=features,
         estimator=estimator,
         exact_window=window,
-        **({"calibration": "trained"} if estimator == "wderf_s" else {}),
+        calibration="trained" if estimator == "wderf_s" else None,
     )
     known, new = (
         tuple(jnp.asarray(x)[None] for x in (*half, exact(half).astype(np.float32)))
