@@ -45,7 +45,8 @@ CHIPS = {
 class Case:
     """What is compiled: attention of ``[batch, length, heads, width]``, M = features.
 
-    ``chunk`` is None for that of the package, else positions handled at once.
+    ``chunk`` is None for that of the package, else positions handled at once; with ``decay`` the
+    call has ``log_decay [batch, length, heads]``.
     """
 
     chip: str
@@ -59,6 +60,7 @@ class Case:
     dtype: str = "bfloat16"
     implementation: str | None = None
     chunk: int | None = None
+    decay: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,14 +155,21 @@ def compile_case(case: Case) -> Any:
         chunk_size=case.chunk,
     )
 
+    def run(query, key, value, log_decay=None):
+        return attend(query, key, value, log_decay=log_decay)
+
     def both(*arrays):
-        return jax.grad(lambda *x: attend(*x).astype(jnp.float32).sum(), argnums=(0, 1, 2))(*arrays)
+        numbers = tuple(range(len(arrays)))
+        return jax.grad(lambda *x: run(*x).astype(jnp.float32).sum(), argnums=numbers)(*arrays)
 
     shape = (case.batch, case.length, case.heads, case.width)
     like = jax.ShapeDtypeStruct(shape, jnp.dtype(case.dtype))
-    function = attend if case.measure == FORWARD else both
+    arrays = [like] * 3
+    if case.decay:
+        arrays.append(jax.ShapeDtypeStruct(shape[:-1], jnp.float32))
+    function = run if case.measure == FORWARD else both
     jitted = jax.jit(function, in_shardings=place, out_shardings=place)
-    return jitted.lower(like, like, like).compile()
+    return jitted.lower(*arrays).compile()
 
 
 def _write_program(case: Case, folder: str) -> None:
@@ -237,6 +246,7 @@ def main() -> None:
     parser.add_argument("--implementation", help="by default what serves a program for a TPU")
     parser.add_argument("--chunks", nargs="+", type=int, default=[None], help="chunk sizes to try")
     parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--decay", action="store_true", help="causal attention, with log_decay")
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--features", type=int, default=256)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
@@ -248,7 +258,7 @@ def main() -> None:
     results = []
     for chip in options.chips:
         for measure in options.measures or (FORWARD, BACKWARD):
-            for causal in (True, False):
+            for causal in (True,) if options.decay else (True, False):
                 case = Case(
                     chip,
                     causal,
@@ -257,6 +267,7 @@ def main() -> None:
                     width=options.width,
                     features=options.features,
                     implementation=options.implementation,
+                    decay=options.decay,
                 )
                 results.append((case, estimate(case)))
                 print(table(results[-1:]).splitlines()[-1], file=sys.stderr, flush=True)

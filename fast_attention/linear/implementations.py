@@ -41,8 +41,8 @@ length. ``"quadratic"`` writes out every weight, to check the others on short se
 ``"pallas_tpu"`` on any platform, slowly, to check them.
 """
 
-DECAYING = ("by_platform", "chunked", "reference")
-"""Those that serve calls with ``log_decay``; ``"by_platform"`` in chunks on XLA."""
+DECAYING = ("by_platform", "chunked", "pallas_tpu", "pallas_tpu_interpret", "reference")
+"""Those that serve calls with ``log_decay``."""
 
 DEFAULT_ORDER = ("by_platform",)
 

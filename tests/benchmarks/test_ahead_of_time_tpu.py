@@ -16,10 +16,15 @@ needs_libtpu = pytest.mark.skipif(
 
 @needs_libtpu
 @pytest.mark.parametrize(
-    ("chip", "causal"), [("v5e", True), ("v5e", False), ("v5p", False), ("v6e", True)]
+    ("chip", "causal", "decay"),
+    [
+        *(("v5e", True, decay) for decay in (False, True)),
+        *((chip, False, False) for chip in ("v5e", "v5p")),
+        ("v6e", True, False),
+    ],
 )
-def test_both_passes_compile(chip, causal, tmp_path):
-    case = Case(chip, causal, BACKWARD, batch=1, length=600, heads=2)
+def test_both_passes_compile(chip, causal, decay, tmp_path):
+    case = Case(chip, causal, BACKWARD, batch=1, length=600, heads=2, decay=decay)
     done = ahead_of_time._child(case, str(tmp_path), "", 600)
     assert not done.returncode, done.stderr
     program = (tmp_path / "program.txt").read_text()

@@ -1,6 +1,7 @@
 """What serves a call is chosen for the platform that a program is made for."""
 
 import collections
+import functools
 import re
 
 import jax
@@ -41,11 +42,16 @@ def operations(text):
     return collections.Counter(re.findall(r"stablehlo\.dot_general|stablehlo\.while", text))
 
 
-def test_a_program_holds_the_path_of_its_platform_alone():
-    function = attention()
+@pytest.mark.parametrize("log_decay", [None, np.array([-0.5, 0.0], np.float32)])
+def test_a_program_holds_the_path_of_its_platform_alone(log_decay):
+    def function(*arrays, **options):
+        return attention(**options)(*arrays, log_decay=log_decay)
+
     tpu, cpu = lowered(function, "tpu"), lowered(function, "cpu")
     assert "tpu_custom_call" in tpu and "stablehlo.while" not in tpu
-    assert operations(cpu) == operations(lowered(attention(implementation="chunked"), "cpu"))
+    assert "TPU kernels" in fast_attention.explain(function, LIKE, LIKE, LIKE, platform="tpu")
+    chunks = functools.partial(function, implementation="chunked")
+    assert operations(cpu) == operations(lowered(chunks, "cpu"))
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -7,106 +7,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fast_attention.linear import Plan, empty_state, linear_attention, merge, prefill, step
+from fast_attention.linear import empty_state, linear_attention, merge, prefill, step
 from tests.linear import cases
-
-CHUNK = 4
-LENGTH = 12  # Whole chunks: one loop body to compile.
-NAMES = ("positive", "relu", "exp", "elu+1")
-# Drawn before anything is traced.
-PARAMETERS = {name: cases.numpy_parameters(name) for name in NAMES}
-B, H, K, D, V = cases.B, cases.H, cases.K, cases.D, cases.V
-
-
-def plan_of(name, **options):
-    return Plan(**{"feature_map": cases.MAPS[name], "causal": True, "chunk_size": CHUNK} | options)
-
-
-def decays(length, most=20.0, seed=5):
-    """Some tokens keep everything, some forget nearly everything."""
-    rng = np.random.default_rng((seed, length))
-    return rng.uniform(-most, 0, (B, length, K)) * (rng.random((B, length, K)) < 0.5)
-
-
-def recurrence(name, query, key, value, log_decay, *, key_mask=None, ids=None, output="mean"):
-    """One state ``[B, K, V, M]`` and its normaliser, in true units; returns outputs and both."""
-    feature_map, parameters = cases.MAPS[name], cases.parameters_of(name, jnp.float64)
-
-    def features(x, is_query):
-        heads_first = jnp.swapaxes(x, 1, 2)
-        if is_query:
-            heads_first = heads_first.reshape(B, K, -1, D)
-        found = feature_map.apply(heads_first, parameters, is_query=is_query, exact_scale=True)
-        return found.shift(None)
-
-    length = query.shape[1]
-    queries = jnp.moveaxis(features(query, True).reshape(B, K, H // K, length, -1), 3, 0)
-    keys = jnp.moveaxis(features(key, False), 2, 0)
-    mask = jnp.ones((B, length), bool) if key_mask is None else key_mask
-    starts = np.zeros(length, bool) if ids is None else np.diff(ids, prepend=ids[0]) != 0
-
-    def token(sums, seen):
-        query, key, value, log_decay, mask, start = seen
-        factor = jnp.where(start, 0, jnp.where(mask[:, None], jnp.exp(log_decay), 1))
-        key = jnp.where(mask[:, None, None], key, 0)
-        state = sums[0] * factor[..., None, None] + value[..., None] * key[:, :, None]
-        total = sums[1] * factor[..., None] + key
-        numerator = jnp.einsum("bkgm,bkvm->bkgv", query, state)
-        denominator = jnp.einsum("bkgm,bkm->bkg", query, total)[..., None]
-        seen = denominator != 0
-        out = jnp.where(seen, numerator / jnp.where(seen, denominator, 1), 0)
-        return (state, total), (out if output == "mean" else numerator).reshape(B, H, V)
-
-    width = keys.shape[-1]
-    nothing = jnp.zeros((B, K, V, width), query.dtype), jnp.zeros((B, K, width), query.dtype)
-    by_token = (jnp.swapaxes(x, 0, 1) for x in (value, log_decay, mask))
-    sums, outputs = jax.lax.scan(token, nothing, (queries, keys, *by_token, jnp.asarray(starts)))
-    return jnp.swapaxes(outputs, 0, 1), *sums
-
-
-def attended(name, query, key, value, log_decay, *, dtype=jnp.float64, **options):
-    arguments = ("key_mask", "segment_ids", "initial_state")
-    given = {n: options.pop(n) for n in arguments if n in options}
-    out, state = linear_attention(
-        *(x.astype(dtype) for x in (query, key, value)),
-        plan_of(name, **options),
-        parameters=cases.parameters_of(name, dtype),
-        log_decay=None if log_decay is None else log_decay.astype(dtype),
-        return_state=True,
-        **given,
-    )
-    return out, *cases.true_state(state)
-
-
-def with_gradients(function):
-    """The results of a function of four arrays, and the gradient of a sum of them."""
-
-    def loss(arrays):
-        found = function(*arrays)
-        return cases.weighted_sum(found), found
-
-    def both(*arrays):
-        gradient, found = jax.grad(loss, has_aux=True)(arrays)
-        return found, gradient
-
-    return cases.compiled(both)
-
-
-def arrays(length, most=20.0, **options):
-    return *cases.qkv(length=length, dtype=jnp.float64, **options), jnp.asarray(
-        decays(length, most)
-    )
-
-
-@functools.cache
-def program(function, name, **options):
-    """Compiled once for all tests that call it."""
-    return with_gradients(functools.partial(function, name, **options))
-
-
-def check(found, expected, operands, tolerance=1e-10):
-    with jax.enable_x64(True):
-        cases.assert_close(found(*operands), expected(*operands), tolerance)
+from tests.linear.decay_cases import (
+    KERNELS,
+    LENGTH,
+    B,
+    D,
+    H,
+    K,
+    V,
+    arrays,
+    attended,
+    check,
+    decays,
+    plan_of,
+    program,
+    recurrence,
+    with_gradients,
+)
 
 
 @pytest.mark.parametrize(
@@ -156,19 +75,34 @@ def test_the_gradient_of_every_output_is_that_of_jax(name, options):
         check(function("chunked"), function("reference"), arrays(LENGTH, most=2.0))
 
 
-@pytest.mark.parametrize(("name", "most"), [("positive", 0.1), ("positive", 20.0), ("relu", 2.0)])
-def test_float32(name, most):
+def in_kernels(*values):
+    return pytest.param(*values, KERNELS, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "most", "implementation"),
+    [
+        *((name, 48, most, "chunked") for name, most in (("positive", 0.1), ("positive", 20.0))),
+        ("relu", 48, 2.0, "chunked"),
+        *(in_kernels("positive", length, 20.0) for length in (15, 16, 17, 53)),
+        in_kernels("relu", 17, 2.0),
+    ],
+)
+def test_float32(name, length, most, implementation):
     """In chunks as long as users have them, of decays that sum to hundreds."""
     with jax.enable_x64(True):
-        found = program(attended, name, dtype=jnp.float32, chunk_size=16)
-        check(found, program(recurrence, name), arrays(48, most=most), 3e-5)
+        options = {"dtype": jnp.float32, "chunk_size": 16, "implementation": implementation}
+        found = program(attended, name, **options)
+        check(found, program(recurrence, name), arrays(length, most=most), 3e-5)
 
 
-def test_bfloat16():
+@pytest.mark.parametrize("implementation", ["chunked", in_kernels()])
+def test_bfloat16(implementation):
+    options = {"dtype": jnp.bfloat16, "implementation": implementation}
     with jax.enable_x64(True):
         query, key, value, log_decay = arrays(LENGTH, most=2.0)
         near = [x.astype(jnp.bfloat16) for x in (query, key, value)]
-        attend = cases.compiled(functools.partial(attended, "positive", dtype=jnp.bfloat16))
+        attend = cases.compiled(functools.partial(attended, "positive", **options))
         found = attend(*near, log_decay)[0]
         exact = (x.astype(jnp.float64) for x in near)
         (expected, *_), _ = program(recurrence, "positive")(*exact, log_decay)
@@ -176,16 +110,18 @@ def test_bfloat16():
         cases.assert_close(found, expected, 2e-2)
 
 
-@pytest.mark.parametrize("output", ["mean", "sum"])
-def test_the_gradient_of_strong_decays_in_bfloat16(output):
+@pytest.mark.parametrize(
+    ("output", "implementation"), [("mean", "chunked"), ("sum", "chunked"), in_kernels("mean")]
+)
+def test_the_gradient_of_strong_decays_in_bfloat16(output, implementation):
     """Their sum is the gradient of a decay that is the same at every token."""
     rng = np.random.default_rng(0)
     near = [jnp.asarray(rng.normal(size=(1, 256, 1, 32)), jnp.bfloat16) for _ in range(4)]
     log_decay = jnp.asarray(-8 * rng.random((1, 256, 1)), jnp.float32)
     parameters = cases.MAPS["positive"].init(jax.random.key(0), 32)
-    plan = plan_of("positive", chunk_size=32, output=output)
 
-    def gradient(dtype, wide):
+    def gradient(dtype, wide, implementation="chunked"):
+        plan = plan_of("positive", chunk_size=32, output=output, implementation=implementation)
         *qkv, cotangent = (x.astype(dtype) for x in near)
 
         def loss(log_decay):
@@ -195,7 +131,7 @@ def test_the_gradient_of_strong_decays_in_bfloat16(output):
 
         return np.asarray(jax.jit(jax.grad(loss))(log_decay.astype(wide)), np.float64)
 
-    found = gradient(jnp.bfloat16, jnp.float32)
+    found = gradient(jnp.bfloat16, jnp.float32, implementation)
     with jax.enable_x64(True):
         expected = gradient(jnp.float64, jnp.float64)
     error = np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2))
@@ -214,20 +150,24 @@ def test_segments(name):
         )
 
 
-@pytest.mark.parametrize(("name", "length"), [("positive", 12), ("relu", 13)])
-def test_masked_tokens_neither_add_nor_decay(name, length):
+@pytest.mark.parametrize(
+    ("name", "length", "implementation"),
+    [("positive", 12, "chunked"), ("relu", 13, "chunked"), in_kernels("positive", 12)],
+)
+def test_masked_tokens_neither_add_nor_decay(name, length, implementation):
     """Leading, interior and trailing ones; what they hold, NaN included, changes nothing."""
     mask = np.ones((B, length), bool)
     mask[0, [0, 1, 5, 6, 7, 8, length - 1]] = False
     mask[1, 4:9] = False
     with jax.enable_x64(True):
         operands = arrays(length, most=2.0)
-        found, expected = (
-            with_gradients(functools.partial(function, name, key_mask=jnp.asarray(mask)))
-            for function in (attended, recurrence)
-        )
+        masked = {"key_mask": jnp.asarray(mask)}
+        dtype = jnp.float32 if implementation == KERNELS else jnp.float64
+        options = {"implementation": implementation, "dtype": dtype}
+        found = with_gradients(functools.partial(attended, name, **options, **masked))
         plain = found(*operands)
-        cases.assert_close(plain, expected(*operands), 1e-10)
+        expected = with_gradients(functools.partial(recurrence, name, **masked))
+        cases.assert_close(plain, expected(*operands), 3e-6 if dtype == jnp.float32 else 1e-10)
         query, *others = operands
         hidden = (
             np.where(mask.reshape(B, length, *(1,) * (x.ndim - 2)), x, np.nan) for x in others
@@ -244,10 +184,14 @@ def test_no_decay_is_none_bit_by_bit(name):
         np.testing.assert_array_equal(one, other)
 
 
-def test_later_tokens_change_no_bit():
-    query, key, value = cases.qkv(length=LENGTH)
+@pytest.mark.parametrize(
+    ("scale", "implementation"), [(0.5, "chunked"), in_kernels(0.5), in_kernels(8.0)]
+)
+def test_later_tokens_change_no_bit(scale, implementation):
+    query, key, value = cases.qkv(length=LENGTH, scale=scale)
     log_decay = jnp.asarray(decays(LENGTH), jnp.float32)
-    attend = cases.compiled(functools.partial(attended, "positive", dtype=jnp.float32))
+    options = {"dtype": jnp.float32, "implementation": implementation}
+    attend = cases.compiled(functools.partial(attended, "positive", **options))
     first = attend(query, key, value, log_decay)[0]
     second = attend(query, key.at[:, 6:].mul(9), value, log_decay.at[:, 6:].add(-7))[0]
     np.testing.assert_array_equal(first[:, :6], second[:, :6])
@@ -270,7 +214,7 @@ def test_large_norms():
         *qkv, log_decay = (np.asarray(x) for x in arrays(LENGTH, scale=20.0))
         query, key, value, log_decay = (x.astype(np.float32) for x in (*qkv, 10 * log_decay))
         expected = output_and_gradient(jnp.float64, chunk_size=1)
-    for implementation in ("chunked", "reference"):
+    for implementation in ("chunked", "reference", KERNELS):
         found = output_and_gradient(jnp.float32, implementation=implementation)
         cases.assert_close(found[0], expected[0], 1e-3)
         cases.assert_close(found[1], expected[1], 2e-3)
@@ -353,13 +297,16 @@ def test_forgetting_everything():
     cases.assert_close(found[:, 5:], after[0], 1e-5)
 
 
-@pytest.mark.parametrize("chunk", [64, 256])
-def test_what_was_forgotten_leaves_no_trace(chunk):
+@pytest.mark.parametrize(
+    ("chunk", "implementation"), [(64, "chunked"), (256, "chunked"), in_kernels(128)]
+)
+def test_what_was_forgotten_leaves_no_trace(chunk, implementation):
     """Small decays are as exact behind many tokens that forget everything as alone."""
     with jax.enable_x64(True):
         *qkv, _ = arrays(256)
+        options = {"chunk_size": chunk, "implementation": implementation}
         attend = cases.compiled(
-            functools.partial(attended, "positive", dtype=jnp.float32, chunk_size=chunk)
+            functools.partial(attended, "positive", dtype=jnp.float32, **options)
         )
         for low in (-np.inf, -1e3, -100.3):
             log_decay = np.full((B, 256, K), -0.01)
@@ -393,7 +340,7 @@ def test_refusals():
     for wrong in (jnp.zeros(H), jnp.zeros((B, 4)), jnp.zeros((B, 4, H)), jnp.zeros(K, int)):
         with pytest.raises(ValueError, match="log_decay must be"):
             attend(plan_of("positive"), log_decay=wrong)
-    for name in ("quadratic", "parallel_chunks", "pallas_gpu", "pallas_tpu_interpret"):
+    for name in ("quadratic", "parallel_chunks", "pallas_gpu"):
         with pytest.raises(NotImplementedError, match="does not support log_decay"):
             attend(plan_of("positive", implementation=name), log_decay=jnp.zeros(K))
     both = plan_of("positive", implementation=("pallas_gpu", "chunked"))

@@ -69,7 +69,8 @@ def with_everything(feature_map, smooth):
 
 
 def check(smooth, fixed, tolerance, *, feature_map, chunk_size=C, **options):
-    """Compares outputs, final sums and all gradients with the definition in float64."""
+    """Compares outputs, final sums and all gradients with float64: the definition, or chunks."""
+    expecting = "chunked" if "log_decay" in smooth else "quadratic"
     run = functools.partial(cases.gradients, feature_map=feature_map, **options)
     kernels = functools.partial(run, implementation=KERNELS, chunk_size=chunk_size)
     actual = cases.compiled(kernels)(smooth, fixed)
@@ -80,7 +81,7 @@ def check(smooth, fixed, tolerance, *, feature_map, chunk_size=C, **options):
             lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x,
             (smooth, fixed),
         )
-        expected = cases.compiled(functools.partial(run, implementation="quadratic"))(*exact)
+        expected = cases.compiled(functools.partial(run, implementation=expecting))(*exact)
     cases.assert_close(actual, expected, tolerance)
 
 
@@ -89,6 +90,28 @@ def check(smooth, fixed, tolerance, *, feature_map, chunk_size=C, **options):
 def test_with_everything_at_once(causal):
     smooth, fixed = with_everything(MAP, arguments(MAP, 37))
     check(smooth, fixed, 1e-5, feature_map=MAP, causal=causal)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("feature_map", "length", "heads", "scale"),
+    [
+        (MAP, 37, H, 1.0),
+        (MAP, 1, K, 1.0),
+        (MAP, 37, K, 7.0),
+        (elementwise_map("elu+1", epsilon=0.0), 37, K, 1.0),
+    ],
+    ids=["ordinary", "one token", "large norms", "elementwise"],
+)
+def test_decay_with_everything_at_once(feature_map, length, heads, scale):
+    """Decays of up to 20, and a reset; at large norms, rows fall far below their scale."""
+    smooth, fixed = with_everything(feature_map, arguments(feature_map, length, heads=heads))
+    smooth["query"], smooth["key"] = smooth["query"] * scale, smooth["key"] * scale
+    rng = np.random.default_rng(0)
+    decays = rng.uniform(-20, 0, (B, length, K)) * (rng.random((B, length, K)) < 0.5)
+    decays[:, 12:13] = -1e4
+    smooth["log_decay"] = jnp.asarray(decays, jnp.float32)
+    check(smooth, fixed, 2e-5, feature_map=feature_map, causal=True)
 
 
 @pytest.mark.slow

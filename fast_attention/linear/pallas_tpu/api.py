@@ -2,8 +2,8 @@
 
 Queries, keys, values and weights go in; features are made and used in vector memory, forward and
 backward, so that no array of T x M exists. Served are maps of the form of :mod:`.affine`, with key
-masks, biases, states and shared key heads; everything else is refused with NotImplementedError, so
-that the next implementation gets it.
+masks, biases, decay, states and shared key heads; everything else is refused with
+NotImplementedError, so that the next implementation gets it.
 
 What is known of it: interpreted, the kernels agree with the definition, values and gradients; they
 compile for v5e, and speed is estimated from what the compiler says
@@ -76,7 +76,7 @@ def attend_on(
     batch, length, heads, width = inputs.query.shape
     kv_heads, value_dim = inputs.value.shape[2:]
     groups, features = heads // kv_heads, affine.key.weights.shape[-2]
-    exponential = affine.kind == "exp"
+    exponential, decays = affine.kind == "exp", inputs.log_decay is not None
     unit = program.LOG2_E if exponential else 1.0
     chunk, block = _sizes(
         plan, max(length, inputs.key.shape[1]), -(-features // 128) * 128, interpret
@@ -86,7 +86,8 @@ def attend_on(
         kind=affine.kind,
         epsilon=affine.epsilon,
         norm=affine.norm * unit,
-        denominator_epsilon=plan.epsilon,
+        # In the units of decaying rows of exponentials any size may be right.
+        denominator_epsilon=0.0 if decays and exponential else plan.epsilon,
         low=_low(plan, inputs),
         features=features,
         head_dim=_tiles(width),
@@ -99,13 +100,14 @@ def attend_on(
         chunk=chunk,
         block=block,
         interpret=interpret,
+        decay=decays,
     )
     padded = static.padded_features
 
     def weights(side: Affine) -> tuple[Array, Array]:
         matrix = jnp.swapaxes(_sets(side.weights, 2) * unit, 1, 2)
         matrix = _pad(_pad(matrix, 1, static.head_dim), 2, padded)
-        offset = jnp.zeros((matrix.shape[0], 1, features))
+        offset = jnp.zeros((matrix.shape[0], 1, features), jnp.float32)
         if side.offset is not None:
             offset = jnp.broadcast_to(_sets(side.offset, 1)[:, None] * unit, offset.shape)
         # Features that pad the lanes are 0.
@@ -124,9 +126,11 @@ def attend_on(
         key_weights=key_weights,
         query_offset=query_offset,
         key_offset=key_offset,
-        key_log=None if key_log is None else _key_rows(key_log * unit),
+        key_log=None if key_log is None else _key_rows(key_log * unit).astype(jnp.float32),
         scale=jax.lax.stop_gradient(_pad(_flat(scale)[:, None] * unit, 2, padded)),
         kv=None if before is None else _rows_of_state(*before, static.value_dim, padded),
+        log_decay=None if inputs.log_decay is None else _key_rows(inputs.log_decay),
+        alive=_alive(inputs) if decays and exponential else None,
     )
     attended: Any = core.attend_with_kernels(static, plan.complete, arguments)
     out, state = attended
@@ -149,8 +153,6 @@ def why_not(plan: Plan, inputs: Inputs, *, interpret: Any = False) -> str | None
         return f"The TPU kernels return only normalised outputs, got output={plan.output!r}."
     if inputs.segment_ids is not None:
         return "The TPU kernels do not support segment_ids."
-    if inputs.log_decay is not None:
-        return "The TPU kernels do not support log_decay."
     if inputs.state.kv.dtype != jnp.float32:
         return f"The TPU kernels compute in float32, got {inputs.state.kv.dtype}."
     if groups > MOST_GROUPS:
@@ -274,7 +276,7 @@ def _first_state(
     state, features = inputs.state, affine.key.weights.shape[-2]
     shape = (*state.k_sum.shape[:2], features)
     if affine.kind != "exp":
-        scale = jnp.zeros(shape)
+        scale = jnp.zeros(shape, jnp.float32)
         return scale, ((state.kv, state.k_sum) if plan.complete else None)
     if inputs.key_mask is None:
         first, log, seen = key[:, 0], None if key_log is None else key_log[:, 0], None
@@ -301,9 +303,28 @@ def _first_state(
         return scale, None
     assert state.log_scale is not None
     before = jax.lax.stop_gradient(jnp.broadcast_to(state.log_scale, shape))
-    scale = jnp.where(before > 0.5 * EMPTY_LOG_SCALE, before, scale)
+    if inputs.log_decay is not None:
+        # Where a state has decayed, its scale may be far from what it holds.
+        sums = jax.lax.stop_gradient(state.k_sum)
+        before_decay = before + jnp.log(jnp.where(sums > 0, sums, 1))
+        scale = jnp.where(before > 0.5 * EMPTY_LOG_SCALE, before_decay, scale)
+    else:
+        scale = jnp.where(before > 0.5 * EMPTY_LOG_SCALE, before, scale)
     factor = jnp.exp(before - scale)
     return scale, (state.kv * factor[..., None, :], state.k_sum * factor)
+
+
+def _alive(inputs: Inputs) -> Array | None:
+    """Returns 1 for tokens at which some key has been seen, ``[B K, 1, S]``; None for all."""
+    if inputs.key_mask is None:
+        return None
+    mask = jnp.broadcast_to(inputs.key_mask, inputs.key.shape[:3])
+    since = jnp.where(mask.any(axis=1), jnp.argmax(mask, axis=1), mask.shape[1])
+    alive = jnp.arange(mask.shape[1])[None, :, None] >= since[:, None]
+    if inputs.state.log_scale is not None:
+        begun = (inputs.state.log_scale > 0.5 * EMPTY_LOG_SCALE).any(axis=-1)
+        alive = alive | begun[:, None]
+    return _key_rows(alive.astype(jnp.float32))
 
 
 def _rows_of_state(kv: Array, k_sum: Array, value_dim: int, features: int) -> Array:

@@ -91,6 +91,7 @@ class Gradients(NamedTuple):
       kv: of the state before, ``[B K, V + 16, M]``.
       query_weights: ``[B K, D + 16, M]``, row D of the offset.
       key_weights: the same.
+      decay: see :class:`.causal_pull_back.Pulled`, ``[B K, 2, S]``.
     """
 
     query: Any
@@ -100,6 +101,7 @@ class Gradients(NamedTuple):
     kv: Any
     query_weights: Any
     key_weights: Any
+    decay: Any
 
 
 def gradient_specs(
@@ -114,7 +116,7 @@ def gradient_specs(
       key_place: the same for keys.
       weights: gradients of weights and offsets; else all others.
     """
-    d, none = program.head_dim, Gradients(*[None] * 7)
+    d, none = program.head_dim, Gradients(*[None] * 8)
     if weights:
         both = float32(operands.key.shape[0], d + pr.EXTRA, program.padded_features)
         spec = head_spec(program, d + pr.EXTRA)
@@ -133,6 +135,10 @@ def gradient_specs(
     if operands.key_log is not None:
         shapes = shapes._replace(key_log=like(operands.key_log))
         specs = specs._replace(key_log=key_spec(program, 1, key_place))
+    if operands.decay is not None:
+        heads, _, keys = operands.decay.shape
+        shapes = shapes._replace(decay=float32(heads, 2, keys))
+        specs = specs._replace(decay=key_spec(program, 2, key_place))
     if operands.kv is not None:
         shapes = shapes._replace(kv=like(operands.kv))
         specs = specs._replace(kv=head_spec(program, program.value_dim + pr.EXTRA))
@@ -203,10 +209,14 @@ def load_keys(
     scale: Array,
     start: Array,
     stop: Array | None = None,
+    shift: Array | None = None,
 ) -> Keys:
-    """Makes the features of a chunk of keys; those from position ``stop`` of the block on are 0."""
+    """Makes the features of a chunk of keys; those from position ``stop`` of the block on are 0.
+
+    ``shift`` is as in :func:`.program.load_keys`.
+    """
     h, piece = place
-    key, value, constants = pr.load_keys(program, operands, h, piece, start)
+    key, value, constants = pr.load_keys(program, operands, h, piece, start, shift)
     weights, offset = operands.of_keys(h)
     before = pr.key_pre_features(program, key, weights, scale - offset, constants)
     features = pr.key_features(program, before, constants)
@@ -220,52 +230,79 @@ def load_keys(
     return Keys(key, value, features, before, seen)
 
 
+def read_gradient(program: Program, rows: Rows, kv: Array) -> Array:
+    """Returns the cotangent of a chunk's query features from the state they read, ``[C, M]``.
+
+    Args:
+      program: choices.
+      rows: the chunk.
+      kv: the state, ``[V + 16, M]``.
+    """
+    v = program.value_dim
+    left = pr.transpose(pr.twice(program, rows.numerator))
+    cotangent = pr.product(program, left, pr.both_parts(program, kv[:v]), NN)
+    return cotangent + pr.transpose(rows.denominator) * kv[v : v + 1]
+
+
 def pull_back_rows(
-    program: Program, rows: Rows, kv: Array, keys: Keys | None, d_pairs: Array | None
+    program: Program, rows: Rows, read: Array, keys: Keys | None, d_pairs: Array | None
 ) -> Array:
     """Returns the cotangent of what a chunk's query features are a function of, ``[C, M]``.
 
     Args:
       program: choices.
       rows: the chunk.
-      kv: the state it reads, ``[V + 16, M]``.
+      read: from :func:`read_gradient`.
       keys: those it sees besides; None for none.
       d_pairs: cotangent of their weights, queries first, ``[C, C]``.
     """
-    v = program.value_dim
-    left = pr.transpose(pr.twice(program, rows.numerator))
-    cotangent = pr.product(program, left, pr.both_parts(program, kv[:v]), NN)
-    cotangent = cotangent + pr.transpose(rows.denominator) * kv[v : v + 1]
+    cotangent = read
     if keys is not None and d_pairs is not None:
         cotangent = cotangent + pr.product(program, d_pairs, keys.features, NN)
     return pr.through_features(program, rows.features, rows.before, cotangent)
 
 
+def kept_gradient(program: Program, keys: Keys, d_kv: Array) -> Array:
+    """Returns the cotangent of a chunk's key features from the state they enter, ``[C, M]``.
+
+    Args:
+      program: choices.
+      keys: the chunk.
+      d_kv: cotangent of the state, ``[V + 16, M]``.
+    """
+    v = program.value_dim
+    left = pr.transpose(pr.twice(program, keys.value))
+    cotangent = pr.product(program, left, pr.both_parts(program, d_kv[:v]), NN)
+    return cotangent + jnp.sum(d_kv[v:], axis=0, keepdims=True)
+
+
 def pull_back_keys(
-    program: Program, keys: Keys, d_kv: Array, pairs: list[tuple[Rows, Array]]
+    program: Program, keys: Keys, kept: Array, pairs: list[tuple[Rows, Array]]
 ) -> Array:
     """Returns the cotangent of what a chunk's key features are a function of, ``[C, M]``.
 
     Args:
       program: choices.
       keys: the chunk.
-      d_kv: cotangent of the state they enter, ``[V + 16, M]``.
+      kept: from :func:`kept_gradient`.
       pairs: rows that see them besides, and the cotangent of the weights, keys first, ``[C, C]``.
     """
-    v = program.value_dim
-    left = pr.transpose(pr.twice(program, keys.value))
-    cotangent = pr.product(program, left, pr.both_parts(program, d_kv[:v]), NN)
-    cotangent = cotangent + jnp.sum(d_kv[v:], axis=0, keepdims=True)
+    cotangent = kept
     for rows, d_pairs in pairs:
         cotangent = cotangent + pr.product(program, d_pairs, rows.features, NN)
     cotangent = pr.through_features(program, keys.features, keys.before, cotangent)
     return pr.where(keys.seen, cotangent)
 
 
-def state_gradient(program: Program, rows: Rows) -> Array:
+def state_gradient(program: Program, rows: Rows, factor: Array | None = None) -> Array:
     """Returns the cotangent of the state that a chunk reads, ``[V + 16, M]``.
 
     That of the sums of features is the sum of the rows from V on.
+
+    Args:
+      program: choices.
+      rows: the chunk.
+      factor: on the state as rows read it, ``[C, 1]``; None for 1.
     """
     parts, rest = [], rows.denominator
     for _ in range(3 if program.low else 1):
@@ -276,7 +313,9 @@ def state_gradient(program: Program, rows: Rows) -> Array:
     for i, part in enumerate(parts):
         below = jnp.where(at == i, part, below)
     left = jnp.concatenate([rows.numerator, below], axis=0)
-    return pr.product(program, left, rows.features, NN)
+    # Numerators and denominators must be rounded alike: the factor is one of features.
+    features = rows.features if factor is None else rows.features * factor
+    return pr.product(program, left, features, NN)
 
 
 def input_gradient(

@@ -119,7 +119,8 @@ def _pull_back_queries(
             total = d_kv_ref[h]
             for g in range(program.groups):
                 rows = bb.load_rows(program, operands, given, (h, g, piece), scale[h], valid)
-                cotangent = bb.pull_back_rows(program, rows, kv[h], None, None)
+                read = bb.read_gradient(program, rows, kv[h])
+                cotangent = bb.pull_back_rows(program, rows, read, None, None)
                 total = total + bb.state_gradient(program, rows)
                 if results.query_weights is not None:
                     results.query_weights[h] += bb.weight_gradient(program, rows.query, cotangent)
@@ -135,7 +136,8 @@ def _pull_back_keys(
 ) -> None:
     h, piece, start = place
     keys = bb.load_keys(program, operands, (h, piece), scale[h], start)
-    cotangent = bb.pull_back_keys(program, keys, d_kv_ref[h], [])
+    kept = bb.kept_gradient(program, keys, d_kv_ref[h])
+    cotangent = bb.pull_back_keys(program, keys, kept, [])
     if results.key_weights is not None:
         results.key_weights[h] += bb.weight_gradient(program, keys.key, cotangent)
         return

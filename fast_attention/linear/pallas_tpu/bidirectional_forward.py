@@ -131,7 +131,7 @@ def _absorb(program: Program, operands: Any, kv_ref: Any, scale_ref: Any, start:
     if not program.exponential:
         write()
         return
-    over = pr.any_over(jnp.concatenate(largest, axis=0))
+    over = pr.any_over(program, jnp.concatenate(largest, axis=0))
     pl.when(jnp.logical_not(over))(write)
 
     @pl.when(over)

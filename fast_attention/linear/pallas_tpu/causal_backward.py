@@ -3,7 +3,7 @@
 A block's features are made again on the scale that the forward pass used, its states from the one
 that was saved before it. Where the forward pass raised the scale inside a block, each stretch of
 rows between two such keys is pulled back on its own scale, and what comes from later blocks on the
-last one.
+last one. So is a block that the forward pass computed again because of decay.
 
 Letters are those of :mod:`.program`.
 """
@@ -20,8 +20,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from fast_attention.arrays.types import Array
 from fast_attention.linear.pallas_tpu import backward_block as bb
+from fast_attention.linear.pallas_tpu import decay as dk
 from fast_attention.linear.pallas_tpu import program as pr
 from fast_attention.linear.pallas_tpu.backward_block import Given, Gradients
+from fast_attention.linear.pallas_tpu.causal_pull_back import Pulled, pull_back_block
 from fast_attention.linear.pallas_tpu.operands import (
     Operands,
     launch,
@@ -29,7 +31,7 @@ from fast_attention.linear.pallas_tpu.operands import (
     saved_spec,
     state_scratch,
 )
-from fast_attention.linear.pallas_tpu.program import NN, NT, Program
+from fast_attention.linear.pallas_tpu.program import Program
 
 
 class Saved(NamedTuple):
@@ -38,6 +40,7 @@ class Saved(NamedTuple):
     states: Any
     before: Any
     after: Any
+    again: Any
 
 
 class Scratch(NamedTuple):
@@ -49,6 +52,7 @@ class Scratch(NamedTuple):
     key: Any
     value: Any
     key_log: Any
+    decay: Any = None
 
 
 def backward(
@@ -85,6 +89,7 @@ def backward(
                 saved_spec(program, v + pr.EXTRA, back),
                 saved_spec(program, 1, back),
                 saved_spec(program, 1, back),
+                None if saved.again is None else saved_spec(program, 1, back),
             ),
         ),
         out_specs=specs,
@@ -96,20 +101,9 @@ def backward(
             memory(d, program.block),
             memory(v, program.block),
             memory(1, program.block),
+            *([memory(2, program.block)] if program.decay else []),
         ],
     )(operands, given, saved)
-
-
-class Pulled(NamedTuple):
-    """Gradients of a block of one head, by query head and chunk, or of weights."""
-
-    query: dict[tuple[int, int], Array]
-    key: list[Array]
-    value: list[Array]
-    key_log: list[Array]
-    d_kv: Array
-    query_weights: Array | None
-    key_weights: Array | None
 
 
 def _kernel(
@@ -129,10 +123,12 @@ def _kernel(
         bb.start(given, results, scratch.d_kv)
 
     def on_one_scale():
-        heads = [
-            (h, saved.before[h, 0], saved.states[h, 0], scratch.d_kv[h])
-            for h in range(program.heads)
-        ]
+        heads = []
+        for h in range(program.heads):
+            d_kv, scale = scratch.d_kv[h], saved.before[h, 0]
+            if saved.again is not None:
+                d_kv = d_kv * jnp.exp2(scale - saved.after[h, 0])
+            heads.append((h, scale, saved.states[h, 0], d_kv))
         pulled = pull_back_block(program, operands, given, heads, start, weights=weights)
         for h, head in enumerate(pulled):
             scratch.d_kv[h] = head.d_kv
@@ -141,7 +137,10 @@ def _kernel(
     if not program.exponential:
         on_one_scale()
     else:
-        raised = jnp.max(saved.after[:, 0] - saved.before[:, 0]) > 0
+        if saved.again is not None:
+            raised = jnp.max(saved.again[:, 0]) > 0
+        else:
+            raised = jnp.max(saved.after[:, 0] - saved.before[:, 0]) > 0
         pl.when(jnp.logical_not(raised))(on_one_scale)
 
         @pl.when(raised)
@@ -174,120 +173,8 @@ def _write(program: Program, results: Gradients, h: Any, head: Pulled) -> None:
         results.value[h, :, piece] = head.value[c].astype(results.value.dtype)
         if results.key_log is not None:
             results.key_log[h, :, piece] = head.key_log[c]
-
-
-def pull_back_block(
-    program: Program,
-    operands: Operands,
-    given: Given,
-    heads: list[tuple[Any, Array, Array, Array]],
-    start: Array,
-    *,
-    weights: bool,
-    stretch: tuple[Array, Array] | None = None,
-) -> list[Pulled]:
-    """Pulls the cotangents of a block's rows, and of the state after it, back.
-
-    Args:
-      program: choices.
-      operands: refs of a block.
-      given: refs of it.
-      heads: number, scale ``[1, M]``, the state before on it and the cotangent of the state after
-        on it, ``[V + 16, M]``, of each head.
-      start: position of the block in the sequence.
-      weights: gradients of weights and offsets; else all others.
-      stretch: rows of the block that count, from and to; None for all. Keys after it are left out.
-    """
-    pieces = program.chunks()
-    rows: dict[Any, bb.Rows] = {}
-    keys: dict[Any, bb.Keys] = {}
-    for i, (h, scale, *_) in enumerate(heads):
-        for c, piece in enumerate(pieces):
-            place = pr.columns(program, piece, start)
-            valid = place < program.queries if program.queries % program.block else None
-            if stretch is not None:
-                at = pr.columns(program, piece, jnp.int32(0))
-                inside = (at >= stretch[0]) & (at < stretch[1])
-                valid = inside if valid is None else valid & inside
-            stop = None if stretch is None else stretch[1]
-            keys[i, c] = bb.load_keys(program, operands, (h, piece), scale, start, stop)
-            for g in range(program.groups):
-                rows[i, g, c] = bb.load_rows(program, operands, given, (h, g, piece), scale, valid)
-    before: dict[Any, Array] = {}
-    for i, (_, _, kv, _) in enumerate(heads):
-        for c in range(len(pieces)):
-            before[i, c] = kv
-            if c + 1 < len(pieces):
-                value = pr.with_ones(program, keys[i, c].value)
-                kv = kv + pr.product(program, value, keys[i, c].features, NN)
-    cotangents = [d_kv for *_, d_kv in heads]
-    pulled = [Pulled({}, [], [], [], d_kv, None, None) for *_, d_kv in heads]
-    for c in reversed(range(len(pieces))):
-        for i, (h, *_) in enumerate(heads):
-            chunk = [rows[i, g, c] for g in range(program.groups)]
-            pulled[i] = _pull_back_chunk(
-                program,
-                operands,
-                (h, c),
-                chunk,
-                keys[i, c],
-                before[i, c],
-                cotangents[i],
-                pulled[i],
-                weights,
-            )
-            for row in chunk:
-                cotangents[i] = cotangents[i] + bb.state_gradient(program, row)
-    return [p._replace(d_kv=d_kv) for p, d_kv in zip(pulled, cotangents, strict=True)]
-
-
-def _pull_back_chunk(
-    program: Program,
-    operands: Operands,
-    place: tuple[Any, int],
-    rows: list[bb.Rows],
-    keys: bb.Keys,
-    kv: Array,
-    d_kv: Array,
-    pulled: Pulled,
-    weights: bool,
-) -> Pulled:
-    """Adds the gradients of a chunk; chunks come from last to first."""
-    h, c = place
-    v, lower = program.value_dim, pr.seen_pairs(program)
-    value = pr.transpose(keys.value)
-    pairs, d_value = [], pr.product(program, d_kv[:v], keys.features, NT)
-    d_weights = [pulled.query_weights, pulled.key_weights]
-
-    def added(total: Array | None, x: Array) -> Array:
-        return x if total is None else total + x
-
-    for g, row in enumerate(rows):
-        d_pairs = pr.product(program, value, row.numerator, NN) + row.denominator
-        d_pairs = jnp.where(lower, d_pairs, 0).astype(program.operand)
-        turned = pr.product(program, pr.transpose(row.numerator), keys.value, NN)
-        turned = turned + pr.transpose(row.denominator)
-        turned = jnp.where(pr.seen_pairs(program, 1), turned, 0)
-        cotangent = bb.pull_back_rows(program, row, kv, keys, turned)
-        pairs.append((row, d_pairs))
-        query_weights, _ = operands.of_queries(h)
-        if weights:
-            d_weights[0] = added(d_weights[0], bb.weight_gradient(program, row.query, cotangent))
-        else:
-            pulled.query[g, c] = bb.input_gradient(program, query_weights, cotangent)[0]
-            seen = jnp.where(lower, pr.product(program, keys.features, row.features, NT), 0)
-            d_value = d_value + pr.product(program, row.numerator, seen, NT)
-    cotangent = bb.pull_back_keys(program, keys, d_kv, pairs)
-    if weights:
-        d_weights[1] = added(d_weights[1], bb.weight_gradient(program, keys.key, cotangent))
-        return pulled._replace(query_weights=d_weights[0], key_weights=d_weights[1])
-    key_weights, _ = operands.of_keys(h)
-    d_key, d_log = bb.input_gradient(program, key_weights, cotangent, keys.key)
-    return pulled._replace(
-        key=[d_key, *pulled.key],
-        value=[d_value, *pulled.value],
-        key_log=[d_log, *pulled.key_log],
-    )
+        if results.decay is not None:
+            results.decay[h, :, piece] = head.decay[c]
 
 
 def _on_several_scales(
@@ -304,19 +191,28 @@ def _on_several_scales(
     first, pieces = saved.before[h, 0], program.chunks()
     weights = results.query_weights is not None
     for ref in scratch[1:]:
-        ref[...] = jnp.zeros_like(ref)
+        if ref is not None:
+            ref[...] = jnp.zeros_like(ref)
 
     def stretch(carry):
-        scale, low = carry
+        scale, low, since = carry
         logs = []
         for piece in pieces:
-            key, _, constants = pr.load_keys(program, operands, h, piece, start)
+            shift = None if since is None else dk.undecayed(program, operands, h, piece, since)
+            key, _, constants = pr.load_keys(program, operands, h, piece, start, shift)
             key_weights, offset = operands.of_keys(h)
             logs.append(pr.key_pre_features(program, key, key_weights, scale - offset, constants))
         high = pr.first_over(program, [jnp.max(x, axis=1, keepdims=True) for x in logs], low)
-        decay = jnp.exp2(first - scale)
         last = high == program.block
-        d_kv = jnp.where(last, scratch.d_kv[h], 0)
+        moved, raised = first - scale, scale + jnp.maximum(pr.row_of(program, logs, high), 0)
+        d_kv, now = scratch.d_kv[h], None
+        if since is not None:
+            now = dk.sum_until(program, operands, h, jnp.minimum(high, program.block - 1))
+            moved = moved + dk.between(since, dk.block_start())
+            raised = raised + dk.between(now, since)
+            d_kv = d_kv * jnp.exp2(scale + dk.between(now, since) - saved.after[h, 0])
+        decay = jnp.exp2(moved)
+        d_kv = jnp.where(last, d_kv, 0)
         head = pull_back_block(
             program,
             operands,
@@ -325,6 +221,7 @@ def _on_several_scales(
             start,
             weights=weights,
             stretch=(low, high),
+            since=since,
         )[0]
         scratch.state[...] += head.d_kv * decay
         if weights:
@@ -336,10 +233,14 @@ def _on_several_scales(
                 scratch.key[:, piece] += head.key[c]
                 scratch.value[:, piece] += head.value[c]
                 scratch.key_log[:, piece] += head.key_log[c]
-        raised = scale + jnp.maximum(pr.row_of(program, logs, high), 0)
-        return jnp.where(last, scale, raised), high
+                if scratch.decay is not None:
+                    scratch.decay[:, piece] += head.decay[c]
+        return jnp.where(last, scale, raised), high, now
 
-    jax.lax.while_loop(lambda carry: carry[1] < program.block, stretch, (first, jnp.int32(0)))
+    since = None if saved.again is None else dk.block_start()
+    jax.lax.while_loop(
+        lambda carry: carry[1] < program.block, stretch, (first, jnp.int32(0), since)
+    )
     scratch.d_kv[h] = scratch.state[...]
     if not weights:
         head = Pulled(
@@ -351,6 +252,7 @@ def _on_several_scales(
             [scratch.key[:, p] for p in pieces],
             [scratch.value[:, p] for p in pieces],
             [scratch.key_log[:, p] for p in pieces],
+            [] if scratch.decay is None else [scratch.decay[:, p] for p in pieces],
             scratch.state[...],
             None,
             None,

@@ -17,6 +17,7 @@ from fast_attention.linear.pallas_tpu import (
     bidirectional_forward,
     causal_backward,
     causal_forward,
+    decay_rows,
 )
 from fast_attention.linear.pallas_tpu.backward_block import Given
 from fast_attention.linear.pallas_tpu.operands import Operands, Results
@@ -37,6 +38,9 @@ class Arguments(NamedTuple):
       key_log: ``[B K, 1, S]``, or None.
       scale: constant for differentiation, ``[B K, 1, M]``; see :class:`.operands.Operands`.
       kv: the state before, on that scale, ``[B K, V + 16, M]``, or None if it is empty.
+      log_decay: ``[B K, 1, S]``, or None.
+      alive: constant for differentiation, 1 for tokens at which some key has been seen, else 0,
+        ``[B K, 1, S]``; None for all.
     """
 
     query: Array
@@ -49,6 +53,8 @@ class Arguments(NamedTuple):
     key_log: Array | None
     scale: Array
     kv: Array | None
+    log_decay: Array | None = None
+    alive: Array | None = None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -76,11 +82,13 @@ def _run(program: Program, final: bool, arguments: Arguments, *, save: bool) -> 
 
 def _operands(program: Program, arguments: Arguments) -> Operands:
     parts = lambda x: both_parts(program, x, axis=1)  # noqa: E731
-    return Operands(
-        *arguments._replace(
-            query_weights=parts(arguments.query_weights), key_weights=parts(arguments.key_weights)
-        )
-    )
+    read = arguments._asdict()
+    log_decay, alive = read.pop("log_decay"), read.pop("alive")
+    read["query_weights"] = parts(arguments.query_weights)
+    read["key_weights"] = parts(arguments.key_weights)
+    if log_decay is not None:
+        read["decay"] = decay_rows.rows_of(program, log_decay, alive)
+    return Operands(**read)
 
 
 def _forward(program: Program, final: bool, arguments: Arguments) -> tuple[Any, Any]:
@@ -100,7 +108,7 @@ def _backward(program: Program, final: bool, residuals: Any, cotangents: Any) ->
             program,
             operands,
             given,
-            causal_backward.Saved(results.states, results.before, results.after),
+            causal_backward.Saved(results.states, results.before, results.after, results.again),
         )
     else:
         run = functools.partial(
@@ -122,6 +130,10 @@ def _backward(program: Program, final: bool, residuals: Any, cotangents: Any) ->
             key_log=gradients.key_log,
             scale=jnp.zeros_like(arguments.scale),
             kv=gradients.kv,
+            log_decay=None
+            if gradients.decay is None
+            else decay_rows.gradient_of(program, gradients.decay),
+            alive=None if arguments.alive is None else jnp.zeros_like(arguments.alive),
         ),
     )
 

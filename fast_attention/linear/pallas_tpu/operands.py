@@ -35,6 +35,7 @@ class Operands(NamedTuple):
         :data:`.program.MASKED` is not seen.
       scale: of the first keys, ``[B K, 1, M]``: some key seen by the first row attains it.
       kv: the state before, on that scale, ``[B K, V + 16, M]``; None if it is empty.
+      decay: see :mod:`.decay`, ``[B K, R, S]``; None without decay.
     """
 
     query: Any
@@ -47,6 +48,7 @@ class Operands(NamedTuple):
     key_log: Any
     scale: Any
     kv: Any
+    decay: Any = None
 
     def of_queries(self, h: Any) -> tuple[Array, Array]:
         """Returns weights and offset of the queries of a key head, inside a kernel."""
@@ -70,6 +72,7 @@ class Results(NamedTuple):
       states: of causal calls, before each block, ``[B K, N, V + 16, M]``.
       before: of causal calls, scale before each block, ``[B K, N, 1, M]``.
       after: of causal calls, scale after each block, ``[B K, N, 1, M]``.
+      again: of causal calls with decay, 1 for blocks computed in undecayed units, else 0, the same.
     """
 
     out: Any
@@ -79,6 +82,7 @@ class Results(NamedTuple):
     states: Any = None
     before: Any = None
     after: Any = None
+    again: Any = None
 
 
 Place = Callable[[Any], Any]
@@ -130,6 +134,9 @@ def operand_specs(
         key_log=None if operands.key_log is None else key_spec(program, 1, key_place),
         scale=head_spec(program, 1),
         kv=None if operands.kv is None else head_spec(program, program.value_dim + EXTRA),
+        decay=None
+        if operands.decay is None
+        else key_spec(program, operands.decay.shape[1], key_place),
     )
 
 
@@ -209,14 +216,30 @@ def start_state(operands: Operands, kv_ref: Any, scale_ref: Any) -> None:
     kv_ref[...] = jnp.zeros_like(kv_ref) if operands.kv is None else operands.kv[...]
 
 
-def write_rows(program: Program, results: Results, place: Any, row: Array, chosen: Any) -> None:
-    """Divides and writes the rows of a chunk; where ``chosen [1, C]``, if given."""
+def write_rows(
+    program: Program,
+    results: Results,
+    place: Any,
+    row: Array,
+    chosen: tuple[Array, Array] | None,
+) -> None:
+    """Divides and writes the rows of a chunk.
+
+    Args:
+      program: choices.
+      results: refs.
+      place: key head, which of its query heads, and chunk.
+      row: numerators and denominators, ``[V + 16, C]``.
+      chosen: which outputs and which denominators, ``[1, C]``; None for all.
+    """
     h, g, c = place
     head, piece = h * program.groups + g, program.chunks()[c]
     denominator = row[program.value_dim : program.value_dim + 1]
     out = row[: program.value_dim] * inverse(program, denominator)
-    for ref, new in ((results.out, out), (results.denominator, denominator)):
+    for i, (ref, new) in enumerate(((results.out, out), (results.denominator, denominator))):
         if ref is None:
             continue
         new = new.astype(ref.dtype)
-        ref[head, :, piece] = new if chosen is None else jnp.where(chosen, new, ref[head, :, piece])
+        if chosen is not None:
+            new = jnp.where(chosen[i], new, ref[head, :, piece])
+        ref[head, :, piece] = new

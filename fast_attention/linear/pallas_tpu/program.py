@@ -34,6 +34,9 @@ A product of features that underflows loses at most ``2^(LIMIT - 126)`` of a den
 at least 1, and sums of ``2^LIMIT`` are far from overflow.
 """
 
+DECAYING_LIMIT = 60.0
+"""The same with decay, where denominators may be small; see :mod:`.decay`."""
+
 MASKED = -3e30
 """Log-feature of a key that must not be seen; below the scale of an empty state."""
 
@@ -60,6 +63,7 @@ class Program:
       chunk: C.
       block: L, a multiple of C.
       interpret: run the kernels in the interpreter: False, True or ``pltpu.InterpretParams``.
+      decay: keys decay, see :mod:`.decay`.
     """
 
     causal: bool
@@ -79,6 +83,12 @@ class Program:
     chunk: int
     block: int
     interpret: Any = False
+    decay: bool = False
+
+    @property
+    def limit(self) -> float:
+        """The most by which a log-feature of a key may exceed the scale it is read on."""
+        return DECAYING_LIMIT if self.decay else LIMIT
 
     @property
     def operand(self) -> Any:
@@ -240,14 +250,30 @@ def through_features(program: Program, features: Array, x: Array | None, cotange
 
 
 def load_keys(
-    program: Program, operands: Any, h: Any, piece: slice, start: Array
+    program: Program,
+    operands: Any,
+    h: Any,
+    piece: slice,
+    start: Array,
+    shift: Array | None = None,
 ) -> tuple[Array, Array, Array | None]:
-    """Returns keys ``[D, C]``, values ``[V, C]`` and what is added to the keys' logs ``[C, 1]``."""
+    """Returns keys ``[D, C]``, values ``[V, C]`` and what is added to the keys' logs ``[C, 1]``.
+
+    Args:
+      program: choices.
+      operands: refs of a block.
+      h: the head.
+      piece: the chunk, in the block.
+      start: position of the block in the sequence.
+      shift: added to the logs of keys, ``[1, C]``; None for 0.
+    """
     key_log = None if operands.key_log is None else operands.key_log[h, :, piece]
     seen = seen_keys(program, key_log, columns(program, piece, start))
     # Whatever lies in padding, nan and inf included, must not reach a product.
     key = where(seen, operands.key[h, :, piece])
     value = where(seen, operands.value[h, :, piece])
+    if shift is not None:
+        key_log = shift if key_log is None else key_log + shift
     return key, value, key_constants(program, key, key_log, seen)
 
 
@@ -327,13 +353,13 @@ def inverse_slope(program: Program, denominator: Array) -> Array:
     return jnp.where(small, -slope, slope)
 
 
-def any_over(rows: Array) -> Array:
-    """Returns whether any number exceeds :data:`LIMIT`, a scalar."""
-    return jnp.max(rows) > LIMIT
+def any_over(program: Program, rows: Array) -> Array:
+    """Returns whether any number exceeds :attr:`Program.limit`, a scalar."""
+    return jnp.max(rows) > program.limit
 
 
 def first_over(program: Program, rows: list[Array], at_least: Array) -> Array:
-    """Returns the first position of a block whose number exceeds :data:`LIMIT`, or L.
+    """Returns the first position of a block whose number exceeds :attr:`Program.limit`, or L.
 
     Args:
       program: choices.
@@ -343,7 +369,7 @@ def first_over(program: Program, rows: list[Array], at_least: Array) -> Array:
     found = jnp.int32(program.block)
     for piece, row in zip(program.chunks(), rows, strict=True):
         at = jax.lax.broadcasted_iota(jnp.int32, row.shape, 0) + piece.start
-        over = (row > LIMIT) & (at >= at_least)
+        over = (row > program.limit) & (at >= at_least)
         found = jnp.minimum(found, jnp.min(jnp.where(over, at, program.block)))
     return found
 
