@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import re
-from collections.abc import Sequence
+import tokenize
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import gin
@@ -95,7 +97,9 @@ def configure(files: Sequence[str | Path] = (), bindings: Sequence[str] = ()) ->
     gin.parse_config(_DEFAULTS)
     for file in files:
         _parse_file(find_settings(file), ())
-    gin.parse_config_files_and_bindings([], [_renamed(line) for line in bindings])
+    renamed = [_renamed(line) for line in bindings]
+    with _unfinished_text_as_syntax_error(None, "\n".join(renamed)):
+        gin.parse_config_files_and_bindings([], renamed)
     _check_numbers()
 
 
@@ -170,9 +174,33 @@ def _parse_file(path: Path, includers: tuple[Path, ...]) -> None:
 
 def _parse_part(path: Path, lines: list[str], begin: int, end: int) -> None:
     # gin names the file and the line of an error: empty lines keep the count right.
-    part = io.StringIO("\n" * begin + _renamed("".join(lines[begin:end])))
+    text = "\n" * begin + _renamed("".join(lines[begin:end]))
+    part = io.StringIO(text)
     part.name = str(path)  # pyright: ignore[reportAttributeAccessIssue]
-    gin.parse_config(part)
+    with _unfinished_text_as_syntax_error(str(path), text):
+        gin.parse_config(part)
+
+
+@contextlib.contextmanager
+def _unfinished_text_as_syntax_error(name: str | None, text: str) -> Iterator[None]:
+    """Raises SyntaxError, which names the line, where Python's tokenizer raises TokenError.
+
+    gin lets that through for an open bracket and, from Python 3.12 on, for an open quote.
+
+    Args:
+      name: of the file, or None.
+      text: what is parsed.
+    """
+    try:
+        yield
+    except tokenize.TokenError as error:
+        message, (line, column) = error.args
+        lines = text.splitlines()
+        line = min(line, len(lines))
+        raise SyntaxError(
+            f"Unable to parse value: {message}. Close quotes and brackets.",
+            (name, line, column, lines[line - 1]),
+        ) from None
 
 
 def _renamed(text: str) -> str:

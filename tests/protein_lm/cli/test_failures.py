@@ -16,6 +16,7 @@ from fast_attention.protein_lm.training import train
     [
         ("\nFlaxModel.num_layers == 2\n", r"a\.gin, line 2: .*NAME\.PARAMETER = VALUE.*=="),
         ("FlaxModel.num_layers = 'a\n", r"a\.gin, line 1: Unable to parse value"),
+        ("\nFlaxModel.num_layers = (1,\n", r"a\.gin, line [23]: Unable to parse value.*brackets"),
         ("\nexperimnt.max_train_steps = 5", r"'experimnt'.*a\.gin\", line 2: experimnt\.max"),
         ("experiment.foo = 1", r"named 'foo'. In .*a\.gin\", line 1: experiment\.foo = 1"),
         ("FlaxModel.attention_fn = @slow()", r"'@slow\(\)'.*a\.gin\", line 1"),
