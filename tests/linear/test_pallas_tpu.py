@@ -68,11 +68,13 @@ def with_everything(feature_map, smooth):
     return smooth, {"key_mask": visible, "initial_state": state}
 
 
-def check(smooth, fixed, tolerance, *, feature_map, chunk_size=C, **options):
+def check(
+    smooth, fixed, tolerance, *, feature_map, chunk_size=C, implementation=KERNELS, **options
+):
     """Compares outputs, final sums and all gradients with the definition in float64."""
     run = functools.partial(cases.gradients, feature_map=feature_map, **options)
-    kernels = functools.partial(run, implementation=KERNELS, chunk_size=chunk_size)
-    actual = cases.compiled(kernels)(smooth, fixed)
+    tried = functools.partial(run, implementation=implementation, chunk_size=chunk_size)
+    actual = cases.compiled(tried)(smooth, fixed)
     for gradient, x in zip(*map(jax.tree.leaves, (actual[1], smooth)), strict=True):
         assert gradient.dtype == x.dtype
     with jax.enable_x64(True):
