@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -246,20 +247,21 @@ def main() -> None:
         _write_program(Case(**json.loads(case)), folder)
         return
     results = []
-    for chip in options.chips:
-        for measure in options.measures or (FORWARD, BACKWARD):
-            for causal in (True, False):
-                case = Case(
-                    chip,
-                    causal,
-                    measure,
-                    length=options.length,
-                    width=options.width,
-                    features=options.features,
-                    implementation=options.implementation,
-                )
-                results.append((case, estimate(case)))
-                print(table(results[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
+    measures = options.measures or (FORWARD, BACKWARD)
+    choices = itertools.product(options.chips, measures, (True, False), options.chunks)
+    for chip, measure, causal, chunk in choices:
+        case = Case(
+            chip,
+            causal,
+            measure,
+            length=options.length,
+            width=options.width,
+            features=options.features,
+            implementation=options.implementation,
+            chunk=chunk,
+        )
+        results.append((case, estimate(case)))
+        print(table(results[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
     print(table(results))
 
 
