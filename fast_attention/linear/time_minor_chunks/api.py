@@ -3,7 +3,7 @@
 The chunked form of :mod:`fast_attention.linear.chunked` with other operands: ``[B, H, D, T]``, the
 layout that XLA gives ``[B, T, H, D]`` on a TPU for D below 128, chunks of whole lanes, and one
 scale that serves until a key exceeds it by 2^80. Gradients are those of
-:mod:`fast_attention.linear.chunked`, which computes the forward pass again for them.
+:mod:`fast_attention.linear.chunked`; causal attention computes the forward pass again for them.
 
 References: arXiv:2009.14794 (FAVOR+); the chunked form is that of Hua et al., "Transformer Quality
 in Linear Time", arXiv:2202.10447, section 3.
@@ -79,21 +79,24 @@ def forward(plan: Plan, inputs: Inputs, *, save: bool) -> tuple[Any, Any]:
     del save
     passes = causal if plan.causal else bidirectional
     out, state = passes.forward(plan, inputs)
-    return (out, state), (inputs, out, state.log_scale)
+    return (out, state), (inputs, out, state)
 
 
 def backward(plan: Plan, residuals: Any, cotangents: Any) -> Inputs:
     """Returns the gradient of every float array in the inputs."""
-    inputs, _, scale = residuals
-    (_, state), again = chunked.forward(plan, inputs, save=True)
+    inputs, out, state = residuals
+    if not plan.causal:
+        # The final state is all that its queries and keys need.
+        return chunked.backward(plan, (inputs, out, state, (None, None)), cotangents)
+    (_, again), residuals = chunked.forward(plan, inputs, save=True)
     d_out, d_state = cotangents
-    if plan.complete and scale is not None:
+    if plan.complete and state.log_scale is not None:
         # The same sums in other units. Else nothing reads the state, nor the first forward pass.
-        factor = jnp.exp(state.log_scale - scale)
+        factor = jnp.exp(again.log_scale - state.log_scale)
         d_state = d_state._replace(
             kv=d_state.kv * factor[..., None, :], k_sum=d_state.k_sum * factor
         )
-    return chunked.backward(plan, again, (d_out, d_state))
+    return chunked.backward(plan, residuals, (d_out, d_state))
 
 
 _attend.defvjp(
