@@ -45,6 +45,22 @@ def test_with_everything_at_once(feature_map, dtype, causal):
     check(smooth, fixed, tolerance, feature_map=feature_map, causal=causal, implementation=LANES)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_widths_of_whole_lanes(causal):
+    """Such heads have their width in lanes outside the chunks."""
+    shapes = {"query": (1, 11, 2, 128), "key": (1, 11, 1, 128), "value": (1, 11, 1, 128)}
+    inputs = {
+        name: jnp.asarray(cases.draw((i,), *shape, scale=0.3), jnp.float32)
+        for i, (name, shape) in enumerate(shapes.items())
+    }
+    inputs["parameters"] = MAP.init(jax.random.key(0), 128)
+    attend = functools.partial(cases.attend, feature_map=MAP, causal=causal, chunk_size=4)
+    out, expected = cases.compiled(
+        lambda inputs: [attend(**inputs, implementation=name) for name in (LANES, "chunked")]
+    )(inputs)
+    cases.assert_close(out, expected, 1e-5)
+
+
 def test_trained_features_in_bfloat16():
     feature_map = TunedFeatures("wderf_s", M, both_signs=True, trained=True)
     inputs = arguments(feature_map, 19, dtype=jnp.bfloat16)

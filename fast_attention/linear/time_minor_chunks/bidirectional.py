@@ -27,8 +27,8 @@ from fast_attention.linear.time_minor_chunks.chunk import (
     finished,
     first_state,
     last_state,
-    load,
     load_keys,
+    load_queries,
     of_heads,
     query_features,
     varying,
@@ -64,12 +64,13 @@ def forward(plan: Plan, inputs: Inputs) -> Any:
     state, _ = scan_chunks(absorb, state, keys_length, min(size, keys_length), unroll)
 
     def read(out, start, size):
-        queries = query_features(call, load(call.query, start, size), state.scale)
-        return write(plan, out, call.product("bkvm,bkgqm->bkgvq", state.rows, queries), start), None
+        queries = query_features(call, load_queries(call, start, size), state.scale)
+        rows = call.product("bkvm,bkgqm->bkgvq", state.rows, queries)
+        return write(call, plan, out, rows, start), None
 
-    out = varying(inputs, empty_output(inputs, inputs.query))
+    out = varying(inputs, empty_output(inputs))
     out, _ = scan_chunks(read, out, queries_length, min(size, queries_length), unroll)
-    return finished(out), last_state(call, state, inputs)
+    return finished(call, out), last_state(call, state, inputs)
 
 
 def _raised(call: Call, keys: Keys, before: State, over: Array, after: State) -> State:

@@ -36,8 +36,8 @@ from fast_attention.linear.time_minor_chunks.chunk import (
     finished,
     first_state,
     last_state,
-    load,
     load_keys,
+    load_queries,
     normalised,
     of_heads,
     query_features,
@@ -56,7 +56,7 @@ def forward(plan: Plan, inputs: Inputs) -> Any:
 
     def chunk(carry, start, size):
         state, out = carry
-        query, keys = load(call.query, start, size), load_keys(call, start, size)
+        query, keys = load_queries(call, start, size), load_keys(call, start, size)
         before = with_first_scale(call, state, keys)
         read = _attend(call, query, keys, before)
         rows, after = read.rows, State(read.after, before.scale)
@@ -67,11 +67,11 @@ def forward(plan: Plan, inputs: Inputs) -> Any:
                 lambda: _attend_on_rising_scales(call, query, keys, before, over, rows, after),
                 lambda: (rows, after),
             )
-        return (after, write(plan, out, rows, start)), None
+        return (after, write(call, plan, out, rows, start)), None
 
-    carry = varying(inputs, (first_state(call, inputs), empty_output(inputs, inputs.query)))
+    carry = varying(inputs, (first_state(call, inputs), empty_output(inputs)))
     (state, out), _ = scan_chunks(chunk, carry, length, min(size, length), unroll)
-    return finished(out), last_state(call, state, inputs)
+    return finished(call, out), last_state(call, state, inputs)
 
 
 class _Read(NamedTuple):

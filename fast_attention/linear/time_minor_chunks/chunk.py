@@ -24,6 +24,8 @@ from fast_attention.linear.state import EMPTY_LOG_SCALE, LinearAttentionState
 from fast_attention.linear.time_minor_chunks.features import FeatureFunctions, feature_functions
 from fast_attention.linear.types import Inputs, Plan, safe_inverse
 
+LANES = 128
+
 EXTRA = 16
 """Rows of ones below values: a tile of bfloat16."""
 
@@ -48,6 +50,25 @@ class State(NamedTuple):
     scale: Array | None
 
 
+class Operand(NamedTuple):
+    """Queries, keys, values or outputs, in the order of axes of their layout on a TPU.
+
+    Attributes:
+      array: ``[B, H, D, T]``, or ``[B, T, H, D]`` if D fills whole lanes.
+      time_last: which of the two.
+    """
+
+    array: Array
+    time_last: bool
+
+
+def operand(x: Array) -> Operand:
+    """Returns ``[B, T, H, D]`` as an operand."""
+    if x.shape[-1] % LANES == 0:
+        return Operand(x, False)
+    return Operand(jnp.transpose(x, (0, 2, 3, 1)), True)
+
+
 class Call(NamedTuple):
     """One call in the layout of this package.
 
@@ -55,9 +76,10 @@ class Call(NamedTuple):
       features: of queries and keys.
       low: products take bfloat16 operands.
       precision: of the others.
-      query: ``[B, K, G, D, T]``, without the axis G if it is 1.
-      key: ``[B, K, D, S]``.
-      value: ``[B, K, V, S]``.
+      query: of H heads.
+      key: of K heads.
+      value: of K heads.
+      groups: G.
       key_mask: bool ``[B, K or 1, S]``, or None.
       key_bias: ``[B, K or 1, S]``, or None.
     """
@@ -65,15 +87,16 @@ class Call(NamedTuple):
     features: FeatureFunctions
     low: bool
     precision: Any
-    query: Array
-    key: Array
-    value: Array
+    query: Operand
+    key: Operand
+    value: Operand
+    groups: int
     key_mask: Array | None
     key_bias: Array | None
 
     def product(self, subscripts: str, left: Array, right: Array) -> Array:
         """Returns a product in float32; ``g`` in the subscripts is the axis G if there is one."""
-        if self.query.ndim == 4:
+        if self.groups == 1:
             subscripts = subscripts.replace("g", "")
         kind = jnp.bfloat16 if self.low else jnp.float32
         return jnp.einsum(
@@ -93,18 +116,14 @@ def call_of(plan: Plan, inputs: Inputs) -> Call:
     """Brings the arrays of a call to the layout."""
     default = plan.precision in (None, "default", lax.Precision.DEFAULT)
     low = default and inputs.query.dtype == jnp.bfloat16
-    batch, length, heads, width = inputs.query.shape
-    kv_heads = inputs.key.shape[2]
-    query = jnp.transpose(inputs.query, (0, 2, 3, 1))
-    if heads != kv_heads:
-        query = query.reshape(batch, kv_heads, heads // kv_heads, width, length)
     return Call(
         features=feature_functions(plan, inputs, low=low),
         low=low,
         precision=lax.Precision.HIGHEST if default else plan.precision,
-        query=query,
-        key=jnp.transpose(inputs.key, (0, 2, 3, 1)),
-        value=jnp.transpose(inputs.value, (0, 2, 3, 1)),
+        query=operand(inputs.query),
+        key=operand(inputs.key),
+        value=operand(inputs.value),
+        groups=inputs.query.shape[2] // inputs.key.shape[2],
         key_mask=None if inputs.key_mask is None else jnp.swapaxes(inputs.key_mask, 1, 2),
         key_bias=None if inputs.key_bias is None else jnp.swapaxes(inputs.key_bias, 1, 2),
     )
@@ -126,7 +145,24 @@ class Keys(NamedTuple):
     seen: Array | None
 
 
-def load(x: Array, start: Array | int, size: int) -> Array:
+def load(x: Operand, start: Array | int, size: int) -> Array:
+    """Returns positions ``[start, start + size)``, ``[B, H, D, C]``."""
+    if not x.time_last:
+        piece = lax.dynamic_slice_in_dim(x.array, start, size, axis=1)
+        return jnp.transpose(piece, (0, 2, 3, 1))
+    return _slice(x.array, start, size)
+
+
+def load_queries(call: Call, start: Array | int, size: int) -> Array:
+    """Returns a chunk of queries, ``[B, K, G, D, C]``, without the axis G if it is 1."""
+    query = load(call.query, start, size)
+    if call.groups == 1:
+        return query
+    batch, heads, width, size = query.shape
+    return query.reshape(batch, heads // call.groups, call.groups, width, size)
+
+
+def _slice(x: Array, start: Array | int, size: int) -> Array:
     """Returns ``[start, start + size)`` of the last axis of ``[B, ..., T]``.
 
     The axes between are one while it is cut: else XLA moves the width behind time in the whole
@@ -140,12 +176,12 @@ def load(x: Array, start: Array | int, size: int) -> Array:
 def load_keys(call: Call, start: Array | int, size: int) -> Keys:
     """Returns a chunk of keys."""
     key, value = load(call.key, start, size), load(call.value, start, size)
-    seen = None if call.key_mask is None else load(call.key_mask, start, size)
+    seen = None if call.key_mask is None else _slice(call.key_mask, start, size)
     if seen is not None:
         # Whatever lies in padding, nan and inf included, must not reach a product.
         key = jnp.where(seen[:, :, None], key, 0)
         value = jnp.where(seen[:, :, None], value, 0)
-    bias = None if call.key_bias is None else load(call.key_bias, start, size)
+    bias = None if call.key_bias is None else _slice(call.key_bias, start, size)
     value = jnp.pad(value, ((0, 0), (0, 0), (0, EXTRA), (0, 0)), constant_values=1)
     return Keys(key, value, None if bias is None else bias.astype(jnp.float32), seen)
 
@@ -248,24 +284,30 @@ def _(axis_size: int, in_batched: Any, condition: Array) -> Any:
     return anywhere(condition), False
 
 
-def empty_output(inputs: Inputs, like: Any) -> Array:
-    """Returns the buffer of outputs, ``[B, H, V, T]``."""
+def empty_output(inputs: Inputs) -> Array:
+    """Returns the buffer of outputs, the array of an :class:`Operand`."""
     batch, length, heads, _ = inputs.query.shape
+    value_dim = inputs.value.shape[-1]
     dtype = jnp.result_type(inputs.query, inputs.key, inputs.value)
-    return vary_alike(lax.empty((batch, heads, inputs.value.shape[-1], length), dtype), like)
+    if value_dim % LANES == 0:
+        return lax.empty((batch, length, heads, value_dim), dtype)
+    return lax.empty((batch, heads, value_dim, length), dtype)
 
 
-def write(plan: Plan, out: Array, rows: Array, start: Array | int) -> Array:
+def write(call: Call, plan: Plan, out: Array, rows: Array, start: Array | int) -> Array:
     """Divides rows ``[B, K, G, V + 16, C]`` by their last ones and writes them at ``start``."""
-    value_dim = out.shape[2]
-    rows = rows.reshape(*out.shape[:2], *rows.shape[-2:])
+    value_dim = rows.shape[-2] - EXTRA
+    rows = rows.reshape(rows.shape[0], -1, *rows.shape[-2:])
     new = rows[:, :, :value_dim] * safe_inverse(rows[:, :, value_dim], plan.epsilon)[:, :, None]
-    return lax.dynamic_update_slice_in_dim(out, new.astype(out.dtype), start, axis=-1)
+    new = new.astype(out.dtype)
+    if call.value.time_last:
+        return lax.dynamic_update_slice_in_dim(out, new, start, axis=-1)
+    return lax.dynamic_update_slice_in_dim(out, jnp.transpose(new, (0, 3, 1, 2)), start, axis=1)
 
 
-def finished(out: Array) -> Array:
+def finished(call: Call, out: Array) -> Array:
     """Returns ``[B, T, H, V]`` of the buffer."""
-    return jnp.transpose(out, (0, 3, 1, 2))
+    return jnp.transpose(out, (0, 3, 1, 2)) if call.value.time_last else out
 
 
 def varying(inputs: Inputs, tree: Any) -> Any:
