@@ -1,7 +1,8 @@
 """What both directions share: chunks, products, states and their scale.
 
-Operands and outputs have positions in the last axis, ``[B, H, D, T]``: XLA lays ``[B, T, H, D]``
-out like this on a TPU for D below 128, so that moving the axis costs nothing. The rows of a state
+Chunks have positions in the last axis, ``[B, H, D, C]``, as XLA lays ``[B, T, H, D]`` out on a TPU
+for D below 128, so that moving the axis costs nothing. Heads of whole lanes keep their order of
+axes outside the chunks (:class:`Operand`). The rows of a state
 below its values are the sums of features: values get rows of ones, and one product makes numerators
 and denominators.
 
@@ -25,6 +26,7 @@ from fast_attention.linear.time_minor_chunks.features import FeatureFunctions, f
 from fast_attention.linear.types import Inputs, Plan, safe_inverse
 
 LANES = 128
+"""Numbers in a row of a TPU's registers."""
 
 EXTRA = 16
 """Rows of ones below values: a tile of bfloat16."""
