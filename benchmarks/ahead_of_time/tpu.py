@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -194,7 +195,8 @@ def _profile(folder: Path) -> dict[str, int]:
 def _cycles(program: str, profile: dict[str, int]) -> int:
     """Adds the cycles of all operations, those of loops times their trips.
 
-    Operations without a profile count with what XLA's cost model says of them.
+    Operations without a profile count with what XLA's cost model says of them. Branches of
+    conditionals, which serve rare values, do not count.
     """
     bodies: dict[str, list[str]] = {}
     lines: list[str] = []
@@ -217,9 +219,18 @@ def _cycles(program: str, profile: dict[str, int]) -> int:
             result += profile.get(name.group(1), int(guess.group(1)) if guess else 0)
             loop = re.search(r" while\(.*body=%?([\w.\-]+)", line)
             if loop:
-                trips = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', line)
-                result += total(loop.group(1)) * (int(trips.group(1)) if trips else 1)
+                result += total(loop.group(1)) * rounds(line)
         return result
+
+    def rounds(line: str) -> int:
+        known = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', line)
+        if known:
+            return int(known.group(1))
+        # Else what the condition compares the counter with, if it has one.
+        condition = re.search(r"condition=%?([\w.\-]+)", line)
+        lines = bodies.get(condition.group(1), []) if condition else []
+        limits = [re.search(r"s32\[\]\S* constant\((\d+)\)", x) for x in lines]
+        return max([1, *(int(x.group(1)) for x in limits if x)])
 
     return total(entry)
 
@@ -256,21 +267,23 @@ def main() -> None:
         _write_program(Case(**json.loads(case)), folder)
         return
     results = []
-    for chip in options.chips:
-        for measure in options.measures or (FORWARD, BACKWARD):
-            for causal in (True,) if options.decay else (True, False):
-                case = Case(
-                    chip,
-                    causal,
-                    measure,
-                    length=options.length,
-                    width=options.width,
-                    features=options.features,
-                    implementation=options.implementation,
-                    decay=options.decay,
-                )
-                results.append((case, estimate(case)))
-                print(table(results[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
+    measures = options.measures or (FORWARD, BACKWARD)
+    directions = (True,) if options.decay else (True, False)
+    choices = itertools.product(options.chips, measures, directions, options.chunks)
+    for chip, measure, causal, chunk in choices:
+        case = Case(
+            chip,
+            causal,
+            measure,
+            length=options.length,
+            width=options.width,
+            features=options.features,
+            implementation=options.implementation,
+            chunk=chunk,
+            decay=options.decay,
+        )
+        results.append((case, estimate(case)))
+        print(table(results[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
     print(table(results))
 
 

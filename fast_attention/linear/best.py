@@ -1,10 +1,12 @@
 """The implementation ``"by_platform"``: what serves a call where the program runs.
 
 - A CPU: chunks on XLA.
-- A TPU: Pallas kernels in programs for one device, for the calls that they serve; else chunks.
+- A TPU: Pallas kernels in programs for one device, for the calls that they serve; else chunks, with
+  positions in lanes for the calls that this form serves.
 - A GPU: chunks in parallel (causal attention); else chunks.
 
-Chunks are those of the platform's rows, or of the kind of device if it is known.
+``"chunked"`` is the same without kernels and without chunks in parallel. Chunks are those of the
+platform's rows, or of the kind of device if it is known.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from fast_attention.linear.pallas_tpu import api as pallas_tpu
 from fast_attention.linear.parallel_chunks import api as parallel_chunks
 from fast_attention.linear.state import LinearAttentionState
 from fast_attention.linear.symbolic import is_symbolic
+from fast_attention.linear.time_minor_chunks import api as time_minor_chunks
 from fast_attention.linear.types import Inputs, Parts, Plan
 
 Attend = Callable[[Inputs], tuple[Array | Parts, LinearAttentionState]]
@@ -46,7 +49,14 @@ def attend(plan: Plan, inputs: Inputs) -> tuple[Array | Parts, LinearAttentionSt
     """
     if has_symbolic_sizes(inputs):
         return chunked.attend(plan, inputs)
-    return _attend(plan, inputs)
+    return _attend(True, plan, inputs)
+
+
+def attend_in_chunks(plan: Plan, inputs: Inputs) -> tuple[Array | Parts, LinearAttentionState]:
+    """Computes the same as :func:`attend` in chunks, one after the other, on every platform."""
+    if has_symbolic_sizes(inputs):
+        return chunked.attend(plan, inputs)
+    return _attend(False, plan, inputs)
 
 
 def has_symbolic_sizes(inputs: Inputs) -> bool:
@@ -54,16 +64,24 @@ def has_symbolic_sizes(inputs: Inputs) -> bool:
     return any(is_symbolic(n) for x in inputs[:3] for n in x.shape)
 
 
-def plan_on(plan: Plan, platform: str) -> Plan:
+def plan_on(plan: Plan, platform: str, *, every: bool = True) -> Plan:
     """Returns a plan with a kind of device of a platform, or with the platform.
 
     A kind that the caller named counts in programs for its platform, and that of this process's
-    devices in programs for theirs.
+    devices in programs for theirs. Without ``every``, for "chunked", a kind that the caller named
+    counts in all programs.
     """
+    if not every and plan.device_kind is not None:
+        return plan
     for kind in (plan.device_kind, device_of_process()):
         if kind is not None and _platform(kind) == platform:
             return dataclasses.replace(plan, device_kind=kind)
     return dataclasses.replace(plan, device_kind=platform)
+
+
+def in_lanes(plan: Plan, inputs: Inputs) -> bool:
+    """Whether a TPU computes a call without kernels in chunks whose positions lie in lanes."""
+    return time_minor_chunks.why_not(plan, inputs) is None
 
 
 def in_parallel(plan: Plan, inputs: Inputs) -> bool:
@@ -83,36 +101,43 @@ def _home() -> str:
     return _platform(device_of_process()) or "cpu"
 
 
-def _on_xla(plan: Plan, inputs: Inputs, platform: str) -> tuple[Any, Plan]:
+def _on_xla(every: bool, plan: Plan, inputs: Inputs, platform: str) -> tuple[Any, Plan]:
     """Returns the module that serves a call without kernels, and its plan."""
-    module = parallel_chunks if platform == "gpu" and in_parallel(plan, inputs) else chunked
-    return module, plan_on(plan, platform)
+    module = chunked
+    if platform == "tpu" and in_lanes(plan, inputs):
+        module = time_minor_chunks
+    elif every and platform == "gpu" and in_parallel(plan, inputs):
+        module = parallel_chunks
+    return module, plan_on(plan, platform, every=every)
 
 
-def _forms(plan: Plan, inputs: Inputs) -> dict[str, Attend]:
+def _forms(every: bool, plan: Plan, inputs: Inputs) -> dict[str, Attend]:
     """Returns what is not computed as at home, by the name of a lowered platform."""
     forms: dict[str, Attend] = {}
-    module, there = _on_xla(plan, inputs, _home())
+    module, there = _on_xla(every, plan, inputs, _home())
     home = module, planned_chunk(there, inputs)
     for platform, names in LOWERED.items():
-        module, there = _on_xla(plan, inputs, platform)
+        module, there = _on_xla(every, plan, inputs, platform)
         if (module, planned_chunk(there, inputs)) != home:
             forms |= dict.fromkeys(names, functools.partial(module.attend, there))
-    if pallas_tpu.why_not(plan, inputs) is None:
+    if every and pallas_tpu.why_not(plan, inputs) is None:
         forms["tpu" + KERNELS] = functools.partial(pallas_tpu.attend, plan)
     return forms
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan: Plan, inputs: Inputs) -> Any:
-    module, there = _on_xla(plan, inputs, _home())
+# The first argument: whether kernels and chunks in parallel may serve the call.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(every: bool, plan: Plan, inputs: Inputs) -> Any:
+    module, there = _on_xla(every, plan, inputs, _home())
     return by_platform(
-        lambda inputs: module.forward(there, inputs, save=False)[0], _forms(plan, inputs), inputs
+        lambda inputs: module.forward(there, inputs, save=False)[0],
+        _forms(every, plan, inputs),
+        inputs,
     )
 
 
-def _forward(plan: Plan, inputs: Inputs) -> tuple[Any, Any]:
-    module, there = _on_xla(plan, inputs, _home())
+def _forward(every: bool, plan: Plan, inputs: Inputs) -> tuple[Any, Any]:
+    module, there = _on_xla(every, plan, inputs, _home())
 
     def save(inputs: Inputs) -> Any:
         result, (_, _, *kept) = module.forward(there, inputs, save=True)
@@ -128,13 +153,13 @@ def _forward(plan: Plan, inputs: Inputs) -> tuple[Any, Any]:
 
         return run
 
-    forms = {name: saves_nothing(form) for name, form in _forms(plan, inputs).items()}
+    forms = {name: saves_nothing(form) for name, form in _forms(every, plan, inputs).items()}
     result, kept = by_platform(save, forms, inputs)
     return result, (inputs, result[0], kept)
 
 
-def _backward(plan: Plan, residuals: Any, cotangents: Any) -> tuple[Inputs]:
-    module, there = _on_xla(plan, residuals[0], _home())
+def _backward(every: bool, plan: Plan, residuals: Any, cotangents: Any) -> tuple[Inputs]:
+    module, there = _on_xla(every, plan, residuals[0], _home())
 
     def at_home(inputs: Inputs, out: Any, kept: Any, cotangents: Any) -> Any:
         return module.backward(there, (inputs, out, *kept), cotangents)
@@ -146,7 +171,7 @@ def _backward(plan: Plan, residuals: Any, cotangents: Any) -> tuple[Inputs]:
 
         return pull_back
 
-    forms = {name: runs_again(form) for name, form in _forms(plan, residuals[0]).items()}
+    forms = {name: runs_again(form) for name, form in _forms(every, plan, residuals[0]).items()}
     return (by_platform(at_home, forms, *residuals, cotangents),)
 
 

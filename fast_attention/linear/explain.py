@@ -12,6 +12,7 @@ from fast_attention.linear import best
 from fast_attention.linear.chunked.chunk_choice import origin, planned_chunk, planned_row
 from fast_attention.linear.pallas_tpu import api as pallas_tpu
 from fast_attention.linear.parallel_chunks.block_sizes import block_sizes
+from fast_attention.linear.time_minor_chunks import api as time_minor_chunks
 from fast_attention.linear.types import Inputs, Plan
 
 _calls: contextvars.ContextVar[list[tuple[Plan, Inputs]] | None] = contextvars.ContextVar(
@@ -62,17 +63,20 @@ def _called(plan: Plan, inputs: Inputs) -> str:
 
 
 def _served(plan: Plan, inputs: Inputs, platform: str) -> str:
-    if plan.implementation == "chunked":
-        return f"chunked, as requested: {_chunks(plan, inputs)}"
-    if plan.implementation not in (None, "by_platform"):
+    requested = plan.implementation == "chunked"
+    if not requested and plan.implementation not in (None, "by_platform"):
         return f"{plan.implementation}, as asked for"
     if best.has_symbolic_sizes(inputs):
         return f"{_chunks(plan, inputs)}, because sizes are known only when the program runs"
-    there = best.plan_on(plan, platform)
-    if platform == "gpu" and best.in_parallel(plan, inputs):
+    there = best.plan_on(plan, platform, every=not requested)
+    if platform == "gpu" and not requested and best.in_parallel(plan, inputs):
         sizes = block_sizes(there, inputs)
         return f"chunks of {sizes.chunk} on XLA, those of {sizes.block} positions in parallel"
     chunks = _chunks(there, inputs)
+    if platform == "tpu":
+        chunks = f"{chunks}{_layout(plan, inputs)}"
+    if requested:
+        return f"chunked, as requested: {chunks}"
     if plan.axis_name is not None:
         return f"{chunks}, because the sequence is sharded along {plan.axis_name}"
     if platform != "tpu":
@@ -91,3 +95,10 @@ def _chunks(plan: Plan, inputs: Inputs) -> str:
     row = planned_row(plan, inputs)
     asked = "as asked for" if plan.chunk_size else f"from the table: {origin(row)}"
     return f"chunks of {chunk} on XLA ({asked})"
+
+
+def _layout(plan: Plan, inputs: Inputs) -> str:
+    reason = time_minor_chunks.why_not(plan, inputs)
+    if reason is None:
+        return " with positions in lanes"
+    return f" in the form for CPUs ({reason.rstrip('.')})"

@@ -12,13 +12,14 @@ from fast_attention.linear.pallas_tpu import api as pallas_tpu
 from fast_attention.linear.parallel_chunks import api as parallel_chunks
 from fast_attention.linear.segments import attend_within_segments
 from fast_attention.linear.state import LinearAttentionState
+from fast_attention.linear.time_minor_chunks import api as time_minor_chunks
 from fast_attention.linear.types import Inputs, Plan
 
 Implementation = Callable[[Plan, Inputs], Any]
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "by_platform": best.attend,
-    "chunked": chunked.attend,
+    "chunked": best.attend_in_chunks,
     "pallas_gpu": pallas_gpu.attend,
     "pallas_gpu_interpret": pallas_gpu.attend_interpreted,
     "parallel_chunks": parallel_chunks.attend,
@@ -26,12 +27,17 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "pallas_tpu_interpret": pallas_tpu.attend_interpreted,
     "quadratic": quadratic.attend,
     "reference": chunked.attend_plainly,
+    "time_minor_chunks": time_minor_chunks.attend,
 }
 """Implementations by name. One raises NotImplementedError for calls it cannot serve.
 
 ``"by_platform"``, the default, is the kernels of ``"pallas_tpu"`` in programs for one TPU and for
 calls that they serve, ``"parallel_chunks"`` in programs for GPUs where attention is causal, and
 ``"chunked"`` in all others.
+
+``"chunked"`` has chunk sizes of its own on each platform, and in programs for TPUs the form
+``"time_minor_chunks"``, positions in lanes, for the calls that this serves. By its own name that
+form runs on any platform.
 
 ``"reference"`` is the forward pass of ``"chunked"`` without a gradient of its own: JAX
 differentiates it in both modes, ``jax.jvp`` and ``jax.linearize`` included, in memory linear in the

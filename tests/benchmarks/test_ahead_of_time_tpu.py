@@ -40,13 +40,19 @@ def test_cycles_of_loops_count_once_a_trip():
   %add.1 = s32[] add(%p, %p), backend_config={"estimated_cycles":"7"}
 }
 
+%goes_on (p: s32[]) -> pred[] {
+  %limit = s32[]{:T(128)} constant(3)
+  ROOT %less = pred[] compare(%p, %limit), direction=LT
+}
+
 ENTRY %main (x: s32[]) -> s32[] {
   %kernel.1 = s32[] custom-call(%x), custom_call_target="tpu_custom_call"
   %loop = s32[] while(%x), body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %other = s32[] while(%x), condition=%goes_on, body=%body
 }
 """
-    assert ahead_of_time._cycles(program, {"kernel.1": 100}) == 100 + 5 * 7
-    assert ahead_of_time._cycles(program, {"kernel.1": 100, "add.1": 2}) == 110
+    assert ahead_of_time._cycles(program, {"kernel.1": 100}) == 100 + (5 + 3) * 7
+    assert ahead_of_time._cycles(program, {"kernel.1": 100, "add.1": 2}) == 116
 
 
 def test_roofline_of_the_standard_case():

@@ -78,6 +78,20 @@ def test_the_devices_of_the_process_do_not_choose(causal, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, differentiated(inputs), expected)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("options", [{"implementation": "chunked"}, {"saved_states": "all"}])
+def test_a_tpu_takes_chunks_in_lanes(causal, options):
+    """If chunks are asked for, and where a kernel does not serve the call."""
+
+    def forward(platform, **more):
+        function = attention(unidirectional=causal, **{**options, **more})
+        traced = jax.jit(function).trace(LIKE, LIKE, LIKE)
+        return operations(traced.lower(lowering_platforms=(platform,)).as_text())
+
+    expected = forward("tpu", implementation="time_minor_chunks")
+    assert forward("tpu") == expected != forward("cpu")
+
+
 def test_what_the_kernels_do_not_serve_is_computed_in_chunks():
     text = lowered(attention(renormalize_attention=False), "tpu")
     assert "tpu_custom_call" not in text and "stablehlo.while" in text
@@ -112,7 +126,8 @@ def test_forms_without_kernels_agree_with_chunks_of_a_cpu(causal, monkeypatch):
     def run(inputs):
         def loss(smooth):
             inexact = smooth._replace(key_mask=inputs.key_mask, segment_ids=ids)
-            result = best.attend(plan, inexact)
+            out, state = best.attend(plan, inexact)
+            result = out, *cases.true_state(state)
             return cases.weighted_sum(result), result
 
         smooth = inputs._replace(key_mask=None, segment_ids=None)
@@ -164,7 +179,10 @@ def test_an_operation_is_its_default_under_every_transformation():
     [
         ("tpu", {}, "TPU kernels, chunks of 128 in blocks of 128"),
         ("tpu", {"renormalize_attention": False}, "because: .*output='sum'"),
-        ("tpu", {"implementation": "chunked"}, "chunked, as requested"),
+        ("tpu", {"implementation": "chunked"}, "chunked, as requested.*256.* positions in lanes$"),
+        ("tpu", {"saved_states": "all"}, "positions in lanes, because: .*saved_states='all'"),
+        ("tpu", {"renormalize_attention": False}, "in the form for CPUs .*output='sum'.*because"),
+        ("gpu", {"implementation": "chunked"}, "chunked, as requested: .* guess for gpu.$"),
         ("gpu", {}, "chunks of 40 on XLA, those of 40 positions in parallel"),
         ("gpu", {"saved_states": "all"}, "chunks of 256 on XLA .from the table: guess for gpu."),
         ("cpu", {"chunk_size": 8}, "chunks of 8 on XLA .as asked for."),

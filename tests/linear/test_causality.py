@@ -35,6 +35,8 @@ generalized = functools.partial(
         (functools.partial(softmax, implementation="parallel_chunks"), jnp.float32, 1, 8),
         (functools.partial(softmax, implementation="parallel_chunks"), jnp.bfloat16, 4, 16),
         (functools.partial(generalized, implementation="parallel_chunks"), jnp.float32, 4, 18),
+        (functools.partial(softmax, implementation="time_minor_chunks"), jnp.bfloat16, 8, 18),
+        (functools.partial(generalized, implementation="time_minor_chunks"), jnp.float32, 4, 16),
         (functools.partial(softmax, implementation="pallas_tpu_interpret"), jnp.bfloat16, 8, 18),
         # The quadratic form has no chunks.
         (functools.partial(softmax, implementation="quadratic"), jnp.float32, None, 18),

@@ -72,6 +72,8 @@ def attend(implementation, causal, chunk=None):
         ("chunked", False, CHUNK),
         ("parallel_chunks", True, CHUNK),
         ("parallel_chunks", True, 1),
+        ("time_minor_chunks", True, CHUNK),
+        ("time_minor_chunks", False, CHUNK),
         ("quadratic", True, None),
         ("quadratic", False, None),
     ],
@@ -123,6 +125,7 @@ def test_denominators_are_at_least_one(causal, feature_map):
         ("chunked", jnp.float16, True),
         ("chunked", jnp.float16, False),
         ("parallel_chunks", jnp.bfloat16, True),
+        ("time_minor_chunks", jnp.bfloat16, True),
         ("quadratic", jnp.float16, True),
     ],
 )

@@ -24,6 +24,7 @@ VISIBLE = np.arange(T)[None] % 5 != 0
 BACK = np.arange(T)[:, None] - np.arange(T)
 
 TPU = {"implementation": "pallas_tpu_interpret"}
+LANES = {"implementation": "time_minor_chunks"}
 
 # Options of the call, who sees whom, and who is read exactly.
 KINDS = {
@@ -56,6 +57,12 @@ KINDS = {
         None,
     ),
     "TPU bidirectional": (TPU, BACK >= -T, None),
+    "causal mask, chunks in lanes": (
+        {"causal": True, "key_mask": VISIBLE, **LANES},
+        (BACK >= 0) & VISIBLE,
+        None,
+    ),
+    "chunks in lanes": (LANES, BACK >= -T, None),
     "near field": (
         {"causal": True, "exact_window": WINDOW},
         BACK >= 0,
@@ -207,7 +214,7 @@ def test_prefill_and_steps_are_the_whole(functions, window):
         cases.assert_close(np.concatenate(rows, axis=1), expected, 3e-4)
 
 
-@pytest.mark.parametrize("options", [{}, TPU], ids=["chunked", "TPU"])
+@pytest.mark.parametrize("options", [{}, TPU, LANES], ids=["chunked", "TPU", "chunks in lanes"])
 def test_past_is_bit_equal_where_later_keys_exceed_it(options):
     """The later key alone is beyond the range, so that nothing is added to its chunk without it."""
     function = cases.compiled(attend({"causal": True, **options}))

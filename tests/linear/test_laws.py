@@ -24,6 +24,8 @@ CALLS = [
         for name in MAPS
     ),
     ("chunked", True, ("positive", jnp.bfloat16)),
+    ("time_minor_chunks", True, ("positive", jnp.bfloat16)),
+    ("time_minor_chunks", False, ("relu", jnp.float32)),
     ("pallas_tpu_interpret", True, ("positive", jnp.float32)),
     ("pallas_tpu_interpret", False, ("relu", jnp.float32)),
 ]
@@ -203,7 +205,7 @@ def test_segments_are_separate_calls(causal, implementation):
         np.testing.assert_array_equal(np.asarray(changed)[:, : lengths[0]], out[:, : lengths[0]])
 
 
-@pytest.mark.parametrize("implementation", cases.IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [*cases.IMPLEMENTATIONS, "time_minor_chunks"])
 def test_under_every_transformation(implementation):
     """Vmap in remat in scan in grad in jit, with leak checks, against a plain loop."""
     q, k, v = cases.qkv(length=4)

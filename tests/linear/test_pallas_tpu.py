@@ -68,12 +68,14 @@ def with_everything(feature_map, smooth):
     return smooth, {"key_mask": visible, "initial_state": state}
 
 
-def check(smooth, fixed, tolerance, *, feature_map, chunk_size=C, **options):
+def check(
+    smooth, fixed, tolerance, *, feature_map, chunk_size=C, implementation=KERNELS, **options
+):
     """Compares outputs, final sums and all gradients with float64: the definition, or chunks."""
     expecting = "chunked" if "log_decay" in smooth else "quadratic"
     run = functools.partial(cases.gradients, feature_map=feature_map, **options)
-    kernels = functools.partial(run, implementation=KERNELS, chunk_size=chunk_size)
-    actual = cases.compiled(kernels)(smooth, fixed)
+    tried = functools.partial(run, implementation=implementation, chunk_size=chunk_size)
+    actual = cases.compiled(tried)(smooth, fixed)
     for gradient, x in zip(*map(jax.tree.leaves, (actual[1], smooth)), strict=True):
         assert gradient.dtype == x.dtype
     with jax.enable_x64(True):

@@ -112,6 +112,7 @@ def differentiated_whole(name):
     [
         *(("positive", kind) for kind in cases.IMPLEMENTATIONS),
         ("relu", "chunked"),
+        ("positive", "time_minor_chunks"),
     ],
 )
 def test_split_and_resumed_is_whole(name, implementation):

@@ -70,7 +70,14 @@ def forward(plan: Plan, inputs: Inputs, *, save: bool):
 
 
 def backward(plan: Plan, residuals: Any, cotangents: Any) -> Inputs:
-    """Returns the gradient of every float array in ``inputs``."""
+    """Returns the gradient of every float array in ``inputs``.
+
+    Args:
+      plan: static choices.
+      residuals: of :func:`forward`; what was kept of rows may be ``(None, None)``, to be computed
+        again.
+      cotangents: of its results.
+    """
     inputs, out, state, kept = residuals
     d_out, d_state = cotangents
     chunk, unroll = planned_chunk(plan, inputs)
@@ -81,9 +88,14 @@ def backward(plan: Plan, residuals: Any, cotangents: Any) -> Inputs:
     def read(carry, start, size, kept):
         d_kv, d_k_sum, grads = carry
         queries, pull_queries = query_features(plan, inputs, start, size)
-        read = read_state(state.log_scale, queries, kept.row_max)
+        if kept is None:
+            read = read_state(state.log_scale, queries)
+            denominator = sums("bkrm,bkm->bkr", read.features, state.k_sum)
+        else:
+            read = read_state(state.log_scale, queries, kept.row_max)
+            denominator = kept.denominator
         d_numerator, d_denominator = parts_gradient(
-            plan, inputs, kept.denominator, read.row_max, *outputs_in(grads), start, size
+            plan, inputs, denominator, read.row_max, *outputs_in(grads), start, size
         )
         # Numerator and denominator nearly cancel here: rounding one of them would show.
         d_features = einsum("bkrv,bkvm->bkrm", d_numerator, state.kv, rounded=False)

@@ -18,6 +18,8 @@ CHUNKS = {
     ("cpu", True, 128, 256): (128, 1, "measured"),
     ("gpu", False, 64, 256): (512, 1, "guess"),
     ("gpu", True, 64, 256): (256, 1, "guess"),
+    ("tpu", False, 64, 256): (512, 1, "estimated"),
+    ("tpu", True, 64, 256): (256, 1, "estimated"),
 }
 
 ORIGINS = {
@@ -25,5 +27,10 @@ ORIGINS = {
         "python -m benchmarks.chunk_sizes --length=4096",
         "AMD EPYC, 1 core(s), jax 0.10.2",
         "2026-11-22 07:42 UTC",
+    ),
+    ("tpu", "estimated"): (
+        "python -m benchmarks.ahead_of_time.tpu --implementation=chunked",
+        "libtpu 0.0.50.1 for TPU v5e, jax 0.12.0.1",
+        "2026-11-30",
     ),
 }
