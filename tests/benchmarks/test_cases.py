@@ -67,6 +67,7 @@ REFERENCES = {
     "favor-reference": favor_reference,
     "favor-pallas_gpu": favor_reference,
     "favor-parallel_chunks": favor_reference,
+    "favor-time_minor_chunks": favor_reference,
     "relu": relu_reference,
     "per-token": favor_reference,
     "whole-sequence": favor_reference,
