@@ -51,7 +51,6 @@ def transfer(
     window: int | None,
     steps: int,
     seed: int,
-    rate: float | None = None,
 ) -> Errors:
     """Trains the features of every head on the first half of a text.
 
@@ -60,9 +59,8 @@ def transfer(
       data: queries, keys and values ``[L, H, D]``.
       features: M.
       window: exact weights for keys at a distance below this; None for none.
-      steps: of Adam, the rate falling to 0 as a cosine.
+      steps: of Adam; the rate decreases to 0 as a cosine.
       seed: of the random features.
-      rate: of Adam; by default that of :data:`RATES`.
     """
     attention = make_fast_softmax_attention(
         nb_features=features,
@@ -80,7 +78,7 @@ def transfer(
         initial = calibrate(attention, known[0], known[1], projection=drawn)
     else:
         initial = jax.tree.map(lambda x: jnp.broadcast_to(x, (heads, *x.shape)), drawn)
-    rate = RATES[estimator] if rate is None else rate
+    rate = RATES[estimator]
     final = _train(attention, initial, known, steps, rate) if rate else initial
     judge = jax.jit(lambda parameters, text: jnp.sqrt(_squares(attention, parameters, text)))
     return Errors(

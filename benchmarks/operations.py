@@ -1,11 +1,10 @@
-"""Where the time of a call goes on a CPU: ``python -m benchmarks.operations``.
+"""Time of each kind of operation in a call on a CPU: ``python -m benchmarks.operations``.
 
-JAX's profiler records when each operation of a compiled program runs. The program's text says what
-an operation computes. The table adds up the times by kind, and compares products of matrices with
-the same number of floating-point operations in the largest products of the program: the floor of
-:mod:`benchmarks.targets` is four of them.
+JAX's profiler records when each operation of a compiled program runs, and the text of the program
+shows what each operation computes. The table adds the times of operations of the same kind. Large
+products are counted by themselves, because the floor of :mod:`benchmarks.targets` is four of them.
 
-The process keeps to one core, as those of the other benchmarks do.
+The process uses one core, like those of the other benchmarks.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import math
 import re
 import statistics
 import sys
@@ -162,13 +162,13 @@ def _product_size(dot: re.Match[str], around: Sequence[re.Match[str]]) -> tuple[
         for what in ("batch", "contracting")
     }
     free = [
-        _volume(n for axis, n in enumerate(shape) if axis not in used)
+        math.prod(n for axis, n in enumerate(shape) if axis not in used)
         for shape, used in (
             (left, axes["lhs", "batch"] | axes["lhs", "contracting"]),
             (right, axes["rhs", "batch"] | axes["rhs", "contracting"]),
         )
     ]
-    shared = _volume(left[a] for a in axes["lhs", "batch"] | axes["lhs", "contracting"])
+    shared = math.prod(left[a] for a in axes["lhs", "batch"] | axes["lhs", "contracting"])
     return 2 * shared * free[0] * free[1], 1 in free
 
 
@@ -181,13 +181,6 @@ def _dimensions(kind: str) -> list[int]:
 def _axes(attributes: str, name: str) -> set[int]:
     found = re.search(rf"\b{name}=\{{([\d,]*)\}}", attributes)
     return {int(n) for n in found[1].split(",")} if found else set()
-
-
-def _volume(sizes: Any) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total
 
 
 def measure(function: Callable[..., Any], arrays: Sequence[Any], calls: int) -> dict[str, Share]:

@@ -195,8 +195,8 @@ def _profile(folder: Path) -> dict[str, int]:
 def _cycles(program: str, profile: dict[str, int]) -> int:
     """Adds the cycles of all operations, those of loops times their trips.
 
-    Operations without a profile count with what XLA's cost model says of them. Branches of
-    conditionals, which serve rare values, do not count.
+    For operations that the profile lacks, the estimate of XLA's cost model is added. Branches of
+    conditionals are not counted: they are for rare values.
     """
     bodies: dict[str, list[str]] = {}
     lines: list[str] = []

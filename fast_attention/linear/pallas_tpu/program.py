@@ -87,7 +87,7 @@ class Program:
 
     @property
     def limit(self) -> float:
-        """The most by which a log-feature of a key may exceed the scale it is read on."""
+        """Upper bound of a log-feature of a key, relative to its scale."""
         return DECAYING_LIMIT if self.decay else LIMIT
 
     @property

@@ -32,7 +32,7 @@ EXTRA = 16
 """Rows of ones below values: a tile of bfloat16."""
 
 LIMIT = 80
-"""The most by which a log-feature of a key, to base 2, may exceed the scale it is read on.
+"""Upper bound of a log-feature of a key, to base 2, relative to its scale.
 
 A product of features that underflows loses at most ``2^(LIMIT - 126)`` of a denominator, which is
 at least 1, and sums of ``2^LIMIT`` are far from overflow.
