@@ -13,7 +13,12 @@ import jax.numpy as jnp
 
 from fast_attention.arrays.types import Array
 from fast_attention.linear.chunked.chunk_decay import decay_until
-from fast_attention.linear.chunked.slices import compute_dtype, load, load_rows
+from fast_attention.linear.chunked.slices import (
+    compute_dtype,
+    load,
+    load_contiguous,
+    load_rows,
+)
 from fast_attention.linear.rounded_products import Einsum, sums
 from fast_attention.linear.state import EMPTY_LOG_SCALE
 from fast_attention.linear.types import Inputs
@@ -63,7 +68,7 @@ def load_window(
       size: how many.
     """
     dtype = compute_dtype(inputs)
-    key, value = (load(x, start, size, dtype) for x in (inputs.key, inputs.value))
+    key, value = (load_contiguous(x, start, size, dtype) for x in (inputs.key, inputs.value))
     front = inputs.key.shape[1] - inputs.query.shape[1]
     place = row + front - start
     back = jnp.arange(rows)[:, None] - jnp.arange(size)[None] + place
