@@ -167,7 +167,7 @@ def decayed_sums(
     d_pairs = jnp.where(others, d_pairs, 0)
     rows = _sums_over_last(read.read.features * d_read) + _sums_over_last(d_pairs)
     rows = rows.reshape(batch, heads, -1, size).sum(axis=2)
-    of_pairs = sums("bkrc,r->bkc", d_pairs, jnp.ones((num_rows,), d_pairs.dtype))
+    of_pairs = d_pairs.sum(axis=-2)
     of_sums = sums("bkcm,bkm->bkc", absorbed.features, d_k_sum)
     whole = sums("bkvm,bkvm->bk", first.kv, d_kv * absorbed.decay[..., None, :])
     return DecayedSums(

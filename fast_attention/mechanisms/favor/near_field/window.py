@@ -163,7 +163,7 @@ def _pull_back_decay(window: Window, d_logits: Array) -> Array:
     # A key has not decayed for its own row.
     pairs = jnp.where(own[None, None], 0, pairs)
     of_rows = sums("bkrs,s->bkr", pairs, jnp.ones(size, pairs.dtype))
-    of_keys = sums("bkrs,r->bks", pairs, jnp.ones(rows, pairs.dtype))
+    of_keys = pairs.sum(axis=-2)
     until = jax.lax.dynamic_update_slice_in_dim(
         jnp.zeros_like(of_keys), of_rows, window.place, axis=-1
     )
