@@ -263,7 +263,16 @@ def add_first_key(
             before = before + decay.first[..., None]
         if carry is not None:
             before = jnp.where(carry, before, EMPTY_LOG_SCALE)
-        scale = lax.stop_gradient(jnp.maximum(before, keys.log[..., 0, :]))
+        if decay is None:
+            scale = jnp.maximum(before, keys.log[..., 0, :])
+        else:
+            # The same as a reduction: XLA on CPU would compute a decayed scale, which takes more
+            # operations, for each row anew.
+            log, before = keys.log[..., :8, :], before[..., None, :]
+            is_first = (jnp.arange(log.shape[-2]) == 0)[:, None]
+            scale = jnp.maximum(before, jnp.where(is_first, log, before)).max(axis=-2)
+            before = before[..., 0, :]
+        scale = lax.stop_gradient(scale)
         old = jnp.exp(before - scale)
         if carry is not None:
             old = jnp.where(carry, old, 0)
