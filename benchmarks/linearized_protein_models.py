@@ -31,7 +31,6 @@ ESTIMATORS = {
 }
 """Names in the table, by those of ``--estimator``."""
 
-WINDOWS = (None, 32)
 STAGES = {
     "before": "not trained",
     "transfer": "after transfer",
@@ -66,6 +65,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--max_length", type=int, default=512, help="crop longer proteins (%(default)s)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of exact models (0 1 2)")
     add("--estimators", nargs="+", choices=tuple(ESTIMATORS), default=tuple(ESTIMATORS))
+    add(
+        "--windows",
+        type=int,
+        nargs="+",
+        default=[0, 32],
+        help="keys with exact weights; 0: no window (0 32)",
+    )
     add("--proteins", type=int, default=220, help="of the split test (%(default)s)")
     add(
         "--folder", type=Path, default=Path("runs/linearized"), help="where models go (%(default)s)"
@@ -74,7 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--report", action="store_true", help="make no model; print what is finished")
     options = parser.parse_args(arguments)
     found: dict[tuple[str, int | None], dict[int, Any]] = {
-        (estimator, window): {} for window in WINDOWS for estimator in options.estimators
+        (estimator, window or None): {}
+        for window in options.windows
+        for estimator in options.estimators
     }
     for seed in options.seeds:
         exact = options.folder / f"exact-{seed}"
