@@ -61,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default="lora",
         help="what to tune (%(default)s)",
     )
+    add("--finetune_rate", type=float, help="of fine-tuning (that of protein-lm linearize)")
     add("--nb_features", type=int, default=64, help="(%(default)s)")
     add("--max_length", type=int, default=512, help="crop longer proteins (%(default)s)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of exact models (0 1 2)")
@@ -117,6 +118,7 @@ def linearize(
         f"--transfer_steps={options.transfer_steps}",
         f"--finetune={options.finetune}",
         f"--finetune_steps={options.finetune_steps}",
+        *([] if options.finetune_rate is None else [f"--finetune_rate={options.finetune_rate}"]),
         f"--max_length={options.max_length}",
         f"--seed={seed}",
     )
