@@ -1,5 +1,7 @@
 import os
 
+import pytest
+
 from examples import larger_corpus
 from fast_attention.protein_lm.data.fasta import FastaRecord, read_fasta, write_fasta
 
@@ -12,14 +14,30 @@ def program(folder, name, script):
     path.chmod(0o755)
 
 
-def test_relatives_short_ones_and_repeats_are_left_out(tmp_path, monkeypatch, capsys):
+# Finds P2 from whatever it is asked, and lets P1 and a protein of the package stand for clusters.
+MMSEQS = """
+case "$1" in
+easy-search) test -s "$2" && test -s "$3" && echo P2 > "$4";;
+easy-linclust) printf ">P1\\nMKT\\n>package-7\\nMKT\\n" > "$3_rep_seq.fasta"; cp "$2" "$SEEN";;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [((), ["P1", "P3"]), (("--identity=0.3",), ["P1"])],
+    ids=["all", "clusters"],
+)
+def test_relatives_short_ones_repeats_and_all_but_one_of_a_cluster_are_left_out(
+    options, kept, tmp_path, monkeypatch, capsys
+):
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
     text = "".join(f">{name}\n{sequence}\n" for name, sequence in PROTEINS.items())
     (tmp_path / "all.fasta").write_text(text)
     program(bin_folder, "blastdbcmd", f"cat {tmp_path / 'all.fasta'}")
-    # Finds P2 from whatever it is asked; its fourth argument is where hits go.
-    program(bin_folder, "mmseqs", 'test -s "$2" && test -s "$3" && echo P2 > "$4"')
+    program(bin_folder, "mmseqs", MMSEQS)
+    monkeypatch.setenv("SEEN", str(tmp_path / "clustered.fasta"))
     monkeypatch.setenv("PATH", f"{bin_folder}{os.pathsep}{os.environ['PATH']}")
     for part in ("BPO", "MFO", "CCO"):
         database = tmp_path / "unpacked" / "dataset_201401" / part / "goasp.fasta.psq"
@@ -33,10 +51,14 @@ def test_relatives_short_ones_and_repeats_are_left_out(tmp_path, monkeypatch, ca
             f"--databases={tmp_path / 'unpacked'}",
             f"--evaluation={evaluation}",
             f"--output={output}",
+            *options,
         ]
     )
-    assert [record.id for record in read_fasta(output)] == ["P1", "P3"]
-    assert "2 proteins, 60 residues" in capsys.readouterr().out
+    assert [record.id for record in read_fasta(output)] == kept
+    assert f"{len(kept)} proteins, {30 * len(kept)} residues" in capsys.readouterr().out
+    if options:
+        clustered = [record.id for record in read_fasta(tmp_path / "clustered.fasta")]
+        assert clustered[:3] == ["P1", "P3", "package-0"]
 
 
 def test_a_share_of_the_proteins_is_a_function_of_their_residues():
