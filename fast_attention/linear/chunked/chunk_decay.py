@@ -93,8 +93,8 @@ def decay_until(steps: Array) -> tuple[Array, Array]:
     unit = _step(size)
     coarse = jax.lax.stop_gradient(jnp.round(inside / unit) * unit)
     # A product takes XLA on CPU far less time than a cumulative sum.
-    past = (position[:, None] >= position[None]).astype(inside.dtype)
-    coarse, rest = (sums("bks,ts->bkt", x, past) for x in (coarse, inside - coarse))
+    past = (position[:, None] <= position[None]).astype(inside.dtype)
+    coarse, rest = (sums("bks,st->bkt", x, past) for x in (coarse, inside - coarse))
     return coarse, rest
 
 
@@ -122,9 +122,10 @@ def pull_back_decay(found: DecayedSums) -> Array:
     """
     position = jnp.arange(found.until.shape[-1])
     # Token t decays what the rows from t on read, and what the keys before t leave.
-    past = (position[:, None] >= position[None]).astype(found.until.dtype)
-    from_on = sums("bkt,ts->bks", found.until, past)
-    left = sums("bks,ts->bkt", found.keys, past) + found.whole[..., None]
+    behind = position[:, None] >= position[None]
+    from_on = sums("bkt,ts->bks", found.until, behind.astype(found.until.dtype))
+    left = sums("bks,st->bkt", found.keys, behind.T.astype(found.until.dtype))
+    left = left + found.whole[..., None]
     from_on = jnp.pad(from_on[..., 1:], ((0, 0), (0, 0), (0, 1)))
     return from_on + left
 

@@ -121,8 +121,6 @@ def key_features(plan: Plan, inputs: Inputs, start: Array | int, size: int):
     bias = None
     if inputs.key_bias is not None:
         bias = load(inputs.key_bias, start, size, dtype)
-        if inputs.log_decay is not None:
-            bias = _computed_once(bias)
 
     def apply(key, parameters, bias):
         features = plan.feature_map.apply(
@@ -163,17 +161,6 @@ def exponents_of(
         return bias_features(features, None if bias is None else taken(bias)).log
 
     return Exponents(of_rows, of_keys)
-
-
-def _computed_once(x: Array) -> Array:
-    """Returns ``[..., C]`` as it is.
-
-    XLA on CPU fuses the slice that the array comes from into loops over features. Together with the
-    slices of decays these loops are not vectorized, and ten times as slow. A reduction is not fused
-    with what reads it. Unlike a product with the identity, this sum keeps NaN and infinities in
-    their places.
-    """
-    return jnp.where(jnp.eye(x.shape[-1], dtype=bool), x[..., None], 0).sum(axis=-2)
 
 
 def causal_sight(inputs: Inputs, start: Array | int, size: int) -> Sight:
