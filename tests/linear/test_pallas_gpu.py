@@ -238,3 +238,18 @@ def test_lowers_for_cuda(causal, dtype, width):
     traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).trace(like, like, like, parameters)
     lowered = traced.lower(lowering_platforms=("cuda",))
     assert lowered.as_text().count("custom_call @mosaic_gpu") == 6
+
+
+@pytest.mark.parametrize("rows", [1, 16, 64, 100, 132, 500])
+@pytest.mark.parametrize("length", [1, 511, 512, 1000, 4096, 4100, 65536])
+def test_segments_keep_all_multiprocessors_busy(rows, length):
+    pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
+    from fast_attention.linear.pallas_gpu import segments
+
+    count = segments.segment_count(rows, length)
+    enough = -(-segments.MULTIPROCESSORS // rows)
+    if count * segments.SHORTEST > length:
+        assert count <= 1
+    # Fewer only where segments would be too short; not many more in any case.
+    assert count >= enough or (count + 1) * segments.SHORTEST > length
+    assert count < 2 * enough

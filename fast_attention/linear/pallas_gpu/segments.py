@@ -37,8 +37,7 @@ def attend(choices: Choices, arguments: Arguments) -> Attended:
     """Computes what :func:`.core.attend_with_kernels` does, in segments where that helps."""
     batch, length, heads, _ = arguments.query.shape
     kv_heads = arguments.key.shape[2]
-    wanted = -(-MULTIPROCESSORS // (batch * heads))
-    count = min(wanted, max(length, arguments.key.shape[1]) // SHORTEST)
+    count = segment_count(batch * heads, max(length, arguments.key.shape[1]))
     if count < 2:
         whole: Any = attend_with_kernels(choices, arguments)
         return whole
@@ -76,6 +75,22 @@ def attend(choices: Choices, arguments: Arguments) -> Attended:
         joined(read.wide),
         jax.tree.map(lambda x: x.reshape(batch, kv_heads, *x.shape[1:]), tuple(after)),
     )
+
+
+def segment_count(rows: int, length: int) -> int:
+    """Returns into how many segments sequences are cut.
+
+    Args:
+      rows: batch rows times heads, each a program for every segment.
+      length: the longer of queries and keys.
+    """
+    enough = -(-MULTIPROCESSORS // rows)
+    most = length // SHORTEST
+    if enough > most or enough == 1:
+        return most if enough > 1 else 1
+    # A few segments more, where they have equally many whole chunks: nothing is padded.
+    whole = (n for n in range(enough, min(2 * enough, most + 1)) if length % (n * TILE) == 0)
+    return next(whole, enough)
 
 
 def _cut(arguments: Arguments, count: int) -> Arguments:
