@@ -31,5 +31,11 @@ def vary_alike(tree: Tree, *others: Any) -> Tree:
     return jax.tree.map(vary, tree)
 
 
+def like_manual(shapes: list[jax.ShapeDtypeStruct], x: Any) -> list[jax.ShapeDtypeStruct]:
+    """Returns shapes of arrays that differ over the same axes as ``x``, for ``pl.pallas_call``."""
+    axes = jax.typeof(x).manual_axis_type
+    return [jax.ShapeDtypeStruct(s.shape, s.dtype, manual_axis_type=axes) for s in shapes]
+
+
 def _varying(x: Any) -> frozenset[Any]:
     return jax.typeof(x).manual_axis_type.varying

@@ -21,7 +21,8 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 """Platforms that may have forms of their own, as JAX names them where it lowers."""
 
 KERNELS = " kernels"
-"""After the name of a platform: its form in programs for one device."""
+"""After the name of a platform: its form where a program runs on a single device, or where each
+device runs a program of its own: inside ``jax.shard_map`` with all axes of the mesh manual."""
 
 _either = core.Primitive("linear_attention")
 _either.multiple_results = True
@@ -37,8 +38,9 @@ def by_platform(
     Args:
       default: from trees of arrays to a tree of arrays.
       forms: the same for some of :data:`PLATFORMS`, with results of the same shapes and types.
-        Those under ``"tpu" + KERNELS`` hold kernels, which XLA cannot partition: programs for
-        several devices take the form under ``"tpu"``, or the default.
+        Those under ``"tpu" + KERNELS`` hold kernels, which XLA cannot partition: where it
+        partitions a program over several devices, this takes the form under ``"tpu"``, or the
+        default.
       *operands: trees of arrays.
     """
     if not forms:
@@ -126,11 +128,22 @@ def _lower_default(context: Any, *leaves: Any, jaxpr: Any, forms: Any) -> Any:
     return results
 
 
+def _runs_on_each_device(axes: Any) -> bool:
+    """Whether nothing is left to partition; the condition under which JAX lowers TPU kernels."""
+    if isinstance(axes, mlir.ShardingContext):
+        return axes.num_devices == 1
+    if isinstance(axes, mlir.SPMDAxisContext):
+        # Those of a shard_map, and of others around it.
+        manual = axes.manual_axes | set(axes.mesh.manual_axes)
+        return manual == frozenset(axes.mesh.axis_names)
+    return False
+
+
 def _lower_for(platform: str) -> Callable[..., Any]:
     def lower(context: Any, *leaves: Any, jaxpr: Any, forms: Any) -> Any:
         named = dict(forms)
         form = named.get(platform)
-        if getattr(context.module_context.axis_context, "num_devices", None) == 1:
+        if _runs_on_each_device(context.module_context.axis_context):
             form = named.get(platform + KERNELS, form)
         if form is None:
             return _lower_default(context, *leaves, jaxpr=jaxpr, forms=forms)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -33,8 +34,8 @@ def explain(function: Callable[..., Any], *args: Any, platform: str | None = Non
     Args:
       function: an attention function, or any function that calls linear attention.
       *args: its arguments, arrays or ``jax.ShapeDtypeStruct``.
-      platform: "cpu", "gpu" or "tpu", of a program for one device; None for that of
-        ``jax.default_backend()``.
+      platform: "cpu", "gpu" or "tpu", of a program for one device, or of those of each device in
+        ``jax.shard_map``; None for that of ``jax.default_backend()``.
 
     Returns:
       A line for each call of linear attention: the call, the implementation that computes it on the
@@ -77,17 +78,19 @@ def _served(plan: Plan, inputs: Inputs, platform: str) -> str:
         chunks = f"{chunks}{_layout(plan, inputs)}"
     if requested:
         return f"chunked, as requested: {chunks}"
-    if plan.axis_name is not None:
+    if plan.axis_name is not None and not plan.causal:
         return f"{chunks}, because the sequence is sharded along {plan.axis_name}"
     if platform != "tpu":
         return chunks
     reason = pallas_tpu.why_not(plan, inputs)
     if reason is not None:
         return f"{chunks}, because: {reason}"
-    return (
-        f"TPU kernels, {pallas_tpu.describe(plan, inputs)}; {chunks} where XLA partitions the "
-        "program over devices"
-    )
+    kernels = f"TPU kernels, {pallas_tpu.describe(plan, inputs)}"
+    if plan.axis_name is not None and inputs.log_decay is None:
+        both_ways = dataclasses.replace(plan, causal=False)
+        states = _chunks(dataclasses.replace(there, causal=False), inputs)
+        kernels = f"{kernels}, and states of all keys in {states}{_layout(both_ways, inputs)}"
+    return f"{kernels}; {chunks} where XLA partitions the program over devices"
 
 
 def _chunks(plan: Plan, inputs: Inputs) -> str:

@@ -31,9 +31,9 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 }
 """Implementations by name. One raises NotImplementedError for calls it cannot serve.
 
-``"by_platform"``, the default, is the kernels of ``"pallas_tpu"`` in programs for one TPU and for
-calls that they serve, ``"parallel_chunks"`` in programs for GPUs where attention is causal, and
-``"chunked"`` in all others.
+``"by_platform"``, the default, is the kernels of ``"pallas_tpu"`` in programs for one TPU, and for
+each TPU in ``jax.shard_map``, for calls that they serve; ``"parallel_chunks"`` in programs for GPUs
+where attention is causal; and ``"chunked"`` in all others.
 
 ``"chunked"`` has chunk sizes of its own on each platform, and in programs for TPUs the form
 ``"time_minor_chunks"``, positions in lanes, for the calls that this serves. By its own name that

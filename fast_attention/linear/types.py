@@ -83,6 +83,14 @@ class Plan:
         """Whether factors that cancel under normalisation must be computed."""
         return self.output == "sum" or self.complete
 
+    @property
+    def carries_state(self) -> bool:
+        """Whether earlier keys come as a state, or the final state is used.
+
+        A part of a sequence along a mesh axis does both, in units in which factors may be missing.
+        """
+        return self.complete or self.axis_name is not None
+
 
 def check_saved_states(saved_states: object) -> None:
     """Raises ValueError unless ``saved_states`` is "all", "few" or None."""

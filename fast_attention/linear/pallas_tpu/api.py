@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fast_attention.arrays.manual_axes import vary_alike
 from fast_attention.arrays.types import Array
 from fast_attention.linear.pallas_tpu.affine import Affine, AffineMap, affine_map, why_not_affine
 from fast_attention.linear.state import EMPTY_LOG_SCALE, MASKED_LOG, LinearAttentionState
@@ -42,7 +43,8 @@ def attend(plan: Plan, inputs: Inputs) -> tuple[Array | Parts, LinearAttentionSt
       inputs: arrays, see :class:`fast_attention.linear.types.Inputs`.
 
     Returns:
-      ``[B, T, H, V]`` and the state. The state is NaN unless ``plan.complete``.
+      ``[B, T, H, V]`` and the state. The state is NaN unless
+        ``plan.carries_state``.
 
     Raises:
       NotImplementedError: for a call that the kernels do not serve.
@@ -132,7 +134,7 @@ def attend_on(
         log_decay=None if inputs.log_decay is None else _key_rows(inputs.log_decay),
         alive=_alive(inputs) if decays and exponential else None,
     )
-    attended: Any = core.attend_with_kernels(static, plan.complete, arguments)
+    attended: Any = core.attend_with_kernels(static, plan.carries_state, vary_alike(arguments))
     out, state = attended
     out = out[:, :value_dim].reshape(batch, heads, value_dim, length)
     out_type = jnp.result_type(inputs.query, inputs.key, inputs.value)
@@ -277,7 +279,7 @@ def _first_state(
     shape = (*state.k_sum.shape[:2], features)
     if affine.kind != "exp":
         scale = jnp.zeros(shape, jnp.float32)
-        return scale, ((state.kv, state.k_sum) if plan.complete else None)
+        return scale, ((state.kv, state.k_sum) if plan.carries_state else None)
     if inputs.key_mask is None:
         first, log, seen = key[:, 0], None if key_log is None else key_log[:, 0], None
     else:
@@ -299,7 +301,7 @@ def _first_state(
     if seen is not None:
         scale = jnp.where(seen[..., None], scale, 0)
     scale = jax.lax.stop_gradient(jnp.broadcast_to(scale, shape))
-    if not plan.complete:
+    if not plan.carries_state:
         return scale, None
     assert state.log_scale is not None
     before = jax.lax.stop_gradient(jnp.broadcast_to(state.log_scale, shape))

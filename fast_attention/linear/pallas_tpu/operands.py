@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from fast_attention.arrays.manual_axes import like_manual, vary_alike
 from fast_attention.arrays.types import Array
 from fast_attention.linear.pallas_tpu.program import EXTRA, Program, inverse
 
@@ -192,19 +193,20 @@ def launch(
         )
 
     def launched(*arguments: Any) -> Any:
+        flat_arguments = vary_alike(jax.tree.leaves(arguments))
         results = pl.pallas_call(
             flat,
             grid=(arguments[0].key.shape[0] // program.heads, steps),
             in_specs=jax.tree.leaves(in_specs),
             out_specs=jax.tree.leaves(out_specs),
-            out_shape=jax.tree.leaves(out_shape),
+            out_shape=like_manual(jax.tree.leaves(out_shape), flat_arguments[0]),
             scratch_shapes=scratch_shapes,
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=MEMORY
             ),
             interpret=program.interpret,
             name=f"linear_attention_{name}",
-        )(*jax.tree.leaves(arguments))
+        )(*flat_arguments)
         return jax.tree.unflatten(outputs, results)
 
     return launched

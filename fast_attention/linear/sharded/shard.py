@@ -34,7 +34,7 @@ from fast_attention.linear.types import Inputs, Plan
 from fast_attention.mesh.layout import AxisName
 
 REDUCTION = "chunked"
-"""What reduces keys alone, and lets queries read a state alone."""
+"""What reduces keys without decay alone, and lets queries read a state alone."""
 
 
 class Edges(NamedTuple):
@@ -92,10 +92,11 @@ def attend_along_axis(
 def reduced_keys(plan: Plan, inputs: Inputs) -> LinearAttentionState:
     """Returns the state of all keys in ``inputs``, and of no other."""
     if inputs.log_decay is not None:
-        # Decays need the order of the keys. What queries of zeros read is not used.
+        # Decays need the order of the keys: what attends returns their state too. What queries of
+        # zeros read is not used.
         queries = jnp.zeros_like(inputs.key)
         keys = inputs._replace(query=queries, segment_ids=None, state=emptied(inputs.state))
-        return run(dataclasses.replace(plan, implementation=REDUCTION), vary_alike(keys))[1]
+        return run(plan, vary_alike(keys))[1]
     reduce = dataclasses.replace(plan, causal=False, implementation=REDUCTION)
     keys = inputs._replace(query=inputs.query[:, :0], segment_ids=None, state=emptied(inputs.state))
     return run(reduce, keys)[1]
