@@ -37,6 +37,11 @@ def lowered(function, platform):
     return jax.jit(both).trace(LIKE, LIKE, LIKE).lower(lowering_platforms=(platform,)).as_text()
 
 
+def mesh_of(**axes):
+    automatic = (jax.sharding.AxisType.Auto,) * len(axes)
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=automatic)
+
+
 def operations(text):
     """Counts of products and loops: helpers such as ``jnp.where`` are shared now and then."""
     return collections.Counter(re.findall(r"stablehlo\.dot_general|stablehlo\.while", text))
@@ -150,11 +155,46 @@ def test_forms_without_kernels_agree_with_chunks_of_a_cpu(causal, monkeypatch):
 @pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
 def test_a_partitioned_program_is_computed_in_chunks():
     """XLA cannot partition a kernel."""
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = mesh_of(data=2)
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     like = jax.ShapeDtypeStruct((2, 40, 2, 16), jnp.float32, sharding=rows)
     traced = jax.jit(attention()).trace(like, like, like)
     assert "tpu_custom_call" not in traced.lower(lowering_platforms=("tpu",)).as_text()
+
+
+@pytest.mark.devices
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
+@pytest.mark.parametrize(
+    ("manual", "check_vma", "kernels"),
+    [({"data", "model"}, True, True), ({"data", "model"}, False, True), ({"data"}, True, False)],
+)
+@pytest.mark.parametrize(("causal", "decays"), [(True, True), (False, False)])
+def test_each_device_has_kernels_if_all_axes_are_manual(manual, check_vma, kernels, causal, decays):
+    """Forward and backward, also for what all devices share. JAX refuses kernels otherwise."""
+    mesh = mesh_of(data=2, model=1)
+    rows, shared = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+
+    def attend(q, k, v, projection, log_decay):
+        found = attention(unidirectional=causal)
+        return found(q, k, v, projection=projection, log_decay=log_decay if decays else None)
+
+    mapped = jax.shard_map(
+        attend,
+        mesh=mesh,
+        in_specs=(rows, rows, rows, shared, shared),
+        out_specs=rows,
+        axis_names=manual,
+        check_vma=check_vma,
+    )
+
+    def both(*arrays):
+        return jax.value_and_grad(lambda *x: mapped(*x).sum(), argnums=(0, 1, 2, 3, 4))(*arrays)
+
+    like = jax.ShapeDtypeStruct((2, 40, 2, 16), jnp.float32)
+    others = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((32, 16), (2,)))
+    traced = jax.jit(both).trace(like, like, like, *others)
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert ("tpu_custom_call" in text) == kernels != ("stablehlo.while" in text)
 
 
 def test_an_operation_is_its_default_under_every_transformation():
@@ -193,6 +233,28 @@ def test_explain(platform, options, words):
     text = fast_attention.explain(attention(**options), LIKE, LIKE, LIKE, platform=platform)
     assert text.startswith("causal PositiveFeatures, query float32[1x40x2x16]: ")
     assert re.search(words, text), text
+
+
+@pytest.mark.parametrize(
+    ("causal", "decay", "words"),
+    [
+        (True, None, "TPU kernels, .*, and states of all keys in chunks of 512 .* lanes; chunks"),
+        (
+            True,
+            np.zeros(2, np.float32),
+            "TPU kernels, chunks of 128 in blocks of 128[^;]*operands;",
+        ),
+        (False, None, "positions in lanes, because the sequence is sharded along data$"),
+    ],
+)
+def test_explain_a_sequence_along_an_axis(causal, decay, words):
+    mesh = jax.sharding.AbstractMesh((1,), ("data",))
+    rows = jax.sharding.PartitionSpec(None, "data")
+    along = attention(unidirectional=causal).along_axis("data")
+    mapped = jax.shard_map(
+        lambda *x: along(*x, log_decay=decay), mesh=mesh, in_specs=rows, out_specs=rows
+    )
+    assert re.search(words, fast_attention.explain(mapped, LIKE, LIKE, LIKE, platform="tpu"))
 
 
 def test_explain_refuses_unknown_platforms():

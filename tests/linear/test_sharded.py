@@ -131,17 +131,27 @@ def test_decays_across_edges():
 
 @pytest.mark.eight_devices
 @needs_devices
-@pytest.mark.parametrize(("causal", "name"), [(True, "elu+1"), (False, "hyperbolic")])
-def test_batch_and_length_across_devices(causal, name):
+@pytest.mark.parametrize(
+    ("causal", "name", "kernels"),
+    [(True, "elu+1", False), (False, "hyperbolic", False), (True, "positive", True)],
+)
+def test_batch_and_length_across_devices(causal, name, kernels):
     """Inside another ``jax.shard_map``, with rows along one axis and the sequence along the other.
 
-    Every device returns the state; they are all the same.
+    Every device returns the state; they are all the same. Kernels are interpreted, with decay.
     """
     mesh = mesh_of(data=2, seq=4)
     smooth = (*cases.qkv(length=8), cases.parameters_of(name))
+    if kernels:
+        decays = -np.exp(2 * cases.draw(6, cases.B, 8, cases.K))
+        smooth = (*smooth, jnp.asarray(decays, jnp.float32))
 
-    def attend(q, k, v, *, parameters, **options):
-        def of_shard(q, k, v, parameters):
+    def attend(q, k, v, *, parameters, log_decay=None, **options):
+        if kernels:
+            options |= {"implementation": "pallas_tpu_interpret", "chunk_size": 8}
+
+        def of_shard(q, k, v, log_decay, parameters):
+            options["log_decay"] = log_decay
             out, state = cases.attend(q, k, v, axis_name="seq", parameters=parameters, **options)
             return out, jax.tree.map(lambda x: x[None], state)
 
@@ -149,14 +159,17 @@ def test_batch_and_length_across_devices(causal, name):
         out, states = jax.shard_map(
             of_shard,
             mesh=mesh,
-            in_specs=(rows, rows, rows, PartitionSpec()),
+            in_specs=(rows, rows, rows, rows, PartitionSpec()),
             out_specs=(rows, every),
-        )(q, k, v, parameters)
+            check_vma=not kernels,  # JAX's interpreter of kernels does not pass the check.
+        )(q, k, v, log_decay, parameters)
         jax.debug.callback(assert_all_equal, states)
         return out, jax.tree.map(lambda x: x[0], states)
 
-    expected = differentiated(cases.attend, smooth, name, causal=causal, implementation="quadratic")
-    outputs, grads = differentiated(attend, smooth, name, causal=causal)
+    fixed = {"causal": causal, "extra": "log_decay"}
+    implementation = "reference" if kernels else "quadratic"
+    expected = differentiated(cases.attend, smooth, name, implementation=implementation, **fixed)
+    outputs, grads = differentiated(attend, smooth, name, **fixed)
     cases.assert_close(outputs, expected[0], 1e-5)
     cases.assert_close(grads, expected[1], 1e-4)
 

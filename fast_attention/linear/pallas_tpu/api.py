@@ -53,7 +53,10 @@ def attend(plan: Plan, inputs: Inputs) -> tuple[Array | Parts, LinearAttentionSt
 
 
 def attend_interpreted(plan: Plan, inputs: Inputs) -> tuple[Array | Parts, LinearAttentionState]:
-    """Computes the same with the kernels interpreted, slowly, on any platform."""
+    """Computes the same with the kernels interpreted, slowly, on any platform.
+
+    Inside ``jax.shard_map`` JAX's interpreter needs ``check_vma=False``.
+    """
     return attend_on(plan, inputs, interpret=True)
 
 

@@ -18,10 +18,14 @@ from tests.compiling import compiled
 
 @pytest.mark.eight_devices
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
-def test_functions_attend_across_devices():
+@pytest.mark.parametrize("implementation", [None, "pallas_tpu_interpret"])
+def test_functions_attend_across_devices(implementation):
+    linear = {"unidirectional": True, "implementation": implementation}
     functions = (
-        make_fast_generalized_attention(kernel_fn="elu+1", unidirectional=True),
-        make_local_attention(3, unidirectional=True),
+        make_fast_generalized_attention(kernel_fn="elu+1", **linear),
+        make_fast_softmax_attention(nb_features=4, **linear)
+        if implementation
+        else make_local_attention(3, unidirectional=True),
     )
     mesh = jax.make_mesh((8,), ("seq",), axis_types=(jax.sharding.AxisType.Auto,))
     rng = np.random.default_rng(0)
@@ -32,7 +36,13 @@ def test_functions_attend_across_devices():
     def across(q, k, v, seen):
         return [f.along_axis("seq")(q, k, v, key_mask=seen) for f in functions]
 
-    mapped = jax.shard_map(across, mesh=mesh, in_specs=(rows,) * 4, out_specs=rows)
+    mapped = jax.shard_map(
+        across,
+        mesh=mesh,
+        in_specs=(rows,) * 4,
+        out_specs=rows,
+        check_vma=implementation is None,  # Which JAX's interpreter of kernels does not pass.
+    )
     for out, function in zip(compiled(mapped)(*x, seen), functions, strict=True):
         np.testing.assert_allclose(out, function(*x, key_mask=seen), atol=1e-5)
 
