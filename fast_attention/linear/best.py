@@ -1,8 +1,9 @@
 """The implementation ``"by_platform"``: what serves a call where the program runs.
 
 - A CPU: chunks on XLA.
-- A TPU: Pallas kernels for the calls that they serve, in programs for one device and for each device
-  in ``jax.shard_map``; else chunks, with positions in lanes for the calls that this form serves.
+- A TPU: Pallas kernels for the calls that they serve, in programs for one device and in those of
+  each device inside ``jax.shard_map``; else chunks, with positions in lanes for the calls that this
+  form serves.
 - A GPU: chunks in parallel (causal attention); else chunks.
 
 ``"chunked"`` is the same without kernels and without chunks in parallel. Chunks are those of the

@@ -242,7 +242,7 @@ def test_explain(platform, options, words):
         (
             True,
             np.zeros(2, np.float32),
-            "TPU kernels, chunks of 128 in blocks of 128[^;]*operands;",
+            "TPU kernels, chunks of 128 in blocks of [^;]*operands;",
         ),
         (False, None, "positions in lanes, because the sequence is sharded along data$"),
     ],

@@ -34,7 +34,7 @@ from fast_attention.linear.types import Inputs, Plan
 from fast_attention.mesh.layout import AxisName
 
 REDUCTION = "chunked"
-"""What reduces keys without decay alone, and lets queries read a state alone."""
+"""What reduces keys alone, without decay or with segments, and lets queries read a state alone."""
 
 
 class Edges(NamedTuple):
@@ -92,8 +92,10 @@ def attend_along_axis(
 def reduced_keys(plan: Plan, inputs: Inputs) -> LinearAttentionState:
     """Returns the state of all keys in ``inputs``, and of no other."""
     if inputs.log_decay is not None:
-        # Decays need the order of the keys: what attends returns their state too. What queries of
-        # zeros read is not used.
+        # Decays need the order of the keys: what attends returns their state too, kernels included,
+        # unless there are segments, which these do not serve. What queries of zeros read is not used.
+        if inputs.segment_ids is not None:
+            plan = dataclasses.replace(plan, implementation=REDUCTION)
         queries = jnp.zeros_like(inputs.key)
         keys = inputs._replace(query=queries, segment_ids=None, state=emptied(inputs.state))
         return run(plan, vary_alike(keys))[1]
