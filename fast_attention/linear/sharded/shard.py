@@ -92,7 +92,7 @@ def attend_along_axis(
 def reduced_keys(plan: Plan, inputs: Inputs) -> LinearAttentionState:
     """Returns the state of all keys in ``inputs``, and of no other."""
     if inputs.log_decay is not None:
-        # Decays need the order of the keys: what attends, kernels included, returns their state too.
+        # Decays need the order of the keys: attention, by kernels or not, returns the state too.
         # Kernels do not serve segments. What queries of zeros read is not used.
         if inputs.segment_ids is not None:
             plan = dataclasses.replace(plan, implementation=REDUCTION)
