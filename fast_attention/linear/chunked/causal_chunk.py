@@ -145,89 +145,135 @@ def read_causal(
     """
     largest = None if kept is None else kept.row_max
     read = read_state(first.log_scale, queries, largest, sight.occupied)
-    inter = einsum("bkrm,bkvm->bkrv", read.features, first.kv)
+    past = einsum("bkrm,bkvm->bkrv", read.features, first.kv)
     # Row sums are written as products: XLA on CPU fuses a plain sum with the exponentials before it
     # and evaluates them a second time, element by element.
-    inter_sum = sums("bkrm,bkm->bkr", read.features, first.k_sum)
-    wide = None
+    past_sum = sums("bkrm,bkm->bkr", read.features, first.k_sum)
     if read.scale is None or first.log_scale is None or keys.log is None:
-        key_max, pair_max, key_shift, log_scale = None, None, None, None
-        key = keys.shift(None)
-        products = einsum("bkrm,bkcm->bkrc", read.features, key)
-        factor = jnp.broadcast_to(sight.pairs, products.shape).astype(products.dtype)
-        gain = None if sight.state is None else sight.state.astype(products.dtype)
-        if decay is not None:
-            factor = factor * jnp.exp(decay.pairs)
-            gain = jnp.exp(decay.rows) if gain is None else gain * jnp.exp(decay.rows)
-        weights = products * factor
+        pairs = _pairs_of_values(read, keys, sight, einsum, decay)
     else:
-        headroom = HEADROOM if keys.values is None else 0.0
-        key_max = (keys.log - read.scale).max(-1) if kept is None else kept.key_max
-        assert key_max is not None
-        key_max = lax.stop_gradient(key_max)
-        key_shift = headroom - read.scale - key_max[..., None]
-        key = keys.shift(key_shift)
-        products = einsum("bkrm,bkcm->bkrc", read.features, key)
-        exponent = key_max - headroom
-        if keys.values is None and read.row_max is not None:
-            pairs = None if decay is None else decay.pairs
-            wide = WidePairs(exponents, read.scale, read.row_max, key_max, sight.pairs, pairs)
-        # What rows read from the state is at most about 1, if there is a state to read.
-        past = jnp.zeros_like(key_max[..., :1]) if decay is None else decay.rows
-        if not sight.occupied:
-            empty = jnp.all(first.log_scale <= 0.5 * EMPTY_LOG_SCALE, axis=-1, keepdims=True)
-            past = jnp.where(empty, EMPTY_LOG_SCALE, past)
-        if sight.state is not None:
-            past = jnp.where(sight.state, past, EMPTY_LOG_SCALE)
-        least = past
-        if at_least is not None:
-            assert read.row_max is not None
-            least = jnp.maximum(past, at_least - read.row_max)
-        if kept is None:
-            smallest = 0 if wide is None else jnp.finfo(products.dtype).tiny
-            logs = jnp.log(jnp.maximum(jnp.abs(products), smallest)) + exponent[..., None, :]
-            if decay is not None:
-                logs = logs + decay.pairs
-            pair_max = jnp.maximum(least, jnp.where(sight.pairs, logs, -jnp.inf).max(-1))
-        else:
-            pair_max = kept.pair_max
-        assert pair_max is not None
-        pair_max = lax.stop_gradient(pair_max)
-        logs = exponent[..., None, :] - pair_max[..., None]
-        if decay is not None:
-            logs = logs + decay.pairs
-        if wide is None:
-            factor = jnp.exp(jnp.minimum(logs, LARGEST_EXPONENT))
-            factor = jnp.where(sight.pairs & (products != 0), factor, 0)
-        else:
-            few = logs <= pair_limit(logs.dtype) - HEADROOM
-            factor = jnp.where(sight.pairs & few, jnp.exp(logs), 0)
-        weights = products * factor
-        if wide is not None and kept is None:
-            weights, pair_max = add_wide_pairs(wide, products, weights, pair_max, least)
-            pair_max = lax.stop_gradient(pair_max)
-        gain = jnp.exp(past - pair_max)
-        if sight.state is not None:
-            gain = jnp.where(sight.state, gain, 0)
-        assert read.row_max is not None
-        log_scale = read.row_max + pair_max
-    if gain is not None:
-        inter, inter_sum = inter * gain[..., None], inter_sum * gain
+        pairs = _pairs_of_exponents(
+            first.log_scale, read, keys, sight, einsum, exponents, kept, at_least, decay
+        )
+    if pairs.gain is not None:
+        past, past_sum = past * pairs.gain[..., None], past_sum * pairs.gain
     if kept is None:
-        denominator = inter_sum + row_sums(weights)
-        kept = Kept(read.row_max, key_max, pair_max, denominator)
+        denominator = past_sum + row_sums(pairs.weights)
+        kept = Kept(read.row_max, pairs.key_max, pairs.pair_max, denominator)
     return CausalRead(
-        past=inter,
-        log_scale=log_scale,
+        past=past,
+        log_scale=pairs.log_scale,
         kept=kept,
         read=read,
-        gain=gain,
-        key=key,
-        key_shift=key_shift,
-        factor=factor,
-        weights=weights,
-        wide=wide,
+        gain=pairs.gain,
+        key=pairs.key,
+        key_shift=pairs.key_shift,
+        factor=pairs.factor,
+        weights=pairs.weights,
+        wide=pairs.wide,
     )
+
+
+class _Pairs(NamedTuple):
+    """Rows and keys inside a chunk; see :class:`CausalRead` and :class:`Kept`."""
+
+    key: Array
+    factor: Array
+    weights: Array
+    gain: Array | None
+    key_shift: Array | None = None
+    key_max: Array | None = None
+    pair_max: Array | None = None
+    log_scale: Array | None = None
+    wide: WidePairs | None = None
+
+
+def _pairs_of_values(
+    read: Read, keys: Features, sight: Sight, einsum: Einsum, decay: ChunkDecay | None
+) -> _Pairs:
+    """Weights of pairs for maps without exponents: nothing is scaled."""
+    key = keys.shift(None)
+    products = einsum("bkrm,bkcm->bkrc", read.features, key)
+    factor = jnp.broadcast_to(sight.pairs, products.shape).astype(products.dtype)
+    gain = None if sight.state is None else sight.state.astype(products.dtype)
+    if decay is not None:
+        factor = factor * jnp.exp(decay.pairs)
+        gain = jnp.exp(decay.rows) if gain is None else gain * jnp.exp(decay.rows)
+    return _Pairs(key, factor, products * factor, gain)
+
+
+def _pairs_of_exponents(
+    scale: Array,
+    read: Read,
+    keys: Features,
+    sight: Sight,
+    einsum: Einsum,
+    exponents: Exponents,
+    kept: Kept | None,
+    at_least: Array | None,
+    decay: ChunkDecay | None,
+) -> _Pairs:
+    """Weights of pairs for maps with exponents, scaled; the arguments are :func:`read_causal`'s.
+
+    With ``u_c`` the largest logarithm of a feature of key c on the scale of the state
+    (``key_max``), the key is multiplied by ``exp(HEADROOM - u_c)``, and its product with a row by
+    ``exp(u_c - HEADROOM - p)``, where ``p`` (``pair_max``) is the largest logarithm of all that the
+    row reads, its past included.
+    """
+    assert read.scale is not None and read.row_max is not None and keys.log is not None
+    headroom = HEADROOM if keys.values is None else 0.0
+    key_max = (keys.log - read.scale).max(-1) if kept is None else kept.key_max
+    assert key_max is not None
+    key_max = lax.stop_gradient(key_max)
+    key_shift = headroom - read.scale - key_max[..., None]
+    key = keys.shift(key_shift)
+    products = einsum("bkrm,bkcm->bkrc", read.features, key)
+    exponent = key_max - headroom
+    wide = None
+    if keys.values is None:
+        pairs = None if decay is None else decay.pairs
+        wide = WidePairs(exponents, read.scale, read.row_max, key_max, sight.pairs, pairs)
+    past = _past_exponent(scale, key_max, sight, decay)
+    least = past if at_least is None else jnp.maximum(past, at_least - read.row_max)
+    if kept is None:
+        smallest = 0 if wide is None else jnp.finfo(products.dtype).tiny
+        logs = jnp.log(jnp.maximum(jnp.abs(products), smallest)) + exponent[..., None, :]
+        if decay is not None:
+            logs = logs + decay.pairs
+        pair_max = jnp.maximum(least, jnp.where(sight.pairs, logs, -jnp.inf).max(-1))
+    else:
+        pair_max = kept.pair_max
+    assert pair_max is not None
+    pair_max = lax.stop_gradient(pair_max)
+    logs = exponent[..., None, :] - pair_max[..., None]
+    if decay is not None:
+        logs = logs + decay.pairs
+    if wide is None:
+        factor = jnp.exp(jnp.minimum(logs, LARGEST_EXPONENT))
+        factor = jnp.where(sight.pairs & (products != 0), factor, 0)
+    else:
+        few = logs <= pair_limit(logs.dtype) - HEADROOM
+        factor = jnp.where(sight.pairs & few, jnp.exp(logs), 0)
+    weights = products * factor
+    if wide is not None and kept is None:
+        weights, pair_max = add_wide_pairs(wide, products, weights, pair_max, least)
+        pair_max = lax.stop_gradient(pair_max)
+    gain = jnp.exp(past - pair_max)
+    if sight.state is not None:
+        gain = jnp.where(sight.state, gain, 0)
+    log_scale = read.row_max + pair_max
+    return _Pairs(key, factor, weights, gain, key_shift, key_max, pair_max, log_scale, wide)
+
+
+def _past_exponent(scale: Array, key_max: Array, sight: Sight, decay: ChunkDecay | None) -> Array:
+    """Returns a bound of what rows read from the state, as a logarithm: about 0, or empty."""
+    past = jnp.zeros_like(key_max[..., :1]) if decay is None else decay.rows
+    if not sight.occupied:
+        empty = jnp.all(scale <= 0.5 * EMPTY_LOG_SCALE, axis=-1, keepdims=True)
+        past = jnp.where(empty, EMPTY_LOG_SCALE, past)
+    if sight.state is not None:
+        past = jnp.where(sight.state, past, EMPTY_LOG_SCALE)
+    return past
 
 
 def first_key_features(first: LinearAttentionState, keys: Features) -> Array:
