@@ -32,18 +32,6 @@ class ChunkChoice(NamedTuple):
     unroll: int
 
 
-def chunk_choice(
-    device: str,
-    causal: bool,
-    head_dim: int,
-    num_features: int,
-    chunks: Mapping[Row, tuple[int, int, str]] = CHUNKS,
-) -> ChunkChoice:
-    """Returns the chunk of the row that :func:`nearest_row` finds, for the same arguments."""
-    row = nearest_row(device, causal, head_dim, num_features, chunks)
-    return ChunkChoice(*chunks[row][:2])
-
-
 def nearest_row(
     device: str,
     causal: bool,
