@@ -29,7 +29,7 @@ import itertools
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from fast_attention.protein_lm.data.corpus import bundled_corpus
@@ -38,32 +38,45 @@ from fast_attention.protein_lm.data.fasta import (
     read_fasta,
     write_fasta,
 )
+from fast_attention.protein_lm.files.output_files import check_outputs
 
 _DATABASES = "dataset_201401/{}/goasp.fasta"
 _SHORTEST = 20
 _OF_PACKAGE = "package-"
 
 
-def distinct_proteins(databases: Path) -> Iterator[FastaRecord]:
-    """Reads the three databases; equal sequences, and those of fewer than 20 residues, go once.
+def find_databases(folder: Path) -> list[Path]:
+    """Returns the three databases, as files without their extensions.
 
     Args:
-      databases: Where the package was unpacked.
+      folder: Where the package was unpacked.
 
     Raises:
-      FileNotFoundError: If the databases are not there.
+      FileNotFoundError: If one is not there.
+    """
+    databases = []
+    for part in ("BPO", "MFO", "CCO"):
+        name = _DATABASES.format(part)
+        found = next(folder.rglob(f"{name}.psq"), None)
+        if found is None:
+            raise FileNotFoundError(f"no {name}.psq below {folder}: unpack metastudent-data there")
+        databases.append(found.with_suffix(""))
+    return databases
+
+
+def distinct_proteins(databases: Iterable[Path]) -> Iterator[FastaRecord]:
+    """Reads databases; equal sequences, and those of fewer than 20 residues, go once.
+
+    Args:
+      databases: From `find_databases`.
+
+    Raises:
       subprocess.CalledProcessError: If blastdbcmd fails.
     """
     seen: set[bytes] = set()
-    for part in ("BPO", "MFO", "CCO"):
-        name = _DATABASES.format(part)
-        found = next(databases.rglob(f"{name}.psq"), None)
-        if found is None:
-            raise FileNotFoundError(
-                f"no {name}.psq below {databases}: unpack metastudent-data there"
-            )
+    for name in databases:
         with tempfile.NamedTemporaryFile("w+b", suffix=".fasta") as text:
-            command = ["blastdbcmd", "-db", str(found.with_suffix("")), "-entry", "all"]
+            command = ["blastdbcmd", "-db", str(name), "-entry", "all"]
             subprocess.run(command, stdout=text, check=True)
             for record in read_fasta(text.name, on_error="replace"):
                 digest = hashlib.blake2b(record.sequence.encode(), digest_size=16).digest()
@@ -72,6 +85,14 @@ def distinct_proteins(databases: Path) -> Iterator[FastaRecord]:
                 seen.add(digest)
                 # What follows the accession are terms of the Gene Ontology, up to thousands.
                 yield FastaRecord(record.id.partition("|")[0], "", record.sequence)
+
+
+def some(records: Iterator[FastaRecord]) -> Iterator[FastaRecord]:
+    """Raises ValueError if there are no proteins; an output that exists stays as it is then."""
+    first = next(records, None)
+    if first is None:
+        raise ValueError("no protein is left: raise --share, or give other --evaluation proteins")
+    return itertools.chain([first], records)
 
 
 def _share(sequence: str) -> float:
@@ -155,19 +176,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.identity is not None and not 0 < options.identity <= 1:
         parser.error(f"--identity must be above 0 and at most 1, got {options.identity}")
+    if not 0 < options.share <= 1:
+        parser.error(f"--share must be above 0 and at most 1, got {options.share}")
     for program in ("blastdbcmd", "mmseqs"):
         if shutil.which(program) is None:
             parser.error(f"{program} is not installed: apt-get install ncbi-blast+ mmseqs2")
+    try:
+        _make(options)
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
+        parser.exit(1, f"{parser.prog}: error: {error}\n")
+
+
+def _make(options: argparse.Namespace) -> None:
+    """Makes the corpus."""
     evaluation = options.evaluation or [
         bundled_corpus(split) for split in ("valid", "test", "ood_test")
     ]
     # Relatives of these are welcome, they themselves are not.
     iid = [bundled_corpus(split) for split in ("valid_iid", "test_iid")]
     equal = {record.sequence for path in iid for record in read_fasta(path)}
+    # The search takes a quarter of an hour: what can be wrong is found before.
+    check_outputs({"--output": options.output}, evaluation)
+    for path in evaluation:
+        for _ in read_fasta(path):
+            pass
+    databases = find_databases(options.databases)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         everything = folder / "corpus.fasta"
-        write_fasta(everything, distinct_proteins(options.databases))
+        write_fasta(everything, distinct_proteins(databases))
         found = relatives(evaluation, everything, folder)
         kept = residues = 0
 
@@ -180,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         selected = rest()
         if options.identity is not None:
             remaining = folder / "rest.fasta"
-            write_fasta(remaining, selected)
+            write_fasta(remaining, some(selected))
             chosen = representatives(remaining, options.identity, folder)
             selected = (record for record in read_fasta(remaining) if record.id in chosen)
 
@@ -190,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 kept, residues = kept + 1, residues + len(record.sequence)
                 yield record
 
-        write_fasta(options.output, counted())
+        write_fasta(options.output, some(counted()))
     print(f"{kept:,} proteins, {residues:,} residues written to {options.output}")
     print(f"{len(found):,} relatives of the evaluation proteins left out")
 

@@ -23,14 +23,9 @@ esac
 """
 
 
-@pytest.mark.parametrize(
-    ("options", "kept"),
-    [((), ["P1", "P3"]), (("--identity=0.3",), ["P1"])],
-    ids=["all", "clusters"],
-)
-def test_relatives_short_ones_repeats_and_all_but_one_of_a_cluster_are_left_out(
-    options, kept, tmp_path, monkeypatch, capsys
-):
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs the script on three databases, with programs that stand for BLAST and MMseqs2."""
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
     text = "".join(f">{name}\n{sequence}\n" for name, sequence in PROTEINS.items())
@@ -45,15 +40,25 @@ def test_relatives_short_ones_repeats_and_all_but_one_of_a_cluster_are_left_out(
         database.touch()
     evaluation = tmp_path / "evaluation.fasta"
     write_fasta(evaluation, [FastaRecord("E1", "", "ACD" * 10)])
+
+    def run(*options):
+        larger_corpus.main(
+            [f"--databases={tmp_path / 'unpacked'}", f"--evaluation={evaluation}", *options]
+        )
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [((), ["P1", "P3"]), (("--identity=0.3",), ["P1"])],
+    ids=["all", "clusters"],
+)
+def test_relatives_short_ones_repeats_and_all_but_one_of_a_cluster_are_left_out(
+    options, kept, run, tmp_path, capsys
+):
     output = tmp_path / "corpus.fasta.gz"
-    larger_corpus.main(
-        [
-            f"--databases={tmp_path / 'unpacked'}",
-            f"--evaluation={evaluation}",
-            f"--output={output}",
-            *options,
-        ]
-    )
+    run(f"--output={output}", *options)
     assert [record.id for record in read_fasta(output)] == kept
     assert f"{len(kept)} proteins, {30 * len(kept)} residues" in capsys.readouterr().out
     if options:
@@ -64,3 +69,45 @@ def test_relatives_short_ones_repeats_and_all_but_one_of_a_cluster_are_left_out(
 def test_a_share_of_the_proteins_is_a_function_of_their_residues():
     shares = [larger_corpus._share(f"MKT{number}") for number in range(400)]
     assert 0.4 < sum(share < 0.5 for share in shares) / 400 < 0.6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--output=nowhere/corpus.fasta",), "its folder does not exist"),
+        (("--output=evaluation.fasta",), "is the same file as the input"),
+        (("--output=old.fasta", "--evaluation=none.fasta"), "none.fasta: no such file"),
+        (("--output=old.fasta", "--databases=nowhere"), "unpack metastudent-data there"),
+        (("--output=old.fasta", "--share=nan"), "--share must be above 0"),
+        (("--output=old.fasta", "--share=1.5"), "--share must be above 0"),
+    ],
+)
+def test_what_cannot_work_is_told_before_the_search(
+    options, message, run, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    before = (tmp_path / "evaluation.fasta").read_text()
+    program(tmp_path / "bin", "blastdbcmd", "exit 9")
+    with pytest.raises(SystemExit):
+        run(*options)
+    assert message in capsys.readouterr().err
+    assert (tmp_path / "evaluation.fasta").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "programs", "message"),
+    [
+        (("--share=1e-9",), {}, "no protein is left"),
+        (("--share=1e-9", "--identity=0.3"), {}, "no protein is left"),
+        ((), {"mmseqs": "exit 9"}, "exit status 9"),
+    ],
+)
+def test_a_failure_leaves_the_output_as_it_was(options, programs, message, run, tmp_path, capsys):
+    output = tmp_path / "old.fasta"
+    output.write_text("mine")
+    for name, script in programs.items():
+        program(tmp_path / "bin", name, script)
+    with pytest.raises(SystemExit):
+        run(f"--output={output}", *options)
+    assert message in capsys.readouterr().err
+    assert output.read_text() == "mine"
