@@ -26,7 +26,7 @@ from fast_attention.protein_lm.data.fasta import FastaRecord
 from fast_attention.protein_lm.errors import RunError
 from fast_attention.protein_lm.files.npz_files import check_npz, read_arrays
 from fast_attention.protein_lm.files.output_files import open_output, write_json
-from fast_attention.protein_lm.files.output_targets import is_special
+from fast_attention.protein_lm.files.output_targets import describe, is_special
 from fast_attention.protein_lm.inference.model_inputs import naming_the_longest
 from fast_attention.protein_lm.machine_failures import machine_failure
 from fast_attention.protein_lm.modeling.built_model import BuiltModel
@@ -132,6 +132,7 @@ def open_work(output: str | os.PathLike[str], settings: Mapping[str, Any]) -> It
       settings: What the results depend on beside the proteins; fit for JSON.
 
     Raises:
+      OutputError: If there can be no such folder.
       RunError: If the folder of the parts has parts of other settings, or other files.
     """
     plain = json.loads(json.dumps(settings))
@@ -141,7 +142,10 @@ def open_work(output: str | os.PathLike[str], settings: Mapping[str, Any]) -> It
         return
     whole = Path(os.path.realpath(output))
     work = Work(whole.with_name(f"{whole.name}.partial"), plain)
-    _check(work)
+    try:
+        _check(work)
+    except OSError as error:
+        raise describe(output, error) from error
     try:
         yield work
     except BaseException:
@@ -244,7 +248,10 @@ def save_part(work: Work, number: int, digest: str, arrays: Arrays) -> None:
     Raises:
       OutputError: If it cannot be written.
     """
-    work.folder.mkdir(exist_ok=True)
+    try:
+        work.folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise describe(work.folder, error) from error
     if _manifest(work.folder) != work.settings:
         write_json(work.folder / _MANIFEST, work.settings)
     with open_output(part_path(work, number), seekable=True) as file:

@@ -9,6 +9,7 @@ import pytest
 
 from fast_attention.protein_lm.errors import RunError
 from fast_attention.protein_lm.files import npz_files
+from fast_attention.protein_lm.files.output_targets import OutputError
 from fast_attention.protein_lm.inference import partial_work
 from fast_attention.protein_lm.modeling.encoding import Encoded
 
@@ -45,6 +46,13 @@ def test_a_part_is_read_back_and_removed(work, tmp_path):
     np.testing.assert_array_equal(found["values"], VALUES)
     assert not partial_work.has_part(again, 1, digest(again))
     partial_work.remove_parts(again)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_folder_of_the_parts_has_a_longer_name_than_the_output(tmp_path):
+    output = tmp_path / ("x" * 247 + ".npz")
+    with pytest.raises(OutputError, match=r"x\.npz cannot be written: the name is too long"):
+        open_work(output, SETTINGS)
     assert not list(tmp_path.iterdir())
 
 
