@@ -88,7 +88,9 @@ def affine_map(feature_map: FeatureMap, parameters: Any, key: Array, exact: bool
     """
     width = key.shape[-1]
     if isinstance(feature_map, TunedFeatures):
-        return _tuned(feature_map, jax.lax.stop_gradient(parameters), key, exact)
+        if not feature_map.trained:
+            parameters = jax.lax.stop_gradient(parameters)
+        return _tuned(feature_map, parameters, key, exact)
     if isinstance(feature_map, ElementwiseFeatures):
         weights = jnp.eye(width) if parameters is None else parameters.astype(jnp.float32)
         if feature_map.normalize_data:

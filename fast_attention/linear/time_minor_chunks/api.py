@@ -2,8 +2,8 @@
 
 The chunked form of :mod:`fast_attention.linear.chunked` with other operands: ``[B, H, D, T]``, the
 layout that XLA gives ``[B, T, H, D]`` on a TPU for D below 128, chunks of whole lanes, and one
-scale that serves until a key exceeds it by 2^80. Gradients are those of
-:mod:`fast_attention.linear.chunked`; causal attention computes the forward pass again for them.
+scale that serves until a key exceeds it by 2^80. The backward pass makes the features of a chunk
+again, from the inputs and the state that its rows read.
 
 References: arXiv:2009.14794 (FAVOR+); the chunked form is that of Hua et al., "Transformer Quality
 in Linear Time", arXiv:2202.10447, section 3.
@@ -18,11 +18,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fast_attention.arrays.manual_axes import vary_alike
 from fast_attention.arrays.types import Array
-from fast_attention.linear.chunked import api as chunked
 from fast_attention.linear.state import LinearAttentionState
 from fast_attention.linear.symbolic import is_symbolic
-from fast_attention.linear.time_minor_chunks import bidirectional, causal
+from fast_attention.linear.time_minor_chunks import (
+    bidirectional,
+    bidirectional_backward,
+    causal,
+    causal_backward,
+)
 from fast_attention.linear.time_minor_chunks.features import is_served
 from fast_attention.linear.types import Inputs, Parts, Plan
 
@@ -75,28 +80,23 @@ def _attend(plan: Plan, inputs: Inputs) -> tuple[Array | Parts, LinearAttentionS
 
 
 def forward(plan: Plan, inputs: Inputs, *, save: bool) -> tuple[Any, Any]:
-    """Returns output and state, and what :func:`backward` needs."""
-    del save
+    """Returns output and state, and what :func:`backward` needs if ``save``."""
     passes = causal if plan.causal else bidirectional
-    out, state = passes.forward(plan, inputs)
-    return (out, state), (inputs, out, state)
+    (out, state), kept = passes.forward(plan, inputs, save=save)
+    return (out, state), (inputs, out, kept)
 
 
 def backward(plan: Plan, residuals: Any, cotangents: Any) -> Inputs:
     """Returns the gradient of every float array in the inputs."""
-    inputs, out, state = residuals
-    if not plan.causal:
-        # The final state is all that its queries and keys need.
-        return chunked.backward(plan, (inputs, out, state, (None, None)), cotangents)
-    (_, again), residuals = chunked.forward(plan, inputs, save=True)
-    d_out, d_state = cotangents
-    if plan.complete and state.log_scale is not None:
-        # The same sums in other units. Else nothing reads the state, nor the first forward pass.
-        factor = jnp.exp(again.log_scale - state.log_scale)
-        d_state = d_state._replace(
-            kv=d_state.kv * factor[..., None, :], k_sum=d_state.k_sum * factor
-        )
-    return chunked.backward(plan, residuals, (d_out, d_state))
+    inputs, out, kept = residuals
+    passes = causal_backward if plan.causal else bidirectional_backward
+    # Arrays that devices share get the sum of their gradients at the end.
+    smooth, pull = jax.vjp(
+        lambda smooth: vary_alike(smooth, inputs, out, kept, cotangents),
+        inputs._replace(key_mask=None, segment_ids=None),
+    )
+    inputs = smooth._replace(key_mask=inputs.key_mask)
+    return pull(passes.backward(plan, inputs, out, kept, cotangents))[0]
 
 
 _attend.defvjp(

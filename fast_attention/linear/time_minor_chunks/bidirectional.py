@@ -22,6 +22,7 @@ from fast_attention.linear.time_minor_chunks.chunk import (
     State,
     anywhere,
     call_of,
+    denominators,
     empty_output,
     exceeding,
     finished,
@@ -38,8 +39,8 @@ from fast_attention.linear.time_minor_chunks.chunk import (
 from fast_attention.linear.types import Inputs, Plan
 
 
-def forward(plan: Plan, inputs: Inputs) -> Any:
-    """Returns output and final state."""
+def forward(plan: Plan, inputs: Inputs, *, save: bool) -> Any:
+    """Returns output and final state, and what :func:`.bidirectional_backward.backward` needs."""
     queries_length, keys_length = inputs.query.shape[1], inputs.key.shape[1]
     size, unroll = planned_chunk(plan, inputs)
     call = call_of(plan, inputs)
@@ -66,11 +67,12 @@ def forward(plan: Plan, inputs: Inputs) -> Any:
     def read(out, start, size):
         queries = query_features(call, load_queries(call, start, size), state.scale)
         rows = call.product("bkvm,bkgqm->bkgvq", state.rows, queries)
-        return write(call, plan, out, rows, start), None
+        return write(call, plan, out, rows, start), denominators(rows) if save else None
 
     out = varying(inputs, empty_output(inputs))
-    out, _ = scan_chunks(read, out, queries_length, min(size, queries_length), unroll)
-    return finished(call, out), last_state(call, state, inputs)
+    out, kept = scan_chunks(read, out, queries_length, min(size, queries_length), unroll)
+    result = finished(call, out), last_state(call, state, inputs)
+    return result, (state, kept) if save else None
 
 
 def _raised(call: Call, keys: Keys, before: State, over: Array, after: State) -> State:

@@ -157,11 +157,15 @@ def load(x: Operand, start: Array | int, size: int) -> Array:
 
 def load_queries(call: Call, start: Array | int, size: int) -> Array:
     """Returns a chunk of queries, ``[B, K, G, D, C]``, without the axis G if it is 1."""
-    query = load(call.query, start, size)
+    return in_groups(call, load(call.query, start, size))
+
+
+def in_groups(call: Call, x: Array) -> Array:
+    """Returns ``[B, K, G, ...]`` of ``[B, H, ...]``, without the axis G if it is 1."""
     if call.groups == 1:
-        return query
-    batch, heads, width, size = query.shape
-    return query.reshape(batch, heads // call.groups, call.groups, width, size)
+        return x
+    batch, heads, *rest = x.shape
+    return x.reshape(batch, heads // call.groups, call.groups, *rest)
 
 
 def _slice(x: Array, start: Array | int, size: int) -> Array:
@@ -190,7 +194,11 @@ def load_keys(call: Call, start: Array | int, size: int) -> Keys:
 
 def query_features(call: Call, query: Array, scale: Array | None) -> Array:
     """Returns features of queries ``[B, K, G, C, M]``, on a scale the largest of a row 1."""
-    x = call.features.of_queries(query)
+    return query_features_of(call, call.features.of_queries(query), scale)
+
+
+def query_features_of(call: Call, x: Array, scale: Array | None) -> Array:
+    """Returns the same of what the map returned."""
     if scale is not None:
         x = x + beside_groups(scale[:, :, None], x)
         x = call.features.exp(x - jnp.max(x, axis=-1, keepdims=True))
@@ -301,15 +309,30 @@ def write(call: Call, plan: Plan, out: Array, rows: Array, start: Array | int) -
     value_dim = rows.shape[-2] - EXTRA
     rows = rows.reshape(rows.shape[0], -1, *rows.shape[-2:])
     new = rows[:, :, :value_dim] * safe_inverse(rows[:, :, value_dim], plan.epsilon)[:, :, None]
-    new = new.astype(out.dtype)
-    if call.value.time_last:
-        return lax.dynamic_update_slice_in_dim(out, new, start, axis=-1)
-    return lax.dynamic_update_slice_in_dim(out, jnp.transpose(new, (0, 3, 1, 2)), start, axis=1)
+    return store(Operand(out, call.value.time_last), new, start)
+
+
+def denominators(rows: Array) -> Array:
+    """Returns those of rows ``[B, K, G, V + 16, C]``, ``[B, K, G, C]``."""
+    return rows[..., rows.shape[-2] - EXTRA, :]
+
+
+def store(x: Operand, new: Array, start: Array | int) -> Array:
+    """Returns the array of ``x`` with positions ``[B, H, D, C]`` written at ``start``."""
+    new = new.astype(x.array.dtype)
+    if x.time_last:
+        return lax.dynamic_update_slice_in_dim(x.array, new, start, axis=-1)
+    return lax.dynamic_update_slice_in_dim(x.array, jnp.transpose(new, (0, 3, 1, 2)), start, axis=1)
 
 
 def finished(call: Call, out: Array) -> Array:
     """Returns ``[B, T, H, V]`` of the buffer."""
-    return jnp.transpose(out, (0, 3, 1, 2)) if call.value.time_last else out
+    return heads_last(Operand(out, call.value.time_last))
+
+
+def heads_last(x: Operand) -> Array:
+    """Inverse of :func:`operand`."""
+    return jnp.transpose(x.array, (0, 3, 1, 2)) if x.time_last else x.array
 
 
 def varying(inputs: Inputs, tree: Any) -> Any:

@@ -9,7 +9,7 @@ Letters are those of :mod:`.chunk`; P is an axis of weights, 1 or as long as the
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -33,20 +33,33 @@ LOG2_E = math.log2(math.e)
 
 
 class FeatureFunctions(NamedTuple):
-    """A feature map and its parameters as functions of chunks.
+    """A feature map and its parameters as functions of weights and of chunks.
 
     Attributes:
       exponential: whether the functions return logarithms of features.
-      of_queries: from ``[B, K, G, D, C]`` to ``[B, K, G, C, M]``, float32, the axis G optional.
-      of_keys: from ``[B, K, D, C]``, a bias ``[B, K or 1, C]`` or None, and which keys are seen
-        (the same shape) or None for all, to ``[B, K, C, M]``. Keys that are not seen are 0.
+      queries: from weights and ``[B, K, G, D, C]`` to ``[B, K, G, C, M]``, float32, the axis G
+        optional.
+      keys: from weights, ``[B, K, D, C]``, a bias ``[B, K or 1, C]`` or None, and which keys are
+        seen (the same shape) or None for all, to ``[B, K, C, M]``. Keys that are not seen are 0.
       base_2: whether logarithms are to base 2.
+      weights: arrays made of the map's parameters, once a call.
+      weights_of: makes them, to be differentiated.
     """
 
     exponential: bool
-    of_queries: Callable[[Array], Array]
-    of_keys: Callable[[Array, Array | None, Array | None], Array]
+    queries: Callable[[Any, Array], Array]
+    keys: Callable[[Any, Array, Array | None, Array | None], Array]
     base_2: bool
+    weights: Any
+    weights_of: Callable[[Any], Any]
+
+    def of_queries(self, query: Array) -> Array:
+        """Returns :attr:`queries` of the call's weights."""
+        return self.queries(self.weights, query)
+
+    def of_keys(self, key: Array, bias: Array | None, seen: Array | None) -> Array:
+        """Returns :attr:`keys` of the call's weights."""
+        return self.keys(self.weights, key, bias, seen)
 
     @property
     def unit(self) -> float:
@@ -76,9 +89,8 @@ def feature_functions(plan: Plan, inputs: Inputs, *, low: bool) -> FeatureFuncti
       low: products take bfloat16 operands.
     """
     exponential = plan.feature_map.log_kind == "feature"
-    feature_map = _with_fixed_parameters(plan.feature_map)
-    if low and _is_affine(feature_map):
-        return _of_products(plan, inputs, feature_map, exponential)
+    if low and _is_affine(plan.feature_map):
+        return _of_products(plan, inputs, exponential)
     return _of_map(plan, inputs, exponential)
 
 
@@ -86,7 +98,7 @@ def is_served(feature_map: FeatureMap, parameters: Any, width: int) -> bool:
     """Returns whether features are exponentials, one exponent for each, or have no exponents."""
     if feature_map.log_kind == "position":
         return False
-    if feature_map.log_kind == "none" or _is_affine(_with_fixed_parameters(feature_map)):
+    if feature_map.log_kind == "none" or _is_affine(feature_map):
         return True
     x = jax.ShapeDtypeStruct((1, 1, 1, width), jnp.float32)
     features = jax.eval_shape(
@@ -97,57 +109,87 @@ def is_served(feature_map: FeatureMap, parameters: Any, width: int) -> bool:
     return features.values is None
 
 
-def _with_fixed_parameters(feature_map: FeatureMap) -> FeatureMap:
-    """Returns the map that has the same features; nothing here is differentiated."""
-    if isinstance(feature_map, TunedFeatures) and feature_map.trained:
-        return dataclasses.replace(feature_map, trained=False)
-    return feature_map
-
-
 _ELEMENTWISE = (ElementwiseFeatures, SignedElementwiseFeatures, ExponentialFeatures)
 
 
 def _is_affine(feature_map: FeatureMap) -> bool:
+    if isinstance(feature_map, TunedFeatures):
+        return True
     return type(feature_map) in _ELEMENTWISE or why_not_affine(feature_map) is None
 
 
 def _of_map(plan: Plan, inputs: Inputs, exponential: bool) -> FeatureFunctions:
     dtype = inputs.state.kv.dtype
 
-    def apply(x: Array, *, is_query: bool) -> Array:
+    def apply(parameters: Any, x: Array, *, is_query: bool) -> Array:
         rows = jnp.swapaxes(x, -1, -2).astype(dtype)
         features = plan.feature_map.apply(
-            rows, inputs.parameters, is_query=is_query, exact_scale=plan.exact_scale
+            rows, parameters, is_query=is_query, exact_scale=plan.exact_scale
         )
         return features.log if exponential else features.shift(None)  # pyright: ignore[reportReturnType]
 
-    def of_queries(query: Array) -> Array:
+    def queries(parameters: Any, query: Array) -> Array:
         if query.ndim == 4:
-            return apply(query, is_query=True)
+            return apply(parameters, query, is_query=True)
         b, k, g, d, c = query.shape
         # Parameters may differ by key head: queries of one head are one axis of positions.
         rows = jnp.swapaxes(query, 2, 3).reshape(b, k, d, g * c)
-        return apply(rows, is_query=True).reshape(b, k, g, c, -1)
+        return apply(parameters, rows, is_query=True).reshape(b, k, g, c, -1)
 
-    def of_keys(key: Array, bias: Array | None, seen: Array | None) -> Array:
-        x = apply(key, is_query=False)
+    def keys(parameters: Any, key: Array, bias: Array | None, seen: Array | None) -> Array:
+        x = apply(parameters, key, is_query=False)
         if bias is not None:
             x = x + bias[..., None]
         if seen is None:
             return x
         return jnp.where(seen[..., None], x, MASKED_LOG if exponential else 0)
 
-    return FeatureFunctions(exponential, of_queries, of_keys, False)
+    return FeatureFunctions(exponential, queries, keys, False, inputs.parameters, lambda x: x)
 
 
-def _of_products(
-    plan: Plan, inputs: Inputs, feature_map: FeatureMap, exponential: bool
-) -> FeatureFunctions:
+class _Weights(NamedTuple):
+    """Of a map that is a function of ``W x + c``.
+
+    Attributes:
+      query: W of queries, ``[P, P, D, M]``.
+      query_offset: c, ``[P, P, 1, M]``, or None for 0.
+      key: of keys.
+      key_offset: the same.
+      tuned: parameters of a tuned map, float32; else None.
+    """
+
+    query: Array
+    query_offset: Array | None
+    key: Array
+    key_offset: Array | None
+    tuned: Any
+
+
+def _of_products(plan: Plan, inputs: Inputs, exponential: bool) -> FeatureFunctions:
+    feature_map = plan.feature_map
     unit = LOG2_E if exponential else 1.0
     # Of one key: what the keys of a chunk have in common is made with the chunk.
-    affine = affine_map(feature_map, inputs.parameters, inputs.key[:, :1], plan.exact_scale)
-    query_parts, query_offset = _both_parts(affine.query, unit), _offset(affine.query, unit)
-    key_parts, key_offset = _both_parts(affine.key, unit), _offset(affine.key, unit)
+    one_key = inputs.key[:, :1]
+
+    def affine_of(parameters: Any) -> AffineMap:
+        return affine_map(feature_map, parameters, one_key, plan.exact_scale)
+
+    def weights_of(parameters: Any) -> _Weights:
+        affine, tuned = affine_of(parameters), None
+        if isinstance(feature_map, TunedFeatures):
+            if not feature_map.trained:
+                parameters = jax.lax.stop_gradient(parameters)
+            tuned = jax.tree.map(lambda x: x.astype(jnp.float32), parameters)
+        return _Weights(
+            _matrix(affine.query, unit),
+            _offset(affine.query, unit),
+            _matrix(affine.key, unit),
+            _offset(affine.key, unit),
+            tuned,
+        )
+
+    weights, norm = weights_of(inputs.parameters), affine_of(inputs.parameters).norm
+    query_parts, key_parts = _both_parts(weights.query), _both_parts(weights.key)
 
     def finish(x: Array) -> Array:
         if not isinstance(feature_map, ElementwiseFeatures):
@@ -158,20 +200,21 @@ def _of_products(
             return jnp.logaddexp(x / unit, math.log(feature_map.epsilon)) * unit
         return x
 
-    def of_queries(query: Array) -> Array:
-        x = _project(query, query_parts, "g" if query.ndim == 5 else "")
-        if query_offset is not None:
-            x = x + (query_offset if query.ndim == 4 else query_offset[:, :, None])
+    def queries(weights: _Weights, query: Array) -> Array:
+        x = _project("g" if query.ndim == 5 else "", query, weights.query, query_parts)
+        offset = weights.query_offset
+        if offset is not None:
+            x = x + (offset if query.ndim == 4 else offset[:, :, None])
         return finish(x)
 
-    def of_keys(key: Array, bias: Array | None, seen: Array | None) -> Array:
-        x = _project(key, key_parts, "")
-        if key_offset is not None:
-            x = x + key_offset
+    def keys(weights: _Weights, key: Array, bias: Array | None, seen: Array | None) -> Array:
+        x = _project("", key, weights.key, key_parts)
+        if weights.key_offset is not None:
+            x = x + weights.key_offset
         x = finish(x)
         if not exponential:
             return x if seen is None else jnp.where(seen[..., None], x, 0)
-        common = _common(plan, inputs, feature_map, affine, key, bias)
+        common = _common(plan, norm, weights.tuned, key, bias)
         if common is not None:
             common = common * unit
         if seen is not None:
@@ -180,25 +223,18 @@ def _of_products(
             common = jnp.where(seen, common, MASKED_LOG)
         return x if common is None else x + common[..., None]
 
-    return FeatureFunctions(exponential, of_queries, of_keys, exponential)
+    return FeatureFunctions(exponential, queries, keys, exponential, weights, weights_of)
 
 
-def _common(
-    plan: Plan,
-    inputs: Inputs,
-    feature_map: FeatureMap,
-    affine: AffineMap,
-    key: Array,
-    bias: Array | None,
-) -> Array | None:
+def _common(plan: Plan, norm: float, tuned: Any, key: Array, bias: Array | None) -> Array | None:
     """Returns what is added to all natural log-features of a key, ``[B, K, C]``, or None for 0."""
-    total = None
-    if affine.norm:
-        total = -affine.norm * jnp.sum(key.astype(jnp.float32) ** 2, axis=-2)
+    total, feature_map = None, plan.feature_map
+    if norm:
+        total = -norm * jnp.sum(key.astype(jnp.float32) ** 2, axis=-2)
     if isinstance(feature_map, TunedFeatures):
-        p = jax.tree.map(lambda x: x.astype(jnp.float32), inputs.parameters)
         rows = jnp.swapaxes(key, -1, -2).astype(jnp.float32)
-        total = feature_map.common(rows, p, is_query=False, exact_scale=plan.exact_scale)[..., 0]
+        total = feature_map.common(rows, tuned, is_query=False, exact_scale=plan.exact_scale)
+        total = total[..., 0]
     if bias is None:
         return total
     return bias if total is None else total + bias
@@ -214,21 +250,59 @@ def _offset(side: Affine, unit: float) -> Array | None:
     return None if side.offset is None else _leading(side.offset * unit, 1)[:, :, None]
 
 
-def _both_parts(side: Affine, unit: float) -> Array:
+def _matrix(side: Affine, unit: float) -> Array:
+    """Returns W, ``[P, P, D, M]``."""
+    return jnp.swapaxes(_leading(side.weights * unit, 2), -1, -2)
+
+
+def _both_parts(matrix: Array) -> Array:
     """Returns two bfloat16 parts of W, one after the other, ``[P, P, 2 D, M]``."""
-    matrix = jnp.swapaxes(_leading(side.weights * unit, 2), -1, -2)
     # XLA may leave out a conversion to bfloat16 and back, but not this.
     large = jax.lax.reduce_precision(matrix, exponent_bits=8, mantissa_bits=7)
     return jnp.concatenate([large, matrix - large], axis=-2).astype(jnp.bfloat16)
 
 
-def _project(x: Array, parts: Array, groups: str) -> Array:
-    """Returns ``W x`` of ``[B, K, *groups, D, C]``, ``[B, K, *groups, C, M]``."""
-    leading = "".join(name for name, size in zip("bk", parts.shape[:2], strict=True) if size > 1)
-    parts = parts.reshape(*(n for n in parts.shape[:2] if n > 1), *parts.shape[2:])
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _project(groups: str, x: Array, matrix: Array, parts: Array) -> Array:
+    """Returns ``W x`` of ``[B, K, *groups, D, C]``, ``[B, K, *groups, C, M]``.
+
+    Derivatives take products with the first part of W, and no product of both parts.
+
+    Args:
+      groups: names of axes.
+      x: bfloat16 numbers.
+      matrix: W, for derivatives.
+      parts: of W.
+    """
+    del matrix
+    leading, parts = _alone(parts)
+    x = x.astype(jnp.bfloat16)
     return jnp.einsum(
         f"bk{groups}dc,{leading}dm->bk{groups}cm",
         jnp.concatenate([x, x], axis=-2),
         parts,
         preferred_element_type=jnp.float32,
     )
+
+
+def _alone(parts: Array) -> tuple[str, Array]:
+    """Returns the names of the leading axes that are not 1, and the array without the others."""
+    leading = "".join(name for name, size in zip("bk", parts.shape[:2], strict=True) if size > 1)
+    return leading, parts.reshape(*(n for n in parts.shape[:2] if n > 1), *parts.shape[2:])
+
+
+def _project_forward(groups: str, x: Array, matrix: Array, parts: Array) -> Any:
+    return _project(groups, x, matrix, parts), (x, parts)
+
+
+def _project_backward(groups: str, residuals: Any, cotangent: Array) -> Any:
+    x, parts = residuals
+    leading, large = _alone(parts[:, :, : parts.shape[-2] // 2])
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    cotangent = cotangent.astype(jnp.bfloat16)
+    d_x = product(f"{leading}dm,bk{groups}cm->bk{groups}dc", large, cotangent)
+    d_matrix = product(f"bk{groups}dc,bk{groups}cm->{leading}dm", x.astype(jnp.bfloat16), cotangent)
+    return d_x.astype(x.dtype), d_matrix.reshape(*parts.shape[:2], *d_matrix.shape[-2:]), None
+
+
+_project.defvjp(_project_forward, _project_backward)
