@@ -22,7 +22,7 @@ from fast_attention.linear.time_minor_chunks.chunk import (
     State,
     anywhere,
     call_of,
-    denominators,
+    empty_denominators,
     empty_output,
     exceeding,
     finished,
@@ -35,6 +35,7 @@ from fast_attention.linear.time_minor_chunks.chunk import (
     varying,
     with_first_scale,
     write,
+    write_denominators,
 )
 from fast_attention.linear.types import Inputs, Plan
 
@@ -64,13 +65,17 @@ def forward(plan: Plan, inputs: Inputs, *, save: bool) -> Any:
     state = varying(inputs, first_state(call, inputs))
     state, _ = scan_chunks(absorb, state, keys_length, min(size, keys_length), unroll)
 
-    def read(out, start, size):
+    def read(carry, start, size):
+        out, kept = carry
         queries = query_features(call, load_queries(call, start, size), state.scale)
         rows = call.product("bkvm,bkgqm->bkgvq", state.rows, queries)
-        return write(call, plan, out, rows, start), denominators(rows) if save else None
+        out, kept = write(call, plan, out, rows, start), write_denominators(kept, rows, start)
+        return (out, kept), None
 
-    out = varying(inputs, empty_output(inputs))
-    out, kept = scan_chunks(read, out, queries_length, min(size, queries_length), unroll)
+    carry = empty_output(inputs), empty_denominators(inputs) if save else None
+    (out, kept), _ = scan_chunks(
+        read, varying(inputs, carry), queries_length, min(size, queries_length), unroll
+    )
     result = finished(call, out), last_state(call, state, inputs)
     return result, (state, kept) if save else None
 

@@ -32,7 +32,7 @@ from fast_attention.linear.time_minor_chunks.chunk import (
     anywhere,
     beside_groups,
     call_of,
-    denominators,
+    empty_denominators,
     empty_output,
     exceeding,
     finished,
@@ -46,6 +46,7 @@ from fast_attention.linear.time_minor_chunks.chunk import (
     varying,
     with_first_scale,
     write,
+    write_denominators,
 )
 from fast_attention.linear.types import Inputs, Plan
 
@@ -80,25 +81,22 @@ def forward(plan: Plan, inputs: Inputs, *, save: bool) -> Any:
     call = call_of(plan, inputs)
 
     def chunk(carry, start, size):
-        state, out = carry
+        state, out, kept = carry
         rows, before, after = pass_chunk(call, state, start, size)
-        kept = None
-        if save:
-            kept = denominators(rows), None if group else before
-        return (after, write(call, plan, out, rows, start)), kept
+        out, kept = write(call, plan, out, rows, start), write_denominators(kept, rows, start)
+        return (after, out, kept), before if save and not group else None
 
     def group_of_chunks(carry, start, length):
-        state, _ = carry
-        carry, kept = scan_chunks(chunk, carry, length, size, unroll, start)
-        return carry, (state, kept)
+        return scan_chunks(chunk, carry, length, size, unroll, start)[0], carry[0]
 
-    carry = varying(inputs, (first_state(call, inputs), empty_output(inputs)))
+    empty = empty_output(inputs), empty_denominators(inputs) if save else None
+    carry = varying(inputs, (first_state(call, inputs), *empty))
     if group and save:
-        (state, out), kept = scan_chunks(group_of_chunks, carry, length, group, 1)
+        (state, out, kept), states = scan_chunks(group_of_chunks, carry, length, group, 1)
     else:
-        (state, out), kept = scan_chunks(chunk, carry, length, size, unroll)
+        (state, out, kept), states = scan_chunks(chunk, carry, length, size, unroll)
     result = finished(call, out), last_state(call, state, inputs)
-    return result, (state.scale, kept) if save else None
+    return result, (state.scale, kept, states) if save else None
 
 
 def pass_chunk(

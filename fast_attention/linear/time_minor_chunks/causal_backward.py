@@ -36,27 +36,26 @@ from fast_attention.linear.time_minor_chunks.chunk import (
     anywhere,
     call_of,
     denominators,
+    load_denominators,
     load_keys,
     load_queries,
     varying,
 )
 from fast_attention.linear.time_minor_chunks.gradients import (
     Rows,
+    StateCotangent,
     add_key_gradient,
     add_query_gradient,
+    add_read,
     cotangents_of_rows,
     empty_gradients,
     entered_gradient,
     finished_gradients,
-    last_cotangent,
-    moved,
     of_some_rows,
     outputs_of,
     pulled_keys,
     pulled_queries,
     read_gradient,
-    scale_change,
-    state_gradient,
     value_gradient,
 )
 from fast_attention.linear.types import Inputs, Plan
@@ -83,13 +82,13 @@ class _Pulled(NamedTuple):
       query: of weights and queries, as from :func:`pulled_queries`.
       key: of weights, keys and biases, as from :func:`pulled_keys`.
       value: ``[B, K, V, C]``.
-      rows: of the state before, ``[B, K, V + 16, M]``.
+      state: of the state before.
     """
 
     query: tuple[Any, ...]
     key: tuple[Any, ...]
     value: Array
-    rows: Array
+    state: StateCotangent
 
 
 def backward(plan: Plan, inputs: Inputs, out: Array, kept: Any, cotangents: Any) -> Inputs:
@@ -102,24 +101,24 @@ def backward(plan: Plan, inputs: Inputs, out: Array, kept: Any, cotangents: Any)
       kept: by it.
       cotangents: of its output and its state.
     """
-    d_out, d_state = cotangents
-    last_scale, saved = kept
+    d_out, d_last = cotangents
+    last_scale, denominators_kept, states = kept
     length, size, group, unroll = sizes_of(plan, inputs)
     call = call_of(plan, inputs)
     outputs = outputs_of(out, d_out)
 
-    def chunk(carry, start, size, saved):
-        denominator, before = saved
-        d_rows, scale, grads = carry
+    def chunk(carry, start, size, before):
+        d_state, scale, grads = carry
         read = _Chunk(load_queries(call, start, size), load_keys(call, start, size), before)
 
         def rows_of(denominator: Array) -> Rows:
             return cotangents_of_rows(call, plan, outputs, denominator, start)
 
-        d_after = d_rows
+        d_after = d_state
         if scale is not None:
             # An empty state has no gradient. Else the factor is 1, or the scale rises in the chunk.
-            d_after = d_rows * scale_change(call, before.scale, scale)
+            d_after = d_state.times(call.features.exp(before.scale - scale))
+        denominator = load_denominators(call, denominators_kept, start, size)
         pulled = _pull_back(call, read, rows_of(denominator), d_after)
         if scale is not None:
             rises = (scale != before.scale) & (before.scale > 0.5 * EMPTY_LOG_SCALE)
@@ -127,37 +126,33 @@ def backward(plan: Plan, inputs: Inputs, out: Array, kept: Any, cotangents: Any)
             usual = pulled
             pulled = lax.cond(
                 anywhere(rises),
-                lambda: _on_rising_scales(call, read, rows_of, (d_rows, scale), rises, usual),
+                lambda: _on_rising_scales(call, read, rows_of, (d_state, scale), rises, usual),
                 lambda: usual,
             )
         grads = add_query_gradient(call, grads, pulled.query, start)
         grads = add_key_gradient(call, grads, pulled.key, pulled.value, start)
-        return pulled.rows, before.scale, grads
+        return pulled.state, before.scale, grads
 
     def rerun(state, start, size):
         _, before, after = pass_chunk(call, state, start, size)
         return after, before
 
-    def group_of_chunks(carry, start, length, saved):
-        state, kept = saved
+    def group_of_chunks(carry, start, length, state):
         _, states = scan_chunks(rerun, state, length, size, unroll, start)
-        both = tuple(
-            None if chunk is None else (chunk[0], before)
-            for chunk, before in zip(kept, states, strict=True)
-        )
-        return scan_chunks_back(chunk, carry, both, length, size, unroll, start)  # pyright: ignore[reportArgumentType]
+        return scan_chunks_back(chunk, carry, states, length, size, unroll, start)
 
-    carry = varying(inputs, (last_cotangent(d_state), last_scale, empty_gradients(call)))
+    carry = StateCotangent(d_last.kv, d_last.k_sum), last_scale, empty_gradients(call)
+    carry = varying(inputs, carry)
     if group:
-        carry = scan_chunks_back(group_of_chunks, carry, saved, length, group, 1)
+        carry = scan_chunks_back(group_of_chunks, carry, states, length, group, 1)
     else:
-        carry = scan_chunks_back(chunk, carry, saved, length, size, unroll)
-    d_rows, scale, grads = carry
-    return finished_gradients(call, inputs, grads, d_rows, scale)
+        carry = scan_chunks_back(chunk, carry, states, length, size, unroll)
+    d_state, scale, grads = carry
+    return finished_gradients(call, inputs, grads, d_state, scale)
 
 
 def _pull_back(
-    call: Call, chunk: _Chunk, rows: Rows, d_after: Array, kept: Array | None = None
+    call: Call, chunk: _Chunk, rows: Rows, d_after: StateCotangent, kept: Array | None = None
 ) -> _Pulled:
     """Pulls the cotangents of a chunk's rows, and of the state after it, back on one scale.
 
@@ -165,13 +160,15 @@ def _pull_back(
       call: the call.
       chunk: what it reads.
       rows: cotangents.
-      d_after: of the state after it, on the scale of that before, ``[B, K, V + 16, M]``.
+      d_after: of the state after it, on the scale of that before.
       kept: as in :func:`pulled_keys`.
     """
     queries, pull_queries = pulled_queries(call, chunk.query, chunk.before.scale)
     keys, pull_keys = pulled_keys(call, chunk.keys, chunk.before.scale, kept)
     pairs = call.product("bkcm,bkgqm->bkgcq", keys, queries)
-    d_pairs = call.product("bkvc,bkgvq->bkgcq", chunk.keys.value, rows.both)
+    value = chunk.keys.value[:, :, : rows.numerator.shape[-2]]
+    d_pairs = call.product("bkvc,bkgvq->bkgcq", value, rows.numerator)
+    d_pairs = d_pairs + rows.denominator[..., None, :]
     seen = seen_pairs(pairs)
     pairs = call.stored(jnp.where(seen, pairs, 0))
     d_pairs = call.stored(jnp.where(seen, d_pairs, 0))
@@ -185,7 +182,7 @@ def _pull_back(
         query=pull_queries(d_queries),
         key=pull_keys(d_keys),
         value=d_value,
-        rows=d_after + state_gradient(call, rows, queries),
+        state=add_read(call, d_after, rows, queries),
     )
 
 
@@ -193,7 +190,7 @@ def _on_rising_scales(
     call: Call,
     chunk: _Chunk,
     rows_of: Any,
-    after: tuple[Array, Array],
+    after: tuple[StateCotangent, Array],
     rises: Array,
     usual: _Pulled,
 ) -> _Pulled:
@@ -203,29 +200,30 @@ def _on_rising_scales(
       call: the call.
       chunk: what it reads.
       rows_of: from denominators to cotangents of the rows.
-      after: cotangent of the state after the chunk, ``[B, K, V + 16, M]``, and its scale.
+      after: cotangent of the state after the chunk, and its scale.
       rises: heads whose scale rises, bool ``[B, K]``; others have one stretch.
       usual: the result where no scale rises.
     """
-    before, (d_rows, last) = chunk.before, after
+    before, (d_state, last) = chunk.before, after
     assert before.scale is not None
     size = chunk.query.shape[-1]
     position = jnp.arange(size, dtype=jnp.int32)[None, None]
 
     def stretch(carry):
         scale, low, first, total = carry
-        state = State(moved(call, before, scale), scale)
+        rise = call.features.exp(before.scale - scale)
+        state = State(before.rows * rise[:, :, None], scale)
         read = read_chunk(call, chunk.query, chunk.keys, state)
         high, raised = next_stretch(call, read, scale, (low, first), rises)
         ours = (position >= low[..., None]) & (position < high[..., None])
         rows = of_some_rows(call, rows_of(denominators(read.rows)), ours)
-        done = ((low < size) & (high == size))[..., None, None]
-        d_after = jnp.where(done, d_rows * scale_change(call, scale, last), 0)
+        done = ((low < size) & (high == size))[..., None]
+        d_after = d_state.times(jnp.where(done, call.features.exp(scale - last), 0))
         # Keys from the next stretch on may overflow.
         part = _pull_back(
             call, chunk._replace(before=state), rows, d_after, position < high[..., None]
         )
-        part = part._replace(rows=part.rows * scale_change(call, before.scale, scale))
+        part = part._replace(state=part.state.times(rise))
         return raised, high, jnp.zeros_like(first), jax.tree.map(jnp.add, total, part)
 
     low = jnp.zeros(rises.shape, jnp.int32)

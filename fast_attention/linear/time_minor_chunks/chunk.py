@@ -317,6 +317,25 @@ def denominators(rows: Array) -> Array:
     return rows[..., rows.shape[-2] - EXTRA, :]
 
 
+def empty_denominators(inputs: Inputs) -> Array:
+    """Returns the buffer of denominators, ``[B, H, T]``."""
+    batch, length, heads, _ = inputs.query.shape
+    return lax.empty((batch, heads, length), jnp.float32)
+
+
+def write_denominators(kept: Array | None, rows: Array, start: Array | int) -> Array | None:
+    """Writes the denominators of a chunk into the buffer, if there is one."""
+    if kept is None:
+        return None
+    new = denominators(rows).reshape(*kept.shape[:2], -1)
+    return lax.dynamic_update_slice_in_dim(kept, new, start, axis=-1)
+
+
+def load_denominators(call: Call, kept: Array, start: Array | int, size: int) -> Array:
+    """Returns those of a chunk, ``[B, K, G, C]``."""
+    return in_groups(call, lax.dynamic_slice_in_dim(kept, start, size, axis=-1))
+
+
 def store(x: Operand, new: Array, start: Array | int) -> Array:
     """Returns the array of ``x`` with positions ``[B, H, D, C]`` written at ``start``."""
     new = new.astype(x.array.dtype)

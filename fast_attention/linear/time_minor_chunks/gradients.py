@@ -20,11 +20,9 @@ from fast_attention.arrays.types import Array
 from fast_attention.linear.chunked.gradient_buffers import as_cotangent
 from fast_attention.linear.state import LinearAttentionState
 from fast_attention.linear.time_minor_chunks.chunk import (
-    EXTRA,
     Call,
     Keys,
     Operand,
-    State,
     beside_groups,
     heads_last,
     in_groups,
@@ -61,19 +59,32 @@ class Outputs(NamedTuple):
     d_out: Operand
 
 
+class StateCotangent(NamedTuple):
+    """The cotangent of a state on some scale.
+
+    Attributes:
+      kv: of the sums of values, ``[B, K, V, M]``, float32.
+      k_sum: of the sums of features, ``[B, K, M]``.
+    """
+
+    kv: Array
+    k_sum: Array
+
+    def times(self, factor: Array) -> StateCotangent:
+        """Returns it multiplied by a factor ``[B, K, M]``."""
+        return StateCotangent(self.kv * factor[:, :, None], self.k_sum * factor)
+
+
 class Rows(NamedTuple):
     """The cotangents of the rows of a chunk.
 
     Attributes:
-      numerator: ``[B, K, G, V, C]``, float32 numbers of the precision of products.
+      numerator: ``[B, K, G, V, C]``, the operand of products.
       denominator: ``[B, K, G, C]``, float32.
-      both: one below the other, ``[B, K, G, V + 16, C]``, the operand of products: the sum of the
-        last 16 rows is the denominator.
     """
 
     numerator: Array
     denominator: Array
-    both: Array
 
 
 Pull = Callable[[Array], tuple[Any, ...]]
@@ -121,30 +132,21 @@ def cotangents_of_rows(
     else:
         # Of the numerator as it is rounded, so that both cancel as they should.
         d_denominator = -jnp.sum(numerator * out, axis=-2)
-    return Rows(numerator, d_denominator, _one_below_the_other(call, numerator, d_denominator))
+    return Rows(call.stored(numerator), d_denominator)
 
 
 def of_some_rows(call: Call, rows: Rows, chosen: Array) -> Rows:
     """Returns cotangents that are 0 except for the rows that are chosen, bool ``[B, K, C]``."""
     chosen = chosen if call.groups == 1 else chosen[:, :, None]
-    numerator = jnp.where(chosen[..., None, :], rows.numerator, 0)
-    denominator = jnp.where(chosen, rows.denominator, 0)
-    return Rows(numerator, denominator, _one_below_the_other(call, numerator, denominator))
+    return Rows(
+        jnp.where(chosen[..., None, :], rows.numerator, 0),
+        jnp.where(chosen, rows.denominator, 0),
+    )
 
 
 def _rounded(x: Array) -> Array:
     # XLA may leave out a conversion to bfloat16 and back, but not this.
     return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-
-
-def _one_below_the_other(call: Call, numerator: Array, denominator: Array) -> Array:
-    parts, rest = [], denominator
-    for _ in range(3 if call.low else 1):
-        parts.append(_rounded(rest) if call.low else rest)
-        rest = rest - parts[-1]
-    zeros = jnp.zeros_like(denominator)
-    below = jnp.stack([*parts, *[zeros] * (EXTRA - len(parts))], axis=-2)
-    return call.stored(jnp.concatenate([numerator, below], axis=-2))
 
 
 def pulled_queries(call: Call, query: Array, scale: Array | None) -> tuple[Array, Pull]:
@@ -220,21 +222,15 @@ def read_gradient(call: Call, rows: Rows, state_rows: Array) -> Array:
     return result + rows.denominator[..., None] * beside_groups(sums, result)
 
 
-def entered_gradient(call: Call, keys: Keys, d_rows: Array) -> Array:
-    """Returns the cotangent of key features from the state they enter, ``[B, K, C, M]``.
-
-    Args:
-      call: the call.
-      keys: the chunk.
-      d_rows: cotangent of the state, ``[B, K, V + 16, M]``.
-    """
-    value_dim = d_rows.shape[-2] - EXTRA
+def entered_gradient(call: Call, keys: Keys, d_state: StateCotangent) -> Array:
+    """Returns the cotangent of key features from the state they enter, ``[B, K, C, M]``."""
+    value_dim = d_state.kv.shape[-2]
     result = call.product(
         "bkvc,bkvm->bkcm",
         _twice(call, keys.value[:, :, :value_dim]),
-        _both_parts(call, d_rows[:, :, :value_dim]),
+        _both_parts(call, d_state.kv),
     )
-    return result + d_rows[:, :, value_dim:].sum(axis=-2, keepdims=True)
+    return result + d_state.k_sum[:, :, None]
 
 
 def _both_parts(call: Call, x: Array) -> Array:
@@ -250,14 +246,20 @@ def _twice(call: Call, x: Array) -> Array:
     return jnp.concatenate([x, x], axis=-2) if call.low else x
 
 
-def value_gradient(call: Call, key_features: Array, d_rows: Array) -> Array:
+def value_gradient(call: Call, key_features: Array, d_state: StateCotangent) -> Array:
     """Returns the gradient of values from the state they enter, ``[B, K, V, C]``."""
-    return call.product("bkvm,bkcm->bkvc", d_rows[:, :, : d_rows.shape[-2] - EXTRA], key_features)
+    return call.product("bkvm,bkcm->bkvc", d_state.kv, key_features)
 
 
-def state_gradient(call: Call, rows: Rows, query_features: Array) -> Array:
-    """Returns the cotangent of the state that rows read, ``[B, K, V + 16, M]``."""
-    return call.product("bkgvq,bkgqm->bkvm", rows.both, query_features)
+def add_read(
+    call: Call, d_state: StateCotangent, rows: Rows, query_features: Array
+) -> StateCotangent:
+    """Adds the cotangent of the state that rows read."""
+    kv = call.product("bkgvq,bkgqm->bkvm", rows.numerator, query_features)
+    # In float32: numerators and denominators nearly cancel.
+    terms = rows.denominator[..., None] * query_features.astype(jnp.float32)
+    k_sum = terms.sum(axis=-2 if call.groups == 1 else (-3, -2))
+    return StateCotangent(d_state.kv + kv, d_state.k_sum + k_sum)
 
 
 def add_query_gradient(
@@ -289,15 +291,8 @@ def add_key_gradient(
     )
 
 
-def last_cotangent(d_state: LinearAttentionState) -> Array:
-    """Returns the cotangent of the rows of the final state, ``[B, K, V + 16, M]``."""
-    sums = d_state.k_sum[:, :, None].astype(jnp.float32)
-    padding = ((0, 0), (0, 0), (0, EXTRA - 1), (0, 0))
-    return jnp.concatenate([d_state.kv.astype(jnp.float32), jnp.pad(sums, padding)], axis=-2)
-
-
 def finished_gradients(
-    call: Call, inputs: Inputs, grads: Gradients, d_rows: Array, scale: Array | None
+    call: Call, inputs: Inputs, grads: Gradients, d_state: StateCotangent, scale: Array | None
 ) -> Inputs:
     """Returns the gradient of every float array in the inputs.
 
@@ -305,18 +300,15 @@ def finished_gradients(
       call: the call.
       inputs: arrays.
       grads: of all chunks.
-      d_rows: cotangent of the state before the first key, ``[B, K, V + 16, M]``.
+      d_state: cotangent of the state before the first key.
       scale: on which it is, or None.
     """
     _, pull = jax.vjp(call.features.weights_of, inputs.parameters)
     weights = jax.tree.map(lambda x: x / call.features.unit, grads.weights)
-    value_dim = d_rows.shape[-2] - EXTRA
     if scale is not None:
         assert inputs.state.log_scale is not None
-        d_rows = d_rows * scale_change(call, inputs.state.log_scale * call.features.unit, scale)
-    d_state = LinearAttentionState(
-        d_rows[:, :, :value_dim], d_rows[:, :, value_dim:].sum(axis=-2), None
-    )
+        before = inputs.state.log_scale * call.features.unit
+        d_state = d_state.times(call.features.exp(before - scale))
     return as_cotangent(
         inputs,
         inputs._replace(
@@ -326,16 +318,5 @@ def finished_gradients(
             parameters=pull(weights)[0],
             key_bias=None if grads.key_bias is None else jnp.swapaxes(grads.key_bias, 1, 2),
         ),
-        d_state,
+        LinearAttentionState(*d_state, None),
     )
-
-
-def scale_change(call: Call, before: Array, after: Array) -> Array:
-    """Returns the factor on rows that go from one scale to another, ``[B, K, 1, M]``."""
-    return call.features.exp(before - after)[:, :, None]
-
-
-def moved(call: Call, state: State, scale: Array) -> Array:
-    """Returns the rows of a state on another scale."""
-    assert state.scale is not None
-    return state.rows * scale_change(call, state.scale, scale)
