@@ -31,6 +31,9 @@ from fast_attention.linear.types import Inputs, Plan
 
 LOG2_E = math.log2(math.e)
 
+TILE = 16
+"""Rows of a tile of bfloat16."""
+
 
 class FeatureFunctions(NamedTuple):
     """A feature map and its parameters as functions of weights and of chunks.
@@ -191,37 +194,36 @@ def _of_products(plan: Plan, inputs: Inputs, exponential: bool) -> FeatureFuncti
     weights, norm = weights_of(inputs.parameters), affine_of(inputs.parameters).norm
     query_parts, key_parts = _both_parts(weights.query), _both_parts(weights.key)
 
+    elementwise = isinstance(feature_map, ElementwiseFeatures)
+    linear = exponential and not (elementwise and feature_map.epsilon)
+
     def finish(x: Array) -> Array:
-        if not isinstance(feature_map, ElementwiseFeatures):
+        if linear or not elementwise:
             return x
         if not exponential:
             return feature_map.kernel(x) + feature_map.epsilon
-        if feature_map.epsilon:
-            return jnp.logaddexp(x / unit, math.log(feature_map.epsilon)) * unit
-        return x
+        return jnp.logaddexp(x / unit, math.log(feature_map.epsilon)) * unit
 
     def queries(weights: _Weights, query: Array) -> Array:
-        x = _project("g" if query.ndim == 5 else "", query, weights.query, query_parts)
+        groups = "g" if query.ndim == 5 else ""
         offset = weights.query_offset
-        if offset is not None:
-            x = x + (offset if query.ndim == 4 else offset[:, :, None])
-        return finish(x)
+        return finish(_affine(groups, query, weights.query, query_parts, offset, None))
 
     def keys(weights: _Weights, key: Array, bias: Array | None, seen: Array | None) -> Array:
-        x = _project("", key, weights.key, key_parts)
-        if weights.key_offset is not None:
-            x = x + weights.key_offset
-        x = finish(x)
+        common = None
+        if exponential:
+            common = _common(plan, norm, weights.tuned, key, bias)
+            shape = (*key.shape[:2], key.shape[-1])
+            if common is not None:
+                common = jnp.broadcast_to(common * unit, shape)
+            if seen is not None:
+                common = jnp.zeros(shape) if common is None else common
+                common = jnp.where(seen, common, MASKED_LOG)
+        at_once = common if linear else None
+        x = finish(_affine("", key, weights.key, key_parts, weights.key_offset, at_once))
         if not exponential:
             return x if seen is None else jnp.where(seen[..., None], x, 0)
-        common = _common(plan, norm, weights.tuned, key, bias)
-        if common is not None:
-            common = common * unit
-        if seen is not None:
-            shape = (*key.shape[:2], key.shape[-1])
-            common = jnp.zeros(shape) if common is None else common
-            common = jnp.where(seen, common, MASKED_LOG)
-        return x if common is None else x + common[..., None]
+        return x if linear or common is None else x + common[..., None]
 
     return FeatureFunctions(exponential, queries, keys, exponential, weights, weights_of)
 
@@ -263,26 +265,38 @@ def _both_parts(matrix: Array) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _project(groups: str, x: Array, matrix: Array, parts: Array) -> Array:
-    """Returns ``W x`` of ``[B, K, *groups, D, C]``, ``[B, K, *groups, C, M]``.
+def _affine(
+    groups: str,
+    x: Array,
+    matrix: Array,
+    parts: Array,
+    offset: Array | None,
+    common: Array | None,
+) -> Array:
+    """Returns ``W x + c + u`` of ``[B, K, *groups, D, C]``, ``[B, K, *groups, C, M]``.
 
-    Derivatives take products with the first part of W, and no product of both parts.
+    Derivatives take one product, with the first part of W and, for u, with ones.
 
     Args:
       groups: names of axes.
       x: bfloat16 numbers.
       matrix: W, for derivatives.
       parts: of W.
+      offset: c, ``[P, P, 1, M]``, or None for 0.
+      common: u, ``[B, K, *groups, C]``, or None for 0.
     """
     del matrix
     leading, parts = _alone(parts)
     x = x.astype(jnp.bfloat16)
-    return jnp.einsum(
+    y = jnp.einsum(
         f"bk{groups}dc,{leading}dm->bk{groups}cm",
         jnp.concatenate([x, x], axis=-2),
         parts,
         preferred_element_type=jnp.float32,
     )
+    if offset is not None:
+        y = y + (offset[:, :, None] if groups else offset)
+    return y if common is None else y + common[..., None]
 
 
 def _alone(parts: Array) -> tuple[str, Array]:
@@ -291,18 +305,36 @@ def _alone(parts: Array) -> tuple[str, Array]:
     return leading, parts.reshape(*(n for n in parts.shape[:2] if n > 1), *parts.shape[2:])
 
 
-def _project_forward(groups: str, x: Array, matrix: Array, parts: Array) -> Any:
-    return _project(groups, x, matrix, parts), (x, parts)
+def _affine_forward(
+    groups: str, x: Array, matrix: Array, parts: Array, offset: Any, common: Any
+) -> Any:
+    return _affine(groups, x, matrix, parts, offset, common), (x, parts, offset, common)
 
 
-def _project_backward(groups: str, residuals: Any, cotangent: Array) -> Any:
-    x, parts = residuals
-    leading, large = _alone(parts[:, :, : parts.shape[-2] // 2])
+def _affine_backward(groups: str, residuals: Any, cotangent: Array) -> Any:
+    x, parts, offset, common = residuals
+    width = parts.shape[-2] // 2
+    leading, rows = _alone(parts[:, :, :width])
+    # What is multiplied and what is added up are rounded alike: parts of a gradient may cancel.
+    low = jax.lax.optimization_barrier(cotangent.astype(jnp.bfloat16))
+    if common is not None:
+        ones = jnp.ones((*rows.shape[:-2], TILE, rows.shape[-1]), jnp.bfloat16)
+        rows = jnp.concatenate([rows, ones], axis=-2)
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    cotangent = cotangent.astype(jnp.bfloat16)
-    d_x = product(f"{leading}dm,bk{groups}cm->bk{groups}dc", large, cotangent)
-    d_matrix = product(f"bk{groups}dc,bk{groups}cm->{leading}dm", x.astype(jnp.bfloat16), cotangent)
-    return d_x.astype(x.dtype), d_matrix.reshape(*parts.shape[:2], *d_matrix.shape[-2:]), None
+    d_rows = product(f"{leading}dm,bk{groups}cm->bk{groups}dc", rows, low)
+    d_matrix = product(f"bk{groups}dc,bk{groups}cm->{leading}dm", x.astype(jnp.bfloat16), low)
+    d_offset = None
+    if offset is not None:
+        d_offset = cotangent.sum(axis=(-3, -2) if groups else -2)
+        shared = tuple(axis for axis in (0, 1) if parts.shape[axis] == 1)
+        d_offset = d_offset.sum(axis=shared, keepdims=True)[:, :, None]
+    return (
+        d_rows[..., :width, :].astype(x.dtype),
+        d_matrix.reshape(*parts.shape[:2], *d_matrix.shape[-2:]),
+        None,
+        d_offset,
+        None if common is None else d_rows[..., width, :],
+    )
 
 
-_project.defvjp(_project_forward, _project_backward)
+_affine.defvjp(_affine_forward, _affine_backward)

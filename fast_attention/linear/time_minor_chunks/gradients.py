@@ -199,7 +199,9 @@ def _pull(call: Call, pull: Any, features: Array, cotangent: Array) -> tuple[Any
         # A feature that underflowed has no gradient, also where its cotangent overflowed.
         features = features.astype(jnp.float32)
         cotangent = jnp.where(features > 0, features * cotangent, 0)
-    weights, *inputs = pull(call.stored(cotangent).astype(jnp.float32))
+    if not call.low:
+        cotangent = call.stored(cotangent)
+    weights, *inputs = pull(cotangent)
     # Weights are multiplied once, at the end.
     return weights, *(None if x is None else x / call.features.unit for x in inputs)
 
