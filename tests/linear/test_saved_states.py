@@ -11,7 +11,8 @@ from tests.linear import cases
 from tests.linear.test_memory import temporary_bytes
 
 
-def test_a_few_give_the_gradients_of_all():
+@pytest.mark.parametrize("implementation", ["chunked", "time_minor_chunks"])
+def test_a_few_give_the_gradients_of_all(implementation):
     length = 12  # Two groups of two chunks: one loop body to compile.
     q, k, v = cases.qkv(1, length=length)
     states = cases.draw(2, cases.B, cases.K, cases.V, cases.M)
@@ -29,10 +30,12 @@ def test_a_few_give_the_gradients_of_all():
         ),
         "feature_map": cases.MAPS["positive"],
         "key_mask": jnp.asarray(cases.draw(3, cases.B, length) > -1),
-        "segment_ids": jnp.asarray(np.arange(length) // 5)[None],
         "causal": True,
         "chunk_size": 3,
+        "implementation": implementation,
     }
+    if implementation == "chunked":
+        fixed["segment_ids"] = jnp.asarray(np.arange(length) // 5)[None]
     few, all_ = (
         cases.compiled(lambda smooth, kind=kind: cases.gradients(smooth, fixed, saved_states=kind))
         for kind in ("few", "all")

@@ -28,6 +28,7 @@ from fast_attention.linear.time_minor_chunks.gradients import (
     empty_gradients,
     entered_gradient,
     finished_gradients,
+    outputs_in,
     outputs_of,
     pulled_keys,
     pulled_queries,
@@ -57,13 +58,14 @@ def backward(plan: Plan, inputs: Inputs, out: Array, kept: Any, cotangents: Any)
     def read(carry, start, size, _):
         d_state, grads = carry
         denominator = load_denominators(call, denominators, start, size)
-        rows = cotangents_of_rows(call, plan, outputs, denominator, start)
+        given = outputs_in(call, outputs, grads)
+        rows = cotangents_of_rows(call, plan, given, denominator, start)
         features, pull = pulled_queries(call, load_queries(call, start, size), state.scale)
         pulled = pull(read_gradient(call, rows, state.rows))
         grads = add_query_gradient(call, grads, pulled, start)
         return add_read(call, d_state, rows, features), grads
 
-    carry = StateCotangent(d_last.kv, d_last.k_sum), empty_gradients(call)
+    carry = StateCotangent(d_last.kv, d_last.k_sum), empty_gradients(call, outputs)
     d_state, grads = scan_chunks_back(
         read,
         varying(inputs, carry),

@@ -52,6 +52,7 @@ from fast_attention.linear.time_minor_chunks.gradients import (
     entered_gradient,
     finished_gradients,
     of_some_rows,
+    outputs_in,
     outputs_of,
     pulled_keys,
     pulled_queries,
@@ -110,9 +111,10 @@ def backward(plan: Plan, inputs: Inputs, out: Array, kept: Any, cotangents: Any)
     def chunk(carry, start, size, before):
         d_state, scale, grads = carry
         read = _Chunk(load_queries(call, start, size), load_keys(call, start, size), before)
+        given = outputs_in(call, outputs, grads)
 
         def rows_of(denominator: Array) -> Rows:
-            return cotangents_of_rows(call, plan, outputs, denominator, start)
+            return cotangents_of_rows(call, plan, given, denominator, start)
 
         d_after = d_state
         if scale is not None:
@@ -141,7 +143,7 @@ def backward(plan: Plan, inputs: Inputs, out: Array, kept: Any, cotangents: Any)
         _, states = scan_chunks(rerun, state, length, size, unroll, start)
         return scan_chunks_back(chunk, carry, states, length, size, unroll, start)
 
-    carry = StateCotangent(d_last.kv, d_last.k_sum), last_scale, empty_gradients(call)
+    carry = StateCotangent(d_last.kv, d_last.k_sum), last_scale, empty_gradients(call, outputs)
     carry = varying(inputs, carry)
     if group:
         carry = scan_chunks_back(group_of_chunks, carry, states, length, group, 1)

@@ -36,33 +36,28 @@ TILE = 16
 
 
 class FeatureFunctions(NamedTuple):
-    """A feature map and its parameters as functions of weights and of chunks.
+    """A feature map and its parameters as functions of chunks.
 
     Attributes:
       exponential: whether the functions return logarithms of features.
-      queries: from weights and ``[B, K, G, D, C]`` to ``[B, K, G, C, M]``, float32, the axis G
-        optional.
-      keys: from weights, ``[B, K, D, C]``, a bias ``[B, K or 1, C]`` or None, and which keys are
-        seen (the same shape) or None for all, to ``[B, K, C, M]``. Keys that are not seen are 0.
+      of_queries: from ``[B, K, G, D, C]`` to ``[B, K, G, C, M]``, float32, the axis G optional.
+      of_keys: from ``[B, K, D, C]``, a bias ``[B, K or 1, C]`` or None, and which keys are seen
+        (the same shape) or None for all, to ``[B, K, C, M]``. Keys that are not seen are 0.
       base_2: whether logarithms are to base 2.
       weights: arrays made of the map's parameters, once a call.
-      weights_of: makes them, to be differentiated.
+      weights_of: makes them.
+      pullable_queries: the function of queries for reverse mode; its first argument are weights.
+      pullable_keys: the same of keys.
     """
 
     exponential: bool
-    queries: Callable[[Any, Array], Array]
-    keys: Callable[[Any, Array, Array | None, Array | None], Array]
+    of_queries: Callable[[Array], Array]
+    of_keys: Callable[[Array, Array | None, Array | None], Array]
     base_2: bool
     weights: Any
     weights_of: Callable[[Any], Any]
-
-    def of_queries(self, query: Array) -> Array:
-        """Returns :attr:`queries` of the call's weights."""
-        return self.queries(self.weights, query)
-
-    def of_keys(self, key: Array, bias: Array | None, seen: Array | None) -> Array:
-        """Returns :attr:`keys` of the call's weights."""
-        return self.keys(self.weights, key, bias, seen)
+    pullable_queries: Callable[[Any, Array], Array]
+    pullable_keys: Callable[[Any, Array, Array | None, Array | None], Array]
 
     @property
     def unit(self) -> float:
@@ -147,7 +142,17 @@ def _of_map(plan: Plan, inputs: Inputs, exponential: bool) -> FeatureFunctions:
             return x
         return jnp.where(seen[..., None], x, MASKED_LOG if exponential else 0)
 
-    return FeatureFunctions(exponential, queries, keys, False, inputs.parameters, lambda x: x)
+    parameters = inputs.parameters
+    return FeatureFunctions(
+        exponential=exponential,
+        of_queries=functools.partial(queries, parameters),
+        of_keys=functools.partial(keys, parameters),
+        base_2=False,
+        weights=parameters,
+        weights_of=lambda parameters: parameters,
+        pullable_queries=queries,
+        pullable_keys=keys,
+    )
 
 
 class _Weights(NamedTuple):
@@ -194,22 +199,28 @@ def _of_products(plan: Plan, inputs: Inputs, exponential: bool) -> FeatureFuncti
     weights, norm = weights_of(inputs.parameters), affine_of(inputs.parameters).norm
     query_parts, key_parts = _both_parts(weights.query), _both_parts(weights.key)
 
-    elementwise = isinstance(feature_map, ElementwiseFeatures)
-    linear = exponential and not (elementwise and feature_map.epsilon)
+    epsilon = feature_map.epsilon if isinstance(feature_map, ElementwiseFeatures) else 0.0
+    linear = exponential and not epsilon
 
     def finish(x: Array) -> Array:
-        if linear or not elementwise:
+        if linear or not isinstance(feature_map, ElementwiseFeatures):
             return x
         if not exponential:
-            return feature_map.kernel(x) + feature_map.epsilon
-        return jnp.logaddexp(x / unit, math.log(feature_map.epsilon)) * unit
+            return feature_map.kernel(x) + epsilon
+        return jnp.logaddexp(x / unit, math.log(epsilon)) * unit
 
-    def queries(weights: _Weights, query: Array) -> Array:
+    def queries(affine: Callable[..., Array], weights: _Weights, query: Array) -> Array:
         groups = "g" if query.ndim == 5 else ""
         offset = weights.query_offset
-        return finish(_affine(groups, query, weights.query, query_parts, offset, None))
+        return finish(affine(groups, query, weights.query, query_parts, offset, None))
 
-    def keys(weights: _Weights, key: Array, bias: Array | None, seen: Array | None) -> Array:
+    def keys(
+        affine: Callable[..., Array],
+        weights: _Weights,
+        key: Array,
+        bias: Array | None,
+        seen: Array | None,
+    ) -> Array:
         common = None
         if exponential:
             common = _common(plan, norm, weights.tuned, key, bias)
@@ -220,12 +231,21 @@ def _of_products(plan: Plan, inputs: Inputs, exponential: bool) -> FeatureFuncti
                 common = jnp.zeros(shape) if common is None else common
                 common = jnp.where(seen, common, MASKED_LOG)
         at_once = common if linear else None
-        x = finish(_affine("", key, weights.key, key_parts, weights.key_offset, at_once))
+        x = finish(affine("", key, weights.key, key_parts, weights.key_offset, at_once))
         if not exponential:
             return x if seen is None else jnp.where(seen[..., None], x, 0)
         return x if linear or common is None else x + common[..., None]
 
-    return FeatureFunctions(exponential, queries, keys, exponential, weights, weights_of)
+    return FeatureFunctions(
+        exponential=exponential,
+        of_queries=functools.partial(queries, _affine, weights),
+        of_keys=functools.partial(keys, _affine, weights),
+        base_2=exponential,
+        weights=weights,
+        weights_of=weights_of,
+        pullable_queries=functools.partial(queries, _pullable_affine),
+        pullable_keys=functools.partial(keys, _pullable_affine),
+    )
 
 
 def _common(plan: Plan, norm: float, tuned: Any, key: Array, bias: Array | None) -> Array | None:
@@ -264,7 +284,6 @@ def _both_parts(matrix: Array) -> Array:
     return jnp.concatenate([large, matrix - large], axis=-2).astype(jnp.bfloat16)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _affine(
     groups: str,
     x: Array,
@@ -275,12 +294,10 @@ def _affine(
 ) -> Array:
     """Returns ``W x + c + u`` of ``[B, K, *groups, D, C]``, ``[B, K, *groups, C, M]``.
 
-    Derivatives take one product, with the first part of W and, for u, with ones.
-
     Args:
       groups: names of axes.
       x: bfloat16 numbers.
-      matrix: W, for derivatives.
+      matrix: W; only its gradient is needed.
       parts: of W.
       offset: c, ``[P, P, 1, M]``, or None for 0.
       common: u, ``[B, K, *groups, C]``, or None for 0.
@@ -303,6 +320,10 @@ def _alone(parts: Array) -> tuple[str, Array]:
     """Returns the names of the leading axes that are not 1, and the array without the others."""
     leading = "".join(name for name, size in zip("bk", parts.shape[:2], strict=True) if size > 1)
     return leading, parts.reshape(*(n for n in parts.shape[:2] if n > 1), *parts.shape[2:])
+
+
+_pullable_affine = jax.custom_vjp(_affine, nondiff_argnums=(0,))
+"""The same for reverse mode: one product, with the first part of W and, for u, with ones."""
 
 
 def _affine_forward(
@@ -337,4 +358,4 @@ def _affine_backward(groups: str, residuals: Any, cotangent: Array) -> Any:
     )
 
 
-_affine.defvjp(_affine_forward, _affine_backward)
+_pullable_affine.defvjp(_affine_forward, _affine_backward)

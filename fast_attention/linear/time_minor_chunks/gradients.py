@@ -95,19 +95,35 @@ def outputs_of(out: Array, d_out: Array) -> Outputs:
     return Outputs(operand(out), operand(d_out))
 
 
-def empty_gradients(call: Call) -> Gradients:
-    """Returns buffers, and 0 for weights."""
+def empty_gradients(call: Call, outputs: Outputs) -> Gradients:
+    """Returns buffers, and 0 for weights.
+
+    Where shapes and types agree, gradients of queries are written over outputs, chunk by chunk.
+    """
+    over = _overwritten(call, outputs)
 
     def empty(x: Array) -> Array:
         return lax.empty(x.shape, x.dtype)
 
     return Gradients(
-        query=empty(call.query.array),
+        query=outputs.out.array if over else empty(call.query.array),
         key=empty(call.key.array),
         value=empty(call.value.array),
         key_bias=None if call.key_bias is None else empty(call.key_bias),
         weights=jax.tree.map(jnp.zeros_like, call.features.weights),
     )
+
+
+def outputs_in(call: Call, outputs: Outputs, grads: Gradients) -> Outputs:
+    """Returns outputs, where they are not overwritten yet."""
+    if not _overwritten(call, outputs):
+        return outputs
+    return outputs._replace(out=outputs.out._replace(array=grads.query))
+
+
+def _overwritten(call: Call, outputs: Outputs) -> bool:
+    old, new = outputs.out.array, call.query.array
+    return old.shape == new.shape and old.dtype == new.dtype
 
 
 def cotangents_of_rows(
@@ -161,7 +177,9 @@ def pulled_queries(call: Call, query: Array, scale: Array | None) -> tuple[Array
       ``[B, K, G, C, M]``, and a function of their cotangent to the gradients of weights and
       queries.
     """
-    x, pull = jax.vjp(call.features.queries, call.features.weights, query.astype(jnp.float32))
+    x, pull = jax.vjp(
+        call.features.pullable_queries, call.features.weights, query.astype(jnp.float32)
+    )
     features = query_features_of(call, x, scale)
     return features, lambda cotangent: _pull(call, pull, features, cotangent)
 
@@ -183,7 +201,7 @@ def pulled_keys(
     """
 
     def apply(weights: Any, key: Array, bias: Array | None) -> Array:
-        return call.features.keys(weights, key, bias, keys.seen)
+        return call.features.pullable_keys(weights, key, bias, keys.seen)
 
     x, pull = jax.vjp(apply, call.features.weights, keys.key.astype(jnp.float32), keys.bias)
     if scale is not None:
