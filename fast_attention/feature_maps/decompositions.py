@@ -27,7 +27,7 @@ def cholesky(square: Float[Array, "*B D D"]) -> Float[Array, "*B D D"]:
 
     Entries are NaN if a matrix is not positive. Differentiable.
     """
-    return _cholesky(0.5 * (square + _transpose(square)))
+    return _cholesky(0.5 * (square + square.mT))
 
 
 @jax.custom_jvp
@@ -40,10 +40,10 @@ def _(primals, tangents):
     (square,), (change,) = primals, tangents
     root = _cholesky(square)
     inverse = invert_lower(root)
-    middle = _multiply(_multiply(inverse, change), _transpose(inverse))
+    middle = multiply(multiply(inverse, change), inverse.mT)
     halved = np.tril(np.ones(middle.shape[-2:])) - 0.5 * np.eye(middle.shape[-1])
     half = middle * jnp.broadcast_to(jnp.asarray(halved, middle.dtype), middle.shape)
-    return root, _multiply(root, half)
+    return root, multiply(root, half)
 
 
 @jax.custom_jvp
@@ -56,7 +56,7 @@ def invert_lower(triangle: Float[Array, "*B D D"]) -> Float[Array, "*B D D"]:
 def _(primals, tangents):
     (triangle,), (change,) = primals, tangents
     inverse = invert_lower(triangle)
-    return inverse, -_multiply(_multiply(inverse, jnp.tril(change)), inverse)
+    return inverse, -multiply(multiply(inverse, jnp.tril(change)), inverse)
 
 
 def eigh(square: Float[Array, "*B D D"]) -> tuple[Float[Array, "*B D"], Float[Array, "*B D D"]]:
@@ -121,9 +121,6 @@ _eigenvectors = _one_at_a_time(lambda x: tuple(jnp.linalg.eigh(x)))
 _orthogonal_and_upper = _one_at_a_time(lambda x: tuple(jnp.linalg.qr(x)))
 
 
-def _transpose(matrix: Array) -> Array:
-    return jnp.swapaxes(matrix, -1, -2)
-
-
-def _multiply(left: Array, right: Array) -> Array:
+def multiply(left: Float[Array, "*B N D"], right: Float[Array, "*B D M"]) -> Float[Array, "*B N M"]:
+    """Returns the product of matrices, in full precision."""
     return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)

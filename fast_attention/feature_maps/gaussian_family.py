@@ -39,11 +39,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from fast_attention.arrays.types import Array, Float
-from fast_attention.feature_maps.decompositions import cholesky, eigh, invert_lower
+from fast_attention.feature_maps.decompositions import cholesky, eigh, invert_lower, multiply
 from fast_attention.feature_maps.moments import Moments
 from fast_attention.feature_maps.shrinkage import (
     best_curvature,
@@ -141,9 +140,9 @@ def tune(
     return Tuning(
         a / scale,
         b / scale,
-        _multiply(basis, p1) * scale,
-        _multiply(basis, p2) * scale,
-        _multiply(basis * root[..., None, :], _transpose(basis)),
+        multiply(basis, p1) * scale,
+        multiply(basis, p2) * scale,
+        multiply(basis * root[..., None, :], basis.mT),
         jnp.log(root).sum(-1),
     )
 
@@ -180,13 +179,13 @@ def balance(second_x: Array, second_y: Array) -> tuple[Array, Array, Array, Arra
 
     # With L L^T the first and L^T second L = U Sigma^2 U^T, one decomposition gives both matrices.
     root_x = cholesky(positive(second_x, square_x))
-    mixed = _multiply(positive(second_y, square_y), root_x)
-    squares, u = eigh(_multiply(_transpose(root_x), mixed))
+    mixed = multiply(positive(second_y, square_y), root_x)
+    squares, u = eigh(multiply(root_x.mT, mixed))
     # Rounding leaves nothing of the smallest; any positive number keeps P1^T P2 = I.
     sigma = jnp.sqrt(jnp.maximum(squares, 1e-10 * squares[..., -1:]))
-    basis = _transpose(u)
-    p1 = jnp.sqrt(sigma)[..., None] * _multiply(basis, invert_lower(root_x))
-    p2 = _multiply(basis, _transpose(root_x)) / jnp.sqrt(sigma)[..., None]
+    basis = u.mT
+    p1 = jnp.sqrt(sigma)[..., None] * multiply(basis, invert_lower(root_x))
+    p2 = multiply(basis, root_x.mT) / jnp.sqrt(sigma)[..., None]
     ratio = (square_y / square_x)[..., None, None] ** 0.25
     return p1 * ratio, p2 / ratio, sigma * jnp.sqrt(square_x * square_y)[..., None], u
 
@@ -218,8 +217,8 @@ def _solve(
         return eye * psi[..., None], eye / psi[..., None], _one_curvature(square), eye
     if base == "sderf":
         cross = mean_x[..., :, None] * mean_y[..., None, :]
-        squares, vectors = eigh(second_x + second_y + cross + _transpose(cross))
-        rotation = _transpose(vectors)
+        squares, vectors = eigh(second_x + second_y + cross + cross.mT)
+        rotation = vectors.mT
         return rotation, rotation, best_curvature(jnp.maximum(squares, 0)), vectors
     p1, p2, sigma, basis = balance(second_x, second_y)
     if base in ("aderf", "aderf+"):
@@ -257,13 +256,5 @@ def _diagonal(matrix: Array) -> Array:
     return jnp.diagonal(matrix, axis1=-2, axis2=-1)
 
 
-def _transpose(matrix: Array) -> Array:
-    return jnp.swapaxes(matrix, -1, -2)
-
-
-def _multiply(left: Array, right: Array) -> Array:
-    return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
-
-
 def _apply(matrix: Array, vector: Array) -> Array:
-    return _multiply(matrix, vector[..., None])[..., 0]
+    return multiply(matrix, vector[..., None])[..., 0]

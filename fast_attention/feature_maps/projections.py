@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fast_attention.arrays.types import Array, Float
-from fast_attention.feature_maps.decompositions import qr
+from fast_attention.feature_maps.decompositions import multiply, qr
 
 
 def iid_projection(key: Array, num_rows: int, dim: int) -> Float[Array, "M D"]:
@@ -117,7 +117,7 @@ def simplex_projection(key: Array, num_rows: int, dim: int) -> Float[Array, "M D
     num_blocks = -(-num_rows // dim)
     turns = haar_orthogonal(block_key, num_blocks, dim)
     blocks = [
-        _multiply(jnp.asarray(_simplex(min(dim, num_rows - start), dim)), turn)
+        multiply(jnp.asarray(_simplex(min(dim, num_rows - start), dim)), turn)
         for start, turn in zip(range(0, num_rows, dim), turns, strict=True)
     ]
     return jnp.concatenate(blocks) * _gaussian_lengths(length_key, num_rows, dim)
@@ -151,7 +151,7 @@ def hadamard_projection(key: Array, num_rows: int, dim: int) -> Float[Array, "M 
     hadamard = jnp.asarray(_hadamard(width))[None]
     block = hadamard * signs[0]
     for sign in signs[1:]:
-        block = _multiply(hadamard * sign, block)
+        block = multiply(hadamard * sign, block)
     rows = block.reshape(num_blocks * width, width)[:num_rows, :dim]
     return rows * _gaussian_lengths(length_key, num_rows, width)
 
@@ -171,10 +171,6 @@ def _hadamard(width: int) -> np.ndarray:
     while len(signs) < width:
         signs = np.kron([[1, 1], [1, -1]], signs)
     return (signs / np.sqrt(width)).astype(np.float32)
-
-
-def _multiply(left: Array, right: Array) -> Array:
-    return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
 
 
 def _gaussian_lengths(key: Array, num_rows: int, dim: int) -> Float[Array, "M 1"]:

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fast_attention.arrays.types import Array, Float
-from fast_attention.feature_maps.decompositions import cholesky, invert_lower, qr
+from fast_attention.feature_maps.decompositions import cholesky, invert_lower, multiply, qr
 from fast_attention.feature_maps.gaussian_family import Tuning
 from fast_attention.feature_maps.tuned import TunedParameters, fold
 
@@ -69,18 +69,18 @@ def fold_trained(parameters: TrainedParameters) -> TunedParameters:
     norm = _triangle(parameters.norm, width)
     spread = _triangle(parameters.spread, width)
     eye = _eye_like(norm)
-    root = cholesky(0.5 * (eye + _multiply(_transpose(spread), spread)))
-    inverse = invert_lower(_transpose(norm))
+    root = cholesky(0.5 * (eye + multiply(spread.mT, spread)))
+    inverse = invert_lower(norm.mT)
     if parameters.keep is not None:
         keep = _triangle(parameters.keep, width)
-        inverse = _multiply(_transpose(keep), _multiply(keep, inverse))
+        inverse = multiply(keep.mT, multiply(keep, inverse))
     scale = width**-0.25
     tuning = Tuning(
         parameters.query_shift,
         parameters.key_shift,
         query_norm=norm * scale,
         key_norm=inverse * scale,
-        stretch=_transpose(root),
+        stretch=root.mT,
         log_stretch=jnp.log(jnp.diagonal(root, axis1=-2, axis2=-1)).sum(-1),
     )
     return fold(jax.lax.stop_gradient(parameters.rows), tuning)
@@ -104,12 +104,12 @@ def begin_training(
     query_norm, key_norm = (x * width**0.25 for x in (tuning.query_norm, tuning.key_norm))
     turn, norm = qr(query_norm)
     eye = _eye_like(norm)
-    stretch = _multiply(tuning.stretch, turn)
-    spread = 2 * _multiply(_transpose(stretch), stretch) - eye
+    stretch = multiply(tuning.stretch, turn)
+    spread = 2 * multiply(stretch.mT, stretch) - eye
     keep = None
     if estimator == "wderf_s":
-        kept = _multiply(_transpose(turn), _multiply(key_norm, _transpose(norm)))
-        keep = _pack(_root(0.5 * (kept + _transpose(kept))))
+        kept = multiply(turn.mT, multiply(key_norm, norm.mT))
+        keep = _pack(_root(0.5 * (kept + kept.mT)))
     return TrainedParameters(
         rows,
         tuning.query_shift,
@@ -122,7 +122,7 @@ def begin_training(
 
 def _root(square: Array) -> Array:
     """The upper triangle U with ``U^T U`` equal to a matrix."""
-    return _transpose(cholesky(square))
+    return cholesky(square).mT
 
 
 def _triangle(packed: Array, width: int) -> Array:
@@ -145,11 +145,3 @@ def _pack(triangle: Array) -> Array:
 
 def _eye_like(matrix: Array) -> Array:
     return jnp.broadcast_to(jnp.eye(matrix.shape[-1], dtype=matrix.dtype), matrix.shape)
-
-
-def _transpose(matrix: Array) -> Array:
-    return jnp.swapaxes(matrix, -1, -2)
-
-
-def _multiply(left: Array, right: Array) -> Array:
-    return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)

@@ -50,7 +50,6 @@ from fast_attention.layers.norms import ScaleNorm as ScaleNorm
 from fast_attention.layers.norms import make_norm as make_norm
 from fast_attention.layers.positions import AxialPositions as AxialPositions
 from fast_attention.layers.positions import LearnedPositions as LearnedPositions
-from fast_attention.layers.positions import rotate as rotate
 from fast_attention.layers.positions import sinusoids as sinusoids
 from fast_attention.layers.product_key_memory import ProductKeyMemory as ProductKeyMemory
 from fast_attention.layers.product_key_memory import is_memory_value as is_memory_value
@@ -67,3 +66,4 @@ from fast_attention.layers.stack.sublayer import NormConfig as NormConfig
 from fast_attention.layers.stack.sublayer import Sublayer as Sublayer
 from fast_attention.layers.stack.sublayer import SublayerConfig as SublayerConfig
 from fast_attention.layers.token_shift import shift_tokens as shift_tokens
+from fast_attention.mechanisms.rotary import rotate as rotate

@@ -14,8 +14,8 @@ from flax import nnx
 from fast_attention.arrays.types import Array
 from fast_attention.layers.attention.attention_call import Visible
 from fast_attention.layers.attention.config import HeadGroup
-from fast_attention.layers.positions import rotate
 from fast_attention.mechanisms.attention_fn import AttentionFn
+from fast_attention.mechanisms.rotary import rotate
 
 
 def read_keys(

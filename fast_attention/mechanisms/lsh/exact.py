@@ -18,7 +18,8 @@ from fast_attention.arrays.explicit_axes import runs_on_auto_axes
 from fast_attention.arrays.types import Array, Bool, Float, Int
 from fast_attention.mechanisms.call import Dropout
 from fast_attention.mechanisms.checks import full_rank
-from fast_attention.mechanisms.lsh.operands import LSHOutput, place_queries, rotate_pairs
+from fast_attention.mechanisms.lsh.operands import LSHOutput, place_queries
+from fast_attention.mechanisms.rotary import rotate
 from fast_attention.mechanisms.shared_qk import unit_keys
 from fast_attention.mechanisms.softmax.blocks import Choices, Extras, Tiling, blocked_attention
 
@@ -94,7 +95,8 @@ def shared_qk_attention(
         shown = key_mask[..., None, None]
         qk, value = jnp.where(shown, qk, 0), jnp.where(shown, value, 0)
     if rotary:
-        qk = rotate_pairs(qk, place_queries(positions, (*batch, length), queries))
+        place = place_queries(positions, (*batch, length), queries)
+        qk = rotate(qk, place, interleaved=True)
     given = length - queries
 
     def given_first(x: Array, axis: int) -> Array:

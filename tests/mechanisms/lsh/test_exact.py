@@ -9,7 +9,7 @@ import pytest
 
 from fast_attention import shared_qk_attention
 from fast_attention.mechanisms import shared_qk
-from fast_attention.mechanisms.lsh import operands
+from fast_attention.mechanisms.rotary import rotate
 from tests.mechanisms.lsh.definition import attend
 
 
@@ -63,13 +63,13 @@ def test_equals_the_definition_and_padding_gets_no_gradient():
 
 def test_rotation_is_a_product_with_unit_numbers():
     x, positions = inputs()[0], jnp.arange(11)[None]
-    turned = operands.rotate_pairs(x, jnp.broadcast_to(positions, (2, 11)))
+    turned = rotate(x, jnp.broadcast_to(positions, (2, 11)), interleaved=True)
     pairs = np.asarray(x[..., 0::2] + 1j * x[..., 1::2])
     angles = np.arange(11)[:, None, None] * 10000.0 ** (-np.arange(0, 6, 2) / 6)
     expected = pairs * np.exp(1j * angles)
     np.testing.assert_allclose(turned[..., 0::2] + 1j * turned[..., 1::2], expected, atol=1e-5)
     with pytest.raises(ValueError, match="even"):
-        operands.rotate_pairs(x[..., :5], jnp.zeros((2, 11), int))
+        rotate(x[..., :5], jnp.zeros((2, 11), int), interleaved=True)
 
 
 def test_unit_keys_have_no_gradient_at_zero():

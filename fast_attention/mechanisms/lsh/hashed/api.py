@@ -28,9 +28,9 @@ from fast_attention.mechanisms.lsh.hashed.weights import dense_weights
 from fast_attention.mechanisms.lsh.operands import (
     LSHOutput,
     place_queries,
-    rotate_pairs,
     spread_mask,
 )
+from fast_attention.mechanisms.rotary import rotate
 from fast_attention.mechanisms.shared_qk import unit_keys
 
 # Scores done at once: on a CPU what stays in the cache.
@@ -157,7 +157,7 @@ class _Arrays(NamedTuple):
 @functools.partial(jax.jit, static_argnums=0)
 def _attend(setting: _Setting, arrays: _Arrays) -> LSHOutput:
     hashing, bucket_size = setting.hashing, setting.hashing.bucket_size
-    qk, value, rotations, key, buckets, key_mask, mask, positions, dropout_key = arrays
+    qk, value, key_mask, mask = arrays.qk, arrays.value, arrays.key_mask, arrays.mask
     chunks = n_buckets(qk.shape[-3], bucket_size)
     rounds = hashing.rounds(chunks)
     *batch, length, heads, width = qk.shape
@@ -169,36 +169,13 @@ def _attend(setting: _Setting, arrays: _Arrays) -> LSHOutput:
     elements = math.prod(batch)
     padded, missing = chunks * bucket_size, chunks * bucket_size - length
     weight_key = hash_key = None
-    if dropout_key is not None:
-        weight_key, hash_key = jax.random.split(dropout_key)
+    if arrays.dropout_key is not None:
+        weight_key, hash_key = jax.random.split(arrays.dropout_key)
 
     def rows(x: Array) -> Array:
         return jnp.moveaxis(x, -2, -3).reshape(elements * heads, length, -1)
 
-    if buckets is None:
-        hashed = rows(qk)
-        if hash_key is not None and hashing.drop_for_hash_rate > 0:
-            kept = jax.random.bernoulli(hash_key, 1 - hashing.drop_for_hash_rate, hashed.shape)
-            hashed = jnp.where(kept, hashed / (1 - hashing.drop_for_hash_rate), 0)
-        if rotations is None:
-            assert key is not None
-            rotations = draw_rotations(
-                key,
-                width,
-                chunks,
-                n_rounds=hashing.n_hashes if hashing.rehash_each_round else 1,
-                rows=elements * heads if hashing.random_rotations_per_head else 1,
-            )
-        buckets = hash_vectors(
-            hashed,
-            rotations,
-            n_hashes=hashing.n_hashes,
-            rehash_each_round=hashing.rehash_each_round,
-            precision=setting.precision,
-        )
-    else:
-        buckets = buckets.reshape(elements * heads, rounds, length).astype(jnp.int32)
-
+    buckets = _buckets(rows(qk), setting, arrays, hash_key)
     visible = None
     if key_mask is not None:
         visible = jnp.broadcast_to(key_mask.astype(bool), (*batch, length)).reshape(-1, length)
@@ -213,7 +190,8 @@ def _attend(setting: _Setting, arrays: _Arrays) -> LSHOutput:
         shown = visible.reshape(*batch, length, 1, 1)
         qk, value = jnp.where(shown, qk, 0), jnp.where(shown, value, 0)
     if hashing.rotary:
-        qk = rotate_pairs(qk, place_queries(positions, (*batch, length), queries))
+        place = place_queries(arrays.positions, (*batch, length), queries)
+        qk = rotate(qk, place, interleaved=True)
     value = jnp.repeat(value, heads // value.shape[-2], axis=-2)
     query, values = (jnp.pad(rows(x), [(0, 0), (0, missing), (0, 0)]) for x in (qk, value))
     on_cpu = jax.default_backend() == "cpu"
@@ -253,6 +231,36 @@ def _attend(setting: _Setting, arrays: _Arrays) -> LSHOutput:
         weights = weights[:, :queries, :length].reshape(*batch, heads, queries, length)
     buckets = buckets.reshape(*batch, heads, rounds, length)
     return LSHOutput(out, weights, buckets)
+
+
+def _buckets(
+    vectors: Array, setting: _Setting, arrays: _Arrays, drop_key: Array | None
+) -> Int[Array, "N R S"]:
+    """Hashes vectors ``[N, S, D]``, unless buckets are given."""
+    hashing, (number, length, width) = setting.hashing, vectors.shape
+    chunks = n_buckets(length, hashing.bucket_size)
+    if arrays.buckets is not None:
+        return arrays.buckets.reshape(number, hashing.rounds(chunks), length).astype(jnp.int32)
+    if drop_key is not None and hashing.drop_for_hash_rate > 0:
+        kept = jax.random.bernoulli(drop_key, 1 - hashing.drop_for_hash_rate, vectors.shape)
+        vectors = jnp.where(kept, vectors / (1 - hashing.drop_for_hash_rate), 0)
+    rotations = arrays.rotations
+    if rotations is None:
+        assert arrays.key is not None
+        rotations = draw_rotations(
+            arrays.key,
+            width,
+            chunks,
+            n_rounds=hashing.n_hashes if hashing.rehash_each_round else 1,
+            rows=number if hashing.random_rotations_per_head else 1,
+        )
+    return hash_vectors(
+        vectors,
+        rotations,
+        n_hashes=hashing.n_hashes,
+        rehash_each_round=hashing.rehash_each_round,
+        precision=setting.precision,
+    )
 
 
 def _empty(qk: Array, value: Array, queries: int, rounds: int, return_weights: bool) -> LSHOutput:
