@@ -13,7 +13,7 @@ from flax import nnx
 
 from fast_attention.arrays.types import Array, Float
 from fast_attention.layers.explicit_axes import modules_run_on_auto_axes
-from fast_attention.layers.linear import Linear
+from fast_attention.layers.linear import xavier_linear
 from fast_attention.layers.sublayer_part import SublayerPart
 
 
@@ -116,12 +116,9 @@ class FeedForward(nnx.Module, SublayerPart):
         self.activation = activation
         self.glu = glu
         self.chunks = chunks
-        kernel_init = nnx.initializers.xavier_uniform()
         width = 2 * hidden_features if glu else hidden_features
-        self.up = Linear(features, width, kernel_init=kernel_init, dtype=dtype, rngs=rngs)
-        self.down = Linear(
-            hidden_features, features, kernel_init=kernel_init, dtype=dtype, rngs=rngs
-        )
+        self.up = xavier_linear(features, width, dtype=dtype, rngs=rngs)
+        self.down = xavier_linear(hidden_features, features, dtype=dtype, rngs=rngs)
         self.dropout = nnx.Dropout(dropout_rate)
 
     @modules_run_on_auto_axes

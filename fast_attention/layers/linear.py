@@ -9,6 +9,14 @@ from flax import nnx
 from fast_attention.arrays.types import Array, Float
 
 
+def xavier_linear(
+    inputs: int, outputs: int, *, use_bias: bool = True, dtype: Any = None, rngs: nnx.Rngs
+) -> Linear:
+    """Makes a layer with a Xavier-uniform kernel, as the dense layers of this package have."""
+    init = nnx.initializers.xavier_uniform()
+    return Linear(inputs, outputs, use_bias=use_bias, kernel_init=init, dtype=dtype, rngs=rngs)
+
+
 class Linear(nnx.Linear):
     """``nnx.Linear`` on inputs flattened to a matrix.
 

@@ -18,7 +18,7 @@ from fast_attention.arrays.dtypes import at_least_float32
 from fast_attention.arrays.types import Array, Bool, Float, Int
 from fast_attention.layers.explicit_axes import modules_run_on_auto_axes
 from fast_attention.layers.inputs import Inputs
-from fast_attention.layers.linear import Linear
+from fast_attention.layers.linear import xavier_linear
 from fast_attention.layers.masked_batch_norm import MaskedBatchNorm
 from fast_attention.layers.sublayer_part import SublayerPart
 
@@ -106,10 +106,7 @@ class ProductKeyMemory(nnx.Module, SublayerPart):
         self.top_k = top_k
         self.dtype = dtype
         width = num_heads * head_dim
-        kernel_init = nnx.initializers.xavier_uniform()
-        self.to_queries = Linear(
-            features, width, use_bias=False, kernel_init=kernel_init, dtype=dtype, rngs=rngs
-        )
+        self.to_queries = xavier_linear(features, width, use_bias=False, dtype=dtype, rngs=rngs)
         self.norm: nnx.Module = MaskedBatchNorm(width)
         if norm == "layer":
             self.norm = nnx.LayerNorm(head_dim // 2, epsilon=1e-5, dtype=dtype, rngs=rngs)

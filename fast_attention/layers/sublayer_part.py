@@ -64,9 +64,3 @@ class SublayerPart:
     ) -> tuple[Float[Array, "B M"], Any]:
         """Reads one token; returns the increment and the next state."""
         return self(x[:, None])[:, 0], state  # pyright: ignore[reportCallIssue]
-
-
-def check_rate(rate: float) -> None:
-    """Raises ValueError if a dropout rate is outside [0, 1)."""
-    if not 0 <= rate < 1:
-        raise ValueError(f"dropout_rate must be in [0, 1), got {rate}.")

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from fast_attention.arrays.types import Array
 from fast_attention.layers.attention.config import AttentionConfig, Decay, HeadGroup
+from fast_attention.layers.dropout import check_rate
 from fast_attention.layers.feed_forward import Activation, activation_of
 from fast_attention.layers.stack.stack import StackConfig
 from fast_attention.layers.stack.sublayer import (
@@ -122,8 +123,7 @@ class LanguageModelConfig:
             raise ValueError(
                 f"transform comes before 'dense' or 'tied' logits, got logits={self.logits!r}."
             )
-        if not 0 <= self.dropout_rate < 1:
-            raise ValueError(f"dropout_rate must be in [0, 1), got {self.dropout_rate}.")
+        check_rate(self.dropout_rate)
 
     @property
     def embedding_features(self) -> int:
@@ -230,9 +230,8 @@ class TransformerConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("dropout_rate", "attention_dropout_rate"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
+        check_rate(self.dropout_rate)
+        check_rate(self.attention_dropout_rate, "attention_dropout_rate")
         if self.qkv_dim % self.num_heads:
             raise ValueError(
                 f"qkv_dim={self.qkv_dim} is the width of all heads together: it must be a "

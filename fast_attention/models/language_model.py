@@ -5,6 +5,7 @@ Shape letters: B batch, T length, M features of the stack, E width of the embedd
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -13,9 +14,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from fast_attention.arrays.types import Array, Bool, Float, Int
+from fast_attention.layers.dropout import check_rngs
 from fast_attention.layers.explicit_axes import modules_run_on_auto_axes
 from fast_attention.layers.inputs import Inputs
-from fast_attention.layers.linear import Linear
+from fast_attention.layers.linear import xavier_linear
 from fast_attention.layers.masked_tokens import drop_masked_tokens
 from fast_attention.layers.norms import make_norm
 from fast_attention.layers.positions import sinusoids
@@ -78,9 +80,7 @@ class LanguageModel(nnx.Module):
         self.positions = make_positions(config, rngs)
         self.dropout = nnx.Dropout(config.dropout_rate)
 
-        def linear(inputs: int, outputs: int, dtype: Any = dtype) -> Linear:
-            init = nnx.initializers.xavier_uniform()
-            return Linear(inputs, outputs, kernel_init=init, dtype=dtype, rngs=rngs)
+        linear = functools.partial(xavier_linear, dtype=dtype, rngs=rngs)
 
         self.project_in = None if width == features else linear(width, features)
         self.stack = Stack(config.stack, dtype=dtype, rngs=rngs)
@@ -89,7 +89,9 @@ class LanguageModel(nnx.Module):
         norm = config.final_norm
         norm_width = features if config.norm_before_projection else width
         self.norm = make_norm(norm.kind, norm_width, epsilon=norm.epsilon, dtype=dtype, rngs=rngs)
-        self.head = linear(width, config.vocab_size, None) if config.logits == "dense" else None
+        self.head = (
+            linear(width, config.vocab_size, dtype=None) if config.logits == "dense" else None
+        )
         entry = config.embed_norm
         self.embed_norm = nnx.data(
             entry and make_norm(entry.kind, width, epsilon=entry.epsilon, dtype=dtype, rngs=rngs)
@@ -166,11 +168,7 @@ class LanguageModel(nnx.Module):
           ``[B, T, M]`` in the dtype of the configuration; the width is that of the embeddings if
           the projection comes before the norm.
         """
-        if self.dropout.rate > 0 and not deterministic and rngs is None:
-            raise ValueError(
-                f"dropout_rate={self.dropout.rate} needs rngs=nnx.Rngs(...), or pass "
-                "deterministic=True."
-            )
+        check_rngs(self.dropout.rate, deterministic, rngs)
         positions = self._number(tokens) if positions is None else positions
         inputs = Inputs(positions, segment_ids, key_mask, context, context_mask, mask)
         x = self._embed(tokens, inputs)

@@ -10,7 +10,7 @@ from flax import nnx
 
 from fast_attention.arrays.types import Array, Float
 from fast_attention.layers.feed_forward import activation_of
-from fast_attention.layers.linear import Linear
+from fast_attention.layers.linear import xavier_linear
 from fast_attention.models.config import LanguageModelConfig
 
 
@@ -27,9 +27,8 @@ class Transform(nnx.Module):
         """Draws a Xavier-uniform kernel; biases are zero."""
         width, transform = config.embedding_features, config.transform
         assert transform is not None
-        init = nnx.initializers.xavier_uniform()
         self.activation = transform.activation
-        self.dense = Linear(width, width, kernel_init=init, rngs=rngs)
+        self.dense = xavier_linear(width, width, rngs=rngs)
         self.norm = nnx.LayerNorm(width, epsilon=transform.epsilon, rngs=rngs)
         tied = config.logits == "tied"
         self.bias = nnx.data(nnx.Param(jnp.zeros(config.vocab_size)) if tied else None)

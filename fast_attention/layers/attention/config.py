@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from fast_attention.layers.dropout import check_rate
 from fast_attention.mechanisms.attention_fn import AttentionFn
 from fast_attention.mechanisms.wrapped import as_attention_fn
 from fast_attention.softmax_attention import make_softmax_attention
@@ -56,8 +57,7 @@ class HeadGroup:
             raise ValueError(
                 f"query_offset={self.query_offset} needs rotary positions: give rotary, too."
             )
-        if not 0 <= self.dropout_rate < 1:
-            raise ValueError(f"dropout_rate must be in [0, 1), got {self.dropout_rate}.")
+        check_rate(self.dropout_rate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +120,7 @@ class AttentionConfig:
             raise ValueError("groups is empty: attention needs at least one HeadGroup.")
         if self.head_dim < 1:
             raise ValueError(f"head_dim must be at least 1, got {self.head_dim}.")
-        if not 0 <= self.dropout_rate < 1:
-            raise ValueError(f"dropout_rate must be in [0, 1), got {self.dropout_rate}.")
+        check_rate(self.dropout_rate)
         if self.memory < 0:
             raise ValueError(f"memory must be 0 or more, got {self.memory}.")
         heads, kv_heads = self.num_heads, self.kv_heads

@@ -9,7 +9,6 @@ import functools
 from typing import Any
 
 import jax.numpy as jnp
-from flax import nnx
 
 from fast_attention.arrays.types import Array
 from fast_attention.layers.attention.attention_call import Visible
@@ -69,15 +68,3 @@ def rotated(
         own = turn(key[:, :length], positions)
         return turned, jnp.concatenate([own, key[:, length:]], axis=1)
     return turned, turn(key, positions)
-
-
-def dropout_options(group: HeadGroup, deterministic: bool, rngs: nnx.Rngs | None) -> dict[str, Any]:
-    """Dropout arguments of an attention function."""
-    if deterministic or not group.dropout_rate or rngs is None:
-        return {}
-    return {
-        "dropout_rng": rngs.dropout(),
-        "dropout_rate": group.dropout_rate,
-        "broadcast_dropout": False,
-        "deterministic": False,
-    }

@@ -7,6 +7,7 @@ features, H heads, D head width.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,10 +15,11 @@ import jax
 from flax import nnx
 
 from fast_attention.arrays.types import Array, Float
+from fast_attention.layers.dropout import check_rate, dropout_options
 from fast_attention.layers.explicit_axes import modules_run_on_auto_axes
 from fast_attention.layers.inputs import Inputs
-from fast_attention.layers.linear import Linear
-from fast_attention.layers.sublayer_part import SublayerPart, check_rate
+from fast_attention.layers.linear import xavier_linear
+from fast_attention.layers.sublayer_part import SublayerPart
 from fast_attention.mechanisms.linformer.op import linformer_attention, refuse_masks
 
 
@@ -98,15 +100,7 @@ class LinformerAttention(nnx.Module, SublayerPart):
         inner = config.num_heads * self.head_dim
         outer = self.head_dim if config.one_kv_head else inner
 
-        def linear(inputs: int, outputs: int, use_bias: bool) -> Linear:
-            return Linear(
-                inputs,
-                outputs,
-                use_bias=use_bias,
-                kernel_init=nnx.initializers.xavier_uniform(),
-                dtype=dtype,
-                rngs=rngs,
-            )
+        linear = functools.partial(xavier_linear, dtype=dtype, rngs=rngs)
 
         def projection() -> nnx.Param:
             limit = config.projected**-0.5
@@ -116,11 +110,11 @@ class LinformerAttention(nnx.Module, SublayerPart):
         def unless_shared(make: Callable[[], Any]) -> Any:
             return nnx.data(None if config.share_kv else make())
 
-        use_bias = config.use_bias
-        self.query = linear(features, inner, use_bias)
-        self.key = linear(context_features, outer, use_bias)
-        self.value = unless_shared(lambda: linear(context_features, outer, use_bias))
-        self.out = linear(inner, features, config.use_out_bias)
+        bias = config.use_bias
+        self.query = linear(features, inner, use_bias=bias)
+        self.key = linear(context_features, outer, use_bias=bias)
+        self.value = unless_shared(lambda: linear(context_features, outer, use_bias=bias))
+        self.out = linear(inner, features, use_bias=config.use_out_bias)
         self.key_projection = projection()
         self.value_projection = unless_shared(projection)
 
@@ -156,11 +150,6 @@ class LinformerAttention(nnx.Module, SublayerPart):
         if self.config.cross != (context is not None):
             expected = "needs a context" if self.config.cross else "takes no context"
             raise ValueError(f"Linformer with cross={self.config.cross} {expected}.")
-        rate = 0.0 if deterministic else self.config.dropout_rate
-        if rate > 0 and rngs is None:
-            raise ValueError(
-                f"dropout_rate={rate} needs rngs=nnx.Rngs(...), or pass deterministic=True."
-            )
         source = x if context is None else context
 
         def heads(x: Array) -> Array:
@@ -176,9 +165,7 @@ class LinformerAttention(nnx.Module, SublayerPart):
             value,
             mix[...],
             value_mix[...],
-            dropout_rng=rngs.dropout() if rate > 0 and rngs is not None else None,
-            dropout_rate=rate,
-            broadcast_dropout=False,
+            **dropout_options(self.config.dropout_rate, deterministic, rngs),
         )
         return self.out(jax.lax.collapse(out, -2))
 

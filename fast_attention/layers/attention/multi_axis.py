@@ -6,6 +6,7 @@ H heads, D head width, V value width, O output features.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,8 +20,9 @@ from fast_attention.layers.attention.stored_projections import (
     held_projection,
     redraw,
 )
+from fast_attention.layers.dropout import dropout_options
 from fast_attention.layers.explicit_axes import modules_run_on_auto_axes
-from fast_attention.layers.linear import Linear
+from fast_attention.layers.linear import Linear, xavier_linear
 from fast_attention.mechanisms.axes import attended_axes, fold_axes, unfold_axes
 from fast_attention.mechanisms.wrapped import as_attention_fn
 from fast_attention.softmax_attention import make_softmax_attention
@@ -90,16 +92,7 @@ class MultiAxisAttention(nnx.Module):
         self.dropout_rate = dropout_rate
         self.output_shape = tuple(output) if isinstance(output, Sequence) else (output,)
 
-        def linear(inputs: int, outputs: int) -> Linear:
-            return Linear(
-                inputs,
-                outputs,
-                use_bias=use_bias,
-                kernel_init=nnx.initializers.xavier_uniform(),
-                dtype=dtype,
-                rngs=rngs,
-            )
-
+        linear = functools.partial(xavier_linear, use_bias=use_bias, dtype=dtype, rngs=rngs)
         self.query = linear(widths[0], num_heads * key_dim)
         self.key = linear(widths[1], num_heads * key_dim)
         self.value = linear(widths[2], num_heads * value_dim)
@@ -144,23 +137,11 @@ class MultiAxisAttention(nnx.Module):
                 f"key_mask must have the shape of key without its last axis, {key.shape[:-1]}, "
                 f"got {key_mask.shape}."
             )
-        options: dict[str, Any] = {}
+        options = dropout_options(self.dropout_rate, deterministic, rngs)
         if key_mask is not None:
             options["key_mask"] = fold_axes(key_mask, axes, trailing=0)
         if self.projection is not None:
             options["projection"] = held_projection(self.projection)
-        if self.dropout_rate > 0 and not deterministic:
-            if rngs is None:
-                raise ValueError(
-                    f"dropout_rate={self.dropout_rate} needs rngs=nnx.Rngs(...), or pass "
-                    "deterministic=True."
-                )
-            options |= {
-                "dropout_rng": rngs.dropout(),
-                "dropout_rate": self.dropout_rate,
-                "broadcast_dropout": False,
-                "deterministic": False,
-            }
 
         def heads(linear: Linear, x: Array) -> Array:
             projected = linear(x)

@@ -25,7 +25,6 @@ from fast_attention.layers.attention.decay import decays_of_groups, head_decay
 from fast_attention.layers.attention.head_groups import (
     attend_after_memory,
     check_causal_memory,
-    dropout_options,
     read_keys,
     rotated,
 )
@@ -37,9 +36,10 @@ from fast_attention.layers.attention.stored_projections import (
     observe,
     redraw,
 )
+from fast_attention.layers.dropout import check_rngs, dropout_options
 from fast_attention.layers.explicit_axes import modules_run_on_auto_axes
 from fast_attention.layers.inputs import Inputs
-from fast_attention.layers.linear import Linear
+from fast_attention.layers.linear import xavier_linear
 from fast_attention.layers.sublayer_part import SublayerPart
 
 NO_INPUTS = Inputs()
@@ -86,14 +86,8 @@ class MultiHeadAttention(nnx.Module, SublayerPart):
         self.config = config
         self.project = QueryKeyValue(features, config, dtype=dtype, rngs=rngs)
         self.decay = head_decay(features, config)
-        self.out = Linear(
-            config.num_heads * config.head_dim,
-            features,
-            use_bias=config.out_bias,
-            kernel_init=nnx.initializers.xavier_uniform(),
-            dtype=dtype,
-            rngs=rngs,
-        )
+        width = config.num_heads * config.head_dim
+        self.out = xavier_linear(width, features, use_bias=config.out_bias, dtype=dtype, rngs=rngs)
         self.dropout = nnx.Dropout(config.dropout_rate)
         drawn = [
             group.attention_fn.draw_projection(rngs.params(), config.head_dim)
@@ -194,7 +188,7 @@ class MultiHeadAttention(nnx.Module, SublayerPart):
             if not deterministic and moments is not None:
                 observe(group.attention_fn, moments, q, k, seen)
             options = self._own(index) | decays[index]
-            options |= dropout_options(group, deterministic, rngs)
+            options |= dropout_options(group.dropout_rate, deterministic, rngs)
             if after_memory:
                 check_causal_memory(seen, options)
                 attended = attend_after_memory(group.attention_fn, q, k, v, seen.key_mask, options)
@@ -382,10 +376,7 @@ class MultiHeadAttention(nnx.Module, SublayerPart):
         if self.config.context == "cross" and context is None:
             raise ValueError("Cross attention needs context=, the sequence to attend to.")
         rate = max(group.dropout_rate for group in self.config.groups)
-        if rate > 0 and not deterministic and rngs is None:
-            raise ValueError(
-                f"dropout_rate={rate} needs rngs=nnx.Rngs(...), or pass deterministic=True."
-            )
+        check_rngs(rate, deterministic, rngs)
 
     def _check_decoder(self) -> None:
         for group in self.config.groups:

@@ -15,7 +15,7 @@ from fast_attention.arrays.types import Array, Bool, Float
 from fast_attention.layers.attention.config import AttentionConfig
 from fast_attention.layers.attention.query_key_norm import UnitQueryKey
 from fast_attention.layers.inputs import Inputs
-from fast_attention.layers.linear import Linear
+from fast_attention.layers.linear import Linear, xavier_linear
 
 
 class QueryKeyValue(nnx.Module):
@@ -46,10 +46,7 @@ class QueryKeyValue(nnx.Module):
         source = features if source is None else source
 
         def linear(inputs: int, heads: int) -> Linear:
-            init = nnx.initializers.xavier_uniform()
-            return Linear(
-                inputs, heads * width, use_bias=bias, kernel_init=init, dtype=dtype, rngs=rngs
-            )
+            return xavier_linear(inputs, heads * width, use_bias=bias, dtype=dtype, rngs=rngs)
 
         def norm() -> nnx.RMSNorm:
             return nnx.RMSNorm(width, dtype=dtype, rngs=rngs)

@@ -15,6 +15,7 @@ from flax import nnx
 
 from fast_attention.arrays.types import Array, Bool, Float
 from fast_attention.layers.attention.multi_head import NO_INPUTS
+from fast_attention.layers.dropout import check_rate, check_rngs
 from fast_attention.layers.explicit_axes import modules_run_on_auto_axes
 from fast_attention.layers.inputs import Inputs
 from fast_attention.layers.stack.layer_dropout import draw_layer_mask
@@ -84,10 +85,7 @@ class StackConfig:
             )
         if self.merge not in ("mean", "sum"):
             raise ValueError(f"merge must be 'mean' or 'sum', got {self.merge!r}.")
-        if not 0 <= self.layer_dropout_rate < 1:
-            raise ValueError(
-                f"layer_dropout_rate must be in [0, 1), got {self.layer_dropout_rate}."
-            )
+        check_rate(self.layer_dropout_rate, "layer_dropout_rate")
         for name in ("redraw_interval", "recalibrate_interval"):
             interval = getattr(self, name)
             if interval is not None and interval < 1:
@@ -319,12 +317,9 @@ class Stack(nnx.Module):
 
     def _layer_mask(self, deterministic: bool, rngs: nnx.Rngs | None) -> Array | None:
         rate = self.config.layer_dropout_rate
-        if deterministic or not rate:
+        check_rngs(rate, deterministic, rngs, "layer_dropout_rate")
+        if deterministic or not rate or rngs is None:
             return None
-        if rngs is None:
-            raise ValueError(
-                f"layer_dropout_rate={rate} needs rngs=nnx.Rngs(...), or pass deterministic=True."
-            )
         return draw_layer_mask(rngs.dropout(), rate, len(self.blocks))
 
     def _check(self, inputs: Inputs) -> None:

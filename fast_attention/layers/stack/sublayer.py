@@ -16,12 +16,13 @@ from fast_attention.arrays.types import Array, Float
 from fast_attention.layers.attention.config import AttentionConfig
 from fast_attention.layers.attention.linformer import LinformerAttention, LinformerConfig
 from fast_attention.layers.attention.multi_head import NO_INPUTS, MultiHeadAttention
+from fast_attention.layers.dropout import check_rate
 from fast_attention.layers.explicit_axes import modules_run_on_auto_axes
 from fast_attention.layers.feed_forward import Activation, FeedForward
 from fast_attention.layers.inputs import Inputs
 from fast_attention.layers.norms import ReZero, make_norm
 from fast_attention.layers.product_key_memory import ProductKeyMemory
-from fast_attention.layers.sublayer_part import SublayerPart, check_rate
+from fast_attention.layers.sublayer_part import SublayerPart
 from fast_attention.layers.token_shift import last_visible, shift_tokens, starts_of_runs
 
 
