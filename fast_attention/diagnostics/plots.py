@@ -40,7 +40,7 @@ def plot_matrices(matrices: Mapping[str, Any], path: str | Path) -> None:
     if not squares or any(square.ndim != 2 for square in squares.values()):
         shapes = {name: square.shape for name, square in squares.items()}
         raise ValueError(f"Expected one or more matrices [rows, keys], got {shapes}.")
-    figure = _figure(2.7 * len(squares) + 0.6, 3.0)
+    figure = make_figure(2.7 * len(squares) + 0.6, 3.0)
     everything = np.concatenate([square.ravel() for square in squares.values()])
     low, high = min(0.0, float(everything.min())), float(np.quantile(everything, 0.999))
     # Weights differ by orders of magnitude: their roots can be seen side by side.
@@ -70,7 +70,7 @@ def plot_recommendation(recommendation: Recommendation, path: str | Path) -> Non
     Raises:
       ImportError: Without matplotlib.
     """
-    figure = _figure(4.5, 3.2)
+    figure = make_figure(4.5, 3.2)
     axes = figure.add_subplot()
     axes.loglog(*zip(*recommendation.measured, strict=True), marker="o", label="measured")
     if recommendation.extrapolated:
@@ -126,7 +126,7 @@ def plot_head_errors(
     values = np.asarray(ratios, np.float64)
     squares = {name: np.asarray(matrix, np.float64) for name, matrix in (matrices or {}).items()}
     width = max(3.5, 1.5 + 0.5 * values.shape[1])
-    figure = _figure(
+    figure = make_figure(
         width + 3.2 * len(squares) + (0.8 if squares else 0), max(3.2, 1.2 + 0.4 * values.shape[0])
     )
     grid = figure.subplots(
@@ -196,7 +196,7 @@ def plot_errors(
         for i, name in enumerate(strong)
     }
     height = max(3.6, 0.16 * len(names) + 1.6)
-    figure = _figure(5.2 * len(panels), height)
+    figure = make_figure(5.2 * len(panels), height)
     for number, (title, panel) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(1, len(panels), number)
         _label_ends(axes, _errors(axes, panel, styles, largest), height)
@@ -207,7 +207,12 @@ def plot_errors(
     figure.savefig(path, dpi=110)
 
 
-def _figure(width: float, height: float) -> Any:
+def make_figure(width: float, height: float) -> Any:
+    """Returns an empty figure of this size in inches.
+
+    Raises:
+      ImportError: Without matplotlib.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fast_attention.diagnostics.plots import make_figure
 from fast_attention.models.recording import Recording
 
 
@@ -34,12 +35,6 @@ def plot_recordings(
       ImportError: Without matplotlib.
       ValueError: If there is nothing to draw, or no such row or head.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "Pictures need matplotlib: pip install 'fast-attention[protein]', or matplotlib alone."
-        ) from error
     recordings = [recordings] if isinstance(recordings, Recording) else list(recordings)
     squares = [
         (recording, index) for recording in recordings for index in _heads(recording, row, head)
@@ -48,7 +43,7 @@ def plot_recordings(
         raise ValueError("There are no recordings to draw: the model has no attention layers.")
     columns = math.ceil(math.sqrt(len(squares)))
     lines = math.ceil(len(squares) / columns)
-    figure = Figure(figsize=(3.2 * columns, 2.8 * lines), layout="constrained")
+    figure = make_figure(3.2 * columns, 2.8 * lines)
     for number, (recording, index) in enumerate(squares, 1):
         _draw(figure.add_subplot(lines, columns, number), recording, row, index)
     figure.savefig(path, dpi=120)

@@ -49,31 +49,28 @@ def register() -> None:
     What is bound to ``FlaxModel`` holds for ``FlaxLM`` and ``FlaxBERT``, unless the same
     parameter is bound to these.
     """
-    for target in (models.FlaxModel, models.FlaxLM, models.FlaxBERT):
+    for target in (
         # gin changes the constructors of classes in place, so that the subclasses inherit what
         # is bound to FlaxModel.
-        gin.configurable(target, module="protein_lm")
-    for target in OBJECTIVES.values():
-        gin.configurable(target, module="protein_lm")
-    for target in (
+        models.FlaxModel,
+        models.FlaxLM,
+        models.FlaxBERT,
+        *OBJECTIVES.values(),
         vocabulary.Vocabulary,
         vocabulary.ProteinVocab,
         domains.FixedLengthDiscreteDomain,
         domains.VariableLengthDiscreteDomain,
         embedder.ProteinLMEmbedder,
-    ):
-        gin.configurable(target, module="protein_lm")
-    for target in (
         dataset.batch_ds,
         dataset.get_train_valid_files,
         reducers.sum_reducer,
         reducers.mean_reducer,
         reducers.max_reducer,
         reducers.masked_reduce_fn,
+        domains.make_protein_domain,
+        schedules.create_learning_rate_scheduler,
+        make_mesh,
     ):
-        gin.configurable(target, module="protein_lm")
-    schedule = schedules.create_learning_rate_scheduler
-    for target in (domains.make_protein_domain, schedule, make_mesh):
         gin.configurable(target, module="protein_lm")
     gin.external_configurable(experiment.Experiment, "experiment", module="protein_lm")
 

@@ -14,6 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fast_attention.protein_lm.runs.array_records import named
+
 Adapters = dict[str, dict[str, Any]]
 
 
@@ -52,7 +54,7 @@ def adapted_kernels(parameters: Any) -> dict[str, Any]:
     """The kernels that `init_adapters` adapts, arrays or their shapes, by dotted name."""
     return {
         name: leaf
-        for name, leaf in _named(parameters)
+        for name, leaf in named(parameters).items()
         if name.endswith(".kernel") and len(leaf.shape) == 2 and not name.startswith("head.")
     }
 
@@ -68,24 +70,12 @@ def merge_adapters(parameters: Any, adapters: Adapters, scale: Any) -> Any:
     Returns:
       The same nest; parameters without an adapter are the same arrays.
     """
-    names = {name for name, _ in _named(parameters)}
-    missing = sorted(set(adapters) - names)
+    leaves = named(parameters)
+    missing = sorted(adapters.keys() - leaves.keys())
     if missing:
         raise ValueError(f"the adapters are for another model: this one has no {missing[0]!r}")
 
-    def merge(path: Any, leaf: Any) -> Any:
-        found = adapters.get(_name(path))
-        if found is None:
-            return leaf
-        return (leaf + scale * (found["a"] @ found["b"])).astype(leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(merge, parameters)
-
-
-def _named(parameters: Any) -> list[tuple[str, Any]]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(parameters)
-    return [(_name(path), leaf) for path, leaf in leaves]
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".")
+    for name, own in adapters.items():
+        leaf = leaves[name]
+        leaves[name] = (leaf + scale * (own["a"] @ own["b"])).astype(leaf.dtype)
+    return jax.tree.unflatten(jax.tree.structure(parameters), leaves.values())

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from fast_attention.diagnostics.plots import make_figure
 from fast_attention.protein_lm.errors import RunError
 from fast_attention.protein_lm.evaluation.report import format_table
 from fast_attention.protein_lm.files.json_files import check_fields, read_json
@@ -123,15 +124,9 @@ def draw_errors(path: Path, report: dict[str, Any]) -> None:
     Raises:
       ImportError: Without matplotlib.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "Pictures need matplotlib: pip install 'fast-attention[protein]', or matplotlib alone."
-        ) from error
     found = report["found"]
     layers = range(1, len(found["ranking"]["errors"]) + 1)
-    figure = Figure(figsize=(max(4.0, 2.5 + 0.4 * len(layers)), 3.2), layout="constrained")
+    figure = make_figure(max(4.0, 2.5 + 0.4 * len(layers)), 3.2)
     axes = figure.subplots()
     names = _with_errors(found)
     for name, colour in zip(names, ("0.6", "tab:blue", "tab:orange"), strict=False):

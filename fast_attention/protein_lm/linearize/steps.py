@@ -93,19 +93,12 @@ def make_transfer_step(
 ) -> Step:
     """Makes the step that trains features alone, ``(trainable, opt_state, batch, key)``."""
     errors = make_errors(exact, linear)
-    fixed, own = fixed_arrays(exact, linear), linear.weights
 
-    @jax.jit
-    def step(trainable: Any, opt_state: Any, fixed: Any, own: Any, batch: Batch) -> Any:
-        def loss(trainable: Any) -> Array:
-            parameters = parameters_of(trainable, own, 1.0)
-            return transfer_loss(errors(parameters, fixed, batch))
+    def loss(parameters: Any, fixed: Any, batch: Batch, key: Array) -> Array:
+        del key
+        return transfer_loss(errors(parameters, fixed, batch))
 
-        value, gradient = jax.value_and_grad(loss)(trainable)
-        updates, opt_state = optimizer.update(gradient, opt_state, trainable)
-        return optax.apply_updates(trainable, updates), opt_state, value
-
-    return lambda trainable, opt_state, batch, key: step(trainable, opt_state, fixed, own, batch)
+    return _make_step(loss, exact, linear, optimizer)
 
 
 def make_finetune_step(
@@ -119,26 +112,39 @@ def make_finetune_step(
     The loss is the mean over the predicted tokens of ``-log p(target) + w KL(exact || p)``
     with ``w = kl_weight``.
     """
+
+    def loss(parameters: Any, fixed: Any, batch: Batch, key: Array) -> Array:
+        student: Any = nnx.merge(linear.graphdef, parameters, fixed["variables"])
+        teacher: Any = nnx.merge(exact.graphdef, *fixed["exact"])
+        told = visible(batch)
+        logits = student(batch["inputs"], **told, deterministic=False, rngs=nnx.Rngs(key))
+        sums = metrics.token_sums(logits, batch["targets"], batch["weights"])
+        target = teacher(batch["inputs"], **told, deterministic=True)
+        exact_log, log = (jax.nn.log_softmax(x.astype(jnp.float32)) for x in (target, logits))
+        exact_log = jax.lax.stop_gradient(exact_log)
+        each = jnp.sum(jnp.exp(exact_log) * (exact_log - log), axis=-1)
+        divergence = jnp.sum(each * batch["weights"])
+        total = sums["loss"] + config.kl_weight * divergence
+        return total / jnp.maximum(sums["denominator"], 1.0)
+
+    return _make_step(loss, exact, linear, optimizer)
+
+
+def _make_step(
+    loss: Callable[[Any, Any, Batch, Array], Array],
+    exact: FlaxModel,
+    linear: FlaxModel,
+    optimizer: optax.GradientTransformation,
+) -> Step:
+    """Makes the step that lowers ``loss(parameters of linear, fixed_arrays, batch, key)``."""
     fixed, own = fixed_arrays(exact, linear), linear.weights
 
     @jax.jit
     def step(trainable: Any, opt_state: Any, fixed: Any, own: Any, batch: Batch, key: Array) -> Any:
-        def loss(trainable: Any) -> Array:
-            parameters = parameters_of(trainable, own, 1.0)
-            student: Any = nnx.merge(linear.graphdef, parameters, fixed["variables"])
-            teacher: Any = nnx.merge(exact.graphdef, *fixed["exact"])
-            told = visible(batch)
-            logits = student(batch["inputs"], **told, deterministic=False, rngs=nnx.Rngs(key))
-            sums = metrics.token_sums(logits, batch["targets"], batch["weights"])
-            target = teacher(batch["inputs"], **told, deterministic=True)
-            exact_log, log = (jax.nn.log_softmax(x.astype(jnp.float32)) for x in (target, logits))
-            exact_log = jax.lax.stop_gradient(exact_log)
-            each = jnp.sum(jnp.exp(exact_log) * (exact_log - log), axis=-1)
-            divergence = jnp.sum(each * batch["weights"])
-            total = sums["loss"] + config.kl_weight * divergence
-            return total / jnp.maximum(sums["denominator"], 1.0)
+        def of_trainable(trainable: Any) -> Array:
+            return loss(parameters_of(trainable, own, 1.0), fixed, batch, key)
 
-        value, gradient = jax.value_and_grad(loss)(trainable)
+        value, gradient = jax.value_and_grad(of_trainable)(trainable)
         updates, opt_state = optimizer.update(gradient, opt_state, trainable)
         return optax.apply_updates(trainable, updates), opt_state, value
 

@@ -174,16 +174,30 @@ def one_batch(model: BuiltModel, batch: Any, seed: int) -> Mapping[str, Any]:
         raise ValueError(f"expected a batch of sequences, but got one, {batch}: give [sequence]")
     corpus = as_corpus(batch, model.domain)
     longest = int(corpus.lengths.max())
+    length = longest if np.ndim(batch) < 2 else max(longest, np.shape(batch)[1])
+    return _rows_of(corpus, model.domain, model.objective, length=length, seed=seed)
+
+
+def _rows_of(
+    corpus: Corpus,
+    domain: DiscreteDomain,
+    objective: Objective | str,
+    *,
+    length: int,
+    seed: int,
+    batch_size: int | None = None,
+) -> pipeline.Batch:
+    """One batch of all proteins, one a row in their order; then empty rows up to `batch_size`."""
     dataset = pipeline.make_dataset(
         corpus,
-        model.domain,
-        length=longest if np.ndim(batch) < 2 else max(longest, np.shape(batch)[1]),
-        batch_size=len(corpus),
+        domain,
+        length=length,
+        batch_size=batch_size or len(corpus),
         seed=seed,
         pack=False,
         shuffle=False,
         num_epochs=1,
-        objective=model.objective,
+        objective=objective,
         crop="start",
     )
     return next(iter(dataset))
@@ -279,37 +293,16 @@ def weighted(
         order = rng.permutation(len(corpus))
         for first in range(0, len(order), batch_size):
             members = order[first : first + batch_size]
-            dataset = pipeline.make_dataset(
-                select(corpus, members),
-                domain,
-                length=length,
-                batch_size=batch_size,
-                seed=int(rng.integers(2**31)),
-                pack=False,
-                shuffle=False,
-                num_epochs=1,
-                objective=objective,
-                crop="start",
+            chosen, own_seed = select(corpus, members), int(rng.integers(2**31))
+            batch = _rows_of(
+                chosen, domain, objective, length=length, seed=own_seed, batch_size=batch_size
             )
-            batch = next(iter(dataset))
             missing = (0, batch_size - len(members))
             yield batch | {"weights": batch["weights"] * np.pad(weights[members], missing)[:, None]}
 
 
 def in_order(corpus: Corpus, domain: DiscreteDomain, objective: Objective) -> pipeline.Batch:
     """One batch of all proteins, one a row in their order, with nothing masked."""
-    options: dict[str, Any] = {"objective": objective} if objective.enclose else {}
-    dataset = pipeline.make_dataset(
-        corpus,
-        domain,
-        **options,
-        length=int(corpus.lengths.max()),
-        batch_size=len(corpus),
-        seed=0,
-        pack=False,
-        shuffle=False,
-        num_epochs=1,
-        crop="start",
-    )
-    batch = next(iter(dataset))
+    used = objective if objective.enclose else "causal"
+    batch = _rows_of(corpus, domain, used, length=int(corpus.lengths.max()), seed=0)
     return batch if objective.begins else batch | {"inputs": batch["targets"]}

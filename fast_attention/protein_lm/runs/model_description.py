@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from fast_attention.protein_lm.modeling.built_model import BuiltModel
+from fast_attention.protein_lm.runs.array_records import named
 
 
 def describe_model(model: BuiltModel) -> dict[str, Any]:
@@ -61,10 +62,9 @@ def count_parameters(model: BuiltModel) -> dict[str, int]:
     ``norm`` and ``head``; those of another model class are its own.
     """
     abstract = jax.eval_shape(model.initialize, jax.random.key(0))
-    leaves, _ = jax.tree_util.tree_flatten_with_path(abstract.parameters)
     parts: dict[str, int] = {}
-    for path, leaf in leaves:
-        part = _part(jax.tree_util.keystr(path, simple=True, separator="."))
+    for name, leaf in named(abstract.parameters).items():
+        part = _part(name)
         parts[part] = parts.get(part, 0) + leaf.size
     drawn = sum(leaf.size for leaf in jax.tree.leaves(abstract.variables))
     return parts | {"total": sum(parts.values()), "drawn": drawn}
