@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from fast_attention.protein_lm import pretrained, ranges
@@ -14,8 +14,15 @@ from fast_attention.protein_lm.data.skipped_records import SkippedRecords, list_
 from fast_attention.protein_lm.ranges import Range
 
 
-def number(allowed: Range) -> Callable[[str], float]:
-    """The ``type`` of an option that takes a number of a range."""
+def add_number(
+    parser: argparse._ActionsContainer,
+    flag: str,
+    allowed: Range,
+    metavar: str,
+    meaning: str,
+    default: float | None = None,
+) -> None:
+    """Adds an option that takes a number of a range."""
 
     def parse(text: str) -> float:
         try:
@@ -23,7 +30,7 @@ def number(allowed: Range) -> Callable[[str], float]:
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
 
-    return parse
+    parser.add_argument(flag, type=parse, metavar=metavar, help=meaning, default=default)
 
 
 def add_run_dir(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
@@ -196,26 +203,28 @@ def _files_of_noted_run(folder: Path) -> Iterator[Path]:
 def add_token_budget(parser: argparse.ArgumentParser) -> None:
     """Adds ``--tokens_per_batch`` and ``--max_length``."""
     add_tokens_per_batch(parser)
-    parser.add_argument(
+    add_number(
+        parser,
         "--max_length",
-        type=number(ranges.LENGTH),
-        metavar="N",
-        help="use the first N residues of a longer protein (default: proteins are read whole, and "
+        ranges.LENGTH,
+        "N",
+        "use the first N residues of a longer protein (default: proteins are read whole, and "
         f"one of more than {PROTEIN.longest:,} residues is an error)",
     )
 
 
 def add_tokens_per_batch(parser: argparse.ArgumentParser) -> None:
     """Adds ``--tokens_per_batch``."""
-    parser.add_argument(
+    add_number(
+        parser,
         "--tokens_per_batch",
-        type=number(ranges.TOKENS_PER_BATCH),
+        ranges.TOKENS_PER_BATCH,
+        "N",
+        "residues per batch; lower it to save memory (default: 16384)",
         default=16384,
-        metavar="N",
-        help="residues per batch; lower it to save memory (default: 16384)",
     )
 
 
 def add_seed(parser: argparse.ArgumentParser, meaning: str) -> None:
     """Adds ``--seed``."""
-    parser.add_argument("--seed", type=number(ranges.SEED), default=0, metavar="N", help=meaning)
+    add_number(parser, "--seed", ranges.SEED, "N", meaning, default=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from typing import TYPE_CHECKING
 
 from fast_attention.protein_lm import ranges
@@ -31,23 +32,24 @@ A model with exact attention has no error. With --estimator, --nb_features, --pr
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
+    number = functools.partial(arguments.add_number, parser)
     arguments.add_run_dir(parser)
     arguments.add_fasta(parser, "proteins to measure on")
     arguments.add_on_error(parser)
-    parser.add_argument(
+    number(
         "--max_proteins",
-        type=arguments.number(ranges.COUNT),
+        ranges.COUNT,
+        "N",
+        "use N proteins, spread evenly over the files (default: 32)",
         default=32,
-        metavar="N",
-        help="use N proteins, spread evenly over the files (default: 32)",
     )
-    parser.add_argument(
+    number(
         "--max_length",
-        type=arguments.number(ranges.LENGTH),
-        default=512,
-        metavar="N",
-        help="use the first N residues of a longer protein; the time of exact attention grows "
+        ranges.LENGTH,
+        "N",
+        "use the first N residues of a longer protein; the time of exact attention grows "
         "with the square of the length (default: 512)",
+        default=512,
     )
     parser.add_argument(
         "--estimator",
@@ -56,11 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "hyperbolic, wderf_s, ... (docs/choosing-features.md; default, with one of the next "
         "options: wderf_s)",
     )
-    parser.add_argument(
+    number(
         "--nb_features",
-        type=arguments.number(ranges.FEATURES),
-        metavar="M",
-        help="number of features (default, with one of the others: 256)",
+        ranges.FEATURES,
+        "M",
+        "number of features (default, with one of the others: 256)",
     )
     parser.add_argument(
         "--projection",
@@ -68,18 +70,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how the features are drawn: iid, orthogonal, orthogonal_antithetic, ... (default: "
         "orthogonal_antithetic for estimators with parameters from data, orthogonal for others)",
     )
-    parser.add_argument(
+    number(
         "--exact_window",
-        type=arguments.number(ranges.LENGTH),
-        metavar="W",
-        help="use exact weights for the W nearest residues and features for the others (default: "
+        ranges.LENGTH,
+        "W",
+        "use exact weights for the W nearest residues and features for the others (default: "
         "no window)",
     )
-    parser.add_argument(
+    number(
         "--target_error",
-        type=arguments.number(ranges.ERROR),
-        metavar="X",
-        help="also report how many features each layer needs for a relative error of its "
+        ranges.ERROR,
+        "X",
+        "also report how many features each layer needs for a relative error of its "
         "attention matrix of at most X, such as 0.3",
     )
     parser.add_argument(
@@ -94,20 +96,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also plot the results (PNG): the error of each head, and the exact and approximate "
         "attention matrices of one head",
     )
-    parser.add_argument(
-        "--layer",
-        type=arguments.number(ranges.HEAD),
-        default=1,
-        metavar="N",
-        help="layer whose matrices --plot draws (default: 1)",
-    )
-    parser.add_argument(
-        "--head",
-        type=arguments.number(ranges.HEAD),
-        default=1,
-        metavar="N",
-        help="head of that layer (default: 1)",
-    )
+    number("--layer", ranges.HEAD, "N", "layer whose matrices --plot draws (default: 1)", default=1)
+    number("--head", ranges.HEAD, "N", "head of that layer (default: 1)", default=1)
     arguments.add_seed(parser, "random seed of the features (default: 0)")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from pathlib import Path
 
 from fast_attention.protein_lm import pretrained, ranges
@@ -20,6 +21,7 @@ their input. If they do not fit, split them into several files."""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
+    number = functools.partial(arguments.add_number, parser)
     arguments.add_run_dir(parser)
     arguments.add_fasta(parser, "proteins to predict")
     arguments.add_on_error(parser)
@@ -47,19 +49,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a table whose first column has ids and whose second has families, for figures of "
         "each family (default: the components of --split_file)",
     )
-    parser.add_argument(
-        "--batch_size",
-        type=arguments.number(ranges.BATCH_SIZE),
-        metavar="N",
-        help="proteins per batch; lower it to save memory",
-    )
+    number("--batch_size", ranges.BATCH_SIZE, "N", "proteins per batch; lower it to save memory")
     arguments.add_seed(parser, "random seed: which residues FlaxBERT predicts (default: 0)")
-    parser.add_argument(
+    number(
         "--num_seeds",
-        type=arguments.number(ranges.SEEDS),
+        ranges.SEEDS,
+        "N",
+        "repeat N times with other residues for FlaxBERT (default: 1)",
         default=1,
-        metavar="N",
-        help="repeat N times with other residues for FlaxBERT (default: 1)",
     )
 
 

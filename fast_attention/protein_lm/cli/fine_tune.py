@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,7 +30,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", required=True, metavar="FOLDER", help="where the result is written"
     )
+    _add_property(parser)
+    _add_training(parser)
+    arguments.add_on_error_choice(parser, "raise")
+    arguments.add_seed(parser, "random seed; equal seeds give equal results (default: 0)")
+
+
+def _add_property(parser: argparse.ArgumentParser) -> None:
+    """Adds what only fine-tuning with ``--table`` has."""
     table = parser.add_argument_group("a property")
+    number = functools.partial(arguments.add_number, table)
     table.add_argument(
         "--table",
         metavar="FILE",
@@ -66,18 +76,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="a column of families; the proteins of one family are then all in the same part",
     )
-    table.add_argument(
+    number(
         "--test_share",
-        type=arguments.number(ranges.SHARE),
-        metavar="X",
-        help="the share of the proteins held out for the report, if there is no split column "
+        ranges.SHARE,
+        "X",
+        "the share of the proteins held out for the report, if there is no split column "
         "(default: 0.2)",
     )
-    table.add_argument(
+    number(
         "--valid_share",
-        type=arguments.number(ranges.SHARE),
-        metavar="X",
-        help="the share of the other proteins used to decide when to stop (default: 0.1)",
+        ranges.SHARE,
+        "X",
+        "the share of the other proteins used to decide when to stop (default: 0.1)",
     )
     table.add_argument(
         "--balanced",
@@ -85,24 +95,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="give all classes the same weight, whatever their number of proteins",
     )
-    table.add_argument(
-        "--rank",
-        type=arguments.number(ranges.RANK),
-        metavar="R",
-        help="rank of the lora adapters (default: 8)",
-    )
-    table.add_argument(
+    number("--rank", ranges.RANK, "R", "rank of the lora adapters (default: 8)")
+    number(
         "--patience",
-        type=arguments.number(ranges.EPOCHS),
-        metavar="N",
-        help="epochs without improvement after which to stop (default: 3)",
+        ranges.EPOCHS,
+        "N",
+        "epochs without improvement after which to stop (default: 3)",
     )
-    table.add_argument(
-        "--max_length",
-        type=arguments.number(ranges.LENGTH),
-        metavar="N",
-        help="use the first N residues of longer proteins",
-    )
+    number("--max_length", ranges.LENGTH, "N", "use the first N residues of longer proteins")
     table.add_argument(
         "--whole_model",
         action="store_true",
@@ -110,7 +110,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="store the whole model, so that the result does not need --run_dir any more "
         "(always for the model that comes with the package)",
     )
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    """Adds what fine-tuning has with and without ``--table``."""
     both = parser.add_argument_group("training")
+    number = functools.partial(arguments.add_number, both)
     both.add_argument(
         "--fasta",
         action="append",
@@ -124,26 +129,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="without --table: proteins to validate and to evaluate on; may be repeated",
     )
-    both.add_argument(
+    number(
         "--epochs",
-        type=arguments.number(ranges.EPOCHS),
-        metavar="N",
-        help="passes through the proteins (default: 20 with --table, else 10)",
+        ranges.EPOCHS,
+        "N",
+        "passes through the proteins (default: 20 with --table, else 10)",
     )
-    both.add_argument(
+    number(
         "--batch_size",
-        type=arguments.number(ranges.BATCH_SIZE),
-        metavar="N",
-        help="proteins per batch (default: 16 with --table, else that of the run)",
+        ranges.BATCH_SIZE,
+        "N",
+        "proteins per batch (default: 16 with --table, else that of the run)",
     )
-    both.add_argument(
+    number(
         "--learning_rate",
-        type=arguments.number(ranges.LEARNING_RATE),
-        metavar="X",
-        help="peak learning rate (default: 1e-3 for lora, else 1e-4)",
+        ranges.LEARNING_RATE,
+        "X",
+        "peak learning rate (default: 1e-3 for lora, else 1e-4)",
     )
-    arguments.add_on_error_choice(parser, "raise")
-    arguments.add_seed(parser, "random seed; equal seeds give equal results (default: 0)")
 
 
 _COLUMNS = ("sequence_column", "label_column", "id_column", "split_column", "group_column")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 
 from fast_attention.protein_lm import ranges
 from fast_attention.protein_lm.cli import arguments
@@ -47,43 +48,52 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="proteins to measure on (default: every tenth protein of --fasta, which is then not "
         "trained on); may be repeated",
     )
+    _add_attention(parser)
+    _add_training(parser)
+    arguments.add_on_error_choice(parser, "raise")
+    arguments.add_seed(parser, "random seed; equal seeds give equal results (default: 0)")
+
+
+def _add_attention(parser: argparse.ArgumentParser) -> None:
+    """Adds what determines the new attention."""
     attention = parser.add_argument_group("attention")
+    number = functools.partial(arguments.add_number, attention)
     attention.add_argument(
         "--estimator",
         metavar="NAME",
         help="hedgehog, darkformer, wderf_s, favor+, ... (docs/choosing-features.md; default: "
         "hedgehog)",
     )
-    attention.add_argument(
+    number(
         "--nb_features",
-        type=arguments.number(ranges.FEATURES),
-        metavar="N",
-        help="number of features (default: twice the head width for hedgehog, else 256)",
+        ranges.FEATURES,
+        "N",
+        "number of features (default: twice the head width for hedgehog, else 256)",
     )
-    attention.add_argument(
+    number(
         "--exact_window",
-        type=arguments.number(ranges.LENGTH),
-        metavar="W",
-        help="use exact weights for the nearest W residues (default: none)",
+        ranges.LENGTH,
+        "W",
+        "use exact weights for the nearest W residues (default: none)",
     )
-    attention.add_argument(
+    number(
         "--keep_exact",
-        type=arguments.number(ranges.HEAD),
-        metavar="N",
-        help="keep exact attention in the N layers with the largest error (default: 0)",
+        ranges.HEAD,
+        "N",
+        "keep exact attention in the N layers with the largest error (default: 0)",
     )
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    """Adds what determines the training of both stages."""
     training = parser.add_argument_group("training")
-    training.add_argument(
-        "--transfer_steps",
-        type=arguments.number(ranges.COUNT),
-        metavar="N",
-        help="steps of attention transfer (default: 500)",
-    )
-    training.add_argument(
+    number = functools.partial(arguments.add_number, training)
+    number("--transfer_steps", ranges.COUNT, "N", "steps of attention transfer (default: 500)")
+    number(
         "--transfer_rate",
-        type=arguments.number(ranges.LEARNING_RATE),
-        metavar="X",
-        help="highest learning rate of attention transfer (default: 1e-3 for tuned estimators, "
+        ranges.LEARNING_RATE,
+        "X",
+        "highest learning rate of attention transfer (default: 1e-3 for tuned estimators, "
         "1e-2 for others)",
     )
     training.add_argument(
@@ -91,50 +101,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("none", "lora", "full"),
         help="train nothing, adapters and features, or all parameters afterwards (default: lora)",
     )
-    training.add_argument(
-        "--finetune_steps",
-        type=arguments.number(ranges.COUNT),
-        metavar="N",
-        help="steps of fine-tuning (default: 500)",
-    )
-    training.add_argument(
+    number("--finetune_steps", ranges.COUNT, "N", "steps of fine-tuning (default: 500)")
+    number(
         "--finetune_rate",
-        type=arguments.number(ranges.LEARNING_RATE),
-        metavar="X",
-        help="highest learning rate of fine-tuning (default: 1e-3 for lora, 1e-4 for full)",
+        ranges.LEARNING_RATE,
+        "X",
+        "highest learning rate of fine-tuning (default: 1e-3 for lora, 1e-4 for full)",
     )
-    training.add_argument(
-        "--rank",
-        type=arguments.number(ranges.RANK),
-        metavar="R",
-        help="rank of adapters (default: 8)",
-    )
-    training.add_argument(
+    number("--rank", ranges.RANK, "R", "rank of adapters (default: 8)")
+    number(
         "--kl_weight",
-        type=arguments.number(ranges.WEIGHT),
-        metavar="X",
-        help="weight of the KL divergence from the exact model (default: 1)",
+        ranges.WEIGHT,
+        "X",
+        "weight of the KL divergence from the exact model (default: 1)",
     )
-    training.add_argument(
-        "--batch_size",
-        type=arguments.number(ranges.BATCH_SIZE),
-        metavar="N",
-        help="proteins per batch (default: 8)",
-    )
-    training.add_argument(
-        "--max_length",
-        type=arguments.number(ranges.ROW),
-        metavar="N",
-        help="crop longer proteins to N tokens (default: 512)",
-    )
-    training.add_argument(
-        "--save_every",
-        type=arguments.number(ranges.COUNT),
-        metavar="N",
-        help="save the state every N steps (default: 50)",
-    )
-    arguments.add_on_error_choice(parser, "raise")
-    arguments.add_seed(parser, "random seed; equal seeds give equal results (default: 0)")
+    number("--batch_size", ranges.BATCH_SIZE, "N", "proteins per batch (default: 8)")
+    number("--max_length", ranges.ROW, "N", "crop longer proteins to N tokens (default: 512)")
+    number("--save_every", ranges.COUNT, "N", "save the state every N steps (default: 50)")
 
 
 def run(options: argparse.Namespace) -> None:

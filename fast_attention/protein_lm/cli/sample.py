@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -43,12 +44,13 @@ _FILLING = ("rounds",)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
+    number = functools.partial(arguments.add_number, parser)
     arguments.add_run_dir(parser)
-    parser.add_argument(
+    number(
         "--num_samples",
-        type=arguments.number(ranges.COUNT),
-        metavar="N",
-        help="number of samples for each prompt or each protein to fill in (default: 10; with "
+        ranges.COUNT,
+        "N",
+        "number of samples for each prompt or each protein to fill in (default: 10; with "
         "--infill: 1)",
     )
     starts = parser.add_mutually_exclusive_group()
@@ -68,57 +70,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a FASTA file, or residues, with spans to fill in: * for each residue, [5] for five, "
         "[2-8] for two to eight",
     )
-    parser.add_argument(
+    number(
         "--rounds",
-        type=arguments.number(ranges.COUNT),
-        metavar="N",
-        help="with --infill of a FlaxBERT: fill in the masked residues in N rounds, the most "
+        ranges.COUNT,
+        "N",
+        "with --infill of a FlaxBERT: fill in the masked residues in N rounds, the most "
         "certain predictions first (default: one residue per round, the slowest)",
     )
-    parser.add_argument(
+    number(
         "--temperature",
-        type=arguments.number(ranges.TEMPERATURE),
-        metavar="T",
-        help="sampling temperature: below 1 gives more typical proteins, above 1 more unusual "
+        ranges.TEMPERATURE,
+        "T",
+        "sampling temperature: below 1 gives more typical proteins, above 1 more unusual "
         "ones, 0 always the most probable residue (default of this and the next options: "
         "FlaxModel.sampling_kwargs of the trained model, or 1)",
     )
-    parser.add_argument(
-        "--top_k",
-        type=arguments.number(ranges.COUNT),
-        metavar="K",
-        help="sample only from the K most probable residues",
-    )
-    parser.add_argument(
+    number("--top_k", ranges.COUNT, "K", "sample only from the K most probable residues")
+    number(
         "--top_p",
-        type=arguments.number(ranges.PROBABILITY),
-        metavar="P",
-        help="sample only from the most probable residues whose total probability is P",
+        ranges.PROBABILITY,
+        "P",
+        "sample only from the most probable residues whose total probability is P",
     )
-    parser.add_argument(
+    number(
         "--repetition_penalty",
-        type=arguments.number(ranges.PENALTY),
-        metavar="R",
-        help="a value above 1, such as 1.2, makes recently sampled residues less probable "
-        "(default: 1)",
+        ranges.PENALTY,
+        "R",
+        "a value above 1, such as 1.2, makes recently sampled residues less probable (default: 1)",
     )
-    parser.add_argument(
+    number(
         "--repetition_window",
-        type=arguments.number(ranges.COUNT),
-        metavar="N",
-        help="number of previous residues that --repetition_penalty counts (default: all)",
+        ranges.COUNT,
+        "N",
+        "number of previous residues that --repetition_penalty counts (default: all)",
     )
-    parser.add_argument(
+    number(
         "--min_length",
-        type=arguments.number(ranges.LENGTH),
-        metavar="N",
-        help="minimum length in residues, including the prompt (default: 1)",
+        ranges.LENGTH,
+        "N",
+        "minimum length in residues, including the prompt (default: 1)",
     )
-    parser.add_argument(
+    number(
         "--max_length",
-        type=arguments.number(ranges.LENGTH),
-        metavar="N",
-        help="maximum length in residues, including the prompt (default: the model's limit)",
+        ranges.LENGTH,
+        "N",
+        "maximum length in residues, including the prompt (default: the model's limit)",
     )
     arguments.add_seed(parser, "random seed; equal seeds give equal proteins (default: 0)")
     parser.add_argument(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -52,45 +53,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "repeated. The share of a file in the training data is proportional to its weight "
         "(default weight: 1). Without any weights, files are weighted by size",
     )
-    for flag, meaning in (
-        (
-            "--valid_fasta",
-            "proteins for validation during training; may be repeated. Without --valid_fasta and "
-            "--test_fasta, 5 %% of the sequences of --fasta (at most 1,000) are held out for both",
-        ),
-        ("--test_fasta", "proteins for evaluation at the end; may be repeated"),
-    ):
-        parser.add_argument(flag, action="append", metavar="PATH", help=meaning)
+    parser.add_argument(
+        "--valid_fasta",
+        action="append",
+        metavar="PATH",
+        help="proteins for validation during training; may be repeated. Without --valid_fasta and "
+        "--test_fasta, 5 %% of the sequences of --fasta (at most 1,000) are held out for both",
+    )
+    parser.add_argument(
+        "--test_fasta",
+        action="append",
+        metavar="PATH",
+        help="proteins for evaluation at the end; may be repeated",
+    )
     arguments.add_on_error_choice(parser, None)
-    for flag, allowed, meaning in (
-        (
-            "--steps",
-            ranges.COUNT,
-            "number of training steps; a larger number continues a finished run",
-        ),
-        (
-            "--epochs",
-            ranges.EPOCHS,
-            "number of passes through the proteins; the run ends with --epochs or --steps, "
-            "whichever comes first; a larger number continues a finished run",
-        ),
-        (
-            "--batch_size",
-            ranges.BATCH_SIZE,
-            "sequences per batch and device; lower it to save memory",
-        ),
-    ):
-        parser.add_argument(
-            flag,
-            type=arguments.number(allowed),
-            metavar="N",
-            help=f"{meaning} (default: from the gin file)",
-        )
+    number = functools.partial(arguments.add_number, parser)
+    number(
+        "--steps",
+        ranges.COUNT,
+        "N",
+        "number of training steps; a larger number continues a finished run (default: from the "
+        "gin file)",
+    )
+    number(
+        "--epochs",
+        ranges.EPOCHS,
+        "N",
+        "number of passes through the proteins; the run ends with --epochs or --steps, whichever "
+        "comes first; a larger number continues a finished run (default: from the gin file)",
+    )
+    number(
+        "--batch_size",
+        ranges.BATCH_SIZE,
+        "N",
+        "sequences per batch and device; lower it to save memory (default: from the gin file)",
+    )
     parser.add_argument(
         "--new_data",
         action="store_true",
         help="resume a run even if its FASTA files have changed (otherwise an error)",
     )
+    _add_processes(parser)
+
+
+def _add_processes(parser: argparse.ArgumentParser) -> None:
+    """Adds what connects several processes."""
     group = parser.add_argument_group(
         "several processes",
         "Start the same command on every machine. All machines need access to the same --work_dir.",
@@ -105,24 +112,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="HOST:PORT",
         help="without a launcher: host of process 0 and a free port on it",
     )
-    group.add_argument(
-        "--num_processes",
-        type=arguments.number(ranges.PROCESSES),
-        metavar="N",
-        help="total number of processes",
-    )
-    group.add_argument(
-        "--process_id",
-        type=arguments.number(ranges.PROCESS),
-        metavar="I",
-        help="0-based index of this process",
-    )
-    group.add_argument(
+    number = functools.partial(arguments.add_number, group)
+    number("--num_processes", ranges.PROCESSES, "N", "total number of processes")
+    number("--process_id", ranges.PROCESS, "I", "0-based index of this process")
+    number(
         "--join_timeout",
-        type=arguments.number(ranges.SECONDS),
+        ranges.SECONDS,
+        "SECONDS",
+        "time to wait until all processes have connected (default: 300)",
         default=300,
-        metavar="SECONDS",
-        help="time to wait until all processes have connected (default: 300)",
     )
 
 
