@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 
 from fast_attention.arrays.types import Array
-from fast_attention.feature_maps.tuned import TunedFeatures
 from fast_attention.mechanisms.attention_fn import AttentionFn
 from fast_attention.mechanisms.call import Call, Takes
 from fast_attention.mechanisms.decoding import StateSizes
 from fast_attention.mechanisms.masks import same_run
+
+
+def _of_inner(name: str) -> Any:
+    """A property that has the value of the inner function."""
+    return property(operator.attrgetter(f"attention_fn.{name}"))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,50 +35,15 @@ class WrappedAttention(AttentionFn):
 
     attention_fn: AttentionFn
 
-    @property
-    def unidirectional(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether the inner function is causal by itself."""
-        return self.attention_fn.unidirectional
-
-    @property
-    def calibration(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Where the parameters of the inner function come from."""
-        return self.attention_fn.calibration
-
-    @property
-    def moment_decay(self) -> float | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """That of the inner function."""
-        return self.attention_fn.moment_decay
-
-    @property
-    def redraws(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether the inner function redraws in training."""
-        return self.attention_fn.redraws
-
-    @property
-    def check_masks(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """That of the inner function."""
-        return self.attention_fn.check_masks
-
-    @property
-    def forward_mode(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """What has forward mode, as the inner function declares."""
-        return self.attention_fn.forward_mode
-
-    @property
-    def takes(self) -> Takes:
-        """What the inner function honours."""
-        return self.attention_fn.takes
-
-    @property
-    def can_decode(self) -> bool:
-        """Whether the inner function decodes."""
-        return self.attention_fn.can_decode
-
-    @property
-    def tuned_map(self) -> TunedFeatures | None:
-        """That of the inner function."""
-        return self.attention_fn.tuned_map
+    unidirectional = _of_inner("unidirectional")
+    calibration = _of_inner("calibration")
+    moment_decay = _of_inner("moment_decay")
+    redraws = _of_inner("redraws")
+    check_masks = _of_inner("check_masks")
+    forward_mode = _of_inner("forward_mode")
+    takes = _of_inner("takes")
+    can_decode = _of_inner("can_decode")
+    tuned_map = _of_inner("tuned_map")
 
     def attend(self, call: Call) -> Any:
         """Attends as the inner function does."""
