@@ -20,6 +20,7 @@ from jax import lax
 from jax.core import Tracer
 
 from fast_attention.arrays.bundles import bundle_of
+from fast_attention.arrays.dtypes import is_random_key
 from fast_attention.arrays.explicit_axes import runs_on_auto_axes
 from fast_attention.arrays.types import Array, Bool, Float, Int
 from fast_attention.models import samplers
@@ -141,7 +142,7 @@ def generate(
         raise ValueError(
             f"min_new_tokens must be at most max_new_tokens={max_new_tokens}, got {min_new_tokens}."
         )
-    if key.shape and _is_typed(key) and key.shape != prompt.shape[:1]:
+    if key.shape and is_random_key(key) and key.shape != prompt.shape[:1]:
         raise ValueError(f"key must be one key or {len(prompt)}, one per row, got {key.shape}.")
     length = prompt.shape[1]
     window = length + max_new_tokens
@@ -253,14 +254,10 @@ def _draw(
     if options.has_top_p:
         logits = samplers.keep_top_p(logits, numbers.top_p)
     temperature = jnp.where(greedy, 0.0, 1.0)
-    if key.shape and _is_typed(key):
+    if key.shape and is_random_key(key):
         keys = jax.vmap(jax.random.fold_in, (0, None))(key, index)
         return jax.vmap(samplers.sample_token, (0, 0, None))(keys, logits, temperature)
     return samplers.sample_token(jax.random.fold_in(key, index), logits, temperature)
-
-
-def _is_typed(key: Array) -> bool:
-    return jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
 
 
 def _check(

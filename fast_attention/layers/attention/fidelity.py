@@ -11,7 +11,6 @@ Shape letters: B batch, T queries, S keys, H heads, K key/value heads, D head wi
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -33,15 +32,11 @@ from fast_attention.softmax_attention import make_softmax_attention
 MATRIX_LENGTH = 2048
 """Maximum length of a sequence for comparing attention matrices, in selected rows."""
 
+_STATIC = {"static": True}
+"""Of the fields of a pytree that are not arrays."""
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=[
-        *("positions", "error", "uniform_error", "size", "rows", "matrix_error", "matrix_size"),
-        *("effective_keys", "visible_keys", "query_squares", "keys", "key_squares"),
-    ],
-    meta_fields=["path", "group", "attention_fn", "causal"],
-)
+
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FidelitySums:
     """Sums over positions for `summarize_fidelity`; sums of several calls can be added.
@@ -65,10 +60,10 @@ class FidelitySums:
       key_squares: ``[H]``, sum of ``|k|^2``, of the key head that each head reads.
     """
 
-    path: Path
-    group: int
-    attention_fn: Callable[..., Any]
-    causal: bool
+    path: Path = dataclasses.field(metadata=_STATIC)
+    group: int = dataclasses.field(metadata=_STATIC)
+    attention_fn: Callable[..., Any] = dataclasses.field(metadata=_STATIC)
+    causal: bool = dataclasses.field(metadata=_STATIC)
     positions: Any
     error: Any
     uniform_error: Any

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fast_attention.arrays.dtypes import is_random_key
 from fast_attention.arrays.types import Array, Float
 from fast_attention.mechanisms.attention_fn import AttentionFn
 from fast_attention.mechanisms.call import Call, Dropout, Takes
@@ -115,7 +116,7 @@ class LSHAttention(AttentionFn):
         The bits of the key are used directly: do not use the same key for anything else.
         """
         del head_dim
-        return jax.random.key_data(key) if _is_typed(key) else key
+        return jax.random.key_data(key) if is_random_key(key) else key
 
     def _directions(self, projection: Array | None) -> Array:
         if projection is None:
@@ -198,7 +199,3 @@ def make_lsh_attention(
         implementation=implementation,
     )
     return LSHAttention(hashing, unidirectional, full_attn_thres, use_full_attn, check_seed(seed))
-
-
-def _is_typed(key: Array) -> bool:
-    return jnp.issubdtype(key.dtype, jax.dtypes.prng_key)

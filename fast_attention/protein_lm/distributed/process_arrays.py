@@ -15,6 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from fast_attention.arrays.dtypes import is_random_key
 from fast_attention.mesh.meshes import batch_spec
 
 # Steps until the votes of a step are counted: as far as the host runs ahead of the device.
@@ -62,7 +63,7 @@ def put(array: Any, sharding: NamedSharding) -> jax.Array:
         return jax.device_put(array, sharding)
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         return array if array.sharding == sharding else jax.device_put(array, sharding)
-    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+    if is_random_key(array):
         data = put(jax.random.key_data(array), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(array))
     whole = np.asarray(array)

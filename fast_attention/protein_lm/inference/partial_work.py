@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from fast_attention.arrays.dtypes import is_random_key
 from fast_attention.protein_lm.data.fasta import FastaRecord
 from fast_attention.protein_lm.errors import RunError
 from fast_attention.protein_lm.files.npz_files import check_npz, read_arrays
@@ -339,7 +339,7 @@ def fingerprint(model: BuiltModel) -> str:
     """The SHA-256 of all arrays of a model, and of its shape."""
     digest = hashlib.sha256(f"{model.objective} {model.config}".encode())
     for leaf in jax.tree.leaves((model.weights, model.variables)):
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if is_random_key(leaf):
             leaf = jax.random.key_data(leaf)
         digest.update(np.ascontiguousarray(leaf).tobytes())
     return digest.hexdigest()

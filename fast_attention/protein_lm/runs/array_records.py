@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from fast_attention.arrays.dtypes import is_random_key
 from fast_attention.protein_lm.distributed import process_arrays
 
 # 2^32 divided by the golden ratio: successive multiples are far from each other.
@@ -23,6 +24,23 @@ _STRIDE = np.uint32(2654435769)
 def describe(arrays: Any) -> dict[str, str]:
     """Dtype and shape of each array (or its abstract stand-in), by its dotted name."""
     return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in named(arrays).items()}
+
+
+def differences(stored: dict[str, str], expected: dict[str, str]) -> str:
+    """Says how the arrays that `describe` found differ from the expected ones; "" if they do not.
+
+    Args:
+      stored: Result of `describe`, as the arrays are.
+      expected: The same of the model that they are for.
+    """
+    names = [name for name in stored | expected if stored.get(name) != expected.get(name)]
+    if not names:
+        return ""
+    there, wanted = stored.get(names[0], "absent"), expected.get(names[0], "none")
+    return (
+        f"{names[0]} is {there} there, and the model expects {wanted} "
+        f"({len(names)} such differences)"
+    )
 
 
 def checksums(arrays: Any) -> dict[str, int]:
@@ -106,5 +124,4 @@ def _weighted_sum(part: np.ndarray, index: tuple[slice, ...], shape: tuple[int, 
 
 
 def _data(leaf: Any) -> Any:
-    is_key = jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    return jax.random.key_data(leaf) if is_key else leaf
+    return jax.random.key_data(leaf) if is_random_key(leaf) else leaf

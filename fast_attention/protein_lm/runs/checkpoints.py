@@ -30,6 +30,7 @@ from fast_attention.protein_lm.runs import checkpoint_files
 from fast_attention.protein_lm.runs.array_records import (
     checksums,
     describe,
+    differences,
     find_unsound,
     seal,
 )
@@ -305,16 +306,10 @@ def _warn(error: Exception, instead: int) -> None:
 def _about(manager: ocp.CheckpointManager, step: int, abstract: TrainState) -> dict[str, Any]:
     """What stands beside the arrays, which are checked to be those that the model expects."""
     about = _restore_about(manager, step, _model_arrays(abstract))
-    stored = about["arrays"]
-    expected = describe(_model_arrays(abstract))
-    names = [name for name in stored | expected if stored.get(name) != expected.get(name)]
-    if names:
-        name = names[0]
+    if found := differences(about["arrays"], describe(_model_arrays(abstract))):
         raise RunError(
             f"the checkpoint {manager.directory / str(step)} does not fit the model of this "
-            f"configuration: {name} is {stored.get(name, 'absent')} there, and the model expects "
-            f"{expected.get(name, 'none')} ({len(names)} such differences); use the configuration "
-            "it was written with"
+            f"configuration: {found}; use the configuration it was written with"
         )
     return about
 

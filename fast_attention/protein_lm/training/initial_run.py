@@ -17,7 +17,7 @@ from fast_attention.mechanisms.wrapped import as_attention_fn
 from fast_attention.protein_lm.errors import RunError
 from fast_attention.protein_lm.flax_model import FlaxModel
 from fast_attention.protein_lm.runs import model_file
-from fast_attention.protein_lm.runs.array_records import describe
+from fast_attention.protein_lm.runs.array_records import describe, differences
 from fast_attention.protein_lm.runs.model_file import OwnPartError
 from fast_attention.protein_lm.runs.stored_models import load_stored, open_stored
 from fast_attention.protein_lm.training.added_layers import add_layers, count_added
@@ -122,22 +122,17 @@ def _check(path: Path, before: FlaxModel, model: FlaxModel) -> None:
     stored = jax.eval_shape(
         functools.partial(add_layers, number=added, before=before.config), stored
     )
-    stored, expected = describe(stored), describe(expected)
     # Features that are trained belong to the attention function.
-    names = [
-        name
-        for name in stored | expected
-        if stored.get(name) != expected.get(name) and ".projections." not in name
-    ]
-    if names:
-        name = names[0]
+    stored, expected = (
+        {name: x for name, x in describe(tree).items() if ".projections." not in name}
+        for tree in (stored, expected)
+    )
+    if found := differences(stored, expected):
         raise RunError(
-            f"experiment.initial_run: the parameters of {path} do not fit this model: {name} is "
-            f"{stored.get(name, 'absent')} there, and the model expects "
-            f"{expected.get(name, 'none')} ({len(names)} such differences). The attention function "
-            "may be another one, and the model may have more layers, but the other settings that "
-            "determine the shapes of parameters (FlaxModel.emb_dim, num_heads, ...) must be equal: "
-            f"start with --gin_file={path}/config.gin"
+            f"experiment.initial_run: the parameters of {path} do not fit this model: {found}. The "
+            "attention function may be another one, and the model may have more layers, but the "
+            "other settings that determine the shapes of parameters (FlaxModel.emb_dim, "
+            f"num_heads, ...) must be equal: start with --gin_file={path}/config.gin"
         )
 
 
