@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fast_attention.protein_lm import messages
-from fast_attention.protein_lm.data.corpus import FastaPaths
-from fast_attention.protein_lm.data.fasta import read_proteins
+from fast_attention.protein_lm.data.alphabet import Alphabet
+from fast_attention.protein_lm.data.fasta import FastaPaths, read_proteins
 from fast_attention.protein_lm.data.fasta_parser import MAX_RESIDUES
 from fast_attention.protein_lm.data.skipped_records import SkippedRecords, tell
 from fast_attention.protein_lm.errors import RunError
@@ -25,9 +25,9 @@ from fast_attention.protein_lm.files.output_files import (
     write_json,
 )
 from fast_attention.protein_lm.files.tables import open_table
-from fast_attention.protein_lm.finetune.finetuned import fingerprint
+from fast_attention.protein_lm.finetune.finetuned import FineTuned, fingerprint
 from fast_attention.protein_lm.finetune.finetuning import fine_tune
-from fast_attention.protein_lm.finetune.labelled import read_labelled
+from fast_attention.protein_lm.finetune.labelled import Labelled, read_labelled
 from fast_attention.protein_lm.finetune.prediction_files import (
     prediction_columns,
     prediction_rows,
@@ -100,30 +100,8 @@ def run_tuning(
     check_free(RunFolder(folder), names)
     loaded = load_run(run_dir, gin_file=gin_file)
     alphabet = loaded.model.domain.vocab
-    sequences = None
-    on_error = columns.get("on_error", "raise")
     limit = MAX_RESIDUES if options.get("max_length") else alphabet.longest
-    if fasta is not None:
-        skipped = SkippedRecords()
-        records = read_proteins(
-            fasta,
-            alphabet=alphabet,
-            on_error=on_error,
-            skipped=skipped,
-            unique_ids=True,
-            max_residues=limit,
-            too_long=longest_record(alphabet)[1],
-        )
-        sequences = {record.id: record.sequence for record in records}
-        tell(skipped)
-    found = read_labelled(
-        table,
-        **columns,
-        sequences=sequences,
-        alphabet=alphabet,
-        longest=limit,
-        numeric=task == "regression",
-    )
+    found = _read_table(table, fasta, columns, alphabet, limit, numeric=task == "regression")
     asked = {
         "trunk": fingerprint(loaded.model),
         "data": hashlib.sha256(json.dumps(found).encode()).hexdigest(),
@@ -163,14 +141,7 @@ def run_tuning(
             )
         assert tuned.fit is not None
         tuned.save(path, run_dir=loaded.folder.path, whole=whole_model)
-        types = prediction_columns(tuned.classes)
-        columns_written = {"id": types.pop("id"), "part": str, "label": str} | types
-        with open_table(path / _PREDICTIONS, columns_written) as write:
-            predicted = prediction_rows(tuned.classes, tuned.fit.outputs)
-            for name, part, label, row in zip(
-                found.ids, tuned.fit.parts.tolist(), found.labels, predicted, strict=True
-            ):
-                write([name, part, label, *row])
+        _write_predictions(path / _PREDICTIONS, tuned, found)
         result = {
             "asked": asked,
             "method": tuned.method,
@@ -182,6 +153,52 @@ def run_tuning(
     result = read_json(result_file)
     print(f"\n{format_result(result, folder)}")
     return result
+
+
+def _read_table(
+    table: str | os.PathLike[str],
+    fasta: FastaPaths | None,
+    columns: Mapping[str, Any],
+    alphabet: Alphabet,
+    longest: int,
+    *,
+    numeric: bool,
+) -> Labelled:
+    """Reads the labels, and the residues from the table or from FASTA files."""
+    sequences = None
+    if fasta is not None:
+        skipped = SkippedRecords()
+        records = read_proteins(
+            fasta,
+            alphabet=alphabet,
+            on_error=columns.get("on_error", "raise"),
+            skipped=skipped,
+            unique_ids=True,
+            max_residues=longest,
+            too_long=longest_record(alphabet)[1],
+        )
+        sequences = {record.id: record.sequence for record in records}
+        tell(skipped)
+    return read_labelled(
+        table,
+        **columns,
+        sequences=sequences,
+        alphabet=alphabet,
+        longest=longest,
+        numeric=numeric,
+    )
+
+
+def _write_predictions(path: Path, tuned: FineTuned, found: Labelled) -> None:
+    """Writes what was predicted for every protein of the table, beside its label."""
+    assert tuned.fit is not None
+    types = prediction_columns(tuned.classes)
+    columns = {"id": types.pop("id"), "part": str, "label": str} | types
+    predicted = prediction_rows(tuned.classes, tuned.fit.outputs)
+    parts = tuned.fit.parts.tolist()
+    with open_table(path, columns) as write:
+        for *given, row in zip(found.ids, parts, found.labels, predicted, strict=True):
+            write([*given, *row])
 
 
 def format_result(result: dict[str, Any], folder: Path) -> str:

@@ -30,7 +30,7 @@ from fast_attention.protein_lm.modeling import (
 from fast_attention.protein_lm.modeling.schedules import FactorSchedule
 from fast_attention.protein_lm.modeling.train_state import TrainState
 from fast_attention.protein_lm.runs import checkpoints, metrics_log, model_file
-from fast_attention.protein_lm.runs.data_record import SPLITS
+from fast_attention.protein_lm.runs.data_record import SPLITS, Entry
 from fast_attention.protein_lm.runs.run_folder import RunFolder
 from fast_attention.protein_lm.runs.run_lock import hold_run
 from fast_attention.protein_lm.training import (
@@ -122,7 +122,6 @@ def run_experiment(work_dir: str, experiment: Experiment | None = None) -> dict[
         found = load_training_data(experiment, model.domain, skipped)
         resuming.check_unchanged(run, experiment, digests, SPLITS)
         experiment.check_early_stopping(found.valid is not None)
-        batches_of = functools.partial(_batches, experiment, model, found)
         validate = None
         if found.valid is not None:
             validate = _make_validation(model, found.valid, experiment)
@@ -133,54 +132,13 @@ def run_experiment(work_dir: str, experiment: Experiment | None = None) -> dict[
         for name in ("train", "valid"):
             run_result.report_skipped(folder, name, skipped[name])
 
-        with checkpoints.open_checkpoints(folder.checkpoints) as manager:
-            restored = checkpoints.restore(manager, model.abstract_state)
-            size = experiment.batch_size
-            if size is None:
-                size = experiment.batch_size_per_device * row_shards(model.mesh)
-            if restored is not None:
-                # A run begun on other devices keeps its batches, divided among the devices here.
-                size = restored[1].batch_size
-            rows = process_arrays.own_rows(model.mesh, size)
-            iterator = iter(batches_of(size, rows[:2]))
-            if restored is None:
-                _initialize(model, experiment, stored, lambda: iter(batches_of(size)))
-                state = model.state
-                progress = checkpoints.Progress(iterator.get_state(), size, 0, 0.0)
-            else:
-                state, progress = restored
-                resuming.set_position(iterator, progress.iterator, folder)
-                if not messages.is_quiet():
-                    told = f"resuming the run in {folder.path} after step {int(state.step)}"
-                    processes.report(told)
-            times = _limit_steps(experiment, model, found.train, size)
-            _set_length(model, run, times, progress, int(state.step))
-            if run.resumed:
-                other = processes.is_primary() and resuming.update(
-                    run, found, digests, int(state.step)
-                )
-                if process_arrays.any_process(other):
-                    # A loss on other proteins is not to be compared with.
-                    progress = progress._replace(best_step=None, best_loss=None)
-            ngrams = _baselines(folder, found)
-            save = functools.partial(checkpoints.save, manager, keep=experiment.checkpoints_to_keep)
-            with (
-                metrics_log.open_metrics_log(folder, int(state.step)) as log,
-                stopping.catch_stop_requests() as stop,
-            ):
-                state, progress = training_loop.train_loop(
-                    model, state, progress, iterator, times, log, save, validate, stop, rows
-                )
-            if process_arrays.any_process(stop.signal is not None):
-                # It came after the last step had begun.
-                raise stopping.stopped(stop.signal or signal.SIGTERM, int(state.step))
-
+        step, progress, ngrams = _train(experiment, model, stored, run, found, digests, validate)
         resuming.check_unchanged(run, experiment, digests, ("test",))
         evaluated = experiment.test_files if found.held_out is None else str(folder.held_out)
         result = run_result.finish(
             folder,
             model,
-            int(state.step),
+            step,
             progress,
             experiment,
             evaluated=evaluated,
@@ -188,6 +146,66 @@ def run_experiment(work_dir: str, experiment: Experiment | None = None) -> dict[
         )
     processes.report(report.format_report(result, folder))
     return result
+
+
+def _train(
+    experiment: Experiment,
+    model: FlaxModel,
+    stored: bool,
+    run: resuming.Opened,
+    found: TrainingData,
+    digests: Entry,
+    validate: Callable[[TrainState], dict[str, float]] | None,
+) -> tuple[int, checkpoints.Progress, Sequence[baselines.NGram]]:
+    """Trains from the newest checkpoint, or the beginning, to the end.
+
+    Returns:
+      The last step, what was reached there, and the n-grams of the training data.
+
+    Raises:
+      Stopped: If that was requested by a signal.
+    """
+    batches_of = functools.partial(_batches, experiment, model, found)
+    with checkpoints.open_checkpoints(run.folder.checkpoints) as manager:
+        restored = checkpoints.restore(manager, model.abstract_state)
+        size = experiment.batch_size
+        if size is None:
+            size = experiment.batch_size_per_device * row_shards(model.mesh)
+        if restored is not None:
+            # A run begun on other devices keeps its batches, divided among the devices here.
+            size = restored[1].batch_size
+        rows = process_arrays.own_rows(model.mesh, size)
+        iterator = iter(batches_of(size, rows[:2]))
+        if restored is None:
+            _initialize(model, experiment, stored, lambda: iter(batches_of(size)))
+            state = model.state
+            progress = checkpoints.Progress(iterator.get_state(), size, 0, 0.0)
+        else:
+            state, progress = restored
+            resuming.set_position(iterator, progress.iterator, run.folder)
+            if not messages.is_quiet():
+                told = f"resuming the run in {run.folder.path} after step {int(state.step)}"
+                processes.report(told)
+        times = _limit_steps(experiment, model, found.train, size)
+        _set_length(model, run, times, progress, int(state.step))
+        if run.resumed:
+            other = processes.is_primary() and resuming.update(run, found, digests, int(state.step))
+            if process_arrays.any_process(other):
+                # A loss on other proteins is not to be compared with.
+                progress = progress._replace(best_step=None, best_loss=None)
+        ngrams = _baselines(run.folder, found)
+        save = functools.partial(checkpoints.save, manager, keep=experiment.checkpoints_to_keep)
+        with (
+            metrics_log.open_metrics_log(run.folder, int(state.step)) as log,
+            stopping.catch_stop_requests() as stop,
+        ):
+            state, progress = training_loop.train_loop(
+                model, state, progress, iterator, times, log, save, validate, stop, rows
+            )
+        if process_arrays.any_process(stop.signal is not None):
+            # It came after the last step had begun.
+            raise stopping.stopped(stop.signal or signal.SIGTERM, int(state.step))
+    return int(state.step), progress, ngrams
 
 
 def _batches(
