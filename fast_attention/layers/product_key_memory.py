@@ -21,6 +21,7 @@ from fast_attention.layers.inputs import Inputs
 from fast_attention.layers.linear import xavier_linear
 from fast_attention.layers.masked_batch_norm import MaskedBatchNorm
 from fast_attention.layers.sublayer_part import SublayerPart
+from fast_attention.mechanisms.checks import check_choice
 
 
 def is_memory_value(path: Sequence[Any]) -> bool:
@@ -100,8 +101,7 @@ class ProductKeyMemory(nnx.Module, SublayerPart):
             raise ValueError(
                 f"num_heads, num_keys and top_k must be >= 1, got {num_heads}, {num_keys}, {top_k}."
             )
-        if norm not in ("layer", "batch"):
-            raise ValueError(f"norm must be 'layer' or 'batch', got {norm!r}.")
+        check_choice("norm", norm, ("layer", "batch"))
         self.num_heads = num_heads
         self.top_k = top_k
         self.dtype = dtype

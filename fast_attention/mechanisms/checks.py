@@ -27,6 +27,13 @@ def mismatch(name: str, expected: str, given: object, instead: str = "") -> Valu
     return ValueError(f"{text}: {instead}." if instead else f"{text}.")
 
 
+def check_choice(name: str, value: object, choices: Sequence[str | None]) -> None:
+    """Raises ValueError if a value is none of these."""
+    if value not in choices:
+        *others, last = (repr(choice) for choice in choices)
+        raise mismatch(name, f"{', '.join(others)} or {last}", repr(value))
+
+
 def check_flag(name: str, value: object) -> bool:
     """Returns a flag as a Python bool; None, numbers and traced values raise ValueError."""
     if isinstance(value, bool | np.bool_):

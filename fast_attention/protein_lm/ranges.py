@@ -1,9 +1,10 @@
-"""Which numbers options and settings may be: one table for the command line, gin and Python."""
+"""What options and settings may be: one table of numbers for the command line, gin and Python."""
 
 from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 
@@ -188,6 +189,12 @@ SETTINGS: dict[str, dict[str, Range]] = {
     },
 }
 """Ranges of what a gin configuration may bind, by configurable and parameter."""
+
+
+def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
+    """Raises ValueError if a value is none of these names."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, but got {value!r}")
 
 
 def check(name: str, value: Any, allowed: Range) -> None:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from fast_attention.layers.dropout import check_rate
 from fast_attention.mechanisms.attention_fn import AttentionFn
+from fast_attention.mechanisms.checks import check_choice
 from fast_attention.mechanisms.wrapped import as_attention_fn
 from fast_attention.softmax_attention import make_softmax_attention
 
@@ -49,8 +50,7 @@ class HeadGroup:
         object.__setattr__(self, "attention_fn", as_attention_fn(self.attention_fn))
         if self.num_heads < 1:
             raise ValueError(f"A group needs at least one head, got num_heads={self.num_heads}.")
-        if self.rotary not in (None, "halves", "pairs"):
-            raise ValueError(f"rotary must be 'halves', 'pairs' or None, got {self.rotary!r}.")
+        check_choice("rotary", self.rotary, ("halves", "pairs", None))
         if self.rotary_base <= 1:
             raise ValueError(f"rotary_base must be above 1, got {self.rotary_base}.")
         if self.query_offset and self.rotary is None:
@@ -135,14 +135,9 @@ class AttentionConfig:
             )
         if any(group.rotary for group in groups) and self.head_dim % 2:
             raise ValueError(f"Rotary positions need heads of even width, got {self.head_dim}.")
-        if self.context not in (None, "cross", "append"):
-            raise ValueError(f"context must be 'cross', 'append' or None, got {self.context!r}.")
-        if self.qk_norm not in (None, "unit", "rms"):
-            raise ValueError(f"qk_norm must be 'unit', 'rms' or None, got {self.qk_norm!r}.")
-        if self.decay not in (None, "fixed", "learned", "token"):
-            raise ValueError(
-                f"decay must be 'fixed', 'learned', 'token' or None, got {self.decay!r}."
-            )
+        check_choice("context", self.context, ("cross", "append", None))
+        check_choice("qk_norm", self.qk_norm, ("unit", "rms", None))
+        check_choice("decay", self.decay, ("fixed", "learned", "token", None))
         self._check_combinations()
 
     def _check_combinations(self) -> None:

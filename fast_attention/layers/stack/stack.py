@@ -28,6 +28,7 @@ from fast_attention.layers.stack.sublayer import (
     build_inner,
 )
 from fast_attention.layers.sublayer_part import SublayerPart
+from fast_attention.mechanisms.checks import check_choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +84,7 @@ class StackConfig:
             raise ValueError(
                 "Norms after the sum are not reversible: use reversible with after=False."
             )
-        if self.merge not in ("mean", "sum"):
-            raise ValueError(f"merge must be 'mean' or 'sum', got {self.merge!r}.")
+        check_choice("merge", self.merge, ("mean", "sum"))
         check_rate(self.layer_dropout_rate, "layer_dropout_rate")
         for name in ("redraw_interval", "recalibrate_interval"):
             interval = getattr(self, name)

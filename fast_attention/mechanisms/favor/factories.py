@@ -29,6 +29,7 @@ from fast_attention.linear.devices import check_device_kind
 from fast_attention.linear.implementations import implementation_names
 from fast_attention.linear.types import Plan, SavedStates, check_saved_states
 from fast_attention.mechanisms.checks import (
+    check_choice,
     check_count,
     check_flag,
     check_number,
@@ -236,10 +237,7 @@ def make_fast_generalized_attention(
     check_number("numerical_stabilizer", numerical_stabilizer, least=0.0)
     check_saved_states(saved_states)
     implementation_names(implementation)
-    if features_type not in ("deterministic", "iid", "ortho"):
-        raise ValueError(
-            f"features_type must be 'deterministic', 'iid' or 'ortho', got {features_type!r}."
-        )
+    check_choice("features_type", features_type, ("deterministic", "iid", "ortho"))
     check_number("kernel_epsilon", kernel_epsilon, least=0.0)
     if signed_kernel is not None:
         check_flag("signed_kernel", signed_kernel)
@@ -295,10 +293,7 @@ def _calibration(
 ) -> Calibration | None:
     """Returns the source of parameters, None for estimators without parameters from data."""
     tuned = estimator in TUNED_ESTIMATORS
-    if calibration not in (None, "call", "stored", "trained"):
-        raise ValueError(
-            f"calibration must be 'call', 'stored', 'trained' or None, got {calibration!r}."
-        )
+    check_choice("calibration", calibration, ("call", "stored", "trained", None))
     if not tuned and (calibration is not None or moment_decay is not None):
         raise ValueError(
             f"estimator={estimator!r} has no parameters from data, so calibration="

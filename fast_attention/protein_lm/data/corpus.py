@@ -17,6 +17,7 @@ from fast_attention.protein_lm.data.domains import DiscreteDomain
 from fast_attention.protein_lm.data.fasta import FastaPaths as FastaPaths
 from fast_attention.protein_lm.data.fasta import fasta_paths, read_proteins
 from fast_attention.protein_lm.data.skipped_records import SkippedRecords
+from fast_attention.protein_lm.ranges import check_choice
 
 BUNDLED_SPLITS = ("train", "valid", "test", "ood_test", "valid_iid", "test_iid", "tiny")
 
@@ -66,8 +67,7 @@ def bundled_corpus(split: str) -> Path:
         relatives in ``"train"``, those of ``"valid_iid"`` and ``"test_iid"`` have; ``"tiny"`` is
         500 short proteins of ``"train"``.
     """
-    if split not in BUNDLED_SPLITS:
-        raise ValueError(f"split must be one of {', '.join(BUNDLED_SPLITS)}, but got {split!r}.")
+    check_choice("split", split, BUNDLED_SPLITS)
     return _DATA / f"{split}.fasta.gz"
 
 

@@ -47,6 +47,7 @@ from fast_attention.protein_lm.finetune.tuning_config import TuningConfig
 from fast_attention.protein_lm.flax_model import FlaxModel
 from fast_attention.protein_lm.modeling.encoding import encode_sequences
 from fast_attention.protein_lm.modeling.token_batches import Shape
+from fast_attention.protein_lm.ranges import check_choice
 
 
 def fine_tune(
@@ -81,8 +82,7 @@ def fine_tune(
       ValueError: At an option out of its range, or a sequence that the model cannot read.
     """
     config = TuningConfig(**options)
-    if task not in TASKS:
-        raise ValueError(f"task must be one of {', '.join(TASKS)}; got {task!r}")
+    check_choice("task", task, TASKS)
     if isinstance(sequences, str) or len(sequences) != len(labels):
         raise ValueError(
             f"expected as many labels as sequences; got {len(labels)} and {len(sequences)}"

@@ -48,8 +48,7 @@ class TuningConfig:
 
     def __post_init__(self):
         """Raises ValueError at a value out of its range."""
-        if self.method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}; got {self.method!r}")
+        ranges.check_choice("method", self.method, METHODS)
         for name, allowed in ranges.TUNING.items():
             value = getattr(self, name)
             if value is not None or name not in ("learning_rate", "grad_clip", "max_length"):

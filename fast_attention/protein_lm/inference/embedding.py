@@ -19,6 +19,7 @@ import numpy as np
 from fast_attention.protein_lm.modeling import token_batches, train_state
 from fast_attention.protein_lm.modeling.encoding import Encoded, encode_sequences, row_lengths
 from fast_attention.protein_lm.modeling.inference_steps import Layer
+from fast_attention.protein_lm.ranges import check_choice
 
 if TYPE_CHECKING:
     from fast_attention.protein_lm.modeling.built_model import BuiltModel
@@ -74,8 +75,7 @@ class EmbeddingConfig:
                 f"pool must be one of {', '.join(POOLS)}, or None for the vectors of all "
                 f"residues, but got {self.pool!r}."
             )
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, but got {self.dtype!r}.")
+        check_choice("dtype", self.dtype, DTYPES)
 
     @property
     def chosen(self) -> tuple[Layer, ...]:

@@ -25,6 +25,7 @@ from fast_attention.protein_lm.modeling.encoding import (
     row_lengths,
 )
 from fast_attention.protein_lm.modeling.objectives import OBJECTIVES
+from fast_attention.protein_lm.ranges import check_choice
 
 _COLUMNS = {
     "log-likelihood-ratio": ("log_likelihood_ratio", "log_likelihood_ratio_with_end"),
@@ -43,16 +44,17 @@ def choose_method(model: BuiltModel, method: str | None = None) -> str:
       RunError: If the model cannot do it.
       ValueError: If there is no such method.
     """
-    if method is not None and method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
     possible = model.objective.methods
-    if method is not None and method not in possible:
+    if method is None:
+        return possible[0]
+    check_choice("method", method, METHODS)
+    if method not in possible:
         others = [name for name, objective in OBJECTIVES.items() if method in objective.methods]
         raise RunError(
             f"{type(model).__name__} ({model.objective.name}) does not give {method}: use a run "
             f"with the objective {' or '.join(others)}, or take {' or '.join(possible)}"
         )
-    return method or possible[0]
+    return method
 
 
 def score_columns(method: str) -> tuple[str, ...]:

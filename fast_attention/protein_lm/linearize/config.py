@@ -8,6 +8,7 @@ from typing import Any, Literal
 from fast_attention import make_fast_softmax_attention
 from fast_attention.feature_maps import TUNED_ESTIMATORS
 from fast_attention.mechanisms.favor.fn import FastAttention
+from fast_attention.protein_lm.ranges import check_choice
 
 Method = Literal["none", "lora", "full"]
 METHODS = ("none", "lora", "full")
@@ -56,8 +57,7 @@ class LinearizeConfig:
 
     def __post_init__(self):
         """Raises ValueError for values out of range."""
-        if self.finetune not in METHODS:
-            raise ValueError(f"finetune must be one of {', '.join(METHODS)}, got {self.finetune!r}")
+        check_choice("finetune", self.finetune, METHODS)
         for name in ("rank", "batch_size", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

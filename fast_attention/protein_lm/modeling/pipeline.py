@@ -38,6 +38,7 @@ from fast_attention.protein_lm.data.packing import EpochPlanner, Pieces, fill_ro
 from fast_attention.protein_lm.data.skipped_records import SkippedRecords
 from fast_attention.protein_lm.modeling.objectives import Objective, get_objective
 from fast_attention.protein_lm.modeling.objectives.base import Batch as Batch
+from fast_attention.protein_lm.ranges import check_choice
 
 if TYPE_CHECKING:
     import grain
@@ -105,8 +106,7 @@ def make_dataset(
         token that the objective needs.
     """
     objective = get_objective(objective)
-    if crop not in ("random", "start"):
-        raise ValueError(f"crop must be one of random, start, but got {crop!r}.")
+    check_choice("crop", crop, ("random", "start"))
     _check_numbers(length, batch_size, seed)
     width = int(objective.room(length)) if row_length is None else row_length
     if width < 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from fast_attention.mechanisms.checks import check_count, check_number, check_rate
+from fast_attention.mechanisms.checks import check_choice, check_count, check_number, check_rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +55,8 @@ class Hashing:
         check_rate("drop_for_hash_rate", self.drop_for_hash_rate)
         if self.scale is not None:
             check_number("scale", self.scale)
-        if self.implementation not in (None, "chunked", "reference"):
-            raise ValueError(
-                "implementation of hashed attention must be 'chunked', 'reference' or None, got "
-                f"{self.implementation!r}."
-            )
+        known = ("chunked", "reference", None)
+        check_choice("implementation of hashed attention", self.implementation, known)
         if not (self.allow_duplicate_attention or self.rehash_each_round):
             raise ValueError(
                 "allow_duplicate_attention=False needs rehash_each_round=True: with one rotation "

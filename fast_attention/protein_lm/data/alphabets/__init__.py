@@ -4,6 +4,7 @@ from fast_attention.protein_lm.data.alphabet import Alphabet
 from fast_attention.protein_lm.data.alphabets.esm import ESM
 from fast_attention.protein_lm.data.alphabets.nucleotide import NUCLEOTIDE
 from fast_attention.protein_lm.data.alphabets.protein import ALIGNED_PROTEIN, PROTEIN
+from fast_attention.protein_lm.ranges import check_choice
 
 ALPHABETS: dict[str, Alphabet] = {
     "protein": PROTEIN,
@@ -19,6 +20,5 @@ def get_alphabet(name: str) -> Alphabet:
     Raises:
       ValueError: If there is none.
     """
-    if name not in ALPHABETS:
-        raise ValueError(f"alphabet must be one of {', '.join(ALPHABETS)}; got {name!r}")
+    check_choice("alphabet", name, ALPHABETS)
     return ALPHABETS[name]

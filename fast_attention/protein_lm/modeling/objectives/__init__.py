@@ -4,6 +4,7 @@ from fast_attention.protein_lm.modeling.objectives.base import Objective
 from fast_attention.protein_lm.modeling.objectives.causal import Causal
 from fast_attention.protein_lm.modeling.objectives.masked import Masked
 from fast_attention.protein_lm.modeling.objectives.span_corruption import SpanCorruption
+from fast_attention.protein_lm.ranges import check_choice
 
 OBJECTIVES: dict[str, type[Objective]] = {
     cls.name: cls
@@ -23,6 +24,5 @@ def get_objective(objective: Objective | str) -> Objective:
     """
     if isinstance(objective, Objective):
         return objective
-    if objective not in OBJECTIVES:
-        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, but got {objective!r}")
+    check_choice("objective", objective, OBJECTIVES)
     return OBJECTIVES[objective]()
