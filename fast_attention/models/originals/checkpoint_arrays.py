@@ -108,6 +108,17 @@ def read_values(
     return values
 
 
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Reads a file that is a JSON object.
+
+    Raises:
+      ValueError: If it is larger than any description, or no such file.
+    """
+    if path.stat().st_size > MAX_HEADER:
+        raise ValueError(f"{path} is too large for a description")
+    return json_object(path, path.read_bytes())
+
+
 def json_object(path: Path, text: bytes) -> dict[str, Any]:
     """A JSON object; anything else is a ValueError that names the file."""
     try:

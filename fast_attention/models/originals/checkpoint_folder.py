@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from fast_attention.models.originals.checkpoint_arrays import (
-    MAX_HEADER,
     StoredArray,
-    json_object,
+    read_json_object,
     read_safetensors,
     shown,
 )
@@ -38,9 +37,7 @@ def read_folder(folder: Path) -> dict[str, StoredArray]:
 
 def _read_index(folder: Path) -> dict[str, StoredArray]:
     path = folder / _INDEX
-    if path.stat().st_size > MAX_HEADER:
-        raise ValueError(f"{path} is too large for an index")
-    places = json_object(path, path.read_bytes()).get("weight_map")
+    places = read_json_object(path).get("weight_map")
     if not isinstance(places, dict):
         raise ValueError(f"{path} has no weight_map")
     files: dict[str, dict[str, StoredArray]] = {}

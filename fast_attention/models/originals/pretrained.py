@@ -6,7 +6,6 @@ Formats: Hugging Face's ``EsmForMaskedLM`` and ``BertForMaskedLM``, and fair-esm
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +18,7 @@ from flax import nnx
 from fast_attention.layers.attention.switch import with_attention
 from fast_attention.models.config import TransformerConfig
 from fast_attention.models.originals import bert, esm
-from fast_attention.models.originals.checkpoint_arrays import MAX_HEADER, StoredArray
+from fast_attention.models.originals.checkpoint_arrays import StoredArray, read_json_object
 from fast_attention.models.originals.checkpoint_folder import read_folder
 from fast_attention.models.originals.description import Description
 from fast_attention.models.originals.places import Place
@@ -90,13 +89,8 @@ def _read_folder(folder: Path) -> tuple[str, dict[str, Any], dict[str, StoredArr
         raise ValueError(f"{folder}: no such file or folder; check the path")
     if not path.is_file():
         raise ValueError(f"{folder} has no config.json: expected the folder of a published model")
-    if path.stat().st_size > MAX_HEADER:
-        raise ValueError(f"{path} is too large for a description")
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        raise ValueError(f"{path} is damaged: it is not JSON") from None
-    kind = fields.get("model_type") if isinstance(fields, dict) else None
+    fields = read_json_object(path)
+    kind = fields.get("model_type")
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(
             f"{path} has model_type {kind!r}; expected one of {', '.join(map(repr, KINDS))}"

@@ -190,9 +190,8 @@ class _Unpickler(pickle.Unpickler):
 
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> StoredArray:
     numbers = [offset, *shape, *stride]
-    if not isinstance(storage, _Storage) or not all(type(n) is int and n >= 0 for n in numbers):
-        raise pickle.UnpicklingError("a tensor is described wrongly")
-    if len(shape) != len(stride):
+    counts = len(shape) == len(stride) and all(type(n) is int and n >= 0 for n in numbers)
+    if not isinstance(storage, _Storage) or not counts:
         raise pickle.UnpicklingError("a tensor is described wrongly")
     empty = 0 in shape
     last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from fast_attention.protein_lm import messages
@@ -37,7 +36,9 @@ def process_proteins(
     arguments.check_files(options, "output", "skipped_list")
     model, step, _ = load_run(options.run_dir, gin_file=options.gin_file)
     began = time.perf_counter()
-    with arguments.skipped_records(options) as skipped, residue_bar(title) as advance:
+    # The total is unknown until the file, which is read once, has been read.
+    progress = messages.progress(title, "residues")
+    with arguments.skipped_records(options) as skipped, progress as bar:
         records = read_for_model(
             model,
             options.fasta,
@@ -46,20 +47,8 @@ def process_proteins(
             skipped=skipped,
             unique_ids=unique_ids,
         )
-        done = compute(model, records, origin={"step": step}, progress=advance)
+        done = compute(model, records, origin={"step": step}, progress=bar.update)
     report(model, done, time.perf_counter() - began, options.output, options.skipped_list)
-
-
-@contextlib.contextmanager
-def residue_bar(title: str) -> Iterator[Callable[[int], None]]:
-    """Shows progress on stderr, see `messages.progress`; gives a function that moves it."""
-    # The total is unknown until the file, which is read once, has been read.
-    with messages.progress(title, "residues") as bar:
-
-        def advance(residues: int) -> None:
-            bar.update(residues)
-
-        yield advance
 
 
 def report(model: FlaxModel, done: Done, seconds: float, output: str, *others: str | None) -> None:

@@ -189,7 +189,7 @@ def _is_float(value: Any, hint: Any) -> bool:
     return type(value) is int and float in options and int not in options
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: Exception | str) -> str:
     """The first line of an error, at most 300 characters of it."""
     line = (str(error).splitlines() or [""])[0] or type(error).__name__
     return line if len(line) <= 300 else f"{line[:300]} ..."

@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 
 from fast_attention.protein_lm.distributed import process_arrays, processes
 from fast_attention.protein_lm.errors import RunError
+from fast_attention.protein_lm.files.json_files import one_line
 from fast_attention.protein_lm.machine_failures import machine_failure
 from fast_attention.protein_lm.modeling.divergence import REMEDY
 from fast_attention.protein_lm.modeling.train_state import TrainState
@@ -354,14 +355,14 @@ def _restore(manager: ocp.CheckpointManager, step: int, **items: Any) -> Any:
             # The files may be intact: nothing is put aside, and no older checkpoint is taken.
             raise RunError(
                 f"the checkpoint {manager.directory / str(step)} cannot be read now: {reason} "
-                f"({_first_line(error)})"
+                f"({one_line(error)})"
             ) from error
         raise _damage(manager, step, error) from error
 
 
 def _damage(manager: ocp.CheckpointManager, step: int, reason: Any) -> _Damaged:
     return _Damaged(
-        f"the checkpoint {manager.directory / str(step)} is damaged ({_first_line(reason)})"
+        f"the checkpoint {manager.directory / str(step)} is damaged ({one_line(reason)})"
     )
 
 
@@ -370,14 +371,9 @@ def _unwritten(manager: ocp.CheckpointManager, step: int, reason: Any) -> RunErr
     remedy = found or "check that the disk has space and that the folder may be written to"
     return RunError(
         f"the checkpoint of step {step} cannot be written to {manager.directory} "
-        f"({_first_line(reason)}): {remedy}. "
+        f"({one_line(reason)}): {remedy}. "
         "Earlier checkpoints are unchanged, and the same command resumes from the last one"
     )
-
-
-def _first_line(error: Any) -> str:
-    line = next(iter(str(error).splitlines()), "") or type(error).__name__
-    return line if len(line) <= 200 else f"{line[:200]} ..."
 
 
 def _model_arrays(state: TrainState) -> dict[str, Any]:
