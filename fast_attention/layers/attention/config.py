@@ -5,6 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+import jax.numpy as jnp
+import numpy as np
+
+from fast_attention.arrays.types import Array, Float
 from fast_attention.layers.dropout import check_rate
 from fast_attention.mechanisms.attention_fn import AttentionFn
 from fast_attention.mechanisms.checks import check_choice
@@ -185,3 +189,17 @@ class AttentionConfig:
     def kv_heads(self) -> int:
         """K, also if `num_kv_heads` is None."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def kv_heads_of_groups(self) -> list[int]:
+        """Key heads of each group."""
+        return [group.num_heads * self.kv_heads // self.num_heads for group in self.groups]
+
+    def split_queries(self, x: Float[Array, "*B H D"]) -> list[Array]:
+        """Splits query heads into those of each group."""
+        heads = [group.num_heads for group in self.groups]
+        return jnp.split(x, np.cumsum(heads)[:-1], axis=-2)
+
+    def split_keys(self, x: Array, axis: int = -2) -> list[Array]:
+        """Splits an axis of key heads into those of each group."""
+        return jnp.split(x, np.cumsum(self.kv_heads_of_groups)[:-1], axis=axis)

@@ -92,10 +92,5 @@ def decays_of_groups(
     """
     if decay is None:
         return [{} for _ in config.groups]
-    log_decay, found, start = decay(x), [], 0
-    for group in config.groups:
-        end = start + group.num_heads * config.kv_heads // config.num_heads
-        own = {"log_decay": log_decay[..., start:end]}
-        found.append(own if group.attention_fn.takes.decay else {})
-        start = end
-    return found
+    parts = zip(config.groups, config.split_keys(decay(x), axis=-1), strict=True)
+    return [{"log_decay": own} if group.attention_fn.takes.decay else {} for group, own in parts]

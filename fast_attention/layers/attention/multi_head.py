@@ -93,9 +93,8 @@ class MultiHeadAttention(nnx.Module, SublayerPart):
             group.attention_fn.draw_projection(rngs.params(), config.head_dim)
             for group in config.groups
         ]
-        kv_heads = [self._kv_heads(group) for group in config.groups]
-        self.projections = nnx.List(map(as_held, drawn, kv_heads))
-        self.moments = nnx.List(no_running_moments(config, kv_heads))
+        self.projections = nnx.List(map(as_held, drawn, config.kv_heads_of_groups))
+        self.moments = nnx.List(no_running_moments(config))
 
     def __call__(
         self,
@@ -250,15 +249,15 @@ class MultiHeadAttention(nnx.Module, SublayerPart):
             return AttentionState((), (key, value, inputs.context_mask))
         self._check_decoder()
         states = []
-        for group in config.groups:
-            heads = self._kv_heads(group)
+        for group, heads in zip(config.groups, config.kv_heads_of_groups, strict=True):
             room = max_length + (config.memory if group.extra_keys else 0)
             sizes = (batch_size,), heads, config.head_dim, config.head_dim
             decays = config.decay is not None and group.attention_fn.takes.decay
             states.append(group.attention_fn.init_state(*sizes, max_length=room, decays=decays))
         if config.memory:
             key, value = self.project.memory_keys_values(batch_size)
-            for index, (group, k, v) in enumerate(self._split_keys(key, value)):
+            parts = config.groups, config.split_keys(key), config.split_keys(value)
+            for index, (group, k, v) in enumerate(zip(*parts, strict=True)):
                 if group.extra_keys:
                     read = group.attention_fn, group.num_heads, states[index], k, v
                     states[index] = read_keys(*read, self._own(index))
@@ -341,23 +340,12 @@ class MultiHeadAttention(nnx.Module, SublayerPart):
         config = self.config
         return bool(config.memory and config.causal and not config.shared_qk and group.extra_keys)
 
-    def _kv_heads(self, group: HeadGroup) -> int:
-        return group.num_heads * self.config.kv_heads // self.config.num_heads
-
-    def _split_keys(self, key: Array, value: Array) -> Iterator[tuple[HeadGroup, Array, Array]]:
-        start = 0
-        for group in self.config.groups:
-            end = start + self._kv_heads(group)
-            yield group, key[..., start:end, :], value[..., start:end, :]
-            start = end
-
     def _split(
         self, query: Array, key: Array, value: Array
     ) -> Iterator[tuple[HeadGroup, Array, Array, Array]]:
-        start = 0
-        for group, k, v in self._split_keys(key, value):
-            yield group, query[..., start : start + group.num_heads, :], k, v
-            start += group.num_heads
+        config = self.config
+        parts = config.split_queries(query), config.split_keys(key), config.split_keys(value)
+        return zip(config.groups, *parts, strict=True)
 
     def _own(self, index: int) -> dict[str, Any]:
         held = self.projections[index]

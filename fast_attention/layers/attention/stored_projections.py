@@ -6,7 +6,6 @@ Shape letters: B batch, T length, S keys, H heads, K key/value heads, D head wid
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -117,10 +116,10 @@ def redraw(attention_fn: AttentionFn, held: Any, moments: Any, key: Array, head_
     held[...] = draw(jax.random.split(key, stack) if stack else key)
 
 
-def no_running_moments(config: AttentionConfig, kv_heads: Sequence[int]) -> list[nnx.Dict | None]:
+def no_running_moments(config: AttentionConfig) -> list[nnx.Dict | None]:
     """Empty running moments for each group that needs them."""
     made: list[nnx.Dict | None] = []
-    for group, heads in zip(config.groups, kv_heads, strict=True):
+    for group, heads in zip(config.groups, config.kv_heads_of_groups, strict=True):
         if group.attention_fn.moment_decay is None:
             made.append(None)
             continue

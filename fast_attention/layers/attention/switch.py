@@ -85,13 +85,12 @@ def _switch_layer(
     config = _in_configuration(before, choose)
     projections, moments = list(module.projections), list(module.moments)
     changed = [i for i, group in enumerate(config.groups) if group is not before.groups[i]]
-    kv_heads = [g.num_heads * config.kv_heads // config.num_heads for g in config.groups]
-    empty = no_running_moments(config, kv_heads)
+    empty = no_running_moments(config)
     for index in changed:
         group = config.groups[index]
         _check(before, before.groups[index], group)
         drawn = group.attention_fn.draw_projection(rngs.params(), config.head_dim)
-        projections[index] = as_held(drawn, kv_heads[index])
+        projections[index] = as_held(drawn, config.kv_heads_of_groups[index])
         moments[index] = empty[index]
     module.config = config
     module.projections, module.moments = nnx.List(projections), nnx.List(moments)
