@@ -75,18 +75,7 @@ def tiled_attention(
     rows, length, heads, _ = query.shape
     if tiling is None:
         tiling = _CPU_TILING if jax.default_backend() == "cpu" else _DEVICE_TILING
-    block = choices.block
-    size = tiling.queries // block * block or tiling.queries
-    # A tile may start within a block, which is seen from where it begins to where it ends.
-    back = choices.back + block - math.gcd(block, size)
-    ahead = 0 if choices.causal else choices.ahead + block - math.gcd(block, size)
-    if around:
-        size = min(size, length)
-    elif length > size:
-        back, ahead = min(back, length), min(ahead, length)
-    else:
-        # One tile has all keys: none is out of its reach.
-        back, ahead, size = 0, 0, length
+    size, back, ahead = _cut(length, choices, tiling, around)
     width = back + size + ahead
     tiles = math.ceil(length / size)
     groups = math.ceil(tiles / max(1, tiling.scores // (heads * size * width)))
@@ -159,6 +148,21 @@ def tiled_attention(
     else:
         out = lax.map(attend, items, batch_size=None if at_once == 1 else at_once)
     return out.reshape(rows, padded, *out.shape[3:])[:, :length]
+
+
+def _cut(length: int, choices: Choices, tiling: Tiling, around: bool) -> tuple[int, int, int]:
+    """Returns the queries of a tile, and how many keys before and behind them it takes in."""
+    block = choices.block
+    size = tiling.queries // block * block or tiling.queries
+    # A tile may start within a block, which is seen from where it begins to where it ends.
+    back = choices.back + block - math.gcd(block, size)
+    ahead = 0 if choices.causal else choices.ahead + block - math.gcd(block, size)
+    if around:
+        return min(size, length), back, ahead
+    if length > size:
+        return size, min(back, length), min(ahead, length)
+    # One tile has all keys: none is out of its reach.
+    return length, 0, 0
 
 
 def _windows(x: Array, size: int, count: int) -> Array:
