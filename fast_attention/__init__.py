@@ -16,9 +16,7 @@ from fast_attention.mechanisms.favor.factories import (
     make_fast_softmax_attention as make_fast_softmax_attention,
 )
 from fast_attention.mechanisms.favor.fn import FastAttention as FastAttention
-from fast_attention.mechanisms.linformer.op import (
-    linformer_attention as linformer_attention,
-)
+from fast_attention.mechanisms.linformer.op import linformer_attention as linformer_attention
 from fast_attention.mechanisms.local.fn import LocalAttention as LocalAttention
 from fast_attention.mechanisms.local.fn import make_local_attention as make_local_attention
 from fast_attention.mechanisms.local.op import local_attention as local_attention

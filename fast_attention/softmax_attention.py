@@ -24,12 +24,7 @@ from fast_attention.mechanisms.attention_fn import AttentionFn
 from fast_attention.mechanisms.call import Call, Takes
 from fast_attention.mechanisms.checks import mismatch
 from fast_attention.mechanisms.decoding import StateSizes
-from fast_attention.mechanisms.softmax.blocks import (
-    Choices,
-    Extras,
-    blocked_attention,
-    run_bounds,
-)
+from fast_attention.mechanisms.softmax.blocks import Choices, Extras, blocked_attention, run_bounds
 from fast_attention.recipes import attention_factory
 
 

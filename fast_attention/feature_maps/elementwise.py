@@ -14,13 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from fast_attention.arrays.types import Array, Float
-from fast_attention.feature_maps.base import (
-    FeatureMap,
-    Features,
-    LogKind,
-    Parameters,
-    project,
-)
+from fast_attention.feature_maps.base import FeatureMap, Features, LogKind, Parameters, project
 from fast_attention.feature_maps.pickling import from_places, to_places
 from fast_attention.feature_maps.projections import draw_projection
 

@@ -44,11 +44,7 @@ import jax.numpy as jnp
 from fast_attention.arrays.types import Array, Float
 from fast_attention.feature_maps.decompositions import cholesky, eigh, invert_lower, multiply
 from fast_attention.feature_maps.moments import Moments
-from fast_attention.feature_maps.shrinkage import (
-    best_curvature,
-    shrinkage,
-    weighted_square,
-)
+from fast_attention.feature_maps.shrinkage import best_curvature, shrinkage, weighted_square
 
 _UNCENTRED = ("favor+", "favor++", "saderf", "sderf", "aderf", "aderf+")
 CENTRED = "centred_"

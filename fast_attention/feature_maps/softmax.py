@@ -19,13 +19,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 
 from fast_attention.arrays.types import Array, Float
-from fast_attention.feature_maps.base import (
-    FeatureMap,
-    Features,
-    LogKind,
-    Parameters,
-    project,
-)
+from fast_attention.feature_maps.base import FeatureMap, Features, LogKind, Parameters, project
 from fast_attention.feature_maps.projections import draw_projection
 
 

@@ -1,9 +1,7 @@
 """Flax NNX modules: attention with its projections, feed-forward, positions, blocks."""
 
 from fast_attention.layers.attention.calibration import calibrate as calibrate
-from fast_attention.layers.attention.calibration import (
-    query_key_moments as query_key_moments,
-)
+from fast_attention.layers.attention.calibration import query_key_moments as query_key_moments
 from fast_attention.layers.attention.calibration import recalibrate as recalibrate
 from fast_attention.layers.attention.config import AttentionConfig as AttentionConfig
 from fast_attention.layers.attention.config import HeadGroup as HeadGroup
@@ -12,28 +10,18 @@ from fast_attention.layers.attention.decay import decay_slopes as decay_slopes
 from fast_attention.layers.attention.fidelity import LayerFidelity as LayerFidelity
 from fast_attention.layers.attention.fidelity import fidelity_sums as fidelity_sums
 from fast_attention.layers.attention.fidelity import measure_fidelity as measure_fidelity
-from fast_attention.layers.attention.fidelity import (
-    summarize_fidelity as summarize_fidelity,
-)
-from fast_attention.layers.attention.linformer import (
-    LinformerAttention as LinformerAttention,
-)
+from fast_attention.layers.attention.fidelity import summarize_fidelity as summarize_fidelity
+from fast_attention.layers.attention.linformer import LinformerAttention as LinformerAttention
 from fast_attention.layers.attention.linformer import LinformerConfig as LinformerConfig
-from fast_attention.layers.attention.multi_axis import (
-    MultiAxisAttention as MultiAxisAttention,
-)
-from fast_attention.layers.attention.multi_head import (
-    MultiHeadAttention as MultiHeadAttention,
-)
+from fast_attention.layers.attention.multi_axis import MultiAxisAttention as MultiAxisAttention
+from fast_attention.layers.attention.multi_head import MultiHeadAttention as MultiHeadAttention
 from fast_attention.layers.attention.query_key_norm import UnitQueryKey as UnitQueryKey
 from fast_attention.layers.attention.redrawing import fix_projections as fix_projections
 from fast_attention.layers.attention.redrawing import redraw as redraw
 from fast_attention.layers.attention.redrawing import redraw_due as redraw_due
 from fast_attention.layers.attention.redrawing import redraw_every as redraw_every
 from fast_attention.layers.attention.stored_projections import Projection as Projection
-from fast_attention.layers.attention.stored_projections import (
-    RunningMoments as RunningMoments,
-)
+from fast_attention.layers.attention.stored_projections import RunningMoments as RunningMoments
 from fast_attention.layers.attention.switch import with_attention as with_attention
 from fast_attention.layers.attention.transfer import linearize as linearize
 from fast_attention.layers.attention.transfer import output_errors as output_errors
@@ -55,9 +43,7 @@ from fast_attention.layers.product_key_memory import ProductKeyMemory as Product
 from fast_attention.layers.product_key_memory import is_memory_value as is_memory_value
 from fast_attention.layers.stack.layer_dropout import draw_layer_mask as draw_layer_mask
 from fast_attention.layers.stack.reversible import residual as residual
-from fast_attention.layers.stack.reversible import (
-    reversible_residual as reversible_residual,
-)
+from fast_attention.layers.stack.reversible import reversible_residual as reversible_residual
 from fast_attention.layers.stack.stack import Stack as Stack
 from fast_attention.layers.stack.stack import StackConfig as StackConfig
 from fast_attention.layers.stack.sublayer import FeedForwardConfig as FeedForwardConfig

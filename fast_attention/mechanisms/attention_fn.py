@@ -16,12 +16,7 @@ import jax
 from fast_attention.arrays.explicit_axes import runs_on_auto_axes
 from fast_attention.arrays.forward_mode import naming_forward_mode
 from fast_attention.arrays.types import Array
-from fast_attention.mechanisms.binding import (
-    bind,
-    dropout_of,
-    refuse,
-    refuse_untaken,
-)
+from fast_attention.mechanisms.binding import bind, dropout_of, refuse, refuse_untaken
 from fast_attention.mechanisms.call import Call, check_lengths
 from fast_attention.mechanisms.checks import check_flag
 from fast_attention.mechanisms.decoding import Decoder

@@ -14,12 +14,7 @@ from jax import export
 
 from fast_attention.arrays.types import Array
 from fast_attention.mechanisms.axes import fold_axes, unfold_axes
-from fast_attention.mechanisms.checks import (
-    as_visible,
-    check_ids,
-    mismatch,
-    spread_over_positions,
-)
+from fast_attention.mechanisms.checks import as_visible, check_ids, mismatch, spread_over_positions
 from fast_attention.mechanisms.masks import (
     Sizes,
     key_bias_from_bias,

@@ -14,11 +14,7 @@ from fast_attention.layers.attention.config import AttentionConfig, Decay, HeadG
 from fast_attention.layers.dropout import check_rate
 from fast_attention.layers.feed_forward import Activation, activation_of
 from fast_attention.layers.stack.stack import StackConfig
-from fast_attention.layers.stack.sublayer import (
-    FeedForwardConfig,
-    NormConfig,
-    SublayerConfig,
-)
+from fast_attention.layers.stack.sublayer import FeedForwardConfig, NormConfig, SublayerConfig
 from fast_attention.mechanisms.attention_fn import AttentionFn
 from fast_attention.mechanisms.wrapped import as_attention_fn
 from fast_attention.softmax_attention import make_softmax_attention

@@ -14,17 +14,13 @@ from fast_attention.protein_lm.data.domains import (
     VariableLengthDiscreteDomain as VariableLengthDiscreteDomain,
 )
 from fast_attention.protein_lm.data.domains import domain_to_bos as domain_to_bos
-from fast_attention.protein_lm.data.domains import (
-    make_protein_domain as make_protein_domain,
-)
+from fast_attention.protein_lm.data.domains import make_protein_domain as make_protein_domain
 from fast_attention.protein_lm.data.fasta import FastaError as FastaError
 from fast_attention.protein_lm.data.fasta import FastaRecord as FastaRecord
 from fast_attention.protein_lm.data.fasta import read_fasta as read_fasta
 from fast_attention.protein_lm.data.fasta import read_proteins as read_proteins
 from fast_attention.protein_lm.data.fasta import write_fasta as write_fasta
-from fast_attention.protein_lm.data.skipped_records import (
-    SkippedRecords as SkippedRecords,
-)
+from fast_attention.protein_lm.data.skipped_records import SkippedRecords as SkippedRecords
 from fast_attention.protein_lm.data.vocabulary import ProteinVocab as ProteinVocab
 from fast_attention.protein_lm.data.vocabulary import Vocabulary as Vocabulary
 
@@ -34,9 +30,7 @@ if TYPE_CHECKING:
     from fast_attention.protein_lm.evaluation.empirical_baseline import (
         EmpiricalBaseline as EmpiricalBaseline,
     )
-    from fast_attention.protein_lm.inference.reducers import (
-        masked_reduce_fn as masked_reduce_fn,
-    )
+    from fast_attention.protein_lm.inference.reducers import masked_reduce_fn as masked_reduce_fn
     from fast_attention.protein_lm.inference.reducers import max_reducer as max_reducer
     from fast_attention.protein_lm.inference.reducers import mean_reducer as mean_reducer
     from fast_attention.protein_lm.inference.reducers import sum_reducer as sum_reducer

@@ -16,15 +16,8 @@ import numpy as np
 from fast_attention.protein_lm.distributed import process_arrays
 from fast_attention.protein_lm.errors import RunError
 from fast_attention.protein_lm.inference import embedding, scoring
-from fast_attention.protein_lm.modeling import (
-    attention_exchange as exchange,
-)
-from fast_attention.protein_lm.modeling import (
-    batches,
-    fitting,
-    metrics,
-    train_state,
-)
+from fast_attention.protein_lm.modeling import attention_exchange as exchange
+from fast_attention.protein_lm.modeling import batches, fitting, metrics, train_state
 from fast_attention.protein_lm.modeling.built_model import BuiltModel
 from fast_attention.protein_lm.modeling.model_classes import register_model
 from fast_attention.protein_lm.runs.exporting import save_model

@@ -15,11 +15,7 @@ from fast_attention.arrays.explicit_axes import explicit_mesh, sharded_alike
 from fast_attention.feature_maps.moments import Moments, measure_visible, merge_moments
 from fast_attention.layers.attention.multi_axis import MultiAxisAttention
 from fast_attention.layers.attention.multi_head import MultiHeadAttention
-from fast_attention.layers.attention.observing import (
-    AttentionCall,
-    observed_copy,
-    place_name,
-)
+from fast_attention.layers.attention.observing import AttentionCall, observed_copy, place_name
 from fast_attention.layers.attention.stored_projections import (
     held_projection,
     hold,

@@ -15,11 +15,7 @@ import jax
 from flax import nnx
 
 from fast_attention.arrays.types import Array, Bool, Float
-from fast_attention.layers.attention.stored_projections import (
-    as_held,
-    held_projection,
-    redraw,
-)
+from fast_attention.layers.attention.stored_projections import as_held, held_projection, redraw
 from fast_attention.layers.dropout import dropout_options
 from fast_attention.layers.explicit_axes import modules_run_on_auto_axes
 from fast_attention.layers.linear import Linear, xavier_linear

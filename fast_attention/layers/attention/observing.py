@@ -14,11 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fast_attention.arrays.types import Array, Float
-from fast_attention.layers.attention.attention_call import (
-    Visible,
-    call_attention,
-    causal_by_mask,
-)
+from fast_attention.layers.attention.attention_call import Visible, call_attention, causal_by_mask
 from fast_attention.layers.attention.head_groups import attend_after_memory
 from fast_attention.layers.attention.multi_axis import MultiAxisAttention
 from fast_attention.layers.attention.multi_head import MultiHeadAttention

@@ -13,10 +13,7 @@ from flax import nnx
 
 from fast_attention.layers.attention.config import AttentionConfig, HeadGroup
 from fast_attention.layers.attention.multi_head import MultiHeadAttention
-from fast_attention.layers.attention.stored_projections import (
-    as_held,
-    no_running_moments,
-)
+from fast_attention.layers.attention.stored_projections import as_held, no_running_moments
 
 Model = TypeVar("Model", bound=nnx.Module)
 

@@ -21,12 +21,7 @@ from fast_attention.layers.inputs import Inputs
 from fast_attention.layers.stack.layer_dropout import draw_layer_mask
 from fast_attention.layers.stack.recomputing import recomputed
 from fast_attention.layers.stack.reversible import reversible_residual
-from fast_attention.layers.stack.sublayer import (
-    NormConfig,
-    Sublayer,
-    SublayerConfig,
-    build_inner,
-)
+from fast_attention.layers.stack.sublayer import NormConfig, Sublayer, SublayerConfig, build_inner
 from fast_attention.layers.sublayer_part import SublayerPart
 from fast_attention.mechanisms.checks import check_choice
 

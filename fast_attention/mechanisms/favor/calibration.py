@@ -26,11 +26,7 @@ from fast_attention.arrays.explicit_axes import runs_on_auto_axes
 from fast_attention.arrays.types import Array, Bool, Float
 from fast_attention.feature_maps.gaussian_family import tune
 from fast_attention.feature_maps.moments import Moments, measure, measure_visible
-from fast_attention.feature_maps.trained import (
-    SMALLEST_KEPT,
-    TrainedParameters,
-    begin_training,
-)
+from fast_attention.feature_maps.trained import SMALLEST_KEPT, TrainedParameters, begin_training
 from fast_attention.feature_maps.tuned import TunedFeatures, TunedParameters, fold
 from fast_attention.linear.checks import split_bias
 from fast_attention.mechanisms.call import Call

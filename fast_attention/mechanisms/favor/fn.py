@@ -45,13 +45,8 @@ from fast_attention.mechanisms.favor.calibration import (
     parameters_of_call,
     without_unused,
 )
-from fast_attention.mechanisms.favor.near_field import (
-    NearFieldState,
-    near_field_attention,
-)
-from fast_attention.mechanisms.favor.near_field import (
-    empty_state as empty_near_field_state,
-)
+from fast_attention.mechanisms.favor.near_field import NearFieldState, near_field_attention
+from fast_attention.mechanisms.favor.near_field import empty_state as empty_near_field_state
 from fast_attention.mechanisms.favor.near_field import prefill as near_field_prefill
 from fast_attention.mechanisms.favor.near_field import step as near_field_step
 from fast_attention.mechanisms.favor.near_field.cached import attend_from_one

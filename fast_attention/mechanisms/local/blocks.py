@@ -20,12 +20,7 @@ import numpy as np
 from jax import lax
 
 from fast_attention.arrays.types import Array
-from fast_attention.mechanisms.local.tile import (
-    Choices,
-    Sight,
-    Tile,
-    attend_tile,
-)
+from fast_attention.mechanisms.local.tile import Choices, Sight, Tile, attend_tile
 
 
 class Tiling(NamedTuple):

@@ -26,13 +26,7 @@ from fast_attention.mechanisms.call import Call
 from fast_attention.mechanisms.checks import mismatch
 from fast_attention.mechanisms.wrapped import WrappedAttention, as_attention_fn
 from fast_attention.mesh.layout import AxisName, Layout
-from fast_attention.mesh.meshes import (
-    MODEL,
-    SEQUENCE,
-    axis_dividing,
-    rows_axes,
-    with_auto_axes,
-)
+from fast_attention.mesh.meshes import MODEL, SEQUENCE, axis_dividing, rows_axes, with_auto_axes
 
 _OWN_AXES = {
     **{name: 2 for name in ("rows", "query_norm", "key_norm", "stretch")},

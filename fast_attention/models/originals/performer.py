@@ -19,11 +19,7 @@ from flax import nnx
 
 from fast_attention.layers.attention.config import AttentionConfig, HeadGroup
 from fast_attention.layers.stack.stack import Stack, StackConfig
-from fast_attention.layers.stack.sublayer import (
-    FeedForwardConfig,
-    NormConfig,
-    SublayerConfig,
-)
+from fast_attention.layers.stack.sublayer import FeedForwardConfig, NormConfig, SublayerConfig
 from fast_attention.mechanisms.attention_fn import AttentionFn
 from fast_attention.mechanisms.efficient.fn import make_efficient_attention
 from fast_attention.mechanisms.favor.factories import (

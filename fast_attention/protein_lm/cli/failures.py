@@ -13,11 +13,7 @@ import absl.logging
 from fast_attention.protein_lm.errors import RunError
 from fast_attention.protein_lm.files.output_targets import OutputError
 from fast_attention.protein_lm.files.text_source import FastaError
-from fast_attention.protein_lm.machine_failures import (
-    OUT_OF_MEMORY,
-    machine_failure,
-    memory_remedy,
-)
+from fast_attention.protein_lm.machine_failures import OUT_OF_MEMORY, machine_failure, memory_remedy
 
 _EXPECTED = (RunError, FloatingPointError, OSError, TypeError, ValueError)
 _EXPLAINED = (RunError, OutputError, FastaError)

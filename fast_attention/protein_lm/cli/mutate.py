@@ -158,10 +158,7 @@ def _work(
     from fast_attention.protein_lm.data.fasta import read_proteins
     from fast_attention.protein_lm.inference.model_inputs import CUT, longest_record
     from fast_attention.protein_lm.inference.mutation_files import variants_of_list
-    from fast_attention.protein_lm.inference.mutations import (
-        iterate_substitutions,
-        variant_of,
-    )
+    from fast_attention.protein_lm.inference.mutations import iterate_substitutions, variant_of
 
     limit, too_long = longest_record(vocab, crop=CUT)
     rules = {"alphabet": vocab, "max_residues": limit, "too_long": too_long}

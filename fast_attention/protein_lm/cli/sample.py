@@ -193,11 +193,7 @@ def _write(model: FlaxModel, options: argparse.Namespace) -> tuple[int, Iterator
 
 def _fill(model: FlaxModel, options: argparse.Namespace) -> tuple[int, Iterator[FastaRecord]]:
     from fast_attention.protein_lm.data.fasta import FastaRecord, read_proteins
-    from fast_attention.protein_lm.inference.infilling import (
-        MARKS,
-        infill_proteins,
-        without_spans,
-    )
+    from fast_attention.protein_lm.inference.infilling import MARKS, infill_proteins, without_spans
     from fast_attention.protein_lm.inference.model_inputs import CUT, longest_record
 
     number = 1 if options.num_samples is None else options.num_samples

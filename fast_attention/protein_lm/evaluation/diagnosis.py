@@ -19,11 +19,7 @@ import numpy as np
 from flax import nnx
 
 from fast_attention import make_fast_softmax_attention
-from fast_attention.diagnostics.errors import (
-    Recommendation,
-    attention_matrix,
-    recommend_features,
-)
+from fast_attention.diagnostics.errors import Recommendation, attention_matrix, recommend_features
 from fast_attention.feature_maps import TUNED_ESTIMATORS
 from fast_attention.feature_maps.moments import Moments, merge_moments
 from fast_attention.layers.attention.calibration import query_key_moments

@@ -23,11 +23,7 @@ from fast_attention.protein_lm import ranges
 from fast_attention.protein_lm.errors import RunError
 from fast_attention.protein_lm.files.json_files import check_fields, read_json, shown
 from fast_attention.protein_lm.files.npz_files import read_npz
-from fast_attention.protein_lm.files.output_files import (
-    open_output_folder,
-    write_file,
-    write_json,
-)
+from fast_attention.protein_lm.files.output_files import open_output_folder, write_file, write_json
 from fast_attention.protein_lm.finetune import lora
 from fast_attention.protein_lm.finetune.linear_head import LinearHead, Units
 from fast_attention.protein_lm.flax_model import FlaxModel

@@ -25,12 +25,7 @@ from fast_attention.protein_lm.finetune.finetuned import (
     head_outputs,
     with_parameters,
 )
-from fast_attention.protein_lm.finetune.labelled import (
-    PARTS,
-    TASKS,
-    as_numbers,
-    choose_parts,
-)
+from fast_attention.protein_lm.finetune.labelled import PARTS, TASKS, as_numbers, choose_parts
 from fast_attention.protein_lm.finetune.linear_head import (
     LinearHead,
     Units,

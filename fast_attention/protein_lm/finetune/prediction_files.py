@@ -11,10 +11,7 @@ import numpy as np
 from fast_attention.protein_lm.data.fasta import FastaRecord
 from fast_attention.protein_lm.files.tables import open_table
 from fast_attention.protein_lm.finetune.finetuned import FineTuned
-from fast_attention.protein_lm.inference.model_inputs import (
-    naming_the_longest,
-    record_cost,
-)
+from fast_attention.protein_lm.inference.model_inputs import naming_the_longest, record_cost
 from fast_attention.protein_lm.modeling import token_batches
 
 CROP = (

@@ -30,10 +30,7 @@ from fast_attention.protein_lm.modeling import (
     token_batches,
     train_state,
 )
-from fast_attention.protein_lm.modeling.encoding import (
-    Encoded,
-    number_rows,
-)
+from fast_attention.protein_lm.modeling.encoding import Encoded, number_rows
 
 # Sequences of this many batches are sorted by length, so that batches hold little padding.
 _POOL = 8

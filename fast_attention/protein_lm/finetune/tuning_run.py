@@ -28,10 +28,7 @@ from fast_attention.protein_lm.files.tables import open_table
 from fast_attention.protein_lm.finetune.finetuned import FineTuned, fingerprint
 from fast_attention.protein_lm.finetune.finetuning import fine_tune
 from fast_attention.protein_lm.finetune.labelled import Labelled, read_labelled
-from fast_attention.protein_lm.finetune.prediction_files import (
-    prediction_columns,
-    prediction_rows,
-)
+from fast_attention.protein_lm.finetune.prediction_files import prediction_columns, prediction_rows
 from fast_attention.protein_lm.finetune.tuning_config import TuningConfig
 from fast_attention.protein_lm.inference.model_inputs import longest_record
 from fast_attention.protein_lm.loading import load_run

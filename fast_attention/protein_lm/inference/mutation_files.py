@@ -10,11 +10,7 @@ from typing import NamedTuple
 
 from fast_attention.protein_lm.data.fasta import STDIN, FastaRecord
 from fast_attention.protein_lm.data.table_rows import MOST_BYTES, cell_count, parse_rows, read_lines
-from fast_attention.protein_lm.inference.mutations import (
-    Variant,
-    is_notation,
-    parse_variant,
-)
+from fast_attention.protein_lm.inference.mutations import Variant, is_notation, parse_variant
 
 _MUTANT, _ID = "mutant", "id"
 

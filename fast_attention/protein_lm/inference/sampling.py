@@ -12,11 +12,7 @@ import numpy as np
 from fast_attention.protein_lm.data.fasta import FastaRecord
 from fast_attention.protein_lm.errors import RunError
 from fast_attention.protein_lm.inference.continuation import continue_prompts
-from fast_attention.protein_lm.inference.scoring import (
-    PseudoScore,
-    SequenceScore,
-    score_sequences,
-)
+from fast_attention.protein_lm.inference.scoring import PseudoScore, SequenceScore, score_sequences
 from fast_attention.protein_lm.modeling.built_model import BuiltModel
 from fast_attention.protein_lm.modeling.token_batches import Shape
 from fast_attention.protein_lm.wording import counted

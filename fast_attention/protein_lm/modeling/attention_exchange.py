@@ -12,12 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fast_attention import layers
-from fast_attention.protein_lm.modeling.train_state import (
-    Batch,
-    TrainState,
-    split_model,
-    weights,
-)
+from fast_attention.protein_lm.modeling.train_state import Batch, TrainState, split_model, weights
 
 
 def keep_features(state: TrainState, parameters: Any) -> tuple[Any, Any]:

@@ -16,9 +16,7 @@ from fast_attention.mesh.meshes import with_auto_axes
 from fast_attention.models.transformer import Transformer
 from fast_attention.protein_lm.data.domains import DiscreteDomain
 from fast_attention.protein_lm.distributed import process_arrays
-from fast_attention.protein_lm.modeling import (
-    attention_exchange as exchange,
-)
+from fast_attention.protein_lm.modeling import attention_exchange as exchange
 from fast_attention.protein_lm.modeling import (
     batches,
     inference_steps,

@@ -28,12 +28,7 @@ import numpy as np
 from fast_attention.protein_lm.data.corpus import Corpus, FastaPaths, load_corpus
 from fast_attention.protein_lm.data.corpus import bundled_corpus as bundled_corpus
 from fast_attention.protein_lm.data.domains import DiscreteDomain
-from fast_attention.protein_lm.data.mixture import (
-    Mixture,
-    MixturePlanner,
-    Weights,
-    load_mixture,
-)
+from fast_attention.protein_lm.data.mixture import Mixture, MixturePlanner, Weights, load_mixture
 from fast_attention.protein_lm.data.packing import EpochPlanner, Pieces, fill_rows
 from fast_attention.protein_lm.data.skipped_records import SkippedRecords
 from fast_attention.protein_lm.modeling.objectives import Objective, get_objective

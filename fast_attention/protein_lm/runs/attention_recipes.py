@@ -8,12 +8,7 @@ from typing import Any, get_origin, get_type_hints
 
 from fast_attention.feature_maps.elementwise import kernel_name
 from fast_attention.protein_lm.errors import RunError
-from fast_attention.protein_lm.files.json_files import (
-    check_fields,
-    matches,
-    one_line,
-    shown,
-)
+from fast_attention.protein_lm.files.json_files import check_fields, matches, one_line, shown
 from fast_attention.recipes import FACTORIES, recipe
 
 OWN = "own"

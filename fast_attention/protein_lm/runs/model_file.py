@@ -30,12 +30,7 @@ from fast_attention.protein_lm.data.domains import (
     VariableLengthDiscreteDomain,
 )
 from fast_attention.protein_lm.errors import RunError
-from fast_attention.protein_lm.files.json_files import (
-    check_fields,
-    one_line,
-    read_json,
-    shown,
-)
+from fast_attention.protein_lm.files.json_files import check_fields, one_line, read_json, shown
 from fast_attention.protein_lm.modeling import schedules
 from fast_attention.protein_lm.modeling.built_model import BuiltModel
 from fast_attention.protein_lm.modeling.model_classes import is_registered, registered_models

@@ -19,25 +19,15 @@ from fast_attention.protein_lm.distributed import process_arrays, processes, sto
 from fast_attention.protein_lm.errors import RunError
 from fast_attention.protein_lm.evaluation import baselines, evaluation, report
 from fast_attention.protein_lm.flax_model import FlaxModel
-from fast_attention.protein_lm.modeling import (
-    attention_exchange as exchange,
-)
-from fast_attention.protein_lm.modeling import (
-    batches,
-    metrics,
-    pipeline,
-)
+from fast_attention.protein_lm.modeling import attention_exchange as exchange
+from fast_attention.protein_lm.modeling import batches, metrics, pipeline
 from fast_attention.protein_lm.modeling.schedules import FactorSchedule
 from fast_attention.protein_lm.modeling.train_state import TrainState
 from fast_attention.protein_lm.runs import checkpoints, metrics_log, model_file
 from fast_attention.protein_lm.runs.data_record import SPLITS, Entry
 from fast_attention.protein_lm.runs.run_folder import RunFolder
 from fast_attention.protein_lm.runs.run_lock import hold_run
-from fast_attention.protein_lm.training import (
-    resuming,
-    run_result,
-    training_loop,
-)
+from fast_attention.protein_lm.training import resuming, run_result, training_loop
 from fast_attention.protein_lm.training.experiment import (
     EvaluationSettings,
     Experiment,
@@ -45,10 +35,7 @@ from fast_attention.protein_lm.training.experiment import (
     choose_files,
     find_files,
 )
-from fast_attention.protein_lm.training.initial_run import (
-    check_initial_run,
-    read_initial_run,
-)
+from fast_attention.protein_lm.training.initial_run import check_initial_run, read_initial_run
 from fast_attention.protein_lm.training.training_data import TrainingData, load_training_data
 
 if TYPE_CHECKING:

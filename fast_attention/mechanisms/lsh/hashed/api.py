@@ -25,11 +25,7 @@ from fast_attention.mechanisms.lsh.hashed.options import Hashing
 from fast_attention.mechanisms.lsh.hashed.scores import Choices, Restrictions
 from fast_attention.mechanisms.lsh.hashed.sorting import sort_by_bucket
 from fast_attention.mechanisms.lsh.hashed.weights import dense_weights
-from fast_attention.mechanisms.lsh.operands import (
-    LSHOutput,
-    place_queries,
-    spread_mask,
-)
+from fast_attention.mechanisms.lsh.operands import LSHOutput, place_queries, spread_mask
 from fast_attention.mechanisms.rotary import rotate
 from fast_attention.mechanisms.shared_qk import unit_keys
 
