@@ -152,7 +152,12 @@ def test_segments(name):
 
 @pytest.mark.parametrize(
     ("name", "length", "implementation"),
-    [("positive", 12, "chunked"), ("relu", 13, "chunked"), in_kernels("positive", 12)],
+    [
+        ("positive", 12, "chunked"),
+        ("positive", 12, "reference"),
+        ("relu", 13, "chunked"),
+        in_kernels("positive", 12),
+    ],
 )
 def test_masked_tokens_neither_add_nor_decay(name, length, implementation):
     """Leading, interior and trailing ones; what they hold, NaN included, changes nothing."""

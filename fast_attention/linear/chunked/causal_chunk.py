@@ -252,8 +252,9 @@ def _pairs_of_exponents(
         factor = jnp.exp(jnp.minimum(logs, LARGEST_EXPONENT))
         factor = jnp.where(sight.pairs & (products != 0), factor, 0)
     else:
-        few = logs <= pair_limit(logs.dtype) - HEADROOM
-        factor = jnp.where(sight.pairs & few, jnp.exp(logs), 0)
+        few = sight.pairs & (logs <= pair_limit(logs.dtype) - HEADROOM)
+        # Before the exponential: the derivative of one that overflows is not finite.
+        factor = jnp.exp(jnp.where(few, logs, -jnp.inf))
     weights = products * factor
     if wide is not None and kept is None:
         weights, pair_max = add_wide_pairs(wide, products, weights, pair_max, least)
