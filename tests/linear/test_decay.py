@@ -139,25 +139,27 @@ def test_the_gradient_of_strong_decays_in_bfloat16(output, implementation):
     assert abs(found.sum() - expected.sum()) < 0.05 * abs(expected.sum())
 
 
-@pytest.mark.parametrize("name", ["positive", "relu"])
-def test_segments(name):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("positive", {}), ("positive", {"implementation": "reference"}), ("relu", {})],
+    ids=str,
+)
+def test_segments(name, options):
+    """Two of them begin with a masked token, whose row sees nothing."""
     with jax.enable_x64(True):
         ids = np.repeat([0, 1, 2, 3], [1, 5, 4, 2])
+        masked = {"key_mask": jnp.asarray(~np.isin(np.arange(LENGTH), (1, 6)))[None]}
+        options = {"segment_ids": jnp.asarray(ids)[None], **options, **masked}
         check(
-            with_gradients(functools.partial(attended, name, segment_ids=jnp.asarray(ids)[None])),
-            with_gradients(functools.partial(recurrence, name, ids=ids)),
+            with_gradients(functools.partial(attended, name, **options)),
+            with_gradients(functools.partial(recurrence, name, ids=ids, **masked)),
             arrays(LENGTH, most=2.0),
         )
 
 
 @pytest.mark.parametrize(
     ("name", "length", "implementation"),
-    [
-        ("positive", 12, "chunked"),
-        ("positive", 12, "reference"),
-        ("relu", 13, "chunked"),
-        in_kernels("positive", 12),
-    ],
+    [("positive", 12, "chunked"), ("relu", 13, "chunked"), in_kernels("positive", 12)],
 )
 def test_masked_tokens_neither_add_nor_decay(name, length, implementation):
     """Leading, interior and trailing ones; what they hold, NaN included, changes nothing."""
