@@ -53,8 +53,10 @@ def _describe(error: Exception, options: Collection[str]) -> str:
         )
     if isinstance(error, ModuleNotFoundError):
         return f'{text}. Packages for proteins: pip install "fast-attention[protein]"'
-    if isinstance(error, TypeError) and (name := _configurable(error)):
-        return f"{text.rstrip('.')}. Check the types of the values in the settings of {name}."
+    # A question is a remedy already.
+    named = None if text.endswith("?") else _configurable(error)
+    if isinstance(error, TypeError) and named:
+        return f"{text.rstrip('.')}. Check the types of the values in the settings of {named}."
     if isinstance(error, _EXPECTED):
         return text
     return f"unexpected {kind}: {text}. This may be a bug: --traceback shows where it occurred."

@@ -31,6 +31,7 @@ from fast_attention.protein_lm.training import train
             "experiment.batch_size_per_device = -1",
             r"_per_device must be a whole number .*, but got -1$",
         ),
+        ("FlaxModel.num_kv_head = 1", "'num_kv_head': did you mean 'num_kv_heads'\\?$"),
         ("experiment.on_error = 'ignore'", r"on_error must be .*'skip'.*'ignore'"),
     ],
 )
