@@ -248,7 +248,8 @@ def test_explain(platform, options, words):
     ],
 )
 def test_explain_a_sequence_along_an_axis(causal, decay, words):
-    mesh = jax.sharding.AbstractMesh((1,), ("data",))
+    automatic = (jax.sharding.AxisType.Auto,)
+    mesh = jax.sharding.AbstractMesh((1,), ("data",), axis_types=automatic)
     rows = jax.sharding.PartitionSpec(None, "data")
     along = attention(unidirectional=causal).along_axis("data")
     mapped = jax.shard_map(
