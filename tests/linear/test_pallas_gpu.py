@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from fast_attention.feature_maps import HyperbolicFeatures, PositiveFeatures, elementwise_map
+from fast_attention.linear.pallas_gpu import segments
 from fast_attention.linear.pallas_gpu.api import attend_on
 from fast_attention.linear.state import empty_state
 from fast_attention.linear.types import Inputs, Plan
@@ -243,9 +244,6 @@ def test_lowers_for_cuda(causal, dtype, width):
 @pytest.mark.parametrize("rows", [1, 16, 64, 100, 132, 500])
 @pytest.mark.parametrize("length", [1, 511, 512, 1000, 4096, 4100, 65536])
 def test_segments_keep_all_multiprocessors_busy(rows, length):
-    pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
-    from fast_attention.linear.pallas_gpu import segments
-
     count = segments.segment_count(rows, length)
     enough = -(-segments.MULTIPROCESSORS // rows)
     if count * segments.SHORTEST > length:

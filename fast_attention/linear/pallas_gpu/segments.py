@@ -86,8 +86,10 @@ def segment_count(rows: int, length: int) -> int:
     """
     enough = -(-MULTIPROCESSORS // rows)
     most = length // SHORTEST
-    if enough > most or enough == 1:
-        return most if enough > 1 else 1
+    if enough >= most:
+        return max(1, most)
+    if enough == 1:
+        return 1
     # A few segments more, where they have equally many whole chunks: nothing is padded.
     whole = (n for n in range(enough, min(2 * enough, most + 1)) if length % (n * TILE) == 0)
     return next(whole, enough)

@@ -197,7 +197,7 @@ def _of_products(plan: Plan, inputs: Inputs, exponential: bool) -> FeatureFuncti
         )
 
     weights, norm = weights_of(inputs.parameters), affine_of(inputs.parameters).norm
-    query_parts, key_parts = _both_parts(weights.query), _both_parts(weights.key)
+    query_parts, key_parts = both_parts(weights.query), both_parts(weights.key)
 
     epsilon = feature_map.epsilon if isinstance(feature_map, ElementwiseFeatures) else 0.0
     linear = exponential and not epsilon
@@ -277,10 +277,15 @@ def _matrix(side: Affine, unit: float) -> Array:
     return jnp.swapaxes(_leading(side.weights * unit, 2), -1, -2)
 
 
-def _both_parts(matrix: Array) -> Array:
-    """Returns two bfloat16 parts of W, one after the other, ``[P, P, 2 D, M]``."""
+def rounded(x: Array) -> Array:
+    """Returns float32 numbers rounded to those of bfloat16."""
     # XLA may leave out a conversion to bfloat16 and back, but not this.
-    large = jax.lax.reduce_precision(matrix, exponent_bits=8, mantissa_bits=7)
+    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+
+
+def both_parts(matrix: Array) -> Array:
+    """Returns two bfloat16 parts of ``[..., D, M]``, one below the other, ``[..., 2 D, M]``."""
+    large = rounded(matrix)
     return jnp.concatenate([large, matrix - large], axis=-2).astype(jnp.bfloat16)
 
 

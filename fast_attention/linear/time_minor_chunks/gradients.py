@@ -31,6 +31,7 @@ from fast_attention.linear.time_minor_chunks.chunk import (
     query_features_of,
     store,
 )
+from fast_attention.linear.time_minor_chunks.features import both_parts, rounded
 from fast_attention.linear.types import Inputs, Plan, inverse_slope, safe_inverse
 
 
@@ -142,7 +143,7 @@ def cotangents_of_rows(
     out, d_out = (in_groups(call, load(x, start, size)).astype(jnp.float32) for x in outputs)
     numerator = d_out * safe_inverse(denominator, plan.epsilon)[..., None, :]
     if call.low:
-        numerator = _rounded(numerator)
+        numerator = rounded(numerator)
     if plan.epsilon:
         d_denominator = jnp.sum(d_out * out, axis=-2) * inverse_slope(denominator, plan.epsilon)
     else:
@@ -158,11 +159,6 @@ def of_some_rows(call: Call, rows: Rows, chosen: Array) -> Rows:
         jnp.where(chosen[..., None, :], rows.numerator, 0),
         jnp.where(chosen, rows.denominator, 0),
     )
-
-
-def _rounded(x: Array) -> Array:
-    # XLA may leave out a conversion to bfloat16 and back, but not this.
-    return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
 
 
 def pulled_queries(call: Call, query: Array, scale: Array | None) -> tuple[Array, Pull]:
@@ -254,11 +250,8 @@ def entered_gradient(call: Call, keys: Keys, d_state: StateCotangent) -> Array:
 
 
 def _both_parts(call: Call, x: Array) -> Array:
-    """Returns two bfloat16 parts of ``[..., V, M]``, one below the other, if products are low."""
-    if not call.low:
-        return x
-    large = _rounded(x)
-    return jnp.concatenate([large, x - large], axis=-2).astype(jnp.bfloat16)
+    """Returns ``[..., V, M]`` in two parts if products are low."""
+    return both_parts(x) if call.low else x
 
 
 def _twice(call: Call, x: Array) -> Array:
