@@ -30,6 +30,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -79,106 +80,158 @@ def attend_on(
     """
     _check_call(plan, inputs)
     attended: Any = _attend(plan, interpret, inputs)
-    parts, state = attended
+    out, state = attended
     if plan.output == "parts":
-        return parts, state
-    out_dtype = jnp.result_type(inputs.query, inputs.key, inputs.value)
-    return finish(parts, plan.output, plan.epsilon).astype(out_dtype), state
+        return out, state
+    if plan.output == "sum":
+        out = finish(out, "sum", plan.epsilon)
+    return out.astype(_out_dtype(inputs)), state
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(plan: Plan, interpret: bool, inputs: Inputs) -> tuple[Parts, LinearAttentionState]:
-    """Attends with the kernels, and in chunks on XLA for rows that have wide pairs."""
-    return _corrected(plan, inputs, *_with_kernels(plan, interpret, inputs))
+def _attend(plan: Plan, interpret: bool, inputs: Inputs) -> Any:
+    """Attends with the kernels, and in chunks on XLA for rows that have wide pairs.
+
+    Returns:
+      Averages, or :class:`Parts` for other outputs, and the state after the last key.
+    """
+    attended = _with_kernels(plan, interpret, inputs)
+    return _corrected(plan, inputs, attended), attended.state
 
 
 def _forward(plan: Plan, interpret: bool, inputs: Inputs) -> tuple[Any, Any]:
-    def attend(smooth: Inputs) -> tuple[Any, Array]:
-        out, wide = _with_kernels(plan, interpret, smooth._replace(key_mask=inputs.key_mask))
-        return out, wide
+    def attend(smooth: Inputs) -> tuple[Any, Any]:
+        attended = _with_kernels(plan, interpret, smooth._replace(key_mask=inputs.key_mask))
+        return (attended.out, attended.state), attended
 
-    out, pull_back, wide = jax.vjp(attend, inputs._replace(key_mask=None), has_aux=True)
-    return _corrected(plan, inputs, out, wide), (inputs, pull_back, wide)
+    _, pull_back, attended = jax.vjp(attend, inputs._replace(key_mask=None), has_aux=True)
+    out = _corrected(plan, inputs, attended), attended.state
+    return out, (inputs, pull_back, attended.any_wide)
 
 
 def _backward(plan: Plan, interpret: bool, residuals: Any, cotangents: Any) -> tuple[Inputs]:
     del interpret
-    inputs, pull_back, wide = residuals
+    inputs, pull_back, any_wide = residuals
+    gradients = pull_back(cotangents)[0]
+    if any_wide is None:
+        return (gradients,)
 
-    def of_chunks(_: Inputs) -> Inputs:
+    def of_chunks(_: Inputs, constants: Any) -> Inputs:
+        inputs, cotangents = constants
         smooth = inputs._replace(key_mask=None)
-        return jax.vjp(lambda x: _in_chunks(plan, x, inputs.key_mask), smooth)[1](cotangents)[0]
+        out, pull_back = jax.vjp(lambda x: _in_chunks(plan, x, inputs.key_mask), smooth)
+        return pull_back(jax.tree.map(lambda x, like: x.astype(like.dtype), cotangents, out))[0]
 
-    return (run_if(jnp.any(wide > 0), of_chunks, pull_back(cotangents)[0]),)
+    return (_replace_if(any_wide, of_chunks, gradients, (inputs, cotangents)),)
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _corrected(
-    plan: Plan, inputs: Inputs, out: tuple[Parts, LinearAttentionState], wide: Array
-) -> tuple[Parts, LinearAttentionState]:
+def _corrected(plan: Plan, inputs: Inputs, attended: Any) -> Any:
     """Replaces the rows that have wide pairs; states are right as they are."""
+    from fast_attention.linear.pallas_gpu.segments import joined
 
-    def of_chunks(parts: Parts) -> Parts:
+    out = attended.out
+    if attended.wide is None:
+        return out
+
+    def of_chunks(out: Any, constants: Any) -> Any:
+        inputs, wide = constants
+        wide = joined(wide, *inputs.query.shape[:2])
         right, _ = _in_chunks(plan, inputs, inputs.key_mask)
 
         def chosen(right: Array, x: Array) -> Array:
             rows = wide.reshape(*wide.shape, *(1,) * (x.ndim - wide.ndim))
-            return jnp.where(rows > 0, right, x)
+            return jnp.where(rows > 0, right.astype(x.dtype), x)
 
-        return jax.tree.map(chosen, right, parts)
+        return jax.tree.map(chosen, right, out)
 
-    parts, state = out
-    return run_if(jnp.any(wide > 0), of_chunks, parts), state
+    return _replace_if(attended.any_wide, of_chunks, out, (inputs, attended.wide))
+
+
+def _replace_if(
+    condition: Array, body: Callable[[Any, Any], Any], carry: Any, constants: Any
+) -> Any:
+    """Returns ``body(carry, constants)`` if ``condition`` holds, else ``carry``.
+
+    Arrays go into the loop with one axis, and so in the kernels' layout. XLA would choose one that
+    suits the body, which hardly ever runs, and copy all of them to it.
+    """
+
+    def flat(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x.reshape(-1), tree)
+
+    def like(tree: Any, shapes: Any) -> Any:
+        return jax.tree.map(lambda x, y: x.reshape(y.shape), tree, shapes)
+
+    fixed = flat(constants)
+
+    def replace(flat_carry: Any) -> Any:
+        # Otherwise XLA moves what changes constants alone, and their layout, out of the loop.
+        flat_carry, constants_inside = jax.lax.optimization_barrier((flat_carry, fixed))
+        return flat(body(like(flat_carry, carry), like(constants_inside, constants)))
+
+    return like(run_if(condition, replace, flat(carry)), carry)
 
 
 def _in_chunks(plan: Plan, inputs: Inputs, key_mask: Array | None) -> Any:
-    plan = dataclasses.replace(plan, complete=plan.exact_scale, output="parts")
+    plan = dataclasses.replace(
+        plan,
+        complete=plan.exact_scale,
+        output="mean" if plan.output == "mean" else "parts",
+        # A program has memory for this, although it is hardly ever run.
+        chunk_size=CHUNK,
+        saved_states="few",
+    )
     return chunked.attend(plan, inputs._replace(key_mask=key_mask))
 
 
-def _with_kernels(
-    plan: Plan, interpret: bool, inputs: Inputs
-) -> tuple[tuple[Parts, LinearAttentionState], Array]:
-    """Returns parts and state of the kernels, and which rows have wide pairs, ``[B, T, H]``."""
+def _with_kernels(plan: Plan, interpret: bool, inputs: Inputs) -> Any:
+    """Returns what :func:`.segments.attend` does, with a state."""
     # Pallas takes long to import and few calls need it.
-    from fast_attention.linear.pallas_gpu import core, segments
+    from fast_attention.linear.pallas_gpu import segments
 
     state, scale = inputs.state, inputs.state.log_scale
     assert scale is not None
-    choices = core.Choices(plan.causal, _value_parts(plan, inputs), interpret)
-    arguments = core.Arguments(
-        query=inputs.query,
-        key=_without_padding(inputs, inputs.key),
-        value=_without_padding(inputs, inputs.value),
-        key_log=_key_logs(plan, inputs),
-        weights=_weights(plan, inputs),
-        kv=state.kv,
-        k_sum=state.k_sum,
-        # A state from a map without exponents brings one scale for all features.
-        log_scale=jax.lax.stop_gradient(jnp.broadcast_to(scale, state.k_sum.shape)),
+    # A state from a map without exponents brings one scale for all features.
+    state = state._replace(log_scale=jnp.broadcast_to(scale, state.k_sum.shape))
+    attended = segments.attend(
+        segments.Arguments(
+            query=inputs.query,
+            key=_without_padding(inputs, inputs.key),
+            value=_without_padding(inputs, inputs.value),
+            key_log=_key_logs(plan, inputs),
+            weights=_weights(plan, inputs),
+            state=state if plan.carries_state else None,
+        ),
+        causal=plan.causal,
+        parts=_value_parts(plan, inputs),
+        division=_division(plan, inputs),
+        with_state=plan.carries_state,
+        interpret=interpret,
     )
-    core.check_shared_memory(choices, arguments)
-    attended: Any = segments.attend(choices, arguments)
-    kv, k_sum, log_scale = attended.state
-    state = LinearAttentionState(kv, k_sum, jax.lax.stop_gradient(log_scale))
-    wide = jnp.swapaxes(jax.lax.stop_gradient(attended.wide), 1, 2)
-    return (_parts(plan, inputs, attended), state), wide
+    out = attended.out
+    if plan.exact_scale and isinstance(out, Parts):
+        out = _exact_parts(plan, inputs, out)
+    return attended._replace(
+        out=out,
+        # Nobody reads the state of a call that neither starts from one nor returns it.
+        state=state if attended.state is None else attended.state,
+    )
 
 
-def _parts(plan: Plan, inputs: Inputs, attended: Any) -> Parts:
-    heads_last = lambda x: jnp.swapaxes(x, 1, 2)  # noqa: E731
-    numerator, denominator = attended.numerator, heads_last(attended.denominator)
-    log_scale = jax.lax.stop_gradient(heads_last(attended.log_scale))
-    if plan.exact_scale:
-        # The kernels leave out what all features of a query have in common.
-        common = _half_norms(inputs.query) - _half_log_count(plan, inputs)
-        constant = jax.lax.stop_gradient(common)
-        factor = jnp.exp(common - constant)
-        numerator, denominator = numerator * factor[..., None], denominator * factor
-        log_scale = log_scale + constant
-    return Parts(numerator, denominator, log_scale)
+def _exact_parts(plan: Plan, inputs: Inputs, parts: Parts) -> Parts:
+    # The kernels leave out what all features of a query have in common.
+    common = _half_norms(inputs.query) - _half_log_count(plan, inputs)
+    constant = jax.lax.stop_gradient(common)
+    factor = jnp.exp(common - constant)
+    assert parts.log_scale is not None
+    return Parts(
+        parts.numerator * factor[..., None],
+        parts.denominator * factor,
+        parts.log_scale + constant,
+    )
 
 
 def _key_logs(plan: Plan, inputs: Inputs) -> Array:
@@ -215,6 +268,19 @@ def _weights(plan: Plan, inputs: Inputs) -> Array:
 def _without_padding(inputs: Inputs, x: Array) -> Array:
     # Whatever lies in padding, nan and inf included, must not reach a product.
     return x if inputs.key_mask is None else jnp.where(inputs.key_mask[..., None], x, 0)
+
+
+def _division(plan: Plan, inputs: Inputs) -> Any:
+    from fast_attention.linear.pallas_gpu.program import Division
+
+    if plan.output != "mean":
+        return None
+    bfloat16 = _out_dtype(inputs) == jnp.bfloat16
+    return Division(plan.epsilon, jnp.bfloat16 if bfloat16 else jnp.float32)
+
+
+def _out_dtype(inputs: Inputs) -> Any:
+    return jnp.result_type(inputs.query, inputs.key, inputs.value)
 
 
 def _value_parts(plan: Plan, inputs: Inputs) -> int:

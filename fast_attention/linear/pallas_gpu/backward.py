@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from fast_attention.arrays.types import Array
 from fast_attention.linear.chunked.causal_chunk import LARGEST_EXPONENT
 from fast_attention.linear.pallas_gpu.program import Operands, Program, Ref, Sizes, piece
-from fast_attention.linear.pallas_gpu.state import Maxima, State
+from fast_attention.linear.pallas_gpu.state import Maxima, Sources, State
 from fast_attention.linear.pallas_gpu.tiles import TILE
 
 
@@ -26,14 +26,12 @@ class Cotangents(NamedTuple):
     Attributes:
       numerator: parts of ``[B, T, H, V]``.
       denominator: ``[B, H, T]``.
-      kv: ``[B, H, M, V]``.
-      k_sum: ``[B, H, M]``.
+      state: without a scale; None if it is zero.
     """
 
     numerator: Any
     denominator: Any
-    kv: Any
-    k_sum: Any
+    state: State | None
 
 
 class Given(NamedTuple):
@@ -41,16 +39,16 @@ class Given(NamedTuple):
 
     Attributes:
       operands: as given to the forward kernel.
-      state: the initial one if causal, the final one of every query head if not.
-      before: scales of the state before each chunk, ``[B, H, N, M]``; None if not causal.
+      state: with all keys, of every query head; None if causal.
+      sources: of the state before the first key; None if not causal.
       maxima: what the forward pass found.
       cotangents: of its results.
     """
 
     operands: Operands
-    state: State
-    before: Any
-    maxima: Maxima
+    state: State | None
+    sources: Sources | None
+    maxima: Maxima | None
     cotangents: Cotangents
 
 
@@ -85,6 +83,7 @@ def backward_memory(sizes: Sizes, input_parts: int) -> dict[str, tuple[int, int]
 def row_copies(program: Program, given: Given, chunk: Array) -> list[tuple[Ref, Ref]]:
     """Returns the copies of a chunk's queries and of what belongs to its rows."""
     b, h, here, shared = program.batch, program.head, piece(chunk), program.shared
+    assert given.maxima is not None
     copies = [
         *program.queries(given.operands.query, "query", chunk),
         *program.queries(given.cotangents.numerator, "numerator", chunk),
@@ -104,7 +103,7 @@ def key_copies(program: Program, given: Given, chunk: Array) -> list[tuple[Ref, 
         *program.keys(given.operands.value, "value", chunk),
         program.key_log_copy(chunk),
     ]
-    if given.maxima.key_shift is not None:
+    if given.maxima is not None and given.maxima.key_shift is not None:
         copies.append((given.maxima.key_shift.at[b, h, here], shared["key_shift"]))
     return copies
 
@@ -125,12 +124,16 @@ def through_exp(features: Array, cotangent: Array) -> Array:
     return jnp.where(features > 0.0, features * cotangent, 0.0)
 
 
-def clear_weights(program: Program, d_weights: Ref) -> None:
-    """Sets a program's gradient of the projection to 0."""
+def start_weights(program: Program, others: Ref | None, d_weights: Ref) -> None:
+    """Sets a program's gradient of the projection to 0, or to the one to add to."""
 
     def body(tile: Array, _: Any) -> None:
-        zeros = program.tiles.full(0.0, program.sizes.head_dim)
-        program.write_matrix(d_weights.at[_place(program, tile)], zeros)
+        place = _place(program, tile)
+        if others is None:
+            start = program.tiles.full(0.0, program.sizes.head_dim)
+        else:
+            start = program.read_matrix(others.at[place])
+        program.write_matrix(d_weights.at[place], start)
 
     program.over_tiles(body)
 

@@ -1,7 +1,11 @@
 """Linear attention on exponential features as one differentiable operation of the GPU kernels.
 
-Shape letters: B batch, T queries, S keys, H heads, K key/value heads, D head width, V value width,
-M features.
+A first kernel makes the states of the keys of segments, a second one reads: causally inside a
+segment and from the states of earlier ones; or, bidirectional, from all states. All arrays are
+padded to whole tiles.
+
+Shape letters: B batch, N segments of a sequence, R = B N rows, T queries, S keys, H heads, K
+key/value heads, D head width, V value width, M features.
 """
 
 from __future__ import annotations
@@ -14,62 +18,55 @@ import jax
 import jax.numpy as jnp
 
 from fast_attention.arrays.types import Array
-from fast_attention.linear.chunked.wide_pairs import HEADROOM, pair_limit
 from fast_attention.linear.pallas_gpu.backward import Cotangents, Given, backward_memory
-from fast_attention.linear.pallas_gpu.backward_keys import key_gradients
+from fast_attention.linear.pallas_gpu.backward_keys import KeyGradients, key_gradients
 from fast_attention.linear.pallas_gpu.backward_queries import query_gradients
-from fast_attention.linear.pallas_gpu.forward import forward
+from fast_attention.linear.pallas_gpu.forward import absorb_keys, forward
 from fast_attention.linear.pallas_gpu.program import (
     SHARED_BYTES,
+    Division,
     Operands,
     Sizes,
     shared_bytes,
 )
-from fast_attention.linear.pallas_gpu.state import State
-from fast_attention.linear.pallas_gpu.tiles import TILE, split
-from fast_attention.linear.state import EMPTY_LOG_SCALE, MASKED_LOG
+from fast_attention.linear.pallas_gpu.state import Sources, State
+from fast_attention.linear.pallas_gpu.tiles import split
+from fast_attention.linear.types import inverse_slope, safe_inverse
 
 
-class Arguments(NamedTuple):
-    """What is differentiated. Log-features are ``x @ weights^T``, plus ``key_log`` for keys.
+class Keys(NamedTuple):
+    """Keys of segments. Log-features are ``x @ weights^T``, plus ``log`` for keys.
 
     Attributes:
-      query: ``[B, T, H, D]``.
-      key: ``[B, S, K, D]``.
-      value: ``[B, S, K, V]``.
-      key_log: float32 ``[B, K, S]``, ``MASKED_LOG`` where a key is masked.
-      weights: float32 ``[B or 1, K or 1, M, D]``.
-      kv: float32 ``[B, K, V, M]``, as in :class:`fast_attention.linear.state.LinearAttentionState`.
-      k_sum: float32 ``[B, K, M]``.
-      log_scale: float32 ``[B, K, M]``; a constant.
+      key: ``[R, S, K, D]``.
+      value: ``[R, S, K, V]``.
+      log: float32 ``[R, K, S]``, ``MASKED_LOG`` where a key is masked.
     """
 
-    query: Array
     key: Array
     value: Array
-    key_log: Array
-    weights: Array
-    kv: Array
-    k_sum: Array
-    log_scale: Array
+    log: Array
 
 
 class Attended(NamedTuple):
-    """Attention before its division, and the state after the last key.
+    """Attention, and the state after the last key.
 
     Attributes:
-      numerator: float32 ``[B, T, H, V]``.
-      denominator: float32 ``[B, H, T]``.
-      log_scale: of both, ``[B, H, T]``; a constant.
+      numerator: ``[R, T, H, V]``; divided if there is a division, else float32.
+      denominator: float32 ``[R, H, T]``.
+      log_scale: of both, ``[R, H, T]``; a constant.
       wide: 1 where a row has a pair of :mod:`fast_attention.linear.chunked.wide_pairs`, which
-      kernels lose, ``[B, H, T]``. state: as given, after the last key.
+        kernels lose, else 0, ``[R, H, T]``; None if not causal.
+      any_wide: largest of them in parts, of any shape; None if not causal.
+      state: ``[B, K, ...]``, None if not asked for; its scale is a constant.
     """
 
     numerator: Array
     denominator: Array
     log_scale: Array
-    wide: Array
-    state: tuple[Array, Array, Array]
+    wide: Array | None
+    any_wide: Array | None
+    state: State | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,182 +76,258 @@ class Choices:
     Attributes:
       causal: position t sees keys 0..t.
       parts: bfloat16 parts in which features and values are multiplied.
+      division: how numerators are divided by denominators, None if they are not.
+      segments: of each sequence, N.
+      groups: query heads that share a key head, H / K.
+      features: M before padding.
+      with_state: whether to return the state after the last key.
       interpret: run the kernels on plain operations.
     """
 
     causal: bool
     parts: int
+    division: Division | None
+    segments: int
+    groups: int
+    features: int
+    with_state: bool
     interpret: bool
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attend_with_kernels(choices: Choices, arguments: Arguments) -> Attended:
-    """Computes linear attention on features ``exp(x @ weights^T)``."""
-    return _forward(choices, arguments)[0]
+def attend(
+    choices: Choices, query: Array, keys: Keys, weights: Array, initial: State | None
+) -> Attended:
+    """Computes linear attention on features ``exp(x @ weights^T)``.
+
+    Args:
+      choices: static ones.
+      query: ``[R, T, H, D]``.
+      keys: of all segments.
+      weights: the projection, float32 ``[B or 1, K or 1, M, D]``.
+      initial: the state before the first key, ``[B, K, ...]``, None if it is empty. Its scale is a
+        constant.
+    """
+    return _forward(choices, query, keys, weights, initial)[0]
 
 
-def _forward(choices: Choices, arguments: Arguments) -> tuple[Attended, Any]:
-    sizes = sizes_of(choices, arguments)
-    operands, state = _operands(sizes, arguments)
-    out = forward(sizes, operands, state, causal=choices.causal)
-    length, width = arguments.query.shape[1], arguments.value.shape[-1]
-    log_scale = out.maxima.row_max
-    wide = jnp.zeros_like(log_scale)
+def _forward(
+    choices: Choices, query: Array, keys: Keys, weights: Array, initial: State | None
+) -> tuple[Attended, Any]:
+    sources = Sources(initial, None)
+    if choices.segments > 1 or not choices.causal:
+        own = absorb_keys(
+            _sizes(choices, None, keys, weights), _operands(choices, (), keys, weights)
+        )
+        sources = sources._replace(own=own)
+    sizes = _sizes(choices, query, keys, weights)
+    out = forward(sizes, _operands(choices, query, keys, weights), sources, causal=choices.causal)
+    log_scale, state = out.maxima.row_max, None
     if choices.causal:
         log_scale = log_scale + out.maxima.pair_max
-        wide = _wide_rows(out.maxima.key_shift, out.maxima.pair_max)
-    after = [x[:, :: sizes.groups, : sizes.real_features] for x in out.state]
-    attended = Attended(
-        out.numerator[:, :length, :, :width],
-        out.denominator[:, :, :length],
-        log_scale[:, :, :length],
-        wide[:, :, :length],
-        (jnp.swapaxes(after[0][..., :width], -1, -2), after[1], after[2]),
+    if choices.with_state:
+        state = jax.tree.map(lambda x: _of_key_heads(sizes, x)[:, -1], out.state)
+    attended = Attended(out.numerator, out.denominator, log_scale, out.wide, out.any_wide, state)
+    after = None if choices.causal else out.state
+    divided = None if choices.division is None else (out.numerator, out.denominator)
+    return attended, (query, keys, weights, sources, out.maxima, after, divided)
+
+
+def _backward(
+    choices: Choices, residuals: Any, cotangents: Attended
+) -> tuple[Array, Keys, Array, State | None]:
+    query, keys, weights, sources, maxima, after, divided = residuals
+    sizes = _sizes(choices, query, keys, weights)
+    d_numerator, d_denominator = cotangents.numerator, cotangents.denominator
+    if choices.division is not None:
+        d_numerator, d_denominator = _pull_back_division(choices.division, divided, d_numerator)
+    of_results = Cotangents(
+        split(d_numerator, sizes.parts),
+        d_denominator,
+        None if cotangents.state is None else _of_last_segment(sizes, cotangents.state),
     )
-    return attended, (arguments, out.maxima, out.state)
-
-
-def _wide_rows(key_shift: Array, pair_max: Array) -> Array:
-    """Tells which rows have wide pairs, ``[B, H, T]``."""
-    shift = key_shift.reshape(*key_shift.shape[:-1], -1, TILE)
-    # Rows read the first key of a chunk on the scale of the state with it.
-    key_max = (shift + HEADROOM).at[..., 0].set(MASKED_LOG)
-    key_max = jax.lax.cummax(key_max, axis=key_max.ndim - 1).reshape(pair_max.shape)
-    return (key_max - pair_max > pair_limit(pair_max.dtype)).astype(pair_max.dtype)
-
-
-def _backward(choices: Choices, residuals: Any, cotangents: Attended) -> tuple[Arguments]:
-    arguments, maxima, after = residuals
-    sizes = sizes_of(choices, arguments)
-    operands, state = _operands(sizes, arguments)
-    given = Given(operands, after, None, maxima, _cotangents(sizes, cotangents))
+    operands = _operands(choices, query, keys, weights)
+    given = Given(operands, after, sources, maxima, of_results)
+    of_queries = query_gradients(sizes, given, causal=choices.causal)
+    of_keys = None
     if choices.causal:
-        initial = jnp.repeat(state.log_scale, sizes.groups, axis=1)[:, :, None]
-        before = jnp.concatenate([initial, maxima.scales[:, :, :-1]], axis=2)
-        given = given._replace(state=state, before=before)
-    queries = query_gradients(sizes, given, causal=choices.causal)
-    if not choices.causal:
-        d_kv, d_k_sum, _ = queries.state
-        given = given._replace(cotangents=given.cotangents._replace(kv=d_kv, k_sum=d_k_sum))
-    keys = key_gradients(sizes, given, causal=choices.causal)
-    d_kv, d_k_sum, _ = keys.state
-    if not choices.causal:
-        decay = jnp.exp(jnp.repeat(state.log_scale, sizes.groups, axis=1) - after.log_scale)
-        d_kv, d_k_sum = d_kv * decay[..., None], d_k_sum * decay
-    d_weights = (queries.weights + keys.weights)[:, :, : sizes.real_features]
+        of_keys = key_gradients(sizes, given, causal=True)
+        d_state = jax.tree.map(lambda x: _sum_groups(sizes, x), of_keys.state)
+        scale = _of_key_heads(sizes, maxima.scales[:, :, 0])
+        seen = jnp.tril(jnp.ones((sizes.segments, sizes.segments), bool), -1)
+        of_keys = _of_key_heads_alone(sizes, of_keys)
+    else:
+        d_state = of_queries.state
+        d_state = jax.tree.map(lambda x: _sum_groups(sizes, x).sum(1, keepdims=True), d_state)
+        scale = _of_key_heads(sizes, after.log_scale)[:, :1]
+        seen = jnp.ones((1, sizes.segments), bool)
+    d_initial, d_own = _pull_back_sources(sources, scale, seen, d_state)
+    if d_own is not None:
+        of_states = Cotangents((), None, d_own._replace(log_scale=None))
+        own = Given(_operands(choices, (), keys, weights), sources.own, None, None, of_states)
+        sizes_of_keys = _sizes(choices, None, keys, weights)
+        of_keys = key_gradients(sizes_of_keys, own, causal=False, others=of_keys)
+    assert of_keys is not None
+    d_weights = _sum_groups(sizes, of_queries.weights)
+    d_weights = d_weights + of_keys.weights.reshape(d_weights.shape)
     return (
-        Arguments(
-            query=_like(arguments.query, queries.query),
-            key=_like(arguments.key, _sum_groups(keys.key, sizes.groups, 2)),
-            value=_like(arguments.value, _sum_groups(keys.value, sizes.groups, 2)),
-            key_log=_like(arguments.key_log, _sum_groups(keys.key_log, sizes.groups, 1)),
-            weights=_like(
-                arguments.weights,
-                _sum_shared(_sum_groups(d_weights, sizes.groups, 1), arguments.weights.shape),
-            ),
-            kv=_like(arguments.kv, jnp.swapaxes(_sum_groups(d_kv, sizes.groups, 1), -1, -2)),
-            k_sum=_like(arguments.k_sum, _sum_groups(d_k_sum, sizes.groups, 1)),
-            log_scale=jnp.zeros_like(arguments.log_scale),
+        of_queries.query.astype(query.dtype),
+        Keys(
+            of_keys.key.astype(keys.key.dtype),
+            of_keys.value.astype(keys.value.dtype),
+            of_keys.key_log,
         ),
+        _sum_shared(d_weights, weights.shape),
+        d_initial,
     )
 
 
-attend_with_kernels.defvjp(_forward, _backward)
+attend.defvjp(_forward, _backward)
 
 
-def check_shared_memory(choices: Choices, arguments: Arguments) -> None:
+def check_shared_memory(choices: Choices, query: Array, keys: Keys, weights: Array) -> None:
     """Refuses a call whose kernels, backward included, need more shared memory than there is.
+
+    Args:
+      choices: static ones.
+      query: padded, as the others.
+      keys: of all segments.
+      weights: the projection.
 
     Raises:
       NotImplementedError: if they do.
     """
-    sizes = sizes_of(choices, arguments)
-    input_parts = 1 if arguments.query.dtype == jnp.bfloat16 else 3
-    needed = shared_bytes(backward_memory(sizes, input_parts))
+    sizes = _sizes(choices, query, keys, weights)
+    needed = shared_bytes(backward_memory(sizes, 1 if sizes.bfloat16 else 3))
     if needed > SHARED_BYTES:
         raise NotImplementedError(
             f"The GPU kernels would need {needed} bytes of shared memory for head width "
-            f"{sizes.head_dim}, value width {sizes.value_dim}, {arguments.query.dtype} inputs and "
-            f"{sizes.parts} parts a feature; there are {SHARED_BYTES}."
+            f"{sizes.head_dim}, value width {sizes.value_dim}, {query.dtype} inputs and "
+            f"{choices.parts} parts a feature; there are {SHARED_BYTES}."
         )
 
 
-def sizes_of(choices: Choices, arguments: Arguments) -> Sizes:
-    """Returns the sizes of the kernels, padded to whole tiles."""
-    query, key, value = arguments.query, arguments.key, arguments.value
+def _of_key_heads_alone(sizes: Sizes, gradients: KeyGradients) -> KeyGradients:
+    """Adds up those of query heads that share a key head; without the state."""
+    if sizes.groups == 1:
+        return gradients._replace(state=None)
+
+    def summed(x: Array) -> Array:
+        return x.reshape(*x.shape[:2], -1, sizes.groups, x.shape[-1]).sum(3)
+
+    def merged(x: Array) -> Array:
+        x = _sum_groups(sizes, x)
+        return x.reshape(-1, *x.shape[2:])
+
+    return KeyGradients(
+        summed(gradients.key),
+        summed(gradients.value),
+        merged(gradients.key_log),
+        merged(gradients.weights),
+        None,
+    )
+
+
+def _pull_back_division(
+    division: Division, divided: tuple[Array, Array], cotangent: Array
+) -> tuple[Array, Array]:
+    """Returns the cotangents of numerators and denominators, given that of their quotients."""
+    mean, denominator = divided
+    cotangent = cotangent.astype(jnp.float32)
+    inverse = jnp.swapaxes(safe_inverse(denominator, division.epsilon), 1, 2)
+    along = jnp.sum(cotangent * mean.astype(jnp.float32), axis=-1)
+    slope = inverse_slope(denominator, division.epsilon)
+    return cotangent * inverse[..., None], jnp.swapaxes(along, 1, 2) * slope
+
+
+def _pull_back_sources(sources: Sources, scale: Array, seen: Array, d_state: State) -> Sources:
+    """Pulls cotangents of sums of states back to the states.
+
+    Args:
+      sources: the states.
+      scale: of P sums, ``[B, P, K, M]``.
+      seen: bool ``[P, N]``, which segments are in which sum.
+      d_state: cotangents ``[B, P, K, ...]``.
+    """
+    initial, own = sources
+
+    def pulled(of_source: Array, seen: Array) -> State:
+        """Returns cotangents ``[B, N, K, ...]`` of states with scales ``[B, N, K, M]``."""
+        exponents = of_source[:, None] - scale[:, :, None]
+        factor = jnp.exp(jnp.where(seen[:, :, None, None], exponents, -jnp.inf))
+        return State(
+            (factor[..., None] * d_state.kv[:, :, None]).sum(1),
+            (factor * d_state.k_sum[:, :, None]).sum(1),
+            jnp.zeros_like(of_source),
+        )
+
+    d_initial = d_own = None
+    if initial is not None:
+        everywhere = jnp.ones((seen.shape[0], 1), bool)
+        d_initial = jax.tree.map(lambda x: x[:, 0], pulled(initial.log_scale[:, None], everywhere))
+    if own is not None:
+        of_segments = own.log_scale.reshape(scale.shape[0], -1, *own.log_scale.shape[1:])
+        merged = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
+        d_own = jax.tree.map(merged, pulled(of_segments, seen))
+    return Sources(d_initial, d_own)
+
+
+def _of_last_segment(sizes: Sizes, cotangent: State) -> State:
+    """Gives cotangents of final states, ``[B, K, ...]``, to one head of each group."""
+
+    def spread(x: Array) -> Array:
+        x = x[:, None, :, None]
+        widths = [(0, 0), (sizes.segments - 1, 0), (0, 0), (0, sizes.groups - 1)]
+        x = jnp.pad(x, widths + [(0, 0)] * (x.ndim - 4))
+        return x.reshape(sizes.batch, sizes.heads, *x.shape[4:])
+
+    return State(spread(cotangent.kv), spread(cotangent.k_sum), None)
+
+
+def _of_key_heads(sizes: Sizes, x: Array) -> Array:
+    """Takes ``[R, H, ...]`` of the first query head of each group, ``[B, N, K, ...]``."""
+    x = x[:, :: sizes.groups]
+    return x.reshape(-1, sizes.segments, *x.shape[1:])
+
+
+def _sum_groups(sizes: Sizes, x: Array) -> Array:
+    """Adds up the query heads that share a key head: ``[R, H, ...]`` to ``[B, N, K, ...]``."""
+    x = x.reshape(-1, sizes.segments, x.shape[1] // sizes.groups, sizes.groups, *x.shape[2:])
+    return x.sum(3)
+
+
+def _sum_shared(x: Array, shape: tuple[int, ...]) -> Array:
+    """Adds up what segments, batch rows and heads share: ``[B, N, K, ...]`` to ``shape``."""
+    axes = (1, *(axis for axis, size in ((0, shape[0]), (2, shape[1])) if size == 1))
+    return x.sum(axes).reshape(shape)
+
+
+def _sizes(choices: Choices, query: Array | None, keys: Keys, weights: Array) -> Sizes:
+    """Returns the sizes of the kernels; without queries, those of key heads alone."""
+    heads = keys.key.shape[2] if query is None else query.shape[2]
     return Sizes(
-        batch=query.shape[0],
-        heads=query.shape[2],
-        groups=query.shape[2] // key.shape[2],
-        queries=_padded(query.shape[1]),
-        keys=_padded(key.shape[1]),
-        head_dim=_padded(query.shape[-1]),
-        value_dim=_padded(value.shape[-1]),
-        features=_padded(arguments.weights.shape[-2]),
-        real_features=arguments.weights.shape[-2],
+        batch=keys.key.shape[0],
+        segments=choices.segments,
+        heads=heads,
+        groups=1 if query is None else choices.groups,
+        queries=0 if query is None else query.shape[1],
+        keys=keys.key.shape[1],
+        head_dim=weights.shape[-1],
+        value_dim=keys.value.shape[-1],
+        features=weights.shape[-2],
+        real_features=choices.features,
         parts=choices.parts,
+        division=choices.division,
+        bfloat16=keys.key.dtype == jnp.bfloat16,
         interpret=choices.interpret,
     )
 
 
-def _operands(sizes: Sizes, arguments: Arguments) -> tuple[Operands, State]:
-    query, key = (_pad(x, {1: 0, 3: 0}) for x in (arguments.query, arguments.key))
-    value = _pad(arguments.value, {1: 0, 3: 0})
-    operands = Operands(
-        query=split(query, 3),
-        key=split(key, 3),
-        value=split(value, sizes.parts),
-        key_log=_pad(arguments.key_log, {2: MASKED_LOG}),
-        weights=split(_pad(arguments.weights, {2: 0, 3: 0}), 3),
+def _operands(choices: Choices, query: Array | tuple[()], keys: Keys, weights: Array) -> Operands:
+    return Operands(
+        query=query if isinstance(query, tuple) else split(query, 3),
+        key=split(keys.key, 3),
+        value=split(keys.value, choices.parts),
+        key_log=keys.log,
+        weights=split(weights, 3),
     )
-    state = State(
-        jnp.swapaxes(_pad(arguments.kv, {2: 0, 3: 0}), -1, -2),
-        _pad(arguments.k_sum, {2: 0}),
-        _pad(arguments.log_scale, {2: EMPTY_LOG_SCALE}),
-    )
-    return operands, state
-
-
-def _cotangents(sizes: Sizes, cotangents: Attended) -> Cotangents:
-    d_kv, d_k_sum, _ = cotangents.state
-    # The heads of a group end with the same state; the first of them takes its cotangent.
-    first = jnp.arange(sizes.heads) % sizes.groups == 0
-    d_kv = jnp.where(first[:, None, None], jnp.repeat(d_kv, sizes.groups, axis=1), 0)
-    d_k_sum = jnp.where(first[:, None], jnp.repeat(d_k_sum, sizes.groups, axis=1), 0)
-    return Cotangents(
-        numerator=tuple(split(_pad(cotangents.numerator, {1: 0, 3: 0}), sizes.parts)),
-        denominator=_pad(cotangents.denominator, {2: 0}),
-        kv=jnp.swapaxes(_pad(d_kv, {2: 0, 3: 0}), -1, -2),
-        k_sum=_pad(d_k_sum, {2: 0}),
-    )
-
-
-def _sum_groups(x: Array, groups: int, axis: int) -> Array:
-    """Adds up the query heads that share a key head."""
-    shape = (*x.shape[:axis], x.shape[axis] // groups, groups, *x.shape[axis + 1 :])
-    return x.reshape(shape).sum(axis + 1)
-
-
-def _sum_shared(x: Array, shape: tuple[int, ...]) -> Array:
-    """Adds up what batch rows and heads share, ``[B, K, ...]`` to ``[B or 1, K or 1, ...]``."""
-    axes = tuple(i for i in range(2) if shape[i] == 1)
-    return x.sum(axes, keepdims=True)
-
-
-def _like(x: Array, gradient: Array) -> Array:
-    """Cuts a gradient to the sizes before padding, in the type of ``x``."""
-    return jax.lax.slice(gradient, (0,) * x.ndim, x.shape).astype(x.dtype)
-
-
-def _padded(size: int) -> int:
-    return -(-size // TILE) * TILE
-
-
-def _pad(x: Array, axes: dict[int, float]) -> Array:
-    """Fills axes up to whole tiles, each with a value of its own."""
-    for axis, value in axes.items():
-        missing = _padded(x.shape[axis]) - x.shape[axis]
-        if missing:
-            widths = [(0, missing if i == axis else 0) for i in range(x.ndim)]
-            x = jnp.pad(x, widths, constant_values=value)
-    return x

@@ -1,4 +1,4 @@
-"""The forward kernels: causal, and bidirectional.
+"""The forward kernels: causal, bidirectional, and the state of keys alone.
 
 The scheme is that of :mod:`fast_attention.linear.chunked.causal_chunk`: keys are absorbed into a
 state on a running maximum per feature; inside a chunk every row sees the first key, read on the
@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from fast_attention.arrays.types import Array
 from fast_attention.linear.chunked.causal_chunk import LARGEST_EXPONENT
-from fast_attention.linear.chunked.wide_pairs import HEADROOM
+from fast_attention.linear.chunked.wide_pairs import HEADROOM, pair_limit
 from fast_attention.linear.pallas_gpu.program import (
     Operands,
     Program,
@@ -29,11 +30,13 @@ from fast_attention.linear.pallas_gpu.program import (
 )
 from fast_attention.linear.pallas_gpu.state import (
     Maxima,
+    Sources,
     State,
     absorb,
-    copy_state,
     fetch_state_vectors,
     first_decay,
+    start_state,
+    state_shapes,
 )
 from fast_attention.linear.pallas_gpu.tiles import (
     TILE,
@@ -41,60 +44,95 @@ from fast_attention.linear.pallas_gpu.tiles import (
     spread_columns,
     spread_rows,
 )
-from fast_attention.linear.state import EMPTY_LOG_SCALE
+from fast_attention.linear.state import EMPTY_LOG_SCALE, MASKED_LOG
+from fast_attention.linear.types import safe_inverse
 
 
 class Result(NamedTuple):
     """What a forward kernel returns.
 
     Attributes:
-      numerator: ``[B, T, H, V]``.
+      numerator: ``[B, T, H, V]``; divided if there is a division.
       denominator: ``[B, H, T]``.
       state: after the last key, for every query head.
       maxima: for the backward pass; those of a bidirectional call are the row maxima alone.
+      wide: 1 where a row has a pair of :mod:`fast_attention.linear.chunked.wide_pairs`, which
+        kernels lose, else 0, ``[B, H, T]``; None if bidirectional.
+      any_wide: the largest of each program's rows, by their place in a chunk, ``[B, H, C]``.
     """
 
     numerator: Any
     denominator: Any
     state: State
     maxima: Maxima
+    wide: Any = None
+    any_wide: Any = None
 
 
-def forward(sizes: Sizes, operands: Operands, state: State, *, causal: bool) -> Result:
-    """Computes attention up to its division.
+def absorb_keys(sizes: Sizes, operands: Operands) -> State:
+    """Computes the state of the keys of each row and key head.
 
     Args:
       sizes: of the call.
-      operands: arrays, padded.
-      state: before the first key, of every key head.
+      operands: arrays, padded; queries are not read.
+    """
+    outputs = state_shapes(sizes.batch, sizes.heads, sizes.features, sizes.value_dim)
+
+    def body(tiles: Tiles, operands: Any, out: State, shared: dict[str, Any]) -> None:
+        program = Program(tiles, sizes, operands, shared)
+        start_state(program, Sources(None, None), out, causal=False)
+        loop(tiles, sizes.keys // TILE, lambda chunk, _: _absorb_chunk(program, out, chunk))
+
+    return launch(body, sizes, operands, outputs, forward_memory(sizes, len(operands.key)))
+
+
+def forward(sizes: Sizes, operands: Operands, sources: Sources, *, causal: bool) -> Result:
+    """Computes attention.
+
+    Args:
+      sizes: of the call.
+      operands: arrays, padded; keys are read only if causal.
+      sources: of the state before the first key, or with all keys.
       causal: position t sees keys 0..t.
     """
     head = (sizes.batch, sizes.heads)
-    chunks, features = sizes.keys // TILE, sizes.features
+    chunks, features = sizes.queries // TILE, sizes.features
+    rows = float32(*head, sizes.queries)
+    dtype = sizes.division.dtype if sizes.division else jnp.float32
+    shape = sizes.batch, sizes.queries, sizes.heads, sizes.value_dim
     outputs = Result(
-        numerator=float32(sizes.batch, sizes.queries, sizes.heads, sizes.value_dim),
-        denominator=float32(*head, sizes.queries),
-        state=State(
-            float32(*head, features, sizes.value_dim),
-            float32(*head, features),
-            float32(*head, features),
-        ),
-        maxima=Maxima(
-            row_max=float32(*head, sizes.queries),
-            pair_max=float32(*head, sizes.queries) if causal else None,
-            key_shift=float32(*head, sizes.keys) if causal else None,
-            scales=float32(*head, chunks, features) if causal else None,
-            first_scales=float32(*head, chunks, features) if causal else None,
-        ),
+        numerator=jax.ShapeDtypeStruct(shape, dtype),
+        denominator=rows,
+        state=state_shapes(*head, features, sizes.value_dim),
+        maxima=Maxima(rows),
     )
+    if causal:
+        scales = float32(*head, chunks + 1, features), float32(*head, chunks, features)
+        outputs = outputs._replace(
+            maxima=Maxima(rows, rows, rows, *scales), wide=rows, any_wide=float32(*head, TILE)
+        )
 
     def body(tiles: Tiles, inputs: Any, out: Result, shared: dict[str, Any]) -> None:
-        operands, state = inputs
+        operands, sources = inputs
         program = Program(tiles, sizes, operands, shared)
-        copy_state(program, state, out.state, program.key_head)
-        (_causal if causal else _bidirectional)(program, out)
+        start_state(program, sources, out.state, causal=causal)
+        if not causal:
+            loop(tiles, chunks, lambda chunk, _: _read_chunk(program, out, chunk))
+            return
+        _save_first_scales(program, out)
+        any_wide = loop(
+            tiles,
+            chunks,
+            lambda chunk, wide: jnp.maximum(wide, _causal_chunk(program, out, chunk)),
+            tiles.full_rows(0.0),
+        )
+        shared["wide"][...] = any_wide
+        tiles.send((shared["wide"], out.any_wide.at[program.batch, program.head]))
 
-    return launch(body, sizes, (operands, state), outputs, forward_memory(sizes, len(operands.key)))
+    if not causal:
+        operands = operands._replace(key=(), value=(), key_log=None)
+    parts = len(operands.query)
+    return launch(body, sizes, (operands, sources), outputs, forward_memory(sizes, parts))
 
 
 def forward_memory(sizes: Sizes, input_parts: int) -> dict[str, tuple[int, int] | int]:
@@ -113,6 +151,7 @@ def forward_memory(sizes: Sizes, input_parts: int) -> dict[str, tuple[int, int] 
         "key_shift": TILE,
         "row_max": TILE,
         "pair_max": TILE,
+        "wide": TILE,
         "denominator": TILE,
         "scale": TILE,
         "next_scale": TILE,
@@ -121,15 +160,19 @@ def forward_memory(sizes: Sizes, input_parts: int) -> dict[str, tuple[int, int] 
     }
 
 
-def _causal(program: Program, out: Result) -> None:
-    loop(
-        program.tiles,
-        program.sizes.keys // TILE,
-        lambda chunk, _: _causal_chunk(program, out, chunk),
-    )
+def _save_first_scales(program: Program, out: Result) -> None:
+    """Copies the scales of the state that the program starts from."""
+    tiles, shared, b, h = program.tiles, program.shared, program.batch, program.head
+
+    def body(tile: Array, _: Any) -> None:
+        tiles.fetch((out.state.log_scale.at[b, h, piece(tile)], shared["scale"]))
+        tiles.send((shared["scale"], out.maxima.scales.at[b, h, 0, piece(tile)]))
+
+    program.over_tiles(body)
 
 
-def _causal_chunk(program: Program, out: Result, chunk: Array) -> None:
+def _causal_chunk(program: Program, out: Result, chunk: Array) -> Array:
+    """Computes a chunk of rows, and its keys' part of the state; returns which rows are wide."""
     tiles, shared, sizes = program.tiles, program.shared, program.sizes
     b, h, operands, maxima = program.batch, program.head, program.operands, out.maxima
     tiles.fetch(
@@ -183,7 +226,7 @@ def _causal_chunk(program: Program, out: Result, chunk: Array) -> None:
         tiles.store(shared["state"], kv * first_decay(program))
         numerator = tiles.matmul(shared["pairs"], shared["state"], add=numerator)
         absorb(program, out.state, tile)
-        tiles.send((shared["next_scale"], maxima.scales.at[b, h, chunk, piece(tile)]))
+        tiles.send((shared["next_scale"], maxima.scales.at[b, h, chunk + 1, piece(tile)]))
         return products, numerator, denominator
 
     products, numerator, denominator = program.over_tiles(
@@ -198,79 +241,90 @@ def _causal_chunk(program: Program, out: Result, chunk: Array) -> None:
     # What rows read from the state and the first key is at most about 1, if there is any.
     past = jnp.where(seen > 0.5 * EMPTY_LOG_SCALE, 0.0, EMPTY_LOG_SCALE)
     pair_max = jnp.maximum(past, jnp.max(logs, axis=1))
+    # Rows read the first key of a chunk on the scale of the state with it.
+    key_max = jnp.max(jnp.where(pairs & later, shift + HEADROOM, MASKED_LOG), axis=1)
+    wide = jnp.where(key_max - pair_max > pair_limit(jnp.dtype(jnp.float32)), 1.0, 0.0)
     weights = products * jnp.exp(jnp.minimum(shift - spread_rows(pair_max), LARGEST_EXPONENT))
     weights = jnp.where(pairs & (products > 0), weights, 0.0)
     gain = jnp.exp(past - pair_max)
     tiles.store(shared["pairs"], weights)
     numerator = numerator * spread_rows(gain, sizes.value_dim)
     numerator = tiles.matmul(shared["pairs"], shared["value"], order=sizes.parts, add=numerator)
-    shared["denominator"][...] = denominator * gain + jnp.sum(weights, axis=1)
+    denominator = denominator * gain + jnp.sum(weights, axis=1)
+    shared["denominator"][...] = denominator
     shared["pair_max"][...] = pair_max
+    shared["wide"][...] = wide
     here = piece(chunk)
     tiles.send(
         (shared["denominator"], out.denominator.at[b, h, here]),
         (shared["row_max"], maxima.row_max.at[b, h, here]),
         (shared["pair_max"], maxima.pair_max.at[b, h, here]),
         (shared["key_shift"], maxima.key_shift.at[b, h, here]),
+        (shared["wide"], out.wide.at[b, h, here]),
     )
-    program.write_matrix(out.numerator.at[b, here, h], numerator)
+    _write(program, out, here, numerator, denominator)
+    return wide
 
 
-def _bidirectional(program: Program, out: Result) -> None:
+def _absorb_chunk(program: Program, state: State, chunk: Array) -> None:
+    b, h, operands, tiles = program.batch, program.head, program.operands, program.tiles
+    tiles.fetch(
+        *program.keys(operands.key, "key", chunk),
+        *program.keys(operands.value, "value", chunk),
+        program.key_log_copy(chunk),
+    )
+
+    def absorb_tile(tile: Array, _: Any) -> None:
+        program.fetch_weights(tile)
+        fetch_state_vectors(program, state, tile)
+        program.read_matrix(state.kv.at[b, h, piece(tile)])
+        absorb(program, state, tile)
+
+    program.over_tiles(absorb_tile)
+
+
+def _read_chunk(program: Program, out: Result, chunk: Array) -> None:
     tiles, shared, sizes = program.tiles, program.shared, program.sizes
     b, h, operands = program.batch, program.head, program.operands
+    tiles.fetch(*program.queries(operands.query, "query", chunk))
 
-    def absorb_chunk(chunk: Array, _: Any) -> None:
-        tiles.fetch(
-            *program.keys(operands.key, "key", chunk),
-            *program.keys(operands.value, "value", chunk),
-            program.key_log_copy(chunk),
-        )
+    def scaled(tile: Array) -> Array:
+        program.fetch_weights(tile)
+        fetch_state_vectors(program, out.state, tile)
+        scale = visible_scale(tiles.columns(shared["scale"]))
+        return program.query_logs(tile) + spread_columns(scale)
 
-        def absorb_tile(tile: Array, _: Any) -> None:
-            program.fetch_weights(tile)
-            fetch_state_vectors(program, out.state, tile)
-            program.read_matrix(out.state.kv.at[b, h, piece(tile)])
-            absorb(program, out.state, tile)
+    row_max = program.over_tiles(
+        lambda tile, row_max: jnp.maximum(row_max, jnp.max(scaled(tile), axis=1)),
+        tiles.full_rows(-jnp.inf),
+    )
 
-        program.over_tiles(absorb_tile)
+    def read(tile: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        numerator, denominator = carry
+        queries = jnp.exp(scaled(tile) - spread_rows(row_max))
+        tiles.store(shared["pairs"], queries)
+        k_sum = spread_columns(tiles.columns(shared["k_sum"]))
+        kv = program.read_matrix(out.state.kv.at[b, h, piece(tile)])
+        tiles.store(shared["state"], kv)
+        numerator = tiles.matmul(shared["pairs"], shared["state"], add=numerator)
+        return numerator, denominator + jnp.sum(queries * k_sum, axis=1)
 
-    loop(tiles, sizes.keys // TILE, absorb_chunk)
+    numerator, denominator = program.over_tiles(
+        read, (tiles.full(0.0, sizes.value_dim), tiles.full_rows(0.0))
+    )
+    shared["denominator"][...] = denominator
+    shared["row_max"][...] = row_max
+    here = piece(chunk)
+    tiles.send(
+        (shared["denominator"], out.denominator.at[b, h, here]),
+        (shared["row_max"], out.maxima.row_max.at[b, h, here]),
+    )
+    _write(program, out, here, numerator, denominator)
 
-    def read_chunk(chunk: Array, _: Any) -> None:
-        tiles.fetch(*program.queries(operands.query, "query", chunk))
 
-        def scaled(tile: Array) -> Array:
-            program.fetch_weights(tile)
-            fetch_state_vectors(program, out.state, tile)
-            scale = visible_scale(tiles.columns(shared["scale"]))
-            return program.query_logs(tile) + spread_columns(scale)
-
-        row_max = program.over_tiles(
-            lambda tile, row_max: jnp.maximum(row_max, jnp.max(scaled(tile), axis=1)),
-            tiles.full_rows(-jnp.inf),
-        )
-
-        def read(tile: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-            numerator, denominator = carry
-            queries = jnp.exp(scaled(tile) - spread_rows(row_max))
-            tiles.store(shared["pairs"], queries)
-            k_sum = spread_columns(tiles.columns(shared["k_sum"]))
-            kv = program.read_matrix(out.state.kv.at[b, h, piece(tile)])
-            tiles.store(shared["state"], kv)
-            numerator = tiles.matmul(shared["pairs"], shared["state"], add=numerator)
-            return numerator, denominator + jnp.sum(queries * k_sum, axis=1)
-
-        numerator, denominator = program.over_tiles(
-            read, (tiles.full(0.0, sizes.value_dim), tiles.full_rows(0.0))
-        )
-        shared["denominator"][...] = denominator
-        shared["row_max"][...] = row_max
-        here = piece(chunk)
-        tiles.send(
-            (shared["denominator"], out.denominator.at[b, h, here]),
-            (shared["row_max"], out.maxima.row_max.at[b, h, here]),
-        )
-        program.write_matrix(out.numerator.at[b, here, h], numerator)
-
-    loop(tiles, sizes.queries // TILE, read_chunk)
+def _write(program: Program, out: Result, here: Any, numerator: Array, denominator: Array) -> None:
+    division, width = program.sizes.division, program.sizes.value_dim
+    destination = out.numerator.at[program.batch, here, program.head]
+    if division is not None:
+        numerator = numerator * spread_rows(safe_inverse(denominator, division.epsilon), width)
+    program.write_rounded(destination, numerator, "state")

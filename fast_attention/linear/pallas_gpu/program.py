@@ -39,11 +39,25 @@ EXPONENT_ORDER = 3
 
 
 @dataclasses.dataclass(frozen=True)
+class Division:
+    """How numerators are divided by denominators.
+
+    Attributes:
+      epsilon: see :func:`fast_attention.linear.types.safe_inverse`.
+      dtype: of the result, bfloat16 or float32.
+    """
+
+    epsilon: float
+    dtype: Any
+
+
+@dataclasses.dataclass(frozen=True)
 class Sizes:
     """The static side of a kernel.
 
     Attributes:
-      batch: B.
+      batch: B, each segment of a sequence a row.
+      segments: of each sequence.
       heads: H.
       groups: H / K.
       queries: T.
@@ -53,10 +67,13 @@ class Sizes:
       features: M.
       real_features: M before padding; features from there on are masked.
       parts: bfloat16 parts of features, weights and values.
+      division: how numerators are divided by denominators, None if they are not.
+      bfloat16: whether queries, keys and values are in bfloat16.
       interpret: run on plain operations.
     """
 
     batch: int
+    segments: int
     heads: int
     groups: int
     queries: int
@@ -66,7 +83,14 @@ class Sizes:
     features: int
     real_features: int
     parts: int
+    division: Division | None
+    bfloat16: bool
     interpret: bool
+
+    @property
+    def gradient_dtype(self) -> Any:
+        """The type in which the last kernel to add to a gradient writes it."""
+        return jnp.bfloat16 if self.bfloat16 else jnp.float32
 
 
 class Operands(NamedTuple):
@@ -77,7 +101,7 @@ class Operands(NamedTuple):
       key: parts of ``[B, S, K, D]``.
       value: parts of ``[B, S, K, V]``.
       key_log: ``[B, K, S]``, added to all log-features of a key; ``MASKED_LOG`` for a masked one.
-      weights: parts of the projection, ``[B or 1, K or 1, M, D]``.
+      weights: parts of the projection, ``[B / segments or 1, K or 1, M, D]``.
     """
 
     query: Any
@@ -95,6 +119,8 @@ class Program:
         self.tiles, self.sizes, self.operands, self.shared = tiles, sizes, operands, shared
         self.batch, self.head = tiles.position()
         self.key_head = jax.lax.div(self.head, jnp.int32(sizes.groups))
+        self.sequence = jax.lax.div(self.batch, jnp.int32(sizes.segments))
+        self.segment = jax.lax.rem(self.batch, jnp.int32(sizes.segments))
 
     def queries(self, x: Operand, name: str, chunk: Array) -> list[tuple[Ref, Ref]]:
         """Returns the copies that bring a chunk of ``[B, T, H, ...]`` to shared memory."""
@@ -113,7 +139,7 @@ class Program:
         """Brings a tile of the projection to shared memory."""
         copies = []
         for source, destination in zip(self.operands.weights, self.shared["weights"], strict=True):
-            batch = self.batch if source.shape[0] > 1 else 0
+            batch = self.sequence if source.shape[0] > 1 else 0
             head = self.key_head if source.shape[1] > 1 else 0
             copies.append((source.at[batch, head, piece(tile)], destination))
         self.tiles.fetch(*copies)
@@ -147,6 +173,22 @@ class Program:
         stage = self._stage(x.shape[-1])
         stage[...] = x
         self.tiles.send((stage, destination))
+
+    def write_rounded(self, destination: Ref, x: Array, stage: str) -> None:
+        """Stores ``[64, D]`` or ``[64, V]`` in the type of the destination.
+
+        Args:
+          destination: in global memory, bfloat16 or float32.
+          x: float32.
+          stage: name of an operand as wide in shared memory, which is overwritten if the
+            destination is bfloat16.
+        """
+        if destination.dtype != jnp.bfloat16:
+            self.write_matrix(destination, x)
+            return
+        operand = self.shared[stage][:1]
+        self.tiles.store(operand, x)
+        self.tiles.send_operand(operand, destination)
 
     def _stage(self, width: int) -> Ref:
         return self.shared["stage" if width == self.sizes.value_dim else "head_stage"]

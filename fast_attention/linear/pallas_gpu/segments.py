@@ -1,30 +1,28 @@
 """Sequences in segments, so that all multiprocessors have work.
 
 One program walks over one batch row and head. Where there are fewer of those than multiprocessors,
-the sequence is cut: one launch makes the state of every segment's keys, a sum over those gives the
-state before every segment (or after all of them), and one more launch reads all segments in
-parallel. A causal segment reads no later one, and the derivative is that of the parts.
+the sequence is cut: one launch makes the state of every segment's keys, and one more reads all
+segments in parallel, where a program first adds up the states that it sees. A causal segment reads
+no later one, and the derivative is that of the parts.
 
-Shape letters: B batch, T queries, S keys, H heads, K key/value heads, N segments.
+Shape letters: B batch, N segments, R = B N, T queries, S keys, H heads, K key/value heads, D head
+width, V value width, M features.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from fast_attention.arrays.types import Array
-from fast_attention.linear.pallas_gpu.core import (
-    Arguments,
-    Attended,
-    Choices,
-    attend_with_kernels,
-)
+from fast_attention.linear.pallas_gpu import core
+from fast_attention.linear.pallas_gpu.program import Division
+from fast_attention.linear.pallas_gpu.state import State
 from fast_attention.linear.pallas_gpu.tiles import TILE
-from fast_attention.linear.parallel_chunks.block_states import states_at_points
 from fast_attention.linear.state import EMPTY_LOG_SCALE, MASKED_LOG, LinearAttentionState
+from fast_attention.linear.types import Parts
 
 MULTIPROCESSORS = 132
 """Of an H100 or H200."""
@@ -33,47 +31,96 @@ SHORTEST = 256
 """Positions of a segment at least: each costs a state, written and read."""
 
 
-def attend(choices: Choices, arguments: Arguments) -> Attended:
-    """Computes what :func:`.core.attend_with_kernels` does, in segments where that helps."""
-    batch, length, heads, _ = arguments.query.shape
-    kv_heads = arguments.key.shape[2]
-    count = segment_count(batch * heads, max(length, arguments.key.shape[1]))
-    if count < 2:
-        whole: Any = attend_with_kernels(choices, arguments)
-        return whole
-    pieces = _cut(arguments, count)
-    own = _states(choices, pieces)
-    own = jax.tree.map(
-        lambda x: jnp.moveaxis(x.reshape(batch, count, *x.shape[1:]), 2, 1).reshape(
-            batch * kv_heads, count, *x.shape[2:]
-        ),
-        own,
-    )
-    state = LinearAttentionState(arguments.kv, arguments.k_sum, arguments.log_scale)
-    state = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), state)
-    seen = jnp.tril(jnp.ones((1, count + 1, count + 1), bool))
-    _, before, after = states_at_points(state, own, seen)
-    if not choices.causal:
-        before = jax.tree.map(lambda x, y: jnp.broadcast_to(x[:, None], y.shape), after, before)
-        pieces = pieces._replace(**_no_key(pieces))
-    before = jax.tree.map(
-        lambda x: jnp.moveaxis(x.reshape(batch, kv_heads, *x.shape[1:]), 2, 1).reshape(
-            batch * count, kv_heads, *x.shape[2:]
-        ),
-        before,
-    )
-    read: Any = attend_with_kernels(choices, pieces._replace(**before._asdict()))
+class Arguments(NamedTuple):
+    """What is differentiated. Log-features are ``x @ weights^T``, plus ``key_log`` for keys.
 
-    def joined(x: Array) -> Array:
-        x = jnp.moveaxis(x.reshape(batch, count, *x.shape[1:]), 1, 2)
-        return x.reshape(batch, heads, -1)[..., :length]
+    Attributes:
+      query: ``[B, T, H, D]``.
+      key: ``[B, S, K, D]``.
+      value: ``[B, S, K, V]``.
+      key_log: float32 ``[B, K, S]``, ``MASKED_LOG`` where a key is masked.
+      weights: float32 ``[B or 1, K or 1, M, D]``.
+      state: before the first key, or None for an empty one; its scale ``[B, K, M]`` is a constant.
+    """
 
+    query: Array
+    key: Array
+    value: Array
+    key_log: Array
+    weights: Array
+    state: LinearAttentionState | None
+
+
+class Attended(NamedTuple):
+    """Attention, and the state after the last key.
+
+    Attributes:
+      out: ``[B, T, H, V]`` if there is a division, else
+        :class:`fast_attention.linear.types.Parts`, whose scale is a constant.
+      wide: 1 where a row has a pair of :mod:`fast_attention.linear.chunked.wide_pairs`, which
+        kernels lose, else 0; None if not causal. For :func:`joined`.
+      any_wide: bool ``[]``, whether there is any; None if not causal.
+      state: None if not asked for; its scale is a constant.
+    """
+
+    out: Array | Parts
+    wide: Array | None
+    any_wide: Array | None
+    state: LinearAttentionState | None
+
+
+def attend(
+    arguments: Arguments,
+    *,
+    causal: bool,
+    parts: int,
+    division: Division | None,
+    with_state: bool,
+    interpret: bool,
+) -> Attended:
+    """Computes linear attention.
+
+    Args:
+      arguments: the arrays.
+      causal: position t sees keys 0..t.
+      parts: bfloat16 parts in which features and values are multiplied.
+      division: how numerators are divided by denominators, None if they are not.
+      with_state: whether to return the state after the last key.
+      interpret: run the kernels on plain operations.
+
+    Raises:
+      NotImplementedError: if the kernels, backward included, need more shared memory than there is.
+    """
+    query, key, value, key_log, weights, initial = arguments
+    batch, length, heads, _ = query.shape
+    value_dim, features = value.shape[-1], weights.shape[-2]
+    count = segment_count(batch * heads, max(length, key.shape[1]))
+    choices = core.Choices(
+        causal=causal,
+        parts=parts,
+        division=division,
+        segments=count,
+        groups=heads // key.shape[2],
+        features=features,
+        with_state=with_state,
+        interpret=interpret,
+    )
+    query, key, value = (_cut(_pad(x, {3: 0}), count) for x in (query, key, value))
+    keys = core.Keys(key, value, _cut(key_log, count, axis=2, fill=MASKED_LOG))
+    weights = _pad(weights, {2: 0, 3: 0})
+    core.check_shared_memory(choices, query, keys, weights)
+    state = None if initial is None else _features_first(initial)
+    out: Any = core.attend(choices, query, keys, weights, state)
+
+    numerator = out.numerator.reshape(batch, -1, *out.numerator.shape[2:])
+    numerator = numerator[:, :length, :, :value_dim]
+    log_scale = jax.lax.stop_gradient(joined(out.log_scale, batch, length))
+    denominator = joined(out.denominator, batch, length)
     return Attended(
-        read.numerator.reshape(batch, -1, *read.numerator.shape[2:])[:, :length],
-        joined(read.denominator),
-        joined(read.log_scale),
-        joined(read.wide),
-        jax.tree.map(lambda x: x.reshape(batch, kv_heads, *x.shape[1:]), tuple(after)),
+        numerator if division else Parts(numerator, denominator, log_scale),
+        out.wide,
+        None if out.any_wide is None else jnp.max(out.any_wide) > 0,
+        None if out.state is None else _features_last(out.state, features, value_dim),
     )
 
 
@@ -95,48 +142,49 @@ def segment_count(rows: int, length: int) -> int:
     return next(whole, enough)
 
 
-def _cut(arguments: Arguments, count: int) -> Arguments:
+def joined(x: Array, batch: int, length: int) -> Array:
+    """Returns numbers of rows of segments, ``[R, H, T / N]``, as ``[B, T, H]``."""
+    heads = x.shape[1]
+    x = jnp.moveaxis(x.reshape(batch, -1, *x.shape[1:]), 1, 2)
+    return jnp.swapaxes(x.reshape(batch, heads, -1)[..., :length], 1, 2)
+
+
+def _cut(x: Array, count: int, *, axis: int = 1, fill: float = 0.0) -> Array:
     """Makes segments rows of the batch, all of equally many whole chunks."""
+    size = x.shape[axis]
+    length = _padded(-(-size // count))
+    widths = [(0, (count * length - size) * (i == axis)) for i in range(x.ndim)]
+    x = jnp.pad(x, widths, constant_values=fill)
+    x = x.reshape(*x.shape[:axis], count, length, *x.shape[axis + 1 :])
+    return jnp.moveaxis(x, axis, 1).reshape(-1, *x.shape[1:axis], *x.shape[axis + 1 :])
 
-    def cut(x: Array, axis: int = 1, value: float = 0.0) -> Array:
-        size = x.shape[axis]
-        length = -(-size // (count * TILE)) * TILE
-        widths = [(0, (count * length - size) * (i == axis)) for i in range(x.ndim)]
-        x = jnp.pad(x, widths, constant_values=value)
-        x = x.reshape(*x.shape[:axis], count, length, *x.shape[axis + 1 :])
-        return jnp.moveaxis(x, axis, 1).reshape(-1, *x.shape[1:axis], *x.shape[axis + 1 :])
 
-    weights = arguments.weights
-    return arguments._replace(
-        query=cut(arguments.query),
-        key=cut(arguments.key),
-        value=cut(arguments.value),
-        key_log=cut(arguments.key_log, 2, MASKED_LOG),
-        weights=weights if weights.shape[0] == 1 else jnp.repeat(weights, count, axis=0),
+def _features_first(state: LinearAttentionState) -> State:
+    assert state.log_scale is not None
+    return State(
+        _pad(jnp.swapaxes(state.kv, -1, -2), {2: 0, 3: 0}),
+        _pad(state.k_sum, {2: 0}),
+        _pad(jax.lax.stop_gradient(state.log_scale), {2: EMPTY_LOG_SCALE}),
     )
 
 
-def _states(choices: Choices, pieces: Arguments) -> LinearAttentionState:
-    """Returns the states of the keys of segments; one query of each is read for nothing."""
-    rows, _, kv_heads, head_dim = pieces.key.shape
-    features = pieces.weights.shape[-2]
-    shape = (rows, kv_heads, features)
-    attended: Any = attend_with_kernels(
-        Choices(False, choices.parts, choices.interpret),
-        pieces._replace(
-            query=jnp.zeros((rows, 1, kv_heads, head_dim), pieces.query.dtype),
-            kv=jnp.zeros((rows, kv_heads, pieces.value.shape[-1], features), jnp.float32),
-            k_sum=jnp.zeros(shape, jnp.float32),
-            log_scale=jnp.full(shape, EMPTY_LOG_SCALE, jnp.float32),
-        ),
+def _features_last(state: State, features: int, value_dim: int) -> LinearAttentionState:
+    return LinearAttentionState(
+        jnp.swapaxes(state.kv[..., :features, :value_dim], -1, -2),
+        state.k_sum[..., :features],
+        jax.lax.stop_gradient(state.log_scale[..., :features]),
     )
-    return LinearAttentionState(*attended.state)
 
 
-def _no_key(pieces: Arguments) -> dict[str, Any]:
-    """Returns one masked key in place of all."""
-    return {
-        "key": jnp.zeros_like(pieces.key[:, :1]),
-        "value": jnp.zeros_like(pieces.value[:, :1]),
-        "key_log": jnp.full_like(pieces.key_log[..., :1], MASKED_LOG),
-    }
+def _padded(size: int) -> int:
+    return -(-size // TILE) * TILE
+
+
+def _pad(x: Array, axes: dict[int, float]) -> Array:
+    """Fills axes up to whole tiles, each with a value of its own."""
+    for axis, value in axes.items():
+        missing = _padded(x.shape[axis]) - x.shape[axis]
+        if missing:
+            widths = [(0, missing if i == axis else 0) for i in range(x.ndim)]
+            x = jnp.pad(x, widths, constant_values=value)
+    return x

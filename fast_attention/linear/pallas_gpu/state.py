@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from fast_attention.arrays.types import Array
-from fast_attention.linear.pallas_gpu.program import Program, piece
+from fast_attention.linear.pallas_gpu.program import Program, float32, piece
 from fast_attention.linear.pallas_gpu.tiles import spread_columns, spread_rows
+from fast_attention.linear.state import EMPTY_LOG_SCALE
 
 
 class State(NamedTuple):
@@ -30,26 +32,101 @@ class Maxima(NamedTuple):
       row_max: largest log-feature of each query on the scale it reads, ``[B, H, T]``.
       pair_max: largest weight of each row in units of it, ``[B, H, T]``.
       key_shift: what is taken out of each key's log-features in its chunk, ``[B, H, S]``.
-      scales: of the state after each chunk, ``[B, H, N, M]``.
+      scales: of the state before each chunk, and after the last one, ``[B, H, N + 1, M]``.
       first_scales: of the state with each chunk's first key, ``[B, H, N, M]``.
     """
 
     row_max: Any
-    pair_max: Any
-    key_shift: Any
-    scales: Any
-    first_scales: Any
+    pair_max: Any = None
+    key_shift: Any = None
+    scales: Any = None
+    first_scales: Any = None
 
 
-def copy_state(program: Program, source: State, destination: State, head: Array) -> None:
-    """Copies a head of a state (or its cotangent) to where the program works on its own."""
-    tiles, stages = program.tiles, [program.shared[x] for x in ("stage", "k_sum", "scale")]
+class Sources(NamedTuple):
+    """The states that make up the one before a segment, or with all segments.
+
+    Attributes:
+      initial: before the first key, ``[B / segments, K, ...]``, or None if it is empty.
+      own: of the keys of each segment, ``[B, K, ...]``; None if there is one segment.
+    """
+
+    initial: State | None
+    own: State | None
+
+
+def state_shapes(batch: int, heads: int, features: int, value_dim: int) -> State:
+    """Returns shapes and dtypes of a state."""
+    head = (batch, heads, features)
+    return State(float32(*head, value_dim), float32(*head), float32(*head))
+
+
+def start_state(program: Program, sources: Sources, destination: State, *, causal: bool) -> None:
+    """Writes the state that a program starts from to where it works on its own.
+
+    It is the sum of states on the largest of their scales: of the initial one and those of all
+    segments, or of earlier segments if causal.
+    """
+    tiles, shared = program.tiles, program.shared
+    initial, own = sources
+    first = program.sequence * program.sizes.segments
+    count = program.segment if causal else jnp.int32(program.sizes.segments)
+    places = (shared["stage"], shared["k_sum"], shared["scale"])
+
+    def fetch(state: State, row: Array, tile: Array) -> None:
+        here = (row, program.key_head, piece(tile))
+        tiles.fetch(*((x.at[here], y) for x, y in zip(state, places, strict=True)))
+
+    def add_fetched(total: tuple[Array, Array]) -> tuple[Array, Array]:
+        kv, k_sum = total
+        factor = jnp.exp(tiles.columns(shared["scale"]) - tiles.columns(shared["next_scale"]))
+        of_rows = jnp.exp(tiles.rows(shared["scale"]) - tiles.rows(shared["next_scale"]))
+        kv = kv + tiles.matrix(shared["stage"]) * spread_rows(of_rows, program.sizes.value_dim)
+        return kv, k_sum + tiles.columns(shared["k_sum"]) * factor
 
     def body(tile: Array, _: Any) -> None:
-        b, h, here = program.batch, program.head, piece(tile)
-        triples = list(zip(source, destination, stages, strict=True))
-        tiles.fetch(*((x.at[b, head, here], y) for x, _, y in triples if x is not None))
-        tiles.send(*((y, x.at[b, h, here]) for _, x, y in triples if x is not None))
+        def larger(state: State, row: Array, scale: Array) -> Array:
+            tiles.fetch((state.log_scale.at[row, program.key_head, piece(tile)], shared["scale"]))
+            return jnp.maximum(scale, tiles.columns(shared["scale"]))
+
+        def add(state: State, row: Array, total: Any) -> Any:
+            fetch(state, row, tile)
+            return add_fetched(total)
+
+        def over_sources(function: Any, carry: Any) -> Any:
+            if initial is not None:
+                carry = function(initial, program.sequence, carry)
+            if own is None:
+                return carry
+            return jax.lax.fori_loop(0, count, lambda i, x: function(own, first + i, x), carry)
+
+        shared["next_scale"][...] = over_sources(larger, tiles.full_columns(EMPTY_LOG_SCALE))
+        zeros = tiles.full(0.0, program.sizes.value_dim), tiles.full_columns(0.0)
+        kv, k_sum = over_sources(add, zeros)
+        shared["k_sum"][...] = k_sum
+        here = (program.batch, program.head, piece(tile))
+        program.write_matrix(destination.kv.at[here], kv)
+        tiles.send(
+            (shared["k_sum"], destination.k_sum.at[here]),
+            (shared["next_scale"], destination.log_scale.at[here]),
+        )
+
+    program.over_tiles(body)
+
+
+def start_cotangent(program: Program, source: State | None, destination: State) -> None:
+    """Copies the cotangent of a state, or zeros, to where the program adds to it."""
+    tiles, shared = program.tiles, program.shared
+
+    def body(tile: Array, _: Any) -> None:
+        here = (program.batch, program.head, piece(tile))
+        if source is None:
+            shared["k_sum"][...] = tiles.full_columns(0.0)
+            program.write_matrix(destination.kv.at[here], tiles.full(0.0, program.sizes.value_dim))
+        else:
+            tiles.fetch((source.k_sum.at[here], shared["k_sum"]))
+            program.write_matrix(destination.kv.at[here], program.read_matrix(source.kv.at[here]))
+        tiles.send((shared["k_sum"], destination.k_sum.at[here]))
 
     program.over_tiles(body)
 

@@ -83,6 +83,10 @@ class Tiles:
             plgpu.copy_smem_to_gmem(source, destination)
         plgpu.wait_smem_to_gmem(0)
 
+    def send_operand(self, operand: Operand, destination: Ref) -> None:
+        """Copies an operand of one part to global memory."""
+        self.send((_matrix(operand[0]), destination))
+
     def matrix(self, ref: Ref) -> Array:
         """Loads ``[64, N]``."""
         return ref[...] if self.interpret else _load(ref, _LAYOUT)
@@ -102,6 +106,10 @@ class Tiles:
     def full_rows(self, value: float) -> Array:
         """Returns ``[64]``, one number for each row."""
         return self._cast(jnp.full((TILE,), value, jnp.float32), _ROWS)
+
+    def full_columns(self, value: float) -> Array:
+        """Returns ``[64]``, one number for each column."""
+        return self._cast(jnp.full((TILE,), value, jnp.float32), _COLUMNS)
 
     def row_numbers(self) -> Array:
         """Returns 0 to 63, one for each row."""
