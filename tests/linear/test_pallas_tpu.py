@@ -157,6 +157,16 @@ def test_outputs_agree_at_any_length(length, keys, causal):
     cases.assert_close(actual, defined(MAP, causal=causal)(**inputs), 5e-6)
 
 
+@pytest.mark.parametrize("shared", ["heads", "rows"])
+def test_parameters_of_every_row_or_head(shared):
+    inputs = arguments(MAP, C - 1, heads=2, kv_heads=2)
+    each = jax.vmap(lambda key: MAP.init(key, D))(jax.random.split(jax.random.key(1), 2))
+    inputs["parameters"] = each[:, None] if shared == "heads" else each[None]
+    attend = functools.partial(cases.attend, feature_map=MAP, implementation=KERNELS, chunk_size=C)
+    actual = cases.compiled(lambda inputs: attend(**inputs))(inputs)
+    cases.assert_close(actual, defined(MAP)(**inputs), 5e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("causal", [True, False])
 def test_bfloat16(causal):

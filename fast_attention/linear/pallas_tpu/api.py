@@ -17,6 +17,7 @@ Reference: arXiv:2009.14794 (FAVOR+); the chunked form is that of arXiv:2202.104
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -110,11 +111,11 @@ def attend_on(
     padded = static.padded_features
 
     def weights(side: Affine) -> tuple[Array, Array]:
-        matrix = jnp.swapaxes(_sets(side.weights, 2) * unit, 1, 2)
+        matrix = jnp.swapaxes(_sets(side.weights, 2, kv_heads) * unit, 1, 2)
         matrix = _pad(_pad(matrix, 1, static.head_dim), 2, padded)
         offset = jnp.zeros((matrix.shape[0], 1, features), jnp.float32)
         if side.offset is not None:
-            offset = jnp.broadcast_to(_sets(side.offset, 1)[:, None] * unit, offset.shape)
+            offset = jnp.broadcast_to(_sets(side.offset, 1, kv_heads)[:, None] * unit, offset.shape)
         # Features that pad the lanes are 0.
         return matrix, _pad(offset, 2, padded, -1e30 if exponential else 0.0)
 
@@ -238,9 +239,13 @@ def _flat(x: Array) -> Array:
     return x.reshape(-1, *x.shape[2:])
 
 
-def _sets(x: Array, rank: int) -> Array:
-    """``[*B, ...]`` as ``[P, ...]``, with ``rank`` axes kept."""
-    return x.reshape(-1, *x.shape[x.ndim - rank :])
+def _sets(x: Array, rank: int, kv_heads: int) -> Array:
+    """``[*B, ...]`` as ``[P, ...]`` with P of 1, K or B K, and ``rank`` axes kept."""
+    leading, own = x.shape[: x.ndim - rank], x.shape[x.ndim - rank :]
+    if math.prod(leading[:-1]) > 1:
+        # What differs by row has an entry for each head of a row, also where these share it.
+        x = jnp.broadcast_to(x, (*leading[:-1], kv_heads, *own))
+    return x.reshape(-1, *own)
 
 
 def _positions_last(x: Array, width: int) -> Array:
