@@ -17,7 +17,7 @@ from fast_attention.feature_maps import (
     elementwise_map,
 )
 from tests.linear import cases
-from tests.linear.test_pallas_tpu import M, arguments, check, with_everything
+from tests.linear.test_pallas_tpu import M, arguments, check, draw, with_everything
 
 MAP = PositiveFeatures(M)
 LANES = "time_minor_chunks"
@@ -73,8 +73,8 @@ def test_values_of_a_large_mean_spoil_no_gradient():
 
 def test_parameters_of_every_row_and_head():
     smooth = arguments(MAP, 16, heads=2, kv_heads=2, dtype=jnp.bfloat16)
-    draw = jax.vmap(jax.vmap(lambda key: MAP.init(key, smooth["key"].shape[-1])))
-    smooth["parameters"] = draw(jax.random.split(jax.random.key(0), (2, 2)))
+    each = jax.vmap(jax.vmap(lambda key: MAP.init(key, smooth["key"].shape[-1])))
+    smooth["parameters"] = each(jax.random.split(jax.random.key(0), (2, 2)))
     check(smooth, {}, 2e-2, feature_map=MAP, causal=True, implementation=LANES)
 
 
@@ -94,6 +94,37 @@ def test_a_branch_stays_a_branch_under_vmap():
     inputs = jax.tree.map(lambda x: x[None], arguments(MAP, 16))
     text = jax.jit(jax.vmap(lambda inputs: attend(**inputs))).lower(inputs).as_text()
     assert "stablehlo.case" in text
+
+
+@pytest.mark.parametrize(
+    ("causal", "twice"),
+    [
+        (True, jax.hessian),
+        (False, jax.hessian),
+        pytest.param(True, lambda f: jax.jacrev(jax.jacrev(f)), marks=pytest.mark.slow),
+    ],
+    ids=["causal", "bidirectional", "reverse over reverse"],
+)
+def test_second_derivatives(causal, twice):
+    """In one chunk a key exceeds the scale."""
+    shapes = {"query": (1, 6, 2, 4), "key": (1, 6, 1, 4), "value": (1, 6, 1, 3)}
+    inputs = {name: draw(i, *shape) for i, (name, shape) in enumerate(shapes.items())}
+    inputs["key"] = inputs["key"] * jnp.where(jnp.arange(6) == 3, 30, 1)[None, :, None, None]
+    inputs["parameters"] = MAP.init(jax.random.key(0), 4)
+
+    def second(dtype, **options):
+        def loss(factors):
+            arrays = {name: x.astype(dtype) for name, x in inputs.items()}
+            for name, factor in zip(shapes, factors, strict=True):
+                arrays[name] = arrays[name] * factor
+            out = cases.attend(**arrays, feature_map=MAP, causal=causal, **options)
+            return cases.weighted_sum(out**2)
+
+        return cases.compiled(twice(loss))(jnp.ones(3, dtype))
+
+    found = second(jnp.float32, implementation=LANES, chunk_size=4)
+    with jax.enable_x64(True):
+        cases.assert_close(found, second(jnp.float64, implementation="quadratic"), 1e-4)
 
 
 @pytest.mark.parametrize(

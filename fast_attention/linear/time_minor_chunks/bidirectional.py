@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
 
 from fast_attention.arrays.types import Array
 from fast_attention.linear.chunked.chunk_choice import planned_chunk
@@ -20,7 +19,6 @@ from fast_attention.linear.time_minor_chunks.chunk import (
     Call,
     Keys,
     State,
-    anywhere,
     call_of,
     empty_denominators,
     empty_output,
@@ -33,6 +31,7 @@ from fast_attention.linear.time_minor_chunks.chunk import (
     of_heads,
     query_features,
     varying,
+    where_needed,
     with_first_scale,
     write,
     write_denominators,
@@ -57,9 +56,7 @@ def forward(plan: Plan, inputs: Inputs, *, save: bool) -> Any:
         if before.scale is None:
             return after, None
         over = exceeding(before, after.rows)
-        absorbed = lax.cond(
-            anywhere(over), lambda: _raised(call, keys, before, over, after), lambda: after
-        )
+        absorbed = where_needed(over, lambda: _raised(call, keys, before, over, after), after)
         return absorbed, None
 
     state = varying(inputs, first_state(call, inputs))

@@ -17,19 +17,17 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax import lax
 
 from fast_attention.arrays.manual_axes import vary_alike
 from fast_attention.arrays.types import Array
 from fast_attention.linear.chunked.causal import group_length
 from fast_attention.linear.chunked.chunk_choice import planned_chunk
-from fast_attention.linear.chunked.loops import scan_chunks
+from fast_attention.linear.chunked.loops import repeat_while, scan_chunks
 from fast_attention.linear.time_minor_chunks.chunk import (
     LIMIT,
     Call,
     Keys,
     State,
-    anywhere,
     beside_groups,
     call_of,
     empty_denominators,
@@ -44,6 +42,7 @@ from fast_attention.linear.time_minor_chunks.chunk import (
     of_heads,
     query_features,
     varying,
+    where_needed,
     with_first_scale,
     write,
     write_denominators,
@@ -109,10 +108,9 @@ def pass_chunk(
     rows, after = read.rows, State(read.after, before.scale)
     if before.scale is not None:
         over = exceeding(before, read.after)
-        rows, after = lax.cond(
-            anywhere(over),
-            lambda: _read_on_rising_scales(call, query, keys, before, over, rows, after),
-            lambda: (rows, after),
+        usual = rows, after
+        rows, after = where_needed(
+            over, lambda: _read_on_rising_scales(call, query, keys, before, over, *usual), usual
         )
     return rows, before, after
 
@@ -222,5 +220,5 @@ def _read_on_rising_scales(
 
     low = jnp.where(over, 0, size).astype(jnp.int32)
     carry = vary_alike((start_scale, low, jnp.array(True), rows, after))
-    *_, rows, after = lax.while_loop(lambda carry: jnp.any(carry[1] < size), stretch, carry)
+    *_, rows, after = repeat_while(lambda carry: jnp.any(carry[1] < size), stretch, carry, size + 1)
     return rows, of_heads(over, normalised(call, after), after)

@@ -16,11 +16,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from fast_attention.arrays.manual_axes import vary_alike
 from fast_attention.arrays.types import Array
-from fast_attention.linear.chunked.loops import scan_chunks, scan_chunks_back
+from fast_attention.linear.chunked.loops import repeat_while, scan_chunks, scan_chunks_back
 from fast_attention.linear.state import EMPTY_LOG_SCALE
 from fast_attention.linear.time_minor_chunks.causal import (
     next_stretch,
@@ -33,13 +32,13 @@ from fast_attention.linear.time_minor_chunks.chunk import (
     Call,
     Keys,
     State,
-    anywhere,
     call_of,
     denominators,
     load_denominators,
     load_keys,
     load_queries,
     varying,
+    where_needed,
 )
 from fast_attention.linear.time_minor_chunks.gradients import (
     Rows,
@@ -126,10 +125,10 @@ def backward(plan: Plan, inputs: Inputs, out: Array, kept: Any, cotangents: Any)
             rises = (scale != before.scale) & (before.scale > 0.5 * EMPTY_LOG_SCALE)
             rises = jnp.any(rises, axis=-1)
             usual = pulled
-            pulled = lax.cond(
-                anywhere(rises),
+            pulled = where_needed(
+                rises,
                 lambda: _on_rising_scales(call, read, rows_of, (d_state, scale), rises, usual),
-                lambda: usual,
+                usual,
             )
         grads = add_query_gradient(call, grads, pulled.query, start)
         grads = add_key_gradient(call, grads, pulled.key, pulled.value, start)
@@ -231,4 +230,4 @@ def _on_rising_scales(
     low = jnp.zeros(rises.shape, jnp.int32)
     zeros = jax.tree.map(jnp.zeros_like, usual)
     carry = vary_alike((before.scale, low, jnp.array(True), zeros), usual)
-    return lax.while_loop(lambda carry: jnp.any(carry[1] < size), stretch, carry)[-1]
+    return repeat_while(lambda carry: jnp.any(carry[1] < size), stretch, carry, size + 1)[-1]

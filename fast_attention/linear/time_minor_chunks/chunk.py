@@ -12,10 +12,12 @@ V value width, M features, C chunk.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
 
@@ -282,16 +284,56 @@ def exceeding(before: State, after: Array) -> Array:
     return jnp.any(added > 2.0 ** (LIMIT - 1), axis=-1)
 
 
+def where_needed(condition: Array, body: Callable[[], Any], usual: Any) -> Any:
+    """Returns ``body()`` if a condition holds anywhere, else ``usual``.
+
+    A branch stays one under ``vmap``. Its derivatives, of any order, compute it again: nothing is
+    kept of a branch that is seldom taken.
+    """
+    return lax.cond(_anywhere(condition), jax.checkpoint(body), lambda: usual)
+
+
+@jax.custom_jvp
+def _anywhere(condition: Array) -> Array:
+    return _in_any_row(condition)
+
+
+@_anywhere.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    # Rows of tangents are not rows of the condition.
+    del tangents
+    return _anywhere(*primals), np.zeros((), jax.dtypes.float0)
+
+
 @custom_vmap
-def anywhere(condition: Array) -> Array:
-    """Returns whether a condition holds anywhere, in rows of ``vmap`` too: a branch stays one."""
+def _in_any_row(condition: Array) -> Array:
     return jnp.any(condition)
 
 
-@anywhere.def_vmap
+@_in_any_row.def_vmap
 def _(axis_size: int, in_batched: Any, condition: Array) -> Any:
     del axis_size, in_batched
-    return anywhere(condition), False
+    return _in_any_row(condition), False
+
+
+def buffer(shape: tuple[int, ...], dtype: Any) -> Array:
+    """Returns an array to be overwritten, with any content.
+
+    Under ``vmap`` it has no axis of rows until it is written to, unlike ``lax.empty`` up to JAX
+    0.10: ``jax.jacfwd`` and ``jax.hessian`` need values that do not differ between tangents.
+    """
+
+    @custom_vmap
+    def allocate(nothing: Array) -> Array:
+        del nothing
+        return lax.empty(shape, dtype)
+
+    @allocate.def_vmap
+    def _(axis_size: int, in_batched: Any, nothing: Array) -> Any:
+        del axis_size, in_batched
+        return allocate(nothing), False
+
+    return allocate(jnp.zeros(()))
 
 
 def empty_output(inputs: Inputs) -> Array:
@@ -300,8 +342,8 @@ def empty_output(inputs: Inputs) -> Array:
     value_dim = inputs.value.shape[-1]
     dtype = jnp.result_type(inputs.query, inputs.key, inputs.value)
     if value_dim % LANES == 0:
-        return lax.empty((batch, length, heads, value_dim), dtype)
-    return lax.empty((batch, heads, value_dim, length), dtype)
+        return buffer((batch, length, heads, value_dim), dtype)
+    return buffer((batch, heads, value_dim, length), dtype)
 
 
 def write(call: Call, plan: Plan, out: Array, rows: Array, start: Array | int) -> Array:
@@ -320,7 +362,7 @@ def denominators(rows: Array) -> Array:
 def empty_denominators(inputs: Inputs) -> Array:
     """Returns the buffer of denominators, ``[B, H, T]``."""
     batch, length, heads, _ = inputs.query.shape
-    return lax.empty((batch, heads, length), jnp.float32)
+    return buffer((batch, heads, length), jnp.float32)
 
 
 def write_denominators(kept: Array | None, rows: Array, start: Array | int) -> Array | None:

@@ -24,6 +24,7 @@ from fast_attention.linear.time_minor_chunks.chunk import (
     Keys,
     Operand,
     beside_groups,
+    buffer,
     heads_last,
     in_groups,
     load,
@@ -104,7 +105,7 @@ def empty_gradients(call: Call, outputs: Outputs) -> Gradients:
     over = _overwritten(call, outputs)
 
     def empty(x: Array) -> Array:
-        return lax.empty(x.shape, x.dtype)
+        return buffer(x.shape, x.dtype)
 
     return Gradients(
         query=outputs.out.array if over else empty(call.query.array),
