@@ -8,6 +8,7 @@ import functools
 from typing import Any, Literal, overload
 
 import jax
+import jax.numpy as jnp
 
 from fast_attention.arrays.bundles import bundle_of
 from fast_attention.arrays.explicit_axes import runs_on_auto_axes
@@ -156,18 +157,22 @@ def linear_attention(
     batch_shape = query.shape[:-3]
     batch, length = inputs.query.shape[:2]
     if plan.axis_name is not None:
-        ids = None if segment_ids is None else spread_segments(segment_ids, query)
-        ends = None if ids is None else (ids[:, 0], ids[:, -1])
+        inputs = fill_empty(inputs)
+        ends = None
+        if segment_ids is not None:
+            ids = spread_segments(segment_ids, query)
+            ids = jnp.pad(ids, [(0, int(n == 0)) for n in ids.shape])
+            ends = ids[:, 0], ids[:, -1]
         with _naming_forward_mode():
             attended = attend_along_axis(plan, return_state, inputs, ends)
     else:
         inputs = fill_empty(pad_symbolic(plan, inputs))
         with _naming_forward_mode():
             attended = _attend(plan, vary_alike(inputs))
-        if is_symbolic(length) or length == 0:
-            attended = (jax.tree.map(lambda x: x[:, :length], attended[0]), attended[1])
-        if batch == 0:
-            attended = jax.tree.map(lambda x: x[:0], attended)
+    if is_symbolic(length) or length == 0:
+        attended = (jax.tree.map(lambda x: x[:, :length], attended[0]), attended[1])
+    if batch == 0:
+        attended = jax.tree.map(lambda x: x[:0], attended)
     out, state = jax.tree.map(lambda x: x.reshape(*batch_shape, *x.shape[1:]), attended)
     if initial_state is not None:
         state = jax.tree.map(lambda x: x.astype(initial_state.kv.dtype), state)

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from fast_attention.arrays.types import Array
@@ -62,3 +64,29 @@ def own_dropout_key(key: Array | None, axis: AxisName | None) -> Array | None:
     if key is None or axis is None:
         return key
     return jax.random.fold_in(key, jax.lax.axis_index(axis))
+
+
+def move_along(x: Array, axis: AxisName, pairs: Sequence[tuple[int, int]]) -> Array:
+    """Sends an array from device to device along ``axis``, inside ``jax.shard_map``.
+
+    This is ``jax.lax.ppermute``, which numbers the devices of several axes in the order of the
+    mesh; here, as in ``jax.lax.axis_index``, they are numbered in the order of ``axis``.
+
+    Args:
+      x: what a device sends.
+      axis: a mesh axis, or a tuple of axes in any order.
+      pairs: numbers of sender and receiver.
+
+    Returns:
+      What this device receives, zeros if nothing.
+    """
+    mesh_order = jax.sharding.get_abstract_mesh().axis_names
+    if isinstance(axis, str) or not set(axis) <= set(mesh_order):
+        return jax.lax.ppermute(x, axis, pairs)
+    ordered = sorted(axis, key=mesh_order.index)
+    numbers = np.arange(math.prod(map(jax.lax.axis_size, axis)))
+    numbers = numbers.reshape([jax.lax.axis_size(name) for name in ordered])
+    numbers = numbers.transpose([ordered.index(name) for name in axis]).ravel()
+    return jax.lax.ppermute(
+        x, tuple(ordered), [(int(numbers[i]), int(numbers[j])) for i, j in pairs]
+    )

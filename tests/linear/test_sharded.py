@@ -180,6 +180,52 @@ def assert_all_equal(states):
 
 @pytest.mark.eight_devices
 @needs_devices
+def test_along_several_axes_in_any_order():
+    """The order in which the axes are named, not that of the mesh, is that of the sequence."""
+    axes = ("inner", "outer")
+    arrays = (*cases.qkv(length=16), jnp.asarray(np.repeat([[0, 1], [2, 3]], [5, 11], axis=1)))
+    rows = PartitionSpec(None, axes)
+    options = {"feature_map": cases.MAPS["elu+1"], "parameters": None, "causal": True}
+
+    def of_shard(q, k, v, ids):
+        return cases.attend(q, k, v, segment_ids=ids, axis_name=axes, **options)
+
+    mapped = jax.shard_map(
+        of_shard, mesh=mesh_of(outer=2, inner=4), in_specs=(rows,) * 4, out_specs=rows
+    )
+    q, k, v, ids = arrays
+    expected = cases.attend(q, k, v, segment_ids=ids, implementation="quadratic", **options)
+    cases.assert_close(cases.compiled(mapped)(*arrays), expected, 1e-5)
+
+
+@pytest.mark.parametrize(("batch", "length"), [(0, 3), (2, 0)])
+def test_empty(batch, length):
+    rows, whole = PartitionSpec(None, "seq"), PartitionSpec()
+    arrays = (*cases.qkv(length=3), jnp.zeros((cases.B, 3), jnp.int32))
+    mesh = jax.make_mesh(
+        (1,), ("seq",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1]
+    )
+
+    def of_shard(q, k, v, ids):
+        return cases.attend(
+            *(q, k, v),
+            segment_ids=ids,
+            feature_map=cases.MAPS["positive"],
+            parameters=cases.parameters_of("positive"),
+            causal=True,
+            axis_name="seq",
+            return_state=True,
+        )
+
+    mapped = jax.shard_map(of_shard, mesh=mesh, in_specs=(rows,) * 4, out_specs=(rows, whole))
+    out, state = cases.compiled(mapped)(*(x[:batch, :length] for x in arrays))
+    assert out.shape == (batch, length, cases.H, cases.V)
+    assert state.kv.shape == (batch, cases.K, cases.V, cases.M)
+    assert not any(np.asarray(x).any() for x in cases.true_state(state))
+
+
+@pytest.mark.eight_devices
+@needs_devices
 def test_float64_and_the_future():
     """In float64 nothing is rounded to float32, and no later key changes a bit."""
     with jax.enable_x64(True):

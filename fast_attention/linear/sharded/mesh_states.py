@@ -17,7 +17,7 @@ from jax import lax
 
 from fast_attention.arrays.types import Array
 from fast_attention.linear.state import LinearAttentionState, decayed, emptied, merge
-from fast_attention.mesh.layout import AxisName
+from fast_attention.mesh.layout import AxisName, move_along
 
 
 class Stretch(NamedTuple):
@@ -71,7 +71,7 @@ def states_before(
         pairs = [(i, i + distance) for i in range(count - distance)]
         if reverse:
             pairs = [(count - 1 - source, count - 1 - target) for source, target in pairs]
-        return jax.tree.map(lambda x: lax.ppermute(x, axis_name, pairs), x)
+        return jax.tree.map(lambda x: move_along(x, axis_name, pairs), x)
 
     def choose(condition: Array, x: Any, y: Any) -> Any:
         return jax.tree.map(lambda x, y: jnp.where(condition, x, y), x, y)

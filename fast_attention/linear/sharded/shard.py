@@ -31,7 +31,7 @@ from fast_attention.linear.sharded.mesh_states import (
 )
 from fast_attention.linear.state import LinearAttentionState, emptied
 from fast_attention.linear.types import Inputs, Plan
-from fast_attention.mesh.layout import AxisName
+from fast_attention.mesh.layout import AxisName, move_along
 
 REDUCTION = "chunked"
 """What reduces keys alone, without decay or with segments, and lets queries read a state alone."""
@@ -143,8 +143,8 @@ def _edges(first: Array, last: Array, axis_name: AxisName) -> Edges:
     The first stretch has what came before the sequence in front of it.
     """
     count, place = lax.axis_size(axis_name), lax.axis_index(axis_name)
-    before = lax.ppermute(last, axis_name, [(i, i + 1) for i in range(count - 1)])
-    after = lax.ppermute(first, axis_name, [(i + 1, i) for i in range(count - 1)])
+    before = move_along(last, axis_name, [(i, i + 1) for i in range(count - 1)])
+    after = move_along(first, axis_name, [(i + 1, i) for i in range(count - 1)])
     return Edges(
         first=(place > 0) & (before != first),
         last=(place < count - 1) & (after != last),

@@ -22,7 +22,7 @@ from fast_attention.mechanisms.local.tile import Choices, Sight
 from fast_attention.mechanisms.local.window import LocalWindow, check_shapes
 from fast_attention.mechanisms.shared_qk import unit_keys
 from fast_attention.mechanisms.softmax.blocks import run_bounds
-from fast_attention.mesh.layout import AxisName
+from fast_attention.mesh.layout import AxisName, move_along
 
 
 def local_attention_of_shard(
@@ -122,7 +122,7 @@ def _with_neighbours(x: Array, back: int, ahead: int, axis_name: AxisName) -> Ar
         pairs = [(i, i + distance) for i in range(count) if 0 <= i + distance < count]
         if not pairs:
             return jnp.zeros_like(piece)
-        return lax.ppermute(piece, axis_name, pairs)
+        return move_along(piece, axis_name, pairs)
 
     def rows_of(reach: int) -> list[int]:
         """How many entries the devices within reach send, the nearest first."""
