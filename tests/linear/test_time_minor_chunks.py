@@ -71,10 +71,13 @@ def test_values_of_a_large_mean_spoil_no_gradient():
     check(smooth, {}, 1e-1, feature_map=MAP, causal=True, implementation=LANES)
 
 
-def test_parameters_of_every_row_and_head():
+@pytest.mark.parametrize("axes", [(2,), (2, 2)], ids=["head", "row and head"])
+def test_parameters_of_every(axes):
     smooth = arguments(MAP, 16, heads=2, kv_heads=2, dtype=jnp.bfloat16)
-    each = jax.vmap(jax.vmap(lambda key: MAP.init(key, smooth["key"].shape[-1])))
-    smooth["parameters"] = each(jax.random.split(jax.random.key(0), (2, 2)))
+    each = lambda key: MAP.init(key, smooth["key"].shape[-1])  # noqa: E731
+    for _ in axes:
+        each = jax.vmap(each)
+    smooth["parameters"] = each(jax.random.split(jax.random.key(0), axes))
     check(smooth, {}, 2e-2, feature_map=MAP, causal=True, implementation=LANES)
 
 

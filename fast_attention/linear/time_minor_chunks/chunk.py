@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
 
@@ -293,27 +292,15 @@ def where_needed(condition: Array, body: Callable[[], Any], usual: Any) -> Any:
     return lax.cond(_anywhere(condition), jax.checkpoint(body), lambda: usual)
 
 
-@jax.custom_jvp
-def _anywhere(condition: Array) -> Array:
-    return _in_any_row(condition)
-
-
-@_anywhere.defjvp
-def _(primals: Any, tangents: Any) -> Any:
-    # Rows of tangents are not rows of the condition.
-    del tangents
-    return _anywhere(*primals), np.zeros((), jax.dtypes.float0)
-
-
 @custom_vmap
-def _in_any_row(condition: Array) -> Array:
+def _anywhere(condition: Array) -> Array:
     return jnp.any(condition)
 
 
-@_in_any_row.def_vmap
+@_anywhere.def_vmap
 def _(axis_size: int, in_batched: Any, condition: Array) -> Any:
     del axis_size, in_batched
-    return _in_any_row(condition), False
+    return _anywhere(condition), False
 
 
 def buffer(shape: tuple[int, ...], dtype: Any) -> Array:

@@ -310,12 +310,15 @@ def _affine(
     del matrix
     leading, parts = _alone(parts)
     x = x.astype(jnp.bfloat16)
-    y = jnp.einsum(
-        f"bk{groups}dc,{leading}dm->bk{groups}cm",
-        jnp.concatenate([x, x], axis=-2),
-        parts,
-        preferred_element_type=jnp.float32,
-    )
+    operands = [
+        (f"bk{groups}dc", jnp.concatenate([x, x], axis=-2)),
+        (f"{leading}dm", parts),
+    ]
+    if leading == "k":
+        # XLA on CPU has no product of bfloat16 whose first operand has this axis in second place.
+        operands.reverse()
+    (left, one), (right, other) = operands
+    y = jnp.einsum(f"{left},{right}->bk{groups}cm", one, other, preferred_element_type=jnp.float32)
     if offset is not None:
         y = y + (offset[:, :, None] if groups else offset)
     return y if common is None else y + common[..., None]
