@@ -17,7 +17,7 @@ from fast_attention.feature_maps import (
     TunedFeatures,
     elementwise_map,
 )
-from fast_attention.feature_maps.gaussian_family import tune
+from fast_attention.feature_maps.gaussian_family import tune, untuned
 from fast_attention.feature_maps.moments import measure
 from fast_attention.feature_maps.tuned import fold
 from fast_attention.linear.pallas_tpu.api import attend_on
@@ -165,6 +165,16 @@ def test_parameters_of_every_row_or_head(shared):
     attend = functools.partial(cases.attend, feature_map=MAP, implementation=KERNELS, chunk_size=C)
     actual = cases.compiled(lambda inputs: attend(**inputs))(inputs)
     cases.assert_close(actual, defined(MAP)(**inputs), 5e-6)
+
+
+def test_means_of_every_head_beside_shared_weights():
+    feature_map = TunedFeatures("wderf_s", M)
+    inputs = arguments(feature_map, C - 1, heads=2, kv_heads=2)
+    tuning = untuned(D)._replace(query_shift=draw(6, 2, D), key_shift=draw(7, 2, D))
+    inputs["parameters"] = fold(inputs["parameters"].rows, tuning)
+    options = {"feature_map": feature_map, "implementation": KERNELS, "chunk_size": C}
+    actual = cases.compiled(lambda inputs: cases.attend(**inputs, **options))(inputs)
+    cases.assert_close(actual, defined(feature_map)(**inputs), 5e-6)
 
 
 @pytest.mark.slow

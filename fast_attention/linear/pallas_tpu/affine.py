@@ -114,12 +114,16 @@ def _tuned(
     p = jax.tree.map(lambda x: x.astype(jnp.float32), parameters)
 
     def side(weights: Array, shift: Array) -> Affine:
+        leading = jnp.broadcast_shapes(weights.shape[:-2], shift.shape[:-1], p.bias.shape[:-1])
+        weights = jnp.broadcast_to(weights, (*leading, *weights.shape[-2:]))
+        bias = jnp.broadcast_to(p.bias, (*leading, *p.bias.shape[-1:]))
+        shift = jnp.broadcast_to(shift, (*leading, *shift.shape[-1:]))
         moved = jnp.einsum("...md,...d->...m", weights, shift, precision=jax.lax.Precision.HIGHEST)
         if not feature_map.both_signs:
-            return Affine(weights, p.bias - moved)
+            return Affine(weights, bias - moved)
         return Affine(
             jnp.concatenate([weights, -weights], axis=-2),
-            jnp.concatenate([p.bias - moved, p.bias + moved], axis=-1),
+            jnp.concatenate([bias - moved, bias + moved], axis=-1),
         )
 
     heads_first = jnp.swapaxes(key.astype(jnp.float32), 1, 2)
