@@ -69,7 +69,9 @@ def open_table(path: str | os.PathLike[str], columns: Mapping[str, type]) -> Ite
     """Gives a function that writes one row.
 
     Args:
-      path: The file, with one of `EXTENSIONS`, see `output_files.open_output`.
+      path: The file, with one of `EXTENSIONS`, see `output_files.open_output`. The names of the
+        columns are written with the first row, or at the end of a table without rows: what is
+        written directly is empty where the first row fails.
       columns: Type (str, int or float) of each column, by its name.
 
     Raises:
@@ -116,8 +118,18 @@ def _text(raw: BinaryIO, columns: Mapping[str, type], extension: str) -> Iterato
             delimiter="\t" if extension.startswith(".tsv") else ",",
             lineterminator=_TERMINATOR,
         )
-        writer.writerow(columns)
-        yield lambda row: writer.writerow(map(_cell, row))
+        rows = 0
+
+        def write(row: Sequence[Any]) -> None:
+            nonlocal rows
+            if not rows:
+                writer.writerow(columns)
+            rows += 1
+            writer.writerow(map(_cell, row))
+
+        yield write
+        if not rows:
+            writer.writerow(columns)
 
 
 class _LineFeeds:

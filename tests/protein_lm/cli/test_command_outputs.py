@@ -86,6 +86,20 @@ def test_standard_output_has_the_output_alone(arguments, command, capfdbinary):
     assert b"protein" in found.err
 
 
+@pytest.mark.parametrize("command", ["score", "mutate", "predict"])
+@pytest.mark.parametrize("content", [None, "", "MKT\n", ">a\nM1T\n"])
+def test_standard_output_stays_empty_where_the_input_is_wrong(
+    arguments, proteins, tmp_path, command, content, capfd
+):
+    wrong = tmp_path / "wrong.fasta"
+    if content is not None:
+        wrong.write_text(content)
+    given = [x.replace(str(proteins), str(wrong)) for x in arguments[command]]
+    assert cli.main(given) == 1
+    found = capfd.readouterr()
+    assert found.out == "" and str(wrong) in found.err and found.err.count("\n") == 1
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_full_device_is_told_in_one_line(arguments, tmp_path, command, capfd):
     assert cli.main([*arguments[command], f"{COMMANDS[command][0]}=/dev/full"]) == 1

@@ -41,6 +41,27 @@ def test_text_is_read_back(name, tmp_path):
     assert path.read_bytes() == content
 
 
+@pytest.mark.parametrize("name", ["a.tsv", "a.csv.gz", "a.parquet"])
+def test_a_table_without_rows_names_its_columns(name, tmp_path):
+    with open_table(tmp_path / name, COLUMNS):
+        pass
+    if name.endswith(".parquet"):
+        assert pq.read_table(tmp_path / name).column_names == list(COLUMNS)
+    else:
+        content = (tmp_path / name).read_bytes()
+        text = gzip.decompress(content) if name.endswith(".gz") else content
+        assert text.replace(b",", b"\t") == b"id\tresidues\tscore\n"
+
+
+def test_nothing_is_written_where_the_first_row_fails():
+    reader, writer = os.pipe()
+    with pytest.raises(RuntimeError), open_table(f"/dev/fd/{writer}", COLUMNS):
+        raise RuntimeError
+    os.close(writer)
+    with open(reader, "rb") as file:
+        assert file.read() == b""
+
+
 def test_parquet_is_read_back_in_row_groups(tmp_path):
     path = tmp_path / "a.parquet"
     with open_table(path, COLUMNS) as add:
