@@ -12,6 +12,8 @@ from fast_attention.protein_lm.cli import arguments
 from fast_attention.protein_lm.errors import UsageError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from fast_attention.protein_lm.data.alphabet import Alphabet
     from fast_attention.protein_lm.data.fasta import FastaRecord
     from fast_attention.protein_lm.inference.mutations import Variant
@@ -30,10 +32,7 @@ With FlaxLM there are also A12del, A12_L14del (deletions), A12_L13insGS (an inse
 A12delinsGS (a replacement).
 
 A wild type has at most 50,000 residues. Mutants are scored and written in groups, so memory does
-not grow with their number."""
-
-_GROUP = 2**14
-"""Edits of the mutants that are in memory together."""
+not grow with their number. With --output=FILE, the same command resumes an interrupted one."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,11 +84,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Runs the command."""
-    import numpy as np
-
     from fast_attention.protein_lm.files.output_targets import status_stream
     from fast_attention.protein_lm.files.tables import EXTENSIONS, find_extension, open_table
-    from fast_attention.protein_lm.inference import heatmap, mutation_effects
+    from fast_attention.protein_lm.inference import (
+        effect_files,
+        heatmap,
+        mutation_effects,
+        partial_work,
+    )
     from fast_attention.protein_lm.loading import load_run
     from fast_attention.protein_lm.wording import counted, place
 
@@ -97,58 +99,58 @@ def run(options: argparse.Namespace) -> None:
     arguments.check_files(options, "output", "heatmap")
     if options.positions and not options.all:
         raise UsageError("--positions needs --all: give both, or neither")
-    model = load_run(options.run_dir, gin_file=options.gin_file).model
-    vocab = model.domain.vocab
-    work = _work(options, vocab)
+    model, step, _ = load_run(options.run_dir, gin_file=options.gin_file)
+    proteins = _work(options, model.domain.vocab)
     if options.heatmap:
-        begin = list(itertools.islice(work, 2))
+        begin = list(itertools.islice(proteins, 2))
         heatmap.check(begin)
-        work = itertools.chain(begin, work)
+        proteins = itertools.chain(begin, proteins)
     method = mutation_effects.choose_method(model, options.method)
     columns = mutation_effects.score_columns(method)
     types = {"id": str, "mutant": str} | dict.fromkeys(columns, float)
-    count = proteins = 0
+    settings = partial_work.settings(
+        "mutate", model, options.tokens_per_batch, None, {"method": method, "step": step}
+    )
+    residues = model.domain.vocab.standard_symbols
+    count = resumed = number = 0
+    drawn: tuple[FastaRecord, np.ndarray] | None = None
     with (
+        partial_work.open_work(options.output, settings) as work,
         open_table(options.output, types) as write,
         messages.progress("mutate", "proteins read") as bar,
     ):
-        for wild_type, mutants in work:
-            proteins += 1
-            matrix = None
-            for variants in _groups(mutants):
-                scores = mutation_effects.score_variants(
-                    model,
-                    wild_type.sequence,
-                    variants,
-                    method=method,
-                    tokens_per_batch=options.tokens_per_batch,
-                    progress=bar.update,
-                )
-                for variant, *values in zip(variants, *scores.values(), strict=True):
-                    write([wild_type.id, variant.name, *map(float, values)])
-                count += len(variants)
-                if options.heatmap:
-                    values = scores[columns[0]]
-                    part = heatmap.effect_matrix(
-                        wild_type.sequence, variants, values, vocab.standard_symbols
-                    )
-                    matrix = part if matrix is None else np.where(np.isnan(part), matrix, part)
-            if matrix is not None:
-                places = _places(options, wild_type)
-                span = None if places is None else (places[0], places[-1] + 1)
-                heatmap.plot_heatmap(
-                    options.heatmap,
-                    wild_type,
-                    matrix,
-                    columns[0],
-                    residues=vocab.standard_symbols,
-                    span=span,
-                )
+        for scored in effect_files.score_in_parts(
+            model,
+            work,
+            proteins,
+            method=method,
+            tokens_per_batch=options.tokens_per_batch,
+            progress=bar.update,
+        ):
+            for variant, values in zip(scored.variants, scored.scores.tolist(), strict=True):
+                write([scored.wild_type.id, variant.name, *values])
+            number += scored.begins
+            count += len(scored.variants)
+            resumed += len(scored.variants) * scored.resumed
+            if options.heatmap:
+                wild = scored.wild_type
+                values = scored.scores[:, 0]
+                matrix = heatmap.effect_matrix(wild.sequence, scored.variants, values, residues)
+                drawn = wild, matrix if drawn is None else heatmap.merge(drawn[1], matrix)
+        if drawn is not None:
+            places = _places(options, drawn[0])
+            span = None if places is None else (places[0], places[-1] + 1)
+            heatmap.plot_heatmap(options.heatmap, *drawn, columns[0], residues=residues, span=span)
+    partial_work.remove_parts(work)
+    status = status_stream(options.output, options.heatmap)
     messages.note(
-        f"{counted(count, 'mutant')} of {counted(proteins, 'protein')} written to "
+        f"{counted(count, 'mutant')} of {counted(number, 'protein')} written to "
         f"{place(options.output)}",
-        status_stream(options.output, options.heatmap),
+        status,
     )
+    if resumed:
+        before = counted(resumed, "mutant")
+        messages.note(f"{before} of these had been scored before the interruption", status)
 
 
 def _work(
@@ -204,17 +206,3 @@ def _places(options: argparse.Namespace, wild: FastaRecord) -> list[int] | None:
     from fast_attention.protein_lm.inference.mutations import parse_positions
 
     return parse_positions(options.positions, len(wild.sequence)) if options.positions else None
-
-
-def _groups(variants: Iterable[Variant]) -> Iterator[list[Variant]]:
-    """Yields lists of variants that have about `_GROUP` edits together."""
-    group: list[Variant] = []
-    edits = 0
-    for variant in variants:
-        group.append(variant)
-        edits += 1 + len(variant.edits)
-        if edits >= _GROUP:
-            yield group
-            group, edits = [], 0
-    if group:
-        yield group

@@ -67,6 +67,11 @@ def effect_matrix(
     return matrix
 
 
+def merge(matrix: np.ndarray, more: np.ndarray) -> np.ndarray:
+    """Two matrices of one protein by `effect_matrix` as one."""
+    return np.where(np.isnan(more), matrix, more)
+
+
 def plot_heatmap(
     path: str | os.PathLike[str],
     protein: FastaRecord,

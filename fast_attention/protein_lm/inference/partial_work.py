@@ -1,9 +1,9 @@
 """Results of a long command in parts, from which the same command resumes after it was stopped.
 
-The proteins are computed window by window. The results of each window are a file in a folder beside
-the output, ``<output>.partial``, which is removed when the output is complete. A part has a digest
-of its settings and its proteins, so that a part of other proteins, an empty or a damaged one is
-computed again.
+The proteins, or the mutants of one, are computed window by window. The results of each window are a
+file in a folder beside the output, ``<output>.partial``, which is removed when the output is
+complete. A part has a digest of its settings and its content, so that a part of other proteins, an
+empty or a damaged one is computed again.
 """
 
 from __future__ import annotations
@@ -174,19 +174,28 @@ def _check(work: Work) -> None:
     ]
     if changed:
         raise RunError(
-            f"{work.folder} has the results of a stopped command with other settings:\n  "
-            + "\n  ".join(changed)
-            + "\ngive the settings of that command to resume it, delete the folder to start from "
-            "the beginning, or give another output"
+            f"{work.folder} has the results of a stopped command with other settings "
+            f"({'; '.join(changed)}): give the settings of that command to resume it, delete the "
+            "folder to start from the beginning, or give another output"
         )
 
 
 def window_digest(work: Work, names: Iterable[str], proteins: Iterable[Encoded]) -> str:
     """The SHA-256 of the settings and the proteins of a window."""
+    return content_digest(
+        work,
+        (
+            f"{name}\0{len(item.residues)} {item.whole}\0".encode() + item.residues.tobytes()
+            for name, item in zip(names, proteins, strict=True)
+        ),
+    )
+
+
+def content_digest(work: Work, content: Iterable[bytes]) -> str:
+    """The SHA-256 of the settings, and of what the results of a part depend on beside them."""
     digest = hashlib.sha256(json.dumps(work.settings, sort_keys=True).encode())
-    for name, item in zip(names, proteins, strict=True):
-        digest.update(f"{name}\0{len(item.residues)} {item.whole}\0".encode())
-        digest.update(item.residues.tobytes())
+    for piece in content:
+        digest.update(piece)
     return digest.hexdigest()
 
 
@@ -196,7 +205,7 @@ def has_part(work: Work, number: int, digest: str) -> bool:
     Args:
       work: From `open_work`.
       number: Of the window, from 0.
-      digest: From `window_digest`.
+      digest: From `window_digest` or `content_digest`.
 
     Raises:
       RunError: If the part cannot be read for lack of memory or a failure of the disk.
@@ -215,7 +224,7 @@ def read_part(work: Work, number: int, digest: str, names: Sequence[str]) -> Arr
     Args:
       work: From `open_work`.
       number: Of the window, from 0.
-      digest: From `window_digest`.
+      digest: From `window_digest` or `content_digest`.
       names: Which arrays to read.
 
     Raises:
@@ -242,7 +251,7 @@ def save_part(work: Work, number: int, digest: str, arrays: Arrays) -> None:
     Args:
       work: From `open_work`.
       number: Of the window, from 0.
-      digest: From `window_digest`.
+      digest: From `window_digest` or `content_digest`.
       arrays: The results; none is called ``digest``.
 
     Raises:

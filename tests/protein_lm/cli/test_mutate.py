@@ -5,10 +5,9 @@ import numpy as np
 import pytest
 
 from fast_attention.protein_lm import cli
-from fast_attention.protein_lm.cli import mutate as mutate_command
 from fast_attention.protein_lm.data.domains import VariableLengthDiscreteDomain
 from fast_attention.protein_lm.data.vocabulary import ProteinVocab, Vocabulary
-from fast_attention.protein_lm.inference import mutation_effects
+from fast_attention.protein_lm.inference import effect_files, mutation_effects
 from fast_attention.protein_lm.inference.heatmap import effect_matrix
 from fast_attention.protein_lm.inference.mutation_effects import score_variants
 from fast_attention.protein_lm.inference.mutations import parse_variant
@@ -149,7 +148,7 @@ def test_mutants_are_scored_in_groups(lm_run, tmp_path, monkeypatch):
         return score(model, wild_type, variants, **options)
 
     monkeypatch.setattr(mutation_effects, "score_variants", count)
-    monkeypatch.setattr(mutate_command, "_GROUP", 60)
+    monkeypatch.setattr(effect_files, "_MOST_EDITS", 60)
     arguments = [f"--sequence={WILD}", "--all", f"--heatmap={tmp_path / 'x.png'}"]
     assert mutate(lm_run, output, *arguments) == 0
     assert sum(groups) == 190 and max(groups) == 30
@@ -157,6 +156,34 @@ def test_mutants_are_scored_in_groups(lm_run, tmp_path, monkeypatch):
     assert [row["mutant"] for row in one] == [row["mutant"] for row in two]
     values = [[float(row["log_likelihood_ratio"]) for row in found] for found in (one, two)]
     np.testing.assert_allclose(*values, atol=1e-4)
+
+
+def test_a_stopped_command_resumes(lm_run, tmp_path, monkeypatch, capsys):
+    whole, output = tmp_path / "whole.tsv", tmp_path / "out.tsv"
+    pictures = [tmp_path / "whole.png", tmp_path / "out.png"]
+    monkeypatch.setattr(effect_files, "_MOST_EDITS", 60)
+    arguments = [f"--sequence={WILD}", "--all"]
+    assert mutate(lm_run, whole, *arguments, f"--heatmap={pictures[0]}") == 0
+    score, groups = mutation_effects.score_variants, []
+
+    def stop(model, wild_type, variants, **options):
+        if len(groups) == 2:
+            raise KeyboardInterrupt
+        groups.append(len(variants))
+        return score(model, wild_type, variants, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mutation_effects, "score_variants", stop)
+        assert mutate(lm_run, output, *arguments) == 130
+    assert "the same command resumes" in capsys.readouterr().err
+    assert not output.exists()
+    assert mutate(lm_run, output, *arguments, "--tokens_per_batch=100") == 1
+    assert "tokens_per_batch: 16384 there, 100 asked for now" in capsys.readouterr().err
+    assert mutate(lm_run, output, *arguments, f"--heatmap={pictures[1]}") == 0
+    assert f"{sum(groups)} mutants of these had been scored" in capsys.readouterr().out
+    assert output.read_bytes() == whole.read_bytes()
+    assert pictures[1].read_bytes() == pictures[0].read_bytes()
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_a_genome_is_refused_by_its_name(lm_run, tmp_path, capsys):
