@@ -58,9 +58,9 @@ def compare_settings(path: Path, before: str, now: str, asked: str) -> bool:
     if changes:
         shorter = any(name in change for change in changes for name in _LENGTHS)
         raise RunError(
-            f"{path} holds a run with other settings (- there, + asked for now):\n  "
-            + "\n  ".join(changes)
-            + "\ngive another --work_dir, or the settings of that run to resume it"
+            f"{path} holds a run with other settings (- there, + asked for now): "
+            + "; ".join(changes)
+            + ". Give another --work_dir, or the settings of that run to resume it"
             + ("; it can be given more steps, not fewer" if shorter else "")
         )
     return longer

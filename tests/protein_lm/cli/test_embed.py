@@ -68,7 +68,9 @@ def test_a_stopped_command_goes_on(lm_run, fasta, tmp_path, monkeypatch, capsys)
     assert "the same command resumes" in capsys.readouterr().err
     assert not output.exists()
     assert run(lm_run, fasta, output, small, "--pool=max") == 1
-    assert "pool: 'mean' there, 'max' asked for now" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "pool: 'mean' there, 'max' asked for now" in told
+    assert told.count("\n") == 1 and "\\n" not in told
     assert run(lm_run, fasta, output, small) == 0
     assert "3 residues of these had been computed" in capsys.readouterr().out
     assert output.read_bytes() == whole.read_bytes()
