@@ -171,10 +171,12 @@ def _put_in_place(temporary: Path, target: Path, last: str) -> None:
     if not target.exists():
         os.rename(temporary, target)
         return
-    with contextlib.suppress(FileNotFoundError):
-        # Old and new files together are incomplete.
-        (target / last).unlink()
-    for name in sorted(os.listdir(temporary), key=lambda name: (name == last, name)):
+    names = sorted(os.listdir(temporary), key=lambda name: (name == last, name))
+    if last in names:
+        with contextlib.suppress(FileNotFoundError):
+            # Old and new files together are incomplete.
+            (target / last).unlink()
+    for name in names:
         os.replace(temporary / name, target / name)
 
 

@@ -32,7 +32,12 @@ from fast_attention.protein_lm.loading import load_run, open_model
 from fast_attention.protein_lm.modeling.token_batches import Shape
 from fast_attention.protein_lm.runs import model_file
 from fast_attention.protein_lm.runs.array_records import named
-from fast_attention.protein_lm.runs.run_folder import PREDICTOR_FILES, RunFolder, inside
+from fast_attention.protein_lm.runs.run_folder import (
+    PREDICTOR_FILES,
+    RunFolder,
+    check_predictor_folder,
+    inside,
+)
 
 _ABOUT, _HEAD, _ADAPTERS, _MODEL = PREDICTOR_FILES
 _REMEDY = "fetch the folder again, or fine-tune again"
@@ -125,11 +130,20 @@ class FineTuned:
         and needs no other.
 
         Args:
-          folder: Made when absent.
+          folder: Made when absent. A predictor that was saved there before is replaced.
           run_dir: The run whose model was fine-tuned; without it, `load` has to be given
             a model.
           whole: Whether to store the whole model.
+
+        Raises:
+          OutputError: If the folder cannot be written.
+          RunError: If it holds something else, or the result of ``protein-lm fine-tune``.
         """
+        target = RunFolder(Path(folder))
+        check_predictor_folder(target)
+        if target.result.exists():
+            # It would be reported as that of this predictor.
+            raise RunError(f"{folder} holds the result of a command: give another folder")
         with open_output_folder(folder, last=_ABOUT) as path:
             self._write(path, run_dir, whole or self.method == "full")
 

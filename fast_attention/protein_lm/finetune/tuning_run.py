@@ -32,12 +32,7 @@ from fast_attention.protein_lm.finetune.prediction_files import prediction_colum
 from fast_attention.protein_lm.finetune.tuning_config import TuningConfig
 from fast_attention.protein_lm.inference.model_inputs import longest_record
 from fast_attention.protein_lm.loading import load_run
-from fast_attention.protein_lm.runs.run_folder import (
-    PREDICTOR_FILES,
-    RunFolder,
-    check_free,
-    content,
-)
+from fast_attention.protein_lm.runs.run_folder import RunFolder, check_predictor_folder, content
 from fast_attention.protein_lm.wording import counted, place
 
 _SHOWN_CLASSES = 12
@@ -89,12 +84,15 @@ def run_tuning(
     """
     folder, columns, options = Path(output), dict(columns or {}), dict(options or {})
     result_file = folder / RESULT
-    if (held := content(RunFolder(folder))) not in ("", "a predictor"):
-        raise RunError(f"{folder} holds {held}: give the result its own folder")
+    check_predictor_folder(RunFolder(folder), _METRICS, _PREDICTIONS)
     if not result_file.exists():
+        # What this command left when it was killed has predictions.
+        if content(RunFolder(folder)) and not (folder / _PREDICTIONS).exists():
+            raise RunError(
+                f"{folder} holds a predictor that was saved in Python: give another folder, or "
+                "remove this one"
+            )
         check_output_folder(folder)
-    names = (*PREDICTOR_FILES, _METRICS, _PREDICTIONS, RunFolder(folder).model.name)
-    check_free(RunFolder(folder), names)
     loaded = load_run(run_dir, gin_file=gin_file)
     alphabet = loaded.model.domain.vocab
     limit = MAX_RESIDUES if options.get("max_length") else alphabet.longest

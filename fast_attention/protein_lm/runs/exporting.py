@@ -9,6 +9,7 @@ copied: the former for people, the latter so that ``protein-lm evaluate`` works.
 
 from __future__ import annotations
 
+import filecmp
 import os
 import shutil
 from pathlib import Path
@@ -30,7 +31,7 @@ from fast_attention.protein_lm.modeling.built_model import BuiltModel
 from fast_attention.protein_lm.modeling.train_state import TrainState
 from fast_attention.protein_lm.runs import model_description, model_file
 from fast_attention.protein_lm.runs.array_records import describe, named
-from fast_attention.protein_lm.runs.run_folder import RunFolder, check_free, content
+from fast_attention.protein_lm.runs.run_folder import RunFolder, check_free, content, inside
 
 # Names of the types in a safetensors file.
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool"}
@@ -56,6 +57,8 @@ def export_model(
 ) -> RunFolder:
     """Writes a trained model to a folder that `loading.load_run` reads, too.
 
+    Where the folder has the same model already, what is missing of it is added.
+
     Args:
       model: With its trained parameters.
       folder: The run it comes from, or a folder written by this function.
@@ -67,7 +70,7 @@ def export_model(
 
     Raises:
       OutputError: If the folder cannot be written.
-      RunError: If it holds a run, or is the exported folder itself.
+      RunError: If it holds a run or another model, or is the exported folder itself.
       ValueError: If `dtype` is another one, or an array has numbers too large for it.
     """
     target = RunFolder(Path(output))
@@ -82,11 +85,14 @@ def export_model(
                 with open_output(copy) as file, open(source, "rb") as content:
                     shutil.copyfileobj(content, file)
         write_file(new.model, model_file.to_text(about))
+        _keep_equal(path, target)
     return target
 
 
 def save_model(model: BuiltModel, output: str | os.PathLike[str]) -> None:
     """Writes a model that was trained in Python, as `export_model` writes that of a run.
+
+    Only this function replaces a model: in Python, one and the same is saved again and again.
 
     Args:
       model: Its predicting parameters are written, and not the state of its training.
@@ -94,21 +100,25 @@ def save_model(model: BuiltModel, output: str | os.PathLike[str]) -> None:
 
     Raises:
       OutputError: If the folder cannot be written.
-      RunError: If it holds a run.
+      RunError: If it holds a run, or the model of another program.
     """
-    _save(model, _tree(model.weights, model.variables), model.step, output)
-
-
-def _save(model: BuiltModel, arrays: Any, step: int, output: str | os.PathLike[str]) -> None:
     target = RunFolder(Path(output))
     check_export(None, target)
     if target.config.exists():
         raise RunError(f"{target.path} holds an exported run: give the model a folder of its own")
-    about = _describe(model, step, None)
+    if target.is_export() and not _is_own(target.weights):
+        raise RunError(
+            f"{target.weights} was written by another program, and would be overwritten: give the "
+            "model a folder of its own"
+        )
     with open_output_folder(target.path, last=target.model.name) as path:
-        new = RunFolder(path)
-        _write_arrays(new.weights, named(arrays))
-        write_file(new.model, model_file.to_text(about))
+        _write_model(path, model, _tree(model.weights, model.variables), model.step)
+
+
+def _write_model(path: Path, model: BuiltModel, arrays: Any, step: int) -> None:
+    new = RunFolder(path)
+    _write_arrays(new.weights, named(arrays))
+    write_file(new.model, model_file.to_text(_describe(model, step, None)))
 
 
 def save_arrays(
@@ -120,19 +130,52 @@ def save_arrays(
       model: Describes the arrays.
       parameters: Nested dict, as `train_state.split_model` returns it.
       variables: Likewise.
-      output: As for `save_model`.
+      output: The new folder, as for `export_model`.
 
     Raises:
-      OutputError, RunError: As `save_model`.
+      OutputError, RunError: As `export_model`.
       ValueError: If the arrays are those of another model.
     """
+    target = RunFolder(Path(output))
+    check_export(None, target)
     arrays, abstract = _tree(parameters, variables), model.abstract_state
     found, expected = describe(arrays), describe(_tree(abstract.parameters, abstract.variables))
     if found != expected:
         wrong = sorted(name for name in found.keys() ^ expected.keys())
         wrong += [name for name in found if found[name] != expected.get(name, found[name])]
         raise ValueError(f"these arrays are not those of the model: {', '.join(wrong[:5])}")
-    _save(model, arrays, 0, output)
+    with open_output_folder(target.path, last=target.model.name) as path:
+        _write_model(path, model, arrays, 0)
+        _keep_equal(path, target)
+
+
+def _keep_equal(new: Path, target: RunFolder) -> None:
+    """Removes the new files that a folder has already.
+
+    Raises:
+      RunError: At a file that the folder has with another content.
+    """
+    for name in sorted(os.listdir(new)):
+        there = inside(target.path, name)
+        if not there.exists():
+            continue
+        if not filecmp.cmp(new / name, there, shallow=False):
+            raise RunError(
+                f"{target.path} holds another model ({name} differs): give another folder, or "
+                "remove this one"
+            )
+        (new / name).unlink()
+
+
+def _is_own(path: Path) -> bool:
+    """Whether a file of arrays was written by this package."""
+    import safetensors
+
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            return (file.metadata() or {}).get("format") == model_file.FORMAT
+    except (OSError, safetensors.SafetensorError):
+        return False
 
 
 def _describe(model: BuiltModel, step: int, tokens: int | None) -> dict[str, Any]:

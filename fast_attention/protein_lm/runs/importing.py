@@ -52,14 +52,17 @@ def import_model(path: str | Path, output: str | Path) -> Imported:
 
     Args:
       path: See `fast_attention.models.load_pretrained`; a folder needs ``vocab.txt``, too.
-      output: The new folder, see `exporting.save_model`.
+      output: The new folder, see `exporting.save_arrays`.
 
     Raises:
       OutputError: If the folder cannot be written.
-      RunError: If the model cannot be read, or reads other sequences than those of single letters.
+      RunError: If the folder holds something else; if the model cannot be read, or reads other
+        sequences than those of single letters.
     """
     path = Path(path)
     check_export(None, RunFolder(Path(output)))
+    if path.is_dir() and Path(output).exists() and path.samefile(output):
+        raise RunError(f"{output} is the published model: give the new model a folder of its own")
     try:
         found = load_pretrained(path)
     except (OSError, MemoryError) as error:

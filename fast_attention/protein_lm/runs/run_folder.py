@@ -176,6 +176,17 @@ def check_free(folder: RunFolder, names: Iterable[str]) -> None:
             )
 
 
+def check_predictor_folder(folder: RunFolder, *names: str) -> None:
+    """Checks whether a predictor, and files of other names, can be written to a folder.
+
+    Raises:
+      RunError: If it holds something else, or files of these names that are not ours.
+    """
+    if (held := content(folder)) not in ("", "a predictor"):
+        raise RunError(f"{folder.path} holds {held}: give the result its own folder")
+    check_free(folder, (*PREDICTOR_FILES, folder.model.name, *names))
+
+
 def claim(folder: RunFolder, config: str, model: str) -> None:
     """Writes the model's description and the configuration, which says that a run has begun.
 

@@ -143,6 +143,26 @@ def test_files_of_others_are_not_written_over(lm_run, tmp_path, capsys):
     assert (tmp_path / "model.json").read_text() == "mine"
 
 
+def test_another_model_is_not_replaced_and_the_same_is_completed(
+    lm_run, bert_run, tmp_path, capsys
+):
+    folder = tmp_path / "model"
+    export = ["export", f"--output={folder}"]
+    assert cli.main([*export, f"--run_dir={lm_run}"]) == 0
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for other in ([f"--run_dir={bert_run}"], [f"--run_dir={lm_run}", "--dtype=float16"]):
+        assert "holds another model" in fails([*export, *other], capsys)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    # As after a crash between two files.
+    (folder / "model.json").unlink()
+    assert "holds another model" in fails([*export, f"--run_dir={bert_run}"], capsys)
+    changed = (folder / "model.safetensors").stat().st_mtime_ns
+    assert cli.main([*export, f"--run_dir={lm_run}"]) == 0
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert (folder / "model.safetensors").stat().st_mtime_ns == changed
+
+
 def test_an_export_without_its_arrays_is_called_that(exported, tmp_path, capsys):
     folder = tmp_path / "model"
     shutil.copytree(exported[1], folder)

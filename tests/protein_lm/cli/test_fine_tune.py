@@ -7,6 +7,7 @@ from fast_attention.protein_lm import cli, read_fasta, write_fasta
 from fast_attention.protein_lm.data.table_rows import read_columns
 from fast_attention.protein_lm.finetune import finetuned, prediction_files
 from fast_attention.protein_lm.finetune.finetuning import FineTuned
+from fast_attention.protein_lm.finetune.linear_head import LinearHead
 from fast_attention.protein_lm.loading import load_run
 
 
@@ -178,6 +179,15 @@ def test_files_of_others_are_not_written_over(arguments, tmp_path, capsys):
     assert (tmp_path / "predictions.tsv").read_text() == "mine"
     assert cli.main(arguments("-")) == 1
     assert "standard output, but a folder is written" in capsys.readouterr().err
+
+
+def test_a_predictor_of_python_is_not_replaced(arguments, lm_run, tmp_path, capsys):
+    head = LinearHead(*(np.ones(shape, np.float32) for shape in ((32,), (32,), (32, 1), (1,))))
+    FineTuned(load_run(lm_run).model, None, head, "frozen", None, "", None).save(tmp_path / "a")
+    before = (tmp_path / "a" / "head.npz").read_bytes()
+    assert cli.main(arguments(tmp_path / "a")) == 1
+    assert "holds a predictor that was saved in Python" in capsys.readouterr().err
+    assert (tmp_path / "a" / "head.npz").read_bytes() == before
 
 
 def test_a_family_is_learned(lm_run, records, tmp_path, capsys):

@@ -56,6 +56,24 @@ def test_a_sound_folder_is_read(folder, model):
             np.testing.assert_array_equal(found.adapters[0][name][part], array)
 
 
+def test_only_a_saved_predictor_is_replaced(folder, model, tmp_path):
+    predictor = FineTuned.load(folder, model=model)
+    predictor.save(folder)
+    model.save(tmp_path / "model")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "head.npz").write_text("mine")
+    (folder / "result.json").write_text("{}")
+    for other, told in (
+        ("model", "holds an exported model"),
+        ("notes", "head.npz would be overwritten"),
+        ("new", "holds the result of a command"),
+    ):
+        before = {path.name: path.read_bytes() for path in (tmp_path / other).iterdir()}
+        with pytest.raises(RunError, match=told):
+            predictor.save(tmp_path / other, whole=True)
+        assert {path.name: path.read_bytes() for path in (tmp_path / other).iterdir()} == before
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

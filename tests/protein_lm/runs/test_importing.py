@@ -168,6 +168,20 @@ def test_what_cannot_be_imported_is_named(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_models_that_are_there_are_not_replaced(tmp_path):
+    """Neither those of this package, nor those of others, the imported one among them."""
+    sources = [shutil.copytree(DATA / kind, tmp_path / kind) for kind in KINDS]
+    import_model(sources[0], tmp_path / "out")
+    import_model(sources[0], tmp_path / "out")
+    for folder in (tmp_path / "out", *sources):
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        with pytest.raises(RunError, match="holds another model|is the published model"):
+            import_model(sources[1], folder)
+        with pytest.raises(RunError, match="another program|holds|folder of its own"):
+            load_run(tmp_path / "out").model.save(sources[0])
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
 def test_a_gin_configuration_does_not_change_what_is_imported(tmp_path):
     gin_registry.configure(bindings=["FlaxModel.attention_fn = @make_fast_softmax_attention()"])
     import_model(DATA / "esm2_tiny", tmp_path / "run")
