@@ -38,6 +38,7 @@ from fast_attention.protein_lm.data.fasta import (
     read_fasta,
     write_fasta,
 )
+from fast_attention.protein_lm.distributed.stopping import Interrupted, interrupt_on_signals
 from fast_attention.protein_lm.files.output_files import check_outputs
 
 _DATABASES = "dataset_201401/{}/goasp.fasta"
@@ -182,7 +183,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if shutil.which(program) is None:
             parser.error(f"{program} is not installed: apt-get install ncbi-blast+ mmseqs2")
     try:
-        _make(options)
+        # Temporary files of gigabytes are removed.
+        with interrupt_on_signals():
+            _make(options)
+    except Interrupted as stopped:
+        parser.exit(stopped.exit_status, f"{parser.prog}: {stopped}\n")
     except (OSError, ValueError, subprocess.CalledProcessError) as error:
         parser.exit(1, f"{parser.prog}: error: {error}\n")
 

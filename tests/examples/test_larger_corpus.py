@@ -1,4 +1,8 @@
 import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -64,6 +68,25 @@ def test_relatives_short_ones_repeats_and_all_but_one_of_a_cluster_are_left_out(
     if options:
         clustered = [record.id for record in read_fasta(tmp_path / "clustered.fasta")]
         assert clustered[:3] == ["P1", "P3", "package-0"]
+
+
+def test_a_signal_leaves_no_temporary_files(run, tmp_path):
+    """In a process of its own, which ends by the signal where nothing handles it."""
+    program(tmp_path / "bin", "blastdbcmd", "kill -TERM $PPID; exec sleep 60")
+    (tmp_path / "temporary").mkdir()
+    arguments = [f"--databases={tmp_path / 'unpacked'}", f"--output={tmp_path / 'corpus.fasta'}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "examples.larger_corpus", *arguments],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"TMPDIR": str(tmp_path / "temporary")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM" in done.stderr and done.stderr.count("\n") == 1
+    assert not list((tmp_path / "temporary").iterdir())
+    assert not (tmp_path / "corpus.fasta").exists()
 
 
 def test_a_share_of_the_proteins_is_a_function_of_their_residues():
