@@ -57,7 +57,7 @@ def read_safetensors(path: Path) -> dict[str, StoredArray]:
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         if not 2 <= size <= min(MAX_HEADER, total - 8):
-            raise ValueError(f"{path} is damaged: its header cannot have {size} bytes")
+            raise damaged(path, f"its header cannot have {size} bytes")
         described = json_object(path, file.read(size))
     described.pop("__metadata__", None)
     data = 8 + size
@@ -65,10 +65,10 @@ def read_safetensors(path: Path) -> dict[str, StoredArray]:
     end = 0
     for name, entry in sorted(described.items(), key=lambda item: item[1]["data_offsets"]):
         if entry["data_offsets"][0] != end:
-            raise ValueError(f"{path} is damaged: {name} does not begin where another array ends")
+            raise damaged(path, f"{shown(name)} does not begin where another array ends")
         end = entry["data_offsets"][1]
     if data + end != total:
-        raise ValueError(f"{path} is damaged: {total - data - end} bytes belong to no array")
+        raise damaged(path, f"{total - data - end} bytes belong to no array")
     return found
 
 
@@ -83,7 +83,13 @@ def _stored(path: Path, name: str, entry: Any, data: int, total: int) -> StoredA
     except (KeyError, TypeError, ValueError):
         fits = False
     if not fits:
-        raise ValueError(f"{path} is damaged: {name} is described as {shown(entry)}")
+        kind = entry.get("dtype") if isinstance(entry, dict) else None
+        if isinstance(kind, str) and kind not in _SAFETENSORS_TYPES:
+            raise ValueError(
+                f"{path}: {shown(name)} has numbers of the type {shown(kind)}, which is not read: "
+                "convert them to F32, F16 or BF16"
+            )
+        raise damaged(path, f"{shown(name)} is described as {shown(entry)}")
     start, count = data + begin, math.prod(shape)
 
     def read() -> np.ndarray:
@@ -104,7 +110,7 @@ def read_values(
     values = np.empty(count, dtype)
     file.seek(start)
     if file.readinto(values.view(np.uint8)) != values.nbytes:  # pyright: ignore[reportAttributeAccessIssue]
-        raise ValueError(f"{path} is damaged: it ends inside an array")
+        raise damaged(path, "it ends inside an array")
     return values
 
 
@@ -124,10 +130,15 @@ def json_object(path: Path, text: bytes) -> dict[str, Any]:
     try:
         value = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError):
-        raise ValueError(f"{path} is damaged: its description is not JSON") from None
+        raise damaged(path, "its description is not JSON") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} is damaged: its description is not a JSON object")
+        raise damaged(path, "its description is not a JSON object")
     return value
+
+
+def damaged(path: Path, reason: str) -> ValueError:
+    """The error of a file that is not as it was written."""
+    return ValueError(f"{path} is damaged: {reason}; fetch it again")
 
 
 def shown(value: Any) -> str:

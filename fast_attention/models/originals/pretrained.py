@@ -115,7 +115,7 @@ def _fill(
         if isinstance(variable, nnx.Param)
     }
     sources: dict[str, list[tuple[str, Place]]] = {}
-    wrong, unknown, others = [], [], []
+    wrong, untyped, unknown, others = [], [], [], []
     for name, stored in arrays.items():
         place = kind.place(config, name)
         if place is None:
@@ -124,25 +124,46 @@ def _fill(
             shape = _shape_after(place, stored.shape)
             if place.target not in parameters or shape != parameters[place.target].shape:
                 wrong.append(f"{name} {list(stored.shape)}")
+            if not jnp.issubdtype(stored.dtype, jnp.floating):
+                # Such as weights of 8 bits, which mean nothing without their scales.
+                untyped.append(f"{name} {stored.dtype}")
             sources.setdefault(place.target, []).append((name, place))
     missing = sorted(parameters.keys() - sources.keys())
-    problems = {"left over": unknown, "of another shape": wrong, "missing": missing}
+    problems = {
+        "left over": unknown,
+        "of another shape": wrong,
+        "not of floating-point numbers": untyped,
+        "missing": missing,
+    }
     if any(problems.values()):
         listed = "; ".join(
             f"{what}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
             for what, names in problems.items()
             if names
         )
-        raise ValueError(f"The arrays of {path} do not fit its description ({listed}).")
+        raise ValueError(
+            f"The arrays of {path} do not fit its description ({listed}): fetch all files of one "
+            "model, not quantized."
+        )
     for target, found in sources.items():
         pieces = (place.transform(arrays[name].read()).astype(np.float32) for name, place in found)
-        value = functools.reduce(np.add, pieces)
+        # What becomes infinite is told once.
+        with np.errstate(over="ignore", invalid="ignore"):
+            value = functools.reduce(np.add, pieces)
         if not np.isfinite(value).all():
-            raise ValueError(f"{path}: {found[0][0]} has values that are not finite.")
+            raise ValueError(
+                f"{path}: {found[0][0]} has values that are not finite in float32; fetch it again."
+            )
         parameters[target].set_value(jnp.array(value))
     return model, sorted(others)
 
 
-def _shape_after(place: Place, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of an array once it is transformed, found without memory for its values."""
-    return place.transform(np.broadcast_to(np.zeros((), np.int8), shape)).shape
+def _shape_after(place: Place, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The shape of an array once it is transformed, found without memory for its values.
+
+    None where it has too few axes for that, or is larger than any array.
+    """
+    try:
+        return place.transform(np.broadcast_to(np.zeros((), np.int8), shape)).shape
+    except (IndexError, OverflowError, TypeError, ValueError):
+        return None

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from fast_attention.models.originals.checkpoint_arrays import MAX_HEADER, StoredArray
+from fast_attention.models.originals.checkpoint_arrays import MAX_HEADER, StoredArray, damaged
 
 _STORAGES: dict[str, Any] = {
     "BoolStorage": np.bool_,
@@ -91,7 +91,7 @@ def _damage_is_value_error(path: Path) -> Iterator[None]:
         # Seeking to a position that a damaged directory names.
         if error.errno != errno.EINVAL:
             raise
-        raise ValueError(f"{path} is damaged: {_line(error)}") from None
+        raise damaged(path, _line(error)) from None
     except (
         pickle.UnpicklingError,
         AttributeError,
@@ -140,7 +140,7 @@ class _Storage(NamedTuple):
                 view[done : done + len(piece)] = piece
                 done += len(piece)
         if done < len(view):
-            raise ValueError(f"{self.path} is damaged: it ends inside a tensor")
+            raise damaged(self.path, "it ends inside a tensor")
         return values
 
 
