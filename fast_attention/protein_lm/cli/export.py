@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from fast_attention.protein_lm import messages
 from fast_attention.protein_lm.cli import arguments
+from fast_attention.protein_lm.errors import UsageError
 
 SUMMARY = "write a trained model as safetensors and JSON"
 DESCRIPTION = """\
@@ -34,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="RUN_DIR",
         help="store the average of the parameters of --run_dir and of this run or exported model, "
-        "of the same configuration; repeat it for more",
+        "of the same configuration; repeat it for more, each with the same weight",
     )
 
 
@@ -47,8 +50,10 @@ def run(options: argparse.Namespace) -> None:
     from fast_attention.protein_lm.runs.run_folder import RunFolder
     from fast_attention.protein_lm.wording import counted, place
 
-    for source in (options.run_dir, *options.average_with):
+    sources = [options.run_dir, *options.average_with]
+    for source in sources:
         check_export(RunFolder(Path(source)), RunFolder(Path(options.output)))
+    _check_different(sources)
     model, step, folder = load_run(options.run_dir, gin_file=options.gin_file)
     if options.average_with:
         others = {
@@ -65,3 +70,16 @@ def run(options: argparse.Namespace) -> None:
         f"{counted(step, 'step')} written to {place(target.path)}",
         sys.stdout,
     )
+
+
+def _check_different(sources: Sequence[str]) -> None:
+    """Raises UsageError if a model is to be averaged with itself."""
+    known: dict[str, str] = {}
+    for source in sources:
+        place = os.path.realpath(source)
+        if place in known:
+            raise UsageError(
+                f"--average_with={source} is given already (as {known[place]}), and each model "
+                "counts once in an average: leave it out, or name another model"
+            )
+        known[place] = source

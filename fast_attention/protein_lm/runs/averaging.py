@@ -44,6 +44,11 @@ def set_average(model: BuiltModel, others: Mapping[str, BuiltModel]) -> None:
     """
     own, variables = _describe(model), named(model.variables)
     for name, other in others.items():
+        if other.tokens != model.tokens:
+            raise RunError(
+                f"{name}: cannot be averaged, because the ids of its special tokens differ: "
+                f"{other.tokens}, not {model.tokens}; average models of one configuration"
+            )
         found = _describe(other)
         for field in _ALIKE:
             if found[field] != own[field]:

@@ -192,6 +192,10 @@ def test_an_average_of_models(exported, tmp_path, capsys):
     before = (other / "model.safetensors").read_bytes()
     assert "holds an exported model already" in fails([*export, f"--output={other}"], capsys)
     assert (other / "model.safetensors").read_bytes() == before
+    # The same folder under another name: it would count twice, or once where twice was meant.
+    again = f"--average_with={other}/../other"
+    assert cli.main([*export, again, f"--output={tmp_path / 'none'}"]) == 2
+    assert "is given already" in capsys.readouterr().err
     # What only training uses may differ.
     about = json.loads((other / "model.json").read_text())
     about["transformer"] |= {"dropout_rate": 0.25, "remat": not about["transformer"]["remat"]}
