@@ -270,6 +270,9 @@ def eval_batches(
                 size = lengths[protein]
                 generator = np.random.default_rng([seed, _EVAL_MASKS, protein])
                 draws[:, row, :size] = generator.random((2, size))
+                # A begin token moves the sequence, whose last token then needs draws as well.
+                end = size + objective.enclose
+                draws[:, row, size:end] = generator.random((2, end - size))
             batch = objective.batch(rows, domain.vocab, draws)
             if not score_eos:
                 batch["weights"] *= domain.vocab.are_ordinary(batch["targets"])

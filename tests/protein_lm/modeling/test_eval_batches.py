@@ -51,6 +51,16 @@ def test_short_proteins_are_evaluated_in_short_rows(tiny):
     assert {batch["inputs"].shape for batch in batches} == {(50, 100), (50, 200), (50, 400)}
 
 
+def test_the_last_residue_of_a_cropped_protein_is_masked_like_any_other(tiny):
+    """Without a share one residue of each protein is chosen; sequences begin behind a token."""
+    objective = Masked(mask_rate=0.0, enclose=True)
+    (batch,) = eval_batches(tiny, DOMAIN, length=20, batch_size=600, objective=objective)
+    rows, columns = np.nonzero(batch["weights"])
+    assert rows.tolist() == list(range(len(tiny)))
+    assert set(columns) == set(range(1, 21))
+    assert (columns == 20).mean() < 0.1
+
+
 def test_the_end_need_not_be_scored(tiny):
     with_end, without = (
         list(eval_batches(tiny, DOMAIN, length=301, batch_size=50, score_eos=score_eos))
