@@ -25,7 +25,13 @@ from fast_attention.protein_lm.finetune.finetuned import (
     head_outputs,
     with_parameters,
 )
-from fast_attention.protein_lm.finetune.labelled import PARTS, TASKS, as_numbers, choose_parts
+from fast_attention.protein_lm.finetune.labelled import (
+    PARTS,
+    TASKS,
+    as_names,
+    as_numbers,
+    choose_parts,
+)
 from fast_attention.protein_lm.finetune.linear_head import (
     LinearHead,
     Units,
@@ -73,7 +79,8 @@ def fine_tune(
 
     Raises:
       FloatingPointError: If training diverges.
-      RunError: If there are too few proteins or classes, or a label is no number.
+      RunError: If there are too few proteins or classes, a label is missing or no number, or a
+        group is missing.
       ValueError: At an option out of its range, or a sequence that the model cannot read.
     """
     config = TuningConfig(**options)
@@ -109,7 +116,10 @@ def fine_tune(
         targets = units.standardise(numbers)
     elif config.balanced:
         counts = np.bincount(targets[rows["train"]], minlength=len(classes))
-        class_weights = len(rows["train"]) / (len(classes) * np.maximum(counts, 1))
+        # A class that is nowhere in training cannot be learned, and must not outweigh the others
+        # where the validation part has it.
+        some = counts > 0
+        class_weights[some] = len(rows["train"]) / (some.sum() * counts[some])
     fitted, held = ((vectors[rows[part]], targets[rows[part]]) for part in ("train", "valid"))
     if classes is None:
         head, penalty = fit_regression(fitted, held)
@@ -155,9 +165,7 @@ def _targets(
                 "learn; check the column of labels (--label_column)"
             )
         return None, numbers
-    # As objects: in an array of text, each would take the space of the longest.
-    named = np.array([str(label) for label in labels], object)
-    classes, targets = np.unique(named, return_inverse=True)
+    classes, targets = np.unique(as_names(labels, "label"), return_inverse=True)
     present = classes[np.unique(targets[train])]
     if len(present) < 2:
         raise RunError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,6 +29,8 @@ _PART_NAMES = {
     "testing": "test",
 } | dict.fromkeys(("valid", "validation", "val", "dev"), "valid")
 _LEAST_ROWS = 8
+_ABSENT = ("None", "nan", "NaT", "<NA>")
+"""How values are written that stand for missing ones in Python, NumPy and pandas."""
 
 
 class Labelled(NamedTuple):
@@ -76,8 +78,8 @@ def read_labelled(
       group_column: Its column of families or the like.
       sequences: Residues by id, to be used instead of the column.
       on_error: What to do at a letter outside `alphabet`: ``"raise"``, ``"skip"`` the row, or
-        ``"replace"`` the letter by that of the unknown residue. Rows without sequence or label
-        are errors, too.
+        ``"replace"`` the letter by that of the unknown residue. Rows without sequence, label
+        or group are errors, too.
       alphabet: Its symbols may occur.
       longest: Most residues of a protein.
       numeric: Whether labels must be numbers; a row whose label is none is an error, too.
@@ -116,6 +118,11 @@ def read_labelled(
                     "with --max_length=N"
                 )
             residues = _clean(residues, on_error, alphabet)
+            if group_column and not table[group_column][row]:
+                raise ValueError(
+                    f"the column {group_column!r} (--group_column) is empty; a protein without "
+                    "relatives needs a name of its own there"
+                )
             for name in (id_column, label_column, group_column):
                 if name in table:
                     check_name(table[name][row])
@@ -182,6 +189,25 @@ def as_number(label: str | float) -> float:
     return value
 
 
+def as_names(labels: Sequence[Any], what: str) -> np.ndarray:
+    """Names of classes or of groups as an array of strings ``[N]``, of Python objects.
+
+    Args:
+      labels: N of them.
+      what: They are called in the error.
+
+    Raises:
+      RunError: If one is missing: empty, None, not a number.
+    """
+    names = [str(label) for label in labels]
+    for row, (label, name) in enumerate(zip(labels, names, strict=True), 1):
+        absent = not isinstance(label, str) and name in _ABSENT
+        if absent or not name.strip():
+            raise RunError(f"{what} {row} is missing ({label!r}): give it a name, or leave it out")
+    # As objects: in an array of text, each would take the space of the longest.
+    return np.array(names, object)
+
+
 def choose_parts(
     number: int,
     parts: Sequence[str] | None,
@@ -208,7 +234,7 @@ def choose_parts(
       An array of strings ``[N]``.
 
     Raises:
-      RunError: If there are too few proteins, or too few of a part.
+      RunError: If there are too few proteins, or too few of a part, or a group is missing.
       ValueError: If a share is out of (0, 1).
     """
     for name, share in (("test_share", test_share), ("valid_share", valid_share)):
@@ -227,8 +253,7 @@ def choose_parts(
         raise RunError(
             f"{counted(number, 'protein')}: too few to learn from; give at least {_LEAST_ROWS}"
         )
-    # As objects: in an array of text, each would take the space of the longest.
-    labels = np.array([str(row) for row in range(number)] if groups is None else groups, object)
+    labels = as_names(range(number) if groups is None else groups, "group")
     rng = np.random.default_rng([seed, 4])
     chosen = np.full(number, "train", dtype=object) if parts is None else np.array(parts, object)
     if parts is None:

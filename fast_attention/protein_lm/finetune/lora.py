@@ -77,5 +77,7 @@ def merge_adapters(parameters: Any, adapters: Adapters, scale: Any) -> Any:
 
     for name, own in adapters.items():
         leaf = leaves[name]
-        leaves[name] = (leaf + scale * (own["a"] @ own["b"])).astype(leaf.dtype)
+        # NumPy's product, of adapters from a file, would be rounded in another way.
+        product = jnp.matmul(own["a"], own["b"])
+        leaves[name] = (leaf + scale * product).astype(leaf.dtype)
     return jax.tree.unflatten(jax.tree.structure(parameters), leaves.values())

@@ -24,7 +24,8 @@ class TuningConfig:
       batch_size: Proteins of a gradient step.
       max_epochs: Most passes through the proteins.
       patience: Epochs without improvement on the validation part after which to stop.
-      balanced: Whether the classes count equally, however many proteins they have.
+      balanced: Whether the classes of the training part count equally, however many proteins they
+        have.
       test_share: Held out for the report, where the proteins have no parts.
       valid_share: Of the rest, to choose penalties and to stop early.
       max_length: Crops proteins to this many residues; None takes them whole.

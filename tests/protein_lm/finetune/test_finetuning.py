@@ -3,6 +3,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -74,7 +75,7 @@ def moved(lm, adapted):
     adapters, scale = adapted.adapters
     rng = np.random.default_rng(0)
     adapters = {
-        name: pair | {"b": rng.normal(0, 0.1, pair["b"].shape).astype(np.float32)}
+        name: pair | {"b": jnp.asarray(rng.normal(0, 0.1, pair["b"].shape), jnp.float32)}
         for name, pair in adapters.items()
     }
     parameters = lora.merge_adapters(lm.state.parameters, adapters, scale)
@@ -110,6 +111,19 @@ def test_compositions_are_classified(lm, proteins, shares):
     assert tuned.classes == ("oily", "watery")
     np.testing.assert_allclose(tuned.outputs(proteins[:3]).sum(-1), 1)
     assert set(tuned.predict(proteins)) == {"oily", "watery"}
+
+
+def test_a_class_that_is_not_trained_on_has_no_weight_of_its_own(lm, proteins):
+    """Balancing classes of equal size changes nothing, whatever else is validated on."""
+    names = ["a", "b"] * 59 + ["c", "d"]
+    parts = ["train"] * 100 + ["valid"] * 20
+    plain, balanced = (
+        fine_tune(lm, proteins, names, task="classification", parts=parts, balanced=balanced)
+        for balanced in (False, True)
+    )
+    assert plain.fit is not None and balanced.fit is not None
+    assert balanced.fit.history == plain.fit.history
+    np.testing.assert_array_equal(balanced.fit.outputs, plain.fit.outputs)
 
 
 def test_adapters_at_zero_are_the_trunk(lm, proteins):
@@ -221,6 +235,8 @@ def test_what_is_saved_is_loaded(moved, whole, proteins, tmp_path):
         tuned.save(tmp_path / name)
         found = FineTuned.load(tmp_path / name, model=make())
         np.testing.assert_array_equal(found.outputs(proteins[:5]), tuned.outputs(proteins[:5]))
+        for one, other in zip(leaves(found.model), leaves(tuned.model), strict=True):
+            np.testing.assert_array_equal(one, other)
         assert found.classes == tuned.classes
     assert not (tmp_path / "lora" / "model.npz").exists()
     with pytest.raises(RunError, match="another model than that of its run"):
@@ -260,6 +276,9 @@ def test_the_tuned_model_shares_no_array_with_the_first(lm, adapted):
         ([str(n) for n in range(120)], "classification", "its own class"),
         ([*range(119), "high"], "regression", "label 120: the label 'high' is not a finite number"),
         ([*range(119), "nan"], "regression", "not a finite number"),
+        ([None, *["a", "b"] * 59, "a"], "classification", "label 1 is missing"),
+        ([*["a", "b"] * 59, "a", math.nan], "classification", "label 120 is missing"),
+        ([*["a", "b"] * 59, "", "a"], "classification", "label 119 is missing"),
     ],
 )
 def test_labels_that_teach_nothing_are_told(lm, proteins, labels, task, message):

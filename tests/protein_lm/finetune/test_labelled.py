@@ -1,4 +1,5 @@
 import csv
+import math
 
 import numpy as np
 import pytest
@@ -61,6 +62,21 @@ def test_rows_that_cannot_be_read(tmp_path):
 def test_tables_that_cannot_be_used_are_told(tmp_path, text, options, message):
     with pytest.raises(RunError, match=message):
         read_labelled(write(tmp_path / "t.csv", text), **options)
+
+
+def test_a_protein_without_a_group_is_an_error_of_its_row(tmp_path):
+    """Else all such proteins would be one family, in one part."""
+    path = write(tmp_path / "t.csv", "sequence,label,family\nMK,1,a\nMA,2,\n")
+    with pytest.raises(RunError, match=r"line 3 \(2\): the column 'family' .* is empty"):
+        read_labelled(path, group_column="family")
+    found = read_labelled(path, group_column="family", on_error="skip")
+    assert found.groups == ["a"] and len(found.left_out) == 1
+
+
+@pytest.mark.parametrize("group", [None, math.nan, np.float32("nan"), "", " "], ids=repr)
+def test_a_group_that_is_missing_is_told(group):
+    with pytest.raises(RunError, match="group 3 is missing"):
+        choose_parts(16, None, ["a", "nan", group, *"bcdefghijklmn"], **SHARES)
 
 
 def test_parts_are_drawn_once_and_for_all():
