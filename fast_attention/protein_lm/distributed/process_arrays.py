@@ -5,6 +5,7 @@ Every process must call these functions at the same place of the program.
 
 from __future__ import annotations
 
+import zlib
 from collections import deque
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -72,13 +73,13 @@ def put(array: Any, sharding: NamedSharding) -> jax.Array:
 
 def put_copy(array: Any, sharding: NamedSharding) -> jax.Array:
     """As `put`, but the result never shares memory with the array."""
+    if not sharding.is_fully_addressable:
+        # Parts of a global array may be views of what is given.
+        return jnp.copy(put(array, sharding))
     if not isinstance(array, jax.Array):
         # JAX may keep the memory of NumPy's arrays, whatever `may_alias` says.
         return put(np.array(array), sharding)
-    if sharding.is_fully_addressable:
-        return jax.device_put(array, sharding, may_alias=False)
-    placed = put(array, sharding)
-    return jnp.copy(placed) if placed is array else placed
+    return jax.device_put(array, sharding, may_alias=False)
 
 
 def place(
@@ -119,7 +120,13 @@ def fetch(tree: Any) -> Any:
 
 
 def add_up(numbers: np.ndarray) -> np.ndarray:
-    """The sums over all processes of integers on the host, modulo their type."""
+    """The sums over all processes of integers of at most 32 bits on the host, modulo their type.
+
+    Raises:
+      ValueError: If they have more bits, which JAX would drop.
+    """
+    if numbers.dtype.itemsize > 4:
+        raise ValueError(f"expected integers of at most 32 bits, but got {numbers.dtype}")
     if jax.process_count() == 1 or not len(numbers):
         return numbers
     return np.sum(multihost_utils.process_allgather(numbers), axis=0, dtype=numbers.dtype)
@@ -128,6 +135,14 @@ def add_up(numbers: np.ndarray) -> np.ndarray:
 def any_process(flag: bool) -> bool:
     """Whether `flag` is so in any process; all wait for each other."""
     return bool(add_up(np.array([flag], np.int32))[0])
+
+
+def all_alike(text: str) -> bool:
+    """Whether every process gives the same text; all wait for each other."""
+    if jax.process_count() == 1:
+        return True
+    found = multihost_utils.process_allgather(np.array([zlib.crc32(text.encode())], np.uint32))
+    return bool((found == found[0]).all())
 
 
 class Votes:

@@ -14,8 +14,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-import jax
 import numpy as np
+
+from fast_attention.protein_lm.distributed import process_arrays
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -172,7 +173,7 @@ def compute_window(
 
     def collect() -> None:
         batch, computed = running.popleft()
-        computed = jax.device_get(computed)
+        computed = process_arrays.fetch(computed)
         for row, place in enumerate(batch.members):
             results[place] = take(computed, row, window[place])
         if progress is not None:

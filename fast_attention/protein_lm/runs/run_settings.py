@@ -66,6 +66,12 @@ def compare_settings(path: Path, before: str, now: str, asked: str) -> bool:
     return longer
 
 
+def lengths(config: str) -> dict[str, str]:
+    """The settings that say how long a run is, which may differ from those of before."""
+    found = settings(config)
+    return {name: found[name] for name in _LENGTHS if name in found}
+
+
 def settings(config: str) -> dict[str, str]:
     """The settings of a gin configuration as gin writes it, by name: the text of each."""
     found: dict[str, str] = {}

@@ -14,7 +14,7 @@ from typing import Any
 import gin
 import grain
 
-from fast_attention.protein_lm.distributed import processes
+from fast_attention.protein_lm.distributed import process_arrays, processes
 from fast_attention.protein_lm.errors import RunError
 from fast_attention.protein_lm.files.json_files import read_text
 from fast_attention.protein_lm.files.output_files import write_file
@@ -22,7 +22,7 @@ from fast_attention.protein_lm.files.text_source import FastaError
 from fast_attention.protein_lm.runs import data_record, run_folder
 from fast_attention.protein_lm.runs.data_record import SPLITS, Entry
 from fast_attention.protein_lm.runs.run_folder import RunFolder
-from fast_attention.protein_lm.runs.run_settings import compare_settings, settings
+from fast_attention.protein_lm.runs.run_settings import compare_settings, lengths, settings
 from fast_attention.protein_lm.training.experiment import DataSettings
 from fast_attention.protein_lm.training.training_data import TrainingData, held_out_fasta
 
@@ -75,6 +75,26 @@ def open_folder(folder: RunFolder, model: str) -> Opened:
     longer = compare_settings(folder.path, read_text(folder.config), used, asked)
     record = data_record.read_record(folder)
     return Opened(folder, asked, used, model, resumed=True, longer=longer, record=record)
+
+
+def check_lengths(run: Opened) -> None:
+    """Checks that all processes train equally long; they would wait for each other without end.
+
+    All other settings are compared with those in the folder. All processes must call this together.
+
+    Args:
+      run: From `open_folder`.
+
+    Raises:
+      RunError: In every process, if they were given different numbers of steps or epochs.
+    """
+    own = lengths(run.used)
+    if not process_arrays.all_alike(repr(own)):
+        raise RunError(
+            f"the processes of this run were given different lengths, this one "
+            f"{', '.join(own.values()) or 'the default'}: give all of them the same --steps and "
+            "--epochs"
+        )
 
 
 def unused_settings(run: Opened) -> list[str]:
@@ -193,6 +213,11 @@ def begin(run: Opened, found: TrainingData, now: Entry) -> None:
         _write_data(run, found, now, step=0)
         run_folder.claim(run.folder, run.used, run.model)
         return
+    if not run.folder.config.is_file():
+        raise RunError(
+            f"{run.folder.config} is missing, which process 0 has just written: give all processes "
+            "the same --work_dir, on a file system that they share"
+        )
     compare_settings(run.folder.path, read_text(run.folder.config), run.used, run.asked)
     _refuse(run.folder, data_record.read_record(run.folder) or now, now, _OTHER_DATA)
 

@@ -93,6 +93,7 @@ def run_experiment(work_dir: str, experiment: Experiment | None = None) -> dict[
         stored = experiment.check_model(model)
         about = model_file.to_text(model_file.describe(model) | {"training": settings})
         run = resuming.open_folder(folder, about)
+        resuming.check_lengths(run)
         for name in resuming.unused_settings(run):
             processes.note(f"the setting {name} is not used", "warning")
         if process_arrays.any_process(folder.result.exists() and not run.longer):

@@ -5,7 +5,16 @@ from fast_attention.protein_lm import cli, make_protein_domain
 from fast_attention.protein_lm.distributed import processes
 from fast_attention.protein_lm.modeling import pipeline
 from fast_attention.protein_lm.runs import array_records
-from tests.protein_lm.killing import end, figures, finish, start_all, train_arguments, wait_for
+from tests.protein_lm.killing import (
+    end,
+    figures,
+    finish,
+    free_port,
+    start,
+    start_all,
+    train_arguments,
+    wait_for,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -37,6 +46,17 @@ def test_two_processes_train_as_one_does(tmp_path):
     expected = rows_of(tmp_path / "one")
     assert exact == expected[0]
     np.testing.assert_allclose(near, expected[1], rtol=1e-4)
+
+
+def test_processes_of_different_lengths_end(tmp_path):
+    """The shorter one would wait at its last step for the other."""
+    joining = [f"--coordinator=localhost:{free_port()}", "--num_processes=2"]
+    running = [
+        start([*train_arguments(tmp_path / "run", steps), *joining, f"--process_id={index}"])
+        for index, steps in enumerate((10, 20))
+    ]
+    for status, _, err in finish(running, 300):
+        assert status == 1 and "give all of them the same --steps and --epochs" in err, err
 
 
 @pytest.mark.parametrize(
