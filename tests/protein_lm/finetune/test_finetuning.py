@@ -146,6 +146,19 @@ def test_adapters_at_zero_are_the_trunk(lm, proteins):
         lora.merge_adapters(lm.state.parameters, {"stack.other": pair}, 1.0)
 
 
+def test_adapters_from_a_file_are_those_in_memory():
+    """Bit by bit: NumPy rounds products in another way than JAX."""
+    rng = np.random.default_rng(0)
+    drawn = {"a": rng.normal(size=(96, 24)), "b": rng.normal(size=(24, 96))}
+    stored = {name: array.astype(np.float32) for name, array in drawn.items()}
+    parameters = {"up": {"kernel": jnp.zeros((96, 96))}}
+    memory, file = (
+        lora.merge_adapters(parameters, {"up.kernel": pair}, 2.0)["up"]["kernel"]
+        for pair in (jax.tree.map(jnp.asarray, stored), stored)
+    )
+    np.testing.assert_array_equal(memory, file)
+
+
 @pytest.mark.parametrize("rank", [2, None])
 def test_gradient_steps_train_what_they_should(lm, proteins, shares, rank):
     """On numbers and on classes, with the programs of `adapted` and `whole`."""
