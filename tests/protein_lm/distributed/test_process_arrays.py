@@ -70,7 +70,7 @@ def test_arrays_of_several_processes():
     ]
     told = [process.communicate(timeout=300) for process in running]
     assert [process.returncode for process in running] == [0, 0], told
-    model = FlaxLM(make_protein_domain(length=16), **SIZES)
+    model: Any = FlaxLM(make_protein_domain(length=16), **SIZES)
     expected = {
         "scores": [score.perplexity for score in model.score(PROTEINS)],
         "vectors": np.ravel(model.embed(PROTEINS)),
