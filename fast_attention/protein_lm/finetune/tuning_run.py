@@ -32,6 +32,7 @@ from fast_attention.protein_lm.finetune.prediction_files import prediction_colum
 from fast_attention.protein_lm.finetune.tuning_config import TuningConfig
 from fast_attention.protein_lm.inference.model_inputs import longest_record
 from fast_attention.protein_lm.loading import load_run
+from fast_attention.protein_lm.modeling.encoding import longest_protein
 from fast_attention.protein_lm.runs.run_folder import RunFolder, check_predictor_folder, content
 from fast_attention.protein_lm.wording import counted, place
 
@@ -95,8 +96,12 @@ def run_tuning(
         check_output_folder(folder)
     loaded = load_run(run_dir, gin_file=gin_file)
     alphabet = loaded.model.domain.vocab
-    limit = MAX_RESIDUES if options.get("max_length") else alphabet.longest
-    found = _read_table(table, fasta, columns, alphabet, limit, numeric=task == "regression")
+    limit, remedy = longest_record(alphabet, longest_protein(loaded.model))
+    if options.get("max_length"):
+        limit = MAX_RESIDUES
+    found = _read_table(
+        table, fasta, columns, alphabet, limit, remedy, numeric=task == "regression"
+    )
     asked = {
         "trunk": fingerprint(loaded.model),
         "data": hashlib.sha256(json.dumps(found).encode()).hexdigest(),
@@ -156,6 +161,7 @@ def _read_table(
     columns: Mapping[str, Any],
     alphabet: Alphabet,
     longest: int,
+    remedy: str,
     *,
     numeric: bool,
 ) -> Labelled:
@@ -170,7 +176,7 @@ def _read_table(
             skipped=skipped,
             unique_ids=True,
             max_residues=longest,
-            too_long=longest_record(alphabet)[1],
+            too_long=remedy,
         )
         sequences = {record.id: record.sequence for record in records}
         tell(skipped)

@@ -306,5 +306,22 @@ def test_a_genome_in_a_table_is_refused_by_its_line(arguments, records, tmp_path
     command = [a for a in arguments(tmp_path / "out") if not a.startswith(("--table", "--label"))]
     assert cli.main([*command, f"--table={table}"]) == 1
     told = capsys.readouterr().err
-    assert "t.csv, line 2 (NC_1): the sequence has more than 50,000 residues" in told
+    assert "t.csv, line 2 (NC_1): the sequence has more than 64 residues" in told
     assert "--max_length=N" in told
+
+
+def test_a_protein_with_more_residues_than_positions_is_a_row_to_skip(
+    arguments, table, records, tmp_path, capsys
+):
+    """The model of the run has learned positions for 64 residues."""
+    lines = table.read_text().splitlines()
+    lines[3] = f"long,{'MK' * 40},0.5,basic"
+    longer = tmp_path / "longer.csv"
+    longer.write_text("\n".join(lines) + "\n")
+    given = [*arguments(tmp_path / "out"), f"--table={longer}"]
+    assert cli.main(given) == 1
+    assert "line 4 (long): the sequence has more than 64 residues" in capsys.readouterr().err
+    assert cli.main([*given, "--on_error=skip"]) == 0
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["left_out"] == 1
+    assert sum(part["proteins"] for part in result["metrics"].values()) == len(records) - 1
