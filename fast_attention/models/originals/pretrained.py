@@ -147,7 +147,7 @@ def _fill(
         )
     for target, found in sources.items():
         pieces = (place.transform(arrays[name].read()).astype(np.float32) for name, place in found)
-        # What becomes infinite is told once.
+        # The error below reports what becomes infinite.
         with np.errstate(over="ignore", invalid="ignore"):
             value = functools.reduce(np.add, pieces)
         if not np.isfinite(value).all():
