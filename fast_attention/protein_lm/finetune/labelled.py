@@ -272,12 +272,26 @@ def choose_parts(
 def _draw(
     rows: np.ndarray, labels: np.ndarray, share: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """Draws whole groups until they hold a share of some rows."""
+    """Draws whole groups that together hold about a share of some rows, and not more.
+
+    A group that is larger than the share is not drawn: it would leave too little to train on. Where
+    all groups are, the smallest one is drawn.
+    """
     names, of, sizes = np.unique(labels[rows], return_inverse=True, return_counts=True)
+    room = math.ceil(share * len(rows))
+    fits = sizes <= room
+    if not fits.all():
+        # Beside a very large group, the others are all that is left to validate on.
+        room = min(room, max(1, sizes[fits].sum() // 2))
+    taken: list[int] = []
     order = rng.permutation(len(names))
-    before = np.cumsum(sizes[order]) - sizes[order]
     # The last group stays: something must be left to train on.
-    taken = order[:-1][before[:-1] < share * len(rows)]
+    for group in order[:-1]:
+        if sizes[group] <= room:
+            taken.append(group)
+            room -= sizes[group]
+    if not taken and len(names) > 1:
+        taken.append(order[np.argmin(sizes[order])])
     return rows[np.isin(of, taken)]
 
 

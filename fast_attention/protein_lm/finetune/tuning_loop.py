@@ -79,7 +79,7 @@ def tune(
       weights: float ``[N]``, how much each counts.
       head: Where the head begins; its ``mean`` and ``scale`` stay.
       trainable: From `make_trunk`.
-      config: How long and how fast; the rate falls as a cosine to 0.
+      config: How long and how fast; the rate falls as a cosine towards 0.
       validate: From parameters and head to metrics; the least ``loss`` is kept.
       log: Takes a row for each epoch.
 

@@ -32,7 +32,7 @@ Step = Callable[[Any, Any, Batch, Array], tuple[Any, Any, Array]]
 
 
 def make_optimizer(rate: float, steps: int) -> optax.GradientTransformation:
-    """AdamW without decay; the rate rises, then falls as a cosine to 0."""
+    """AdamW without decay; the rate rises, then falls as a cosine towards 0."""
     warmup = int(_WARMUP * steps)
     schedule = optax.warmup_cosine_decay_schedule(
         rate / max(1, warmup), rate, warmup, max(steps, warmup + 1)

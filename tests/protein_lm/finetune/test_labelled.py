@@ -94,6 +94,26 @@ def test_relatives_stay_together():
         assert len({part for part, g in zip(found, groups, strict=True) if g == group}) == 1
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_large_group_is_trained_on(seed):
+    groups = ["large"] * 70 + [f"small {i}" for i in range(10)]
+    found = choose_parts(80, None, groups, test_share=0.2, valid_share=0.1, seed=seed)
+    assert (found[:70] == "train").all()
+    assert {"test", "valid", "train"} == set(found[70:])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_part_is_at_most_the_share(seed):
+    groups = np.random.default_rng(seed).integers(12, size=100).astype(str).tolist()
+    found = choose_parts(100, None, groups, test_share=0.3, valid_share=0.2, seed=seed)
+    assert 0 < (found == "test").sum() <= 30 and 0 < (found == "valid").sum() <= 20
+
+
+def test_a_share_may_be_large():
+    found = choose_parts(100, None, None, test_share=0.8, valid_share=0.5, seed=0)
+    assert [(found == part).sum() for part in ("train", "valid", "test")] == [10, 10, 80]
+
+
 def test_given_parts_are_kept():
     given = ["train"] * 12 + ["test"] * 4
     found = choose_parts(16, given, None, **SHARES)
