@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _print_stopped(options.command, without_places(str(stopped)))
         return stopped.exit_status
     except KeyboardInterrupt as stopped:
-        resumable = options.command in ("train", "embed", "score", "mutate", "linearize")
+        resumable = options.command in ("train", "embed", "score", "mutate", "predict", "linearize")
         # What is written into a pipe is not kept.
         resumable = resumable and not is_special(getattr(options, "output", None) or ".")
         remedy = "; the same command resumes" if resumable else ""

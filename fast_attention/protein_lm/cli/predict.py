@@ -11,7 +11,8 @@ SUMMARY = "predict a property with a fine-tuned model"
 DESCRIPTION = """\
 Predict a property of proteins with the result of 'protein-lm fine-tune --table=...', and write a
 table with a row per protein. Proteins are cropped as in 'fine-tune --max_length'. Without that
-option, a protein of more than 50,000 residues is an error.
+option, a protein of more than 50,000 residues is an error. With --output=FILE, the same command
+resumes an interrupted one.
 
   protein-lm predict --model=runs/stability --fasta=new.fasta --output=predictions.tsv"""
 
@@ -53,8 +54,13 @@ def run(options: argparse.Namespace) -> None:
             skipped=skipped,
             crop=CROP,
         )
-        count = predict_to_file(tuned, records, options.output)
+        done = predict_to_file(tuned, records, options.output)
+        status = status_stream(options.output, options.skipped_list)
         messages.note(
-            f"predictions of {counted(count, 'protein')} written to {place(options.output)}",
-            status_stream(options.output, options.skipped_list),
+            f"predictions of {counted(done.proteins, 'protein')} written to "
+            f"{place(options.output)}",
+            status,
         )
+        if done.resumed:
+            before = counted(done.resumed, "protein")
+            messages.note(f"{before} of these had been predicted before the interruption", status)
