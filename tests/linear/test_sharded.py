@@ -202,6 +202,7 @@ def test_along_several_axes_in_any_order():
 def test_empty(batch, length):
     rows, whole = PartitionSpec(None, "seq"), PartitionSpec()
     arrays = (*cases.qkv(length=3), jnp.zeros((cases.B, 3), jnp.int32))
+    parameters = cases.parameters_of("positive")
     mesh = jax.make_mesh(
         (1,), ("seq",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1]
     )
@@ -211,7 +212,7 @@ def test_empty(batch, length):
             *(q, k, v),
             segment_ids=ids,
             feature_map=cases.MAPS["positive"],
-            parameters=cases.parameters_of("positive"),
+            parameters=parameters,
             causal=True,
             axis_name="seq",
             return_state=True,
