@@ -96,12 +96,9 @@ def run_tuning(
         check_output_folder(folder)
     loaded = load_run(run_dir, gin_file=gin_file)
     alphabet = loaded.model.domain.vocab
-    limit, remedy = longest_record(alphabet, longest_protein(loaded.model))
-    if options.get("max_length"):
-        limit = MAX_RESIDUES
-    found = _read_table(
-        table, fasta, columns, alphabet, limit, remedy, numeric=task == "regression"
-    )
+    cropped = bool(options.get("max_length"))
+    limit = MAX_RESIDUES if cropped else longest_record(alphabet, longest_protein(loaded.model))[0]
+    found = _read_table(table, fasta, columns, alphabet, limit, numeric=task == "regression")
     asked = {
         "trunk": fingerprint(loaded.model),
         "data": hashlib.sha256(json.dumps(found).encode()).hexdigest(),
@@ -161,11 +158,13 @@ def _read_table(
     columns: Mapping[str, Any],
     alphabet: Alphabet,
     longest: int,
-    remedy: str,
     *,
     numeric: bool,
 ) -> Labelled:
-    """Reads the labels, and the residues from the table or from FASTA files."""
+    """Reads the labels, and the residues from the table or from FASTA files.
+
+    A row may have at most `longest` of them; other records of the FASTA files may have more.
+    """
     sequences = None
     if fasta is not None:
         skipped = SkippedRecords()
@@ -175,8 +174,8 @@ def _read_table(
             on_error=columns.get("on_error", "raise"),
             skipped=skipped,
             unique_ids=True,
-            max_residues=longest,
-            too_long=remedy,
+            max_residues=max(longest, alphabet.longest),
+            too_long=longest_record(alphabet)[1],
         )
         sequences = {record.id: record.sequence for record in records}
         tell(skipped)
