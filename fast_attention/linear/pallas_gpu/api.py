@@ -216,7 +216,7 @@ def _with_kernels(plan: Plan, interpret: bool, inputs: Inputs) -> Any:
         out = _exact_parts(plan, inputs, out)
     return attended._replace(
         out=out,
-        # Nobody reads the state of a call that neither starts from one nor returns it.
+        # The state is not used if the call neither starts from one nor returns it.
         state=state if attended.state is None else attended.state,
     )
 

@@ -52,7 +52,7 @@ class KeyGradients(NamedTuple):
       key_log: ``[B, H, S]``.
       weights: ``[B, H, M, D]``.
       state: cotangent of the state before the first key (without a scale); if not causal, as given.
-        None where nobody needs it.
+        None if it is not needed.
     """
 
     key: Any

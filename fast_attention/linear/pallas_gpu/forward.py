@@ -182,25 +182,7 @@ def _causal_chunk(program: Program, out: Result, chunk: Array) -> Array:
         program.key_log_copy(chunk),
     )
 
-    def find_maxima(tile: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        row_max, key_max, seen = carry
-        program.fetch_weights(tile)
-        fetch_state_vectors(program, out.state, tile)
-        key_logs = program.key_logs(tile)
-        is_first = tiles.positions(chunk)[0] == chunk * TILE
-        first_key = jnp.max(jnp.where(is_first, key_logs, -jnp.inf), axis=0)
-        first = jnp.maximum(tiles.columns(shared["scale"]), first_key)
-        shared["first"][...] = first
-        tiles.send((shared["first"], maxima.first_scales.at[b, h, chunk, piece(tile)]))
-        shift = spread_columns(visible_scale(first))
-        return (
-            jnp.maximum(row_max, jnp.max(program.query_logs(tile) + shift, axis=1)),
-            jnp.maximum(key_max, jnp.max(key_logs - shift, axis=1)),
-            jnp.maximum(seen, jnp.max(spread_columns(first), axis=1)),
-        )
-
-    lowest = tiles.full_rows(-jnp.inf)
-    row_max, key_max, seen = program.over_tiles(find_maxima, (lowest, lowest, lowest))
+    row_max, key_max, seen = _find_maxima(program, out, chunk)
     # The first key of the chunk is read on the scale of the state with it, where it is at most 1.
     key_shift = jnp.where(tiles.row_numbers() == 0, 0.0, key_max - HEADROOM)
     shared["key_shift"][...] = key_shift
@@ -264,6 +246,37 @@ def _causal_chunk(program: Program, out: Result, chunk: Array) -> Array:
     )
     _write(program, out, here, numerator, denominator)
     return wide
+
+
+def _find_maxima(program: Program, out: Result, chunk: Array) -> tuple[Array, Array, Array]:
+    """Saves the scales of the state with the first key of a chunk.
+
+    Returns:
+      The largest exponent of each query and of each key on these scales, and the largest scale,
+      ``[64]``.
+    """
+    tiles, shared = program.tiles, program.shared
+    b, h, maxima = program.batch, program.head, out.maxima
+
+    def body(tile: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        row_max, key_max, seen = carry
+        program.fetch_weights(tile)
+        fetch_state_vectors(program, out.state, tile)
+        key_logs = program.key_logs(tile)
+        is_first = tiles.positions(chunk)[0] == chunk * TILE
+        first_key = jnp.max(jnp.where(is_first, key_logs, -jnp.inf), axis=0)
+        first = jnp.maximum(tiles.columns(shared["scale"]), first_key)
+        shared["first"][...] = first
+        tiles.send((shared["first"], maxima.first_scales.at[b, h, chunk, piece(tile)]))
+        shift = spread_columns(visible_scale(first))
+        return (
+            jnp.maximum(row_max, jnp.max(program.query_logs(tile) + shift, axis=1)),
+            jnp.maximum(key_max, jnp.max(key_logs - shift, axis=1)),
+            jnp.maximum(seen, jnp.max(spread_columns(first), axis=1)),
+        )
+
+    lowest = tiles.full_rows(-jnp.inf)
+    return program.over_tiles(body, (lowest, lowest, lowest))
 
 
 def _absorb_chunk(program: Program, state: State, chunk: Array) -> None:

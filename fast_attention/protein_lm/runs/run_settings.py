@@ -67,7 +67,7 @@ def compare_settings(path: Path, before: str, now: str, asked: str) -> bool:
 
 
 def lengths(config: str) -> dict[str, str]:
-    """The settings that say how long a run is, which may differ from those of before."""
+    """The settings of the length of a run, such as its steps; a resumed run may change them."""
     found = settings(config)
     return {name: found[name] for name in _LENGTHS if name in found}
 
