@@ -27,6 +27,7 @@ from fast_attention.mechanisms.favor.near_field.near_and_far import (
     implementation_of,
     settled,
 )
+from fast_attention.mechanisms.favor.near_field.walk import Operands
 from fast_attention.mechanisms.favor.near_field.window import Reach
 
 
@@ -139,7 +140,7 @@ def _fused(plan: Plan, reach: Reach, inputs: Inputs) -> Any:
     own_gradient = implementation_of(plan) != "reference"
     attend = fused.attend if own_gradient else fused.attend_plainly
     far_bias = bias_of_far_keys(inputs, reach.distance)
-    attended: Any = attend(plan, reach, fused.Operands(inputs, far_mask, far_bias))
+    attended: Any = attend(plan, reach, Operands(inputs, far_mask, far_bias))
     return attended[0]
 
 

@@ -29,6 +29,7 @@ from fast_attention.mechanisms.favor.near_field.near_and_far import (
     parts_of_softmax,
     settled,
 )
+from fast_attention.mechanisms.favor.near_field.walk import Operands
 from fast_attention.mechanisms.favor.near_field.window import Reach
 from fast_attention.mechanisms.local.tile import Choices, Sight, Tile, attend_tile
 from fast_attention.mechanisms.ring import (
@@ -168,7 +169,7 @@ def _prefill(
     )
     inputs = vary_alike(inputs)
     far_bias = bias_of_far_keys(inputs, window)
-    operands = fused.Operands(inputs, leaving[..., None], far_bias)
+    operands = Operands(inputs, leaving[..., None], far_bias)
     attended: Any = fused.attend(plan, Reach(window), operands)
     out, far = attended
     return in_given_order(tokens, out, key_mask), NearFieldState(
