@@ -45,11 +45,13 @@ def environment(folder):
     command.parent.mkdir()
     command.write_text(f'#!/bin/sh\nexec {sys.executable} -m fast_attention.protein_lm "$@"\n')
     command.chmod(0o755)
-    chosen = ("JAX_NUM_CPU_DEVICES", "NPROC", "XLA_FLAGS")
+    chosen = ("JAX_NUM_CPU_DEVICES", "NPROC")
+    flags = os.environ.get("XLA_FLAGS", "").split()
     return {name: x for name, x in os.environ.items() if name not in chosen} | {
         "IPYTHONDIR": str(folder / "ipython"),
         "PATH": f"{command.parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": " ".join(flag for flag in flags if "device_count" not in flag),
     }
 
 
