@@ -234,7 +234,7 @@ def test_vmap_is_the_batch():
     cases.assert_close(one_by_one, cases.compiled(function)(q, k, v), 1e-4)
 
 
-@pytest.mark.parametrize("kind", ["causal", "near field"])
+@pytest.mark.parametrize("kind", ["causal", "near field", "near field both ways"])
 def test_second_derivatives_in_float32_are_those_in_float64(kind):
     """Also of pairs of rows and keys that are summed by themselves; in whole chunks."""
     options = dict(KINDS[kind][0])
